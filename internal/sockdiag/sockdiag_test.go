@@ -1,0 +1,205 @@
+package sockdiag
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestOwner(t *testing.T) {
+	me := uint32(os.Getuid())
+	for _, tt := range []struct {
+		name, network, listen, ask string
+		none                       bool
+	}{
+		{"exact IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1", false},
+		{"wildcard IPv4", "tcp4", "0.0.0.0:0", "127.0.0.1", false},
+		{"unspecified means loopback", "tcp4", "127.0.0.1:0", "0.0.0.0", false},
+		{"IPv4-mapped address", "tcp4", "127.0.0.1:0", "::ffff:127.0.0.1", false},
+		{"other address of loopback", "tcp4", "127.0.0.2:0", "127.0.0.1", true},
+		{"exact IPv6", "tcp6", "[::1]:0", "::1", false},
+		{"wildcard v6only, asked for IPv6", "tcp6", "[::]:0", "::1", false},
+		{"wildcard v6only, asked for IPv4", "tcp6", "[::]:0", "127.0.0.1", true},
+		{"dual stack, asked for IPv4", "tcp", "[::]:0", "127.0.0.1", false},
+		{"dual stack, asked for IPv6", "tcp", "[::]:0", "::1", false},
+		{"IPv4 wildcard, asked for IPv6", "tcp4", "0.0.0.0:0", "::1", true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := listen(t, tt.network, tt.listen)
+			addr := netip.AddrPortFrom(netip.MustParseAddr(tt.ask), port(l))
+			uid, err := Owner(addr)
+			if tt.none {
+				if !errors.Is(err, ErrNoListener) {
+					t.Fatalf("Owner(%v) = %d, %v; want ErrNoListener", addr, uid, err)
+				}
+				return
+			}
+			if err != nil || uid != me {
+				t.Fatalf("Owner(%v) = %d, %v; want %d", addr, uid, err, me)
+			}
+			if err := OwnedBy(addr, me); err != nil {
+				t.Errorf("OwnedBy(%v, %d): %v", addr, me, err)
+			}
+			var foreign *ForeignError
+			if err := OwnedBy(addr, me+1); !errors.As(err, &foreign) || foreign.UID != me {
+				t.Errorf("OwnedBy(%v, %d) = %v; want a ForeignError with uid %d", addr, me+1, err, me)
+			}
+		})
+	}
+}
+
+func TestOwnerClosed(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	p := port(l)
+	if ok, err := Listening(p); !ok || err != nil {
+		t.Fatalf("Listening(%d) = %v, %v; want true", p, ok, err)
+	}
+	l.Close()
+	if ok, err := Listening(p); ok || err != nil {
+		t.Errorf("Listening(%d) = %v, %v after Close; want false", p, ok, err)
+	}
+	if err := OwnedBy(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p), 0); !errors.Is(err, ErrNoListener) {
+		t.Errorf("OwnedBy after Close: %v; want ErrNoListener", err)
+	}
+}
+
+func TestListenersReusePort(t *testing.T) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); e != nil {
+			return e
+		}
+		return err
+	}}
+	first, err := lc.Listen(t.Context(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { first.Close() })
+	second, err := lc.Listen(t.Context(), "tcp4", first.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { second.Close() })
+	all, err := Listeners(port(first))
+	if err != nil || len(all) != 2 {
+		t.Fatalf("Listeners = %v, %v; want two", all, err)
+	}
+	for _, l := range all {
+		if want := netip.MustParseAddrPort(first.Addr().String()); l.Addr != want || l.UID != uint32(os.Getuid()) {
+			t.Errorf("Listeners: %+v; want %v of uid %d", l, want, os.Getuid())
+		}
+	}
+}
+
+// TestAccepting covers the sockets one user cannot make: several owners and rival addresses on one port.
+func TestAccepting(t *testing.T) {
+	const envoy, stranger = 107, 1000
+	at := func(addr string, uid uint32) Listener {
+		return Listener{Addr: netip.AddrPortFrom(netip.MustParseAddr(addr), 15001), UID: uid}
+	}
+	v6only := at("::", stranger)
+	v6only.V6Only = true
+	device := at("0.0.0.0", stranger)
+	device.Device = 2
+	for _, tt := range []struct {
+		name string
+		have []Listener
+		ask  string
+		want []uint32
+	}{
+		{"nobody", nil, "127.0.0.1", nil},
+		{"exact beats wildcard", []Listener{at("0.0.0.0", envoy), at("127.0.0.1", stranger)}, "127.0.0.1", []uint32{stranger}},
+		{"exact elsewhere", []Listener{at("0.0.0.0", envoy), at("127.0.0.2", stranger)}, "127.0.0.1", []uint32{envoy}},
+		{"exact IPv6 beats dual stack", []Listener{at("::", envoy), at("::1", stranger)}, "::1", []uint32{stranger}},
+		{"v6only is no rival for IPv4", []Listener{at("0.0.0.0", envoy), v6only}, "127.0.0.1", []uint32{envoy}},
+		{"v6only takes IPv6", []Listener{at("0.0.0.0", envoy), v6only}, "::1", []uint32{stranger}},
+		{"two owners", []Listener{at("0.0.0.0", stranger), at("0.0.0.0", envoy), at("0.0.0.0", envoy)}, "127.0.0.1", []uint32{envoy, stranger}},
+		{"bound to a device", []Listener{at("0.0.0.0", envoy), device}, "127.0.0.1", []uint32{envoy, stranger}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := accepting(tt.have, netip.MustParseAddr(tt.ask)); !slices.Equal(got, tt.want) {
+				t.Errorf("accepting(%v) = %v; want %v", tt.ask, got, tt.want)
+			}
+		})
+	}
+}
+
+func TestPeerOwner(t *testing.T) {
+	me := uint32(os.Getuid())
+	for _, tt := range []struct{ name, network, listen, dial string }{
+		{"IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1"},
+		{"IPv6", "tcp6", "[::1]:0", "::1"},
+		{"IPv4 to dual stack", "tcp", "[::]:0", "127.0.0.1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := listen(t, tt.network, tt.listen)
+			c := dialPort(t, tt.dial, port(l))
+			// Nobody has accepted: the kernel itself would say uid 0 for this socket.
+			if uid, err := PeerOwner(c); err != nil || uid != me {
+				t.Fatalf("PeerOwner before accept = %d, %v; want %d", uid, err, me)
+			}
+			s, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			if uid, err := PeerOwner(c); err != nil || uid != me {
+				t.Fatalf("PeerOwner after accept = %d, %v; want %d", uid, err, me)
+			}
+			l.Close()
+			if uid, err := PeerOwner(c); err != nil || uid != me {
+				t.Fatalf("PeerOwner after the listener closed = %d, %v; want %d", uid, err, me)
+			}
+			// A closed end reads as uid 0 (root, who would be trusted) on kernels before 6.17.
+			s.Close()
+			if uid, err := PeerOwner(c); !errors.Is(err, ErrNoPeer) {
+				t.Fatalf("PeerOwner after close = %d, %v; want ErrNoPeer", uid, err)
+			}
+		})
+	}
+}
+
+func TestPeerOwnerNotTCP(t *testing.T) {
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	if uid, err := PeerOwner(a); err == nil {
+		t.Errorf("PeerOwner of a pipe = %d; want an error", uid)
+	}
+}
+
+func FuzzUnmarshal(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(make([]byte, messageLen))
+	f.Add(append(make([]byte, messageLen), 5, 0, attrV6Only, 0, 1, 0, 0, 0))
+	f.Fuzz(func(t *testing.T, b []byte) { unmarshal(b) })
+}
+
+func listen(t *testing.T, network, addr string) net.Listener {
+	t.Helper()
+	l, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+func port(l net.Listener) uint16 { return l.Addr().(*net.TCPAddr).AddrPort().Port() }
+
+func dialPort(t *testing.T, host string, p uint16) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", netip.AddrPortFrom(netip.MustParseAddr(host), p).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
