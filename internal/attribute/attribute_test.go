@@ -1,0 +1,323 @@
+package attribute
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+// The captures in testdata were written by real gcloud.
+func TestParseCaptures(t *testing.T) {
+	def := func(change func(*Config)) Config {
+		cfg := Default()
+		change(&cfg)
+		return cfg
+	}
+	excludes := []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("129.168.10.0/24")}
+	want := map[string]Config{
+		"agent-location": def(func(c *Config) { c.ServingPorts = []uint16{80, 8080}; c.Network = "default" }),
+		"docs-example":   def(func(c *Config) { c.Labels = map[string]string{"app": "review", "version": "canary"} }),
+		"everything": def(func(c *Config) {
+			c.ServingPorts = []uint16{80, 8080}
+			c.InterceptAllOutbound, c.InterceptDNS, c.Tracing = true, true, true
+			c.ExcludeOutboundIPRanges = excludes
+			c.ExcludeOutboundPortRanges = []PortRange{{81, 81}, {8080, 8090}}
+			c.Labels = map[string]string{"app": "review", "version": "canary"}
+			c.AccessLog = "/var/log/envoy/access.log"
+			c.Network, c.Mesh, c.ProjectNumber = "default", "sidecar-mesh", "123456789012"
+			c.PrimarySource, c.SecondarySource = "gs://my-bucket/envoy.tgz", "gs://my-bucket/envoy.tgz"
+		}),
+		"intercept-all-exclude-reversed-ports": def(func(c *Config) {
+			c.InterceptAllOutbound = true
+			c.ExcludeOutboundPortRanges = []PortRange{{8000, 9000}}
+			c.Network = "default"
+		}),
+		"intercept-all-excludes": def(func(c *Config) {
+			c.ServingPorts = []uint16{80, 8080}
+			c.InterceptAllOutbound = true
+			c.ExcludeOutboundIPRanges = excludes
+			c.ExcludeOutboundPortRanges = []PortRange{{81, 81}, {8080, 8090}}
+			c.Network = "default"
+		}),
+		"intercept-dns": def(func(c *Config) { c.ServingPorts = []uint16{80}; c.InterceptDNS = true; c.Network = "default" }),
+		"labels-odd": def(func(c *Config) {
+			c.Labels = map[string]string{"app": `a,b "q" \ x`, "unicode": "é中", "empty": ""}
+			c.Network = "default"
+		}),
+	}
+	files, err := filepath.Glob("testdata/*.attr")
+	if err != nil || len(files) != len(want)+1 {
+		t.Fatalf("found %d captures, want %d: %v", len(files), len(want)+1, err)
+	}
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".attr")
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		have, err := Parse(text)
+		if name == "asm-managed" {
+			if !errors.Is(err, ErrAnthos) {
+				t.Errorf("%s: have %v, want ErrAnthos", name, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(want[name], have, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+			t.Errorf("%s (-want +have):\n%s", name, diff)
+		}
+	}
+}
+
+// Every key with every type of JSON value that is not its own: each is refused with that key's path.
+func TestParseWrongTypes(t *testing.T) {
+	values := map[string]string{"null": "null", "bool": "true", "number": "8080", "string": `"x"`, "list": `[{}]`, "object": `{"x": {}}`}
+	keys := map[string]string{ // path -> type
+		"api-version": "string", "service": "object", "traffic-interception": "object", "labels": "", "proxy-spec": "object",
+		"service.serving-ports": "", "traffic-interception.intercept-all-outbound": "bool",
+		"traffic-interception.exclude-outbound-ip-ranges": "", "traffic-interception.exclude-outbound-port-ranges": "",
+		"traffic-interception.intercept-dns": "bool",
+		"proxy-spec.proxy-port":              "number", "proxy-spec.tracing": "", "proxy-spec.access-log": "", "proxy-spec.network": "string",
+		"proxy-spec.scope": "string", "proxy-spec.mesh": "string", "proxy-spec.project-number": "", "proxy-spec.primary-source": "",
+		"proxy-spec.secondary-source": "", "proxy-spec.xds-version": "",
+	}
+	for key, typ := range keys {
+		for name, value := range values {
+			if name == typ {
+				continue // "" has none among the values: even the right type holds something malformed
+			}
+			doc := fmt.Sprintf(`{"api-version": "0.2", "labels": {}, %s}`, nest(key, value))
+			if key == "labels" || key == "api-version" {
+				doc = fmt.Sprintf(`{%q: %s}`, key, value)
+			}
+			_, err := Parse([]byte(doc))
+			var keyErr *KeyError
+			if !errors.As(err, &keyErr) {
+				t.Errorf("%s as %s: have %v, want a KeyError", key, name, err)
+				continue
+			}
+			if keyErr.Key != key && !strings.HasPrefix(keyErr.Key, key+"[") {
+				t.Errorf("%s as %s: the error names %s", key, name, keyErr.Key)
+			}
+		}
+	}
+	for _, key := range []string{"service.serving-ports", "traffic-interception.exclude-outbound-ip-ranges", "traffic-interception.exclude-outbound-port-ranges"} {
+		for name, value := range values {
+			_, err := Parse([]byte("{" + nest(key, "["+value+"]") + "}"))
+			if name == "number" && key == "service.serving-ports" {
+				if err != nil {
+					t.Error(err)
+				}
+				continue
+			}
+			var keyErr *KeyError
+			if !errors.As(err, &keyErr) || keyErr.Key != key+"[0]" {
+				t.Errorf("%s[0] as %s: have %v", key, name, err)
+			}
+		}
+	}
+}
+
+// nest is `"a": {"b": value}` of a.b.
+func nest(key, value string) string {
+	if outer, inner, ok := strings.Cut(key, "."); ok {
+		return fmt.Sprintf("%q: {%s}", outer, nest(inner, value))
+	}
+	return fmt.Sprintf("%q: %s", key, value)
+}
+
+func TestParseMalformed(t *testing.T) {
+	for _, tt := range []struct{ doc, key, reason string }{
+		{``, Name, "the text is empty"},
+		{`  `, Name, "the text is empty"},
+		{`{"service": `, Name, "the text ends early, at byte 12"},
+		{`{"service": {}} x`, Name, "more text after the value"},
+		{`{} {}`, Name, "more text after the value"},
+		{`<html>`, Name, "invalid character '<'"},
+		{`[]`, Name, "want an object, have a list"},
+		{`"ON"`, Name, "want an object, have a string"},
+		{`{"service": {"serving-ports": [80, 0]}}`, "service.serving-ports[1]", "from 1 to 65535, have 0"},
+		{`{"service": {"serving-ports": [65536]}}`, "service.serving-ports[0]", "have 65536"},
+		{`{"service": {"serving-ports": [-1]}}`, "service.serving-ports[0]", "have -1"},
+		{`{"service": {"serving-ports": [80.5]}}`, "service.serving-ports[0]", "have 80.5"},
+		{`{"service": {"serving-ports": [1e99]}}`, "service.serving-ports[0]", "have 1e99"},
+		{`{"service": {"serving-ports": ["80"]}}`, "service.serving-ports[0]", "want a whole number, have a string"},
+		{`{"service": {"serving-ports": [15000]}}`, "service.serving-ports[0]", "15000 is a port of Envoy or the agent"},
+		{`{"service": {"serving-ports": [15001]}}`, "service.serving-ports[0]", "15001 is a port"},
+		{`{"service": {"serving-ports": [15006]}}`, "service.serving-ports[0]", "15006 is a port"},
+		{`{"service": {"serving-ports": [15020]}}`, "service.serving-ports[0]", "15020 is a port"},
+		{`{"proxy-spec": {"proxy-port": 16001}, "service": {"serving-ports": [80, 16001]}}`, "service.serving-ports[1]", "16001 is a port"},
+		{`{"proxy-spec": {"proxy-port": 1024}}`, "proxy-spec.proxy-port", "from 1025 to 65535, have 1024"},
+		{`{"proxy-spec": {"proxy-port": 15000}}`, "proxy-spec.proxy-port", "15000 is used by"},
+		{`{"proxy-spec": {"tracing": "on"}}`, "proxy-spec.tracing", `want "ON" or "OFF"`},
+		{`{"proxy-spec": {"xds-version": 4}}`, "proxy-spec.xds-version", "from 2 to 3"},
+		{`{"proxy-spec": {"project-number": "my-project"}}`, "proxy-spec.project-number", `digits, have "my-project"`},
+		{`{"proxy-spec": {"network": "a/nodes/b"}}`, "proxy-spec.network", "without slashes"},
+		{`{"proxy-spec": {"mesh": "a\nb"}}`, "proxy-spec.mesh", `have "a\nb"`},
+		{`{"proxy-spec": {"access-log": "access.log"}}`, "proxy-spec.access-log", "absolute path"},
+		{`{"proxy-spec": {"access-log": "/var/log/envoy/../../../etc/passwd"}}`, "proxy-spec.access-log", "absolute path"},
+		{`{"proxy-spec": {"access-log": "/var/log/a\nReadWritePaths=/"}}`, "proxy-spec.access-log", "control characters"},
+		{`{"proxy-spec": {"access-log": "/var/log/a\u0000"}}`, "proxy-spec.access-log", "control characters"},
+		{`{"proxy-spec": {"access-log": "/"}}`, "proxy-spec.access-log", "absolute path of a file"},
+		{`{"proxy-spec": {"primary-source": "http://h/e.tgz?sig=SECRET"}}`, "proxy-spec.primary-source", `have scheme "http"`},
+		{`{"proxy-spec": {"primary-source": "gs://bucket"}}`, "proxy-spec.primary-source", "names no file"},
+		{`{"proxy-spec": {"secondary-source": "%zz?sig=SECRET"}}`, "proxy-spec.secondary-source", "want a gs://"},
+		{`{"proxy-spec": {"primary-source": "file://host/x"}}`, "proxy-spec.primary-source", "names no file"},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["10.0.0.1", "example.com"]}}`,
+			"traffic-interception.exclude-outbound-ip-ranges[1]", `want an IP address or CIDR range, have "example.com"`},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["10.0.0.0/33"]}}`, "traffic-interception.exclude-outbound-ip-ranges[0]", "/33"},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["10.0.0.0-10.0.0.9"]}}`, "traffic-interception.exclude-outbound-ip-ranges[0]", "10.0.0.9"},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["fe80::1%eth0"]}}`, "traffic-interception.exclude-outbound-ip-ranges[0]", "eth0"},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": [""]}}`, "traffic-interception.exclude-outbound-ip-ranges[0]", `have ""`},
+		{`{"traffic-interception": {"exclude-outbound-port-ranges": ["80-"]}}`, "traffic-interception.exclude-outbound-port-ranges[0]", `have "80-"`},
+		{`{"traffic-interception": {"exclude-outbound-port-ranges": ["0"]}}`, "traffic-interception.exclude-outbound-port-ranges[0]", `have "0"`},
+		{`{"traffic-interception": {"exclude-outbound-port-ranges": ["70000"]}}`, "traffic-interception.exclude-outbound-port-ranges[0]", "70000"},
+		{`{"traffic-interception": {"exclude-outbound-port-ranges": ["http"]}}`, "traffic-interception.exclude-outbound-port-ranges[0]", "http"},
+		{`{"labels": {"b": 1, "a": null}}`, `labels["a"]`, "want a string, have null"},
+		{`{"labels": {"a": "` + strings.Repeat("x", 1<<20) + `"}}`, Name, "bytes of text, want at most 524288"},
+		{strings.Repeat("[", 20000), Name, "not JSON"},
+	} {
+		_, err := Parse([]byte(tt.doc))
+		var keyErr *KeyError
+		if !errors.As(err, &keyErr) {
+			t.Errorf("%.80s: have %v, want a KeyError", tt.doc, err)
+			continue
+		}
+		if keyErr.Key != tt.key || !strings.Contains(keyErr.Reason, tt.reason) {
+			t.Errorf("%.80s:\nhave %s: %s\nwant %s: …%s…", tt.doc, keyErr.Key, keyErr.Reason, tt.key, tt.reason)
+		}
+		checkLine(t, err)
+		if strings.Contains(err.Error(), "SECRET") {
+			t.Errorf("the error shows a URL's query: %v", err)
+		}
+	}
+}
+
+// checkLine says that the error fits a guest attribute: one line of at most 1 KB.
+func checkLine(t *testing.T, err error) {
+	t.Helper()
+	if s := err.Error(); strings.ContainsAny(s, "\n\r\x00") || len(s) > 1024 {
+		t.Errorf("the error is not one line of at most 1 KB: %q", s)
+	}
+}
+
+func TestParseAccepts(t *testing.T) {
+	for _, tt := range []struct {
+		doc  string
+		want func(*Config)
+	}{
+		{`{}`, func(*Config) {}},
+		{`{"service": {}, "traffic-interception": {}, "labels": {}, "proxy-spec": {}}`, func(*Config) {}},
+		{`{"service": {"serving-ports": [8080, 22, 80, 8080]}}`, func(c *Config) {
+			c.ServingPorts = []uint16{22, 80, 8080}
+			c.Warnings = []string{"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
+		}},
+		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["2001:db8::1", "2001:db8::1/32", "10.1.2.3/8", "::ffff:192.0.2.7", "::ffff:192.0.2.7/120"]}}`,
+			func(c *Config) {
+				for _, s := range []string{"2001:db8::1/128", "2001:db8::/32", "10.0.0.0/8", "192.0.2.7/32", "192.0.2.0/24"} {
+					c.ExcludeOutboundIPRanges = append(c.ExcludeOutboundIPRanges, netip.MustParsePrefix(s))
+				}
+			}},
+		{`{"proxy-spec": {"xds-version": 2, "tracing": "OFF", "proxy-port": 16001}}`, func(c *Config) {
+			c.ProxyPort = 16001
+			c.Warnings = []string{"proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used"}
+		}},
+		{`{"api-version": "0.3", "new-key": 1, "proxy-spec": {"a\nb": 2}, "service": {"x": null}}`, func(c *Config) {
+			c.Unknown = []string{"new-key", `proxy-spec."a\nb"`, "service.x"}
+			c.Warnings = []string{`api-version: "0.3" is not the version this agent knows, 0.2`}
+		}},
+		{`{"labels": {"a\nb": "c\u0000\u001b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}}`, func(c *Config) {
+			c.Labels = map[string]string{"a\nb": "c\x00\x1b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}
+		}},
+		{`{"proxy-spec": {"primary-source": "https://h/e.tgz?sig=1#sha256=00", "secondary-source": "file:///opt/e.tgz"}}`, func(c *Config) {
+			c.PrimarySource, c.SecondarySource = "https://h/e.tgz?sig=1#sha256=00", "file:///opt/e.tgz"
+		}},
+		{`{"proxy-spec": {"access-log": "/dev/stdout", "network": "", "mesh": "m", "scope": "s"}}`, func(c *Config) {
+			c.AccessLog, c.Mesh, c.Scope = "/dev/stdout", "m", "s"
+		}},
+	} {
+		want := Default()
+		tt.want(&want)
+		have, err := Parse([]byte(tt.doc))
+		if err != nil {
+			t.Errorf("%s: %v", tt.doc, err)
+		}
+		if diff := cmp.Diff(want, have, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+			t.Errorf("%s (-want +have):\n%s", tt.doc, diff)
+		}
+	}
+}
+
+// A quarter of a megabyte of labels, as much as one metadata entry may hold, is read whole.
+func TestParseManyLabels(t *testing.T) {
+	labels := map[string]string{}
+	for i := range 4000 {
+		labels[fmt.Sprintf("label-%d", i)] = strings.Repeat("é", 20)
+	}
+	text, err := json.Marshal(map[string]any{"labels": labels})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := Parse(text)
+	if err != nil || len(cfg.Labels) != 4000 {
+		t.Fatalf("%d labels, %v", len(cfg.Labels), err)
+	}
+}
+
+func TestAnthosByMode(t *testing.T) {
+	if _, err := Parse([]byte(`{"mode": "ON", "proxy-spec": {}}`)); !errors.Is(err, ErrAnthos) {
+		t.Errorf("have %v, want ErrAnthos", err)
+	}
+	checkLine(t, ErrAnthos)
+}
+
+func FuzzParse(f *testing.F) {
+	files, err := filepath.Glob("testdata/*.attr")
+	if err != nil || len(files) == 0 {
+		f.Fatal("no captures in testdata", err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		cfg, err := Parse(text)
+		if err != nil {
+			checkLine(t, err)
+			return
+		}
+		for _, port := range cfg.ServingPorts {
+			if port == 0 || port == cfg.ProxyPort || port == AdminPort || port == InboundPort || port == AgentPort {
+				t.Errorf("serving port %d got through", port)
+			}
+		}
+		for _, r := range cfg.ExcludeOutboundPortRanges {
+			if r.First == 0 || r.First > r.Last {
+				t.Errorf("port range %v got through", r)
+			}
+		}
+		for _, p := range cfg.ExcludeOutboundIPRanges {
+			if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() {
+				t.Errorf("prefix %v got through", p)
+			}
+		}
+		for _, s := range append([]string{cfg.AccessLog, cfg.Network, cfg.Scope, cfg.Mesh, cfg.ProjectNumber}, cfg.Unknown...) {
+			if strings.ContainsAny(s, "\n\x00") {
+				t.Errorf("%q got through", s)
+			}
+		}
+	})
+}
