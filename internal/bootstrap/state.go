@@ -1,0 +1,168 @@
+package bootstrap
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// Where bootstrap and the daemon meet.
+const (
+	StateDir   = "/var/lib/service-proxy-agent" // State: written here by bootstrap, read and published by the daemon
+	RuntimeDir = "/run/service-proxy-agent"     // RequestFile: written here by the daemon, a path unit starts bootstrap
+
+	StateFile   = "bootstrap.json"
+	RequestFile = "bootstrap-requested"
+)
+
+// Values of State.Status, as the guest attribute bootstrap-status has them. "" stands for: never started.
+const (
+	InProgress = "IN PROGRESS"
+	Failed     = "FAILED"
+	Finished   = "FINISHED"
+)
+
+// State is how far bootstrap came. It is small, and read by the daemon at every change of the file.
+type State struct {
+	Status  string    `json:"status"`
+	Step    string    `json:"step,omitempty"` // the step under way, or the one that failed
+	Time    time.Time `json:"time"`           // of the last change
+	Attempt int       `json:"attempt"`        // in this run of bootstrap, from 1
+
+	// Failure is the last failure, one line: step, cause, what to do. It stays after bootstrap has finished.
+	Failure     string    `json:"failure,omitempty"`
+	FailureTime time.Time `json:"failure_time,omitzero"`
+	// Next says, while Status is Failed, what bootstrap does by itself; Permanent that this is only waiting for someone to mend the
+	// cause, so that autohealing may count it as failed for good.
+	Next      string    `json:"next,omitempty"`
+	Retry     time.Time `json:"retry,omitzero"`
+	Permanent bool      `json:"permanent,omitempty"`
+
+	EnvoyVersion string `json:"envoy_version,omitempty"` // of the installed binary
+	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
+
+	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on counting over restarts.
+	Story []Line `json:"story,omitempty"`
+}
+
+// Line is one line of the story.
+type Line struct {
+	Seq      int       `json:"seq"`
+	Time     time.Time `json:"time"`
+	Severity string    `json:"severity"` // INFO, WARNING or ERROR
+	Text     string    `json:"text"`
+}
+
+const maxStory = 64
+
+// FailureLine is the value of the guest attribute bootstrap-last-failure: what failed, and what comes next while it still does. "" without a failure.
+func (s State) FailureLine() string {
+	switch {
+	case s.Failure == "":
+		return ""
+	case s.Status == Failed && s.Next != "":
+		return oneLine(s.Failure + "; " + s.Next)
+	default:
+		return oneLine(fmt.Sprintf("%s (at %s)", s.Failure, s.FailureTime.UTC().Format(time.RFC3339)))
+	}
+}
+
+// ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here.
+func ReadState(dir string) (State, error) {
+	var state State
+	text, err := os.ReadFile(filepath.Join(dir, StateFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return state, nil
+	}
+	if err != nil {
+		return state, fmt.Errorf("read bootstrap's state: %w", err)
+	}
+	if err := json.Unmarshal(text, &state); err != nil {
+		return State{}, fmt.Errorf("parse bootstrap's state: %w", err)
+	}
+	return state, nil
+}
+
+// writeState replaces the state in dir. The folder belongs to the daemon's user, whom root must not trust: os.Root keeps every
+// name inside it, and the rename replaces a link planted under the file's name.
+func writeState(dir string, state State) error {
+	text, err := json.MarshalIndent(state, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write bootstrap's state: %w", err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("write bootstrap's state: %w", err)
+	}
+	defer root.Close()
+	if err := replaceFile(root, StateFile, append(text, '\n'), 0o644); err != nil { // the folder is 0700
+		return fmt.Errorf("write bootstrap's state: %w", err)
+	}
+	return nil
+}
+
+// replaceFile writes name in root by way of a new file and a rename, and waits for the disk: after a power cut there is
+// the old text or the new one.
+func replaceFile(root *os.Root, name string, text []byte, mode fs.FileMode) error {
+	temp := name + ".new"
+	if err := root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = root.Rename(temp, name)
+	}
+	if err != nil {
+		_ = root.Remove(temp) // the first error is the one to tell
+		return err
+	}
+	return syncDir(root)
+}
+
+func syncDir(root *os.Root) error {
+	dir, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// Request asks for a run of bootstrap, which only root can do: service-proxy-bootstrap.path starts the unit when the file appears in
+// dir (RuntimeDir). A run that is waiting for its next attempt takes it up at once.
+func Request(dir, reason string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return fmt.Errorf("request bootstrap: %w", err)
+	}
+	defer root.Close()
+	if err := root.WriteFile(RequestFile, []byte(oneLine(reason)+"\n"), 0o600); err != nil {
+		return fmt.Errorf("request bootstrap: %w", err)
+	}
+	return nil
+}
+
+// oneLine makes text fit a guest attribute or a serial line: no control characters, at most 1 KB.
+func oneLine(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "?"))
+	const most = 1000
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return strings.TrimSpace(text)
+}

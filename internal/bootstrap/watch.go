@@ -1,0 +1,187 @@
+package bootstrap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"time"
+
+	"cloud.google.com/go/compute/metadata"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+)
+
+// ErrNoAttribute is the error of a VM without the gce-service-proxy attribute.
+var ErrNoAttribute = fmt.Errorf("this VM has no metadata attribute %s; create its template with gcloud compute instance-templates create --service-proxy enabled",
+	attribute.Name)
+
+// MetadataError is a metadata server's answer other than 200 and 404, or none at all.
+type MetadataError struct {
+	Path string
+	Code int // 0: no answer
+	Err  error
+}
+
+func (e *MetadataError) Error() string {
+	if e.Code != 0 {
+		return fmt.Sprintf("read %q from the metadata server: status %d %s", e.Path, e.Code, http.StatusText(e.Code))
+	}
+	return fmt.Sprintf("read %q from the metadata server: %v", e.Path, e.Err)
+}
+
+func (e *MetadataError) Unwrap() error { return e.Err }
+
+// Attribute is one look at the attribute: Config when Err is nil, else Err: ErrNoAttribute, attribute.ErrAnthos, an
+// *attribute.KeyError or a *MetadataError. Text is the attribute's text as far as it was read.
+type Attribute struct {
+	Config attribute.Config
+	Text   []byte
+	Err    error
+}
+
+// WatchAttribute calls emit with the attribute as it is, and again whenever it or the way it cannot be read has changed,
+// until ctx ends. An error never repeats, so that emit may log it. What to make of an error is up to the caller: the daemon
+// keeps the last good Config.
+//
+// It polls by itself, because metadata.Client.SubscribeWithContext returns when the key is missing, sends no timeout_sec
+// and sleeps deaf to its context.
+func WatchAttribute(ctx context.Context, emit func(Attribute)) {
+	const path = "instance/attributes/" + attribute.Name
+	var last Attribute
+	first, etag, wait := true, "", time.Duration(0)
+	say := func(a Attribute) {
+		if !first && string(a.Text) == string(last.Text) && errorText(a.Err) == errorText(last.Err) {
+			return
+		}
+		first, last = false, a
+		emit(a)
+	}
+	for ctx.Err() == nil {
+		text, newETag, err := getMetadata(ctx, path, etag)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			a := Attribute{Text: text}
+			a.Config, a.Err = attribute.Parse(text)
+			say(a)
+			wait = 0
+			if newETag == "" || newETag == "0" { // a server that cannot wait: poll
+				wait = watchPoll
+			}
+			etag = newETag
+		case errors.Is(err, ErrNoAttribute):
+			say(Attribute{Err: err})
+			etag, wait = "", watchPoll // a missing key answers at once, even with wait_for_change
+		default:
+			// One lost answer of a long poll is no news: the next one says whether the server is really away.
+			if wait > 0 || first {
+				say(Attribute{Text: last.Text, Err: err})
+			}
+			etag, wait = "", min(max(2*wait, time.Second), 30*time.Second)
+		}
+		if !sleep(ctx, wait) {
+			return
+		}
+	}
+}
+
+// watchPoll is how often a key is asked for that the server cannot wait for. The server is on the host: an ask costs nothing.
+const watchPoll = 5 * time.Second
+
+// ReadAttribute reads and parses the attribute once.
+func ReadAttribute(ctx context.Context) Attribute {
+	text, _, err := getMetadata(ctx, "instance/attributes/"+attribute.Name, "")
+	if err != nil {
+		return Attribute{Err: err}
+	}
+	a := Attribute{Text: text}
+	a.Config, a.Err = attribute.Parse(text)
+	return a
+}
+
+// metadataClient never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses proxied requests.
+var metadataClient = &http.Client{
+	Transport: &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+		ResponseHeaderTimeout: 70 * time.Second, // longer than a long poll
+		IdleConnTimeout:       90 * time.Second,
+	},
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+// getMetadata reads path, relative to computeMetadata/v1/. With an etag it waits up to a minute for another value.
+func getMetadata(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
+	limit := 10 * time.Second
+	query := ""
+	if etag != "" {
+		limit = 80 * time.Second
+		query = "?" + url.Values{"wait_for_change": {"true"}, "timeout_sec": {"60"}, "last_etag": {etag}}.Encode()
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, metadataURL(path)+query, nil)
+	if err != nil {
+		return nil, "", &MetadataError{Path: path, Err: err}
+	}
+	req.Header.Set("Metadata-Flavor", "Google")
+	resp, err := metadataClient.Do(req)
+	if err != nil {
+		var urlErr *url.Error
+		if errors.As(err, &urlErr) {
+			err = urlErr.Err // the address is said by MetadataError
+		}
+		return nil, "", &MetadataError{Path: path, Err: err}
+	}
+	defer resp.Body.Close()
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusNotFound:
+		if path == "instance/attributes/"+attribute.Name {
+			return nil, "", ErrNoAttribute
+		}
+		return nil, "", &MetadataError{Path: path, Code: resp.StatusCode, Err: metadata.NotDefinedError(path)}
+	default:
+		return nil, "", &MetadataError{Path: path, Code: resp.StatusCode}
+	}
+	text, err = io.ReadAll(io.LimitReader(resp.Body, attribute.MaxSize+1)) // one more: Parse says that it is too long
+	if err != nil {
+		return nil, "", &MetadataError{Path: path, Err: err}
+	}
+	return text, resp.Header.Get("ETag"), nil
+}
+
+func metadataURL(path string) string {
+	host := os.Getenv("GCE_METADATA_HOST")
+	if host == "" {
+		host = "169.254.169.254" // by number: the name needs a resolver, which intercept-dns may have sent to Envoy
+	}
+	return "http://" + host + "/computeMetadata/v1/" + path
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// sleep waits for d and says whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
