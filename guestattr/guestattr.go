@@ -1,0 +1,485 @@
+// Package guestattr publishes short values as guest attributes of a Compute Engine VM, where people read them without logging in:
+//
+//	gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
+//
+// It is the home of the rate budget. Compute Engine allows ten queries a minute for a VM, shared with Google's own agents, and above that
+// "might arbitrarily remove" attributes being written. So every query here, write or read, takes a token from a bucket that refills three
+// a minute and holds three; only changes are written; of values that come faster the newest wins; the heartbeat is written once a minute.
+// Three tokens are enough for a first start to say bootstrap-status, proxy-version and agent-heartbeat at once.
+//
+// Values are read back, each about every ten minutes, because they can be lost, and because every process on the VM may overwrite them.
+// What was lost or changed is written again at that pace and counted: noticed, never trusted, never fought.
+//
+// Package cloud.google.com/go/compute/metadata reads metadata but cannot write guest attributes, hence the plain HTTP here. What to
+// say is decided by package agent; nothing here interprets a value.
+package guestattr
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"go.uber.org/zap"
+	"golang.org/x/time/rate"
+)
+
+// Namespace is the namespace of all keys, the one the closed agent used and gcloud's documents name.
+const Namespace = "gce-service-proxy"
+
+// The keys. [Writer.Set] takes any other, too, of letters, digits, - and _.
+const (
+	BootstrapStatus      = "bootstrap-status"
+	BootstrapLastFailure = "bootstrap-last-failure"
+	AgentLastFailure     = "agent-last-failure"
+	ProxyVersion         = "proxy-version"
+	AgentHeartbeat       = "agent-heartbeat"
+)
+
+// MaxValue is the longest value written, in bytes. Google documents no limit; longer values are cut.
+const MaxValue = 1024
+
+const (
+	burst          = 3
+	refill         = 20 * time.Second // for one token
+	queryLimit     = 5 * time.Second  // a query that takes longer has failed
+	heartbeatEvery = time.Minute
+	heartbeatLate  = 2 * time.Minute  // from then on the heartbeat goes before news: at five minutes its readers call the agent stuck
+	checkEvery     = 10 * time.Minute // each value is read back this often
+	probeEvery     = 2 * time.Minute  // while the VM's guest attributes are disabled
+	firstBackOff   = 2 * time.Second  // after a failed query; doubles
+	maxBackOff     = 30 * time.Second // so that "within 60 s" holds once the server answers again
+)
+
+// order is who goes first among values never written before.
+var order = []string{BootstrapStatus, BootstrapLastFailure, AgentLastFailure, ProxyVersion}
+
+// Options say where and how to write. The zero value is right on a VM.
+type Options struct {
+	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else 169.254.169.254
+	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
+
+	dial func(ctx context.Context, network, addr string) (net.Conn, error) // a test's own network
+}
+
+// State is how the channel does. Counts are since [New].
+type State struct {
+	Enabled   bool      `json:"enabled"`             // false: the server refused with 403; tried again every two minutes
+	LastError string    `json:"lastError,omitempty"` // of the last query; empty when it succeeded
+	Since     time.Time `json:"since"`               // when Enabled last changed, or LastError came or went; zero before the first query
+	Pending   int       `json:"pending"`             // values set and not yet written, a heartbeat that is not due aside
+	Writes    uint64    `json:"writes"`              // that succeeded
+	Reads     uint64    `json:"reads"`               // read back
+	Failures  uint64    `json:"failures"`            // queries of either kind that failed
+	Dropped   uint64    `json:"dropped"`             // values replaced by a newer one before they were written
+	Lost      uint64    `json:"lost"`                // found gone when read back, and written again
+	Changed   uint64    `json:"changed"`             // found changed by somebody else when read back, and written again
+}
+
+// Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be called from any goroutine.
+//
+//	w := guestattr.New(guestattr.Options{Log: log})
+//	go w.Run(ctx)
+//	w.Set(guestattr.ProxyVersion, info.Version)
+type Writer struct {
+	base   string
+	client *http.Client
+	log    *zap.Logger
+	tokens *rate.Limiter
+	wake   chan struct{} // one slot
+
+	mu      sync.Mutex
+	values  map[string]*value
+	state   State
+	settled chan struct{} // closed and replaced when a query ended
+	notTill time.Time     // no query before: back-off or probing
+	backOff time.Duration // the last one; 0: the last query succeeded
+}
+
+// value is one key.
+type value struct {
+	want    string
+	written string
+	sure    bool      // written is what the server holds, as far as we know; false after a failed write, which may have worked
+	last    time.Time // last successful write; zero: never
+	checked time.Time // last write or read back
+}
+
+func (v *value) dirty() bool { return !v.sure || v.want != v.written }
+
+// New returns a Writer. Nothing is sent before [Writer.Run].
+func New(o Options) *Writer {
+	host := cmp.Or(o.Host, os.Getenv("GCE_METADATA_HOST"), "169.254.169.254")
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.dial == nil {
+		o.dial = (&net.Dialer{Timeout: queryLimit}).DialContext
+	}
+	return &Writer{
+		base: "http://" + host + "/computeMetadata/v1/instance/guest-attributes/" + Namespace + "/",
+		client: &http.Client{
+			// No proxy from the environment, no redirect: the metadata server is a neighbour. A query a minute gains nothing from a kept
+			// connection, which would only be found dead.
+			Transport:     &http.Transport{DialContext: o.dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10},
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+			Timeout:       queryLimit,
+		},
+		log:     o.Log,
+		tokens:  rate.NewLimiter(rate.Every(refill), burst),
+		wake:    make(chan struct{}, 1),
+		values:  make(map[string]*value),
+		state:   State{Enabled: true},
+		settled: make(chan struct{}),
+	}
+}
+
+// Set says what key shall hold from now on; it never blocks. The value becomes one line of at most [MaxValue] bytes (see [OneLine]). A key
+// that shall stay absent is not Set at all: there is no way to delete one.
+func (w *Writer) Set(key, val string) {
+	val = OneLine(val, MaxValue)
+	w.mu.Lock()
+	v := w.values[key]
+	switch {
+	case v == nil:
+		w.values[key] = &value{want: val}
+	case v.want == val:
+		w.mu.Unlock()
+		return
+	default:
+		if v.dirty() {
+			w.state.Dropped++
+		}
+		v.want = val
+	}
+	w.mu.Unlock()
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// State is a copy of how the channel does now.
+func (w *Writer) State() State {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.state
+	s.Pending = w.pending(time.Now())
+	return s
+}
+
+// Flush returns nil when all that was Set has been written, with an error when the channel is off or ctx ends first. Run must be running.
+// It is for a program that is about to end; the budget may make it wait 20 seconds a value.
+func (w *Writer) Flush(ctx context.Context) error {
+	for {
+		w.mu.Lock()
+		pending, enabled, last, settled := w.pending(time.Now()), w.state.Enabled, w.state.LastError, w.settled
+		w.mu.Unlock()
+		switch {
+		case pending == 0:
+			return nil
+		case !enabled:
+			return fmt.Errorf("write guest attributes: %s", last)
+		}
+		select {
+		case <-settled:
+		case <-ctx.Done():
+			if last != "" {
+				return fmt.Errorf("write %d guest attributes: %s", pending, last)
+			}
+			return fmt.Errorf("write %d guest attributes: %w", pending, ctx.Err())
+		}
+	}
+}
+
+// Run writes until ctx ends, which cuts a query short, and returns nil then.
+func (w *Writer) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for ctx.Err() == nil {
+		now := time.Now()
+		w.mu.Lock()
+		key, read, at := w.next(now)
+		w.mu.Unlock()
+		if wait := w.token(now); key != "" && at.Before(wait) {
+			at = wait
+		}
+		if key != "" && !at.After(now) && w.tokens.AllowN(now, 1) {
+			w.query(ctx, key, read)
+			continue
+		}
+		var due <-chan time.Time
+		if key != "" {
+			// A token is there a hair later than computed in floating point.
+			timer.Reset(max(at.Sub(now), time.Millisecond))
+			due = timer.C
+		}
+		select {
+		case <-ctx.Done():
+		case <-w.wake:
+		case <-due:
+		}
+	}
+	return nil
+}
+
+// token is when the bucket will hold a token.
+func (w *Writer) token(now time.Time) time.Time {
+	missing := 1 - w.tokens.TokensAt(now)
+	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
+}
+
+// next chooses what to do next and says when: a key to write or to read back; no key when there is nothing to do ever.
+func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
+	later := func(t time.Time) time.Time {
+		if t.Before(w.notTill) {
+			return w.notTill
+		}
+		return t
+	}
+	// The value not written for longest goes first; of those never written, by order. So one that changes all the time starves no other.
+	for k, v := range w.values {
+		if k != AgentHeartbeat && v.dirty() && (key == "" || w.before(k, key)) {
+			key = k
+		}
+	}
+	beat := w.values[AgentHeartbeat]
+	if beat != nil && beat.dirty() {
+		due := now
+		if !beat.last.IsZero() {
+			due = beat.last.Add(heartbeatEvery)
+		}
+		late := !beat.last.IsZero() && now.Sub(beat.last) >= heartbeatLate
+		if key == "" && !due.After(now) || late {
+			return AgentHeartbeat, false, later(now)
+		}
+		if key == "" {
+			key, at = AgentHeartbeat, due
+		}
+	}
+	if key != "" && key != AgentHeartbeat {
+		return key, false, later(now)
+	}
+	// Nothing to write now: read back the value looked at longest ago. The heartbeat heals by itself within a minute.
+	var oldest string
+	for k, v := range w.values {
+		if k != AgentHeartbeat && !v.dirty() && (oldest == "" || v.checked.Before(w.values[oldest].checked)) {
+			oldest = k
+		}
+	}
+	if oldest != "" {
+		if due := w.values[oldest].checked.Add(checkEvery); key == "" || due.Before(at) {
+			return oldest, true, later(due)
+		}
+	}
+	return key, false, later(at)
+}
+
+// before says whether to write key a before b.
+func (w *Writer) before(a, b string) bool {
+	if c := w.values[a].last.Compare(w.values[b].last); c != 0 {
+		return c < 0
+	}
+	rank := func(k string) int {
+		if i := slices.Index(order, k); i >= 0 {
+			return i
+		}
+		return len(order)
+	}
+	return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b)) < 0
+}
+
+func (w *Writer) pending(now time.Time) int {
+	n := 0
+	for k, v := range w.values {
+		if v.dirty() && (k != AgentHeartbeat || v.last.IsZero() || now.Sub(v.last) >= heartbeatEvery) {
+			n++
+		}
+	}
+	return n
+}
+
+// query makes one write or read and books its outcome.
+func (w *Writer) query(ctx context.Context, key string, read bool) {
+	w.mu.Lock()
+	sent := w.values[key].want
+	w.mu.Unlock()
+	var found string
+	var err error
+	if read {
+		found, err = w.get(ctx, key)
+	} else {
+		err = w.put(ctx, key, sent)
+	}
+	if ctx.Err() != nil {
+		return // cut short by us: no verdict
+	}
+
+	now := time.Now()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	defer func() {
+		close(w.settled)
+		w.settled = make(chan struct{})
+	}()
+	v := w.values[key]
+	var status *statusError
+	errors.As(err, &status)
+	switch {
+	case read && status != nil && status.code == http.StatusNotFound:
+		w.state.Reads++
+		w.state.Lost++
+		v.sure = false
+		w.log.Warn("guest attribute was lost, writing it again", zap.String("key", key))
+	case err != nil:
+		if !read {
+			v.sure = false
+		}
+		w.failed(now, err, status != nil && status.code == http.StatusForbidden)
+		return
+	case read:
+		w.state.Reads++
+		v.checked = now
+		if found != v.written {
+			w.state.Changed++
+			v.sure = false
+			w.log.Warn("guest attribute was changed by others, writing it again", zap.String("key", key))
+		}
+	default:
+		w.state.Writes++
+		v.written, v.sure, v.last, v.checked = sent, true, now, now
+	}
+	w.succeeded(now)
+}
+
+func (w *Writer) failed(now time.Time, err error, forbidden bool) {
+	w.state.Failures++
+	wasEnabled, wasFine := w.state.Enabled, w.state.LastError == ""
+	// Once refused, off until a query succeeds: a time-out in between is no news.
+	w.state.Enabled = wasEnabled && !forbidden
+	w.state.LastError = err.Error()
+	if wasEnabled != w.state.Enabled || wasFine {
+		w.state.Since = now
+	}
+	if !w.state.Enabled {
+		w.backOff, w.notTill = firstBackOff, now.Add(probeEvery)
+		if wasEnabled {
+			w.log.Warn("guest attributes are refused, set enable-guest-attributes=TRUE in the VM's metadata", zap.Error(err))
+		}
+		return
+	}
+	w.backOff = min(max(2*w.backOff, firstBackOff), maxBackOff)
+	w.notTill = now.Add(w.backOff)
+	if wasFine {
+		w.log.Warn("guest attributes cannot be written", zap.Error(err))
+	}
+}
+
+func (w *Writer) succeeded(now time.Time) {
+	if w.state.LastError != "" {
+		w.log.Info("guest attributes are written again", zap.Duration("after", now.Sub(w.state.Since)))
+	}
+	if !w.state.Enabled {
+		// What the VM held before it was disabled may be gone. The value just written is not.
+		for _, v := range w.values {
+			if !v.last.Equal(now) {
+				v.sure = false
+			}
+		}
+	}
+	if !w.state.Enabled || w.state.LastError != "" || w.state.Since.IsZero() {
+		w.state.Since = now
+	}
+	w.state.Enabled, w.state.LastError = true, ""
+	w.backOff, w.notTill = 0, time.Time{}
+}
+
+// statusError is an answer other than 200.
+type statusError struct {
+	code int
+	body string
+}
+
+func (e *statusError) Error() string {
+	if e.body == "" {
+		return fmt.Sprintf("%d %s", e.code, http.StatusText(e.code))
+	}
+	return fmt.Sprintf("%d %s", e.code, e.body)
+}
+
+func (w *Writer) put(ctx context.Context, key, val string) error {
+	if _, err := w.do(ctx, http.MethodPut, key, val); err != nil {
+		return fmt.Errorf("write guest attribute %s: %w", key, err)
+	}
+	return nil
+}
+
+func (w *Writer) get(ctx context.Context, key string) (string, error) {
+	body, err := w.do(ctx, http.MethodGet, key, "")
+	if err != nil {
+		return "", fmt.Errorf("read guest attribute %s: %w", key, err)
+	}
+	return body, nil
+}
+
+func (w *Writer) do(ctx context.Context, method, key, body string) (string, error) {
+	var send io.Reader
+	if method == http.MethodPut {
+		send = strings.NewReader(body)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, w.base+url.PathEscape(key), send)
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Metadata-Flavor", "Google")
+	res, err := w.client.Do(req)
+	if err != nil {
+		var u *url.Error
+		if errors.As(err, &u) {
+			if u.Timeout() {
+				return "", fmt.Errorf("no answer from the metadata server within %v", queryLimit)
+			}
+			err = u.Err // the URL says nothing new
+		}
+		return "", err
+	}
+	defer res.Body.Close()
+	// One byte more than any value of ours: a longer one differs anyway.
+	var answer bytes.Buffer
+	_, err = io.Copy(&answer, io.LimitReader(res.Body, MaxValue+1))
+	if res.StatusCode != http.StatusOK {
+		return "", &statusError{res.StatusCode, OneLine(answer.String(), 200)}
+	}
+	if err != nil && method == http.MethodGet {
+		return "", err
+	}
+	return answer.String(), nil
+}
+
+// OneLine makes s fit for one line of at most limit bytes (at least 3): line breaks, other control characters and runs of space become
+// one space, invalid UTF-8 the replacement character; what is too long is cut between characters and ends in "…".
+func OneLine(s string, limit int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }), " ")
+	if len(s) <= limit {
+		return s
+	}
+	const mark = "…"
+	end := limit - len(mark)
+	for end > 0 && !utf8.RuneStart(s[end]) {
+		end--
+	}
+	return s[:end] + mark
+}

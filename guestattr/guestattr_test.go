@@ -1,0 +1,514 @@
+package guestattr
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// server is a metadata server on connections in memory, which synctest can see through.
+type server struct {
+	start time.Time
+	conns chan net.Conn
+	done  chan struct{}
+
+	mu      sync.Mutex
+	values  map[string]string
+	queries []time.Time
+	log     []string                                               // "12s PUT key value"
+	handle  func(w http.ResponseWriter, r *http.Request) (ok bool) // nil or true: go on
+}
+
+func newServer(t *testing.T) *server {
+	s := &server{start: time.Now(), conns: make(chan net.Conn), done: make(chan struct{}), values: map[string]string{}}
+	h := &http.Server{Handler: s}
+	go h.Serve(s)
+	t.Cleanup(func() { h.Close() })
+	return s
+}
+
+func (s *server) Accept() (net.Conn, error) {
+	select {
+	case c := <-s.conns:
+		return c, nil
+	case <-s.done:
+		return nil, net.ErrClosed
+	}
+}
+func (s *server) Close() error   { close(s.done); return nil }
+func (s *server) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (s *server) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	a, b := net.Pipe()
+	select {
+	case s.conns <- b:
+		return a, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+const path = "/computeMetadata/v1/instance/guest-attributes/gce-service-proxy/"
+
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	s.mu.Lock()
+	s.queries = append(s.queries, time.Now())
+	handle := s.handle
+	s.mu.Unlock()
+	if handle != nil && !handle(w, r) {
+		return
+	}
+	key, ok := strings.CutPrefix(r.URL.Path, path)
+	if !ok || r.Header.Get("Metadata-Flavor") != "Google" || r.Header.Get("X-Forwarded-For") != "" {
+		http.Error(w, "not a guest attribute query", http.StatusBadRequest)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.log = append(s.log, strings.TrimSpace(fmt.Sprintf("%v %s %s %s", time.Since(s.start).Round(time.Second), r.Method, key, body)))
+	switch r.Method {
+	case http.MethodPut:
+		s.values[key] = string(body)
+	case http.MethodGet:
+		v, ok := s.values[key]
+		if !ok {
+			http.NotFound(w, r)
+			return
+		}
+		io.WriteString(w, v)
+	}
+}
+
+func (s *server) on(handle func(w http.ResponseWriter, r *http.Request) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.handle = handle
+}
+
+func (s *server) answer(code int, text string) {
+	s.on(func(w http.ResponseWriter, r *http.Request) bool { http.Error(w, text, code); return false })
+}
+
+func (s *server) get(key string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.values[key]
+}
+
+func (s *server) set(key, value string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.values[key] = value
+}
+
+// seen is the log so far, which it empties.
+func (s *server) seen() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.log
+	s.log = nil
+	return l
+}
+
+// checkBudget fails when any minute saw more than six queries: three in the bucket and three that refill it.
+func (s *server) checkBudget(t *testing.T) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.queries {
+		if i+6 < len(s.queries) && s.queries[i+6].Sub(s.queries[i]) < time.Minute {
+			t.Errorf("seven queries within %v, at %v", s.queries[i+6].Sub(s.queries[i]), s.queries[i].Sub(s.start))
+			return
+		}
+	}
+}
+
+// bubble runs f with a running Writer in fake time, and stops it afterwards.
+func bubble(t *testing.T, f func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs)) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		core, logs := observer.New(zap.InfoLevel)
+		w := New(Options{Host: "metadata", Log: zap.New(core), dial: s.dial})
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- w.Run(ctx) }()
+		f(t, w, s, logs)
+		stop()
+		if err := <-ended; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		s.checkBudget(t)
+	})
+}
+
+func sleep(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+func TestFirstStart(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+		w.Set(AgentHeartbeat, "T0")
+		w.Set(ProxyVersion, "1.40.0")
+		w.Set(BootstrapStatus, "FINISHED")
+		sleep(time.Second)
+		want := []string{"0s PUT bootstrap-status FINISHED", "0s PUT proxy-version 1.40.0", "0s PUT agent-heartbeat T0"}
+		// Run may have found the heartbeat before the rest was set.
+		got := s.seen()
+		if len(got) == 3 && strings.HasSuffix(got[0], "T0") {
+			got = append(got[1:], got[0])
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
+		}
+		if logs.Len() != 0 {
+			t.Errorf("logged %v; want silence", logs.All())
+		}
+	})
+}
+
+// TestSteady is an agent's day: a heartbeat set each second, nothing else new.
+func TestSteady(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		w.Set(ProxyVersion, "1.40.0")
+		sleep(0)
+		for range 3595 {
+			w.Set(AgentHeartbeat, time.Now().Format(time.RFC3339))
+			sleep(time.Second)
+		}
+		beats, reads, last := 0, 0, time.Duration(0)
+		for _, l := range s.seen() {
+			f := strings.Fields(l)
+			at, err := time.ParseDuration(f[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			switch {
+			case f[2] == AgentHeartbeat:
+				if beats > 0 && (at-last < heartbeatEvery || at-last > heartbeatEvery+2*time.Second) {
+					t.Errorf("heartbeats %v apart", at-last)
+				}
+				beats, last = beats+1, at
+			case f[1] == http.MethodGet:
+				reads++
+			}
+		}
+		if beats != 60 {
+			t.Errorf("%d heartbeats in an hour; want 60", beats)
+		}
+		if reads != 10 {
+			t.Errorf("%d read back in an hour; want 5 for each of the 2 values", reads)
+		}
+		if st := w.State(); st.Pending != 0 || st.Failures != 0 || st.Lost+st.Changed != 0 || !st.Enabled {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// TestChurn is a failure whose count grows each second: it may neither break the budget nor starve the heartbeat or a new value.
+func TestChurn(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		var beat time.Time
+		for i := range 1800 {
+			w.Set(AgentLastFailure, fmt.Sprintf("no answer (%d times)", i))
+			w.Set(AgentHeartbeat, time.Now().Format(time.RFC3339))
+			if i == 900 {
+				w.Set(ProxyVersion, "1.41.0")
+			}
+			if i == 940 && s.get(ProxyVersion) != "1.41.0" {
+				t.Error("proxy-version not written after 40 s")
+			}
+			sleep(time.Second)
+			if v := s.get(AgentHeartbeat); v != "" {
+				var err error
+				if beat, err = time.Parse(time.RFC3339, v); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if i > 60 && time.Since(beat) > 150*time.Second {
+				t.Fatalf("heartbeat is %v old", time.Since(beat))
+			}
+		}
+		// Tokens are short, and every one but the heartbeat's goes to the failure.
+		s.seen()
+		if st := w.State(); st.Dropped < 1500 || st.Writes < 80 {
+			t.Errorf("%+v; want about 90 writes and the rest dropped", st)
+		}
+	})
+}
+
+func TestFailureBeforeHeartbeat(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		w.Set(ProxyVersion, "1.40.0")
+		w.Set(AgentLastFailure, "one")
+		sleep(10 * time.Second)
+		s.seen()
+		w.Set(AgentHeartbeat, "T10")
+		w.Set(AgentLastFailure, "two")
+		sleep(50 * time.Second)
+		if d := cmp.Diff([]string{"20s PUT agent-last-failure two", "40s PUT agent-heartbeat T10"}, s.seen()); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
+		}
+	})
+}
+
+// TestFailures has the server fail in each way for three minutes; the newest values must be there soon after.
+func TestFailures(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		fail     func(s *server)
+		says     string
+		disabled bool
+		recovery time.Duration
+	}{
+		{"disabled", func(s *server) { s.answer(403, "Guest attributes endpoint access is disabled.") },
+			"403 Guest attributes endpoint access is disabled.", true, probeEvery},
+		{"not found", func(s *server) { s.answer(404, "") }, "404 Not Found", false, maxBackOff},
+		{"too many requests", func(s *server) { s.answer(429, "<html>\nslow down") }, "429 <html> slow down", false, maxBackOff},
+		{"unavailable", func(s *server) { s.answer(503, "") }, "503 Service Unavailable", false, maxBackOff},
+		{"redirect", func(s *server) {
+			s.on(func(w http.ResponseWriter, r *http.Request) bool {
+				http.Redirect(w, r, "http://elsewhere/", http.StatusFound)
+				return false
+			})
+		}, "302 Found", false, maxBackOff},
+		{"hang", func(s *server) {
+			s.on(func(w http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return false })
+		}, "no answer from the metadata server within 5s", false, maxBackOff + queryLimit},
+		{"endless header", func(s *server) {
+			s.on(func(w http.ResponseWriter, r *http.Request) bool {
+				w.Header().Set("X", strings.Repeat("x", 1<<20))
+				return false
+			})
+		}, "exceeded 65536 bytes", false, maxBackOff},
+		{"connection cut", func(s *server) {
+			s.on(func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) })
+		}, "EOF", false, maxBackOff},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+				w.Set(ProxyVersion, "1.39.0")
+				sleep(time.Minute)
+				tt.fail(s)
+				for i := range 180 {
+					w.Set(AgentLastFailure, fmt.Sprintf("failure %d", i))
+					w.Set(AgentHeartbeat, fmt.Sprintf("T%d", i))
+					sleep(time.Second)
+				}
+				st := w.State()
+				if st.Enabled == tt.disabled || !strings.Contains(st.LastError, tt.says) || st.Failures == 0 || st.Pending != 2 {
+					t.Errorf("while failing: %+v; want %q", st, tt.says)
+				}
+				if strings.ContainsAny(st.LastError, "\n") {
+					t.Errorf("LastError has several lines: %q", st.LastError)
+				}
+				if logs.Len() != 1 {
+					t.Errorf("logged %d lines while failing; want 1: %v", logs.Len(), logs.All())
+				}
+				s.on(nil)
+				sleep(tt.recovery + time.Second)
+				if got := s.get(AgentLastFailure) + " " + s.get(AgentHeartbeat); got != "failure 179 T179" {
+					t.Errorf("after recovery the server holds %q; want the newest values", got)
+				}
+				if st := w.State(); !st.Enabled || st.LastError != "" || st.Pending != 0 {
+					t.Errorf("after recovery: %+v", st)
+				}
+				if logs.Len() != 2 {
+					t.Errorf("logged %d lines; want 2: %v", logs.Len(), logs.All())
+				}
+			})
+		})
+	}
+}
+
+func TestSlowServer(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+		s.on(func(http.ResponseWriter, *http.Request) bool { time.Sleep(4 * time.Second); return true })
+		w.Set(ProxyVersion, "1")
+		sleep(2 * time.Second)
+		w.Set(ProxyVersion, "2") // while 1 is on its way
+		sleep(10 * time.Second)
+		if got := s.get(ProxyVersion); got != "2" {
+			t.Errorf("proxy-version is %q; want 2", got)
+		}
+		if logs.Len() != 0 {
+			t.Errorf("logged %v", logs.All())
+		}
+	})
+}
+
+// TestTimedOutWriteMayHaveWorked: the server takes a value and fails to say so; then the old value is wanted again.
+func TestTimedOutWriteMayHaveWorked(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		sleep(time.Minute)
+		s.on(func(w http.ResponseWriter, r *http.Request) bool {
+			s.set(BootstrapStatus, "FAILED")
+			<-r.Context().Done()
+			return false
+		})
+		w.Set(BootstrapStatus, "FAILED")
+		sleep(3 * time.Second)
+		w.Set(BootstrapStatus, "FINISHED")
+		sleep(3 * time.Second)
+		s.on(nil)
+		sleep(time.Minute)
+		if got := s.get(BootstrapStatus); got != "FINISHED" {
+			t.Errorf("bootstrap-status is %q; want FINISHED", got)
+		}
+	})
+}
+
+func TestReadBack(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		w.Set(ProxyVersion, "1.40.0")
+		sleep(time.Second)
+		s.mu.Lock()
+		delete(s.values, BootstrapStatus)
+		s.mu.Unlock()
+		s.set(ProxyVersion, strings.Repeat("x", 1<<20))
+		sleep(checkEvery + time.Minute)
+		if a, b := s.get(BootstrapStatus), s.get(ProxyVersion); a != "FINISHED" || b != "1.40.0" {
+			t.Errorf("after %v: %q, %.20q; want them written again", checkEvery, a, b)
+		}
+		if st := w.State(); st.Lost != 1 || st.Changed != 1 || st.Pending != 0 {
+			t.Errorf("%+v; want one lost, one changed", st)
+		}
+		// Somebody who insists is not fought: one rewrite each ten minutes.
+		s.seen()
+		for range 3600 {
+			s.set(ProxyVersion, "theirs")
+			sleep(time.Second)
+		}
+		puts := 0
+		for _, l := range s.seen() {
+			if strings.Contains(l, "PUT") {
+				puts++
+			}
+		}
+		if puts < 4 || puts > 6 {
+			t.Errorf("%d rewrites in an hour; want about 5", puts)
+		}
+	})
+}
+
+// TestEnabledAgain: what was written before the channel was off may be gone.
+func TestEnabledAgain(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		sleep(time.Minute)
+		s.answer(403, "Guest attributes endpoint access is disabled.")
+		w.Set(AgentHeartbeat, "T1")
+		sleep(time.Minute)
+		s.mu.Lock()
+		clear(s.values)
+		s.mu.Unlock()
+		s.on(nil)
+		sleep(probeEvery)
+		if a, b := s.get(BootstrapStatus), s.get(AgentHeartbeat); a != "FINISHED" || b != "T1" {
+			t.Errorf("after enabling: %q, %q; want both", a, b)
+		}
+	})
+}
+
+func TestFlush(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		for i := range 5 {
+			w.Set(fmt.Sprintf("k%d", i), "v")
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if err := w.Flush(ctx); err == nil || !strings.Contains(err.Error(), "write 1 guest attributes") {
+			t.Errorf("Flush for 30 s = %v; want one value to be left", err)
+		}
+		if err := w.Flush(t.Context()); err != nil || s.get("k4") != "v" {
+			t.Errorf("Flush = %v, k4 is %q", err, s.get("k4"))
+		}
+		s.answer(403, "Guest attributes endpoint access is disabled.")
+		w.Set("k0", "w")
+		if err := w.Flush(t.Context()); err == nil || !strings.Contains(err.Error(), "disabled") {
+			t.Errorf("Flush while disabled = %v", err)
+		}
+	})
+}
+
+// TestStopDuringQuery: a query that hangs does not hold up the end.
+func TestStopDuringQuery(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		s.on(func(w http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return false })
+		w := New(Options{Host: "metadata", dial: s.dial})
+		w.Set(ProxyVersion, "1")
+		ctx, stop := context.WithTimeout(t.Context(), time.Second)
+		defer stop()
+		if err := w.Run(ctx); err != nil {
+			t.Errorf("Run: %v", err)
+		}
+		if d := time.Since(s.start); d != time.Second {
+			t.Errorf("Run ended after %v; want 1s", d)
+		}
+	})
+}
+
+func TestHost(t *testing.T) {
+	for _, tt := range []struct{ env, option, want string }{
+		{"", "", "169.254.169.254"}, {"127.0.0.1:8080", "", "127.0.0.1:8080"}, {"127.0.0.1:8080", "127.0.0.1:1", "127.0.0.1:1"},
+	} {
+		t.Setenv("GCE_METADATA_HOST", tt.env)
+		if w := New(Options{Host: tt.option}); w.base != "http://"+tt.want+path {
+			t.Errorf("env %q, option %q: %s", tt.env, tt.option, w.base)
+		}
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	for _, tt := range []struct {
+		in    string
+		limit int
+		want  string
+	}{
+		{"plain", 10, "plain"},
+		{"", 10, ""},
+		{"  two\r\n\tlines\x00\x1b[31m ", 40, "two lines [31m"},
+		{"exactly 10", 10, "exactly 10"},
+		{"one byte over", 12, "one byte …"},
+		{"ääää", 7, "ää…"},
+		{"äääää", 8, "ää…"},
+		{"日本語日本語", 10, "日本…"},
+		{"bad \xff utf8", 20, "bad \uFFFD utf8"},
+	} {
+		if got := OneLine(tt.in, tt.limit); got != tt.want {
+			t.Errorf("OneLine(%q, %d) = %q; want %q", tt.in, tt.limit, got, tt.want)
+		}
+	}
+}
+
+func FuzzOneLine(f *testing.F) {
+	f.Add("a\nb", 3)
+	f.Add("ä\u2028\x85\xff", 5)
+	f.Fuzz(func(t *testing.T, s string, limit int) {
+		if limit < 3 || limit > 1<<16 {
+			return
+		}
+		got := OneLine(s, limit)
+		if len(got) > limit || !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x00\u2028\u0085") {
+			t.Errorf("OneLine(%q, %d) = %q", s, limit, got)
+		}
+	})
+}
