@@ -314,6 +314,10 @@ func TestFailures(t *testing.T) {
 				if st.Enabled == tt.disabled || !strings.Contains(st.LastError, tt.says) || st.Failures == 0 || st.Pending != 2 {
 					t.Errorf("while failing: %+v; want %q", st, tt.says)
 				}
+				// 2 s, 4 s, … 30 s apart; once refused, two minutes apart.
+				if limit := map[bool]uint64{true: 2, false: 10}[tt.disabled]; st.Failures > limit {
+					t.Errorf("%d queries failed in three minutes; want at most %d", st.Failures, limit)
+				}
 				if strings.ContainsAny(st.LastError, "\n") {
 					t.Errorf("LastError has several lines: %q", st.LastError)
 				}
