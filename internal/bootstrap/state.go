@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 	"unicode"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 )
 
 // Where bootstrap and the daemon meet.
@@ -89,67 +91,20 @@ func ReadState(dir string) (State, error) {
 	return state, nil
 }
 
-// writeState replaces the state in dir. The folder belongs to the daemon's user, whom root must not trust: os.Root keeps every
-// name inside it, and the rename replaces a link planted under the file's name.
+// writeState replaces the state in dir. The folder belongs to the daemon's user, whom root must not trust: a new file under a random
+// name and a rename follow no link planted there.
 func writeState(dir string, state State) error {
 	text, err := json.MarshalIndent(state, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write bootstrap's state: %w", err)
 	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return fmt.Errorf("write bootstrap's state: %w", err)
-	}
-	defer root.Close()
-	if err := replaceFile(root, StateFile, append(text, '\n'), 0o644); err != nil { // the folder is 0700
-		return fmt.Errorf("write bootstrap's state: %w", err)
-	}
-	return nil
-}
-
-// replaceFile writes name in root by way of a new file and a rename, and waits for the disk: after a power cut there is
-// the old text or the new one.
-func replaceFile(root *os.Root, name string, text []byte, mode fs.FileMode) error {
-	temp := name + ".new"
-	if err := root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(text)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = root.Rename(temp, name)
-	}
-	if err != nil {
-		_ = root.Remove(temp) // the first error is the one to tell
-		return err
-	}
-	return syncDir(root)
-}
-
-func syncDir(root *os.Root) error {
-	dir, err := root.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return atomicfile.Write(filepath.Join(dir, StateFile), append(text, '\n'), 0o644) // the folder is 0700
 }
 
 // Request asks for a run of bootstrap, which only root can do: service-proxy-bootstrap.path starts the unit when the file appears in
 // dir (RuntimeDir). A run that is waiting for its next attempt takes it up at once.
 func Request(dir, reason string) error {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return fmt.Errorf("request bootstrap: %w", err)
-	}
-	defer root.Close()
-	if err := root.WriteFile(RequestFile, []byte(oneLine(reason)+"\n"), 0o600); err != nil {
-		return fmt.Errorf("request bootstrap: %w", err)
-	}
-	return nil
+	return atomicfile.Write(filepath.Join(dir, RequestFile), []byte(oneLine(reason)+"\n"), 0o600)
 }
 
 // oneLine makes text fit a guest attribute or a serial line: no control characters, at most 1 KB.

@@ -1,0 +1,183 @@
+package systemd
+
+import (
+	"bytes"
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+)
+
+// The units, by name. All are in UnitDir once installed.
+const (
+	AgentUnit        = "service-proxy-agent.service"
+	InterceptionUnit = "service-proxy-interception.service"
+	EnvoyUnit        = "service-proxy-envoy.service"
+	BootstrapUnit    = "service-proxy-bootstrap.service"
+	BootstrapPath    = "service-proxy-bootstrap.path"
+	ReadyTarget      = "service-proxy-ready.target"
+	ReadyUnit        = "service-proxy-ready.service"
+	ReadyPath        = "service-proxy-ready.path"
+	RotateTimer      = "service-proxy-rotate.timer"
+	RotateUnit       = "service-proxy-rotate.service"
+)
+
+// Folders for locally installed files, which systemd reads between the administrator's and the distribution's. Units in
+// /etc/systemd/system could not be masked.
+const (
+	UnitDir     = "/usr/local/lib/systemd/system"
+	TmpfilesDir = "/usr/local/lib/tmpfiles.d"
+	SysusersDir = "/usr/local/lib/sysusers.d"
+	ConfDir     = "/etc/systemd/system" // drop-ins that depend on the VM
+)
+
+// ReadyFile is what the agent writes into its runtime folder when it is ready: service-proxy-ready.path starts the target then.
+const ReadyFile = "ready"
+
+//go:embed units tmpfiles.d sysusers.d
+var embedded embed.FS
+
+var folders = map[string]string{"units": UnitDir, "tmpfiles.d": TmpfilesDir, "sysusers.d": SysusersDir}
+
+// File is one file of the units' set.
+type File struct {
+	Path string // absolute
+	Text []byte
+}
+
+// Files are the units and what goes with them, sorted by path.
+func Files() []File {
+	var files []File
+	for folder, dir := range folders {
+		entries, err := embedded.ReadDir(folder)
+		if err != nil {
+			panic(err) // embedded at build time
+		}
+		for _, entry := range entries {
+			text, err := embedded.ReadFile(folder + "/" + entry.Name())
+			if err != nil {
+				panic(err)
+			}
+			files = append(files, File{filepath.Join(dir, entry.Name()), text})
+		}
+	}
+	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
+	return files
+}
+
+// Install writes the files that are missing or differ, beneath root ("/" on a VM), and returns their paths. The caller reloads
+// systemd when there are any.
+func Install(root string) (changed []string, err error) {
+	for _, file := range Files() {
+		path := filepath.Join(root, file.Path)
+		if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, file.Text) {
+			continue
+		}
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return changed, fmt.Errorf("install %q: %w", file.Path, err)
+		}
+		if err := atomicfile.Write(path, file.Text, 0o644); err != nil {
+			return changed, fmt.Errorf("install %q: %w", file.Path, err)
+		}
+		changed = append(changed, file.Path)
+	}
+	return changed, nil
+}
+
+// Remove deletes what Install wrote and the drop-ins, and returns the paths.
+func Remove(root string) (removed []string, err error) {
+	var errs []error
+	for _, file := range Files() {
+		switch err := os.Remove(filepath.Join(root, file.Path)); {
+		case err == nil:
+			removed = append(removed, file.Path)
+		case !errors.Is(err, fs.ErrNotExist):
+			errs = append(errs, fmt.Errorf("remove %q: %w", file.Path, err))
+		}
+	}
+	dropIns := filepath.Join(ConfDir, EnvoyUnit+".d")
+	dropIn := filepath.Join(dropIns, accessLogDropIn)
+	if err := os.Remove(filepath.Join(root, dropIn)); err == nil {
+		removed = append(removed, dropIn)
+		_ = os.Remove(filepath.Join(root, dropIns)) // stays where the administrator has drop-ins too
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, fmt.Errorf("remove %q: %w", dropIn, err))
+	}
+	return removed, errors.Join(errs...)
+}
+
+const accessLogDropIn = "50-service-proxy-access-log.conf"
+
+// SetWritable gives Envoy's unit the right to write in dir, for an access log outside /var/log/envoy, by a drop-in beneath root; "" takes the
+// drop-in away. It says whether anything changed. The path must be absolute and clean.
+func SetWritable(root, dir string) (changed bool, err error) {
+	path := filepath.Join(root, ConfDir, EnvoyUnit+".d", accessLogDropIn)
+	if dir == "" {
+		err := os.Remove(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		return err == nil, err
+	}
+	quoted, err := quotePath(dir)
+	if err != nil {
+		return false, err
+	}
+	text := []byte("# Written by service-proxy-agent bootstrap: the attribute's access-log is outside /var/log/envoy.\n[Service]\nReadWritePaths=" + quoted + "\n")
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return false, fmt.Errorf("install drop-in: %w", err)
+	}
+	return true, atomicfile.Write(path, text, 0o644)
+}
+
+// quotePath writes a path as one quoted word of ReadWritePaths=, to be skipped where it does not exist ("-"): specifiers doubled
+// (systemd.unit(5)), quotes and backslashes escaped. systemd reads no \x20 there (config_parse_namespace_path_strv unquotes only), so control
+// characters cannot be written.
+func quotePath(path string) (string, error) {
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, unicode.IsControl) {
+		return "", fmt.Errorf("path %q in a unit: want it absolute, clean and without control characters", path)
+	}
+	return `"-` + strings.NewReplacer("%", "%%", `"`, `\"`, `\`, `\\`).Replace(path) + `"`, nil
+}
+
+// Systemctl runs systemctl with args. Its error holds systemctl's first line.
+func Systemctl(ctx context.Context, args ...string) error {
+	return run(ctx, "systemctl", args...)
+}
+
+// Sysusers makes the users, Tmpfiles the folders and files of our own set; both change nothing that exists as it should be.
+func Sysusers(ctx context.Context) error {
+	return run(ctx, "systemd-sysusers", filepath.Join(SysusersDir, "service-proxy-agent.conf"))
+}
+
+// Tmpfiles makes and mends the folders and files of our own set.
+func Tmpfiles(ctx context.Context) error {
+	return run(ctx, "systemd-tmpfiles", "--create", filepath.Join(TmpfilesDir, "service-proxy-agent.conf"))
+}
+
+func run(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	cmd.WaitDelay = time.Second
+	if err := cmd.Run(); err != nil {
+		if line := firstLine(stderr.String()); line != "" {
+			return fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, line)
+		}
+		return fmt.Errorf("run %s %s: %w", name, strings.Join(args, " "), err)
+	}
+	return nil
+}
