@@ -1,0 +1,294 @@
+package iptables
+
+import (
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// Hook is where a packet enters table nat.
+type Hook uint8
+
+const (
+	Output     Hook = iota + 1 // made on this machine
+	Prerouting                 // come in by an interface
+)
+
+// Proto is the transport protocol of a packet.
+type Proto uint8
+
+const (
+	TCP Proto = 6
+	UDP Proto = 17
+)
+
+func (p Proto) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	}
+	return strconv.Itoa(int(p))
+}
+
+// Packet is the first packet of a connection: the only one that table nat sees.
+type Packet struct {
+	Hook        Hook
+	Src, Dst    netip.AddrPort
+	Proto       Proto
+	UID, GID    uint32 // the socket's creator; of no meaning in PREROUTING
+	InInterface string // in PREROUTING
+	DstLocal    bool   // the destination is an address of this machine (addrtype LOCAL)
+	// Syn says that the packet opens a connection. A TCP packet without it belongs to one that conntrack has not seen
+	// from its start.
+	Syn bool
+}
+
+// Action is what becomes of a packet.
+type Action uint8
+
+const (
+	Pass       Action = iota + 1 // goes its own way
+	Redirect                     // goes to Verdict.Port on this machine
+	Taken                        // another program's rule decides (DNAT, DROP, REDIRECT of its own, ...); only from Table.Walk
+	CannotTell                   // depends on a match or target that this package does not know
+)
+
+func (a Action) String() string {
+	words := [...]string{"", "pass", "redirect", "taken", "cannot tell"}
+	if int(a) < len(words) {
+		return words[a]
+	}
+	return "Action(" + strconv.Itoa(int(a)) + ")"
+}
+
+// Verdict is where a packet goes and which rule says so. Chain and Rule (in iptables-save's form without "-A CHAIN")
+// are empty when no rule took the packet.
+type Verdict struct {
+	Action Action
+	Port   uint16 // for Redirect
+	Chain  string
+	Rule   string
+}
+
+// Walk says what the ruleset does with the packet, as if nobody else had rules.
+func (r Ruleset) Walk(p Packet) Verdict {
+	w := walker{packet: p, rules: func(name string) ([]string, bool) {
+		if isJumpSite(name) {
+			return r.jumpsFrom(name), true
+		}
+		return r.chain(name)
+	}}
+	return w.start()
+}
+
+// Walk says what the table does with the packet, other programs' rules included.
+func (t Table) Walk(p Packet) Verdict {
+	w := walker{packet: p, rules: func(name string) ([]string, bool) {
+		rules, ok := t.chains[name]
+		return rules, ok
+	}}
+	return w.start()
+}
+
+type walker struct {
+	packet Packet
+	rules  func(chain string) ([]string, bool)
+}
+
+// maxDepth bounds the walk through a table that leads in a circle; the kernel refuses those, a broken save may not.
+const maxDepth = 64
+
+func (w walker) start() Verdict {
+	builtin := builtinOutput
+	if w.packet.Hook == Prerouting {
+		builtin = builtinPrerouting
+	}
+	verdict, _ := w.chain(builtin, 0)
+	if verdict.Action == 0 {
+		return Verdict{Action: Pass} // the policy of table nat is ACCEPT; one that is not would drop, which nobody sets
+	}
+	return verdict
+}
+
+// chain walks one chain. A verdict of no action means that the packet came to its end or was returned.
+func (w walker) chain(name string, depth int) (verdict Verdict, ended bool) {
+	rules, ok := w.rules(name)
+	if !ok || depth > maxDepth {
+		return Verdict{Action: CannotTell, Chain: name}, true
+	}
+	for _, spec := range rules {
+		p := parseRule(spec)
+		m := p.matches(w.packet)
+		if m == no || p.target == "" {
+			continue
+		}
+		found := Verdict{Chain: name, Rule: spec}
+		switch p.target {
+		case "RETURN":
+			if m == maybe {
+				// Whether the packet is returned decides only where the rest of the chain would take it.
+				return w.undecided(found)
+			}
+			return Verdict{}, false
+		case "ACCEPT":
+			found.Action = Pass
+		case "REDIRECT":
+			found.Action = Redirect
+			port, err := strconv.ParseUint(p.toPorts, 10, 16)
+			if err != nil || !isOurs(name) {
+				found.Action = Taken
+			}
+			found.Port = uint16(port)
+		case "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
+			continue // these let the packet go on
+		default:
+			if _, ok := w.rules(p.target); !ok {
+				found.Action = Taken
+				if !isTerminal(p.target) {
+					found.Action = CannotTell
+				}
+				break
+			}
+			inner, ended := w.chain(p.target, depth+1)
+			if inner.Action == 0 {
+				if p.goTo {
+					if m == maybe {
+						return w.undecided(found)
+					}
+					return Verdict{}, ended
+				}
+				continue
+			}
+			found = inner
+		}
+		if m == maybe {
+			return w.undecided(found)
+		}
+		return found, true
+	}
+	return Verdict{}, false
+}
+
+func (w walker) undecided(v Verdict) (Verdict, bool) {
+	return Verdict{Action: CannotTell, Chain: v.Chain, Rule: v.Rule}, true
+}
+
+// isTerminal says whether a target is known to end a packet's way through the table.
+func isTerminal(target string) bool {
+	switch target {
+	case "ACCEPT", "DROP", "REJECT", "REDIRECT", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "QUEUE", "NFQUEUE", "TPROXY":
+		return true
+	}
+	return false
+}
+
+// match is the answer of a rule's matches.
+type match uint8
+
+const (
+	no match = iota
+	maybe
+	yes
+)
+
+func (p parsed) matches(k Packet) match {
+	if p.proto != "" && (p.proto == k.Proto.String()) == p.protoNot {
+		return no
+	}
+	if !p.src.matches(k.Src.Addr()) || !p.dst.matches(k.Dst.Addr()) {
+		return no
+	}
+	if p.in.name != "" && (k.Hook != Prerouting || p.in.matches(k.InInterface) == p.in.not) {
+		if k.Hook == Prerouting || !p.in.not { // -i never matches in OUTPUT, ! -i always does
+			return no
+		}
+	}
+	if p.hasDports {
+		in := false
+		for _, r := range p.dports {
+			in = in || r.First <= k.Dst.Port() && k.Dst.Port() <= r.Last
+		}
+		if in == p.dportsNot {
+			return no
+		}
+	}
+	if p.syn && (k.Proto != TCP || k.Syn == p.synNot) {
+		return no
+	}
+	if !p.uid.matches(k, k.UID) || !p.gid.matches(k, k.GID) {
+		return no
+	}
+	if p.dstLocal && k.DstLocal == p.dstLocNot {
+		return no
+	}
+	if p.unknown || p.out.name != "" {
+		return maybe
+	}
+	return yes
+}
+
+func (m addressMatch) matches(a netip.Addr) bool {
+	return !m.prefix.IsValid() || m.prefix.Contains(a) != m.not
+}
+
+func (m interfaceMatch) matches(name string) bool {
+	if prefix, ok := strings.CutSuffix(m.name, "+"); ok {
+		return strings.HasPrefix(name, prefix)
+	}
+	return name == m.name
+}
+
+// matches is true for a rule without owner match. A packet from outside has no owner: the match, negated or not, fails.
+func (r *idRange) matches(k Packet, id uint32) bool {
+	if r == nil {
+		return true
+	}
+	return k.Hook == Output && (r.first <= id && id <= r.last) != r.not
+}
+
+// takes says whether a rule that stands before jump in its built-in chain may keep packets from it that the jump is
+// meant for. It errs on the side of yes: the answer only words what is repaired anyway, by putting the jump first.
+func (t Table) takes(spec, jump string) bool {
+	return t.mayEnd(parseRule(spec), parseRule(jump), true, 0)
+}
+
+func (t Table) mayEnd(p, jump parsed, builtin bool, depth int) bool {
+	if p.proto != "" && !p.protoNot && p.proto != jump.proto || p.protoNot && p.proto == jump.proto {
+		return false
+	}
+	if jump.hasDports && p.hasDports && !p.dportsNot && !overlap(p.dports, jump.dports) {
+		return false
+	}
+	switch p.target {
+	case "", "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
+		return false
+	case "RETURN":
+		return builtin // in a built-in chain it means the policy; in a user chain the packet comes back
+	}
+	rules, ok := t.chains[p.target]
+	if !ok || depth > maxDepth {
+		return true // an extension, or a chain that was not read
+	}
+	if p.goTo && builtin {
+		return true // its end is the end of the built-in chain
+	}
+	for _, spec := range rules {
+		if t.mayEnd(parseRule(spec), jump, false, depth+1) {
+			return true
+		}
+	}
+	return false
+}
+
+func overlap(a, b []PortRange) bool {
+	for _, x := range a {
+		for _, y := range b {
+			if x.First <= y.Last && y.First <= x.Last {
+				return true
+			}
+		}
+	}
+	return false
+}
