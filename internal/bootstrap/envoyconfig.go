@@ -1,0 +1,169 @@
+package bootstrap
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+
+	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+)
+
+// trafficDirector is the control plane's address.
+const trafficDirector = "trafficdirector.googleapis.com:443"
+
+// VM is what Envoy's node says of the machine.
+type VM struct {
+	Name, Zone    string // zone as in europe-west1-b
+	IP            string // of the first NIC
+	Network       string // name of the first NIC's VPC network
+	ProjectNumber string
+}
+
+// readVM asks the metadata server.
+func readVM(ctx context.Context) (VM, error) {
+	var vm VM
+	for _, want := range []struct {
+		path string
+		into *string
+	}{
+		{"instance/name", &vm.Name},
+		{"instance/zone", &vm.Zone},                            // projects/N/zones/Z
+		{"instance/network-interfaces/0/ip", &vm.IP},           //
+		{"instance/network-interfaces/0/network", &vm.Network}, // projects/N/networks/X
+		{"project/numeric-project-id", &vm.ProjectNumber},
+	} {
+		text, _, err := getMetadata(ctx, want.path, "")
+		if err != nil {
+			return VM{}, err
+		}
+		*want.into = path.Base(strings.TrimSpace(string(text)))
+	}
+	return vm, nil
+}
+
+// envoyConfig is Envoy's configuration in Traffic Director's form, as JSON: the same bytes for the same input, so that a
+// difference means a restart. caFile is the VM's bundle of trusted authorities.
+func envoyConfig(cfg attribute.Config, vm VM, caFile string) ([]byte, error) {
+	node, err := envoyNode(cfg, vm)
+	if err != nil {
+		return nil, err
+	}
+	boot := &bootstrapv3.Bootstrap{
+		Node: node,
+		Admin: &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+			Address: "127.0.0.1", PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: attribute.AdminPort}}}}},
+		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
+			LdsConfig: adsSource(), CdsConfig: adsSource(),
+			AdsConfig: trafficDirectorAPI(caFile),
+		},
+		ClusterManager: &bootstrapv3.ClusterManager{LoadStatsConfig: trafficDirectorAPI(caFile)},
+		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
+			Name: "rtds_layer",
+			LayerSpecifier: &bootstrapv3.RuntimeLayer_RtdsLayer_{RtdsLayer: &bootstrapv3.RuntimeLayer_RtdsLayer{
+				Name: "traffic_director_runtime", RtdsConfig: adsSource()}},
+		}}},
+	}
+	compact, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(boot)
+	if err != nil {
+		return nil, fmt.Errorf("encode Envoy's configuration: %w", err)
+	}
+	var text bytes.Buffer
+	if err := json.Indent(&text, compact, "", "  "); err != nil { // protojson's own white space differs from build to build, on purpose
+		return nil, fmt.Errorf("encode Envoy's configuration: %w", err)
+	}
+	text.WriteByte('\n')
+	return text.Bytes(), nil
+}
+
+func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
+	project, network := vm.ProjectNumber, vm.Network
+	if cfg.ProjectNumber != "" {
+		project = cfg.ProjectNumber
+	}
+	if cfg.Network != "" {
+		network = cfg.Network
+	}
+	scope := network
+	switch {
+	case cfg.Mesh != "":
+		scope = "mesh:" + cfg.Mesh
+	case cfg.Scope != "":
+		scope = "scope:" + cfg.Scope
+	}
+	// Labels first: a label that bears the name of one of Traffic Director's own keys does not replace it. All values are strings.
+	meta := map[string]any{}
+	for key, value := range cfg.Labels {
+		meta[key] = value
+	}
+	meta["INSTANCE_IP"] = vm.IP
+	meta["TRAFFICDIRECTOR_CLIENT_TYPE"] = "gce-managed-envoy"
+	meta["TRAFFICDIRECTOR_INTERCEPTION_PORT"] = strconv.Itoa(int(cfg.ProxyPort))
+	meta["TRAFFICDIRECTOR_NETWORK_NAME"] = network
+	meta["TRAFFICDIRECTOR_GCP_PROJECT_NUMBER"] = project
+	meta["TRAFFICDIRECTOR_ENABLE_TRACING"] = strconv.FormatBool(cfg.Tracing)
+	if cfg.AccessLog != "" {
+		meta["TRAFFICDIRECTOR_ACCESS_LOG_PATH"] = cfg.AccessLog
+	}
+	if len(cfg.ServingPorts) > 0 {
+		ports := make([]string, len(cfg.ServingPorts))
+		for i, port := range cfg.ServingPorts {
+			ports[i] = strconv.Itoa(int(port))
+		}
+		meta["TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS"] = strings.Join(ports, ",")
+		meta["TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT"] = strconv.Itoa(attribute.InboundPort)
+	}
+	fields, err := structpb.NewStruct(meta)
+	if err != nil {
+		return nil, fmt.Errorf("encode the labels: %w", err)
+	}
+	return &corev3.Node{
+		Id:       fmt.Sprintf("projects/%s/networks/%s/nodes/%s.%s.%s", project, scope, vm.Name, vm.Zone, vm.IP),
+		Cluster:  "cluster",
+		Locality: &corev3.Locality{Zone: vm.Zone},
+		Metadata: fields,
+	}, nil
+}
+
+func adsSource() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ResourceApiVersion:    corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+	}
+}
+
+// trafficDirectorAPI is the stream to the control plane, authenticated by the VM's service account.
+func trafficDirectorAPI(caFile string) *corev3.ApiConfigSource {
+	intArg := func(n int64) *corev3.GrpcService_GoogleGrpc_ChannelArgs_Value {
+		return &corev3.GrpcService_GoogleGrpc_ChannelArgs_Value{
+			ValueSpecifier: &corev3.GrpcService_GoogleGrpc_ChannelArgs_Value_IntValue{IntValue: n}}
+	}
+	return &corev3.ApiConfigSource{
+		ApiType:             corev3.ApiConfigSource_GRPC,
+		TransportApiVersion: corev3.ApiVersion_V3,
+		GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_GoogleGrpc_{GoogleGrpc: &corev3.GrpcService_GoogleGrpc{
+			TargetUri:  trafficDirector,
+			StatPrefix: "trafficdirector",
+			ChannelCredentials: &corev3.GrpcService_GoogleGrpc_ChannelCredentials{
+				CredentialSpecifier: &corev3.GrpcService_GoogleGrpc_ChannelCredentials_SslCredentials{
+					SslCredentials: &corev3.GrpcService_GoogleGrpc_SslCredentials{
+						RootCerts: &corev3.DataSource{Specifier: &corev3.DataSource_Filename{Filename: caFile}}}}},
+			CallCredentials: []*corev3.GrpcService_GoogleGrpc_CallCredentials{{
+				CredentialSpecifier: &corev3.GrpcService_GoogleGrpc_CallCredentials_GoogleComputeEngine{GoogleComputeEngine: &emptypb.Empty{}}}},
+			ChannelArgs: &corev3.GrpcService_GoogleGrpc_ChannelArgs{Args: map[string]*corev3.GrpcService_GoogleGrpc_ChannelArgs_Value{
+				"grpc.http2.max_pings_without_data": intArg(0), // pings go on while nothing is said: a dead peer is noticed in 30 s
+				"grpc.keepalive_time_ms":            intArg(10_000),
+				"grpc.keepalive_timeout_ms":         intArg(20_000),
+			}},
+		}}}},
+	}
+}
