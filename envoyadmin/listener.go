@@ -1,0 +1,368 @@
+package envoyadmin
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+)
+
+// Listener is one listener that Envoy runs, as far as interception asks.
+type Listener struct {
+	Name        string
+	Static      bool // of Envoy's own configuration, not from the control plane
+	Direction   corev3.TrafficDirection
+	Addresses   []netip.AddrPort // address, then additional_addresses
+	Ipv4Compat  bool             // an IPv6 address takes IPv4 connections too
+	Bound       bool             // has a socket: neither bind_to_port nor deprecated_v1.bind_to_port is false
+	UDP         bool
+	DNS         bool // answers DNS: it has Envoy's DNS filter
+	OriginalDst bool // looks up where a redirected connection wanted to go: original_dst listener filter, or use_original_dst
+	FCDS        bool // gets filter chains by a discovery of their own, which no dump shows
+
+	// Chains are what traffic is matched against. With a filter_chain_matcher a chain is listed once per way that leads to it, with the
+	// addresses and port of that way.
+	Chains       []FilterChain
+	DefaultChain *FilterChain
+
+	Version     string // version_info: stale after an update of filter chains only
+	LastUpdated time.Time
+}
+
+// FilterChain is what Envoy does with connections that match.
+type FilterChain struct {
+	Name                 string
+	Prefixes             []netip.Prefix // destinations; none: any
+	Port                 uint16         // destination; 0: any
+	ServerNames          []string       // of TLS
+	TransportProtocol    string         // "tls", "raw_buffer"; empty: any
+	ApplicationProtocols []string
+	OtherConditions      bool // it takes only some of these connections: by source, or by what a filter_chain_matcher looks at
+
+	HTTP, TCP    bool // has an HTTP connection manager, a TCP proxy
+	TLS          bool // ends TLS (has a transport socket)
+	TLSInspected bool // a listener filter waits for the client's first bytes to see whether they are TLS
+	RouteConfig  string
+	Cluster      string // of a TCP proxy; several of weighted clusters, parted by commas
+}
+
+// decode reads the JSON of a pruned part into a type of go-control-plane. Fields of newer Envoys are dropped.
+var decode = protojson.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: maxDepth, Resolver: lenient{}}
+
+// lenient finds a type for each Any, since one that is not linked in would fail the parse of all around it, DiscardUnknown or not. What it
+// falls back to is an ordinary message; protojson treats the well-known ones, emptypb.Empty among them, in a way of their own.
+type lenient struct{}
+
+func (lenient) FindMessageByURL(url string) (protoreflect.MessageType, error) {
+	if known, err := protoregistry.GlobalTypes.FindMessageByURL(url); err == nil {
+		return known, nil
+	}
+	return (&corev3.AggregatedConfigSource{}).ProtoReflect().Type(), nil
+}
+
+func (lenient) FindMessageByName(name protoreflect.FullName) (protoreflect.MessageType, error) {
+	return protoregistry.GlobalTypes.FindMessageByName(name)
+}
+
+func (lenient) FindExtensionByName(protoreflect.FullName) (protoreflect.ExtensionType, error) {
+	return nil, protoregistry.NotFound
+}
+
+func (lenient) FindExtensionByNumber(protoreflect.FullName, protoreflect.FieldNumber) (protoreflect.ExtensionType, error) {
+	return nil, protoregistry.NotFound
+}
+
+// listener reads a config.listener.v3.Listener, or an api.v2.Listener, which has the same names. What is not understood in it is
+// returned as reasons; err is only of the stream.
+func (r *reader) listener() (l Listener, reasons []string, err error) {
+	l.Bound = true
+	head := []byte{'{'} // the small fields, for protojson
+	var matcher []byte
+	var internal, api, tlsInspector bool
+	note := func(format string, args ...any) { reasons = append(reasons, fmt.Sprintf(format, args...)) }
+	add := func(name string) error {
+		value, err := r.raw(maxValue)
+		if err != nil {
+			return err
+		}
+		if len(head) > 1 {
+			head = append(head, ',')
+		}
+		head = append(append(append(append(head, '"'), name...), `":`...), value...)
+		return nil
+	}
+	err = r.object(func(name string) (err error) {
+		switch name {
+		case "@type":
+			var url string
+			if err := r.textInto(&url); err != nil {
+				return err
+			}
+			if !strings.HasSuffix(url, "/envoy.config.listener.v3.Listener") && !strings.HasSuffix(url, "/envoy.api.v2.Listener") {
+				note("type %q is no listener", url)
+			}
+			return nil
+		case "name":
+			return r.textInto(&l.Name)
+		case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst", "traffic_direction":
+			return add(name)
+		case "filter_chain_matcher":
+			value, err := r.raw(maxMatcher)
+			matcher = slices.Clone(value)
+			return err
+		case "fcds_config":
+			l.FCDS = true
+		case "internal_listener":
+			internal = true
+		case "api_listener":
+			api = true
+		case "listener_filters":
+			return r.array(func() error {
+				f, err := r.filter()
+				switch {
+				case f.is("OriginalDst", "envoy.listener.original_dst", "envoy.filters.listener.original_dst"):
+					l.OriginalDst = true
+				case f.is("TlsInspector", "envoy.listener.tls_inspector", "envoy.filters.listener.tls_inspector"):
+					tlsInspector = true
+				case f.is("DnsFilterConfig", "envoy.filters.udp.dns_filter"):
+					l.DNS = true
+				}
+				return err
+			})
+		case "filter_chains":
+			return r.array(func() error {
+				chain, err := r.filterChain()
+				if err == nil {
+					l.Chains = append(l.Chains, chain)
+				} else if isShape(err) {
+					note("filter chain %q: %v", chain.Name, err)
+					return nil
+				}
+				return err
+			})
+		case "default_filter_chain":
+			chain, err := r.filterChain()
+			if err == nil {
+				l.DefaultChain = &chain
+			} else if isShape(err) {
+				note("default filter chain: %v", err)
+				return nil
+			}
+			return err
+		}
+		return r.skip()
+	})
+	if err != nil && !isShape(err) {
+		return l, nil, err
+	}
+	if err != nil {
+		note("%v", err)
+	}
+
+	var parsed listenerv3.Listener
+	if err := decode.Unmarshal(append(head, '}'), &parsed); err != nil {
+		note("not understood: %s", plain(err))
+		return l, reasons, nil
+	}
+	l.Direction = parsed.GetTrafficDirection()
+	l.OriginalDst = l.OriginalDst || parsed.GetUseOriginalDst().GetValue()
+	if bind := cmp.Or(parsed.GetBindToPort(), parsed.GetDeprecatedV1().GetBindToPort()); bind != nil {
+		l.Bound = bind.GetValue()
+	}
+	switch {
+	case internal:
+		note("an internal listener has no socket")
+	case api:
+		note("an API listener has no socket")
+	default:
+		l.address(parsed.GetAddress(), note)
+		for _, additional := range parsed.GetAdditionalAddresses() {
+			l.address(additional.GetAddress(), note)
+		}
+	}
+	if matcher != nil {
+		if err := l.match(matcher, note); err != nil {
+			note("filter_chain_matcher: %s", plain(err))
+		}
+	}
+	for i := range l.Chains {
+		l.Chains[i].TLSInspected = tlsInspector
+	}
+	if l.DefaultChain != nil {
+		l.DefaultChain.TLSInspected = tlsInspector
+	}
+	return l, reasons, nil
+}
+
+// plain is the text of an error of protojson, which varies its spaces so that nobody depends on it.
+func plain(err error) string {
+	return strings.ReplaceAll(err.Error(), "\u00a0", " ")
+}
+
+// address takes an address over, or says why not.
+func (l *Listener) address(a *corev3.Address, note func(string, ...any)) {
+	switch a := a.GetAddress().(type) {
+	case *corev3.Address_SocketAddress:
+		s := a.SocketAddress
+		ip, err := netip.ParseAddr(s.GetAddress())
+		switch {
+		case err != nil:
+			note("address %q is no IP address", s.GetAddress())
+			return
+		case s.GetNamedPort() != "" || s.GetPortValue() > 65535:
+			note("address %s: a port from 0 to 65535 is needed", s.GetAddress())
+			return
+		}
+		l.UDP = l.UDP || s.GetProtocol() == corev3.SocketAddress_UDP
+		l.Ipv4Compat = l.Ipv4Compat || s.GetIpv4Compat()
+		l.Addresses = append(l.Addresses, netip.AddrPortFrom(ip, uint16(s.GetPortValue())))
+	case *corev3.Address_Pipe:
+		note("pipe %q is no TCP socket", a.Pipe.GetPath())
+	case *corev3.Address_EnvoyInternalAddress:
+		note("an internal address has no socket")
+	default:
+		note("it has no address")
+	}
+}
+
+// filterChain reads a config.listener.v3.FilterChain. A shape error says why it cannot be understood.
+func (r *reader) filterChain() (chain FilterChain, err error) {
+	err = r.object(func(name string) error {
+		switch name {
+		case "name":
+			return r.textInto(&chain.Name)
+		case "filter_chain_match":
+			raw, err := r.raw(maxValue)
+			if err != nil {
+				return err
+			}
+			return chain.match(raw)
+		case "filters":
+			return r.array(func() error {
+				f, err := r.filter()
+				switch {
+				case f.is("HttpConnectionManager", "envoy.http_connection_manager", "envoy.filters.network.http_connection_manager"):
+					chain.HTTP, chain.RouteConfig = true, f.route
+				case f.is("TcpProxy", "envoy.tcp_proxy", "envoy.filters.network.tcp_proxy"):
+					chain.TCP, chain.Cluster = true, f.cluster
+				}
+				return err
+			})
+		case "transport_socket", "tls_context":
+			chain.TLS = true
+		}
+		return r.skip()
+	})
+	return chain, err
+}
+
+// match takes over a filter_chain_match.
+func (c *FilterChain) match(raw []byte) error {
+	var m listenerv3.FilterChainMatch
+	if err := decode.Unmarshal(raw, &m); err != nil {
+		return &shapeError{"filter_chain_match: " + plain(err)}
+	}
+	var err error
+	if len(m.GetPrefixRanges()) > 0 {
+		c.Prefixes = make([]netip.Prefix, 0, len(m.GetPrefixRanges()))
+	}
+	for _, r := range m.GetPrefixRanges() {
+		var p netip.Prefix
+		if p, err = prefix(r.GetAddressPrefix(), r.GetPrefixLen().GetValue()); err != nil {
+			return err // all of it: with a destination less, the chain would seem to take any
+		}
+		c.Prefixes = append(c.Prefixes, p)
+	}
+	if p := m.GetDestinationPort().GetValue(); p > 65535 {
+		return &shapeError{fmt.Sprintf("destination port %d", p)}
+	} else {
+		c.Port = uint16(p)
+	}
+	c.ServerNames, c.TransportProtocol, c.ApplicationProtocols = m.GetServerNames(), m.GetTransportProtocol(), m.GetApplicationProtocols()
+	c.OtherConditions = len(m.GetSourcePrefixRanges()) > 0 || len(m.GetDirectSourcePrefixRanges()) > 0 || len(m.GetSourcePorts()) > 0 ||
+		m.GetSourceType() != listenerv3.FilterChainMatch_ANY
+	return nil
+}
+
+// prefix makes a prefix as Envoy does: bits past the length are dropped, and a length past the address's own is cut.
+func prefix(address string, length uint32) (netip.Prefix, error) {
+	ip, err := netip.ParseAddr(address)
+	if err != nil || ip.Zone() != "" || ip.Is4In6() {
+		return netip.Prefix{}, &shapeError{fmt.Sprintf("%q is no plain IPv4 or IPv6 address", address)}
+	}
+	return netip.PrefixFrom(ip, int(min(length, uint32(ip.BitLen())))).Masked(), nil
+}
+
+// filter is what is looked at of a filter: its type, and where it sends traffic.
+type filter struct {
+	name, url      string
+	route, cluster string
+}
+
+// is tells the type: by that of the configuration, or where there is none (before 1.17), by the filter's well-known name.
+func (f filter) is(message string, names ...string) bool {
+	if f.url != "" {
+		return strings.HasSuffix(f.url, "."+message)
+	}
+	return slices.Contains(names, f.name)
+}
+
+// filter reads a network filter or a listener filter. Of the configuration it looks at few fields; the rest can be anything.
+func (r *reader) filter() (f filter, err error) {
+	ignore := func(err error) error {
+		if isShape(err) {
+			return nil // a field of the same name in another filter
+		}
+		return err
+	}
+	err = r.object(func(name string) error {
+		switch name {
+		case "name":
+			return r.textInto(&f.name)
+		case "typed_config", "config":
+			return ignore(r.object(func(name string) error {
+				switch name {
+				case "@type":
+					return r.textInto(&f.url)
+				case "rds":
+					return r.object(func(name string) error {
+						if name == "route_config_name" {
+							return r.textInto(&f.route)
+						}
+						return r.skip()
+					})
+				case "route_config":
+					return r.nameOf(&f.route)
+				case "cluster":
+					return r.textInto(&f.cluster)
+				case "weighted_clusters":
+					return r.object(func(name string) error {
+						if name != "clusters" {
+							return r.skip()
+						}
+						var all []string
+						err := r.array(func() error {
+							var one string
+							err := r.nameOf(&one)
+							all = append(all, one)
+							return err
+						})
+						f.cluster = strings.Join(all, ",")
+						return err
+					})
+				}
+				return r.skip()
+			}))
+		}
+		return r.skip()
+	})
+	return f, err
+}
