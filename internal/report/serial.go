@@ -1,0 +1,207 @@
+package report
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+)
+
+// Severity is one of Cloud Logging's names.
+type Severity string
+
+// The severities of lines on the serial port.
+const (
+	Info    Severity = "INFO"
+	Warning Severity = "WARNING"
+	Error   Severity = "ERROR"
+)
+
+const (
+	maxLine     = 1024 // bytes of a message; at 9600 baud one second
+	maxQueue    = 64   // lines
+	reopenFirst = time.Second
+	reopenLast  = 30 * time.Second
+	blockedFrom = 5 * time.Second
+)
+
+// Serial writes lines to serial port 1, which `gcloud compute instances get-serial-port-output` shows even when the VM's network is
+// broken. Make it with [NewSerial]. The format has a version, after the slash, that changes when a line that was understood before would
+// no longer be:
+//
+//	2006-01-02T15:04:05.0000Z service-proxy-agent/1 SEVERITY: message
+//
+// in UTC, with a message of one line. A port nobody drains blocks, so writes wait in Run alone; a line more than 64 waiting drops the
+// oldest, and the port is told how many were dropped once it takes lines again. A missing device is looked for again, at most each 30 s.
+type Serial struct {
+	path string
+	wake chan struct{} // one slot
+
+	mu      sync.Mutex
+	queue   []string
+	missed  uint64 // dropped since the last line that got through
+	state   SerialState
+	writing time.Time // when the write under way began; zero: none
+}
+
+// SerialState is how the port does. Counts are since [NewSerial].
+type SerialState struct {
+	Path      string `json:"path"` // empty: off
+	Open      bool   `json:"open"`
+	Blocked   bool   `json:"blocked,omitempty"`   // a line has been waiting for the device for five seconds
+	LastError string `json:"lastError,omitempty"` // why it is not open
+	Lines     uint64 `json:"lines"`               // written
+	Dropped   uint64 `json:"dropped"`             // lines that found the queue full for too long
+}
+
+// NewSerial returns a Serial for the device at path; with an empty path nothing is ever written. The device is opened by [Serial.Run].
+func NewSerial(path string) *Serial {
+	return &Serial{path: path, wake: make(chan struct{}, 1), state: SerialState{Path: path}}
+}
+
+// Say queues one line and never blocks. Line breaks in message become spaces, and what is longer than 1024 bytes is cut.
+func (s *Serial) Say(severity Severity, message string) {
+	if s.path == "" {
+		return
+	}
+	line := formatLine(time.Now(), severity, message)
+	s.mu.Lock()
+	if len(s.queue) == maxQueue {
+		s.queue = slices.Delete(s.queue, 0, 1)
+		s.drop(1)
+	}
+	s.queue = append(s.queue, line)
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// State is a copy of how the port does now.
+func (s *Serial) State() SerialState {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.state
+	st.Blocked = !s.writing.IsZero() && time.Since(s.writing) >= blockedFrom
+	return st
+}
+
+// Run writes what is said until ctx ends, which also ends a write that is blocked, and returns nil then. What is queued at the end gets
+// through only if the device takes it at once.
+func (s *Serial) Run(ctx context.Context) error {
+	if s.path == "" {
+		<-ctx.Done()
+		return nil
+	}
+	retry := reopenFirst
+	for {
+		before := s.State().Lines
+		err := s.session(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		s.mu.Lock()
+		s.state.Open, s.state.LastError = false, err.Error()
+		if s.state.Lines != before {
+			retry = reopenFirst // it worked for a while
+		}
+		s.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(retry):
+		}
+		retry = min(2*retry, reopenLast)
+	}
+}
+
+// session opens the device and writes until that fails or ctx ends.
+func (s *Serial) session(ctx context.Context) error {
+	// O_NONBLOCK: opening a port without carrier would wait for one, and only non-blocking descriptors have deadlines.
+	// O_NOCTTY: else the port may become this process's terminal, and its hang-up our SIGHUP. No O_CREATE: a device that is missing
+	// must not become a file.
+	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open serial port: %w", err)
+	}
+	defer f.Close()
+	stop := context.AfterFunc(ctx, func() { f.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)) })
+	defer stop()
+	s.mu.Lock()
+	s.state.Open, s.state.LastError = true, ""
+	s.mu.Unlock()
+	for {
+		line, ok := s.next()
+		if !ok {
+			select {
+			case <-s.wake:
+				continue
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		_, err := f.WriteString(line)
+		s.wrote(line, err)
+		if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return nil
+			}
+			return fmt.Errorf("write to serial port: %w", err)
+		}
+	}
+}
+
+// next takes the next line off the queue.
+func (s *Serial) next() (line string, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case len(s.queue) == 0:
+		return "", false
+	case s.missed > 0:
+		line = formatLine(time.Now(), Warning, fmt.Sprintf("%d lines dropped: the serial port did not take them", s.missed))
+		s.missed = 0
+	default:
+		line = s.queue[0]
+		s.queue = slices.Delete(s.queue, 0, 1)
+	}
+	s.writing = time.Now()
+	return line, true
+}
+
+// wrote books the end of a write of line.
+func (s *Serial) wrote(line string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.writing = time.Time{}
+	if err == nil {
+		s.state.Lines++
+		return
+	}
+	// The device is gone, perhaps with the beginning. The next one gets the line whole, if the queue has room.
+	if len(s.queue) < maxQueue {
+		s.queue = slices.Insert(s.queue, 0, line)
+	} else {
+		s.drop(1)
+	}
+}
+
+func (s *Serial) drop(n uint64) {
+	s.missed += n
+	s.state.Dropped += n
+}
+
+func formatLine(now time.Time, severity Severity, message string) string {
+	// The fixed four digits are what Google's agents write.
+	return now.UTC().Format("2006-01-02T15:04:05.0000Z") + " service-proxy-agent/1 " + string(cmp.Or(severity, Info)) + ": " +
+		guestattr.OneLine(message, maxLine) + "\n"
+}
