@@ -12,6 +12,7 @@ import (
 type Plan struct {
 	family  Family
 	want    Ruleset
+	have    Table
 	lines   []string
 	touched []string // chains whose content the plan changes, for the read-back
 }
@@ -92,6 +93,7 @@ func NewPlan(want Ruleset, have Table) Plan {
 	return Plan{
 		family:  family,
 		want:    want,
+		have:    have,
 		lines:   slices.Concat(p.declarations, p.rules),
 		touched: slices.Sorted(maps.Keys(p.touched)),
 	}

@@ -200,10 +200,12 @@ func (p parsed) matches(k Packet) match {
 	if !p.src.matches(k.Src.Addr()) || !p.dst.matches(k.Dst.Addr()) {
 		return no
 	}
-	if p.in.name != "" && (k.Hook != Prerouting || p.in.matches(k.InInterface) == p.in.not) {
-		if k.Hook == Prerouting || !p.in.not { // -i never matches in OUTPUT, ! -i always does
-			return no
-		}
+	in := k.InInterface
+	if k.Hook == Output {
+		in = "" // a packet made here came in by none
+	}
+	if p.in.name != "" && p.in.matches(in) == p.in.not {
+		return no
 	}
 	if p.hasDports {
 		in := false

@@ -1,0 +1,136 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Cleanup takes everything of ours out of both families' nat tables, in whichever backend it is, and says what it
+// removed, one thing a string. A family or backend that cannot be cleaned does not stop the others; the errors are
+// joined. Connections that are being redirected go on: NAT was decided at their first packet, as long as other NAT rules
+// keep conntrack on. A chain of ours that somebody else's rule leads to stays, empty.
+func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
+	var removed []string
+	var errs []error
+	for _, f := range families {
+		t, err := k.tool(f)
+		if err != nil {
+			if !errors.Is(err, ErrNoTable) && !errors.Is(err, ErrNoIPTables) { // then nothing of ours can be there
+				errs = append(errs, err)
+			}
+			continue
+		}
+		said, err := k.clean(ctx, t)
+		removed = append(removed, said...)
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	said, err := k.CleanOtherBackend(ctx)
+	return append(removed, said...), errors.Join(append(errs, err)...)
+}
+
+// CleanOtherBackend takes what is ours out of the backend that is not used: it is there when the machine's iptables was
+// switched under us. It looks without creating the other backend's tables, and never touches what is not ours.
+func (k *Kernel) CleanOtherBackend(ctx context.Context) ([]string, error) {
+	var removed []string
+	var errs []error
+	for _, f := range families {
+		t, ok, err := k.otherBackend(ctx, f)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		if !ok {
+			continue
+		}
+		said, err := k.clean(ctx, t)
+		removed = append(removed, said...)
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// clean removes what is ours from one table. It goes round again as long as others' writes leave something behind.
+func (k *Kernel) clean(ctx context.Context, t tool) ([]string, error) {
+	var removed []string
+	for range attempts {
+		have, err := k.read(ctx, t)
+		if err != nil {
+			return removed, fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
+		}
+		plan := NewPlan(Ruleset{family: t.family}, have)
+		if plan.Empty() {
+			return removed, nil
+		}
+		if _, err := k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
+			return removed, fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
+		}
+		ours := have.Ours()
+		for _, j := range ours.jumps {
+			removed = append(removed, fmt.Sprintf("%s (%s) jump -A %s %s", t.family, t.backend, j.chain, j.spec))
+		}
+		for _, c := range ours.chains {
+			what := fmt.Sprintf("%s (%s) chain %s with %d rules", t.family, t.backend, c.name, len(c.rules))
+			if by, held := have.heldByOthers(c.name); held {
+				what += fmt.Sprintf(", which stays empty because of another program's rule -A %s %s", by.chain, by.spec)
+			}
+			removed = append(removed, what)
+		}
+	}
+	return removed, nil
+}
+
+// otherBackend returns the programs of the backend that is not used, if that has a nat table for the family.
+func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error) {
+	other := Legacy
+	k.mu.Lock()
+	if used, ok := k.tools[f]; ok && used.backend == Legacy {
+		other = NFT
+	}
+	k.mu.Unlock()
+	has := hasNFTTable
+	if other == Legacy {
+		has = hasLegacyTable
+	}
+	if ok, err := has(f); err != nil || !ok {
+		return tool{}, false, err
+	}
+	t, err := find(ctx, Options{Backend: other, Path: k.options.Path}, f, &k.own)
+	if err != nil {
+		return tool{}, false, fmt.Errorf("look into the %s backend: %w", other, err)
+	}
+	return t, true, nil
+}
+
+// hasLegacyTable looks into /proc: iptables-legacy-save would create the table that it is asked for. The file is root's
+// alone; an ordinary user with capabilities cannot tell, which is no error.
+func hasLegacyTable(f Family) (bool, error) {
+	file := "/proc/thread-self/net/ip_tables_names"
+	if f == IPv6 {
+		file = "/proc/thread-self/net/ip6_tables_names"
+	}
+	names, err := os.ReadFile(file)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for legacy tables: %w", err)
+	}
+	return slices.Contains(strings.Fields(string(names)), "nat"), nil
+}
+
+func hasNFTTable(f Family) (bool, error) {
+	names, err := natChains(f)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return false, nil // a kernel without nf_tables
+	}
+	return len(names) > 0, err
+}

@@ -1,0 +1,194 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Degraded is what ApplyDegraded could install.
+type Degraded struct {
+	Ruleset Ruleset        // what is installed now: compare with this until the whole is tried again
+	Left    []RefusedError // the rules that were left out, each with the kernel's words; Line is 0
+	Result  Result
+}
+
+// ApplyDegraded installs as much of want as the kernel takes, for when Apply was met with a *RefusedError. It asks the
+// kernel about each kind of rule by itself, in a chain that nothing leads to, leaves out those that are refused and
+// installs the rest in one transaction. Comments go first: a kernel without the comment match then loses nothing else.
+//
+// A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its own connections would
+// be redirected to itself; without `! --dst-type LOCAL`, routed traffic would be taken for inbound. The jump to the
+// chain goes with it: no interception rather than a loop.
+//
+// If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at the same moment, and
+// trying again is the remedy.
+func (k *Kernel) ApplyDegraded(ctx context.Context, want Ruleset, have Table) (Degraded, error) {
+	t, err := k.tool(want.family)
+	if err != nil {
+		return Degraded{}, err
+	}
+	whole, err := k.apply(ctx, t, NewPlan(want, have))
+	if err == nil {
+		return Degraded{Ruleset: want, Result: whole}, nil
+	}
+	var refusal *RefusedError
+	if !errors.As(err, &refusal) {
+		return Degraded{}, err
+	}
+	left, reduced, probeErr := k.reduce(ctx, t, want)
+	if probeErr != nil {
+		return Degraded{}, fmt.Errorf("%w (and could not find out which rule: %w)", err, probeErr)
+	}
+	if len(left) == 0 {
+		return Degraded{}, err
+	}
+	if have, err = k.read(ctx, t); err != nil { // the probes' chain may be left over
+		return Degraded{}, err
+	}
+	result, err := k.apply(ctx, t, NewPlan(reduced, have))
+	if err != nil {
+		return Degraded{Left: left}, err
+	}
+	return Degraded{Ruleset: reduced, Left: left, Result: result}, nil
+}
+
+// reduce asks the kernel about every rule of want that differs in more than an address or a port, and returns those that
+// it refuses and the ruleset without them.
+func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []RefusedError, reduced Ruleset, err error) {
+	verdicts := map[string]error{}
+	ask := func(spec string) (error, error) {
+		kind := kindOf(spec)
+		if verdict, ok := verdicts[kind]; ok {
+			return verdict, nil
+		}
+		verdict, err := k.probeRule(ctx, t, spec)
+		if err == nil {
+			verdicts[kind] = verdict
+		}
+		return verdict, err
+	}
+	b := builder{family: want.family, chains: map[string][]string{}}
+	broken := map[string]bool{} // chains that may not be jumped to
+	for _, c := range want.chains {
+		b.add(c.name)
+		for _, spec := range c.rules {
+			verdict, err := ask(spec)
+			if err != nil {
+				return nil, Ruleset{}, err
+			}
+			bare := withoutComment(spec)
+			if verdict == nil {
+				b.add(c.name, spec)
+				continue
+			}
+			if bare != spec {
+				bareVerdict, err := ask(bare)
+				if err != nil {
+					return nil, Ruleset{}, err
+				}
+				if bareVerdict == nil {
+					left = append(left, leftOut(want.family, "-m comment", verdict))
+					b.add(c.name, bare)
+					continue
+				}
+			}
+			left = append(left, leftOut(want.family, "-A "+c.name+" "+spec, verdict))
+			if protects(c.name, spec) {
+				broken[c.name] = true
+			}
+		}
+	}
+	// A chain that cannot redirect or cannot tell whom to spare takes the jumps to it along, up to the built-in chain.
+	for range b.chains {
+		for name, specs := range b.chains {
+			kept := slices.DeleteFunc(slices.Clone(specs), func(spec string) bool { return broken[target(spec)] })
+			b.chains[name] = kept
+		}
+	}
+	for _, j := range want.jumps {
+		verdict, err := ask(j.spec)
+		if err != nil {
+			return nil, Ruleset{}, err
+		}
+		switch {
+		case verdict != nil:
+			left = append(left, leftOut(want.family, "-A "+j.chain+" "+j.spec, verdict))
+		case !broken[target(j.spec)]:
+			b.jumps = append(b.jumps, j)
+		}
+	}
+	return slices.CompactFunc(left, func(a, b RefusedError) bool { return a.Rule == b.Rule }), b.ruleset(), nil
+}
+
+// protects says whether leaving out the rule would make its chain do harm.
+func protects(chain, spec string) bool {
+	p := parseRule(spec)
+	if p.target == "REDIRECT" {
+		return true // a chain without its REDIRECT does nothing, so nothing should lead there
+	}
+	if p.target != "RETURN" {
+		return false
+	}
+	return (chain == chainOutput || chain == chainDNS) && p.uid != nil || p.dstLocal
+}
+
+// kindOf is the rule with its addresses, ports and target chain left out: 10,000 services are one kind.
+func kindOf(spec string) string {
+	words, _ := splitWords(spec)
+	for i := 1; i < len(words); i++ {
+		switch words[i-1] {
+		case "-d", "-s", "--dport", "--to-ports", "-i":
+			words[i] = "*"
+		case "-j":
+			if isOurs(words[i]) {
+				words[i] = "*"
+			}
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+func withoutComment(spec string) string {
+	words, _ := splitWords(spec)
+	for i := 0; i+3 < len(words); i++ {
+		if words[i] == "-m" && words[i+1] == "comment" && words[i+2] == "--comment" {
+			return strings.Join(slices.Delete(words, i, i+4), " ")
+		}
+	}
+	return spec
+}
+
+// probeRule asks the kernel whether it takes one rule. verdict is its refusal, err that it could not be asked.
+func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, err error) {
+	if to := target(spec); isOurs(to) { // that chain may not be there yet
+		spec = strings.TrimSuffix(spec, to) + "RETURN"
+	}
+	p := Plan{family: t.family, lines: []string{
+		":" + chainProbe + " - [0:0]",
+		"-A " + chainProbe + " " + spec,
+	}}
+	err = k.restore(ctx, t, p)
+	var refusal *RefusedError
+	if errors.As(err, &refusal) {
+		return refusal, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	remove := Plan{family: t.family, lines: []string{":" + chainProbe + " - [0:0]", "-X " + chainProbe}}
+	if err := k.restore(ctx, t, remove); err != nil {
+		return nil, fmt.Errorf("remove probe: %w", err)
+	}
+	return nil, nil
+}
+
+func leftOut(f Family, rule string, verdict error) RefusedError {
+	var refusal *RefusedError
+	if errors.As(verdict, &refusal) {
+		return RefusedError{Family: f, Rule: rule, Stderr: refusal.Stderr}
+	}
+	return RefusedError{Family: f, Rule: rule, Stderr: verdict.Error()}
+}

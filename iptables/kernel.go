@@ -1,0 +1,462 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// The two backends of iptables.
+const (
+	NFT    = "nft"
+	Legacy = "legacy"
+)
+
+const (
+	// writeLimit ends a restore that hangs. It is longer than lockWait, so that a held lock says so itself.
+	writeLimit = 20 * time.Second
+	readLimit  = 10 * time.Second
+	// saveLimit is how long a whole save may take on nft before the chains are listed one by one: iptables-nft starts
+	// over whenever anybody changes any nft table, and a save of 10,000 rules (40 ms) never ends under 30 changes a second.
+	saveLimit = time.Second
+	// lockWait is given to -w, in seconds: how long iptables waits for another one.
+	lockWait = "5"
+	// listLimit is up to how many chains are listed one by one (2.5 ms each) rather than by one save.
+	listLimit = 8
+)
+
+// Options of Open.
+type Options struct {
+	// Backend picks the programs: "" is what `iptables` is on this machine, "nft" and "legacy" are iptables-nft and
+	// iptables-legacy.
+	Backend string
+	// Path are folders to search for the programs, separated by colons. Empty: $PATH, then the sbin folders, which an
+	// ordinary user's PATH may lack.
+	Path string
+}
+
+// Kernel reads and writes the nat tables by running iptables. Its methods may be called by several goroutines, but two
+// plans for the same family made from the same Table conflict: let one goroutine own the kernel state.
+type Kernel struct {
+	options Options
+	tools   map[Family]tool
+	own     ownPIDs
+
+	mu       sync.Mutex
+	unusable map[Family]error
+}
+
+// tool are the programs of one family.
+type tool struct {
+	family                Family
+	backend, version      string
+	list, restore, saving string // paths
+}
+
+// FamilyState says whether a family can be used, and if not, why.
+type FamilyState struct {
+	Family Family
+	Usable bool
+	Why    error // nil if usable
+}
+
+var families = []Family{IPv4, IPv6}
+
+// Open finds the programs and tries each family once. It fails with ErrNoIPTables if there are none, and with the first
+// family's error if neither is usable; one that is not usable is otherwise only noted (Families) and can be tried again (Probe).
+func Open(ctx context.Context, options Options) (*Kernel, error) {
+	k := &Kernel{options: options, tools: map[Family]tool{}, unusable: map[Family]error{}}
+	var first error
+	usable := false
+	for _, f := range families {
+		err := k.Probe(ctx, f)
+		usable = usable || err == nil
+		if first == nil {
+			first = err
+		}
+	}
+	if !usable {
+		return nil, fmt.Errorf("open iptables: %w", first)
+	}
+	return k, nil
+}
+
+// Probe finds out anew whether the family is usable and returns why not.
+func (k *Kernel) Probe(ctx context.Context, f Family) error {
+	err := k.probe(ctx, f)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unusable[f] = err
+	return err
+}
+
+func (k *Kernel) probe(ctx context.Context, f Family) error {
+	t, err := find(ctx, k.options, f, &k.own)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	k.tools[f] = t
+	k.mu.Unlock()
+	_, err = k.run(ctx, readLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-S", builtinPrerouting)
+	if errors.Is(err, ErrIncompatible) { // no reason not to write
+		err = nil
+	}
+	return err
+}
+
+// Families says which families are usable.
+func (k *Kernel) Families() []FamilyState {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var states []FamilyState
+	for _, f := range families {
+		states = append(states, FamilyState{Family: f, Usable: k.unusable[f] == nil, Why: k.unusable[f]})
+	}
+	return states
+}
+
+// Usable says whether the family was usable when it was last probed.
+func (k *Kernel) Usable(f Family) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.unusable[f] == nil
+}
+
+// Backend is "nft" or "legacy": that of IPv4, or of IPv6 where IPv4 has no iptables.
+func (k *Kernel) Backend() string { return k.any().backend }
+
+// Version is the version of iptables, e.g. "1.8.9".
+func (k *Kernel) Version() string { return k.any().version }
+
+func (k *Kernel) any() tool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, f := range families {
+		if t, ok := k.tools[f]; ok {
+			return t
+		}
+	}
+	return tool{}
+}
+
+// tool returns the programs of a usable family.
+func (k *Kernel) tool(f Family) (tool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	t, ok := k.tools[f]
+	if err := k.unusable[f]; err != nil || !ok {
+		return tool{}, fmt.Errorf("%s: %w: %w", f, ErrUnusable, err)
+	}
+	return t, nil
+}
+
+var versionText = regexp.MustCompile(`v(\d+\.\d+\.\d+)(?: \((nf_tables|legacy)\))?`)
+
+// find looks up a family's three programs and asks their version.
+func find(ctx context.Context, options Options, f Family, own *ownPIDs) (tool, error) {
+	name := "iptables"
+	if f == IPv6 {
+		name = "ip6tables"
+	}
+	switch options.Backend {
+	case "":
+	case NFT, Legacy:
+		name += "-" + options.Backend
+	default:
+		return tool{}, fmt.Errorf("backend %q: want nft or legacy", options.Backend)
+	}
+	t := tool{family: f}
+	for suffix, path := range map[string]*string{"": &t.list, "-restore": &t.restore, "-save": &t.saving} {
+		var err error
+		if *path, err = lookPath(options.Path, name+suffix); err != nil {
+			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)", name+suffix, ErrNoIPTables)
+		}
+	}
+	out, err := run(ctx, readLimit, own, nil, t.list, "--version")
+	if err != nil {
+		return tool{}, err
+	}
+	m := versionText.FindSubmatch(out)
+	if m == nil {
+		return tool{}, fmt.Errorf("%s --version: not understood: %q", t.list, bytes.TrimSpace(out))
+	}
+	t.version, t.backend = string(m[1]), Legacy // before 1.8 there was only one, and it did not say
+	if string(m[2]) == "nf_tables" {
+		t.backend = NFT
+	}
+	return t, nil
+}
+
+func lookPath(path, name string) (string, error) {
+	if path == "" {
+		path = os.Getenv("PATH") + ":/usr/local/sbin:/usr/sbin:/sbin"
+	}
+	for _, dir := range filepath.SplitList(path) {
+		file := filepath.Join(dir, name)
+		if found, err := exec.LookPath(file); err == nil && filepath.IsAbs(found) {
+			return found, nil
+		}
+	}
+	return "", exec.ErrNotFound
+}
+
+// Read reads a family's whole nat table. On nft, a save that does not end within a second is given up and our chains
+// and the built-in ones are listed one by one, which ends under any storm. ErrCouldNotLook if that does not end either.
+func (k *Kernel) Read(ctx context.Context, f Family) (Table, error) {
+	t, err := k.tool(f)
+	if err != nil {
+		return Table{}, err
+	}
+	return k.read(ctx, t)
+}
+
+func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
+	limit := readLimit
+	if t.backend == NFT {
+		limit = saveLimit
+	}
+	save, err := k.run(ctx, limit, nil, t.saving, "-t", "nat")
+	if err == nil && !bytes.Contains(save, []byte("is incompatible")) {
+		return Parse(t.family, save)
+	}
+	if t.backend != NFT || err != nil && !errors.Is(err, ErrCouldNotLook) {
+		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
+	}
+	// Either others write too fast for a save, or somebody has put a chain into table nat that iptables cannot read:
+	// the chains that matter to us can still be listed.
+	names, err := natChains(t.family)
+	if err != nil {
+		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
+	}
+	wanted := []string{builtinPrerouting, builtinOutput}
+	for _, name := range names {
+		if isOurs(name) {
+			wanted = append(wanted, name)
+		}
+	}
+	return k.listChains(ctx, t, Table{family: t.family}, wanted, names)
+}
+
+// ReadChains reads only the given chains and returns have with them replaced. It is the cheap verification after an
+// Event or a write; what it does not read stays as it was in have. On legacy, where reading any chain copies the whole
+// table out of the kernel, it reads everything.
+func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (Table, error) {
+	t, err := k.tool(have.family)
+	if err != nil {
+		return Table{}, err
+	}
+	if t.backend != NFT || len(chains) > listLimit {
+		return k.read(ctx, t)
+	}
+	names, err := natChains(t.family)
+	if err != nil {
+		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
+	}
+	return k.listChains(ctx, t, have, chains, names)
+}
+
+// listChains lists chains one by one. existing are the names of the chains that the kernel has: iptables-nft has the same
+// message for a chain that is missing and for one that it cannot read.
+func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, existing []string) (Table, error) {
+	read := map[string][]string{}
+	var gone []string
+	for _, name := range chains {
+		if !slices.Contains(existing, name) {
+			gone = append(gone, name)
+			continue
+		}
+		listing, err := k.run(ctx, readLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-S", name)
+		if err != nil {
+			if now, err := natChains(t.family); err == nil && !slices.Contains(now, name) {
+				gone = append(gone, name) // deleted since
+				continue
+			}
+			return Table{}, fmt.Errorf("read %s chain %s: %w", t.family, name, err)
+		}
+		rules := parseListing(listing)[name]
+		read[name] = rules
+		// A chain of somebody else's that is reached before our jump tells whether the jump is shadowed.
+		if isJumpSite(name) {
+			for _, spec := range rules {
+				to := target(spec)
+				if isOurs(to) {
+					break
+				}
+				if slices.Contains(existing, to) && !slices.Contains(chains, to) {
+					chains = append(chains, to)
+				}
+			}
+		}
+	}
+	return have.with(read, gone), nil
+}
+
+// Result is what came of an Apply.
+type Result struct {
+	Have Table // the table after it, as read back
+	// Drift is what of the wanted ruleset was not there when it was read back: somebody else wrote in between.
+	Drift    []Drift
+	Attempts int
+	Took     time.Duration // of the writing, without the read-back
+}
+
+// attempts is how often Apply makes its plan anew when the table changed between plan and restore.
+const attempts = 3
+
+// Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was overtaken (a rule to be
+// deleted is gone, a place to insert at is not there) is made anew from a fresh read. Nothing was changed if it returns
+// an error, but for ErrCouldNotLook, which says that the write was done and could not be verified. Errors: *RefusedError,
+// ErrLocked, ErrIncompatible, ErrNotRoot, ErrNoTable, ErrCouldNotLook, ErrUnusable, *CommandError.
+func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
+	t, err := k.tool(p.family)
+	if err != nil {
+		return Result{}, err
+	}
+	return k.apply(ctx, t, p)
+}
+
+func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (Result, error) {
+	if p.Empty() {
+		return Result{Have: p.have}, nil
+	}
+	start := time.Now()
+	n := 1
+	for {
+		err := k.restore(ctx, t, p)
+		if err == nil {
+			break
+		}
+		var refused *RefusedError
+		if n == attempts || !errors.As(err, &refused) || !mayBeOvertaken(refused.Rule) {
+			return Result{Attempts: n}, fmt.Errorf("apply %s rules: %w", p.family, err)
+		}
+		n++
+		have, readErr := k.read(ctx, t)
+		if readErr != nil {
+			return Result{Attempts: n}, fmt.Errorf("apply %s rules: %w", p.family, errors.Join(err, readErr))
+		}
+		p = NewPlan(p.want, have)
+		if p.Empty() {
+			return Result{Have: have, Attempts: n, Took: time.Since(start)}, nil
+		}
+	}
+	took := time.Since(start)
+	have, err := k.readBack(ctx, t, p)
+	if err != nil {
+		return Result{Attempts: n, Took: took}, fmt.Errorf("verify %s rules: %w: %w", p.family, ErrCouldNotLook, err)
+	}
+	return Result{Have: have, Drift: Diff(p.want, have), Attempts: n, Took: took}, nil
+}
+
+func (k *Kernel) readBack(ctx context.Context, t tool, p Plan) (Table, error) {
+	if t.backend != NFT || len(p.touched) > listLimit {
+		return k.read(ctx, t)
+	}
+	names, err := natChains(t.family)
+	if err != nil {
+		return Table{}, err
+	}
+	return k.listChains(ctx, t, p.have, p.touched, names)
+}
+
+// mayBeOvertaken says whether a line depends on what others do to the table. COMMIT is what legacy names whatever it
+// was; on nft a deletion that others hold up names itself.
+func mayBeOvertaken(line string) bool {
+	return strings.HasPrefix(line, "-D ") || strings.HasPrefix(line, "-I ") || strings.HasPrefix(line, "-X ") || line == "COMMIT"
+}
+
+func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
+	_, err := k.run(ctx, writeLimit, []byte(p.String()), t.restore, "--noflush", "-w", lockWait)
+	return refused(p, err)
+}
+
+// run runs one command within limit and remembers its pid, by which the kernel's notifications tell our writes.
+func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, name string, args ...string) ([]byte, error) {
+	return run(ctx, limit, &k.own, stdin, name, args...)
+}
+
+func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, name string, args ...string) ([]byte, error) {
+	limited, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	cmd := exec.CommandContext(limited, name, args...)
+	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH")}
+	for _, key := range []string{"XTABLES_LIBDIR", "XTABLES_LOCKFILE"} {
+		if v, ok := os.LookupEnv(key); ok {
+			cmd.Env = append(cmd.Env, key+"="+v)
+		}
+	}
+	cmd.WaitDelay = time.Second // a child of a wrapper script may keep the pipes open
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, fmt.Errorf("run %s: %w", name, err)
+	}
+	if err := cmd.Start(); err != nil {
+		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %w", ErrNoIPTables, err)
+		}
+		return nil, fmt.Errorf("run: %w", err)
+	}
+	own.started(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
+	defer own.ended(cmd.Process.Pid)
+	in.Write(stdin) // a command that ends early says so by its exit
+	in.Close()
+	err = cmd.Wait()
+	command := strings.Join(append([]string{filepath.Base(name)}, args...), " ")
+	switch {
+	case err == nil:
+		return stdout.Bytes(), nil
+	case limited.Err() != nil:
+		return nil, fmt.Errorf("%s: %w: no end after %s: %w", command, ErrCouldNotLook, limit, limited.Err())
+	default:
+		return nil, classify(command, cmd.ProcessState.ExitCode(), stderr.String())
+	}
+}
+
+// ownPIDs remembers the last commands of ours.
+type ownPIDs struct {
+	mu      sync.Mutex
+	pids    [64]int
+	next    int
+	running int
+	last    time.Time // when the last one ended
+}
+
+func (o *ownPIDs) started(pid int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.pids[o.next%len(o.pids)] = pid
+	o.next++
+	o.running++
+}
+
+func (o *ownPIDs) ended(int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.running--
+	o.last = time.Now()
+}
+
+func (o *ownPIDs) has(pid int) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return pid != 0 && slices.Contains(o.pids[:], pid)
+}
+
+// active says whether a command of ours runs or ended less than d ago.
+func (o *ownPIDs) active(d time.Duration) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.running > 0 || time.Since(o.last) < d
+}

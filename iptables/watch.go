@@ -1,0 +1,291 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Event says that table nat may have changed. Events are hints: what is there is found out by reading.
+type Event struct {
+	Family Family // 0: either
+	// Chains are those of ours and the built-in ones that were changed, sorted. Empty: any may have been, read all.
+	Chains []string
+	// PID and Program are who did it, as the kernel tells on nft (Program has at most 15 bytes: "iptables-restor");
+	// 0 and "" on legacy. The pid is that of the machine's first pid namespace.
+	PID     int
+	Program string
+	Own     bool // by a command of this Kernel
+	Lost    bool // the kernel had more to say than we could take: read everything
+}
+
+// Watch sends an Event for each change of a chain of ours, of PREROUTING or OUTPUT in table nat, until ctx ends, and
+// then closes the channel. On nft the kernel says so within milliseconds, whatever program did it, and changes of other
+// tables and chains are left out here. On legacy the kernel says nothing: an Event then only means that a program
+// opened and closed /run/xtables.lock, be it for looking, and one that uses another lock is not seen at all: keep polling.
+//
+// The caller must keep receiving. What it is too slow for is merged into one Event with Lost set.
+func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
+	nft, legacy := false, false
+	k.mu.Lock()
+	for _, t := range k.tools {
+		nft = nft || t.backend == NFT
+		legacy = legacy || t.backend == Legacy
+	}
+	k.mu.Unlock()
+	events := make(chan Event, eventBuffer)
+	if nft {
+		conn, err := k.dialWatch()
+		if err != nil {
+			return nil, err
+		}
+		go k.watchNFT(ctx, conn, events)
+		return events, nil
+	}
+	if legacy {
+		file, err := watchLock()
+		if err != nil {
+			return nil, err
+		}
+		go k.watchLegacy(ctx, file, events)
+	}
+	return events, nil
+}
+
+const eventBuffer = 256
+
+// dialWatch joins the group before Watch returns, so that nothing between Watch and the caller's first read is missed.
+func (k *Kernel) dialWatch() (*netlink.Conn, error) {
+	conn, err := dialNetfilter()
+	if err != nil {
+		return nil, fmt.Errorf("watch nftables: %w", err)
+	}
+	// 10,000 rules in one transaction are 10,011 messages of 3 MB. Without CAP_NET_ADMIN it stays at the system's
+	// limit, and large transactions end as Lost.
+	if err := conn.SetReadBuffer(watchReceiveBytes); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("watch nftables: set receive buffer: %w", err)
+	}
+	if err := conn.JoinGroup(nfnlGroupNFTables); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("watch nftables: join group: %w", err)
+	}
+	return conn, nil
+}
+
+func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<- Event) {
+	defer close(events)
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	s := sender{ctx: ctx, events: events}
+	var batch batch
+	for {
+		messages, err := conn.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return
+		case errors.Is(err, unix.ENOBUFS):
+			batch.clear()
+			s.send(Event{Lost: true})
+			continue
+		case err != nil:
+			// Nothing else is expected here; whatever it is, the caller must not take silence for peace.
+			s.send(Event{Lost: true})
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(time.Second):
+			}
+			continue
+		}
+		for _, m := range messages {
+			if done := batch.add(m); done {
+				for _, e := range batch.events() {
+					e.Own = k.own.has(e.PID)
+					s.send(e)
+				}
+				batch.clear()
+			}
+		}
+	}
+}
+
+// sender never blocks the reading of the socket: what does not fit is told as one Lost event when there is room again.
+type sender struct {
+	ctx    context.Context
+	events chan<- Event
+	lost   bool
+}
+
+func (s *sender) send(e Event) {
+	if s.lost {
+		e = Event{Lost: true}
+	}
+	select {
+	case s.events <- e:
+		s.lost = false
+	case <-s.ctx.Done():
+	default:
+		if s.lost = true; true {
+			// The channel is full of events, so the caller is awake; the mark goes out with the next change, or by the
+			// timer if there is none.
+			go func(ctx context.Context, events chan<- Event) {
+				select {
+				case events <- Event{Lost: true}:
+				case <-ctx.Done():
+				}
+			}(s.ctx, s.events)
+		}
+	}
+}
+
+// batch collects the messages of one transaction, which the kernel ends by NEWGEN with the writer's pid and name.
+type batch struct {
+	chains  map[Family][]string
+	whole   map[Family]bool
+	pid     int
+	program string
+}
+
+func (b *batch) clear() { *b = batch{} }
+
+// add takes one message and says whether it ended the transaction.
+func (b *batch) add(m netlink.Message) (done bool) {
+	if uint16(m.Header.Type)>>8 != nfnlSubsysNFTables || len(m.Data) < nfgenmsgLen {
+		return false
+	}
+	kind := byte(m.Header.Type)
+	if kind == nftMsgNewGen {
+		if attributes, err := nftAttributes(m); err == nil {
+			for attributes.Next() {
+				switch attributes.Type() {
+				case nftaGenProcPID:
+					b.pid = int(attributes.Uint32())
+				case nftaGenProcName:
+					b.program = attributes.String()
+				}
+			}
+		}
+		return true
+	}
+	var family Family
+	switch m.Data[0] {
+	case IPv4.nfproto():
+		family = IPv4
+	case IPv6.nfproto():
+		family = IPv6
+	default:
+		return false
+	}
+	var tableAttribute, chainAttribute uint16
+	switch kind {
+	case nftMsgNewRule, nftMsgDelRule:
+		tableAttribute, chainAttribute = nftaRuleTable, nftaRuleChain
+	case nftMsgNewChain, nftMsgDelChain:
+		tableAttribute, chainAttribute = nftaChainTable, nftaChainName
+	case nftMsgNewTable, nftMsgDelTable:
+		tableAttribute = nftaTableName
+	default:
+		return false
+	}
+	// The wanted attributes come first; the expressions behind them are not looked at.
+	attributes, err := nftAttributes(m)
+	if err != nil {
+		return false
+	}
+	table, chain := "", ""
+	for attributes.Next() {
+		switch attributes.Type() {
+		case tableAttribute:
+			table = attributes.String()
+		case chainAttribute:
+			chain = attributes.String()
+		}
+		if table != "" && (chain != "" || chainAttribute == 0) {
+			break
+		}
+	}
+	if table != "nat" {
+		return false
+	}
+	if chainAttribute == 0 {
+		if b.whole == nil {
+			b.whole = map[Family]bool{}
+		}
+		b.whole[family] = true
+		return false
+	}
+	if !isOurs(chain) && !isJumpSite(chain) {
+		return false
+	}
+	if b.chains == nil {
+		b.chains = map[Family][]string{}
+	}
+	if seen := b.chains[family]; len(seen) == 0 || seen[len(seen)-1] != chain { // a chain's rules come in a row
+		b.chains[family] = append(seen, chain)
+	}
+	return false
+}
+
+func (b *batch) events() []Event {
+	var events []Event
+	for _, f := range families {
+		chains := b.chains[f]
+		if b.whole[f] {
+			chains = nil
+		} else if len(chains) == 0 {
+			continue
+		}
+		slices.Sort(chains)
+		events = append(events, Event{Family: f, Chains: slices.Compact(chains), PID: b.pid, Program: b.program})
+	}
+	return events
+}
+
+// lockFile is what iptables-legacy locks unless XTABLES_LOCKFILE names another.
+const lockFile = "/run/xtables.lock"
+
+// watchLock watches the lock file being closed. iptables-legacy has made it by now: Open has run one.
+func watchLock() (*os.File, error) {
+	path := lockFile
+	if p := os.Getenv("XTABLES_LOCKFILE"); p != "" {
+		path = p
+	}
+	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("watch %q: %w", path, err)
+	}
+	if _, err := unix.InotifyAddWatch(fd, path, unix.IN_CLOSE_WRITE|unix.IN_CLOSE_NOWRITE); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("watch %q: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), "inotify"), nil
+}
+
+func (k *Kernel) watchLegacy(ctx context.Context, inotify *os.File, events chan<- Event) {
+	defer close(events)
+	defer inotify.Close()
+	stop := context.AfterFunc(ctx, func() { inotify.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	s := sender{ctx: ctx, events: events}
+	buffer := make([]byte, 4096)
+	for {
+		_, err := inotify.Read(buffer)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			s.send(Event{Lost: true})
+			return
+		}
+		// The close of our own command comes while it runs or right after it.
+		s.send(Event{Own: k.own.active(50 * time.Millisecond)})
+	}
+}
