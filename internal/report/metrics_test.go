@@ -1,0 +1,182 @@
+package report
+
+import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/prometheus/common/expfmt"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+)
+
+// sources are two reporters that have seen trouble.
+func sources() Sources {
+	return Sources{
+		Version: "1.2.3", Commit: "0123abc",
+		GuestAttributes: func() guestattr.State {
+			return guestattr.State{Enabled: true, LastError: "503", Pending: 1, Writes: 20, Reads: 4, Failures: 3, Dropped: 90, Lost: 2, Changed: 1}
+		},
+		Serial: func() SerialState { return SerialState{Path: "/dev/ttyS0", Open: true, Lines: 12, Dropped: 5} },
+	}
+}
+
+// twoPasses is a pass that wrote and repaired, then a quiet one.
+func twoPasses() [2]Sample {
+	end := time.Date(2026, 11, 21, 11, 0, 1, 250e6, time.UTC)
+	first := Sample{
+		Duration: 40 * time.Millisecond, DumpReads: 2, End: end, Mode: "hold",
+		Events:    map[string]int{"listener_changed": 3},
+		Drift:     map[string]int{"rule removed": 2, "jump removed": 1},
+		Errors:    map[string]int{"envoy_admin": 1},
+		Untrusted: 1,
+		Envoy:     Envoy{State: "PRE_INITIALIZING"},
+		Families:  []Family{{Name: "IPv4", Usable: true, Rules: 4, Applies: map[string]int{"applied": 1}, Written: 4}, {Name: "IPv6"}},
+		Findings:  []Finding{{"envoy-not-configured", "error"}},
+	}
+	second := Sample{
+		Duration: 400 * time.Microsecond, End: end.Add(time.Second), Mode: "intercepting", Ready: true,
+		Events:  map[string]int{"listener_changed": 1, "listener_rejected": 1},
+		Envoy:   Envoy{State: "LIVE", Version: "1.40.0", Listeners: 5, Rejected: 1},
+		Refused: 3,
+		Families: []Family{
+			{Name: "IPv4", Usable: true, Equal: true, Jumps: true, Rules: 120, Services: 100, ServicePorts: 1, Applies: map[string]int{"applied": 1, "refused": 1}, Written: 116},
+			{Name: "IPv6"},
+		},
+		Findings: []Finding{{"listener-rejected", "error"}, {"entry-refused", "warning"}, {"entry-refused", "warning"}, {"entry-refused", "warning"}},
+	}
+	return [2]Sample{first, second}
+}
+
+// TestMetricsGolden holds a whole scrape, without the runtime's own metrics, against testdata/metrics.golden.
+func TestMetricsGolden(t *testing.T) {
+	m := NewMetrics(sources())
+	for _, s := range twoPasses() {
+		m.Pass(s)
+	}
+	r := prometheus.NewPedanticRegistry()
+	r.MustRegister(m)
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for _, f := range families {
+		if _, err := expfmt.MetricFamilyToText(&b, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	checkGolden(t, "metrics.golden", strings.ReplaceAll(b.String(), runtime.Version(), "GOVERSION"))
+}
+
+func TestMetricsLint(t *testing.T) {
+	m := NewMetrics(sources())
+	for _, s := range twoPasses() {
+		m.Pass(s)
+	}
+	problems, err := testutil.CollectAndLint(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}
+
+// TestMetricsScrape is a scrape over HTTP: everything has the prefix, and the first one before any pass works.
+func TestMetricsScrape(t *testing.T) {
+	m := NewMetrics(Sources{Version: "1.2.3"})
+	s := httptest.NewServer(m.Handler())
+	defer s.Close()
+	body := scrape(t, s.URL)
+	for l := range strings.Lines(body) {
+		if !strings.HasPrefix(l, "#") && !strings.HasPrefix(l, Prefix) {
+			t.Errorf("no prefix: %s", l)
+		}
+	}
+	for _, want := range []string{
+		Prefix + "passes_total 0\n",
+		Prefix + "process_resident_memory_bytes ",
+		Prefix + "go_goroutines ",
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("no %q in the first scrape", want)
+		}
+	}
+	for _, not := range []string{"heartbeat", "_ready ", "guest_attributes", "serial"} {
+		if strings.Contains(body, Prefix+not) {
+			t.Errorf("%s in a scrape before the first pass", not)
+		}
+	}
+}
+
+func scrape(t *testing.T, url string) string {
+	t.Helper()
+	res, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %v, %v", url, res.Status, err)
+	}
+	return string(body)
+}
+
+// TestMetricsOddText: text from outside in a label spoils neither the scrape nor its lines.
+func TestMetricsOddText(t *testing.T) {
+	m := NewMetrics(Sources{Version: "1\xff"})
+	m.Pass(Sample{Mode: "?", Envoy: Envoy{State: "odd", Version: "1.40\xfe\n" + strings.Repeat("x", 5000)}, Events: map[string]int{"\xfd": 1, "\xfe": 1}})
+	s := httptest.NewServer(m.Handler())
+	defer s.Close()
+	body := scrape(t, s.URL)
+	if !strings.Contains(body, Prefix+`envoy_state{state="UNREACHABLE"} 1`) {
+		t.Error("an unknown state is not UNREACHABLE")
+	}
+	if !strings.Contains(body, "1.40\uFFFD") {
+		t.Error("no version in the scrape")
+	}
+}
+
+// TestMetricsRaces scrapes while passes are reported, for the race detector, and checks that a scrape sees whole passes.
+func TestMetricsRaces(t *testing.T) {
+	m := NewMetrics(sources())
+	r := prometheus.NewRegistry()
+	r.MustRegister(m)
+	samples := twoPasses()
+	var passes sync.WaitGroup
+	passes.Go(func() {
+		for i := range 500 {
+			m.Pass(samples[i%2])
+		}
+	})
+	for range 50 {
+		families, err := r.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ready, intercepting := -1.0, -1.0
+		for _, f := range families {
+			for _, v := range f.Metric {
+				switch {
+				case f.GetName() == Prefix+"ready":
+					ready = v.GetGauge().GetValue()
+				case f.GetName() == Prefix+"mode" && v.Label[0].GetValue() == "intercepting":
+					intercepting = v.GetGauge().GetValue()
+				}
+			}
+		}
+		if ready != intercepting {
+			t.Fatalf("ready %v with intercepting %v: half a pass", ready, intercepting)
+		}
+	}
+	passes.Wait()
+}
