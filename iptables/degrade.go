@@ -132,7 +132,7 @@ func protects(chain, spec string) bool {
 	if p.target != "RETURN" {
 		return false
 	}
-	return (chain == chainOutput || chain == chainDNS) && p.uid != nil || p.dstLocal
+	return (chain == chainOutput || chain == chainDNS) && p.uid != nil || chain == chainInbound && p.dstLocal
 }
 
 // kindOf is the rule with its addresses, ports and target chain left out: 10,000 services are one kind.

@@ -201,9 +201,9 @@ func (i Interception) Ruleset() Ruleset {
 		for _, name := range interfaces {
 			b.add(chainInbound, "-i "+name+" -j "+chainServiceCIDRs)
 		}
-		b.add(chainInbound, ruleRouted)
 	}
 	if inbound {
+		b.add(chainInbound, ruleRouted)
 		b.add(chainInbound, serving...)
 		b.add(chainInRedirect, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.InboundPort))
 	}

@@ -105,7 +105,7 @@ func (w walker) start() Verdict {
 	if w.packet.Hook == Prerouting {
 		builtin = builtinPrerouting
 	}
-	verdict, _ := w.chain(builtin, 0)
+	verdict := w.chain(builtin, 0)
 	if verdict.Action == 0 {
 		return Verdict{Action: Pass} // the policy of table nat is ACCEPT; one that is not would drop, which nobody sets
 	}
@@ -113,66 +113,60 @@ func (w walker) start() Verdict {
 }
 
 // chain walks one chain. A verdict of no action means that the packet came to its end or was returned.
-func (w walker) chain(name string, depth int) (verdict Verdict, ended bool) {
+func (w walker) chain(name string, depth int) Verdict {
 	rules, ok := w.rules(name)
 	if !ok || depth > maxDepth {
-		return Verdict{Action: CannotTell, Chain: name}, true
+		return Verdict{Action: CannotTell, Chain: name}
 	}
 	for _, spec := range rules {
 		p := parseRule(spec)
 		m := p.matches(w.packet)
-		if m == no || p.target == "" {
+		if m == no || letsPass(p.target) {
 			continue
 		}
 		found := Verdict{Chain: name, Rule: spec}
 		switch p.target {
 		case "RETURN":
-			if m == maybe {
-				// Whether the packet is returned decides only where the rest of the chain would take it.
-				return w.undecided(found)
-			}
-			return Verdict{}, false
 		case "ACCEPT":
 			found.Action = Pass
 		case "REDIRECT":
-			found.Action = Redirect
-			port, err := strconv.ParseUint(p.toPorts, 10, 16)
-			if err != nil || !isOurs(name) {
-				found.Action = Taken
+			found.Action = Taken
+			if port, err := strconv.ParseUint(p.toPorts, 10, 16); err == nil && isOurs(name) {
+				found.Action, found.Port = Redirect, uint16(port)
 			}
-			found.Port = uint16(port)
-		case "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
-			continue // these let the packet go on
 		default:
-			if _, ok := w.rules(p.target); !ok {
+			if _, ok := w.rules(p.target); ok {
+				inner := w.chain(p.target, depth+1)
+				if inner.Action == 0 && !p.goTo {
+					continue // back from there, whether it went there or not
+				}
+				if inner.Action != 0 {
+					found = inner
+				}
+			} else if isTerminal(p.target) {
 				found.Action = Taken
-				if !isTerminal(p.target) {
-					found.Action = CannotTell
-				}
-				break
+			} else {
+				found.Action = CannotTell
 			}
-			inner, ended := w.chain(p.target, depth+1)
-			if inner.Action == 0 {
-				if p.goTo {
-					if m == maybe {
-						return w.undecided(found)
-					}
-					return Verdict{}, ended
-				}
-				continue
-			}
-			found = inner
 		}
 		if m == maybe {
-			return w.undecided(found)
+			return Verdict{Action: CannotTell, Chain: name, Rule: spec}
 		}
-		return found, true
+		if found.Action == 0 { // RETURN, or the end of a chain gone to
+			return Verdict{}
+		}
+		return found
 	}
-	return Verdict{}, false
+	return Verdict{}
 }
 
-func (w walker) undecided(v Verdict) (Verdict, bool) {
-	return Verdict{Action: CannotTell, Chain: v.Chain, Rule: v.Rule}, true
+// letsPass says whether a packet goes on to the next rule after this target.
+func letsPass(target string) bool {
+	switch target {
+	case "", "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
+		return true
+	}
+	return false
 }
 
 // isTerminal says whether a target is known to end a packet's way through the table.
@@ -263,10 +257,10 @@ func (t Table) mayEnd(p, jump parsed, builtin bool, depth int) bool {
 	if jump.hasDports && p.hasDports && !p.dportsNot && !overlap(p.dports, jump.dports) {
 		return false
 	}
-	switch p.target {
-	case "", "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
+	if letsPass(p.target) {
 		return false
-	case "RETURN":
+	}
+	if p.target == "RETURN" {
 		return builtin // in a built-in chain it means the policy; in a user chain the packet comes back
 	}
 	rules, ok := t.chains[p.target]

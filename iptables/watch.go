@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -39,7 +40,7 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 		legacy = legacy || t.backend == Legacy
 	}
 	k.mu.Unlock()
-	events := make(chan Event, eventBuffer)
+	events := make(chan Event)
 	if nft {
 		conn, err := k.dialWatch()
 		if err != nil {
@@ -57,8 +58,6 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 	}
 	return events, nil
 }
-
-const eventBuffer = 256
 
 // dialWatch joins the group before Watch returns, so that nothing between Watch and the caller's first read is missed.
 func (k *Kernel) dialWatch() (*netlink.Conn, error) {
@@ -80,11 +79,10 @@ func (k *Kernel) dialWatch() (*netlink.Conn, error) {
 }
 
 func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<- Event) {
-	defer close(events)
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	s := sender{ctx: ctx, events: events}
+	s := newSender(ctx, events)
 	var batch batch
 	for {
 		messages, err := conn.Receive()
@@ -93,11 +91,11 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 			return
 		case errors.Is(err, unix.ENOBUFS):
 			batch.clear()
-			s.send(Event{Lost: true})
+			s.put(Event{Lost: true})
 			continue
 		case err != nil:
 			// Nothing else is expected here; whatever it is, the caller must not take silence for peace.
-			s.send(Event{Lost: true})
+			s.put(Event{Lost: true})
 			select {
 			case <-ctx.Done():
 				return
@@ -109,7 +107,7 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 			if done := batch.add(m); done {
 				for _, e := range batch.events() {
 					e.Own = k.own.has(e.PID)
-					s.send(e)
+					s.put(e)
 				}
 				batch.clear()
 			}
@@ -117,33 +115,69 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 	}
 }
 
-// sender never blocks the reading of the socket: what does not fit is told as one Lost event when there is room again.
+// sender stands between the socket, which must be read without a pause, and the caller, who may be busy with a pass.
 type sender struct {
-	ctx    context.Context
-	events chan<- Event
-	lost   bool
+	mu      sync.Mutex
+	pending []Event
+	more    chan struct{} // one slot: something is pending
 }
 
-func (s *sender) send(e Event) {
-	if s.lost {
-		e = Event{Lost: true}
+// pendingEvents is how many events wait for the caller; past that they become one that says so.
+const pendingEvents = 256
+
+func newSender(ctx context.Context, events chan<- Event) *sender {
+	s := &sender{more: make(chan struct{}, 1)}
+	go s.run(ctx, events)
+	return s
+}
+
+// put never blocks. An event like the last one waiting adds nothing to it: a program that changes the same chain a
+// hundred times a second is one event a pass.
+func (s *sender) put(e Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch n := len(s.pending); {
+	case n > 0 && s.pending[n-1].same(e):
+	case n >= pendingEvents:
+		s.pending = append(s.pending[:0], Event{Lost: true})
+	default:
+		s.pending = append(s.pending, e)
 	}
 	select {
-	case s.events <- e:
-		s.lost = false
-	case <-s.ctx.Done():
+	case s.more <- struct{}{}:
 	default:
-		if s.lost = true; true {
-			// The channel is full of events, so the caller is awake; the mark goes out with the next change, or by the
-			// timer if there is none.
-			go func(ctx context.Context, events chan<- Event) {
-				select {
-				case events <- Event{Lost: true}:
-				case <-ctx.Done():
-				}
-			}(s.ctx, s.events)
+	}
+}
+
+func (s *sender) run(ctx context.Context, events chan<- Event) {
+	defer close(events)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.more:
+		}
+		for {
+			s.mu.Lock()
+			if len(s.pending) == 0 {
+				s.mu.Unlock()
+				break
+			}
+			e := s.pending[0]
+			s.pending = slices.Delete(s.pending, 0, 1)
+			s.mu.Unlock()
+			select {
+			case events <- e:
+			case <-ctx.Done():
+				return
+			}
 		}
 	}
+}
+
+func (e Event) same(other Event) bool {
+	return e.Family == other.Family && e.PID == other.PID && e.Program == other.Program && e.Own == other.Own &&
+		e.Lost == other.Lost && slices.Equal(e.Chains, other.Chains)
 }
 
 // batch collects the messages of one transaction, which the kernel ends by NEWGEN with the writer's pid and name.
@@ -270,11 +304,10 @@ func watchLock() (*os.File, error) {
 }
 
 func (k *Kernel) watchLegacy(ctx context.Context, inotify *os.File, events chan<- Event) {
-	defer close(events)
 	defer inotify.Close()
 	stop := context.AfterFunc(ctx, func() { inotify.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	s := sender{ctx: ctx, events: events}
+	s := newSender(ctx, events)
 	buffer := make([]byte, 4096)
 	for {
 		_, err := inotify.Read(buffer)
@@ -282,10 +315,10 @@ func (k *Kernel) watchLegacy(ctx context.Context, inotify *os.File, events chan<
 			return
 		}
 		if err != nil {
-			s.send(Event{Lost: true})
+			s.put(Event{Lost: true})
 			return
 		}
 		// The close of our own command comes while it runs or right after it.
-		s.send(Event{Own: k.own.active(50 * time.Millisecond)})
+		s.put(Event{Own: k.own.active(50 * time.Millisecond)})
 	}
 }
