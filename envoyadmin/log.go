@@ -1,0 +1,421 @@
+package envoyadmin
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
+)
+
+// LogKind tells what a line of Envoy's log is about.
+type LogKind uint8
+
+const (
+	Other            LogKind = iota // a configuration of another kind was rejected: see Message and Details
+	ListenerChanged                 // a listener came, changed or went; or the workers were started (without Listener)
+	ListenerRejected                // see Details
+	StreamClosed                    // the configuration stream from the control plane ended: see Code and Message
+	LogUnreadable                   // the log itself cannot be read, see Details; it is tried again each second
+)
+
+func (k LogKind) String() string {
+	return [...]string{"other", "listener changed", "listener rejected", "stream closed", "log unreadable"}[k]
+}
+
+// LogEvent is what a line of the log says, or many equal lines.
+type LogEvent struct {
+	Kind     LogKind
+	Listener string // by name
+	Details  string // why it was rejected, in Envoy's words
+	Method   string // of the stream: StreamAggregatedResources, DeltaAggregatedResources, …
+	Target   string // of the stream, where Envoy names it
+	Code     int    // gRPC status of the stream
+	Message  string // of the stream, in the control plane's words, often empty; or the type of what was rejected
+	Count    int    // how many equal lines this stands for, at least 1
+	Dropped  int    // different lines before this one that nobody took and that were too many to keep
+}
+
+// Limits of the log reader. In a storm (a control plane that answers each rejection at once: 1,300 a second were seen, each with two lines) the
+// file is read in pieces instead of line by line, and equal events become one.
+const (
+	maxLine   = 8 << 10                // bytes of a line that are looked at; rejections of large listeners are long
+	maxBehind = 16 << 20               // bytes written since the last read: of more, only the last are read
+	readSize  = 64 << 10               // bytes of one read
+	maxGap    = 200 * time.Millisecond // between reads in a storm: what a hint may come late then
+	logPoll   = 1 * time.Second        // the file is looked at this often even if inotify is silent: a new file, a truncation
+	sameEvent = 5 * time.Second        // an event that only repeats is told this often
+	maxEvents = 256                    // different events that are remembered
+)
+
+var (
+	// "StreamAggregatedResources gRPC config stream closed: 5, …" and, since 1.26, "… stream to TARGET closed: 5, …", both perhaps with
+	// "closed since 32s ago: …" and, at the end, "(previously 14, … since 35s ago)".
+	streamClosed = regexp.MustCompile(`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
+	previously   = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
+	// "lds: listener 'N' config rejected: …"
+	listenerRejected = regexp.MustCompile(`lds: listener '(.*?)' config rejected: (.*)`)
+	listenerChanged  = regexp.MustCompile(`lds: (?:add/update|remove) listener '(.*)'`)
+	// "gRPC config for TYPE rejected: …", "delta config for TYPE rejected: …", "Filesystem config update rejected: …", and up to 1.10 "gRPC config for TYPE
+	// update rejected: …"
+	configRejected = regexp.MustCompile(`config (?:for (\S+) )?(?:update )?rejected: (.*)`)
+	// Of a listener the text goes on with this.
+	addingListener = regexp.MustCompile(`^Error adding/updating listener\(s\) (.*?): (.*)`)
+)
+
+// parseLine says what a line of the log is about; ok is false if it is nothing of ours. StreamLoadStats is load reporting and StreamHealthCheck
+// health checking: their end says nothing about the configuration.
+func parseLine(line []byte) (e LogEvent, ok bool) {
+	e.Count = 1
+
+	switch {
+	case bytes.Contains(line, []byte(" gRPC config stream ")):
+		m := streamClosed.FindSubmatch(line)
+		if m == nil || string(m[1]) == "StreamLoadStats" || string(m[1]) == "StreamHealthCheck" {
+			return e, false
+		}
+		code, err := strconv.Atoi(string(m[3]))
+		if err != nil {
+			return e, false
+		}
+		e.Kind, e.Method, e.Target, e.Code = StreamClosed, string(m[1]), string(m[2]), code
+		e.Message = string(previously.ReplaceAll(m[4], nil))
+		return e, true
+	case bytes.Contains(line, []byte(" rejected: ")):
+		if m := listenerRejected.FindSubmatch(line); m != nil {
+			e.Kind, e.Listener, e.Details = ListenerRejected, string(m[1]), string(m[2])
+			return e, true
+		}
+		m := configRejected.FindSubmatch(line)
+		if m == nil {
+			return e, false
+		}
+		e.Message, e.Details = string(m[1]), string(m[2])
+		if l := addingListener.FindSubmatch(m[2]); l != nil {
+			e.Kind, e.Message, e.Listener, e.Details = ListenerRejected, "", string(l[1]), string(l[2])
+		} else if bytes.HasSuffix(m[1], []byte(".Listener")) {
+			e.Kind, e.Message = ListenerRejected, ""
+		}
+		return e, true
+	case bytes.Contains(line, []byte("lds: ")):
+		if m := listenerChanged.FindSubmatch(line); m != nil {
+			e.Kind, e.Listener = ListenerChanged, string(m[1])
+			return e, true
+		}
+	case bytes.Contains(line, []byte("starting workers")):
+		e.Kind = ListenerChanged
+		return e, true
+	}
+	return e, false
+}
+
+// FollowLog follows Envoy's log from its end until ctx is done, and then closes the channel. It holds a file that was renamed until the new one
+// appears, begins a truncated one (logrotate's copytruncate) at its start, and waits for one that is missing. What nobody takes from the channel is
+// kept, equal events as one.
+//
+// The events are hints: a line can be missed while the log is rotated, so the masked dump decides, asked for by polling too.
+func FollowLog(ctx context.Context, path string) <-chan LogEvent {
+	out := make(chan LogEvent)
+	f := &follower{path: path, out: out, told: map[LogEvent]*repeats{}}
+	// Before returning, so that what is logged from now on is seen. What stood there before is not news.
+	f.open(true)
+	go func() {
+		defer close(out)
+		f.run(ctx)
+	}()
+	return out
+}
+
+// follower is the state of FollowLog.
+type follower struct {
+	path  string
+	out   chan<- LogEvent
+	watch *fsnotify.Watcher // nil: no inotify to be had, polling alone
+
+	file       *os.File
+	offset     int64
+	buffer     []byte // the start of a line whose end is not written yet, at most maxLine of it
+	unreadable string // the last LogUnreadable
+
+	queue   []LogEvent
+	told    map[LogEvent]*repeats // by the event with Count and Dropped zero
+	dropped int
+}
+
+// repeats is what is remembered of an event that was told.
+type repeats struct {
+	at    time.Time // told
+	count int       // since then
+}
+
+func (f *follower) run(ctx context.Context) {
+	var events chan fsnotify.Event
+	var errs chan error
+	if f.watch != nil {
+		events, errs = f.watch.Events, f.watch.Errors
+		defer f.watch.Close()
+	}
+	defer f.close()
+	poll := time.NewTicker(logPoll)
+	defer poll.Stop()
+	var gap time.Duration
+	var quiet <-chan time.Time // set while inotify is not listened to
+	for {
+		var out chan<- LogEvent
+		var next LogEvent
+		if len(f.queue) > 0 {
+			out, next = f.out, f.queue[0]
+			next.Dropped = f.dropped
+		}
+		listen, listenErrs := events, errs
+		if quiet != nil {
+			// fsnotify is stuck in handing over an event, and the kernel makes one of all equal events that follow: no wake-ups.
+			listen, listenErrs = nil, nil
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case out <- next:
+			f.queue = f.queue[1:]
+			f.dropped = 0
+			continue
+		case <-listen:
+		case <-listenErrs: // an overflow: there is news
+		case <-quiet:
+			quiet = nil
+		case <-poll.C:
+			f.repeat(time.Now())
+			f.reopen()
+		}
+		if f.read() {
+			gap = min(max(10*time.Millisecond, 2*gap), maxGap)
+			quiet = time.After(gap)
+		} else if quiet == nil {
+			gap = 0
+		}
+	}
+}
+
+// open opens the file. Only a regular file is read, and a symbolic link is not followed: the folder may be another user's.
+func (f *follower) open(atEnd bool) {
+	if f.watch == nil {
+		f.watch, _ = fsnotify.NewWatcher() // fails past fs.inotify.max_user_instances: then polling must do
+	}
+	file, err := os.OpenFile(f.path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		f.complain(err)
+		return
+	}
+	info, err := file.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is no regular file")
+	}
+	if err != nil {
+		file.Close()
+		f.complain(fmt.Errorf("open %q: %w", f.path, err))
+		return
+	}
+	f.file, f.offset, f.buffer, f.unreadable = file, 0, nil, ""
+	if atEnd {
+		f.offset = info.Size()
+	}
+	if f.watch != nil {
+		f.watch.Remove(f.path)
+		_ = f.watch.Add(f.path) // fails past fs.inotify.max_user_watches
+	}
+}
+
+func (f *follower) close() {
+	if f.file != nil {
+		f.file.Close()
+		f.file = nil
+	}
+}
+
+// complain tells once why the log cannot be read. That it is not there yet is no complaint: Envoy may never have run.
+func (f *follower) complain(err error) {
+	text := err.Error()
+	if errors.Is(err, os.ErrNotExist) {
+		text = ""
+	}
+	if text != f.unreadable && text != "" {
+		f.push(LogEvent{Kind: LogUnreadable, Details: text, Count: 1}, time.Now())
+	}
+	f.unreadable = text
+}
+
+// reopen takes the file that now has the name, once the old one is read to its end.
+func (f *follower) reopen() {
+	if f.file == nil {
+		f.open(false) // all of it is new: it was not there a second ago
+		return
+	}
+	named, err := os.Lstat(f.path)
+	if err != nil {
+		return // renamed, and no new one yet: Envoy may still write to the old one
+	}
+	if ours, err := f.file.Stat(); err == nil && os.SameFile(named, ours) {
+		return
+	}
+	for f.read() {
+	}
+	f.close()
+	f.open(false)
+}
+
+// read takes in what was written since the last time, up to a limit, and says whether there was anything.
+func (f *follower) read() bool {
+	if f.file == nil {
+		return false
+	}
+	info, err := f.file.Stat()
+	if err != nil {
+		return false
+	}
+	if info.Size() < f.offset {
+		f.offset, f.buffer = 0, nil // truncated; what was written before and not read is lost
+	}
+	if info.Size() == f.offset {
+		return false
+	}
+	if info.Size()-f.offset > maxBehind {
+		f.offset, f.buffer = info.Size()-maxBehind, nil
+	}
+	now := time.Now()
+	piece := make([]byte, readSize)
+	// Not past the size seen: a writer that is faster than this reader must not keep it here.
+	for f.offset < info.Size() {
+		n, err := f.file.ReadAt(piece[:min(int64(len(piece)), info.Size()-f.offset)], f.offset)
+		f.offset += int64(n)
+		f.feed(piece[:n], now)
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				f.complain(err)
+			}
+			break
+		}
+	}
+	return true
+}
+
+// feed takes in the next bytes of the file.
+func (f *follower) feed(piece []byte, now time.Time) {
+	for len(piece) > 0 {
+		end := bytes.IndexByte(piece, '\n')
+		line := piece
+		if end >= 0 {
+			line = piece[:end]
+		}
+		switch {
+		case end >= 0 && len(f.buffer) == 0: // the usual case, without a copy
+			f.line(line[:min(len(line), maxLine)], now)
+		default:
+			f.buffer = append(f.buffer, line[:min(len(line), maxLine-len(f.buffer))]...)
+			if end >= 0 {
+				f.line(f.buffer, now)
+				f.buffer = f.buffer[:0]
+			}
+		}
+		if end < 0 {
+			return
+		}
+		piece = piece[end+1:]
+	}
+}
+
+func (f *follower) line(line []byte, now time.Time) {
+	if e, ok := parseLine(line); ok {
+		f.push(e, now)
+	}
+}
+
+// push queues an event, or counts it where an equal one waits or was told just now.
+func (f *follower) push(e LogEvent, now time.Time) {
+	for i := range f.queue {
+		if q := &f.queue[i]; same(*q) == same(e) {
+			q.Count += e.Count
+			return
+		}
+	}
+	if known := f.told[same(e)]; known != nil && e.Kind != ListenerChanged && now.Sub(known.at) < sameEvent {
+		known.count += e.Count
+		return
+	}
+	if len(f.queue) == maxEvents {
+		f.dropped += e.Count
+		return
+	}
+	f.queue = append(f.queue, e)
+	if e.Kind == ListenerChanged {
+		return // each is a hint of its own
+	}
+	if len(f.told) >= maxEvents {
+		for key, r := range f.told {
+			if now.Sub(r.at) >= sameEvent {
+				delete(f.told, key)
+			}
+		}
+	}
+	if len(f.told) < maxEvents {
+		f.told[same(e)] = &repeats{at: now}
+	}
+}
+
+// repeat tells of events that went on after they were told.
+func (f *follower) repeat(now time.Time) {
+	for key, r := range f.told {
+		if now.Sub(r.at) < sameEvent {
+			continue
+		}
+		delete(f.told, key)
+		if r.count > 0 {
+			key.Count = r.count
+			f.push(key, now)
+		}
+	}
+}
+
+// same is an event without its counts.
+func same(e LogEvent) LogEvent {
+	e.Count, e.Dropped = 0, 0
+	return e
+}
+
+// LastError returns the last line of level error or critical in the log's last 64 KiB, without its time and source: what Envoy said before it ended.
+// It is empty if there is none.
+func LastError(path string) (string, error) {
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() {
+		return "", fmt.Errorf("read %q: it is no regular file", path)
+	}
+	tail := make([]byte, min(info.Size(), readSize))
+	n, err := file.ReadAt(tail, info.Size()-int64(len(tail)))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return "", fmt.Errorf("read %q: %w", path, err)
+	}
+	lines := bytes.Split(tail[:n], []byte("\n"))
+	for i := len(lines) - 1; i >= 0; i-- {
+		if m := errorLine.FindSubmatch(lines[i]); m != nil {
+			return string(m[1][:min(len(m[1]), 1<<10)]), nil
+		}
+	}
+	return "", nil
+}
+
+// "[2026-01-02 03:04:05.678][123][critical][main] [source/server/server.cc:127] error initializing configuration …"
+var errorLine = regexp.MustCompile(`^\[[^]]*\]\[\d+\]\[(?:error|critical)\]\[[^]]*\] (?:\[[^]]*\] )?(.*)$`)
