@@ -1,0 +1,257 @@
+//go:build kernel
+
+package iptables
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestWatchTellsWhoChangedWhat(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	apply(t, k, sample(IPv4).Ruleset())
+	events, err := k.Watch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := sample(IPv4)
+	other.ServicePorts = nil
+	apply(t, k, other.Ruleset())
+	if e := next(t, events); !e.Own || e.Family != IPv4 || !slices.Equal(e.Chains, []string{chainServicePorts}) || !strings.HasPrefix("iptables-nft-restore", e.Program) {
+		t.Fatalf("our own write: %+v", e)
+	}
+
+	for _, test := range []struct {
+		command []string
+		family  Family
+		chains  []string
+	}{
+		{[]string{"iptables-nft", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", chainOutput}, IPv4, []string{"OUTPUT"}},
+		{[]string{"iptables-nft", "-t", "nat", "-F", chainServiceCIDRs}, IPv4, []string{chainServiceCIDRs}},
+		{[]string{"nft", "insert", "rule", "ip", "nat", "PREROUTING", "accept"}, IPv4, []string{"PREROUTING"}},
+	} {
+		cmd := exec.Command(test.command[0], test.command[1:]...)
+		start := time.Now()
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v %s", test.command, err, out)
+		}
+		e := next(t, events)
+		if e.Family != test.family || !slices.Equal(e.Chains, test.chains) || e.Own || e.PID != cmd.Process.Pid || !strings.HasPrefix(test.command[0], e.Program) {
+			t.Errorf("%v (pid %d): %+v", test.command, cmd.Process.Pid, e)
+		}
+		t.Logf("%v after %v", e, time.Since(start))
+	}
+
+	// What is none of our business makes no event.
+	sh(t, "nft", "add", "table", "inet", "other")
+	sh(t, "iptables-nft", "-t", "filter", "-A", "INPUT", "-j", "ACCEPT")
+	sh(t, "iptables-nft", "-t", "nat", "-N", "DOCKER")
+	sh(t, "iptables-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "DOCKER")
+	select {
+	case e := <-events:
+		t.Errorf("an event for others' chains: %+v", e)
+	case <-time.After(200 * time.Millisecond):
+	}
+
+	sh(t, "nft", "flush", "ruleset")
+	if e := next(t, events); e.Own || e.Program != "nft" {
+		t.Errorf("flush ruleset: %+v", e)
+	}
+}
+
+// A transaction larger than the socket's buffer, while nobody receives, must end in a Lost event.
+func TestWatchSaysWhatItLost(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	conn, err := k.dialWatch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.SetReadBuffer(4096); err != nil {
+		t.Fatal(err)
+	}
+	i := sample(IPv4)
+	i.Services = randomPrefixes(IPv4, 2000, 1)
+	apply(t, k, i.Ruleset())
+	events := make(chan Event)
+	go k.watchNFT(t.Context(), conn, events)
+	for {
+		if e := next(t, events); e.Lost {
+			return
+		}
+	}
+}
+
+func TestWatchLegacyHintsAtOtherWriters(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	lock := t.TempDir() + "/xtables.lock"
+	if err := os.WriteFile(lock, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	os.Setenv("XTABLES_LOCKFILE", lock)
+	k := open(t, Legacy)
+	time.Sleep(60 * time.Millisecond) // Open's own look is over
+	events, err := k.Watch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sh(t, "iptables-legacy", "-w", "5", "-t", "nat", "-N", "DOCKER")
+	if e := next(t, events); e.Own {
+		t.Errorf("another's write: %+v", e)
+	}
+	drain(events)
+	apply(t, k, sample(IPv4).Ruleset())
+	if e := next(t, events); !e.Own {
+		t.Errorf("our own write: %+v", e)
+	}
+}
+
+func TestGenerationMovesWithEveryChange(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	apply(t, k, sample(IPv6).Ruleset())
+	generation := func() uint32 {
+		g, err := k.Generation()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return g
+	}
+	before := generation()
+	read(t, k, IPv6)
+	if g := generation(); g != before {
+		t.Errorf("reading moved the generation from %d to %d", before, g)
+	}
+	sh(t, "ip6tables-nft", "-t", "nat", "-F")
+	if g := generation(); g == before {
+		t.Errorf("a flush left the generation at %d", g)
+	}
+}
+
+// With 10,000 rules a save takes 40 ms and starts over at each foreign change: under a hundred changes a second it never
+// ends. What is wrong must still be found and repaired, by reading only what matters.
+func TestReadAndRepairUnderAStormOfForeignChanges(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	i := sample(IPv4)
+	i.Services = randomPrefixes(IPv4, 10000, 1)
+	want := i.Ruleset()
+	apply(t, k, want)
+	have := read(t, k, IPv4)
+	storm(t, 100)
+
+	start := time.Now()
+	whole, err := k.Read(t.Context(), IPv4)
+	if err != nil {
+		t.Fatalf("a whole read under a storm: %v", err)
+	}
+	if d := Diff(want, whole); len(d) > 0 {
+		t.Fatalf("a whole read under a storm: %v", d)
+	}
+	t.Logf("a whole read under a storm took %v", time.Since(start))
+
+	sh(t, "iptables-nft", "-t", "nat", "-F", chainServiceCIDRs)
+	start = time.Now()
+	have, err = k.ReadChains(t.Context(), have, []string{chainServiceCIDRs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	result, err := k.Apply(t.Context(), NewPlan(want, have))
+	if err != nil || len(result.Drift) > 0 {
+		t.Fatalf("repair: %v %v", err, result.Drift)
+	}
+	took := time.Since(start)
+	t.Logf("repair under a storm took %v", took)
+	if took > time.Second {
+		t.Errorf("repair under a storm took %v, want less than 1s", took)
+	}
+}
+
+// storm changes another nft table perSecond times a second until the test ends.
+func storm(t testing.TB, perSecond int) {
+	t.Helper()
+	sh(t, "nft", "add", "table", "inet", "storm")
+	sh(t, "nft", "add", "chain", "inet", "storm", "c")
+	cmd := exec.Command("nft", "-i")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(time.Second / time.Duration(perSecond))
+		defer tick.Stop()
+		for n := 0; ; n++ {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if n%2 == 0 {
+				fmt.Fprintln(in, "add rule inet storm c counter")
+			} else {
+				fmt.Fprintln(in, "flush chain inet storm c")
+			}
+		}
+	}()
+	k := open(t, NFT)
+	before, _ := k.Generation()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		in.Close()
+		cmd.Wait()
+	})
+	time.Sleep(300 * time.Millisecond)
+	after, _ := k.Generation()
+	if moved := after - before; int(moved) < perSecond/10 {
+		t.Fatalf("the storm makes only %d changes in 300ms", moved)
+	}
+}
+
+func next(t testing.TB, events <-chan Event) Event {
+	t.Helper()
+	select {
+	case e, ok := <-events:
+		if !ok {
+			t.Fatal("the watch ended")
+		}
+		return e
+	case <-time.After(5 * time.Second):
+		t.Fatal("no event within 5s")
+	}
+	return Event{}
+}
+
+func drain(events <-chan Event) {
+	for {
+		select {
+		case <-events:
+		case <-time.After(100 * time.Millisecond):
+			return
+		}
+	}
+}
+
