@@ -48,6 +48,9 @@ type State struct {
 
 	EnvoyVersion string `json:"envoy_version,omitempty"` // of the installed binary
 	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
+	PrimarySum   string `json:"primary_sum,omitempty"`   // stands for what primary-source was then; "" when the binary is not ours
+
+	MadeUsers []string `json:"made_users,omitempty"` // users that were not there before us
 
 	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on counting over restarts.
 	Story []Line `json:"story,omitempty"`

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+)
+
+func bootstrapCommand() *cobra.Command {
+	var opts bootstrap.Options
+	var rollback, remove, units, rotate bool
+	var archive, level string
+	cmd := &cobra.Command{
+		Use:   "bootstrap",
+		Short: "Install and configure Envoy and the units, publish the status, end",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := logger(level)
+			if err != nil {
+				return err
+			}
+			opts.Log = log
+			ctx := cmd.Context()
+			say := func(lines []string, err error) error {
+				for _, line := range lines {
+					fmt.Fprintln(cmd.OutOrStdout(), line)
+				}
+				return err
+			}
+			switch {
+			case remove:
+				return say(bootstrap.Remove(ctx, opts))
+			case rollback:
+				return say(bootstrap.Rollback(ctx, opts))
+			case units:
+				return bootstrap.InstallUnits(ctx, opts)
+			case rotate:
+				return bootstrap.RotateLogs(opts)
+			case archive != "":
+				return bootstrap.Install(ctx, opts, archive)
+			}
+			err = bootstrap.Run(ctx, opts)
+			if errors.Is(err, context.Canceled) {
+				return nil // told to end: systemd shall not start it again
+			}
+			return err
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&opts.Config, "config", "", "`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
+	flags.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	flags.BoolVar(&rollback, "rollback", false, "bring back the Envoy and the agent before their last upgrade")
+	flags.BoolVar(&remove, "remove", false, "take everything of ours off this VM and say what was removed")
+	// For the archive's script, for --rollback and for service-proxy-rotate.service.
+	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")
+	flags.BoolVar(&units, "install-units", false, "install this binary's units")
+	flags.BoolVar(&rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
+	for _, name := range []string{"archive", "install-units", "rotate-logs"} {
+		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
+	}
+	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "archive", "install-units", "rotate-logs")
+	return cmd
+}
+
+func drainCommand() *cobra.Command {
+	var admin string
+	var limit time.Duration
+	cmd := &cobra.Command{
+		Use:   "drain",
+		Short: "Send Envoy's clients away before it is stopped; what Envoy's unit runs",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return bootstrap.Drain(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
+		},
+	}
+	cmd.Flags().StringVar(&admin, "envoy-admin", "127.0.0.1:15000", "`ADDRESS` of Envoy's admin interface, or unix:///path")
+	cmd.Flags().DurationVar(&limit, "limit", bootstrap.DefaultDrain, "wait no longer than this for connections to end")
+	return cmd
+}

@@ -1,0 +1,98 @@
+package bootstrap
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// DefaultDrain is how long Drain waits for connections to end: Envoy's unit gives --drain-time-s the same.
+const DefaultDrain = 10 * time.Second
+
+// Drain asks Envoy to send its clients away and waits until they have gone, at most limit; it is what ExecStop= of Envoy's unit runs before TERM. New
+// connections are still accepted meanwhile (skip_exit), so that a restart's gap is only Envoy's own start.
+//
+// mainPID is systemd's $MAINPID; empty says that Envoy has ended by itself, and there is nothing to do. admin is the address of the
+// admin interface, HOST:PORT or unix://PATH.
+func Drain(ctx context.Context, admin, mainPID string, limit time.Duration) error {
+	if mainPID == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		network, address := "tcp", admin
+		if path, ok := strings.CutPrefix(admin, "unix://"); ok {
+			network, address = "unix", path
+		}
+		return (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, network, address)
+	}}}
+	// Load balancers that ask Envoy's health filter, then everyone: HTTP/1 by Connection: close, HTTP/2 by GOAWAY.
+	for _, path := range []string{"/healthcheck/fail", "/drain_listeners?graceful&skip_exit"} {
+		if err := post(ctx, client, path); err != nil {
+			return fmt.Errorf("drain Envoy: %w", err)
+		}
+	}
+	// /stats walks every stat: half a second of Envoy's main thread with 10,000 clusters, while its workers go on.
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		n, err := connections(ctx, client)
+		if err != nil && ctx.Err() == nil {
+			return fmt.Errorf("drain Envoy: %w", err)
+		}
+		if err == nil && n == 0 || !sleep(ctx, wait) {
+			return nil
+		}
+	}
+}
+
+func post(ctx context.Context, client *http.Client, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://envoy"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("post %s: status %d", path, resp.StatusCode)
+	}
+	return nil
+}
+
+// connections is how many downstream connections Envoy's workers hold, those of the admin interface not counted.
+func connections(ctx context.Context, client *http.Client) (n int, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, `http://envoy/stats?filter=^listener\..*\.downstream_cx_active$`, nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return 0, errors.New("get /stats: status " + strconv.Itoa(resp.StatusCode))
+	}
+	lines := bufio.NewScanner(resp.Body)
+	for lines.Scan() {
+		name, value, _ := strings.Cut(lines.Text(), ": ")
+		// listener.0.0.0.0_15001.downstream_cx_active is the sum of listener.0.0.0.0_15001.worker_0.downstream_cx_active and so on.
+		if strings.HasPrefix(name, "listener.admin.") || strings.Contains(name, ".worker_") || strings.Contains(name, ".main_thread.") {
+			continue
+		}
+		active, err := strconv.Atoi(value)
+		if err != nil {
+			return 0, fmt.Errorf("get /stats: %q", lines.Text())
+		}
+		n += active
+	}
+	return n, lines.Err()
+}

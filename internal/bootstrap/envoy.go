@@ -1,0 +1,497 @@
+package bootstrap
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// MinimumEnvoy is the oldest Envoy that is installed or kept: older ones have no drain_listeners?graceful&skip_exit we can rely on, and known holes.
+var MinimumEnvoy = [3]int{1, 24, 9}
+
+const envoyAdvice = "give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, or install Envoy 1.24.9 or later as " + EnvoyBinary
+
+// installEnvoy sees to a good binary at EnvoyBinary: the one there, else from primary-source, else from secondary-source, else the one that came
+// with the agent.
+func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) *Failure {
+	b.removeTemps()
+	primary := sourceSum(cfg.PrimarySource)
+	var refused []string
+	version, err := b.envoyVersion(ctx, EnvoyBinary)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		refused = append(refused, fmt.Sprintf("%s: %v", EnvoyBinary, err))
+	case b.state.PrimarySum != "" && primary != "" && b.state.PrimarySum != primary:
+		// We put it there, from what primary-source was then: another one now is a wish for that Envoy.
+		b.say("INFO", "primary-source has changed; installing Envoy from it")
+	default:
+		b.state.EnvoyVersion = version
+		return nil
+	}
+
+	permanent := true
+	var last error
+	for _, source := range []struct{ name, url string }{
+		{"primary-source", cfg.PrimarySource},
+		{"secondary-source", cfg.SecondarySource},
+		{"the agent's archive", b.path(filepath.Join(archiveDir, "envoy"))},
+	} {
+		if source.url == "" {
+			continue
+		}
+		fromArchive := source.name == "the agent's archive"
+		from := redact(source.url)
+		if fromArchive {
+			if _, err := os.Lstat(source.url); err != nil {
+				continue
+			}
+			from = source.name
+		}
+		version, err := b.installEnvoyFrom(ctx, source.url, fromArchive)
+		if err == nil {
+			b.state.EnvoyVersion, b.state.EnvoySource, b.state.PrimarySum = version, from, primary
+			if primary == "" {
+				b.state.PrimarySum = sourceSum(from)
+			}
+			b.say("INFO", fmt.Sprintf("installed Envoy %s from %s", version, from))
+			return nil
+		}
+		if ctx.Err() != nil {
+			return &Failure{Step: StepEnvoy, Err: ctx.Err()}
+		}
+		var download *downloadError
+		if !errors.As(err, &download) && !errors.Is(err, errArchive) && !errors.Is(err, errBinary) {
+			return diskFailure(StepEnvoy, err) // the disk's failure is not the source's
+		}
+		if errors.As(err, &download) && !download.permanent {
+			permanent = false
+		}
+		refused = append(refused, source.name+": "+err.Error())
+		if b.state.Attempt == 1 {
+			b.say("WARNING", source.name+": "+err.Error())
+		}
+		last = err
+	}
+	if len(refused) == 0 {
+		return &Failure{Step: StepEnvoy, Err: errors.New("there is no Envoy: none on this VM, no primary-source, and none came with the agent"),
+			Advice: envoyAdvice, Permanent: true}
+	}
+	f := &Failure{Step: StepEnvoy, Err: errors.New(strings.Join(refused, "; ")), Permanent: permanent, Advice: envoyAdvice}
+	if last != nil {
+		f.Advice = "mend that source, or " + envoyAdvice
+		if errors.Is(last, errNoSpace) {
+			f.Advice = "make room on that disk"
+		}
+	}
+	return f
+}
+
+var (
+	errBinary  = errors.New("bad Envoy")
+	errNoSpace = syscall.ENOSPC
+)
+
+// sourceSum stands for a URL in the state, where the URL itself, which may be signed, must not be.
+func sourceSum(source string) string {
+	if source == "" {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(source))
+	return hex.EncodeToString(sum[:8])
+}
+
+// Temporary files, all of them under these two names, so that what a power cut leaves is found again.
+func (b *bootstrapper) newEnvoy() string {
+	return b.path(filepath.Join(filepath.Dir(EnvoyBinary), ".envoy.new"))
+}
+func (b *bootstrapper) newArchive() string { return b.path(filepath.Join(libDir, ".archive.new")) }
+
+func (b *bootstrapper) removeTemps() {
+	_ = os.Remove(b.newEnvoy()) // what cannot be removed fails the creation after this
+	_ = os.Remove(b.newArchive())
+}
+
+// installEnvoyFrom puts one source's Envoy into place, the old one kept, or changes nothing.
+func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source string, fromArchive bool) (version string, err error) {
+	defer b.removeTemps()
+	for _, dir := range []string{filepath.Dir(EnvoyBinary), libDir} {
+		if err := os.MkdirAll(b.path(dir), 0o755); err != nil {
+			return "", err
+		}
+	}
+	if fromArchive {
+		if err := linkOrCopy(source, b.newEnvoy()); err != nil {
+			return "", err
+		}
+	} else {
+		b.say("INFO", "downloading Envoy from "+redact(source))
+		archive, err := create(b.newArchive(), 0o600)
+		if err != nil {
+			return "", err
+		}
+		defer archive.Close()
+		if err := b.download(ctx, source, archive); err != nil {
+			var pathErr *fs.PathError
+			if errors.As(err, &pathErr) && pathErr.Op == "write" {
+				return "", pathErr // our disk's, not the source's
+			}
+			return "", err
+		}
+		into, err := create(b.newEnvoy(), 0o755)
+		if err != nil {
+			return "", err
+		}
+		err = unpackEnvoy(archive, into)
+		if err == nil {
+			err = into.Sync()
+		}
+		if err := errors.Join(err, into.Close()); err != nil {
+			return "", err
+		}
+	}
+	if err := checkBinary(b.newEnvoy()); err != nil {
+		return "", fmt.Errorf("%w: %w", errBinary, err)
+	}
+	version, err = b.envoyVersion(ctx, filepath.Join(filepath.Dir(EnvoyBinary), ".envoy.new"))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errBinary, err)
+	}
+	if err := b.markRestart(); err != nil {
+		return "", err
+	}
+	return version, b.replace(b.newEnvoy(), EnvoyBinary)
+}
+
+// fileSum is the SHA-256 of a file.
+func fileSum(name string) (sum [sha256.Size]byte, err error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return sum, err
+	}
+	defer f.Close()
+	hash := sha256.New()
+	if _, err := io.Copy(hash, f); err != nil {
+		return sum, err
+	}
+	return [sha256.Size]byte(hash.Sum(nil)), nil
+}
+
+// create makes a new file, and follows no link that stands in its place.
+func create(path string, mode fs.FileMode) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL|syscall.O_NOFOLLOW, mode)
+	if err != nil {
+		return nil, err
+	}
+	return f, f.Chmod(mode)
+}
+
+// replace moves the new file to the installed path, and what was there to previousDir.
+func (b *bootstrapper) replace(fresh, installed string) error {
+	target := b.path(installed)
+	if _, err := os.Lstat(target); err == nil {
+		previous := b.path(filepath.Join(previousDir, filepath.Base(installed)))
+		if err := os.MkdirAll(filepath.Dir(previous), 0o755); err != nil {
+			return err
+		}
+		temp := previous + ".new"
+		_ = os.Remove(temp)
+		if err := linkOrCopy(target, temp); err != nil {
+			return err
+		}
+		if err := os.Rename(temp, previous); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(fresh, target); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(target))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// linkOrCopy makes to another name of the file from, or a copy where they are on different disks. Binaries are only ever replaced, never written
+// to, so a shared inode is safe.
+func linkOrCopy(from, to string) error {
+	err := os.Link(from, to)
+	if err == nil || !errors.Is(err, syscall.EXDEV) && !errors.Is(err, syscall.EPERM) && !errors.Is(err, syscall.EMLINK) {
+		return err
+	}
+	return copyFile(from, to, 0o755)
+}
+
+func copyFile(from, to string, mode fs.FileMode) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := create(to, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	if err == nil {
+		err = out.Sync()
+	}
+	if err = errors.Join(err, out.Close()); err != nil {
+		_ = os.Remove(to)
+	}
+	return err
+}
+
+var versionForm = regexp.MustCompile(`/(\d+)\.(\d+)\.(\d+)[-/]`)
+
+// envoyVersion runs the binary, as Envoy's user, and returns its version: fs.ErrNotExist when there is none, another error when it does not run or is too old.
+func (b *bootstrapper) envoyVersion(ctx context.Context, binary string) (string, error) {
+	if _, err := os.Stat(b.path(binary)); err != nil {
+		return "", err
+	}
+	as, err := b.envoyCredential()
+	if err != nil {
+		return "", err
+	}
+	out, err := b.execAs(ctx, 20*time.Second, as, b.path(binary), "--version")
+	if err != nil {
+		return "", said(err, out)
+	}
+	m := versionForm.FindStringSubmatch(out)
+	if m == nil {
+		return "", fmt.Errorf("it does not say its version: %.80q", out)
+	}
+	version := strings.Join(m[1:4], ".")
+	for i, part := range m[1:4] {
+		n, err := strconv.Atoi(part)
+		if err != nil || n < MinimumEnvoy[i] {
+			return version, fmt.Errorf("version %s is too old, want %d.%d.%d or later", version, MinimumEnvoy[0], MinimumEnvoy[1], MinimumEnvoy[2])
+		}
+		if n > MinimumEnvoy[i] {
+			break
+		}
+	}
+	return version, nil
+}
+
+// envoyCredential is Envoy's user, for what is run in its place; nil beneath another root, where nothing is owned.
+func (b *bootstrapper) envoyCredential() (*syscall.Credential, error) {
+	if b.Root != "" {
+		return nil, nil
+	}
+	uid, gid, err := lookup(EnvoyUser)
+	if err != nil {
+		return nil, err
+	}
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+}
+
+func lookup(name string) (uid, gid int, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	uid, errU := strconv.Atoi(u.Uid)
+	gid, errG := strconv.Atoi(u.Gid)
+	return uid, gid, errors.Join(errU, errG)
+}
+
+func (b *bootstrapper) chown(name string, asUser bool) error {
+	if b.Root != "" {
+		return nil
+	}
+	uid, gid, err := lookup(EnvoyUser)
+	if err != nil {
+		return err
+	}
+	if !asUser {
+		uid = 0
+	}
+	return os.Lchown(name, uid, gid)
+}
+
+// configureEnvoy writes Envoy's configuration when it has changed and Envoy accepts it.
+func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config, vm VM) *Failure {
+	fail := func(err error) *Failure { return diskFailure(StepConfigure, err) }
+	text, err := envoyConfig(cfg, vm, b.caFile())
+	if err != nil {
+		return fail(err)
+	}
+	target := b.path(EnvoyConfig)
+	_, restart := os.Lstat(b.path(restartFile))
+	if have, err := os.ReadFile(target); err == nil && bytes.Equal(have, text) && restart != nil {
+		return nil // and this Envoy has accepted it before
+	}
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return fail(err)
+	}
+	temp := filepath.Join(filepath.Dir(target), ".envoy.new.json") // Envoy tells the format by the name's end
+	defer os.Remove(temp)
+	if err := atomicfile.Write(temp, text, 0o640); err != nil {
+		return fail(err)
+	}
+	if err := b.chown(temp, false); err != nil {
+		return fail(err)
+	}
+	as, err := b.envoyCredential()
+	if err != nil {
+		return fail(err)
+	}
+	if out, err := b.execAs(ctx, time.Minute, as, b.path(EnvoyBinary), "--mode", "validate", "-l", "error", "-c", temp); err != nil {
+		return &Failure{Step: StepConfigure, Err: fmt.Errorf("Envoy %s refuses its configuration: %w", b.state.EnvoyVersion, said(err, out)),
+			Advice: "install another Envoy by primary-source, or report this", Permanent: true}
+	}
+	if have, err := os.ReadFile(target); err == nil && bytes.Equal(have, text) {
+		return nil
+	}
+	if err := b.markRestart(); err != nil {
+		return fail(err)
+	}
+	if err := os.Rename(temp, target); err != nil {
+		return fail(err)
+	}
+	b.say("INFO", "wrote Envoy's configuration, node "+"projects/"+vm.ProjectNumber+"/…/"+vm.Name)
+	return nil
+}
+
+// markRestart remembers, before the change, that the Envoy that runs is not what is installed: a run that is cut short is made good by the next.
+func (b *bootstrapper) markRestart() error {
+	return atomicfile.Write(b.path(restartFile), nil, 0o600)
+}
+
+// makeLogs sees to an access log outside LogDir, which Envoy's sandbox would refuse. LogDir itself is made by tmpfiles.d.
+func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Failure {
+	fail := func(err error) *Failure { return diskFailure(StepLogs, err) }
+	dir := ""
+	if cfg.AccessLog != "" {
+		dir = filepath.Dir(cfg.AccessLog)
+	}
+	if dir == LogDir || strings.HasPrefix(dir, LogDir+"/") || dir == "/dev" {
+		dir = "" // /dev/stdout is envoy.out.log
+	}
+	if dir != "" {
+		made := b.path(dir)
+		if err := os.Mkdir(made, 0o750); err == nil {
+			if err := b.chown(made, true); err != nil {
+				return fail(err)
+			}
+		} else if !errors.Is(err, fs.ErrExist) {
+			f := fail(fmt.Errorf("make the access log's folder: %w", err))
+			f.Advice = "give access-log a path in a folder that exists, " + LogDir + " for instance"
+			return f
+		}
+		f, err := create(b.path(cfg.AccessLog), 0o640)
+		if err == nil {
+			f.Close()
+			err = b.chown(b.path(cfg.AccessLog), true)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return fail(fmt.Errorf("make the access log: %w", err))
+		}
+	} else if sub := filepath.Dir(cfg.AccessLog); strings.HasPrefix(sub, LogDir+"/") {
+		if err := os.MkdirAll(b.path(sub), 0o750); err != nil {
+			return fail(err)
+		}
+		if err := b.chown(b.path(sub), true); err != nil {
+			return fail(err)
+		}
+	}
+	changed, err := systemd.SetWritable(b.Root+"/", dir)
+	if err != nil {
+		return fail(err)
+	}
+	if changed {
+		if err := b.markRestart(); err != nil {
+			return fail(err)
+		}
+		if out, err := b.exec(ctx, time.Minute, "systemctl", "daemon-reload"); err != nil {
+			return fail(said(err, out))
+		}
+	}
+	return nil
+}
+
+// startEnvoy starts Envoy's unit, or restarts it, draining, when what it runs with has changed, and waits for its admin interface.
+func (b *bootstrapper) startEnvoy(ctx context.Context) *Failure {
+	if f := b.enable(ctx, systemd.EnvoyUnit); f != nil {
+		f.Step = StepStart
+		return f
+	}
+	before, err := systemd.UnitState(ctx, systemd.EnvoyUnit)
+	if err != nil {
+		return &Failure{Step: StepStart, Err: err}
+	}
+	marker := b.path(restartFile)
+	_, changed := os.Lstat(marker)
+	verb := "start"
+	if before.Active == "active" && changed == nil {
+		verb = "restart"
+		b.say("INFO", "restarting Envoy, draining its connections")
+	}
+	if before.Active != "active" || verb == "restart" {
+		if out, err := b.exec(ctx, 2*time.Minute, "systemctl", verb, systemd.EnvoyUnit); err != nil {
+			return &Failure{Step: StepStart, Err: said(err, out), Advice: "see journalctl -u " + systemd.EnvoyUnit}
+		}
+	}
+	if err := b.waitForAdmin(ctx, 20*time.Second); err != nil {
+		return &Failure{Step: StepStart, Err: err, Advice: "see " + LogDir + "/envoy.err.log"}
+	}
+	if err := os.Remove(marker); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return diskFailure(StepStart, err)
+	}
+	return nil
+}
+
+// waitForAdmin waits until Envoy's admin port accepts: Envoy has read its configuration then. It need not have heard from the control plane: that is the
+// agent's to watch.
+func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) error {
+	deadline := time.Now().Add(limit)
+	for {
+		conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", attribute.AdminPort), time.Second)
+		if err == nil {
+			conn.Close()
+			return nil
+		}
+		if time.Now().After(deadline) || !sleep(ctx, 100*time.Millisecond) {
+			state, stateErr := systemd.UnitState(ctx, systemd.EnvoyUnit)
+			if stateErr != nil {
+				return fmt.Errorf("Envoy does not answer on its admin port: %w", err)
+			}
+			return fmt.Errorf("Envoy does not answer on its admin port; its unit is %s (%s), exit code %d, %d restarts; last line of its log: %s",
+				state.Active, state.Sub, state.ExitCode, state.Restarts, b.lastLogLine())
+		}
+	}
+}
+
+func (b *bootstrapper) lastLogLine() string {
+	f, err := os.OpenFile(b.path(LogDir+"/envoy.err.log"), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return "(none)"
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && info.Size() > 4096 {
+		_, _ = f.Seek(-4096, io.SeekEnd)
+	}
+	text, _ := io.ReadAll(io.LimitReader(f, 4096))
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return fmt.Sprintf("%.300s", lines[len(lines)-1])
+}

@@ -1,0 +1,287 @@
+package bootstrap
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// Install lays down what the unpacked release archive in dir holds: the agent's binary, the Envoy that came along, users and units; enables the
+// units, starts them without waiting, and ends. OS Config runs it once per disk, in a folder that is deleted afterwards, and waits for its
+// output to close, so every retry is somebody else's: Run's, once the unit stands; until then a transient unit's, which Install starts on
+// a copy of the archive. As an upgrade it replaces the agent and leaves Envoy, its configuration and the kernel's rules alone.
+func Install(ctx context.Context, opts Options, dir string) error {
+	b := newBootstrapper(opts)
+	if state, err := ReadState(b.path(StateDir)); err == nil {
+		b.state = state
+	}
+	b.state.Attempt = 1
+	failure := b.install(ctx, dir)
+	if failure == nil {
+		if dir == b.path(retryDir) {
+			_ = os.RemoveAll(dir) // a left-over copy does no harm, and is overwritten by the next
+		}
+		return nil
+	}
+	b.pub = newPublisher(ctx, b.Log)
+	defer b.pub.end()
+	b.fail(failure, 15*time.Second)
+	if dir != b.path(retryDir) {
+		if err := b.installLater(ctx, dir); err != nil {
+			return fmt.Errorf("%w (and it is not tried again: %w)", failure, err)
+		}
+	}
+	return failure
+}
+
+// retryDir holds the archive while its installation is tried again. In /run, because what fails is a disk.
+const retryDir = "/run/service-proxy-agent-archive"
+
+func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
+	copied := b.path(retryDir)
+	if err := os.RemoveAll(copied); err != nil {
+		return err
+	}
+	arch := filepath.Join(dir, runtime.GOARCH)
+	if err := os.MkdirAll(filepath.Join(copied, runtime.GOARCH), 0o700); err != nil {
+		return err
+	}
+	for _, name := range []string{"service-proxy-agent", "envoy"} {
+		err := copyFile(filepath.Join(arch, name), filepath.Join(copied, runtime.GOARCH, name), 0o755)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect", "--unit=service-proxy-install",
+		"--property=Restart=on-failure", "--property=RestartSec=15", "--property=StartLimitIntervalSec=0",
+		filepath.Join(copied, runtime.GOARCH, "service-proxy-agent"), "bootstrap", "--archive", copied)
+	if err != nil {
+		return said(err, out)
+	}
+	return nil
+}
+
+func (b *bootstrapper) install(ctx context.Context, dir string) *Failure {
+	fail := func(err error) *Failure { return diskFailure(StepInstall, err) }
+	if b.Root == "" && os.Geteuid() != 0 {
+		return fail(fs.ErrPermission)
+	}
+	arch := filepath.Join(dir, runtime.GOARCH)
+	agent := filepath.Join(arch, "service-proxy-agent")
+	if _, err := os.Stat(agent); err != nil {
+		return fail(err)
+	}
+	b.say("INFO", StepInstall)
+	// Units before the binary they run would start what is not there; the binary alone does nothing.
+	newAgent, err := b.place(agent, AgentBinary)
+	if err != nil {
+		return fail(err)
+	}
+	if _, err := os.Stat(filepath.Join(arch, "envoy")); err == nil {
+		if _, err := b.place(filepath.Join(arch, "envoy"), filepath.Join(archiveDir, "envoy")); err != nil {
+			return fail(err)
+		}
+	}
+	agentUnit := b.path(filepath.Join(systemd.UnitDir, systemd.AgentUnit))
+	before, _ := os.ReadFile(agentUnit) // absent is other than what comes
+	if failure := b.installUnits(ctx); failure != nil {
+		return failure
+	}
+	after, err := os.ReadFile(agentUnit)
+	if err != nil {
+		return fail(err)
+	}
+	start := [][]string{
+		{"start", "--no-block", systemd.AgentUnit, systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer},
+		{"restart", "--no-block", systemd.BootstrapUnit},
+	}
+	if newAgent || !bytes.Equal(before, after) {
+		// The rules stay while it restarts (service-proxy-interception.service), so no connection is lost.
+		start = append([][]string{{"try-restart", "--no-block", systemd.AgentUnit}}, start...)
+	}
+	for _, args := range start {
+		args = slices.DeleteFunc(args, func(arg string) bool { return slices.Contains(b.masked, arg) })
+		if len(args) == 2 {
+			continue
+		}
+		if out, err := b.exec(ctx, time.Minute, "systemctl", args...); err != nil {
+			return &Failure{Step: StepInstall, Err: said(err, out)}
+		}
+	}
+	return nil
+}
+
+// place copies a file of the archive to its installed path, atomically, the old one kept; it says whether they differed.
+func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
+	target := b.path(installed)
+	same, err := sameFile(from, target)
+	if err != nil || same {
+		return false, err
+	}
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return false, err
+	}
+	temp := filepath.Join(filepath.Dir(target), "."+filepath.Base(target)+".new")
+	_ = os.Remove(temp)
+	if err := copyFile(from, temp, 0o755); err != nil {
+		return false, err
+	}
+	if strings.HasPrefix(installed, archiveDir) { // a source, not something installed: nothing to go back to
+		return true, os.Rename(temp, target)
+	}
+	return true, b.replace(temp, installed)
+}
+
+// sameFile compares contents; an absent b is different.
+func sameFile(a, b string) (bool, error) {
+	infoA, err := os.Stat(a)
+	if err != nil {
+		return false, err
+	}
+	infoB, err := os.Stat(b)
+	if err != nil || infoA.Size() != infoB.Size() {
+		return false, nil
+	}
+	sumA, err := fileSum(a)
+	if err != nil {
+		return false, err
+	}
+	sumB, err := fileSum(b)
+	return err == nil && sumA == sumB, nil
+}
+
+// InstallUnits installs the units of this binary, for Rollback, which calls the older one.
+func InstallUnits(ctx context.Context, opts Options) error {
+	b := newBootstrapper(opts)
+	if failure := b.installUnits(ctx); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+// Rollback swaps agent and Envoy with those before their last upgrade, restarts what was swapped (Envoy draining), and returns what it
+// did, one line each. A second Rollback goes back.
+func Rollback(ctx context.Context, opts Options) (done []string, err error) {
+	b := newBootstrapper(opts)
+	swapped := map[string]bool{}
+	for _, installed := range []string{AgentBinary, EnvoyBinary} {
+		previous := b.path(filepath.Join(previousDir, filepath.Base(installed)))
+		if _, err := os.Stat(previous); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		temp := b.path(filepath.Join(filepath.Dir(installed), "."+filepath.Base(installed)+".new"))
+		_ = os.Remove(temp)
+		if err := linkOrCopy(previous, temp); err != nil {
+			return done, fmt.Errorf("roll back %q: %w", installed, err)
+		}
+		if err := b.replace(temp, installed); err != nil {
+			return done, fmt.Errorf("roll back %q: %w", installed, err)
+		}
+		swapped[installed] = true
+		done = append(done, "brought back the previous "+installed)
+	}
+	if len(swapped) == 0 {
+		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
+	}
+	if swapped[AgentBinary] {
+		if out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units"); err != nil {
+			return done, fmt.Errorf("install the previous units: %w", said(err, out))
+		}
+		if out, err := b.exec(ctx, time.Minute, "systemctl", "restart", systemd.AgentUnit); err != nil {
+			return done, fmt.Errorf("roll back: %w", said(err, out))
+		}
+		done = append(done, "restarted "+systemd.AgentUnit)
+	}
+	if swapped[EnvoyBinary] {
+		if out, err := b.exec(ctx, 2*time.Minute, "systemctl", "try-restart", systemd.EnvoyUnit); err != nil {
+			return done, fmt.Errorf("roll back: %w", said(err, out))
+		}
+		done = append(done, "restarted "+systemd.EnvoyUnit+", draining its connections")
+	}
+	return done, nil
+}
+
+// Remove takes everything of ours off the VM, the kernel's rules first, and returns what it did and what it left, one line each. It goes on after an error.
+func Remove(ctx context.Context, opts Options) (done []string, err error) {
+	b := newBootstrapper(opts)
+	if b.Root == "" && os.Geteuid() != 0 {
+		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
+	}
+	state, _ := ReadState(b.path(StateDir)) // without it a binary of ours is taken for the administrator's and left
+	var errs []error
+	systemctl := func(limit time.Duration, args ...string) {
+		if out, err := b.exec(ctx, limit, "systemctl", args...); err != nil {
+			errs = append(errs, said(err, out))
+			return
+		}
+		done = append(done, "systemctl "+strings.Join(args, " "))
+	}
+	// Only units that are there: systemctl stops nothing of a list in which it does not know one.
+	var units []string
+	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer, systemd.BootstrapUnit,
+		systemd.ReadyTarget, systemd.ReadyUnit, systemd.AgentUnit, systemd.InterceptionUnit, systemd.EnvoyUnit} {
+		if _, err := os.Stat(b.path(filepath.Join(systemd.UnitDir, unit))); err == nil {
+			units = append(units, unit)
+		}
+	}
+	// One by one, in this order: the rules go before Envoy does.
+	for _, unit := range units {
+		systemctl(2*time.Minute, "stop", unit)
+	}
+	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer, systemd.BootstrapUnit, systemd.AgentUnit, systemd.EnvoyUnit} {
+		for _, there := range units {
+			if unit == there {
+				systemctl(time.Minute, "disable", unit)
+			}
+		}
+	}
+	removed, err := systemd.Remove(b.Root + "/")
+	for _, path := range removed {
+		done = append(done, "removed "+path)
+	}
+	errs = append(errs, err)
+	if len(units) > 0 {
+		systemctl(time.Minute, "daemon-reload")
+	}
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, StateDir, RuntimeDir, restartFile, lockFile, AgentBinary}
+	if state.PrimarySum != "" {
+		paths = append([]string{EnvoyBinary}, paths...)
+	} else if _, err := os.Stat(b.path(EnvoyBinary)); err == nil {
+		done = append(done, "left "+EnvoyBinary+", which was here before")
+	}
+	for _, path := range paths {
+		if _, err := os.Lstat(b.path(path)); err != nil {
+			continue
+		}
+		remove := os.RemoveAll
+		if path == filepath.Dir(EnvoyConfig) {
+			remove = os.Remove // people may keep files of their own there
+		}
+		if err := remove(b.path(path)); err != nil {
+			errs = append(errs, fmt.Errorf("remove: %w", err))
+			continue
+		}
+		done = append(done, "removed "+path)
+	}
+	for _, user := range state.MadeUsers {
+		if out, err := b.exec(ctx, time.Minute, "userdel", user); err != nil {
+			errs = append(errs, said(err, out))
+			continue
+		}
+		done = append(done, "removed user "+user)
+	}
+	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
+		done = append(done, "left /etc/default/service-proxy-agent, which is yours")
+	}
+	return done, errors.Join(errs...)
+}
