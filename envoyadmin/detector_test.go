@@ -1,0 +1,317 @@
+package envoyadmin
+
+import (
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// world is an Envoy as the detector's user meets it: a state, what questions cost, and how much was spent on them.
+type world struct {
+	t          *testing.T
+	mu         sync.Mutex // state, changed
+	state      Fingerprint
+	look, dump time.Duration
+	fail       error
+
+	looks, dumps int
+	spent        time.Duration
+	lastDump     time.Time
+	longestAfter time.Duration // from a change to a dump that holds it
+	changed      time.Time
+	seen         Fingerprint
+}
+
+// drive does what Next says until the time is over. hints wakes it up, as the log does.
+func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) {
+	end := time.Now().Add(length)
+	for time.Now().Before(end) {
+		action, wait := d.Next(time.Now())
+		began := time.Now()
+		switch action {
+		case Wait:
+			if wait <= 0 {
+				w.t.Fatalf("told to wait for %v", wait)
+			}
+			select {
+			case <-hints:
+				d.Hint(time.Now())
+			case <-time.After(min(wait, time.Until(end))):
+			}
+			continue
+		case Look:
+			f := w.now()
+			time.Sleep(w.look)
+			w.looks++
+			d.Looked(began, time.Now(), f, w.fail)
+		case Dump:
+			f := w.now()
+			time.Sleep(w.dump)
+			w.dumps++
+			if !w.lastDump.IsZero() && w.fail == nil && began.Sub(w.lastDump) < 10*w.dump {
+				w.t.Errorf("a full dump %v after the last, which took %v", began.Sub(w.lastDump), w.dump)
+			}
+			w.lastDump = time.Now()
+			if w.fail != nil {
+				w.lastDump = time.Time{} // another rule holds after no answer
+			}
+			if w.fail == nil && f != w.seen {
+				w.seen = f
+				w.mu.Lock()
+				w.longestAfter = max(w.longestAfter, time.Since(w.changed))
+				w.mu.Unlock()
+			}
+			d.Dumped(began, time.Now(), f, w.fail)
+		}
+		w.spent += time.Since(began)
+	}
+}
+
+func (w *world) now() Fingerprint {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.state
+}
+
+func (w *world) change() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.state.sum = rand.Uint64()
+	w.changed = time.Now()
+}
+
+func share(w *world, of time.Duration) float64 { return 100 * float64(w.spent) / float64(of) }
+
+// The costs that were measured.
+var costs = map[string][2]time.Duration{
+	"10 services":     {900 * time.Microsecond, 2 * time.Millisecond},
+	"1,000 services":  {4300 * time.Microsecond, 40 * time.Millisecond},
+	"10,000 services": {30 * time.Millisecond, 335 * time.Millisecond},
+	"100 MB":          {300 * time.Millisecond, 5 * time.Second},
+}
+
+func TestDetectorIdle(t *testing.T) {
+	for name, cost := range costs {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1}}
+				d := new(Detector)
+				w.drive(d, time.Minute, nil)
+				if w.dumps != 1 {
+					t.Fatalf("%d full dumps at the start", w.dumps)
+				}
+				w.spent, w.dumps, w.looks = 0, 0, 0
+				w.drive(d, 8*time.Minute, nil)
+				if s := share(w, 8*time.Minute); s > 1 || w.dumps > 0 || w.looks < 8*60/31 {
+					t.Errorf("idle: %.2f %% of the time, %d looks, %d dumps", s, w.looks, w.dumps)
+				}
+			})
+		})
+	}
+}
+
+func TestDetectorChangesAfterCalm(t *testing.T) {
+	for name, cost := range costs {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1}}
+				d := new(Detector)
+				hints := make(chan struct{}, 1)
+				w.drive(d, 3*time.Minute, nil)
+				w.longestAfter = 0
+				w.change()
+				hints <- struct{}{}
+				w.drive(d, time.Minute, hints)
+				if want := cost[0] + cost[1]; w.longestAfter != want {
+					t.Errorf("with a hint seen after %v, want %v: a look and a dump at once", w.longestAfter, want)
+				}
+				w.longestAfter = 0
+				w.change()
+				w.drive(d, time.Minute, hints)
+				if limit := min(max(lookFloor, lookShare*cost[0]), lookCeiling) + cost[0] + cost[1]; w.longestAfter == 0 || w.longestAfter > limit {
+					t.Errorf("without a hint seen after %v, want at most %v", w.longestAfter, limit)
+				}
+			})
+		})
+	}
+}
+
+func TestDetectorOneChangeASecond(t *testing.T) {
+	for name, cost := range costs {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1}}
+				d := new(Detector)
+				w.drive(d, time.Minute, nil)
+				w.spent = 0
+				hints := make(chan struct{}, 1)
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					for range 300 {
+						w.change()
+						select {
+						case hints <- struct{}{}:
+						default:
+						}
+						time.Sleep(time.Second)
+					}
+				}()
+				w.drive(d, 5*time.Minute, hints)
+				<-done
+				if s := share(w, 5*time.Minute); s > 10 {
+					t.Errorf("%.2f %% of the time", s)
+				}
+				w.drive(d, 2*time.Minute, hints)
+				if w.seen != w.state {
+					t.Error("the last change was not seen")
+				}
+			})
+		})
+	}
+}
+
+// Hints without end that lead to nothing, as of a listener that is refused again and again.
+func TestDetectorStorm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		d := new(Detector)
+		w.drive(d, time.Minute, nil)
+		w.looks, w.dumps = 0, 0
+		hints := make(chan struct{})
+		go func() {
+			for range 60_000 {
+				hints <- struct{}{}
+				time.Sleep(time.Millisecond)
+			}
+		}()
+		w.drive(d, time.Minute, hints)
+		if w.looks > 70 || w.dumps > 0 {
+			t.Errorf("%d looks and %d dumps in a minute of hints", w.looks, w.dumps)
+		}
+		for range 60_000 { // let the other end
+			select {
+			case <-hints:
+			case <-time.After(time.Second):
+			}
+		}
+		// After calm the next hint is heeded at once again.
+		w.drive(d, time.Minute, nil)
+		w.change()
+		d.Hint(time.Now())
+		w.longestAfter = 0
+		w.drive(d, 10*time.Second, nil)
+		if w.longestAfter != w.look+w.dump {
+			t.Errorf("after the storm a change was seen after %v", w.longestAfter)
+		}
+	})
+}
+
+// A listener becomes active without a line in the log: while one is warming, the detector looks again soon, but not for ever.
+func TestDetectorWarming(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		d := new(Detector)
+		w.drive(d, time.Minute, nil)
+		w.state.Warming = 1
+		w.change()
+		d.Hint(time.Now())
+		w.drive(d, 300*time.Millisecond, nil)
+		if w.seen != w.state {
+			t.Fatal("warming was not seen")
+		}
+		w.longestAfter = 0
+		w.state.Warming = 0
+		w.change()
+		w.drive(d, 2*time.Second, nil)
+		if w.longestAfter == 0 || w.longestAfter > 300*time.Millisecond {
+			t.Errorf("active seen after %v", w.longestAfter)
+		}
+		w.state.Warming = 1
+		w.change()
+		w.drive(d, 30*time.Second, nil)
+		w.spent = 0
+		w.drive(d, 5*time.Minute, nil)
+		if s := share(w, 5*time.Minute); s > 1 {
+			t.Errorf("warming for minutes: %.2f %% of the time", s)
+		}
+	})
+}
+
+func TestDetectorRestartAndFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		d := new(Detector)
+		w.drive(d, time.Minute, nil)
+		w.looks, w.fail = 0, ErrRefused
+		w.drive(d, time.Minute, nil)
+		if w.looks < 55 || w.looks > 65 {
+			t.Errorf("%d questions in a minute to an Envoy that is down, want one a second", w.looks)
+		}
+		w.fail = nil
+		w.state.Process = 2
+		w.change()
+		w.longestAfter = 0
+		w.drive(d, 5*time.Second, nil)
+		if w.longestAfter == 0 || w.longestAfter > lookFloor+10*time.Millisecond {
+			t.Errorf("the new process was seen after %v", w.longestAfter)
+		}
+		w.fail, w.look, w.dump, w.spent = ErrTimeout, shortLimit, longLimit, 0
+		w.drive(d, 10*time.Minute, nil)
+		if s := share(w, 10*time.Minute); s > 20 {
+			t.Errorf("an Envoy that does not answer is asked %.0f %% of the time", s)
+		}
+	})
+}
+
+// Whatever happens, the rules hold: waits are positive, dumps are spaced (world checks both), and the end is seen.
+func TestDetectorRandom(t *testing.T) {
+	for range 50 {
+		s := rand.Uint64()
+		synctest.Test(t, func(t *testing.T) {
+			r := rand.New(rand.NewPCG(s, 0))
+			w := &world{t: t, look: time.Duration(r.IntN(1e8)), dump: time.Duration(r.IntN(1e9)), state: Fingerprint{Process: 1}}
+			d := new(Detector)
+			for range 100 {
+				switch r.IntN(5) {
+				case 0:
+					w.change()
+				case 1:
+					w.change()
+					d.Hint(time.Now())
+				case 2:
+					d.Hint(time.Now())
+				case 3:
+					w.state.Warming = r.IntN(2)
+				case 4:
+					w.fail = []error{nil, nil, ErrTimeout}[r.IntN(3)]
+				}
+				w.drive(d, time.Duration(r.IntN(3e9)), nil)
+			}
+			w.fail = nil
+			w.drive(d, 2*time.Minute, nil)
+			if w.seen != w.state {
+				t.Errorf("seed %d: the last change was not seen", s)
+			}
+		})
+	}
+}
+
+func TestPace(t *testing.T) {
+	var p Pace
+	now := time.Unix(0, 0)
+	if !p.Due(now) {
+		t.Error("the zero value is not due")
+	}
+	p.Floor = time.Minute
+	p.Asked(now, now.Add(time.Millisecond))
+	if p.Due(now.Add(59*time.Second)) || !p.Due(now.Add(61*time.Second)) {
+		t.Error("the floor is not kept")
+	}
+	p.Asked(now, now.Add(time.Second))
+	if p.Due(now.Add(1000*time.Second)) || !p.Due(now.Add(1001*time.Second)) {
+		t.Error("one part in 1,000 is not kept")
+	}
+}
