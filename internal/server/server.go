@@ -1,0 +1,314 @@
+// Package server answers those who ask the agent over HTTP.
+//
+// [Public] is what the network may see: /metrics, /healthz and /healthz/ready on --listen. It must not be brought down by its callers,
+// since a health check that gets no answer has the VM replaced: requests have time and size limits, each caller has few connections.
+// It must not bring the agent down either: a port that is taken is reported and tried again while the rules go on.
+//
+// [Socket] is the Unix socket for root on this machine: /status, /pause and profiles. To hold it is to be the one agent of the
+// machine: a second one learns who does. [Dial] is its client, used by the commands status and cleanup.
+//
+// The answers themselves come from package agent as functions; nothing here knows what they mean.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+)
+
+const (
+	headerLimit = 5 * time.Second // to send a request's header
+	readLimit   = 10 * time.Second
+	writeLimit  = 15 * time.Second // a scrape takes milliseconds
+	maxHeader   = 8 << 10          // bytes
+	maxConns    = 256
+	maxPerHost  = 16 // of them from one IPv4 address or one IPv6 /64
+	stopLimit   = 500 * time.Millisecond
+	retryFirst  = time.Second
+	retryLast   = 15 * time.Second
+)
+
+// Health answers a health check; why is one line for people and may be empty when ok.
+type Health func() (ok bool, why string)
+
+// Public serves /metrics, /healthz and /healthz/ready. Make it with [NewPublic].
+type Public struct {
+	listen  string
+	handler http.Handler
+	log     *zap.Logger
+	retry   time.Duration // first pause after a failed listen
+
+	mu   sync.Mutex
+	addr net.Addr
+	err  error
+}
+
+// NewPublic returns a server for listen ("host:port" or ":port"), which it checks but does not open before [Public.Run].
+// A nil log is silent.
+//
+//	public, err := server.NewPublic(":15020", healthz, ready, metrics.Handler(), log)
+//	go public.Run(ctx)
+func NewPublic(listen string, healthz, ready Health, metrics http.Handler, log *zap.Logger) (*Public, error) {
+	if _, port, err := net.SplitHostPort(listen); err != nil {
+		return nil, fmt.Errorf("listen on %q: use host:port or :port", listen)
+	} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return nil, fmt.Errorf("listen on %q: the port must be a number from 0 to 65535", listen)
+	}
+	if log == nil {
+		log = zap.NewNop()
+	}
+	mux := http.NewServeMux()
+	// A pattern with GET takes HEAD, too; other methods are answered 405 with Allow.
+	mux.Handle("GET /metrics", metrics)
+	mux.Handle("GET /healthz", healthHandler(healthz))
+	mux.Handle("GET /healthz/ready", healthHandler(ready))
+	return &Public{listen: listen, handler: mux, log: log, retry: retryFirst}, nil
+}
+
+func healthHandler(h Health) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		ok, why := h()
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("Cache-Control", "no-store")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		if !ok {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		if why = guestattr.OneLine(why, 1024); why == "" {
+			why = map[bool]string{true: "ok", false: "not ok"}[ok]
+		}
+		fmt.Fprintln(w, why)
+	})
+}
+
+// Err is why the server does not serve at the moment: nil, or a *[ListenError].
+func (p *Public) Err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
+// Addr is where the server listens; nil while it does not.
+func (p *Public) Addr() net.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addr
+}
+
+func (p *Public) set(addr net.Addr, err error) (was error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	was, p.addr, p.err = p.err, addr, err
+	return was
+}
+
+// Run serves until ctx ends, and returns nil then, within half a second. An address that cannot be listened on is logged once and tried
+// again, at most each 15 s.
+func (p *Public) Run(ctx context.Context) error {
+	retry := p.retry
+	for {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.listen)
+		if err == nil {
+			if was := p.set(l.Addr(), nil); was != nil {
+				p.log.Info("listening after all", zap.Stringer("address", l.Addr()))
+			}
+			retry = p.retry
+			err = p.serve(ctx, l)
+		}
+		if ctx.Err() != nil {
+			p.set(nil, nil)
+			return nil
+		}
+		failure := &ListenError{Listen: p.listen, Holders: holders(p.listen, err), Err: err}
+		if was := p.set(nil, failure); was == nil {
+			p.log.Error("metrics and health checks are not served, trying again", zap.Error(failure))
+		}
+		select {
+		case <-ctx.Done():
+			p.set(nil, nil)
+			return nil
+		case <-time.After(retry):
+		}
+		retry = min(2*retry, retryLast)
+	}
+}
+
+func (p *Public) serve(ctx context.Context, l net.Listener) error {
+	s := &http.Server{
+		Handler:           p.handler,
+		ReadHeaderTimeout: headerLimit,
+		ReadTimeout:       readLimit,
+		WriteTimeout:      writeLimit,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          quiet(p.log),
+	}
+	// One request a connection: idle ones would count against the limit, and scrapes and probes are seconds apart.
+	s.SetKeepAlivesEnabled(false)
+	return serve(ctx, s, newLimiter(l))
+}
+
+// serve runs s on l until ctx ends.
+func serve(ctx context.Context, s *http.Server, l net.Listener) error {
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(l) }()
+	select {
+	case err := <-ended:
+		s.Close()
+		return err
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+	defer cancel()
+	if s.Shutdown(grace) != nil {
+		s.Close()
+	}
+	<-ended
+	return nil
+}
+
+// quiet is for net/http's complaints about what callers send: a stranger must not fill the journal.
+func quiet(l *zap.Logger) *log.Logger {
+	std, err := zap.NewStdLogAt(l, zap.DebugLevel)
+	if err != nil {
+		panic(err) // only for a level that zap does not know
+	}
+	return std
+}
+
+// ListenError says that an address cannot be listened on, and what to do.
+type ListenError struct {
+	Listen  string
+	Holders []uint32 // uids of those who listen on the port, where known
+	Err     error
+}
+
+func (e *ListenError) Unwrap() error { return e.Err }
+
+func (e *ListenError) Error() string {
+	cause := e.Err.Error()
+	var errno syscall.Errno
+	if errors.As(e.Err, &errno) {
+		cause = errno.Error()
+	}
+	_, port, _ := net.SplitHostPort(e.Listen)
+	switch {
+	case errors.Is(e.Err, syscall.EADDRINUSE):
+		by := ""
+		for i, uid := range e.Holders {
+			by += map[bool]string{true: " by uid ", false: ", uid "}[i == 0] + strconv.FormatUint(uint64(uid), 10)
+		}
+		return fmt.Sprintf("listen on %s: %s%s; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another port with --listen", e.Listen, cause, by, port)
+	case errors.Is(e.Err, syscall.EACCES):
+		return fmt.Sprintf("listen on %s: %s; choose a port above 1023 with --listen", e.Listen, cause)
+	case errors.Is(e.Err, syscall.EADDRNOTAVAIL):
+		return fmt.Sprintf("listen on %s: %s; choose an address of this VM, or :%s for all, with --listen", e.Listen, cause, port)
+	}
+	return fmt.Sprintf("listen on %s: %s; choose another address with --listen", e.Listen, cause)
+}
+
+func holders(listen string, err error) (uids []uint32) {
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		return nil
+	}
+	_, text, _ := net.SplitHostPort(listen)
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil {
+		return nil
+	}
+	have, err := sockdiag.Listeners(uint16(port))
+	if err != nil {
+		return nil // the message says enough without
+	}
+	for _, l := range have {
+		uids = append(uids, l.UID)
+	}
+	slices.Sort(uids)
+	return slices.Compact(uids)
+}
+
+// limiter closes connections above the limits at once. To let them wait instead would let one caller with many slow connections keep
+// the health check out.
+type limiter struct {
+	net.Listener
+
+	mu    sync.Mutex
+	total int
+	hosts map[netip.Prefix]int
+}
+
+func newLimiter(l net.Listener) *limiter { return &limiter{Listener: l, hosts: map[netip.Prefix]int{}} }
+
+func (l *limiter) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if h := host(c.RemoteAddr()); l.enter(h) {
+			return &limited{Conn: c, leave: sync.OnceFunc(func() { l.leave(h) })}, nil
+		}
+		c.Close()
+	}
+}
+
+func (l *limiter) enter(h netip.Prefix) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.total >= maxConns || l.hosts[h] >= maxPerHost {
+		return false
+	}
+	l.total++
+	l.hosts[h]++
+	return true
+}
+
+func (l *limiter) leave(h netip.Prefix) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.total--
+	if l.hosts[h]--; l.hosts[h] == 0 {
+		delete(l.hosts, h)
+	}
+}
+
+// host is the caller as far as limits go; a Unix socket's are all one.
+func host(a net.Addr) netip.Prefix {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.Prefix{}
+	}
+	ip := t.AddrPort().Addr().Unmap().WithZone("")
+	bits := 64
+	if ip.Is4() {
+		bits = 32
+	}
+	p, err := ip.Prefix(bits)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	return p
+}
+
+type limited struct {
+	net.Conn
+	leave func()
+}
+
+func (c *limited) Close() error {
+	c.leave()
+	return c.Conn.Close()
+}
