@@ -105,3 +105,8 @@ func serial() *big.Int {
 	}
 	return n
 }
+
+// ClientConfig trusts this authority alone and checks the certificate against name.
+func (a *Authority) ClientConfig(name string) *tls.Config {
+	return &tls.Config{RootCAs: a.Pool(), ServerName: name}
+}
