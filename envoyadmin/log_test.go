@@ -14,6 +14,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+// raceDetector tells that CPU time says nothing.
+var raceDetector bool
+
 const stamp = "[2026-03-04 05:06:07.890][123]"
 
 func TestParseLine(t *testing.T) {
@@ -287,7 +290,8 @@ func TestFollowLogStorm(t *testing.T) {
 	if told > 1+int(length/sameEvent)+1 {
 		t.Errorf("%d events for %d equal rejections", told, n)
 	}
-	if limit := length / 20; cpu > limit { // 5 %: the machine is shared, and the writer is counted; alone 0.5 % was measured
+	// The requirement is 2 % with the detector's questions (lab test); here the writer is counted, and a busy machine.
+	if limit := length * 4 / 100; cpu > limit && !raceDetector {
 		t.Errorf("took %v of %v", cpu, length)
 	}
 	// What was counted after the first is told a while later.
