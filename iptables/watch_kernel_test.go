@@ -254,4 +254,3 @@ func drain(events <-chan Event) {
 		}
 	}
 }
-
