@@ -33,6 +33,7 @@ import (
 	"unicode/utf8"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 )
 
@@ -70,22 +71,26 @@ var order = []string{BootstrapStatus, BootstrapLastFailure, AgentLastFailure, Pr
 type Options struct {
 	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else 169.254.169.254
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
+	// Budget is a file, best below /run, whose modification time carries the budget over to the next start and to other programs that
+	// are about to write, one after the other: else an agent that crashes every two seconds would spend three tokens at each start.
+	// Empty: each New starts with a full bucket.
+	Budget string
 
 	dial func(ctx context.Context, network, addr string) (net.Conn, error) // a test's own network
 }
 
 // State is how the channel does. Counts are since [New].
 type State struct {
-	Enabled   bool      `json:"enabled"`             // false: the server refused with 403; tried again every two minutes
-	LastError string    `json:"lastError,omitempty"` // of the last query; empty when it succeeded
-	Since     time.Time `json:"since"`               // when Enabled last changed, or LastError came or went; zero before the first query
-	Pending   int       `json:"pending"`             // values set and not yet written, a heartbeat that is not due aside
-	Writes    uint64    `json:"writes"`              // that succeeded
-	Reads     uint64    `json:"reads"`               // read back
-	Failures  uint64    `json:"failures"`            // queries of either kind that failed
-	Dropped   uint64    `json:"dropped"`             // values replaced by a newer one before they were written
-	Lost      uint64    `json:"lost"`                // found gone when read back, and written again
-	Changed   uint64    `json:"changed"`             // found changed by somebody else when read back, and written again
+	Enabled   bool      `json:"enabled"`              // false: the server refused with 403; tried again every two minutes
+	LastError string    `json:"last_error,omitempty"` // of the last query; empty when it succeeded
+	Since     time.Time `json:"since"`                // when Enabled last changed, or LastError came or went; zero before the first query
+	Pending   int       `json:"pending"`              // values set and not yet written, a heartbeat that is not due aside
+	Writes    uint64    `json:"writes"`               // that succeeded
+	Reads     uint64    `json:"reads"`                // read back
+	Failures  uint64    `json:"failures"`             // queries of either kind that failed
+	Dropped   uint64    `json:"dropped"`              // values replaced by a newer one before they were written
+	Lost      uint64    `json:"lost"`                 // found gone when read back, and written again
+	Changed   uint64    `json:"changed"`              // found changed by somebody else when read back, and written again
 }
 
 // Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be called from any goroutine.
@@ -99,6 +104,8 @@ type Writer struct {
 	log    *zap.Logger
 	tokens *rate.Limiter
 	wake   chan struct{} // one slot
+	budget string        // Options.Budget
+	full   time.Time     // when the bucket will be full again; used by Run alone
 
 	mu      sync.Mutex
 	values  map[string]*value
@@ -140,6 +147,7 @@ func New(o Options) *Writer {
 		log:     o.Log,
 		tokens:  rate.NewLimiter(rate.Every(refill), burst),
 		wake:    make(chan struct{}, 1),
+		budget:  o.Budget,
 		values:  make(map[string]*value),
 		state:   State{Enabled: true},
 		settled: make(chan struct{}),
@@ -147,12 +155,15 @@ func New(o Options) *Writer {
 }
 
 // Set says what key shall hold from now on; it never blocks. The value becomes one line of at most [MaxValue] bytes (see [OneLine]). A key
-// that shall stay absent is not Set at all: there is no way to delete one.
+// is absent until it is Set to something; from then on an empty value is written as such, since there is no known way to delete one.
 func (w *Writer) Set(key, val string) {
 	val = OneLine(val, MaxValue)
 	w.mu.Lock()
 	v := w.values[key]
 	switch {
+	case v == nil && val == "":
+		w.mu.Unlock()
+		return
 	case v == nil:
 		w.values[key] = &value{want: val}
 	case v.want == val:
@@ -206,6 +217,7 @@ func (w *Writer) Flush(ctx context.Context) error {
 
 // Run writes until ctx ends, which cuts a query short, and returns nil then.
 func (w *Writer) Run(ctx context.Context) error {
+	w.loadBudget(time.Now())
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for ctx.Err() == nil {
@@ -217,6 +229,7 @@ func (w *Writer) Run(ctx context.Context) error {
 			at = wait
 		}
 		if key != "" && !at.After(now) && w.tokens.AllowN(now, 1) {
+			w.saveBudget(now)
 			w.query(ctx, key, read)
 			continue
 		}
@@ -239,6 +252,42 @@ func (w *Writer) Run(ctx context.Context) error {
 func (w *Writer) token(now time.Time) time.Time {
 	missing := 1 - w.tokens.TokensAt(now)
 	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
+}
+
+// loadBudget takes out of the bucket what is missing by the file. One from the future, after a clock step, counts as an empty bucket.
+func (w *Writer) loadBudget(now time.Time) {
+	if w.budget == "" {
+		return
+	}
+	fi, err := os.Stat(w.budget)
+	if err != nil {
+		return // the first start, or saveBudget will say what is wrong
+	}
+	missing := min(max(fi.ModTime().Sub(now), 0), burst*refill)
+	w.full = now.Add(missing)
+	w.tokens.AllowN(now, int((missing+refill-1)/refill))
+}
+
+// saveBudget leaves in the file when the bucket will be full again, now that a token is being used.
+func (w *Writer) saveBudget(now time.Time) {
+	if w.full.Before(now) {
+		w.full = now
+	}
+	w.full = w.full.Add(refill)
+	if w.budget == "" {
+		return
+	}
+	f, err := os.OpenFile(w.budget, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		err = f.Close()
+	}
+	if err == nil {
+		err = os.Chtimes(w.budget, time.Time{}, w.full)
+	}
+	if err != nil {
+		w.log.Warn("guest attribute budget is not kept for the next start", zap.Error(err))
+		w.budget = ""
+	}
 }
 
 // next chooses what to do next and says when: a key to write or to read back; no key when there is nothing to do ever.

@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -448,6 +450,83 @@ func TestFlush(t *testing.T) {
 		w.Set("k0", "w")
 		if err := w.Flush(t.Context()); err == nil || !strings.Contains(err.Error(), "disabled") {
 			t.Errorf("Flush while disabled = %v", err)
+		}
+	})
+}
+
+// TestCrashLoop starts a new Writer every two seconds for ten minutes, as systemd would: together they keep to the budget, and still get
+// values out.
+func TestCrashLoop(t *testing.T) {
+	budget := filepath.Join(t.TempDir(), "budget")
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		for i := range 300 {
+			w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+			w.Set(AgentLastFailure, fmt.Sprintf("crash %d", i))
+			w.Set(BootstrapStatus, "FINISHED")
+			w.Set(ProxyVersion, "1.40.0")
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			w.Run(ctx)
+			cancel()
+		}
+		s.checkBudget(t)
+		if n := len(s.seen()); n < 10 || n > 33 {
+			t.Errorf("%d writes in ten minutes; want most of the budget of 33", n)
+		}
+	})
+}
+
+// TestBudgetFile: a file from the future (a clock step), one that cannot be made, one that is a link.
+func TestBudgetFile(t *testing.T) {
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(filepath.Join(dir, "elsewhere"), link); err != nil {
+		t.Fatal(err)
+	}
+	for name, path := range map[string]string{"future": filepath.Join(dir, "future"), "no folder": filepath.Join(dir, "no", "such"), "link": link} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				if name == "future" {
+					if err := os.WriteFile(path, nil, 0o600); err != nil {
+						t.Fatal(err)
+					}
+					if err := os.Chtimes(path, time.Time{}, time.Now().Add(1000*time.Hour)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				s := newServer(t)
+				core, logs := observer.New(zap.InfoLevel)
+				w := New(Options{Host: "metadata", Budget: path, Log: zap.New(core), dial: s.dial})
+				w.Set(BootstrapStatus, "FINISHED")
+				w.Set(ProxyVersion, "1.40.0")
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				w.Run(ctx)
+				if s.get(BootstrapStatus) != "FINISHED" || s.get(ProxyVersion) != "1.40.0" {
+					t.Error("not written within a minute")
+				}
+				if want := map[string]int{"future": 0, "no folder": 1, "link": 1}[name]; logs.Len() != want {
+					t.Errorf("logged %v; want %d lines", logs.All(), want)
+				}
+			})
+		})
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "elsewhere")); err == nil {
+		t.Error("the link was followed")
+	}
+}
+
+// TestAbsent: what was never said is not written; what was, can become empty.
+func TestAbsent(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(AgentLastFailure, "")
+		sleep(time.Minute)
+		w.Set(AgentLastFailure, "one")
+		sleep(time.Minute)
+		w.Set(AgentLastFailure, "")
+		sleep(time.Minute)
+		if d := cmp.Diff([]string{"1m0s PUT agent-last-failure one", "2m0s PUT agent-last-failure"}, s.seen()); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
 		}
 	})
 }

@@ -56,10 +56,10 @@ type Serial struct {
 type SerialState struct {
 	Path      string `json:"path"` // empty: off
 	Open      bool   `json:"open"`
-	Blocked   bool   `json:"blocked,omitempty"`   // a line has been waiting for the device for five seconds
-	LastError string `json:"lastError,omitempty"` // why it is not open
-	Lines     uint64 `json:"lines"`               // written
-	Dropped   uint64 `json:"dropped"`             // lines that found the queue full for too long
+	Blocked   bool   `json:"blocked,omitempty"`    // a line has been waiting for the device for five seconds
+	LastError string `json:"last_error,omitempty"` // why it is not open
+	Lines     uint64 `json:"lines"`                // written
+	Dropped   uint64 `json:"dropped"`              // lines that found the queue full for too long
 }
 
 // NewSerial returns a Serial for the device at path; with an empty path nothing is ever written. The device is opened by [Serial.Run].
