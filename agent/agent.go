@@ -1,0 +1,288 @@
+// Package agent is the domain: it decides what the kernel shall intercept and keeps it so.
+//
+//	envoyadmin.Listeners -> View ┐
+//	                             ├─> Desired -> Want -> iptables.Interception ─> Ruleset ┐
+//	attribute.Parse ---> Config ─┘    (pure)                                             ├─> Diff ─> Plan ─> Apply
+//	iptables.Read -----------------------------------------------------------------> have┘
+//	Facts ─> symptom.Check ─> Status ─> guest attributes, serial, metrics, sd_notify, socket
+//
+// One goroutine (loop) owns the kernel; what is slow or can hang (Envoy's admin interface, the metadata server, the
+// kernel's notifications, every reporter) runs beside it and meets it only by values. Policies are each in one place: Hold,
+// keep and bypass in gate, back-off against somebody who undoes our rules in fight, both in policy.go.
+//
+// It installs nothing (internal/bootstrap does), and stopping it leaves the rules in place (design: "Stop").
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// Agent is the daemon. Make one with New. The second part of the fields belongs to the loop alone.
+type Agent struct {
+	settings Settings
+	log      *zap.Logger
+	kernel   *iptables.Kernel
+	envoy    *envoyadmin.Client
+	guest    *guestattr.Writer
+	serial   *report.Serial
+	metrics  *report.Metrics
+	public   *server.Public // nil: --listen is empty
+	started  time.Time
+	ownPorts []uint16
+
+	views      *report.Mailbox[View]
+	attributes *report.Mailbox[attributeNews]
+	others     *report.Mailbox[[]iptables.OtherChain]
+	reports    *report.Mailbox[Status]
+	events     <-chan iptables.Event
+	pause      chan chan struct{}
+	status     atomic.Pointer[Status]
+	proxyUID   atomic.Int64 // for trust, which runs in the client's goroutine; -1: no such user
+
+	view           View
+	config         attribute.Config
+	haveConfig     bool
+	attributeErr   error
+	sourceErr      error
+	uid, gid       uint32
+	userErr        error
+	local          []netip.Addr
+	want           Want
+	wantStale      bool
+	wantGeneration uint64 // of the View that want was made of
+	wantSerial     uint64 // counts Wants
+	families       []familyState
+	otherChains    []iptables.OtherChain
+	boot           bootstrap.State
+	bootRead       time.Time
+	bootSaid       int // the last line of bootstrap's story that was told
+	paused         bool
+	failure        Failure
+	sample         report.Sample // what happened in this pass
+	passes, undone uint64
+	lastBy         string
+	lastByAt       time.Time
+
+	saidMode     string
+	saidReady    bool
+	saidFindings map[string]bool
+	saveFailed   bool
+	saidNotify   bool // of runReports
+	dumps        int
+}
+
+// New checks the settings and opens the kernel; nothing is changed there. Errors name the thing and the next step.
+func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
+	if err := s.Validate(); err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		settings: s, log: log, started: time.Now(),
+		views: report.NewMailbox[View](), attributes: report.NewMailbox[attributeNews](), others: report.NewMailbox[[]iptables.OtherChain](),
+		reports: report.NewMailbox[Status](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
+		families: []familyState{{family: iptables.IPv4}, {family: iptables.IPv6}},
+	}
+	var err error
+	if a.envoy, err = envoyadmin.New(s.EnvoyAdmin); err != nil {
+		return nil, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
+	}
+	a.envoy.Trust = a.trust
+	if s.Config != "" {
+		if a.config, err = readConfig(s.Config); err != nil {
+			return nil, err
+		}
+		a.haveConfig = true
+	}
+	a.lookUpProxy()
+	if a.kernel, err = iptables.Open(ctx, iptables.Options{}); err != nil {
+		return nil, nextStep(err)
+	}
+	a.failure = loadFailure(s.StateDir)
+	a.guest = guestattr.New(guestattr.Options{Log: log})
+	a.serial = report.NewSerial(s.SerialPort)
+	a.metrics = report.NewMetrics(report.Sources{Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State})
+	if s.Listen != "" {
+		if a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, a.metrics.Handler(), log); err != nil {
+			return nil, fmt.Errorf("%w: --listen: %w", ErrSettings, err)
+		}
+	}
+	return a, nil
+}
+
+// nextStep adds what to do to an error of the kernel's tools.
+func nextStep(err error) error {
+	switch {
+	case errors.Is(err, iptables.ErrNoIPTables):
+		return fmt.Errorf("%w; install the package iptables", err)
+	case errors.Is(err, iptables.ErrNotRoot):
+		return fmt.Errorf("%w; run as root, or with CAP_NET_ADMIN and CAP_NET_RAW", err)
+	case errors.Is(err, iptables.ErrNoTable):
+		return fmt.Errorf("%w; `modprobe iptable_nat`", err)
+	}
+	return err
+}
+
+// readConfig reads the attribute from --config.
+func readConfig(path string) (attribute.Config, error) {
+	if path == "none" {
+		return attribute.Default(), nil
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return attribute.Config{}, fmt.Errorf("%w: --config: %w; name a file with the attribute's JSON, or none", ErrSettings, err)
+	}
+	c, err := attribute.Parse(text)
+	if err != nil {
+		return attribute.Config{}, fmt.Errorf("--config %q: %w", path, err)
+	}
+	return c, nil
+}
+
+// ownPorts are never intercepted as port rules: Envoy's admin and interception ports and the agent's own.
+func ownPorts(s Settings) []uint16 {
+	ports := []uint16{15000, 15001, 15006, 15020}
+	for _, addr := range []string{s.EnvoyAdmin, s.Listen} {
+		if _, p, err := net.SplitHostPort(addr); err == nil {
+			if n, err := net.LookupPort("tcp", p); err == nil {
+				ports = append(ports, uint16(n))
+			}
+		}
+	}
+	return sortedPorts(ports)
+}
+
+// trust lets the admin interface's answers count only when the proxy's user or root holds its socket: any local user can
+// listen on the port while Envoy is down.
+func (a *Agent) trust(c net.Conn) error {
+	if strings.HasPrefix(a.settings.EnvoyAdmin, "unix:") {
+		return nil // the folder's permissions say who may put a socket there
+	}
+	uid, err := sockdiag.PeerOwner(c)
+	if err != nil {
+		return err
+	}
+	if proxy := a.proxyUID.Load(); uid != 0 && int64(uid) != proxy {
+		return &sockdiag.ForeignError{Addr: remoteAddr(c), UID: uid}
+	}
+	return nil
+}
+
+func remoteAddr(c net.Conn) (a netip.AddrPort) {
+	if t, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		a = t.AddrPort()
+	}
+	return a
+}
+
+// lookUpProxy resolves --proxy-user, which bootstrap may create after the daemon was started.
+func (a *Agent) lookUpProxy() {
+	a.uid, a.gid, a.userErr = proxyIDs(a.settings.ProxyUser)
+	if a.userErr != nil {
+		a.proxyUID.Store(-1)
+		return
+	}
+	a.proxyUID.Store(int64(a.uid))
+}
+
+// Run runs until ctx ends, which is no error. The rules stay in place.
+func (a *Agent) Run(ctx context.Context) error {
+	socket, err := server.Socket(server.Dir())
+	if err != nil {
+		return err // a second agent on this VM must not fight the first
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if a.events, err = a.kernel.Watch(ctx); err != nil {
+		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
+	}
+	watch := &envoyWatch{client: a.envoy, probes: make(chan error), views: a.views, logPath: a.settings.EnvoyLog, log: a.log}
+	if a.settings.EnvoyLog != "" {
+		watch.logged = envoyadmin.FollowLog(ctx, a.settings.EnvoyLog)
+	}
+	a.log.Info("started", zap.String("version", a.settings.Version), zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
+		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
+	a.serial.Say(report.Info, "service-proxy-agent "+a.settings.Version+" started")
+
+	g.Go(func() error { return a.loop(ctx) })
+	g.Go(func() error { return watch.run(ctx) })
+	g.Go(func() error { return a.watchOthers(ctx) })
+	g.Go(func() error { return a.runReports(ctx) })
+	g.Go(func() error { return a.guest.Run(ctx) })
+	g.Go(func() error { return a.serial.Run(ctx) })
+	g.Go(func() error { return socket.Serve(ctx, server.Answers{Status: a.statusNow, Pause: a.pauseLoop}, a.log) })
+	if a.public != nil {
+		g.Go(func() error { return a.public.Run(ctx) })
+	}
+	if a.settings.Config == "" {
+		g.Go(func() error { a.watchAttribute(ctx); return nil })
+	}
+	err = g.Wait()
+	a.log.Info("stopped; the rules stay in place")
+	return err
+}
+
+// watchAttribute passes on what the metadata server says of the attribute, sorted by what was wrong.
+func (a *Agent) watchAttribute(ctx context.Context) {
+	bootstrap.WatchAttribute(ctx, func(look bootstrap.Attribute) {
+		news := attributeNews{Config: look.Config, Err: look.Err}
+		var source *bootstrap.MetadataError
+		if errors.As(look.Err, &source) {
+			news.Source, news.Err = look.Err, nil
+		}
+		a.attributes.Put(news)
+	})
+}
+
+// othersEvery is how often other nat chains at our hooks are looked for: advice, not a matter of seconds.
+const othersEvery = 5 * time.Minute
+
+// watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left in the other backend.
+func (a *Agent) watchOthers(ctx context.Context) error {
+	for {
+		if removed, err := a.kernel.CleanOtherBackend(ctx); err == nil && len(removed) > 0 {
+			a.log.Info("rules of ours removed from the other iptables backend", zap.Strings("removed", removed))
+		}
+		if others, err := a.kernel.Others(ctx); err == nil {
+			a.others.Put(others)
+		}
+		if !sleep(ctx, othersEvery) {
+			return nil
+		}
+	}
+}
+
+// pauseLoop makes the loop write no more until the agent is restarted (cleanup).
+func (a *Agent) pauseLoop(ctx context.Context) error {
+	done := make(chan struct{})
+	select {
+	case a.pause <- done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-done:
+		a.log.Warn("paused by cleanup until restarted")
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

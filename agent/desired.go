@@ -1,0 +1,361 @@
+package agent
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// DefaultInboundPort is Envoy's inbound interception port where the name and direction of a listener say nothing
+// (Istio's and Traffic Director's samples both use it).
+const DefaultInboundPort = 15006
+
+// Inputs is all that Desired looks at.
+type Inputs struct {
+	Config    attribute.Config
+	Listeners []envoyadmin.Listener // active and static ones only
+	ProxyUID  uint32
+	ProxyGID  uint32
+	// Local holds the addresses of the VM's own interfaces, every NIC. Not the kernel's `local` routes: an internal load
+	// balancer's address is one, and may be a service.
+	Local        []netip.Addr
+	Interfaces   []string // --intercept-interfaces
+	ResolverUIDs []uint32 // users whose DNS questions must leave the VM: the local resolver
+	OwnPorts     []uint16 // never intercepted: the agent's and Envoy's own
+}
+
+// Want is what the kernel shall have: one Interception per family, and what was left out of it and why.
+type Want struct {
+	Families [2]iptables.Interception // IPv4, IPv6
+	Refused  []symptom.Refusal
+	// Uncovered are the serving ports for which Envoy's inbound listener has no chain: not redirected.
+	Uncovered   []uint16
+	ServerFirst []uint16
+}
+
+// serverFirst are the well-known ports of protocols in which the server speaks first: FTP, SMTP, POP3, IMAP, submission, MySQL.
+var serverFirst = []uint16{21, 25, 110, 143, 587, 3306}
+
+// Desired decides what to intercept, from Envoy's live listeners and the attribute alone. It is pure: whether the jumps
+// go in (Hold, bypass) is policy and is decided elsewhere.
+func Desired(in Inputs) Want {
+	var w Want
+	g := guard{local: in.Local, own: in.OwnPorts}
+	out := interceptionListeners(in.Listeners, false)
+	inbound := interceptionListeners(in.Listeners, true)
+
+	for i, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+		want := iptables.Interception{Family: family, ProxyUID: in.ProxyUID, ProxyGID: in.ProxyGID, Interfaces: in.Interfaces}
+		want.OutboundPort = redirectPort(out, family, in.Config.ProxyPort, false)
+		if want.OutboundPort != 0 {
+			want.All = in.Config.InterceptAllOutbound
+			want.ExcludePrefixes = ofFamily(in.Config.ExcludeOutboundIPRanges, family)
+			for _, r := range in.Config.ExcludeOutboundPortRanges {
+				want.ExcludePorts = append(want.ExcludePorts, iptables.PortRange(r))
+			}
+			want.Services, want.ServicePorts = outbound(in.Listeners, family, &g)
+		}
+		want.InboundPort = redirectPort(inbound, family, DefaultInboundPort, true)
+		if want.InboundPort != 0 {
+			want.Serving = serving(inbound, family, in.Config.ServingPorts)
+		}
+		if len(want.Serving) == 0 {
+			want.InboundPort = 0
+		}
+		if in.Config.InterceptDNS {
+			want.DNSPort = dnsPort(in.Listeners, family)
+			want.ResolverUIDs = in.ResolverUIDs
+		}
+		w.Families[i] = want
+	}
+	w.Refused = g.refused
+	w.Uncovered = uncovered(in.Config.ServingPorts, w.Families[:])
+	w.ServerFirst = serverFirstPorts(in.Listeners)
+	return w
+}
+
+// interceptionListeners are those that a REDIRECT may point to: bound, TCP, and looking up the original destination.
+func interceptionListeners(all []envoyadmin.Listener, wantInbound bool) (found []envoyadmin.Listener) {
+	for _, l := range all {
+		if l.Bound && !l.UDP && l.OriginalDst && isInbound(l) == wantInbound {
+			found = append(found, l)
+		}
+	}
+	slices.SortFunc(found, func(a, b envoyadmin.Listener) int { return cmp.Compare(a.Name, b.Name) })
+	return found
+}
+
+// isInbound goes by traffic_direction, then the name, then the port: Traffic Director sets all three, hand-written
+// configurations often only the last.
+func isInbound(l envoyadmin.Listener) bool {
+	switch l.Direction {
+	case corev3.TrafficDirection_INBOUND:
+		return true
+	case corev3.TrafficDirection_OUTBOUND:
+		return false
+	}
+	name := strings.ToLower(l.Name)
+	if strings.Contains(name, "inbound") {
+		return true
+	}
+	if strings.Contains(name, "outbound") {
+		return false
+	}
+	for _, a := range l.Addresses {
+		if a.Port() == DefaultInboundPort {
+			return true
+		}
+	}
+	return false
+}
+
+// redirectPort is the port that REDIRECT points to, 0 when no listener can be reached that way in this family. On OUTPUT
+// REDIRECT rewrites the destination to 127.0.0.1 or ::1, on PREROUTING to the address of the interface the packet came in
+// by (iptables-extensions(8)), so a listener on one other address never sees the connection. The expected port wins when
+// there are several.
+func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expected uint16, inbound bool) uint16 {
+	var first uint16
+	for _, l := range listeners {
+		for _, a := range l.Addresses {
+			if !reachable(l, a.Addr(), family, inbound) {
+				continue
+			}
+			if a.Port() == expected {
+				return expected
+			}
+			if first == 0 {
+				first = a.Port()
+			}
+		}
+	}
+	return first
+}
+
+func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbound bool) bool {
+	v4 := a.Is4() || a.Is6() && a.IsUnspecified() && l.Ipv4Compat
+	v6 := a.Is6()
+	if family == iptables.IPv4 && !v4 || family == iptables.IPv6 && !v6 {
+		return false
+	}
+	if inbound {
+		return !a.IsLoopback()
+	}
+	return a.IsUnspecified() || a == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || a == netip.IPv6Loopback()
+}
+
+// outbound collects the service prefixes and address-less ports of one family: from the filter chains of the interception
+// listeners (Traffic Director) and from the addresses of the unbound listeners behind one (Istio).
+func outbound(all []envoyadmin.Listener, family iptables.Family, g *guard) (prefixes []netip.Prefix, ports []uint16) {
+	for _, l := range all {
+		if l.UDP || isInbound(l) {
+			continue
+		}
+		switch {
+		case l.Bound && l.OriginalDst:
+			for _, c := range l.Chains {
+				for _, p := range c.Prefixes {
+					if isFamily(p.Addr(), family) && g.prefix(l.Name, p) {
+						prefixes = append(prefixes, p)
+					}
+				}
+				if len(c.Prefixes) == 0 && c.Port != 0 && g.port(l.Name, c.Port) {
+					ports = append(ports, c.Port)
+				}
+			}
+		case !l.Bound:
+			for _, a := range l.Addresses {
+				switch {
+				case a.Addr().IsUnspecified():
+					if (isFamily(a.Addr(), family) || l.Ipv4Compat) && g.port(l.Name, a.Port()) {
+						ports = append(ports, a.Port())
+					}
+				case isFamily(a.Addr(), family):
+					if p := netip.PrefixFrom(a.Addr(), a.Addr().BitLen()); g.prefix(l.Name, p) {
+						prefixes = append(prefixes, p)
+					}
+				}
+			}
+		}
+	}
+	return sortedPrefixes(prefixes), sortedPorts(ports)
+}
+
+// serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that Envoy's inbound listener has a
+// chain for, with the address where the chain has one.
+func serving(listeners []envoyadmin.Listener, family iptables.Family, ports []uint16) (rows []iptables.Serving) {
+	for _, l := range listeners {
+		for _, c := range chainsAndDefault(l) {
+			for _, port := range ports {
+				if c.Port != 0 && c.Port != port {
+					continue
+				}
+				if len(c.Prefixes) == 0 {
+					rows = append(rows, iptables.Serving{Port: port})
+				}
+				for _, p := range c.Prefixes {
+					switch {
+					case !isFamily(p.Addr(), family):
+					case p.IsSingleIP():
+						rows = append(rows, iptables.Serving{Addr: p.Addr(), Port: port})
+					case p.Bits() == 0:
+						rows = append(rows, iptables.Serving{Port: port})
+					}
+				}
+			}
+		}
+	}
+	slices.SortFunc(rows, func(a, b iptables.Serving) int {
+		return cmp.Or(cmp.Compare(a.Port, b.Port), a.Addr.Compare(b.Addr))
+	})
+	return slices.Compact(rows)
+}
+
+func chainsAndDefault(l envoyadmin.Listener) []envoyadmin.FilterChain {
+	if l.DefaultChain == nil {
+		return l.Chains
+	}
+	return append(slices.Clip(l.Chains), envoyadmin.FilterChain{Name: l.DefaultChain.Name})
+}
+
+func uncovered(ports []uint16, families []iptables.Interception) (missing []uint16) {
+	for _, port := range ports {
+		if !slices.ContainsFunc(families, func(f iptables.Interception) bool {
+			return slices.ContainsFunc(f.Serving, func(s iptables.Serving) bool { return s.Port == port })
+		}) {
+			missing = append(missing, port)
+		}
+	}
+	return sortedPorts(missing)
+}
+
+// dnsPort is the port of Envoy's DNS listener: UDP, bound, with the dns_filter. 0: there is none, nothing is redirected.
+func dnsPort(all []envoyadmin.Listener, family iptables.Family) uint16 {
+	for _, l := range all {
+		if !l.UDP || !l.Bound || !l.DNS {
+			continue
+		}
+		for _, a := range l.Addresses {
+			if reachable(l, a.Addr(), family, false) {
+				return a.Port()
+			}
+		}
+	}
+	return 0
+}
+
+func serverFirstPorts(all []envoyadmin.Listener) (ports []uint16) {
+	for _, l := range all {
+		for _, c := range l.Chains {
+			if slices.Contains(serverFirst, c.Port) && !isInbound(l) && (c.HTTP || c.TLSInspected) {
+				ports = append(ports, c.Port)
+			}
+		}
+	}
+	return sortedPorts(ports)
+}
+
+// guard keeps out of the rules what no control plane may ask for (design: "what to intercept"). What it refuses is
+// noted once, and the rest of the listener goes on.
+type guard struct {
+	local   []netip.Addr
+	own     []uint16
+	refused []symptom.Refusal
+}
+
+var (
+	linkLocal4 = netip.MustParsePrefix("169.254.0.0/16")
+	metadata6  = netip.MustParseAddr("fd20:ce::254")
+)
+
+// Shortest prefixes a listener may ask for: anything wider is a mistake that takes the VM off the network.
+const (
+	shortest4 = 8
+	shortest6 = 16
+)
+
+func (g *guard) prefix(listener string, p netip.Prefix) bool {
+	reason := ""
+	a := p.Masked().Addr()
+	shortest := shortest4
+	if a.Is6() {
+		shortest = shortest6
+	}
+	switch {
+	case p.Bits() < shortest:
+		reason = "it is too wide; intercept-all-outbound is the way to ask for everything"
+	case a.IsLoopback() || netip.MustParsePrefix("127.0.0.0/8").Overlaps(p):
+		reason = "it is loopback"
+	case a.IsLinkLocalUnicast() || linkLocal4.Overlaps(p):
+		reason = "it is link-local, where the metadata server is"
+	case p.Contains(metadata6):
+		reason = "it holds the metadata server's address"
+	case a.IsMulticast():
+		reason = "it is multicast"
+	case a.IsUnspecified():
+		reason = "it is no address of a service"
+	}
+	for _, own := range g.local {
+		if reason == "" && p.Contains(own) {
+			reason = "it holds the VM's own address " + own.String()
+		}
+	}
+	return g.note(listener, p.String(), reason)
+}
+
+func (g *guard) port(listener string, port uint16) bool {
+	reason := ""
+	switch {
+	case port == 22:
+		reason = "SSH to any address would go through the proxy"
+	case slices.Contains(g.own, port):
+		reason = "it is the proxy's or the agent's own port"
+	}
+	return g.note(listener, "port "+portString(port), reason)
+}
+
+func (g *guard) note(listener, entry, reason string) bool {
+	if reason == "" {
+		return true
+	}
+	r := symptom.Refusal{Listener: listener, Entry: entry, Reason: reason}
+	if !slices.Contains(g.refused, r) {
+		g.refused = append(g.refused, r)
+	}
+	return false
+}
+
+func isFamily(a netip.Addr, family iptables.Family) bool {
+	return a.Is4() == (family == iptables.IPv4)
+}
+
+func ofFamily(all []netip.Prefix, family iptables.Family) (some []netip.Prefix) {
+	for _, p := range all {
+		if isFamily(p.Addr(), family) {
+			some = append(some, p.Masked())
+		}
+	}
+	return sortedPrefixes(some)
+}
+
+func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
+	for i := range p {
+		p[i] = p[i].Masked()
+	}
+	slices.SortFunc(p, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+	})
+	return slices.Compact(p)
+}
+
+func sortedPorts(p []uint16) []uint16 {
+	slices.Sort(p)
+	return slices.Compact(p)
+}

@@ -1,0 +1,303 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// View is what is known of Envoy after one look at it. The loop gets the newest and never waits for one: an admin
+// interface that hangs holds up only the goroutine that makes Views.
+type View struct {
+	At    time.Time
+	Err   error     // why the last look told nothing; the rest is then of earlier looks
+	Since time.Time // since when Err
+	State string    // LIVE, PRE_INITIALIZING, …
+	Info  envoyadmin.ServerInfo
+	// Snapshot is the last one that is news: not that of an Envoy which has just started and got no listeners yet.
+	Snapshot   envoyadmin.Snapshot
+	Rejected   []envoyadmin.Rejected // of the last look, news or not
+	Generation uint64                // counts Snapshots; 0: none yet
+	Configured bool                  // this Envoy process completed a listener update
+	Stream     *symptom.Stream       // how its xDS stream last ended; nil: it stands, as far as is known
+	Probe      error                 // our own way to the control plane
+	LastError  string                // last error line of its log
+	Dumps      int                   // full dumps asked for, since the start
+}
+
+func (v View) facts(admin string) symptom.Envoy {
+	return symptom.Envoy{
+		Admin: admin, Err: v.Err, Since: v.Since, LastError: v.LastError, State: v.State, Version: v.Info.Version, Configured: v.Configured,
+		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped, Stream: v.Stream, Probe: v.Probe, Node: v.Info.Node.ID,
+	}
+}
+
+// envoyWatch is the task that looks at Envoy: at once when its log says that something changed, else at the detector's pace.
+type envoyWatch struct {
+	client  *envoyadmin.Client
+	logged  <-chan envoyadmin.LogEvent // nil: no log to follow
+	logPath string
+	probes  chan error
+	views   *report.Mailbox[View]
+	log     *zap.Logger
+
+	detector envoyadmin.Detector
+	view     View
+	process  uint64    // the Envoy that view.Info and view.Configured are of
+	asked    time.Time // when its state was last asked
+	probed   time.Time
+	stats    envoyadmin.Pace
+}
+
+const (
+	// stateEvery is how often Envoy is asked for its state when nothing happens: /ready costs less than a masked dump.
+	stateEvery = time.Second
+	// streamLasts is how long a stream's end counts without another: Envoy tries again at most every 30 s and logs each
+	// failure, so silence means that the stream stands.
+	streamLasts = 75 * time.Second
+	// probeEvery is how often our own way to the control plane is tried while Envoy's is broken.
+	probeEvery = 30 * time.Second
+)
+
+func (w *envoyWatch) run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-w.logged:
+			if !ok {
+				w.logged = nil
+			}
+			w.note(e)
+		case w.view.Probe = <-w.probes:
+		case <-timer.C:
+		}
+		wait := w.look(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		w.view.At = time.Now()
+		w.views.Put(w.view)
+		timer.Reset(wait)
+	}
+}
+
+// look asks Envoy what the detector says is due, and says how long nothing is.
+func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
+	for ctx.Err() == nil {
+		began := time.Now()
+		action, wait := w.detector.Next(began)
+		switch action {
+		case envoyadmin.Wait:
+			if now := time.Now(); now.Sub(w.asked) >= stateEvery || w.view.State != "LIVE" {
+				w.answered(w.askState(ctx))
+			}
+			w.probe(ctx)
+			return min(wait, stateEvery)
+		case envoyadmin.Look:
+			f, err := w.client.Fingerprint(ctx)
+			w.detector.Looked(began, time.Now(), f, err)
+			w.answered(err)
+		case envoyadmin.Dump:
+			s, err := w.client.Listeners(ctx)
+			w.detector.Dumped(began, time.Now(), s.Fingerprint, err)
+			w.answered(err)
+			if err == nil {
+				w.view.Dumps++
+				w.take(ctx, s)
+			}
+		}
+	}
+	return 0
+}
+
+// answered notes whether Envoy answered.
+func (w *envoyWatch) answered(err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	if err == nil {
+		w.view.Err, w.view.Since = nil, time.Time{}
+		return
+	}
+	if w.view.Err == nil {
+		w.view.Since = time.Now()
+		w.view.LastError = lastErrorLine(w.logPath)
+	}
+	w.view.Err = err
+}
+
+// askState asks whether Envoy is live.
+func (w *envoyWatch) askState(ctx context.Context) error {
+	w.asked = time.Now()
+	state, err := w.client.Ready(ctx)
+	if err == nil {
+		w.view.State = state
+	}
+	return err
+}
+
+// take makes a new listener set the one that counts, unless it is the empty set of an Envoy that the control plane has
+// not told anything yet: it says nothing about what its clients need.
+func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
+	w.view.Rejected = s.Rejected
+	if s.Fingerprint.Process != w.process {
+		info, err := w.client.ServerInfo(ctx)
+		if err != nil {
+			w.answered(err)
+			return
+		}
+		if w.process != 0 {
+			w.log.Info("envoy restarted", zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
+		}
+		w.process, w.view.Info, w.view.State, w.view.Configured = s.Fingerprint.Process, info, info.State, false
+		w.view.Stream, w.view.Probe = nil, nil
+	}
+	if !w.view.Configured {
+		configured, err := w.isConfigured(ctx, s)
+		if err != nil {
+			w.answered(err)
+		}
+		if !configured {
+			w.detector.Hint(time.Now())
+			return
+		}
+		w.view.Configured = true
+	}
+	if s.Fingerprint == w.view.Snapshot.Fingerprint && w.view.Generation > 0 {
+		return
+	}
+	w.view.Snapshot = s
+	w.view.Generation++
+	w.log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)), zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took), zap.Uint64("generation", w.view.Generation))
+}
+
+// isConfigured says whether this Envoy has completed a listener update: it is live and has a listener from the control
+// plane, or has none and says that an update succeeded. The question goes through all its statistics, but one without
+// listeners and routes has few.
+func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
+	if err := w.askState(ctx); err != nil || w.view.State == "PRE_INITIALIZING" || w.view.State == "INITIALIZING" {
+		return false, err
+	}
+	for _, l := range s.Listeners {
+		if !l.Static {
+			return true, nil
+		}
+	}
+	if !w.stats.Due(time.Now()) {
+		return false, nil
+	}
+	p, err := w.askControlPlane(ctx)
+	return err == nil && p.Successes > 0, err
+}
+
+// askControlPlane asks for statistics, within their pace.
+func (w *envoyWatch) askControlPlane(ctx context.Context) (envoyadmin.ControlPlane, error) {
+	began := time.Now()
+	p, err := w.client.ControlPlane(ctx)
+	w.stats.Asked(began, time.Now())
+	return p, err
+}
+
+// note takes a line of Envoy's log: the hint that a listener changed, or how the stream to the control plane ended.
+func (w *envoyWatch) note(e envoyadmin.LogEvent) {
+	switch e.Kind {
+	case envoyadmin.StreamClosed:
+		w.view.Stream = &symptom.Stream{Target: e.Target, Code: e.Code, Message: e.Message, When: time.Now()}
+	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
+		w.detector.Hint(time.Now())
+		w.view.Stream = nil // the control plane has spoken
+	}
+}
+
+// probe tries our own way to the control plane while Envoy's stream is broken or it never got a configuration: Envoy
+// gives the same empty reason for a failed look-up and a filtered port. It runs beside, and its answer is a value.
+func (w *envoyWatch) probe(ctx context.Context) {
+	now := time.Now()
+	if s := w.view.Stream; s != nil && now.Sub(s.When) > streamLasts && w.stats.Due(now) {
+		// Silence: it stands again, or Envoy has stopped telling. connected_state flaps to 1 at each attempt, so what
+		// counts is that nothing was logged as well.
+		if p, err := w.askControlPlane(ctx); err == nil && p.Connected {
+			w.view.Stream = nil
+		}
+	}
+	broken := w.view.Err == nil && w.process != 0 && (w.view.Stream != nil || !w.view.Configured)
+	if !broken {
+		w.view.Probe = nil
+		return
+	}
+	if now.Sub(w.probed) < probeEvery {
+		return
+	}
+	w.probed = now
+	go func() {
+		err := w.probeControlPlane(ctx)
+		select {
+		case w.probes <- err:
+		case <-ctx.Done():
+		}
+	}()
+}
+
+// probeControlPlane tries the control planes that Envoy's bootstrap names.
+func (w *envoyWatch) probeControlPlane(ctx context.Context) error {
+	b, err := w.client.Bootstrap(ctx)
+	if err != nil {
+		return nil // the watch itself tells what is wrong with the admin interface
+	}
+	for _, t := range b.Targets {
+		if err := envoyadmin.Probe(ctx, t.Address, envoyadmin.ProbeOptions{TLS: t.TLS, ServerName: t.ServerName, RootCAFile: t.RootCAFile}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lastErrorLine is the last line of Envoy's log at level error or critical, as far as its last 64 KB hold one.
+func lastErrorLine(path string) string {
+	if path == "" {
+		return ""
+	}
+	// Not a link, nor a pipe that would block: the folder is writable for the proxy's group.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return ""
+	}
+	const tail = 64 << 10
+	text := make([]byte, min(info.Size(), tail))
+	n, err := f.ReadAt(text, max(0, info.Size()-tail))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return ""
+	}
+	last := ""
+	for line := range strings.Lines(string(text[:n])) {
+		if strings.Contains(line, "[error]") || strings.Contains(line, "[critical]") {
+			last = line
+		}
+	}
+	// "[2026-11-21 10:00:00.000][123][critical][main] [source/server/server.cc:443] error initializing …"
+	if _, rest, ok := strings.Cut(last, "] ["); ok {
+		if _, words, ok := strings.Cut(rest, "] "); ok {
+			last = words
+		}
+	}
+	return guestattr.OneLine(last, 300)
+}

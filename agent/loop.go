@@ -1,0 +1,290 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+const (
+	// tick is the longest pause between two passes: it bounds how late a closed port, a foreign owner or a new
+	// interface address is seen. An idle pass reads no rules and asks Envoy nothing.
+	tick = time.Second
+	// settle is how long connections that are older than the first NAT rule are let through unchanged (facts: conntrack
+	// starts with the first NAT rule and takes them for new). Idle ones past it are reset when they speak again.
+	settle = 5 * time.Minute
+	// resync is how often the rules are read although nothing told of a change: a lost notification costs this long.
+	resync = 5 * time.Minute
+	// legacyPoll is the interval of looks where the kernel notifies nobody.
+	legacyPoll = 1500 * time.Millisecond
+	// readShare bounds the share of time that reads under a storm of other programs' changes take: after a read of
+	// duration d the next waits readShare*d.
+	readShare = 5
+	// retryFirst, retryLast: after a failed write or read.
+	retryFirst = time.Second
+	retryLast  = 30 * time.Second
+	// retryLeft is how often a rule that the kernel refused is offered again, and retryUnusable a family.
+	retryLeft     = 5 * time.Minute
+	retryUnusable = time.Minute
+)
+
+// attributeNews is one answer of the attribute's source. With an error the last good Config stays in force.
+type attributeNews struct {
+	Config attribute.Config
+	Err    error // the attribute itself is missing or malformed
+	Source error // the metadata server does not answer
+}
+
+// loop is the one goroutine that owns the kernel. Everything it learns comes to it as values over channels.
+func (a *Agent) loop(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case a.view = <-a.views.Get():
+		case news := <-a.attributes.Get():
+			a.takeAttribute(news)
+		case e, ok := <-a.events:
+			if !ok {
+				a.events = nil // polling goes on (pollInterval)
+				a.log.Warn("the kernel's notifications ended, polling")
+			}
+			a.takeEvent(e)
+		case a.otherChains = <-a.others.Get():
+		case done := <-a.pause:
+			a.paused = true
+			close(done)
+		case <-timer.C:
+		}
+		wake := a.pass(ctx, time.Now())
+		timer.Reset(max(0, min(wake, tick)))
+	}
+}
+
+// pass brings the kernel to what Envoy and the attribute ask for and tells the world. It is the data flow of the design:
+// observe, decide, apply, check, report. It returns how long the next pass may wait.
+func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
+	began := time.Now()
+	a.sample = report.Sample{Drift: map[string]int{}, Errors: map[string]int{}}
+	facts := a.observe(now)
+	want, known := a.desired()
+	a.passGates(&facts, want, known)
+	wake = tick
+	for i := range a.families {
+		wake = min(wake, a.reconcile(ctx, now, &a.families[i], want.Families[i], known))
+		facts.Families = append(facts.Families, a.families[i].facts())
+	}
+	facts.Refused, facts.Uncovered, facts.ServerFirst = want.Refused, want.Uncovered, want.ServerFirst
+	a.sample.Duration = time.Since(began)
+	a.publish(now, symptom.Check(facts), known)
+	return wake
+}
+
+// observe gathers what a pass can learn at once; everything slow comes from other goroutines as values.
+func (a *Agent) observe(now time.Time) symptom.Facts {
+	if a.userErr != nil {
+		a.lookUpProxy()
+	}
+	if addrs, err := localAddrs(); err == nil && !slices.Equal(addrs, a.local) {
+		a.local, a.wantStale = addrs, true
+	}
+	a.readBootstrap(now)
+	f := symptom.Facts{
+		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Metadata: a.sourceErr,
+		Envoy: a.view.facts(a.settings.EnvoyAdmin), Others: a.otherChains,
+	}
+	f.GuestOff = !a.guest.State().Enabled
+	if a.public != nil {
+		f.ListenErr = a.public.Err()
+	}
+	if a.boot.Status == bootstrap.Failed {
+		f.Bootstrap = a.boot.FailureLine()
+	}
+	return f
+}
+
+// desired is Desired of the newest inputs, computed only when one of them changed: at 10,000 services it is no matter
+// for every tick. known is false until Envoy has told its listeners once: what stands in the kernel is then left alone.
+func (a *Agent) desired() (want Want, known bool) {
+	if a.view.Generation == 0 || a.userErr != nil || !a.haveConfig {
+		return Want{}, false
+	}
+	if a.wantStale || a.wantGeneration != a.view.Generation {
+		a.want = Desired(Inputs{
+			Config: a.config, Listeners: a.view.Snapshot.Listeners, ProxyUID: a.uid, ProxyGID: a.gid, Local: a.local,
+			Interfaces: a.settings.Interfaces, ResolverUIDs: resolverUIDs(), OwnPorts: a.ownPorts,
+		})
+		a.wantStale, a.wantGeneration = false, a.view.Generation
+		a.wantSerial++
+	}
+	return a.want, true
+}
+
+// passGates looks at who listens on each interception port and moves the Hold policy on.
+func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
+	draining := a.view.Err == nil && a.view.State == "DRAINING"
+	for i := range a.families {
+		s := &a.families[i]
+		s.outboundPort, s.inboundPort, s.dnsPort = want.Families[i].OutboundPort, want.Families[i].InboundPort, want.Families[i].DNSPort
+		if !known && a.userErr == nil {
+			// An earlier run's jumps may be in, to ports that Envoy has not told yet: the usual ones.
+			s.outboundPort, s.inboundPort = a.config.ProxyPort, DefaultInboundPort
+		}
+		s.outbound = a.passGate(f, s.outbound, s.family, "outbound interception", s.outboundPort, known, draining)
+		s.inbound = a.passGate(f, s.inbound, s.family, "inbound interception", s.inboundPort, known, draining)
+	}
+	var foreign *sockdiag.ForeignError
+	if errors.As(a.view.Err, &foreign) {
+		f.Ports = append(f.Ports, symptom.Port{Purpose: "admin", Addr: foreign.Addr, Owner: foreign.UID, Listening: true})
+	}
+}
+
+func (a *Agent) passGate(f *symptom.Facts, g gate, family iptables.Family, purpose string, port uint16, known, draining bool) gate {
+	if port == 0 {
+		return g
+	}
+	p := a.lookAtPort(family, purpose, port)
+	if known || p.Listening && p.Owner != a.uid {
+		f.Ports = append(f.Ports, p)
+		g = g.next(p, a.uid, draining, a.settings.WhenEnvoyDown)
+	}
+	return g
+}
+
+// lookAtPort asks the kernel who would get a connection that REDIRECT sends to this port.
+func (a *Agent) lookAtPort(family iptables.Family, purpose string, port uint16) symptom.Port {
+	host := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if family == iptables.IPv6 {
+		host = netip.IPv6Loopback()
+	}
+	p := symptom.Port{Family: family, Purpose: purpose, Addr: netip.AddrPortFrom(host, port)}
+	owner, err := sockdiag.Owner(p.Addr)
+	var several *sockdiag.SeveralOwnersError
+	switch {
+	case errors.Is(err, sockdiag.ErrNoListener):
+	case errors.As(err, &several):
+		// Nobody can tell who gets the next connection: the stranger counts.
+		p.Listening, p.Owner = true, several.UIDs[0]
+		if p.Owner == a.uid {
+			p.Owner = several.UIDs[1]
+		}
+	case err != nil:
+		p.Err = err
+	default:
+		p.Owner, p.Listening = owner, true
+	}
+	return p
+}
+
+// pollInterval is how often the rules are read though nothing told of a change.
+func (a *Agent) pollInterval() time.Duration {
+	if a.events == nil || a.kernel.Backend() == iptables.Legacy {
+		return legacyPoll
+	}
+	return resync
+}
+
+// takeEvent notes which family's rules somebody else may have changed.
+func (a *Agent) takeEvent(e iptables.Event) {
+	if e.Own {
+		return
+	}
+	for i := range a.families {
+		s := &a.families[i]
+		if e.Family != 0 && e.Family != s.family {
+			continue
+		}
+		s.dirty = true
+		s.touched = append(s.touched, e.Chains...)
+		if len(e.Chains) == 0 || e.Lost {
+			s.touchedAll = true
+		}
+		if e.Program != "" {
+			s.by = fmt.Sprintf("%s (pid %d)", e.Program, e.PID)
+		}
+	}
+}
+
+func (s *familyState) facts() symptom.Family {
+	f := symptom.Family{Family: s.family, Unusable: s.unusable, Err: s.err, Left: s.left, Drift: s.drift, By: s.driftBy, Fighting: s.fight.on(), Undone: s.fight.undone}
+	for _, d := range s.drift {
+		if d.Kind == iptables.Shadowed && !s.equal {
+			f.Shadow = append(f.Shadow, d)
+		}
+	}
+	return f
+}
+
+// localAddrs are the addresses of every interface but loopback.
+func localAddrs() ([]netip.Addr, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var addrs []netip.Addr
+	for _, a := range all {
+		n, ok := a.(*net.IPNet)
+		if !ok {
+			continue
+		}
+		if addr, ok := netip.AddrFromSlice(n.IP); ok && !addr.Unmap().IsLoopback() {
+			addrs = append(addrs, addr.Unmap())
+		}
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return slices.Compact(addrs), nil
+}
+
+// bootstrapEvery is how often bootstrap's state file is looked at.
+const bootstrapEvery = time.Second
+
+// readBootstrap takes in what bootstrap reached, and tells its story on the serial port: the daemon is the only publisher.
+func (a *Agent) readBootstrap(now time.Time) {
+	if now.Sub(a.bootRead) < bootstrapEvery {
+		return
+	}
+	a.bootRead = now
+	b, err := bootstrap.ReadState(a.settings.StateDir)
+	if err != nil {
+		return // half of nothing: bootstrap writes it anew at its next step
+	}
+	a.boot = b
+	for _, line := range b.Story {
+		if line.Seq > a.bootSaid {
+			a.bootSaid = line.Seq
+			if line.Time.After(a.started.Add(-time.Hour)) {
+				a.serial.Say(report.Severity(line.Severity), "bootstrap: "+line.Text)
+			}
+		}
+	}
+}
+
+func (a *Agent) takeAttribute(n attributeNews) {
+	first := !a.haveConfig
+	a.attributeErr, a.sourceErr = n.Err, n.Source
+	if n.Err != nil || n.Source != nil {
+		return
+	}
+	a.config, a.haveConfig, a.wantStale = n.Config, true, true
+	if !first {
+		a.log.Info("attribute changed")
+	}
+	if len(n.Config.Unknown) > 0 {
+		a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", n.Config.Unknown))
+	}
+}

@@ -1,0 +1,288 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// publish turns a pass into a Status and leaves it with every reporter; none of them can hold up the loop.
+func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
+	a.passes++
+	next := a.failure.next(findings, now)
+	if next != a.failure {
+		a.sayFailure(a.failure, next)
+		a.failure = next
+		if err := next.save(a.settings.StateDir); err != nil && !a.saveFailed {
+			a.log.Warn("history is not kept", zap.Error(err))
+			a.saveFailed = true
+		} else {
+			a.saveFailed = err != nil
+		}
+	}
+	a.sayFindings(findings)
+
+	s := Status{
+		Version: a.settings.Version, Heartbeat: now.UTC(), Started: a.started.UTC(), Passes: a.passes, Undone: a.undone, Paused: a.paused,
+		Findings: findings, LastFailure: a.failure.String(), Backend: a.kernel.Backend(), ServingPorts: a.config.ServingPorts,
+		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: BootstrapStatus{Status: a.boot.Status, Failure: a.boot.FailureLine()},
+	}
+	v := a.view
+	s.Envoy = EnvoyStatus{
+		Admin: a.settings.EnvoyAdmin, State: v.State, Version: v.Info.Text, Configured: v.Configured, Listeners: len(v.Snapshot.Listeners), Rejected: len(v.Rejected), Node: v.Info.Node.ID,
+	}
+	if v.Err != nil {
+		s.Envoy.State, s.Envoy.Down = "", v.Since.UTC()
+	}
+	for i := range a.families {
+		s.Families = append(s.Families, a.families[i].status())
+	}
+	s.NotReady = a.notReady(known)
+	s.Ready = s.NotReady == ""
+	s.Mode = a.mode()
+	if s.Mode != a.saidMode {
+		a.log.Info("mode", zap.String("is", s.Mode), zap.String("was", a.saidMode))
+		a.serial.Say(report.Info, "interception: "+s.Mode)
+		a.saidMode = s.Mode
+	}
+	a.sayReady(s)
+	a.measure(s, v.Dumps-a.dumps)
+	a.dumps = v.Dumps
+	a.status.Store(&s)
+	a.reports.Put(s)
+}
+
+// status is the family as Status shows it.
+func (s *familyState) status() FamilyStatus {
+	f := FamilyStatus{
+		Family: s.family.String(), Usable: s.unusable == nil, Equal: s.equal, Jumps: s.target.Intercepting(), Services: len(s.services), ServicePorts: s.ports,
+		OutboundPort: s.outboundPort, InboundPort: s.inboundPort, DNSPort: s.dnsPort, Rules: s.target.Len(), Applied: s.applied.UTC(),
+	}
+	if err := errors.Join(s.unusable, s.err); err != nil {
+		f.Error = err.Error()
+	}
+	return f
+}
+
+// mode is what the rules do now, in a word (see Status.Mode).
+func (a *Agent) mode() string {
+	if a.paused {
+		return "paused"
+	}
+	for i := range a.families {
+		if s := &a.families[i]; s.unusable == nil && s.target.Intercepting() && s.equal {
+			return "intercepting"
+		}
+	}
+	for i := range a.families {
+		if s := &a.families[i]; s.written && a.settings.WhenEnvoyDown == Bypass {
+			return "bypass"
+		}
+	}
+	return "hold"
+}
+
+// notReady is why /healthz/ready answers 503, "" when ready: Envoy is LIVE with its first listener update done, every
+// interception port accepts, and the kernel equals want in every usable family. An empty want counts.
+func (a *Agent) notReady(known bool) string {
+	v := a.view
+	switch {
+	case a.paused:
+		return "paused by cleanup until restarted"
+	case v.Err != nil:
+		return "Envoy: " + v.Err.Error()
+	case v.State != "LIVE":
+		return "Envoy is " + v.State + ", not LIVE"
+	case !v.Configured:
+		return "Envoy has not received its listeners"
+	case !a.haveConfig:
+		return "the gce-service-proxy attribute was not read yet"
+	case !known:
+		return "Envoy's listeners were not read yet"
+	}
+	usable := false
+	for i := range a.families {
+		s := &a.families[i]
+		if s.unusable != nil {
+			continue
+		}
+		usable = true
+		switch {
+		case s.outboundPort != 0 && !s.outbound.accepts():
+			return fmt.Sprintf("Envoy's port %d does not accept %v connections", s.outboundPort, s.family)
+		case s.inboundPort != 0 && !s.inbound.accepts():
+			return fmt.Sprintf("Envoy's inbound port %d does not accept %v connections", s.inboundPort, s.family)
+		case !s.equal:
+			return fmt.Sprintf("the %v rules are not as wanted", s.family)
+		}
+	}
+	if !usable {
+		return "neither IPv4 nor IPv6 rules can be used"
+	}
+	return ""
+}
+
+// sayFailure tells the newest failure, and its end, once each.
+func (a *Agent) sayFailure(was, is Failure) {
+	switch {
+	case is.Last.IsZero() && is.Text != "" && (is.ID != was.ID || is.Key != was.Key || is.Times != was.Times):
+		a.log.Error("failure", zap.String("id", string(is.ID)), zap.String("text", is.Text))
+		a.serial.Say(report.Error, is.Text)
+	case !is.Last.IsZero() && was.Last.IsZero():
+		a.log.Info("failure over", zap.String("id", string(is.ID)))
+		a.serial.Say(report.Info, "over: "+is.Text)
+	}
+}
+
+// sayFindings logs warnings when they come; errors are sayFailure's, advice is doctor's. What came before is known by
+// ID and key, so a changing text (a count) is not news.
+func (a *Agent) sayFindings(findings []symptom.Finding) {
+	now := map[string]bool{}
+	for _, f := range findings {
+		key := string(f.ID) + " " + f.Key
+		now[key] = true
+		if a.saidFindings[key] || f.Severity == symptom.Advice {
+			continue
+		}
+		a.log.Warn("finding", zap.String("id", string(f.ID)), zap.String("text", f.Text()))
+		if f.Severity == symptom.Warning {
+			a.serial.Say(report.Warning, f.Text())
+		}
+	}
+	a.saidFindings = now
+}
+
+func (a *Agent) sayReady(s Status) {
+	if s.Ready == a.saidReady {
+		return
+	}
+	a.saidReady = s.Ready
+	if s.Ready {
+		a.log.Info("ready", zap.String("envoy", s.Envoy.Version))
+		a.serial.Say(report.Info, "ready: Envoy "+s.Envoy.Version+" is live and the rules are in place")
+	} else {
+		a.log.Warn("not ready", zap.String("why", s.NotReady))
+		a.serial.Say(report.Warning, "not ready: "+s.NotReady)
+	}
+}
+
+// setAttributes hands the values of contract 1 to the guest-attribute writer, which writes what changed within its budget.
+func setAttributes(w *guestattr.Writer, s Status) {
+	w.Set(guestattr.AgentHeartbeat, s.Heartbeat.Format(time.RFC3339))
+	w.Set(guestattr.AgentLastFailure, s.LastFailure)
+	if s.Envoy.Version != "" {
+		w.Set(guestattr.ProxyVersion, s.Envoy.Version)
+	}
+	if s.Bootstrap.Status != "" {
+		w.Set(guestattr.BootstrapStatus, s.Bootstrap.Status)
+	}
+	if s.Bootstrap.Failure != "" {
+		w.Set(guestattr.BootstrapLastFailure, s.Bootstrap.Failure)
+	}
+}
+
+// runReports passes each newest Status on.
+func (a *Agent) runReports(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case s := <-a.reports.Get():
+			setAttributes(a.guest, s)
+			a.notify(s)
+		}
+	}
+}
+
+// notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is /healthz/ready), the watchdog
+// at each one, so that a loop that hangs is ended with its stack in the journal.
+func (a *Agent) notify(s Status) {
+	text := s.Mode
+	if !s.Ready {
+		text += "; not ready: " + s.NotReady
+	}
+	states := []string{"WATCHDOG=1", "STATUS=" + text}
+	if s.Passes == 1 {
+		states = append(states, "READY=1")
+	}
+	if err := systemd.Notify(states...); err != nil && !a.saidNotify {
+		a.saidNotify = true
+		a.log.Warn("systemd is not told", zap.Error(err))
+	}
+}
+
+// measure is the sample of a pass for /metrics.
+func (a *Agent) measure(s Status, dumps int) {
+	m := a.sample
+	m.End, m.Mode, m.Ready, m.DumpReads = s.Heartbeat, s.Mode, s.Ready, dumps
+	m.Envoy = report.Envoy{State: s.Envoy.State, Version: a.view.Info.Version.String(), Listeners: s.Envoy.Listeners, Rejected: s.Envoy.Rejected}
+	m.Refused = len(a.want.Refused)
+	for i, f := range s.Families {
+		m.Families = append(m.Families, report.Family{Name: f.Family, Usable: f.Usable, Equal: f.Equal, Jumps: f.Jumps, Rules: f.Rules, Services: f.Services,
+			ServicePorts: f.ServicePorts, Applies: a.families[i].applies, Written: a.families[i].rows})
+	}
+	for _, f := range s.Findings {
+		if f.ExplainedBy == "" {
+			m.Findings = append(m.Findings, report.Finding{ID: string(f.ID), Severity: f.Severity.String()})
+		}
+	}
+	if a.view.Err != nil {
+		m.Errors["envoy_admin"]++
+		if errors.Is(a.view.Err, envoyadmin.ErrUntrusted) {
+			m.Untrusted++
+		}
+	}
+	if a.sourceErr != nil {
+		m.Errors["metadata_server"]++
+	}
+	a.metrics.Pass(m)
+}
+
+// statusNow is what the socket tells.
+func (a *Agent) statusNow() any { return a.status.Load() }
+
+// stuck is how old the newest pass may be before /healthz fails: past every time limit of a pass.
+const stuck = 5 * time.Minute
+
+// healthz is for autohealing: it fails only for what a new VM would mend, never for the control plane, the metadata
+// server or logging, which would have the whole fleet recreated. Before bootstrap is finished it is not healthy either:
+// one healthy answer ends the group's initial delay (facts).
+func (a *Agent) healthz() (ok bool, why string) {
+	s := a.status.Load()
+	switch {
+	case s == nil:
+		return false, "no pass yet"
+	case time.Since(s.Heartbeat) > stuck:
+		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
+	case s.Bootstrap.Status == bootstrap.InProgress, s.Bootstrap.Status == bootstrap.Failed:
+		return false, "bootstrap: " + s.Bootstrap.Status + " " + s.Bootstrap.Failure
+	case !s.Envoy.Down.IsZero() && time.Since(s.Envoy.Down) > envoyDead:
+		return false, "Envoy is down since " + s.Envoy.Down.Format(time.RFC3339)
+	}
+	return true, ""
+}
+
+// envoyDead is how long Envoy may be away before a new VM is the better idea: its unit restarts it within seconds, again and again.
+const envoyDead = 5 * time.Minute
+
+// readyz is what applications, `wait` and service-proxy-ready.target go by.
+func (a *Agent) readyz() (ok bool, why string) {
+	s := a.status.Load()
+	switch {
+	case s == nil:
+		return false, "no pass yet"
+	case time.Since(s.Heartbeat) > stuck:
+		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
+	}
+	return s.Ready, s.NotReady
+}

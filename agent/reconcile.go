@@ -1,0 +1,310 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// compiledKey is what a family's compiled ruleset was made of; when it is the same, so is the ruleset.
+type compiledKey struct {
+	serial                   uint64 // of the Want
+	jumps, inbound, settling bool
+}
+
+// familyState is what the loop knows of one family between passes.
+type familyState struct {
+	family   iptables.Family
+	unusable error
+	probed   time.Time // when an unusable family was last tried
+
+	outboundPort, inboundPort, dnsPort uint16
+	outbound, inbound                  gate
+
+	key      compiledKey
+	want     iptables.Ruleset // of key
+	target   iptables.Ruleset // want, or what the kernel takes of it
+	services []netip.Prefix   // of the want
+	ports    int
+
+	have       iptables.Table // as last read
+	haveKnown  bool
+	adopted    bool // the kernel was looked at once
+	written    bool // it once had what this run wants: from then on a difference is drift
+	dirty      bool // something says that it may differ from have
+	touched    []string
+	touchedAll bool
+
+	readAt   time.Time
+	readTook time.Duration
+	retryAt  time.Time // after a failure
+	retry    time.Duration
+	fight    fight
+	settling time.Time // until when older connections are let through
+
+	equal   bool
+	err     error
+	drift   []iptables.Drift // last seen; kept for showDrift after its repair
+	driftAt time.Time
+	driftBy string
+	by      string // who the kernel says wrote last
+	left    []iptables.RefusedError
+	leftAt  time.Time
+	applied time.Time
+	applies map[string]int // of this pass, by outcome
+	rows    int            // written in this pass
+}
+
+// showDrift is how long a repaired drift stays among the findings, so that a look by hand finds it.
+const showDrift = time.Minute
+
+// reconcile brings one family's rules to want. It does nothing, and costs nothing, unless something tells that the
+// kernel may differ: a notification, a new want, a failure to mend, or on legacy the clock.
+func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, want iptables.Interception, known bool) (wake time.Duration) {
+	s.applies, s.rows = map[string]int{}, 0
+	if now.Sub(s.driftAt) > showDrift && !s.fight.on() {
+		s.drift, s.driftBy = nil, ""
+	}
+	s.fight.calm(now)
+	if a.paused || !a.usable(ctx, now, s) {
+		return tick
+	}
+	changed := false
+	if known {
+		changed = s.compile(want, a.wantSerial, now)
+	} else if changed = s.strangers(); !changed {
+		return tick // what an earlier run left stays until Envoy has told its listeners
+	}
+	if len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
+		changed = true
+	}
+	due := s.readAt.Add(a.pollInterval()).Sub(now)
+	if !changed && !s.dirty && due > 0 {
+		return due
+	}
+	if !changed {
+		// Under a storm of other programs' changes reads keep to their share of time; a new want does not wait.
+		if wait := max(s.readAt.Add(readShare*s.readTook).Sub(now), s.retryAt.Sub(now)); wait > 0 {
+			return wait
+		}
+	}
+	if err := a.look(ctx, now, s, changed, due <= 0); err != nil && ctx.Err() == nil {
+		if s.err == nil || s.err.Error() != err.Error() {
+			a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
+		}
+		s.err, s.equal, s.dirty, s.touchedAll = err, false, true, true
+		s.retry = min(max(2*s.retry, retryFirst), retryLast)
+		s.retryAt = now.Add(s.retry)
+		s.key = compiledKey{} // the next try is a change, not drift: nobody undid anything
+		return s.retry
+	}
+	if s.fight.on() && !s.equal {
+		return s.fight.until.Sub(now)
+	}
+	return tick
+}
+
+// usable says whether the family can be used, and tries one that could not be again now and then.
+func (a *Agent) usable(ctx context.Context, now time.Time, s *familyState) bool {
+	if s.probed.IsZero() {
+		for _, f := range a.kernel.Families() {
+			if f.Family == s.family {
+				s.unusable = f.Why
+			}
+		}
+		s.probed = now
+	}
+	if s.unusable != nil && now.Sub(s.probed) > retryUnusable {
+		s.probed = now
+		if s.unusable = a.kernel.Probe(ctx, s.family); s.unusable == nil {
+			a.log.Info("family usable again", zap.Stringer("family", s.family))
+		}
+	}
+	return s.unusable == nil
+}
+
+// compile makes the ruleset that the want, the gates and the time ask for, if any of them changed.
+func (s *familyState) compile(want iptables.Interception, serial uint64, now time.Time) (changed bool) {
+	key := compiledKey{serial: serial, jumps: s.outbound.open, inbound: s.inbound.open, settling: now.Before(s.settling)}
+	switch {
+	case want.OutboundPort == 0 && want.InboundPort != 0:
+		key.jumps = s.inbound.open
+	case want.OutboundPort == 0 && want.DNSPort != 0:
+		key.jumps = true // Envoy told of the listener, which is bound by then; REDIRECT of UDP needs no connection
+	}
+	if key == s.key {
+		return false
+	}
+	s.key = key
+	want.Jumps, want.Settling = key.jumps, key.settling
+	// Inbound waits for its own port. With the outbound jump out as well (bypass, a planned stop) the rows stay: only
+	// jumps are taken, so that ours do not stop being the NAT rules that keep conntrack on (facts).
+	if !key.inbound && key.jumps {
+		want.InboundPort = 0
+	}
+	s.want = want.Ruleset()
+	s.target, s.left = s.want, nil
+	s.services, s.ports = want.Services, len(want.ServicePorts)
+	return true
+}
+
+// strangers says whether jumps of an earlier run lead to a port that somebody else holds while Envoy has not told its
+// listeners; then they go, and nothing else is touched.
+func (s *familyState) strangers() bool {
+	return (s.outbound.denied || s.inbound.denied) && (!s.haveKnown || s.have.Ours().Intercepting())
+}
+
+// look finds out what the kernel has, says what differs, and repairs it.
+func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, changed, due bool) error {
+	start := time.Now()
+	if err := a.read(ctx, now, s, due); err != nil {
+		return err
+	}
+	if !s.adopted {
+		s.adopted = true
+		a.adopt(now, s)
+	}
+	if s.key == (compiledKey{}) { // see strangers
+		s.target = s.have.Ours().WithoutJumps()
+	}
+	if !s.target.Intercepting() && s.have.Ours().Empty() {
+		s.settled(s.have, false) // Hold: chains without a jump are of no use to anybody
+		return nil
+	}
+	drift := iptables.Diff(s.target, s.have)
+	if len(drift) == 0 && !(changed && len(s.left) > 0) {
+		s.settled(s.have, true)
+		return nil
+	}
+	isDrift := s.written && !changed
+	if isDrift {
+		s.drift, s.driftAt, s.driftBy = drift, now, s.by
+		if ok, _ := s.fight.mayRepair(now); !ok {
+			s.equal, s.dirty = false, true
+			return nil
+		}
+	}
+	if err := a.apply(ctx, now, s); err != nil {
+		return err
+	}
+	took := time.Since(start)
+	if isDrift {
+		s.fight.repaired(now)
+		a.undone++
+		a.lastBy, a.lastByAt = s.driftBy, now
+		for _, d := range drift {
+			a.sample.Drift[d.Kind.String()]++
+		}
+		a.log.Warn("rules repaired", zap.Stringer("family", s.family), zap.Stringers("drift", drift[:min(len(drift), 5)]), zap.Int("differences", len(drift)),
+			zap.String("by", s.driftBy), zap.Duration("took", took))
+	} else {
+		a.log.Info("rules changed", zap.Stringer("family", s.family), zap.Bool("jumps", s.target.Intercepting()), zap.Int("services", len(s.services)),
+			zap.Int("rules", s.target.Len()), zap.Duration("took", took))
+	}
+	return nil
+}
+
+// read makes have what the kernel has. Where the kernel notifies of every change, only what was touched is read again.
+func (a *Agent) read(ctx context.Context, now time.Time, s *familyState, all bool) (err error) {
+	touched := s.touched
+	trusted := s.haveKnown && !s.touchedAll && !all && a.pollInterval() == resync
+	if trusted && len(touched) == 0 {
+		return nil
+	}
+	s.dirty, s.touched, s.touchedAll = false, nil, false
+	start := time.Now()
+	if trusted {
+		slices.Sort(touched)
+		s.have, err = a.kernel.ReadChains(ctx, s.have, slices.Compact(touched))
+	} else {
+		s.have, err = a.kernel.Read(ctx, s.family)
+		s.readAt = now
+	}
+	s.readTook = time.Since(start)
+	s.haveKnown = err == nil
+	return err
+}
+
+// settled notes that the kernel has what is wanted.
+func (s *familyState) settled(have iptables.Table, written bool) {
+	s.have, s.haveKnown = have, true
+	s.equal, s.err, s.written, s.retry, s.retryAt = true, nil, written, 0, time.Time{}
+}
+
+// adopt takes over what an earlier run, or nobody, left. A first install lets the connections through that are older
+// than it; rules that still do so go on doing it for the whole time.
+func (a *Agent) adopt(now time.Time, s *familyState) {
+	ours := s.have.Ours()
+	if ours.Intercepting() {
+		// An earlier run saw the ports ready. Until one is known to be somebody else's, that stands.
+		s.outbound.open, s.inbound.open = !s.outbound.denied, !s.inbound.denied
+	}
+	if ours.Empty() || ours.Settling() {
+		s.settling = now.Add(settle)
+	}
+	if s.key != (compiledKey{}) {
+		s.compile(a.want.Families[s.index()], s.key.serial, now)
+	}
+	if !ours.Empty() {
+		a.log.Info("rules adopted", zap.Stringer("family", s.family), zap.Int("rules", ours.Len()), zap.Bool("jumps", ours.Intercepting()))
+	}
+}
+
+func (s *familyState) index() int {
+	if s.family == iptables.IPv6 {
+		return 1
+	}
+	return 0
+}
+
+// apply writes the plan. When the kernel refuses a rule, all but that rule are installed and it is offered again later.
+func (a *Agent) apply(ctx context.Context, now time.Time, s *familyState) error {
+	plan := iptables.NewPlan(s.target, s.have)
+	if ce := a.log.Check(zap.DebugLevel, "plan"); ce != nil {
+		ce.Write(zap.Stringer("family", s.family), zap.Stringer("plan", plan))
+	}
+	result, err := a.kernel.Apply(ctx, plan)
+	s.applies[outcome(err)]++
+	var refused *iptables.RefusedError
+	if errors.As(err, &refused) {
+		if err = a.read(ctx, now, s, true); err != nil {
+			return err
+		}
+		var d iptables.Degraded
+		if d, err = a.kernel.ApplyDegraded(ctx, s.want, s.have); err == nil {
+			s.target, s.left, s.leftAt, result = d.Ruleset, d.Left, now, d.Result
+			for _, l := range d.Left {
+				a.log.Error("rule left out that the kernel refuses", zap.Stringer("family", s.family), zap.String("rule", l.Rule), zap.String("stderr", l.Stderr))
+			}
+		}
+	}
+	if err != nil {
+		return err
+	}
+	s.applied, s.rows = now, s.rows+plan.Len()
+	s.settled(result.Have, true)
+	if len(result.Drift) > 0 { // somebody wrote in between
+		s.equal, s.dirty, s.touchedAll = false, true, true
+	}
+	return nil
+}
+
+// outcome is the word of the applies metric.
+func outcome(err error) string {
+	var refused *iptables.RefusedError
+	switch {
+	case err == nil:
+		return "applied"
+	case errors.As(err, &refused):
+		return "refused"
+	case errors.Is(err, iptables.ErrLocked):
+		return "locked"
+	}
+	return "failed"
+}

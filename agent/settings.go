@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os/user"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// Settings describe the VM; the gce-service-proxy attribute describes the traffic. Each field is a flag of `run` of the
+// same name with an environment twin (see cmd/service-proxy-agent).
+type Settings struct {
+	EnvoyAdmin    string        // "127.0.0.1:15000" or "unix:///path"
+	EnvoyLog      string        // Envoy's stderr, the hint that something changed; "" turns the hint off
+	ProxyUser     string        // name or uid that Envoy runs as
+	Config        string        // a file with the attribute's JSON; "": the metadata server; "none": defaults
+	Listen        string        // /metrics, /healthz; "" turns it off
+	SerialPort    string        // "" turns it off
+	WhenEnvoyDown WhenEnvoyDown // keep or bypass
+	Interfaces    []string      // --intercept-interfaces
+	StateDir      string        // what is kept between starts
+	Version       string        // of this agent, for status and metrics
+	Commit        string
+}
+
+// Errors of settings. cmd answers them with exit code 64.
+var ErrSettings = errors.New("bad setting")
+
+// Validate refuses settings that cannot work, naming the flag and what it takes.
+func (s Settings) Validate() error {
+	if s.WhenEnvoyDown != Keep && s.WhenEnvoyDown != Bypass {
+		return fmt.Errorf("%w: --when-envoy-down is %q; use keep or bypass", ErrSettings, s.WhenEnvoyDown)
+	}
+	if s.ProxyUser == "" {
+		return fmt.Errorf("%w: --proxy-user is empty; name the user Envoy runs as", ErrSettings)
+	}
+	if s.Listen != "" {
+		if _, port, err := net.SplitHostPort(s.Listen); err != nil || !validPort(port) {
+			return fmt.Errorf("%w: --listen is %q; use host:port or :port", ErrSettings, s.Listen)
+		}
+	}
+	for _, i := range s.Interfaces {
+		// IFNAMSIZ is 16 with its NUL; the kernel refuses '/' and white space; iptables reads a '+' at the end as a wildcard.
+		if i == "" || len(i) > 15 || slices.ContainsFunc([]byte(i), func(c byte) bool { return c <= ' ' || c == '/' || c == '"' || c == '\'' || c == '\\' || c >= 0x7f }) {
+			return fmt.Errorf("%w: --intercept-interfaces has %q, which is no interface name", ErrSettings, i)
+		}
+	}
+	return nil
+}
+
+func validPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
+}
+
+func portString(p uint16) string { return strconv.Itoa(int(p)) }
+
+// proxyIDs resolves --proxy-user to numbers: rules with names would look them up in NSS in the middle of a change.
+// A bare uid need not have a passwd entry; its gid is then the same number.
+func proxyIDs(name string) (uid, gid uint32, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		if n, perr := strconv.ParseUint(name, 10, 32); perr == nil {
+			if u, err = user.LookupId(name); err != nil {
+				return uint32(n), uint32(n), nil
+			}
+		} else {
+			return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
+		}
+	}
+	n, err := strconv.ParseUint(u.Uid, 10, 32)
+	if err != nil {
+		return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
+	}
+	m, err := strconv.ParseUint(u.Gid, 10, 32)
+	if err != nil {
+		return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
+	}
+	if n == 0 {
+		return 0, 0, fmt.Errorf("look up user %q: it is root, whose traffic cannot be told from everybody else's", name)
+	}
+	return uint32(n), uint32(m), nil
+}
+
+// resolverUIDs are the users whose DNS questions must leave the VM: systemd-resolved asks the real servers as this user.
+func resolverUIDs() (uids []uint32) {
+	for _, name := range []string{"systemd-resolve", "dnsmasq", "unbound"} {
+		if uid, _, err := proxyIDs(name); err == nil {
+			uids = append(uids, uid)
+		}
+	}
+	return uids
+}
+
+// sleep waits for d or until ctx ends, and says whether it slept.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

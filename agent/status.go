@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// Status is what the agent knows after a pass: a value, copied out to every reporter. Its JSON is what
+// `status -o json` prints; fields are added, never renamed.
+type Status struct {
+	Version   string    `json:"version"`   // of this agent
+	Heartbeat time.Time `json:"heartbeat"` // when the last pass ran to its end, UTC
+	Started   time.Time `json:"started"`
+	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop), "bypass" (Envoy is down),
+	// "paused" (cleanup was called).
+	Mode           string            `json:"mode"`
+	Ready          bool              `json:"ready"`
+	NotReady       string            `json:"not_ready,omitempty"` // why
+	Findings       []symptom.Finding `json:"findings,omitempty"`
+	LastFailure    string            `json:"last_failure,omitempty"`
+	Bootstrap      BootstrapStatus   `json:"bootstrap"`
+	Envoy          EnvoyStatus       `json:"envoy"`
+	Backend        string            `json:"backend,omitempty"` // nft or legacy
+	Families       []FamilyStatus    `json:"families,omitempty"`
+	ServingPorts   []uint16          `json:"serving_ports,omitempty"`
+	Passes         uint64            `json:"passes"`
+	Undone         uint64            `json:"drift_repaired"`
+	Paused         bool              `json:"paused,omitempty"`
+	LastDriftBy    string            `json:"last_drift_by,omitempty"` // program and pid, where the kernel tells
+	LastDriftWhen  time.Time         `json:"last_drift_when,omitzero"`
+	GuestAttribute string            `json:"guest_attributes,omitempty"` // "enabled", "disabled", or the last error
+}
+
+// BootstrapStatus is what bootstrap reached, read from the state folder.
+type BootstrapStatus struct {
+	Status  string `json:"status,omitempty"`
+	Failure string `json:"failure,omitempty"`
+}
+
+// EnvoyStatus is Envoy as the admin interface tells.
+type EnvoyStatus struct {
+	Admin      string    `json:"admin"`
+	State      string    `json:"state,omitempty"`
+	Version    string    `json:"version,omitempty"`
+	Configured bool      `json:"configured"`
+	Down       time.Time `json:"down_since,omitzero"`
+	Listeners  int       `json:"listeners"`
+	Rejected   int       `json:"rejected"`
+	Node       string    `json:"node,omitempty"`
+}
+
+// FamilyStatus is one family's rules.
+type FamilyStatus struct {
+	Family       string    `json:"family"`
+	Usable       bool      `json:"usable"`
+	Equal        bool      `json:"equal"` // the kernel has what it should have
+	Jumps        bool      `json:"jumps"`
+	Services     int       `json:"services"` // prefixes
+	ServicePorts int       `json:"service_ports"`
+	OutboundPort uint16    `json:"outbound_port,omitempty"`
+	InboundPort  uint16    `json:"inbound_port,omitempty"`
+	DNSPort      uint16    `json:"dns_port,omitempty"`
+	Rules        int       `json:"rules"`
+	Applied      time.Time `json:"applied,omitzero"` // last write
+	Error        string    `json:"error,omitempty"`
+}
+
+// Healthy is what `status` answers: every pass runs and no finding is an error.
+func (s Status) Healthy() bool {
+	for _, f := range s.Findings {
+		if f.Severity == symptom.Error {
+			return false
+		}
+	}
+	return true
+}

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+func cleanupCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "cleanup",
+		Short: "Take everything of ours out of the kernel and say what was removed; a running daemon pauses until restarted",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), 60*time.Second)
+			defer cancel()
+			// Without this a running daemon would put the rules back at once.
+			if _, err := server.Dial(server.Dir()).Post(ctx, "/pause"); err == nil {
+				fmt.Fprintln(cmd.OutOrStdout(), "the running agent is paused until it is restarted")
+			}
+			kernel, err := iptables.Open(ctx, iptables.Options{})
+			if err != nil {
+				return fmt.Errorf("cleanup: %w", err)
+			}
+			removed, err := kernel.Cleanup(ctx)
+			for _, r := range removed {
+				fmt.Fprintln(cmd.OutOrStdout(), "removed "+r)
+			}
+			if err != nil {
+				return fmt.Errorf("cleanup: %w", err)
+			}
+			if len(removed) == 0 {
+				fmt.Fprintln(cmd.OutOrStdout(), "nothing of ours was there")
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,127 @@
+// Command service-proxy-agent turns a Compute Engine VM into a mesh node. This package reads flags and environment,
+// constructs the parts and runs them; every decision is made in package agent and below.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+)
+
+// Exit codes (docs/commands.md). 64 is EX_USAGE of sysexits.h.
+const (
+	exitNo       = 1
+	exitNoAnswer = 2
+	exitUsage    = 64
+)
+
+// exitError carries the exit code of a command; a nil err means that all was said on stdout.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return ""
+	}
+	return e.err.Error()
+}
+func (e *exitError) Unwrap() error { return e.err }
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	code := execute(ctx, os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+func execute(ctx context.Context, args []string) int {
+	root := rootCommand()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	if text := err.Error(); text != "" {
+		fmt.Fprintln(os.Stderr, "service-proxy-agent: "+text)
+	}
+	var exit *exitError
+	switch {
+	case errors.As(err, &exit):
+		return exit.code
+	case errors.Is(err, agent.ErrSettings):
+		return exitUsage
+	}
+	return exitNo
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "service-proxy-agent",
+		Short:         "Make this VM a node of a service mesh: keep the interception rules equal to what Envoy needs",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Errorf("unknown command %q; `service-proxy-agent --help` lists them", args[0]))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cmd.SetOut(os.Stderr)
+			_ = cmd.Usage()
+			return &exitError{code: exitUsage}
+		},
+	}
+	root.CompletionOptions.DisableDefaultCmd = true
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usage(fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath()))
+	})
+	root.AddCommand(runCommand(), statusCommand(), waitCommand(), cleanupCommand(), versionCommand(), bootstrapCommand(), drainCommand())
+	for _, c := range root.Commands() {
+		if c.Args == nil {
+			c.Args = func(cmd *cobra.Command, args []string) error {
+				if len(args) > 0 {
+					return usage(fmt.Errorf("%s takes no argument, got %q", cmd.CommandPath(), args[0]))
+				}
+				return nil
+			}
+		}
+		withEnvironment(c)
+	}
+	return root
+}
+
+func usage(err error) error { return &exitError{code: exitUsage, err: err} }
+
+// envName is the environment twin of a flag: --envoy-admin and SERVICE_PROXY_AGENT_ENVOY_ADMIN.
+func envName(flag string) string {
+	return "SERVICE_PROXY_AGENT_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// withEnvironment gives each flag of a command its environment twin; a flag wins.
+func withEnvironment(c *cobra.Command) {
+	c.PreRunE = func(cmd *cobra.Command, _ []string) error {
+		var first error
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			value, set := os.LookupEnv(envName(f.Name))
+			if !set || f.Changed || f.Name == "help" || first != nil {
+				return
+			}
+			if err := cmd.Flags().Set(f.Name, value); err != nil {
+				first = usage(fmt.Errorf("%s=%q: %w", envName(f.Name), value, err))
+			}
+		})
+		return first
+	}
+}

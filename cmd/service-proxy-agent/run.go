@@ -1,0 +1,73 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+)
+
+func runCommand() *cobra.Command {
+	s := agent.Settings{Version: version, Commit: commit, StateDir: bootstrap.StateDir}
+	var level, whenDown string
+	var interfaces []string
+	c := &cobra.Command{
+		Use:   "run",
+		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world how the VM is doing",
+		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a flag wins.\n" +
+			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s.WhenEnvoyDown = agent.WhenEnvoyDown(whenDown)
+			for _, i := range interfaces {
+				if i = strings.TrimSpace(i); i != "" {
+					s.Interfaces = append(s.Interfaces, i)
+				}
+			}
+			if dir := os.Getenv("STATE_DIRECTORY"); dir != "" {
+				s.StateDir = dir // systemd.exec(5), StateDirectory=
+			}
+			log, err := logger(level)
+			if err != nil {
+				return usage(err)
+			}
+			defer func() { _ = log.Sync() }() // stderr cannot be synced everywhere
+			a, err := agent.New(cmd.Context(), s, log)
+			if err != nil {
+				return err
+			}
+			return a.Run(cmd.Context())
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&s.EnvoyAdmin, "envoy-admin", "127.0.0.1:15000", "Envoy's admin interface: host:port or unix:///path")
+	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log", "Envoy's stderr, watched for hints that something changed; empty: poll only")
+	f.StringVar(&s.ProxyUser, "proxy-user", "envoy", "user Envoy runs as, by name or uid: its traffic is never redirected")
+	f.StringVar(&s.Config, "config", "", "file with the gce-service-proxy attribute's JSON, instead of the metadata server; none: defaults")
+	f.StringVar(&s.Listen, "listen", ":15020", "address of /metrics and /healthz; empty: off")
+	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
+	f.StringVar(&whenDown, "when-envoy-down", string(agent.Keep), "what happens to the jumps when Envoy stops accepting: keep or bypass")
+	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	return c
+}
+
+// logger writes to stderr; under systemd the journal adds the time.
+func logger(level string) (*zap.Logger, error) {
+	l, err := zapcore.ParseLevel(level)
+	if err != nil || l > zapcore.ErrorLevel {
+		return nil, fmt.Errorf("--log-level is %q; use debug, info, warn or error", level)
+	}
+	enc := zap.NewProductionEncoderConfig()
+	enc.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	enc.EncodeLevel = zapcore.LowercaseLevelEncoder
+	if os.Getenv("JOURNAL_STREAM") != "" {
+		enc.TimeKey = ""
+	}
+	return zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(enc), zapcore.Lock(os.Stderr), l)), nil
+}

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+)
+
+func statusCommand() *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "What the agent knows; exit code 0 healthy, 1 not, 2 no answer",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "text" && output != "json" {
+				return usage(fmt.Errorf("--output is %q; use text or json", output))
+			}
+			body, err := server.Dial(server.Dir()).Get(cmd.Context(), "/status")
+			if err != nil {
+				return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; `systemctl status service-proxy-agent` tells whether it runs", err)}
+			}
+			var s agent.Status
+			if err := json.Unmarshal(body, &s); err != nil {
+				return &exitError{exitNoAnswer, fmt.Errorf("read the agent's answer: %w", err)}
+			}
+			if output == "json" {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", strings.TrimSpace(string(body)))
+			} else {
+				err = printStatus(cmd.OutOrStdout(), s)
+			}
+			if err == nil && !s.Healthy() {
+				err = &exitError{code: exitNo}
+			}
+			return err
+		},
+	}
+	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	return c
+}
+
+func printStatus(out io.Writer, s agent.Status) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	ready := "yes"
+	if !s.Ready {
+		ready = "no: " + s.NotReady
+	}
+	row("agent", "%s, %s, last pass %s ago", s.Version, s.Mode, time.Since(s.Heartbeat).Round(100*time.Millisecond))
+	row("ready", "%s", ready)
+	if s.Bootstrap.Status != "" {
+		row("bootstrap", "%s %s", s.Bootstrap.Status, s.Bootstrap.Failure)
+	}
+	envoy := s.Envoy.State
+	if envoy == "" {
+		envoy = "no answer"
+	}
+	row("envoy", "%s %s at %s, %d listeners, %d rejected", envoy, s.Envoy.Version, s.Envoy.Admin, s.Envoy.Listeners, s.Envoy.Rejected)
+	for _, f := range s.Families {
+		state := "as wanted"
+		switch {
+		case !f.Usable:
+			state = "off: " + f.Error
+		case !f.Equal:
+			state = "not as wanted " + f.Error
+		}
+		jumps := "jumps in"
+		if !f.Jumps {
+			jumps = "jumps out"
+		}
+		row(f.Family, "%s (%s), %s, %d service prefixes, %d ports, %d rules, to ports %d out %d in", state, s.Backend, jumps, f.Services, f.ServicePorts, f.Rules, f.OutboundPort, f.InboundPort)
+	}
+	if s.LastDriftBy != "" {
+		row("last drift", "%s by %s", s.LastDriftWhen.Format(time.RFC3339), s.LastDriftBy)
+	}
+	for _, f := range s.Findings {
+		explained := ""
+		if f.ExplainedBy != "" {
+			explained = " (explained by " + string(f.ExplainedBy) + ")"
+		}
+		row(f.Severity.String(), "%s%s", f.Text(), explained)
+	}
+	if s.LastFailure != "" {
+		row("last failure", "%s", s.LastFailure)
+	}
+	return w.Flush()
+}
+
+func waitCommand() *cobra.Command {
+	var timeout time.Duration
+	var listen string
+	c := &cobra.Command{
+		Use:   "wait",
+		Short: "Wait until the mesh is ready (/healthz/ready); exit code 0 ready, 1 not in time",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			if timeout > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, timeout)
+				defer cancel()
+			}
+			url, err := readyURL(listen)
+			if err != nil {
+				return usage(err)
+			}
+			why := ""
+			for {
+				ready, text := askReady(ctx, url)
+				if ready {
+					return nil
+				}
+				if ctx.Err() == nil && text != why {
+					why = text
+					fmt.Fprintln(os.Stderr, "service-proxy-agent: waiting: "+why)
+				}
+				select {
+				case <-ctx.Done():
+					return &exitError{exitNo, fmt.Errorf("not ready in time: %s", why)}
+				case <-time.After(250 * time.Millisecond):
+				}
+			}
+		},
+	}
+	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
+	c.Flags().StringVar(&listen, "listen", ":15020", "the daemon's --listen")
+	return c
+}
+
+// readyURL is where a daemon with this --listen answers on this machine.
+func readyURL(listen string) (string, error) {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return "", fmt.Errorf("--listen is %q; use host:port or :port", listen)
+	}
+	if host == "" || host == "0.0.0.0" || host == "::" {
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, port) + "/healthz/ready", nil
+}
+
+var readyClient = &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+
+func askReady(ctx context.Context, url string) (bool, string) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return false, err.Error()
+	}
+	resp, err := readyClient.Do(req)
+	if err != nil {
+		return false, "the agent does not answer on " + url
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // half a reason is as good
+	return resp.StatusCode == http.StatusOK, strings.TrimSpace(string(body))
+}

@@ -1,0 +1,233 @@
+// Package symptom puts what the agent found out into words.
+//
+// Check is a pure function from Facts to Findings and the only home of causes and next steps: guest attributes, serial
+// lines, status, metrics and documents all print what it returns. It asks nobody anything and keeps no state; package
+// agent gathers the Facts (Observe) and turns the Findings into a Status. The numbers of the rows are those of the
+// symptom table in docs/symptoms.md.
+package symptom
+
+import (
+	"net/netip"
+	"sort"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// Severity says what a finding does to the VM's state: an error makes `status` unhealthy and is told in
+// agent-last-failure, a warning is told on serial and in status, advice is for `doctor` alone.
+type Severity int
+
+const (
+	Advice Severity = iota
+	Warning
+	Error
+)
+
+func (s Severity) String() string { return [...]string{"advice", "warning", "error"}[s] }
+
+// MarshalText makes severities readable in JSON.
+func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText is the other way, for `status`.
+func (s *Severity) UnmarshalText(b []byte) error {
+	for c := Advice; c <= Error; c++ {
+		if c.String() == string(b) {
+			*s = c
+		}
+	}
+	return nil
+}
+
+// ID names a symptom for machines: the label of the findings metric. The set is fixed; it does not grow with services.
+type ID string
+
+const (
+	EnvoyDown            ID = "envoy-down"                // row 1
+	EnvoyNotConfigured   ID = "envoy-not-configured"      // row 2
+	ControlPlaneLookUp   ID = "control-plane-look-up"     // row 3
+	ControlPlaneConnect  ID = "control-plane-unreachable" // row 4
+	APINotEnabled        ID = "api-not-enabled"           // row 5
+	PermissionDenied     ID = "permission-denied"         // row 6
+	ConfigNotFound       ID = "configuration-not-found"   // rows 8 and 9
+	ControlPlaneRefused  ID = "control-plane-refused"     // any other status code of the xDS stream
+	ListenerRejected     ID = "listener-rejected"         // row 10
+	AccessLogUnwritable  ID = "access-log-unwritable"     // row 11
+	DriftRepaired        ID = "drift"                     // row 13
+	ProxyUser            ID = "proxy-user"                // row 15
+	FamilyUnusable       ID = "family-unusable"           // row 16
+	RuleRefused          ID = "rules-not-applied"         // row 17
+	Shadowed             ID = "jump-shadowed"             // row 18
+	Fight                ID = "rules-undone"              // row 18: somebody keeps undoing our rules
+	ServingPortNoChain   ID = "serving-port-not-inbound"  // row 19
+	ServerFirst          ID = "server-first-protocol"     // row 22
+	EnvoyTooOld          ID = "envoy-too-old"             // row 25
+	Bootstrap            ID = "bootstrap-failed"          // row 26
+	AttributeBad         ID = "attribute-malformed"       // row 26: the attribute, read by the daemon
+	MetadataServer       ID = "metadata-server"           // the metadata server does not answer
+	GuestAttributesOff   ID = "guest-attributes-off"      // row 27
+	AdminUnreadable      ID = "envoy-admin-unreadable"    // an answer of the admin interface that cannot be used
+	ForeignOwner         ID = "port-foreign-owner"        // row 32
+	OtherChain           ID = "other-nat-chain"           // row 34
+	EntryRefused         ID = "listener-entry-refused"    // a guardrail of agent.Desired
+	ListenerSkipped      ID = "listener-not-intercepted"  // a listener of a shape that is not intercepted
+	CouldNotLook         ID = "kernel-not-read"           // a listing of the kernel ran out of time
+	InterceptionNotReady ID = "interception-port-closed"  // Hold: Envoy does not accept yet
+	ListenAddress        ID = "listen-address"            // :15020 is somebody else's
+)
+
+// Finding is one symptom that is there now.
+type Finding struct {
+	ID       ID       `json:"id"`
+	Row      int      `json:"row,omitempty"` // of docs/symptoms.md; 0: none
+	Severity Severity `json:"severity"`
+	Cause    string   `json:"cause"`
+	Next     string   `json:"next"`
+	// ExplainedBy is the finding that is the reason for this one, which is then listed under it and not counted.
+	ExplainedBy ID `json:"explained_by,omitempty"`
+	// Key tells two findings of one ID apart (a listener's name, a port); together they say when it is the same one.
+	Key string `json:"key,omitempty"`
+}
+
+// Text is the line for people: cause first, then the next step.
+func (f Finding) Text() string {
+	if f.Next == "" {
+		return f.Cause
+	}
+	return f.Cause + "; " + f.Next
+}
+
+// Port is an interception port of Envoy's and who listens there.
+type Port struct {
+	Family  iptables.Family
+	Purpose string // "outbound interception", "inbound interception", "DNS", "admin"
+	Addr    netip.AddrPort
+	// Owner is the uid of the listening socket; meaningless unless Listening.
+	Owner     uint32
+	Listening bool
+	Err       error // could not look
+}
+
+// Family is how one address family's rules are.
+type Family struct {
+	Family   iptables.Family
+	Unusable error // ip6tables or its modules missing: nothing is tried
+	Err      error // the last read or apply; nil: equal to want
+	Left     []iptables.RefusedError
+	Drift    []iptables.Drift // found since the last pass, and repaired unless Err
+	By       string           // program and pid that the kernel named for the drift
+	Fighting bool             // repairs are held back: somebody keeps undoing them
+	Undone   int              // repairs of this fight
+	Shadow   []iptables.Drift // jumps that a terminal rule precedes and that cannot be put right
+}
+
+// Stream is how Envoy's xDS stream last ended.
+type Stream struct {
+	Target  string
+	Code    int
+	Message string
+	When    time.Time
+}
+
+// Envoy is what is known of the proxy.
+type Envoy struct {
+	Admin     string    // address of the admin interface
+	Err       error     // why the admin interface told nothing; nil: it answered
+	Since     time.Time // since when Err
+	Unit      string    // systemd's word on the unit, "" when unknown: "failed (exit code 1)"
+	LastError string    // last error line of its log
+	State     string    // LIVE, PRE_INITIALIZING, INITIALIZING, DRAINING; "" unknown
+	Version   envoyadmin.Version
+	// Configured: a first listener update was completed since Envoy started (or listeners are there).
+	Configured bool
+	Rejected   []envoyadmin.Rejected
+	Skipped    []envoyadmin.Skipped
+	Stream     *Stream // nil: not known to be closed
+	Probe      error   // our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
+	Node       string  // node id as Envoy presents it
+}
+
+// Facts is what one pass of the agent found. The zero value of a field means "nothing known against it".
+type Facts struct {
+	Now       time.Time
+	Envoy     Envoy
+	ProxyUser string // as set by --proxy-user
+	ProxyUID  uint32
+	UserErr   error // the proxy's user does not exist
+
+	Attribute   error // the gce-service-proxy attribute could not be used
+	Metadata    error // the metadata server did not answer
+	Account     string
+	Project     string
+	GuestOff    bool // guest attributes are disabled on this VM
+	ListenErr   error
+	Bootstrap   string // its last failure, "" when none
+	Ports       []Port
+	Families    []Family
+	Refused     []Refusal
+	Uncovered   []uint16 // serving ports without a chain in Envoy's inbound listener
+	ServerFirst []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
+	Others      []iptables.OtherChain
+}
+
+// Refusal is an entry of a listener that agent.Desired would not turn into a rule.
+type Refusal struct {
+	Listener string `json:"listener"`
+	Entry    string `json:"entry"`
+	Reason   string `json:"reason"`
+}
+
+// Check says what is wrong, worst first; the same facts always give the same findings in the same order.
+func Check(f Facts) []Finding {
+	var all []Finding
+	for _, check := range checks {
+		all = append(all, check(f)...)
+	}
+	explain(all)
+	sort.SliceStable(all, func(i, j int) bool { return rank(all[i]) > rank(all[j]) })
+	return all
+}
+
+func rank(f Finding) int {
+	r := int(f.Severity) * 2
+	if f.ExplainedBy == "" {
+		r++
+	}
+	return r
+}
+
+var checks = []func(Facts) []Finding{
+	foreignOwner, proxyUser, envoyDown, adminUnreadable, controlPlane, notConfigured, tooOld,
+	families, rejected, attributeBad, bootstrapFailed, metadataServer, portClosed,
+	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress,
+}
+
+// explain lists Envoy's missing configuration under its cause, and everything else that follows from Envoy being down.
+func explain(all []Finding) {
+	var down, why ID
+	for _, f := range all {
+		switch f.ID {
+		case EnvoyDown, ForeignOwner:
+			if down == "" {
+				down = f.ID
+			}
+		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
+			if why == "" {
+				why = f.ID
+			}
+		}
+	}
+	for i := range all {
+		switch all[i].ID {
+		case EnvoyNotConfigured:
+			all[i].ExplainedBy = why
+		case InterceptionNotReady, ServingPortNoChain:
+			if down != "" {
+				all[i].ExplainedBy = down
+			} else {
+				all[i].ExplainedBy = why
+			}
+		}
+	}
+}
