@@ -100,10 +100,10 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 		State   string `json:"state"`
 		Uptime  string `json:"uptime_current_epoch"`
 		Options struct {
-			Epoch    int    `json:"restart_epoch"`
-			LogPath  string `json:"log_path"`
-			LogLevel string `json:"log_level"`
-			Config   string `json:"config_path"`
+			Epoch    jsontext.Value `json:"restart_epoch"` // a number, or as a 64-bit one a string
+			LogPath  string         `json:"log_path"`
+			LogLevel string         `json:"log_level"`
+			Config   string         `json:"config_path"`
 		} `json:"command_line_options"`
 		Node nodeJSON `json:"node"`
 	}
@@ -118,8 +118,9 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 		return ServerInfo{}, fmt.Errorf("get %q: %w: it has no version", "/server_info", ErrNotJSON)
 	}
 	uptime, _ := time.ParseDuration(answer.Uptime) // of protobuf: "12s". Without it a restart is seen as one too many.
+	epoch, _ := strconv.Atoi(strings.Trim(string(answer.Options.Epoch), `"`))
 	info := ServerInfo{
-		Text: answer.Version, State: answer.State, Uptime: uptime, Epoch: answer.Options.Epoch, Node: answer.Node.node(),
+		Text: answer.Version, State: answer.State, Uptime: uptime, Epoch: epoch, Node: answer.Node.node(),
 		LogPath: answer.Options.LogPath, LogLevel: answer.Options.LogLevel, Config: answer.Options.Config, Asked: time.Now(),
 	}
 	if info.State == "" {
