@@ -95,6 +95,10 @@ type Service struct {
 	HTTP     bool           // else a TCP proxy
 	// Endpoints may be none: Envoy then answers HTTP with 503 and closes TCP.
 	Endpoints []netip.AddrPort
+	// Unhealthy are endpoints too, which the control plane says are unhealthy. When they are most, Envoy panics: it uses them all the same.
+	Unhealthy []netip.AddrPort
+	// Cluster, when set, is the cluster's name; services of the same Cluster share the first one's endpoints. 10,000 clusters of their own cost Envoy seconds.
+	Cluster string
 }
 
 // VIPs makes full-length prefixes of addresses; it panics on what is no address, as it is meant for constants.
@@ -138,7 +142,7 @@ func RefusedListener(name string, port uint16, path string) *listenerv3.Listener
 
 // resources compiles c, keyed by type URL.
 func (c Config) resources() (map[string][]types.Resource, error) {
-	b := builder{cfg: c}
+	b := builder{cfg: c, clustered: make(map[string]bool)}
 	var outbound, inbound []*listenerv3.FilterChain
 	names := make(map[string]bool)
 	for _, s := range c.Services {
@@ -149,8 +153,11 @@ func (c Config) resources() (map[string][]types.Resource, error) {
 		if len(s.Prefixes) == 0 && s.Port == 0 {
 			return nil, fmt.Errorf("service %q: neither address nor port", s.Name)
 		}
-		cluster := "cluster-" + s.Name
-		b.cluster(cluster, s.Endpoints)
+		cluster := s.Cluster
+		if cluster == "" {
+			cluster = "cluster-" + s.Name
+		}
+		b.cluster(cluster, s.Endpoints, s.Unhealthy)
 		outbound = append(outbound, b.chain(s, cluster))
 	}
 	for _, in := range c.Inbound {
@@ -167,7 +174,7 @@ func (c Config) resources() (map[string][]types.Resource, error) {
 			s.Name += "-" + in.Addr.String()
 		}
 		cluster := "cluster-" + s.Name
-		b.cluster(cluster, []netip.AddrPort{target})
+		b.cluster(cluster, []netip.AddrPort{target}, nil)
 		inbound = append(inbound, b.chain(s, cluster))
 	}
 	if len(outbound) > 0 || c.Passthrough {
@@ -229,6 +236,7 @@ type builder struct {
 	cfg       Config
 	listeners []*listenerv3.Listener
 	clusters  []*clusterv3.Cluster
+	clustered map[string]bool // names in clusters
 	routes    []*routev3.RouteConfiguration
 	err       error
 }
@@ -242,13 +250,24 @@ func (b *builder) any(m proto.Message) *anypb.Any {
 	return a
 }
 
-func (b *builder) cluster(name string, endpoints []netip.AddrPort) {
-	locality := &endpointv3.LocalityLbEndpoints{}
-	for _, e := range endpoints {
-		locality.LbEndpoints = append(locality.LbEndpoints, &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
-			Endpoint: &endpointv3.Endpoint{Address: address(e.Addr(), e.Port(), corev3.SocketAddress_TCP)},
-		}})
+func (b *builder) cluster(name string, healthy, unhealthy []netip.AddrPort) {
+	if b.clustered[name] {
+		return
 	}
+	b.clustered[name] = true
+	locality := &endpointv3.LocalityLbEndpoints{}
+	add := func(endpoints []netip.AddrPort, health corev3.HealthStatus) {
+		for _, e := range endpoints {
+			locality.LbEndpoints = append(locality.LbEndpoints, &endpointv3.LbEndpoint{
+				HealthStatus: health,
+				HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+					Endpoint: &endpointv3.Endpoint{Address: address(e.Addr(), e.Port(), corev3.SocketAddress_TCP)},
+				},
+			})
+		}
+	}
+	add(healthy, corev3.HealthStatus_UNKNOWN) // which counts as healthy
+	add(unhealthy, corev3.HealthStatus_UNHEALTHY)
 	b.clusters = append(b.clusters, &clusterv3.Cluster{
 		Name:                 name,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
@@ -422,7 +441,7 @@ func (b *builder) dns(d DNS) {
 	})
 	if d.TCPUpstream.IsValid() {
 		const upstream = "dns-upstream"
-		b.cluster(upstream, []netip.AddrPort{d.TCPUpstream})
+		b.cluster(upstream, []netip.AddrPort{d.TCPUpstream}, nil)
 		b.listeners = append(b.listeners, &listenerv3.Listener{
 			Name:             DNSListener + "_TCP",
 			Address:          address(netip.IPv4Unspecified(), port, corev3.SocketAddress_TCP),
