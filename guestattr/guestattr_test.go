@@ -505,6 +505,9 @@ func TestBudgetFile(t *testing.T) {
 				if s.get(BootstrapStatus) != "FINISHED" || s.get(ProxyVersion) != "1.40.0" {
 					t.Error("not written within a minute")
 				}
+				if first := s.queries[0].Sub(s.start); name == "future" && first < refill {
+					t.Errorf("first query after %v; want the bucket to be taken for empty", first)
+				}
 				if want := map[string]int{"future": 0, "no folder": 1, "link": 1}[name]; logs.Len() != want {
 					t.Errorf("logged %v; want %d lines", logs.All(), want)
 				}

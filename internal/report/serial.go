@@ -126,7 +126,7 @@ func (s *Serial) Run(ctx context.Context) error {
 
 // session opens the device and writes until that fails or ctx ends.
 func (s *Serial) session(ctx context.Context) error {
-	// O_NONBLOCK: opening a port without carrier would wait for one, and only non-blocking descriptors have deadlines.
+	// O_NONBLOCK: opening a port without carrier would wait for one. Writes wait in Go's poller, where a deadline can end them.
 	// O_NOCTTY: else the port may become this process's terminal, and its hang-up our SIGHUP. No O_CREATE: a device that is missing
 	// must not become a file.
 	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
