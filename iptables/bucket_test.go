@@ -1,0 +1,132 @@
+package iptables
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+)
+
+func serviceSet(f Family, services []netip.Prefix) Ruleset {
+	return Interception{Family: f, Jumps: true, ProxyUID: 999, ProxyGID: 999, OutboundPort: 15001, Services: services}.Ruleset()
+}
+
+// redirects says whether a ruleset redirects an ordinary user's connection to the address.
+func redirects(r Ruleset, a netip.Addr) bool {
+	v := r.Walk(Packet{Hook: Output, Dst: netip.AddrPortFrom(a, 443), Proto: TCP, UID: 1000, GID: 1000, Syn: true})
+	return v.Action == Redirect
+}
+
+// Whatever the buckets look like: exactly the listed addresses are redirected, never one more.
+func TestBucketsCoverExactlyTheServices(t *testing.T) {
+	for _, f := range families {
+		for name, services := range map[string][]netip.Prefix{
+			"256 random":     randomPrefixes(f, 256, 1),
+			"257 random":     randomPrefixes(f, 257, 1),
+			"10,000 random":  randomPrefixes(f, 10000, 2),
+			"10,000 dense":   densePrefixes(f, 10000),
+			"mixed lengths":  mixedPrefixes(f, 3000, 3),
+			"both and wider": slices.Concat(randomPrefixes(f, 1000, 4), densePrefixes(f, 1000), mixedPrefixes(f, 1000, 5)),
+		} {
+			r := serviceSet(f, services)
+			contains := func(a netip.Addr) bool {
+				return slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(a) })
+			}
+			random := rand.New(rand.NewPCG(9, 9))
+			for range 300 {
+				p := services[random.IntN(len(services))]
+				for _, a := range []netip.Addr{p.Addr(), p.Addr().Prev(), p.Addr().Next(), last(p), last(p).Next()} {
+					if a.IsValid() && redirects(r, a) != contains(a) {
+						t.Fatalf("%s %s: %s: redirected %v, listed %v", f, name, a, !contains(a), contains(a))
+					}
+				}
+			}
+			for _, c := range r.chains {
+				if c.name != chainServiceCIDRs && len(c.rules) > nodeRows {
+					t.Errorf("%s %s: %s has %d rows", f, name, c.name, len(c.rules))
+				}
+			}
+		}
+	}
+}
+
+// mixedPrefixes are n prefixes of 18 to 32 bits in 10.64.0.0/10, or of 50 to 64 in fd40::/32.
+func mixedPrefixes(f Family, n int, seed uint64) []netip.Prefix {
+	r := rand.New(rand.NewPCG(seed, 1))
+	var out []netip.Prefix
+	for range n {
+		x := r.Uint32()
+		if f == IPv4 {
+			out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 | byte(x)&63, byte(x >> 8), byte(x >> 16)}), 18+r.IntN(15)).Masked())
+		} else {
+			out = append(out, netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x40, 4: byte(x), 5: byte(x >> 8), 6: byte(x >> 16), 7: byte(x >> 24)}), 50+r.IntN(15)).Masked())
+		}
+	}
+	return out
+}
+
+func last(p netip.Prefix) netip.Addr {
+	a := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(a)*8; i++ {
+		a[i/8] |= 1 << (7 - i%8)
+	}
+	addr, _ := netip.AddrFromSlice(a)
+	return addr
+}
+
+func TestUpTo256ServicesStandAsTheyAre(t *testing.T) {
+	services := prefixes("10.0.0.0/32", "10.0.0.1/32", "10.0.0.0/24") // mergeable, and one within another
+	rules := serviceSet(IPv4, services).Rules(chainServiceCIDRs)
+	want := []string{"-d 10.0.0.0/24 -j SERVICE_PROXY_REDIRECT", "-d 10.0.0.0/32 -j SERVICE_PROXY_REDIRECT", "-d 10.0.0.1/32 -j SERVICE_PROXY_REDIRECT"}
+	if !slices.Equal(rules, want) {
+		t.Errorf("got %q, want %q", rules, want)
+	}
+}
+
+// One address more touches one bucket, wherever it is, unless a node crosses 256.
+func TestOneMoreAddressTouchesOneBucket(t *testing.T) {
+	for _, f := range families {
+		services := randomPrefixes(f, 10000, 1)
+		before := serviceSet(f, services)
+		random := rand.New(rand.NewPCG(4, 4))
+		var most int
+		for range 30 {
+			p := randomPrefixes(f, 1, random.Uint64())[0]
+			after := serviceSet(f, append(slices.Clone(services), p))
+			table, _ := Parse(f, []byte(before.String()))
+			most = max(most, len(NewPlan(after, table).lines))
+		}
+		// Most often a single insertion; a bucket is declared anew where two addresses merge.
+		if most > nodeRows+1 {
+			t.Errorf("%s: one address more is a plan of %d lines", f, most)
+		}
+	}
+	// An address far away puts another level above the buckets and leaves them as they are.
+	near := randomPrefixes(IPv4, 1000, 1)
+	before, after := serviceSet(IPv4, near), serviceSet(IPv4, append(slices.Clone(near), netip.MustParsePrefix("192.168.0.1/32")))
+	for _, c := range before.chains {
+		if rules, ok := after.chain(c.name); c.name != chainServiceCIDRs && (!ok || !slices.Equal(rules, c.rules)) {
+			t.Errorf("a far address changed %s", c.name)
+		}
+	}
+}
+
+func TestAggregateIsExact(t *testing.T) {
+	for _, test := range []struct{ in, want []string }{
+		{[]string{"10.0.0.0/32", "10.0.0.1/32"}, []string{"10.0.0.0/31"}},
+		{[]string{"10.0.0.1/32", "10.0.0.2/32"}, []string{"10.0.0.1/32", "10.0.0.2/32"}},
+		{[]string{"10.0.0.0/32", "10.0.0.1/32", "10.0.0.2/31", "10.0.0.4/30"}, []string{"10.0.0.0/29"}},
+		{[]string{"10.0.0.0/8", "10.1.0.0/16", "10.255.255.255/32"}, []string{"10.0.0.0/8"}},
+		{[]string{"0.0.0.0/1", "128.0.0.0/1"}, []string{"0.0.0.0/0"}},
+		{[]string{"fd00::/128", "fd00::1/128"}, []string{"fd00::/127"}},
+	} {
+		f := IPv4
+		if test.in[0] == "fd00::/128" {
+			f = IPv6
+		}
+		if got := aggregate(canonical(f, prefixes(test.in...))); fmt.Sprint(got) != fmt.Sprint(test.want) {
+			t.Errorf("%v: got %v, want %v", test.in, got, test.want)
+		}
+	}
+}
