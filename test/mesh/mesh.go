@@ -1,0 +1,345 @@
+// Package mesh puts a whole node together for the end-to-end tests, the benchmarks and the demo: a lab with a control
+// plane, the platform emulator and a real Envoy in it, and the built service-proxy-agent as a process of its own.
+//
+// It decides nothing and checks nothing: tests change the control plane (CP), the platform or Envoy and look at what
+// becomes of connections. Everything ends with the lab.
+package mesh
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
+)
+
+// EndpointPort is where the endpoints of Services listen; AppPort is the serving port of the VM.
+const (
+	EndpointPort = 8080
+	AppPort      = 8081
+)
+
+// Attribute is the gce-service-proxy attribute of a mesh's VM unless Options say otherwise.
+const Attribute = `{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081]}}`
+
+// Options of a mesh.
+type Options struct {
+	Backend   lab.Backend
+	Config    controlplane.Config
+	Attribute string // "": Attribute
+	NoEnvoy   bool   // the test starts it
+}
+
+// Mesh is one running node and what is around it.
+type Mesh struct {
+	*lab.Lab
+	CP       *controlplane.Server
+	CPAddr   netip.AddrPort
+	Platform *platform.Emulator
+	Envoy    *lab.Envoy
+	ends     []func()
+	serial   string // the pty that the agent takes for serial port 1
+}
+
+// New starts everything but the agent.
+func New(ctx context.Context, opts Options) (m *Mesh, err error) {
+	m = &Mesh{CPAddr: netip.AddrPortFrom(lab.ControlPlaneAddr, 443)}
+	if m.Lab, err = lab.New(lab.Options{Backend: opts.Backend}); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			m.Close()
+		}
+	}()
+	if opts.Attribute == "" {
+		opts.Attribute = Attribute
+	}
+	m.Platform = platform.New(platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute}})
+	m.ends = append(m.ends, m.Platform.Close)
+	for _, port := range []uint16{80} {
+		ln, err := m.Listen(m.Service, netip.AddrPortFrom(lab.MetadataAddr, port))
+		if err != nil {
+			return nil, err
+		}
+		m.Platform.Serve(ln, nil)
+	}
+	m.CP = controlplane.New(controlplane.Options{Listen: func() (net.Listener, error) { return m.Service.Listen("tcp", m.CPAddr.String()) }})
+	m.ends = append(m.ends, m.CP.Close)
+	push, err := m.CP.Set(opts.Config)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.CP.Start(); err != nil {
+		return nil, err
+	}
+	for _, e := range []struct {
+		in   *lab.Namespace
+		port uint16
+		opts lab.EchoOptions
+	}{
+		{m.Service, EndpointPort, lab.EchoOptions{Name: "endpoint"}}, {m.VM, AppPort, lab.EchoOptions{Name: "app"}},
+		// Where connections arrive that nobody redirected.
+		{m.Service, 81, lab.EchoOptions{Name: "escaped"}}, {m.Service, 9000, lab.EchoOptions{Name: "escaped"}},
+	} {
+		if _, err := m.Echo(e.in, e.port, e.opts); err != nil {
+			return nil, err
+		}
+	}
+	if err := m.openSerial(); err != nil {
+		return nil, err
+	}
+	if opts.NoEnvoy {
+		return m, nil
+	}
+	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Runtime: true}); err != nil {
+		return nil, err
+	}
+	if err := m.Envoy.WaitReady(ctx); err != nil {
+		return nil, err
+	}
+	return m, m.CP.WaitAccepted(ctx, push)
+}
+
+// openSerial makes the pty that stands for /dev/ttyS0 and hands what is written there to the emulator, where gcloud reads it.
+func (m *Mesh) openSerial() error {
+	pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return fmt.Errorf("open a pty: %w", err)
+	}
+	m.ends = append(m.ends, func() { pty.Close() })
+	if err := unix.IoctlSetPointerInt(int(pty.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		return fmt.Errorf("unlock the pty: %w", err)
+	}
+	n, err := unix.IoctlGetInt(int(pty.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		return fmt.Errorf("name the pty: %w", err)
+	}
+	m.serial = fmt.Sprintf("/dev/pts/%d", n)
+	// Held open, or reading fails with EIO whenever the agent is not there.
+	slave, err := os.OpenFile(m.serial, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return fmt.Errorf("open the pty: %w", err)
+	}
+	m.ends = append(m.ends, func() { slave.Close() })
+	go io.Copy(m.Platform, pty) // ends with the pty
+	return nil
+}
+
+// Close ends everything.
+func (m *Mesh) Close() error {
+	err := m.Lab.Close()
+	for i := len(m.ends) - 1; i >= 0; i-- {
+		m.ends[i]()
+	}
+	return err
+}
+
+// Agent is the built binary, running in "vm" as root.
+type Agent struct {
+	mesh *Mesh
+	args []string
+	env  []string
+	dir  string
+
+	mu   sync.Mutex
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error
+	log  bytes.Buffer
+}
+
+// Binary is the agent under test: $AGENT, else build/service-proxy-agent under the module's root.
+func Binary() (string, error) {
+	if path := os.Getenv("AGENT"); path != "" {
+		return path, nil
+	}
+	envoy, err := filepath.Abs(".")
+	if err != nil {
+		return "", err
+	}
+	for dir := envoy; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			path := filepath.Join(dir, "build", "service-proxy-agent")
+			if _, err := os.Stat(path); err != nil {
+				return "", fmt.Errorf("find the agent: no %s: run `make build`", path)
+			}
+			return path, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("find the agent: not under the module's folder: name it by $AGENT")
+		}
+	}
+}
+
+// NewAgent prepares an agent with flags beside those that the lab needs. Start it.
+func (m *Mesh) NewAgent(args ...string) *Agent {
+	a := &Agent{mesh: m, dir: filepath.Join(m.Dir, "agent")}
+	a.args = append([]string{"run", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--serial-port", m.serial}, args...)
+	if m.Envoy != nil {
+		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
+	}
+	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+filepath.Join(a.dir, "state"))
+	return a
+}
+
+// Start starts the process; it does not wait for it to do anything.
+func (a *Agent) Start() error {
+	binary, err := Binary()
+	if err != nil {
+		return err
+	}
+	for _, d := range []string{"run", "state"} {
+		if err := os.MkdirAll(filepath.Join(a.dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cmd = a.mesh.VM.Command(context.Background(), binary, a.args...)
+	a.cmd.Env = a.env
+	a.cmd.Stderr = lockedWriter{a}
+	if err := lab.Start(a.cmd); err != nil {
+		return err
+	}
+	done := make(chan struct{})
+	a.done = done
+	cmd := a.cmd
+	go func() { a.err = cmd.Wait(); close(done) }()
+	a.mesh.ends = append(a.mesh.ends, a.Kill)
+	return nil
+}
+
+type lockedWriter struct{ a *Agent }
+
+func (w lockedWriter) Write(p []byte) (int, error) {
+	w.a.mu.Lock()
+	defer w.a.mu.Unlock()
+	return w.a.log.Write(p)
+}
+
+// PID of the process.
+func (a *Agent) PID() int { return a.cmd.Process.Pid }
+
+// Kill is kill -9.
+func (a *Agent) Kill() {
+	_ = a.cmd.Process.Kill() // it may have ended
+	<-a.done
+}
+
+// Stop sends SIGTERM and says how long it took to end, and with which error.
+func (a *Agent) Stop() (time.Duration, error) {
+	start := time.Now()
+	if err := a.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return 0, err
+	}
+	<-a.done
+	return time.Since(start), a.err
+}
+
+// Log is what it wrote to stderr.
+func (a *Agent) Log() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.log.String()
+}
+
+// Run runs another command of the binary beside the agent, in "vm".
+func (a *Agent) Run(ctx context.Context, args ...string) (stdout, stderr string, code int, err error) {
+	binary, err := Binary()
+	if err != nil {
+		return "", "", 0, err
+	}
+	cmd := a.mesh.VM.Command(ctx, binary, args...)
+	cmd.Env = a.env
+	var o, e strings.Builder
+	cmd.Stdout, cmd.Stderr = &o, &e
+	err = lab.Start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return o.String(), e.String(), exit.ExitCode(), nil
+	}
+	return o.String(), e.String(), 0, err
+}
+
+// Status asks the running agent.
+func (a *Agent) Status(ctx context.Context) (s agent.Status, err error) {
+	out, stderr, _, err := a.Run(ctx, "status", "-o", "json")
+	if err != nil {
+		return s, err
+	}
+	if out == "" {
+		return s, errors.New(strings.TrimSpace(stderr))
+	}
+	return s, json.Unmarshal([]byte(out), &s)
+}
+
+// Wait asks for the status until holds.
+func (a *Agent) Wait(ctx context.Context, what string, holds func(agent.Status) bool) (agent.Status, error) {
+	for {
+		s, err := a.Status(ctx)
+		if err == nil && holds(s) {
+			return s, nil
+		}
+		select {
+		case <-ctx.Done():
+			text, _ := json.MarshalIndent(s, "", " ")
+			return s, fmt.Errorf("wait for %s: last status %s (%v)\nagent's log:\n%s", what, text, err, a.Log())
+		case <-a.done:
+			return s, fmt.Errorf("wait for %s: the agent ended (%v):\n%s", what, a.err, a.Log())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// WaitReady waits until the agent says that the mesh is ready.
+func (a *Agent) WaitReady(ctx context.Context) error {
+	_, err := a.Wait(ctx, "ready", func(s agent.Status) bool { return s.Ready })
+	return err
+}
+
+// Get asks the agent's public address.
+func (a *Agent) Get(path string) (code int, body string, err error) {
+	client := a.mesh.VM.HTTP()
+	client.Timeout = 5 * time.Second
+	resp, err := client.Get("http://127.0.0.1:15020" + path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(b), err
+}
+
+// Chains is what iptables shows of our chains in one family, in iptables-save's form.
+func (m *Mesh) Chains(ctx context.Context, family string) (string, error) {
+	program := map[string]string{"IPv4": "iptables-save", "IPv6": "ip6tables-save"}[family]
+	out, err := m.VM.Run(ctx, program, "-t", "nat")
+	var ours []string
+	for line := range strings.Lines(out) {
+		if strings.Contains(line, "SERVICE_PROXY_") {
+			ours = append(ours, strings.TrimSpace(line))
+		}
+	}
+	return strings.Join(ours, "\n"), err
+}
