@@ -203,3 +203,17 @@ func dialPort(t *testing.T, host string, p uint16) net.Conn {
 	t.Cleanup(func() { c.Close() })
 	return c
 }
+
+func BenchmarkOwner(b *testing.B) {
+	l, err := net.Listen("tcp", "[::]:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	addr := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port(l))
+	for b.Loop() {
+		if _, err := Owner(addr); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
