@@ -182,7 +182,9 @@ func TestPlanText(t *testing.T) {
 			":SERVICE_PROXY_SERVICE_CIDRS - [0:0]\n-A SERVICE_PROXY_SERVICE_CIDRS -d 10.0.0.3/32 -j SERVICE_PROXY_REDIRECT\n"},
 		{"jump removed", want, func(t Table) Table { return t.with(map[string][]string{"OUTPUT": {"-j DOCKER"}}, nil) },
 			"-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
-		{"jump doubled", want, func(t Table) Table { return t.with(map[string][]string{"OUTPUT": {jumpOutput, "-j DOCKER", jumpOutput}}, nil) },
+		{"jump doubled", want, func(t Table) Table {
+			return t.with(map[string][]string{"OUTPUT": {jumpOutput, "-j DOCKER", jumpOutput}}, nil)
+		},
 			"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
 		{"a chain of ours that another's rule leads to", Ruleset{family: IPv4}, func(Table) Table {
 			return Table{family: IPv4, chains: map[string][]string{"FOREIGN": {"-j SERVICE_PROXY_REDIRECT"}, "SERVICE_PROXY_REDIRECT": {"-p tcp -j REDIRECT --to-ports 1"}, "SERVICE_PROXY_DNS": nil}}
