@@ -1,0 +1,47 @@
+#!/bin/sh
+# Makes dist/service-proxy-agent-VERSION.tgz, one archive for both architectures: `make package`.
+#
+#   VERSION  of the agent; default: git describe
+#   ENVOY    an Envoy binary for amd64 to put in, or none; default: build/envoy-1.40.0, the one the tests use, where it is at hand
+#   ENVOY_ARM64  the same for arm64; default: none
+#   LDFLAGS  for go build; the version and commit are stamped in besides
+#   OUT      the archive's path
+set -eu
+cd "$(dirname "$0")/.."
+
+version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}
+out=${OUT:-dist/service-proxy-agent-$version.tgz}
+envoy=${ENVOY:-}
+if [ -z "$envoy" ]; then
+	envoy=none
+	[ ! -x build/envoy-1.40.0 ] || envoy=build/envoy-1.40.0
+fi
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT INT TERM
+top=$work/service-proxy-agent
+mkdir -p "$top"
+cp LICENSE deploy/service-proxy-agent-bootstrap.sh "$top/"
+chmod 755 "$top/service-proxy-agent-bootstrap.sh"
+for arch in amd64 arm64; do
+	mkdir "$top/$arch"
+	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
+		-o "$top/$arch/service-proxy-agent" ./cmd/service-proxy-agent
+done
+put() { # FILE ARCH
+	[ "$1" != none ] || return 0
+	[ -x "$1" ] || { echo "package: ENVOY: $1 is not a program" >&2; exit 1; }
+	cp "$1" "$top/$2/envoy"
+	chmod 755 "$top/$2/envoy"
+}
+put "$envoy" amd64
+put "${ENVOY_ARM64:-none}" arm64
+
+mkdir -p "$(dirname "$out")"
+# The same content makes the same archive: sorted, no owners, one time.
+tar -C "$work" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - service-proxy-agent | gzip -n -6 >"$out.new"
+mv "$out.new" "$out"
+sum=$(sha256sum "$out")
+echo "${sum%% *}  $(basename "$out")" >"$out.sha256"
+echo "$out: $(du -h "$out" | cut -f1), Envoy for amd64: $envoy, for arm64: ${ENVOY_ARM64:-none}"

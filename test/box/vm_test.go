@@ -1,0 +1,601 @@
+//go:build box
+
+package box
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform/authority"
+)
+
+// Addresses of Google's names, all in the lab's "service".
+const (
+	controlPlaneAddr = "10.131.0.1"
+	storageAddr      = "10.131.0.2" // and logging
+)
+
+const (
+	bucket  = "the-bucket"
+	archive = "service-proxy-agent.tgz"
+)
+
+// The one service of the mesh, and the VM's own application.
+var (
+	vip          = netip.MustParseAddrPort("10.77.0.1:80")
+	servingPort  = uint16(8080)
+	endpointPort = uint16(8000) // 80 is the metadata server's
+)
+
+// VM is one box.
+type VM struct {
+	t        *testing.T
+	lab      *lab.Lab
+	platform *platform.Emulator
+	xds      *controlplane.Server
+	root     string // where the overlay is mounted
+	release  string
+
+	mu     sync.Mutex
+	serial bytes.Buffer
+	pts    string
+	nspawn *exec.Cmd
+	exited chan struct{}
+	leader int // the box's pid 1, as the host sees it
+	log    *os.File
+}
+
+type options struct {
+	release   string // bookworm
+	attribute string
+	archive   []byte            // the release archive; nil: with Envoy
+	prepare   func(root string) // changes the root filesystem before the first boot
+}
+
+// moduleRoot is the folder of go.mod.
+func moduleRoot(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// newVM makes a VM and does not boot it.
+func newVM(t *testing.T, opts options) *VM {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("the box needs root")
+	}
+	if opts.release == "" {
+		opts.release = "bookworm"
+	}
+	if opts.attribute == "" {
+		opts.attribute = fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"}, "proxy-spec": {"network": ""}}`, servingPort)
+	}
+	base := filepath.Join(moduleRoot(t), "build", "box")
+	if err := os.MkdirAll(base, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lower := filepath.Join(base, opts.release)
+	if out, err := exec.Command("./rootfs.sh", opts.release, lower).CombinedOutput(); err != nil {
+		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, out)
+	}
+	v := &VM{t: t, release: opts.release}
+	v.lab = lab.T(t, lab.Options{})
+
+	work, err := os.MkdirTemp(base, "run-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(work) })
+	v.root = filepath.Join(work, "root")
+	for _, dir := range []string{"upper", "work", "root"} {
+		if err := os.Mkdir(filepath.Join(work, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, filepath.Join(work, "upper"), filepath.Join(work, "work"))
+	if err := unix.Mount("overlay", v.root, "overlay", 0, data); err != nil {
+		t.Fatalf("mount the overlay: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(v.root, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount the overlay: %v", err)
+		}
+	})
+	if v.log, err = os.Create(filepath.Join(work, "console.log")); err != nil {
+		t.Fatal(err)
+	}
+	v.servers()
+	v.files()
+	if opts.archive == nil {
+		opts.archive = release(t)
+	}
+	v.platform.PutObject(bucket, archive, opts.archive)
+	v.platform.SetAttribute("gce-service-proxy", opts.attribute)
+	if opts.prepare != nil {
+		opts.prepare(v.root)
+	}
+	v.openSerial()
+	t.Cleanup(func() {
+		if t.Failed() {
+			v.report()
+		}
+		v.power()
+		v.log.Close()
+	})
+	return v
+}
+
+// servers starts what stands outside of the VM.
+func (v *VM) servers() {
+	t := v.t
+	ca, err := authority.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.platform = platform.New(platform.VM{IP: lab.VMAddr.String()})
+	t.Cleanup(v.platform.Close)
+	listen := func(addr string) net.Listener {
+		ln, err := v.lab.Service.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ln
+	}
+	v.platform.Serve(listen(lab.MetadataAddr.String()+":80"), nil)
+	cert, err := ca.Certificate("storage.googleapis.com", "logging.googleapis.com")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.platform.Serve(listen(storageAddr+":443"), &cert)
+
+	cert, err = ca.Certificate("trafficdirector.googleapis.com")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.xds = controlplane.New(controlplane.Options{
+		Listen:      func() (net.Listener, error) { return v.lab.Service.Listen("tcp", controlPlaneAddr+":443") },
+		Certificate: &cert,
+	})
+	if err := v.xds.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(v.xds.Close)
+	if _, err := v.lab.Echo(v.lab.Service, endpointPort, lab.EchoOptions{Name: "endpoint"}); err != nil {
+		t.Fatal(err)
+	}
+	v.push()
+	if err := os.MkdirAll(filepath.Join(v.root, "usr/local/share/ca-certificates"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// update-ca-certificates takes it in when bootstrap installs ca-certificates.
+	v.write("usr/local/share/ca-certificates/test.crt", string(ca.PEM()), 0o644)
+}
+
+// push gives the control plane the mesh.
+func (v *VM) push() {
+	v.t.Helper()
+	_, err := v.xds.Set(controlplane.Config{
+		TLSInspector: true,
+		Services: []controlplane.Service{{Name: "web", Prefixes: controlplane.VIPs(vip.Addr().String()), Port: vip.Port(), HTTP: true,
+			Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}}},
+		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: servingPort, HTTP: true}},
+	})
+	if err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+func (v *VM) write(name, text string, mode os.FileMode) {
+	v.t.Helper()
+	if err := os.WriteFile(filepath.Join(v.root, name), []byte(text), mode); err != nil {
+		v.t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(v.root, name), mode); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// gsutil is Google's image's part: `gsutil cp gs://BUCKET/OBJECT FILE`, with the VM's token.
+const gsutil = `#!/bin/sh
+set -eu
+[ "$1" = cp ]
+token=$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/service-accounts/default/token | sed 's/.*"access_token": *"\([^"]*\)".*/\1/')
+dest=$3
+[ ! -d "$dest" ] || dest=$dest/$(basename "$2")
+curl -sSf --cacert /usr/local/share/ca-certificates/test.crt -H "Authorization: Bearer $token" -o "$dest" "https://storage.googleapis.com/${2#gs://}"
+`
+
+// recipe is the script step of gcloud's software recipe, with what the OS Config agent does around it: a temporary folder that is deleted
+// afterwards, and waiting for stdout to close.
+const recipe = `#!/bin/bash
+set -e
+cd "$(mktemp -d)"
+SERVICE_PROXY_AGENT_DIRECTORY=$(mktemp -d)
+export SERVICE_PROXY_AGENT_DIRECTORY
+trap 'rm -rf "$SERVICE_PROXY_AGENT_DIRECTORY" "$PWD"' EXIT
+gsutil cp gs://` + bucket + "/" + archive + ` "${SERVICE_PROXY_AGENT_DIRECTORY}"
+tar -xzf "${SERVICE_PROXY_AGENT_DIRECTORY}"/` + archive + ` -C "${SERVICE_PROXY_AGENT_DIRECTORY}"
+"${SERVICE_PROXY_AGENT_DIRECTORY}"/service-proxy-agent/service-proxy-agent-bootstrap.sh
+`
+
+// application is the VM's own service, written as the documents advise: it starts when the mesh is ready.
+const application = `[Unit]
+Description=The application
+After=service-proxy-ready.target
+[Service]
+ExecStart=/usr/bin/nc -lk -p 8081
+ExecStop=/bin/sh -c 'echo application stopped > /dev/ttyS0'
+Restart=always
+[Install]
+WantedBy=service-proxy-ready.target
+`
+
+func (v *VM) files() {
+	v.write("usr/bin/gsutil", gsutil, 0o755)
+	v.write("usr/bin/osconfig-recipe", recipe, 0o755)
+	v.write("etc/systemd/system/application.service", application, 0o644)
+	v.write("etc/hosts", fmt.Sprintf(`127.0.0.1 localhost
+169.254.169.254 metadata.google.internal metadata.google.internal. metadata
+%s trafficdirector.googleapis.com
+%s storage.googleapis.com logging.googleapis.com
+`, controlPlaneAddr, storageAddr), 0o644)
+	v.write("etc/hostname", "vm-1\n", 0o644)
+}
+
+// openSerial makes the pty that stands for /dev/ttyS0 and copies it to the test and to the platform.
+func (v *VM) openSerial() {
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	v.pts = fmt.Sprintf("/dev/pts/%d", n)
+	// Like ttyS0 on a real image: group tty may write. Kept open, so that the master does not see a hang-up between writers.
+	slave, err := os.OpenFile(v.pts, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	if err := errors.Join(os.Chown(v.pts, 0, 5), os.Chmod(v.pts, 0o660)); err != nil {
+		v.t.Fatal(err)
+	}
+	v.t.Cleanup(func() { slave.Close(); master.Close() })
+	go func() {
+		buf := make([]byte, 4096)
+		for {
+			n, err := master.Read(buf)
+			if err != nil {
+				return
+			}
+			v.mu.Lock()
+			v.serial.Write(buf[:n])
+			v.mu.Unlock()
+			_, _ = v.platform.Write(buf[:n])
+		}
+	}()
+}
+
+// Serial is what came over the serial port.
+func (v *VM) Serial() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return strings.ReplaceAll(v.serial.String(), "\r\n", "\n")
+}
+
+// boot starts the box and waits until systemd answers.
+func (v *VM) boot() {
+	t := v.t
+	t.Helper()
+	name := fmt.Sprintf("spa-box-%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
+	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no", "--keep-unit", "--machine="+name,
+		"--network-namespace-path=/run/netns/"+v.lab.VM.Name, "--bind="+v.pts+":/dev/ttyS0", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
+		"--console=pipe",
+		"--capability=CAP_NET_ADMIN") // nspawn gives it by itself only with a namespace of its own making
+	v.nspawn.Stdout, v.nspawn.Stderr = v.log, v.log
+	v.nspawn.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := lab.Start(v.nspawn); err != nil {
+		t.Fatal(err)
+	}
+	v.exited = make(chan struct{})
+	go func(cmd *exec.Cmd, exited chan struct{}) {
+		_ = cmd.Wait() // however it ends
+		close(exited)
+	}(v.nspawn, v.exited)
+	v.eventually(30*time.Second, "the box has a pid 1", func() error {
+		pid, err := leaderOf(v.nspawn.Process.Pid)
+		v.leader = pid
+		return err
+	})
+	v.eventually(60*time.Second, "systemd is up", func() error {
+		out, _ := v.try("systemctl", "is-system-running")
+		if state := strings.TrimSpace(out); state != "running" && state != "degraded" && state != "starting" {
+			return fmt.Errorf("systemd is %q", state)
+		}
+		return nil
+	})
+}
+
+// leaderOf finds the box's pid 1: nspawn's child (of its outer child, which has gone) that is pid 1 in its own namespace.
+func leaderOf(pid int) (int, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return 0, err
+	}
+	for _, field := range strings.Fields(string(text)) {
+		child, err := strconv.Atoi(field)
+		if err != nil {
+			return 0, err
+		}
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(status)) {
+			if ids, ok := strings.CutPrefix(line, "NSpid:"); ok {
+				if f := strings.Fields(ids); len(f) > 1 && f[len(f)-1] == "1" {
+					return child, nil
+				}
+			}
+		}
+	}
+	return 0, errors.New("no pid 1 yet")
+}
+
+// power takes the power away: SIGKILL of everything at once.
+func (v *VM) power() {
+	if v.nspawn == nil {
+		return
+	}
+	_ = syscall.Kill(v.leader, syscall.SIGKILL) // gone already where it has ended by itself
+	_ = v.nspawn.Process.Kill()
+	<-v.exited
+	v.nspawn = nil
+	v.eventually(10*time.Second, "the box is gone", func() error {
+		if err := syscall.Kill(v.leader, 0); !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("pid %d: %v", v.leader, err)
+		}
+		return nil
+	})
+	// The kernel's rules live in the network namespace, which outlives the box but not a real VM.
+	for _, family := range []string{"iptables-nft", "ip6tables-nft"} {
+		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-F")
+		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-X")
+	}
+}
+
+// shutdown asks systemd to power off and waits for it.
+func (v *VM) shutdown() {
+	v.t.Helper()
+	_, _ = v.try("systemctl", "poweroff", "--no-block")
+	select {
+	case <-v.exited:
+	case <-time.After(90 * time.Second):
+		v.t.Fatal("the box does not shut down")
+	}
+	v.nspawn = nil
+}
+
+// try runs a command in the box; run is try that must succeed.
+func (v *VM) try(name string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(v.leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--", name}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C", "HOME=/root"}
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (v *VM) run(name string, args ...string) string {
+	v.t.Helper()
+	out, err := v.try(name, args...)
+	if err != nil {
+		v.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// eventually fails the test when check does not hold within limit.
+func (v *VM) eventually(limit time.Duration, what string, check func() error) {
+	v.t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			v.t.Fatalf("not within %v: %s: %v", limit, what, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// guest is a guest attribute as the world outside reads it.
+func (v *VM) guest(key string) string { return v.platform.GuestAttributes(guestattr.Namespace)[key] }
+
+// waitStatus waits until bootstrap-status, seen from outside, is want.
+func (v *VM) waitStatus(limit time.Duration, want string) {
+	v.t.Helper()
+	v.eventually(limit, "bootstrap-status "+want, func() error {
+		if have := v.guest(guestattr.BootstrapStatus); have != want {
+			return fmt.Errorf("it is %q, last failure %q", have, v.guest(guestattr.BootstrapLastFailure))
+		}
+		return nil
+	})
+}
+
+// state is bootstrap's own state file.
+func (v *VM) state() bootstrap.State {
+	v.t.Helper()
+	state, err := bootstrap.ReadState(filepath.Join(v.root, bootstrap.StateDir))
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return state
+}
+
+// checkVIP says whether the service's address answers through Envoy, from inside.
+func (v *VM) checkVIP() error {
+	out, err := v.try("curl", "-s", "-m", "3", "-D", "-", "-o", "/dev/null", "http://"+vip.String()+"/")
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	if !strings.Contains(strings.ToLower(out), controlplane.ServedByHeader+": web") {
+		return fmt.Errorf("the answer did not come through Envoy:\n%s", out)
+	}
+	return nil
+}
+
+// report prints, after a failure, what a person would look at.
+func (v *VM) report() {
+	if v.nspawn != nil {
+		for _, args := range [][]string{
+			{"systemctl", "--no-pager", "--failed"},
+			{"journalctl", "--no-pager", "-n", "120", "-u", "service-proxy-*"},
+			{"tail", "-n", "20", "/var/log/envoy/envoy.err.log"},
+			{"sh", "-c", "iptables-save -t nat; ls -la /usr/local/bin /var/lib/service-proxy-agent /run/service-proxy-agent /var/log/envoy"},
+		} {
+			out, _ := v.try(args[0], args[1:]...)
+			v.t.Logf("%s:\n%s", strings.Join(args, " "), out)
+		}
+	}
+	v.t.Logf("guest attributes: %q", v.platform.GuestAttributes(guestattr.Namespace))
+	v.t.Logf("serial port:\n%s", v.Serial())
+	if console, err := os.ReadFile(v.log.Name()); err == nil {
+		v.t.Logf("console:\n%.3000s", console)
+	}
+}
+
+var built struct {
+	sync.Mutex
+	archives map[string][]byte
+}
+
+// packageRelease is deploy/package.sh's archive of that version; ENVOY as its environment has it ("none", or "" for the tests').
+func packageRelease(t *testing.T, version, envoy string) []byte {
+	t.Helper()
+	built.Lock()
+	defer built.Unlock()
+	key := version + " " + envoy
+	if built.archives[key] == nil {
+		out := filepath.Join(t.TempDir(), "a.tgz")
+		cmd := exec.Command(filepath.Join(moduleRoot(t), "deploy", "package.sh"))
+		cmd.Env = append(os.Environ(), "VERSION="+version, "ENVOY="+envoy, "OUT="+out)
+		if said, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("package: %v\n%s", err, said)
+		}
+		text, err := os.ReadFile(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if built.archives == nil {
+			built.archives = map[string][]byte{}
+		}
+		built.archives[key] = text
+	}
+	return built.archives[key]
+}
+
+func release(t *testing.T) []byte { return packageRelease(t, "1.0.0", envoyBinary(t)) }
+
+func envoyBinary(t *testing.T) string {
+	t.Helper()
+	envoy, err := lab.FindEnvoy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return envoy
+}
+
+// entry is one file of a made-up Envoy archive.
+type entry struct {
+	header  tar.Header
+	content []byte
+}
+
+// tgz packs an archive.
+func tgz(t *testing.T, entries ...entry) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	gz, err := gzip.NewWriterLevel(&out, gzip.BestSpeed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := tar.NewWriter(gz)
+	for _, e := range entries {
+		e.header.Size = int64(len(e.content))
+		if err := w.WriteHeader(&e.header); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(e.content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Close(), gz.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+var goodEnvoy struct {
+	sync.Once
+	archive []byte
+}
+
+// envoyArchive is a good Envoy archive, as primary-source names one.
+func envoyArchive(t *testing.T) []byte {
+	t.Helper()
+	goodEnvoy.Do(func() {
+		content, err := os.ReadFile(envoyBinary(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		goodEnvoy.archive = tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
+	})
+	return goodEnvoy.archive
+}
+
+// attributeWith is an attribute with these keys of proxy-spec.
+func attributeWith(t *testing.T, spec map[string]any) string {
+	t.Helper()
+	if spec["network"] == nil {
+		spec["network"] = ""
+	}
+	text, err := json.Marshal(map[string]any{"api-version": "0.2", "service": map[string]any{"serving-ports": []uint16{servingPort}}, "proxy-spec": spec})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
