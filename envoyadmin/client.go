@@ -123,7 +123,7 @@ func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxB
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if err := c.request(limited, path, maxBytes, read); err != nil {
-		return fmt.Errorf("get %q: %w", path, classify(ctx, err))
+		return fmt.Errorf("get %q: %w", path, classify(ctx, limited, err))
 	}
 	return nil
 }

@@ -421,14 +421,8 @@ func (r *reader) nameOf(s *string) error {
 
 // keep takes a listener over if anything of it is of use, and says what is not.
 func (d *dump) keep(l Listener, reasons []string) {
-	for i, reason := range reasons {
-		if i == maxReasons {
-			reason = fmt.Sprintf("and %d more", len(reasons)-maxReasons)
-		}
+	for _, reason := range reasons {
 		d.skipped = append(d.skipped, Skipped{Listener: l.Name, Reason: reason})
-		if i == maxReasons {
-			break
-		}
 	}
 	if len(l.Addresses) > 0 {
 		d.listeners = append(d.listeners, l)

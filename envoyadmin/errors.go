@@ -54,8 +54,9 @@ func (e *BadAddressError) Error() string {
 	return fmt.Sprintf("admin address %q: %s", e.Addr, e.Reason)
 }
 
-// classify puts a kind to what net/http, the socket or the JSON reader said. ctx is the caller's: when it has ended, that is the reason.
-func classify(ctx context.Context, err error) error {
+// classify puts a kind to what net/http, the socket or the JSON reader said. ctx is the caller's: when it was cancelled, that is the reason.
+// limited has our time limit too: when it ends, net/http closes the connection, and reading says just that.
+func classify(ctx, limited context.Context, err error) error {
 	if cause := ctx.Err(); errors.Is(cause, context.Canceled) {
 		return cause
 	}
@@ -67,14 +68,14 @@ func classify(ctx context.Context, err error) error {
 	var syntax *jsontext.SyntacticError
 	kind := ErrConnection
 	switch {
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+	case errors.As(err, &syntax) && !errors.Is(err, io.ErrUnexpectedEOF):
+		kind = ErrNotJSON
+	case errors.Is(limited.Err(), context.DeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, os.ErrDeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		kind = ErrTimeout
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
 		kind = ErrRefused
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
 		kind = ErrTruncated
-	case errors.As(err, &syntax):
-		kind = ErrNotJSON
 	}
 	return fmt.Errorf("%w: %w", kind, err)
 }

@@ -217,7 +217,7 @@ func TestOneBrokenListener(t *testing.T) {
 	many := bytes.Repeat([]byte(`5,`), 1000)
 	d := &dump{whole: true}
 	r := newReader(strings.NewReader(`{"configs":[` + fmt.Sprintf(bad, `"filter_chains":[`+string(many)+`6]`) + `]}`))
-	if err := r.document(func() error { return r.configs(d.dynamicListener) }); err != nil || len(d.skipped) != maxReasons+1 || d.skipped[maxReasons].Reason != "and 991 more" {
+	if err := r.document(func() error { return r.configs(d.dynamicListener) }); err != nil || len(d.skipped) != maxReasons+1 || d.skipped[maxReasons].Reason != "and 992 more" {
 		t.Errorf("%v, %d reasons: %v", err, len(d.skipped), d.skipped)
 	}
 }

@@ -87,7 +87,19 @@ func (r *reader) listener() (l Listener, reasons []string, err error) {
 	head := []byte{'{'} // the small fields, for protojson
 	var matcher []byte
 	var internal, api, tlsInspector bool
-	note := func(format string, args ...any) { reasons = append(reasons, fmt.Sprintf(format, args...)) }
+	more := 0
+	note := func(format string, args ...any) {
+		if len(reasons) < maxReasons {
+			reasons = append(reasons, fmt.Sprintf(format, args...))
+		} else {
+			more++
+		}
+	}
+	defer func() {
+		if more > 0 {
+			reasons = append(reasons, fmt.Sprintf("and %d more", more))
+		}
+	}()
 	add := func(name string) error {
 		value, err := r.raw(maxValue)
 		if err != nil {
