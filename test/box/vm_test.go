@@ -169,6 +169,15 @@ func (v *VM) servers() {
 		return ln
 	}
 	v.platform.Serve(listen(lab.MetadataAddr.String()+":80"), nil)
+	dns, err := v.lab.Service.ListenPacket("udp", lab.MetadataAddr.String()+":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dns.Close() })
+	go serveDNS(dns, map[string]string{
+		"metadata.google.internal": lab.MetadataAddr.String(), "trafficdirector.googleapis.com": controlPlaneAddr,
+		"storage.googleapis.com": storageAddr, "logging.googleapis.com": storageAddr,
+	})
 	cert, err := ca.Certificate("storage.googleapis.com", "logging.googleapis.com")
 	if err != nil {
 		t.Fatal(err)
@@ -261,11 +270,8 @@ func (v *VM) files() {
 	v.write("usr/bin/gsutil", gsutil, 0o755)
 	v.write("usr/bin/osconfig-recipe", recipe, 0o755)
 	v.write("etc/systemd/system/application.service", application, 0o644)
-	v.write("etc/hosts", fmt.Sprintf(`127.0.0.1 localhost
-169.254.169.254 metadata.google.internal metadata.google.internal. metadata
-%s trafficdirector.googleapis.com
-%s storage.googleapis.com logging.googleapis.com
-`, controlPlaneAddr, storageAddr), 0o644)
+	v.write("etc/hosts", "127.0.0.1 localhost\n169.254.169.254 metadata.google.internal metadata.google.internal. metadata\n", 0o644)
+	v.write("etc/resolv.conf", "nameserver 169.254.169.254\n", 0o644)
 	v.write("etc/hostname", "vm-1\n", 0o644)
 }
 
