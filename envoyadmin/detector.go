@@ -11,7 +11,7 @@ const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
 	lookShare   = 200              // such looks take one part in 200 of the time: half a percent, the other half is for questions about health
-	dumpShare   = 12               // after a full dump that took 1, at least 12 until the next: with the look before it under 10 %
+	dumpShare   = 11               // after a full dump that took 1, at least 11 until the next: with the look before it under 10 %
 	dumpFloor   = 200 * time.Millisecond
 
 	soon      = 50 * time.Millisecond // after a look, the first of those that a hint or a warming listener asks for

@@ -15,12 +15,9 @@ import (
 	"fmt"
 	"io"
 	"math/big"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -87,6 +84,16 @@ CLUSTERS
 // start runs an Envoy with these listeners, and waits until it is live.
 func start(t testing.TB, version, listeners string, replace ...string) *envoy {
 	t.Helper()
+	e := prepare(t, version)
+	e.listeners(listeners)
+	e.boot(replace...)
+	e.run()
+	return e
+}
+
+// prepare makes the files that do not depend on what is run.
+func prepare(t testing.TB, version string) *envoy {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("the lab makes network namespaces: run it as root")
 	}
@@ -98,17 +105,18 @@ func start(t testing.TB, version, listeners string, replace ...string) *envoy {
 	e := &envoy{t: t, version: version, dir: dir}
 	e.certificate()
 	e.write("rds.yaml", "resources: []\n")
-	e.listeners(listeners)
-	host := `{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}, health_status: %s}`
-	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2", fmt.Sprintf(host, 2, "UNHEALTHY"), "DIR", dir, "DYNAMIC", "", "CLUSTERS", "")
-	e.write("boot.yaml", strings.NewReplacer(replace...).Replace(bootstrapYAML))
-	e.client, err = New("unix://" + e.path("admin.sock"))
-	if err != nil {
+	if e.client, err = New("unix://" + e.path("admin.sock")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(e.client.Close)
-	e.run()
 	return e
+}
+
+// boot writes what Envoy is started with.
+func (e *envoy) boot(replace ...string) {
+	host := `{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}, health_status: %s}`
+	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2", fmt.Sprintf(host, 2, "UNHEALTHY"), "DIR", e.dir, "DYNAMIC", "", "CLUSTERS", "")
+	e.write("boot.yaml", strings.NewReplacer(replace...).Replace(bootstrapYAML))
 }
 
 func (e *envoy) run() {
@@ -279,7 +287,3 @@ func (e *envoy) record(name string) {
 		e.t.Fatal(err)
 	}
 }
-
-var _ = runtime.NumCPU
-var _ = slices.Max[[]int]
-var _ http.Handler
