@@ -107,7 +107,6 @@ const (
 const (
 	ruleSettling = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment settling -j RETURN"
 	ruleRouted   = "-m addrtype ! --dst-type LOCAL -m comment --comment routed-through -j RETURN"
-	ruleLocal    = "-m addrtype --dst-type LOCAL -m comment --comment local-address -j RETURN"
 )
 
 type named struct{ cidr, comment string }
@@ -166,7 +165,6 @@ func (i Interception) Ruleset() Ruleset {
 				for _, n := range i.Family.never() {
 					b.add(chainServiceCIDRs, returnFor(n))
 				}
-				b.add(chainServiceCIDRs, ruleLocal)
 			}
 			b.add(chainServiceCIDRs, excludes...)
 		}
@@ -199,7 +197,11 @@ func (i Interception) Ruleset() Ruleset {
 			b.add(chainInbound, ruleSettling)
 		}
 		for _, name := range interfaces {
-			b.add(chainInbound, "-i "+name+" -j "+chainServiceCIDRs)
+			match := "-i " + name
+			if i.All { // what containers ask of this machine itself is inbound
+				match += " -m addrtype ! --dst-type LOCAL"
+			}
+			b.add(chainInbound, match+" -j "+chainServiceCIDRs)
 		}
 	}
 	if inbound {
