@@ -144,15 +144,16 @@ func Run(ctx context.Context, opts Options) error {
 	}
 }
 
-// backoff is the pause after a failed attempt. What may pass is tried after 2, 4, 8… s, at most each minute; what someone
-// must mend every five minutes, since a change of the attribute wakes us anyway.
+// backoff is the pause after a failed attempt: 2, 4, 8… s, at most a minute for what may pass, and five for what someone must mend (each
+// attempt may download an archive). A change of the attribute wakes us anyway.
 func backoff(attempt int, permanent bool) time.Duration {
-	wait := time.Minute
-	if attempt < 6 {
-		wait = time.Second << attempt
-	}
+	most := time.Minute
 	if permanent {
-		wait = max(wait, 5*time.Minute)
+		most = 5 * time.Minute
+	}
+	wait := most
+	if attempt < 9 {
+		wait = min(most, time.Second<<attempt)
 	}
 	return wait + rand.N(wait/10) // a fleet that was started at once does not come back at once
 }
@@ -286,11 +287,9 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 	}
 	b.state.Status, b.state.Step, b.state.Failure, b.state.FailureTime = Failed, f.Step, text, now
 	b.state.Permanent, b.state.Retry = f.Permanent, now.Add(wait)
-	b.state.Next = fmt.Sprintf("it is tried again every %v", wait.Round(time.Second))
+	b.state.Next = "it is tried again by itself, at least each minute"
 	if f.Permanent {
-		b.state.Next = "it is tried again when the attribute changes, and every 5 minutes"
-	} else if wait < time.Minute {
-		b.state.Next = "it is tried again within a minute"
+		b.state.Next = "it is tried again when the attribute changes, and at least every 5 minutes"
 	}
 	b.save()
 	b.Log.Error("bootstrap failed", zap.String("step", f.Step), zap.Error(f), zap.Duration("retry", wait))
@@ -298,7 +297,7 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 
 func (b *bootstrapper) finish() {
 	b.state.Status, b.state.Step, b.state.Next, b.state.Retry, b.state.Permanent = Finished, "", "", time.Time{}, false
-	b.say("INFO", "bootstrap finished: Envoy "+b.state.EnvoyVersion+" runs")
+	b.say("INFO", "finished: Envoy "+b.state.EnvoyVersion+" runs")
 	b.save()
 }
 

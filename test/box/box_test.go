@@ -3,13 +3,25 @@
 package box
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 )
 
 // install runs gcloud's recipe as OS Config does, and says how long it took.
@@ -23,35 +35,453 @@ func (v *VM) install() time.Duration {
 	return time.Since(start)
 }
 
-// TestFirstBoot is the whole way: boot, gcloud's recipe, IN PROGRESS, FINISHED, a service from inside, a serving port from outside.
+// ready boots a VM, installs, and waits until a service answers.
+func ready(t *testing.T, opts options) *VM {
+	t.Helper()
+	v := newVM(t, opts)
+	v.boot()
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	return v
+}
+
+// waitFinished waits for bootstrap itself, not for the guest attribute, which comes within its rate budget.
+func (v *VM) waitFinished(limit time.Duration) {
+	v.t.Helper()
+	v.eventually(limit, "bootstrap has finished", func() error {
+		if state := v.state(); state.Status != bootstrap.Finished {
+			return fmt.Errorf("it is %q at %q; last failure %q", state.Status, state.Step, state.Failure)
+		}
+		return nil
+	})
+}
+
+// checkInbound says whether the serving port answers through Envoy, from outside.
+func (v *VM) checkInbound() error {
+	resp, err := v.lab.Client.HTTP().Get("http://" + netip.AddrPortFrom(lab.VMAddr, servingPort).String() + "/")
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if have, want := resp.Header.Get(controlplane.ServedByHeader), fmt.Sprintf("inbound-%d", servingPort); !strings.HasPrefix(have, want) {
+		return fmt.Errorf("%s is %q, want %q…", controlplane.ServedByHeader, have, want)
+	}
+	return nil
+}
+
+func (v *VM) envoyPID() string {
+	return strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-envoy.service"))
+}
+
+// TestFirstBoot is the whole way: boot, gcloud's recipe, IN PROGRESS, FINISHED, the node as the control plane sees it, a service from inside, a
+// serving port from outside, an application that waited, the serial port.
 func TestFirstBoot(t *testing.T) {
-	v := newVM(t, options{})
+	for _, release := range releases() {
+		t.Run(release, func(t *testing.T) {
+			v := newVM(t, options{release: release})
+			v.boot()
+			v.run("systemctl", "enable", "application.service")
+			if have := v.guest(guestattr.BootstrapStatus); have != "" {
+				t.Errorf("before: bootstrap-status %q", have)
+			}
+			if _, err := v.lab.Echo(v.lab.VM, servingPort, lab.EchoOptions{Name: "application"}); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			took := v.install()
+			if took > 20*time.Second {
+				t.Errorf("the recipe took %v: it must not wait for bootstrap", took)
+			}
+			seen := false
+			v.eventually(90*time.Second, "bootstrap-status FINISHED", func() error {
+				switch status := v.guest(guestattr.BootstrapStatus); status {
+				case bootstrap.InProgress:
+					seen = true
+					return fmt.Errorf("still %q", status)
+				case bootstrap.Finished:
+					return nil
+				default:
+					return fmt.Errorf("it is %q: %s", status, v.guest(guestattr.BootstrapLastFailure))
+				}
+			})
+			finished := time.Since(start)
+			if !seen {
+				t.Error("IN PROGRESS was never seen from outside")
+			}
+			v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+			t.Logf("the recipe took %.1f s; FINISHED after %.1f s; the service answered after %.1f s", took.Seconds(), finished.Seconds(), time.Since(start).Seconds())
+			v.eventually(30*time.Second, "the serving port answers through Envoy", v.checkInbound)
+			v.eventually(60*time.Second, "proxy-version", func() error {
+				if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "1.40.0") {
+					return fmt.Errorf("it is %q", have)
+				}
+				return nil
+			})
+			v.eventually(30*time.Second, "the application that waits for the target runs", func() error {
+				out, err := v.try("systemctl", "is-active", "service-proxy-ready.target", "application.service")
+				if err != nil {
+					return fmt.Errorf("%w: %q", err, out)
+				}
+				return nil
+			})
+
+			nodes := v.xds.Nodes()
+			if len(nodes) == 0 {
+				t.Fatal("no node asked the control plane")
+			}
+			node := nodes[0]
+			if want := "projects/123456789012/networks/default/nodes/vm-1.us-central1-a.10.128.0.2"; node.ID != want {
+				t.Errorf("node id %q, want %q", node.ID, want)
+			}
+			if node.Authorization != "Bearer "+v.platform.Token() {
+				t.Errorf("authorization %q: not the VM's own token", node.Authorization)
+			}
+			if diff := cmp.Diff(nodeMetadata(map[string]any{"app": "review", "TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "8080",
+				"TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}), node.Metadata); diff != "" {
+				t.Errorf("node metadata (-want +have):\n%s", diff)
+			}
+			serial := v.Serial()
+			for _, line := range []string{bootstrap.StepInstall, bootstrap.StepPackages, bootstrap.StepEnvoy, bootstrap.StepStart, "finished: Envoy 1.40.0"} {
+				if !strings.Contains(serial, line) {
+					t.Errorf("the serial port does not tell %q:\n%s", line, serial)
+				}
+			}
+			for _, unit := range []string{"service-proxy-agent", "service-proxy-envoy", "service-proxy-bootstrap", "service-proxy-interception", "service-proxy-ready", "service-proxy-rotate"} {
+				if out, err := v.try("systemd-analyze", "security", "--no-pager", unit+".service"); err == nil {
+					lines := strings.Split(strings.TrimSpace(out), "\n")
+					t.Log(lines[len(lines)-1])
+				} else {
+					t.Errorf("systemd-analyze security %s: %v: %s", unit, err, out)
+				}
+			}
+			if out := v.run("systemctl", "list-units", "--no-legend", "--failed", "service-proxy-*"); out != "" {
+				t.Errorf("failed units:\n%s", out)
+			}
+		})
+	}
+}
+
+// releases are the Debians to boot: all with SOAK=1.
+func releases() []string {
+	if os.Getenv("SOAK") != "" {
+		return []string{"bookworm", "bullseye", "trixie"}
+	}
+	return []string{"bookworm"}
+}
+
+// nodeMetadata is what every node of the box says, and more.
+func nodeMetadata(more map[string]any) map[string]any {
+	meta := map[string]any{
+		"INSTANCE_IP": "10.128.0.2", "TRAFFICDIRECTOR_CLIENT_TYPE": "gce-managed-envoy", "TRAFFICDIRECTOR_INTERCEPTION_PORT": "15001",
+		"TRAFFICDIRECTOR_NETWORK_NAME": "default", "TRAFFICDIRECTOR_GCP_PROJECT_NUMBER": "123456789012", "TRAFFICDIRECTOR_ENABLE_TRACING": "false",
+	}
+	maps.Copy(meta, more)
+	return meta
+}
+
+// TestLiveAttribute changes the attribute of a running VM: what Envoy need not know takes effect without its restart, what it must know by a restart that
+// drains, within 2 s for new connections; a malformed one changes nothing. The captures of real gcloud go through it one after the other.
+func TestLiveAttribute(t *testing.T) {
+	v := ready(t, options{})
+	pid := v.envoyPID()
+	agent := strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
+
+	v.platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"},
+		"proxy-spec": {"network": ""}, "traffic-interception": {"exclude-outbound-ip-ranges": ["198.51.100.0/24"]}}`, servingPort))
+	start := time.Now()
+	v.eventually(15*time.Second, "the exclude is in the rules", func() error {
+		if rules := v.run("iptables-save", "-t", "nat"); !strings.Contains(rules, "-d 198.51.100.0/24 -j RETURN") {
+			return fmt.Errorf("the rules are\n%s", rules)
+		}
+		return nil
+	})
+	t.Logf("an exclude took effect in %.1f s", time.Since(start).Seconds())
+	v.platform.SetAttribute("gce-service-proxy", `{"labels": {"app": 5}}`)
+	time.Sleep(5 * time.Second)
+	if rules := v.run("iptables-save", "-t", "nat"); !strings.Contains(rules, "-d 198.51.100.0/24 -j RETURN") {
+		t.Errorf("a malformed attribute changed the rules:\n%s", rules)
+	}
+	if have := v.envoyPID(); have != pid {
+		t.Errorf("Envoy was restarted: pid %s, then %s", pid, have)
+	}
+
+	load := v.startLoad(200)
+	time.Sleep(time.Second)
+	v.platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "other"}, "proxy-spec": {"network": ""}}`, servingPort))
+	v.waitNode(30*time.Second, func(n controlplane.Node) string { return cmp.Diff("other", n.Metadata["app"]) })
+	time.Sleep(3 * time.Second)
+	total, failed, gap := load.stop()
+	t.Logf("a changed label restarted Envoy: of %d new connections %d failed, the longest time without one was %v", total, failed, gap)
+	if gap > 2*time.Second {
+		t.Errorf("the gap for new connections was %v, want at most 2 s", gap)
+	}
+	if have := strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service")); have != agent {
+		t.Errorf("the agent was restarted: pid %s, then %s", agent, have)
+	}
+
+	files, err := filepath.Glob("../../internal/attribute/testdata/*.attr")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no captures", err)
+	}
+	ports := map[string]any{"TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "80,8080", "TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}
+	with := func(a, b map[string]any) map[string]any { c := maps.Clone(a); maps.Copy(c, b); return c }
+	labels := map[string]any{"app": "review", "version": "canary"}
+	want := map[string]map[string]any{
+		"agent-location": nodeMetadata(ports), "docs-example": nodeMetadata(labels), "intercept-all-excludes": nodeMetadata(ports),
+		"intercept-all-exclude-reversed-ports": nodeMetadata(nil),
+		"intercept-dns":                        nodeMetadata(map[string]any{"TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "80", "TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}),
+		"labels-odd":                           nodeMetadata(map[string]any{"app": `a,b "q" \ x`, "unicode": "é中", "empty": ""}),
+		"everything": nodeMetadata(with(with(ports, labels), map[string]any{"TRAFFICDIRECTOR_ENABLE_TRACING": "true",
+			"TRAFFICDIRECTOR_ACCESS_LOG_PATH": "/var/log/envoy/access.log"})),
+	}
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".attr")
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "asm-managed" {
+			continue // refused: TestFailures
+		}
+		id := "projects/123456789012/networks/default/nodes/vm-1.us-central1-a.10.128.0.2"
+		if name == "everything" {
+			// Its primary-source is another than what Envoy came from: it is installed anew from there.
+			v.platform.PutObject("my-bucket", "envoy.tgz", envoyArchive(t))
+			id = "projects/123456789012/networks/mesh:sidecar-mesh/nodes/vm-1.us-central1-a.10.128.0.2"
+		}
+		v.platform.SetAttribute("gce-service-proxy", string(text))
+		v.waitNode(60*time.Second, func(n controlplane.Node) string { return cmp.Diff(want[name], n.Metadata) + cmp.Diff(id, n.ID) })
+	}
+}
+
+// waitNode waits until the newest stream's node is as diff wants it ("": it is).
+func (v *VM) waitNode(limit time.Duration, diff func(controlplane.Node) string) {
+	v.t.Helper()
+	v.eventually(limit, "the node at the control plane", func() error {
+		nodes := v.xds.Nodes()
+		if len(nodes) == 0 {
+			return fmt.Errorf("none")
+		}
+		if d := diff(nodes[len(nodes)-1]); d != "" {
+			return fmt.Errorf("(-want +have)\n%s", d)
+		}
+		return nil
+	})
+}
+
+// load is new connections to the service at a steady rate, as an ordinary user of the VM.
+type load struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu            sync.Mutex
+	total, failed int
+	last          time.Time // of the last success
+	gap           time.Duration
+	firstError    string
+}
+
+func (v *VM) startLoad(perSecond int) *load {
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &load{cancel: cancel, done: make(chan struct{}), last: time.Now()}
+	client := v.lab.VM.HTTPAs(12345)
+	client.Timeout = 5 * time.Second
+	go func() {
+		defer close(l.done)
+		var all sync.WaitGroup
+		tick := time.NewTicker(time.Second / time.Duration(perSecond))
+		defer tick.Stop()
+		for ctx.Err() == nil {
+			<-tick.C
+			all.Add(1)
+			go func() {
+				defer all.Done()
+				err := get(client)
+				l.mu.Lock()
+				defer l.mu.Unlock()
+				l.total++
+				if err != nil {
+					l.failed++
+					if l.firstError == "" {
+						l.firstError = err.Error()
+					}
+					return
+				}
+				l.gap = max(l.gap, time.Since(l.last))
+				l.last = time.Now()
+			}()
+		}
+		all.Wait()
+	}()
+	return l
+}
+
+func get(client *http.Client) error {
+	resp, err := client.Get("http://" + vip.String() + "/")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK || resp.Header.Get(controlplane.ServedByHeader) != "web" {
+		return fmt.Errorf("status %d, served by %q", resp.StatusCode, resp.Header.Get(controlplane.ServedByHeader))
+	}
+	return nil
+}
+
+// stop ends the load and says how many connections were made, how many failed or escaped, and the longest time between two successes.
+func (l *load) stop() (total, failed int, gap time.Duration) {
+	l.cancel()
+	<-l.done
+	return l.total, l.failed, l.gap
+}
+
+// TestUpgrade reinstalls, upgrades and rolls back under load, without a lost connection and with the same Envoy process; then reboots.
+func TestUpgrade(t *testing.T) {
+	v := ready(t, options{})
+	pid := v.envoyPID()
+	seconds := 3
+	if os.Getenv("SOAK") != "" {
+		seconds = 30
+	}
+	for _, step := range []struct {
+		name, version string
+		do            func()
+	}{
+		{"reinstall", "1.0.0", func() { v.install() }},
+		{"upgrade", "2.0.0", func() {
+			v.platform.PutObject(bucket, archive, packageRelease(t, "2.0.0", envoyBinary(t)))
+			v.install()
+		}},
+		{"rollback", "1.0.0", func() { t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback")) }},
+	} {
+		load := v.startLoad(200)
+		time.Sleep(time.Second)
+		step.do()
+		time.Sleep(time.Duration(seconds) * time.Second)
+		total, failed, gap := load.stop()
+		t.Logf("%s: %d connections, %d lost, longest gap %v", step.name, total, failed, gap)
+		if failed > 0 {
+			t.Errorf("%s: %d of %d connections were lost: %s", step.name, failed, total, load.firstError)
+		}
+		if have := v.envoyPID(); have != pid {
+			t.Errorf("%s: Envoy was restarted: pid %s, then %s", step.name, pid, have)
+		}
+		if out := v.run("service-proxy-agent", "version"); !strings.Contains(out, step.version) {
+			t.Errorf("%s: version %q, want %s", step.name, out, step.version)
+		}
+		v.waitFinished(60 * time.Second)
+	}
+	v.shutdown()
+	v.boot()
+	v.eventually(60*time.Second, "after a reboot: the service answers through Envoy", v.checkVIP)
+	v.waitFinished(60 * time.Second)
+	v.waitStatus(90*time.Second, bootstrap.Finished)
+}
+
+// TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED. OS Config, which records a recipe when it has
+// ended, runs it again where it was cut off itself.
+func TestPowerCut(t *testing.T) {
+	moments := []time.Duration{900 * time.Millisecond, 3200 * time.Millisecond}
+	if os.Getenv("SOAK") != "" {
+		moments = nil
+		for i := range 20 {
+			moments = append(moments, time.Duration(i)*350*time.Millisecond+time.Duration(time.Now().UnixNano()%350)*time.Millisecond)
+		}
+	}
+	for _, moment := range moments {
+		t.Run(moment.String(), func(t *testing.T) {
+			v := newVM(t, options{})
+			v.boot()
+			recorded := make(chan bool, 1)
+			go func() {
+				_, err := v.try("osconfig-recipe")
+				recorded <- err == nil
+			}()
+			time.Sleep(moment)
+			at := v.state()
+			v.power()
+			done := <-recorded
+			t.Logf("cut after %v: recipe recorded: %v, bootstrap %q at %q", moment, done, at.Status, at.Step)
+			v.boot()
+			if !done {
+				v.install()
+			}
+			v.waitFinished(120 * time.Second)
+			v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+			for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent", "usr/local/lib/service-proxy-agent"} {
+				left, err := filepath.Glob(filepath.Join(v.root, dir, ".*new*"))
+				if err != nil || len(left) > 0 {
+					t.Errorf("left behind: %v, %v", left, err)
+				}
+			}
+		})
+	}
+}
+
+// TestShutdown looks at the order: application, agent, rules, Envoy drained, Envoy.
+func TestShutdown(t *testing.T) {
+	v := newVM(t, options{prepare: func(root string) {
+		if err := os.MkdirAll(filepath.Join(root, "var/log/journal"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}})
 	v.boot()
 	v.run("systemctl", "enable", "application.service")
-	if have := v.guest(guestattr.BootstrapStatus); have != "" {
-		t.Errorf("before: bootstrap-status %q", have)
-	}
-	start := time.Now()
-	took := v.install()
-	t.Logf("the recipe took %v", took)
-	seen := false
-	v.eventually(90*time.Second, "bootstrap-status FINISHED", func() error {
-		switch status := v.guest(guestattr.BootstrapStatus); status {
-		case bootstrap.InProgress:
-			seen = true
-			return fmt.Errorf("still %q", status)
-		case bootstrap.Finished:
-			return nil
-		default:
-			return fmt.Errorf("it is %q: %s", status, v.guest(guestattr.BootstrapLastFailure))
-		}
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.eventually(30*time.Second, "the application runs", func() error {
+		_, err := v.try("systemctl", "is-active", "application.service")
+		return err
 	})
-	t.Logf("FINISHED %v after the recipe started", time.Since(start))
-	if !seen {
-		t.Error("IN PROGRESS was never seen from outside")
+	start := time.Now()
+	v.shutdown()
+	t.Logf("the shutdown took %.1f s", time.Since(start).Seconds())
+	journal, err := v.lab.Service.Run(context.Background(), "journalctl", "--no-pager", "-o", "cat", "-D", filepath.Join(v.root, "var/log/journal"))
+	if err != nil {
+		t.Fatal(err)
 	}
-	v.eventually(20*time.Second, "the service answers through Envoy", v.checkVIP)
-	for _, line := range strings.Split(v.Serial(), "\n") {
-		t.Log("serial: ", line)
+	at := 0
+	for _, line := range []string{"Stopped application.service", "Stopped service-proxy-agent.service", "Stopped service-proxy-interception.service", "Stopped service-proxy-envoy.service"} {
+		next := strings.LastIndex(journal, line)
+		if next < 0 || next < at {
+			t.Errorf("%q is not in its place in the journal", line)
+		}
+		at = max(at, next)
 	}
+	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
+		if rules, err := v.lab.VM.Run(context.Background(), program, "-t", "nat"); err != nil || strings.Contains(rules, "SERVICE_PROXY") {
+			t.Errorf("after the shutdown: %v\n%s", err, rules)
+		}
+	}
+}
+
+// TestRemove takes everything away again.
+func TestRemove(t *testing.T) {
+	v := ready(t, options{})
+	said := v.run("service-proxy-agent", "bootstrap", "--remove")
+	t.Log(said)
+	for _, name := range []string{"/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent", "/etc/service-proxy-agent", "/usr/local/lib/service-proxy-agent",
+		"/var/lib/service-proxy-agent", "/var/log/envoy", "/run/service-proxy-agent", "/usr/local/lib/systemd/system/service-proxy-agent.service"} {
+		if out, err := v.try("test", "-e", name); err == nil {
+			t.Errorf("left behind: %s %s", name, out)
+		}
+		if !strings.Contains(said, name) {
+			t.Errorf("it does not say that it removed %s", name)
+		}
+	}
+	if out := v.run("sh", "-c", "find / -xdev -name 'service-proxy*' -not -path '/proc/*' -not -path '/var/log/journal/*'; grep -E '^(envoy|service-proxy-agent):' /etc/passwd || true"); strings.TrimSpace(out) != "" {
+		t.Errorf("left behind:\n%s", out)
+	}
+	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules, "SERVICE_PROXY") {
+		t.Errorf("left behind:\n%s", rules)
+	}
+	// And it can be installed again.
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
