@@ -208,10 +208,13 @@ func (v *VM) servers() {
 }
 
 // push gives the control plane the mesh.
-func (v *VM) push() {
+func (v *VM) push() { v.pushWith("") }
+
+// pushWith is push with an access log.
+func (v *VM) pushWith(accessLog string) {
 	v.t.Helper()
 	_, err := v.xds.Set(controlplane.Config{
-		TLSInspector: true,
+		TLSInspector: true, AccessLog: accessLog,
 		Services: []controlplane.Service{{Name: "web", Prefixes: controlplane.VIPs(vip.Addr().String()), Port: vip.Port(), HTTP: true,
 			Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}}},
 		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: servingPort, HTTP: true}},

@@ -1,0 +1,303 @@
+//go:build box
+
+package box
+
+import (
+	"archive/tar"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
+)
+
+// fakeEnvoy is a program that says this version and, asked to validate a configuration, refuses it.
+func fakeEnvoy(t *testing.T, version string) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	source := fmt.Sprintf(`package main
+
+import (
+	"fmt"
+	"os"
+)
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == "--version" {
+		fmt.Println("envoy  version: 0123456789abcdef/%s/Clean/RELEASE/BoringSSL")
+		return
+	}
+	fmt.Fprintln(os.Stderr, "error initializing configuration: no such field: 'load_stats_config'")
+	os.Exit(1)
+}
+`, version)
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(source), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("go", "build", "-o", "envoy", "main.go")
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "envoy"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func envoyTgz(t *testing.T, content []byte) []byte {
+	return tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
+}
+
+// waitFailure waits until bootstrap has failed with a line that holds all the words, and checks the line's form and that nothing half-installed is there.
+func (v *VM) waitFailure(limit time.Duration, words ...string) {
+	v.t.Helper()
+	v.eventually(limit, fmt.Sprintf("a failure with %q", words), func() error {
+		state := v.state()
+		for _, word := range words {
+			if state.Status != bootstrap.Failed || !strings.Contains(state.FailureLine(), word) {
+				return fmt.Errorf("it is %q: %s", state.Status, state.FailureLine())
+			}
+		}
+		return nil
+	})
+	line := v.state().FailureLine()
+	if strings.Contains(line, "\n") || len(line) > 1024 || !strings.Contains(line, "it is tried again") {
+		v.t.Errorf("not one line of at most 1 KB that says what comes next: %q", line)
+	}
+	if strings.Contains(line, "SECRET") {
+		v.t.Errorf("a URL's query is shown: %q", line)
+	}
+	v.t.Logf("%s", line)
+	for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent", "usr/local/lib/service-proxy-agent"} {
+		if left, err := filepath.Glob(filepath.Join(v.root, dir, ".*new*")); err != nil || len(left) > 0 {
+			v.t.Errorf("half installed: %v, %v", left, err)
+		}
+	}
+}
+
+// forget takes Envoy and its configuration off the VM, so that the next case starts as the first did.
+func (v *VM) forget() {
+	v.t.Helper()
+	v.run("sh", "-c", `systemctl stop service-proxy-bootstrap.service service-proxy-envoy.service
+rm -rf /usr/local/bin/envoy /etc/service-proxy-agent/envoy.json /usr/local/lib/service-proxy-agent/previous /var/lib/service-proxy-agent/bootstrap.json /run/service-proxy-envoy-restart`)
+}
+
+func (v *VM) bootstrapAgain() {
+	v.t.Helper()
+	v.run("systemctl", "restart", "--no-block", "service-proxy-bootstrap.service")
+}
+
+// TestFailures breaks one thing after the other on a VM whose archive brings no Envoy: the right line each time, nothing half installed, and recovery by itself
+// when the cause has gone.
+func TestFailures(t *testing.T) {
+	v := newVM(t, options{archive: packageRelease(t, "1.0.0", "none")})
+	good := envoyArchive(t)
+	sum := sha256.Sum256(good)
+	v.platform.PutObject(bucket, "good.tgz", good)
+	v.platform.PutObject(bucket, "sub dir/good.tgz", good)
+	v.boot()
+	v.install()
+
+	// Nothing to be had: seen from outside.
+	v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "there is no Envoy", "primary-source")
+	v.waitStatus(60*time.Second, bootstrap.Failed)
+	v.eventually(60*time.Second, "bootstrap-last-failure", func() error {
+		if have := v.guest(guestattr.BootstrapLastFailure); !strings.Contains(have, "there is no Envoy") {
+			return fmt.Errorf("it is %q", have)
+		}
+		return nil
+	})
+	primary := func(source string) string { return attributeWith(t, map[string]any{"primary-source": source}) }
+	goodSource := primary("gs://" + bucket + "/good.tgz#sha256=" + hex.EncodeToString(sum[:]))
+	v.platform.SetAttribute("gce-service-proxy", goodSource)
+	v.waitFinished(60 * time.Second)
+
+	setObject := func(name string, content []byte) string {
+		v.platform.PutObject(bucket, name, content)
+		return primary("gs://" + bucket + "/" + name)
+	}
+	script := func(text string) func() { return func() { v.run("sh", "-c", text) } }
+	fault := func(f platform.Fault) (brk, mend func()) {
+		var remove func()
+		return func() { remove = v.platform.Inject(f) }, func() { remove() }
+	}
+	const attributePath = "/computeMetadata/v1/instance/attributes/gce-service-proxy"
+	metadata403, mend403 := fault(platform.Fault{Prefix: attributePath, Status: 403})
+	metadata503, mend503 := fault(platform.Fault{Prefix: attributePath, Status: 503})
+	metadataHang, mendHang := fault(platform.Fault{Prefix: attributePath, Hang: true})
+	metadataSlow, mendSlow := fault(platform.Fault{Prefix: "/computeMetadata/v1/instance/", Delay: 2 * time.Second})
+	old := fakeEnvoy(t, "1.20.3")
+	refusing := fakeEnvoy(t, "1.33.0")
+
+	for _, tt := range []struct {
+		name      string
+		attribute string   // "": the good one
+		brk       func()   // before bootstrap starts
+		want      []string // words of the failure; none: it is to finish in spite of it
+		mend      func()   // nil: by the good attribute
+	}{
+		{name: "primary dead, secondary fine", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "gs://" + bucket + "/sub dir/good.tgz"})},
+		{name: "both dead", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "https://storage.googleapis.com/" + bucket + "/none.tgz?sig=SECRET"}),
+			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 401"}},
+		{name: "truncated archive", attribute: setObject("truncated.tgz", good[:len(good)/2]), want: []string{bootstrap.StepEnvoy, "bad archive: it ends early"},
+			mend: func() { v.platform.PutObject(bucket, "truncated.tgz", good) }},
+		{name: "corrupt archive", attribute: setObject("corrupt.tgz", corrupt(good)), want: []string{bootstrap.StepEnvoy, "bad archive"}},
+		{name: "wrong checksum", attribute: primary("gs://" + bucket + "/good.tgz#sha256=" + strings.Repeat("0", 64)), want: []string{bootstrap.StepEnvoy, "wrong checksum"}},
+		{name: "checksum beside", attribute: func() string {
+			v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(strings.Repeat("a", 64)+"  beside.tgz\n"))
+			return setObject("beside.tgz", good)
+		}(), want: []string{bootstrap.StepEnvoy, "wrong checksum"},
+			mend: func() {
+				v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(hex.EncodeToString(sum[:])+"  beside.tgz\n"))
+			}},
+		{name: "archive that leaves its folder", attribute: setObject("dots.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/../../../etc/evil", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("x")})),
+			want: []string{bootstrap.StepEnvoy, "leaves its folder"}},
+		{name: "archive with an absolute link", attribute: setObject("link.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Linkname: "/bin/sh", Typeflag: tar.TypeSymlink}, nil})),
+			want: []string{bootstrap.StepEnvoy, "is a link"}},
+		{name: "setuid", attribute: setObject("setuid.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o4755, Typeflag: tar.TypeReg}, old})),
+			want: []string{bootstrap.StepEnvoy, "setuid"}},
+		{name: "too old in the archive", attribute: setObject("old.tgz", envoyTgz(t, old)), want: []string{bootstrap.StepEnvoy, "version 1.20.3 is too old"}},
+		{name: "too old on the image", attribute: attributeWith(t, map[string]any{}), brk: func() {
+			v.write("usr/local/bin/envoy", string(old), 0o755)
+		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: version 1.20.3 is too old, want 1.24.9"}},
+		{name: "refuses its configuration", attribute: setObject("refusing.tgz", envoyTgz(t, refusing)), want: []string{bootstrap.StepConfigure, "Envoy 1.33.0 refuses its configuration", "no such field"}},
+		{name: "disk full", brk: script("mkdir -p /usr/local/lib/service-proxy-agent; mount -t tmpfs -o size=4m tmpfs /usr/local/lib/service-proxy-agent"),
+			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"}, mend: script("umount -l /usr/local/lib/service-proxy-agent")},
+		{name: "read-only /usr/local", brk: script("mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"),
+			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"}, mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
+		{name: "no certificates and a broken repository", brk: script("rm /etc/ssl/certs/ca-certificates.crt; dpkg --purge --force-depends ca-certificates; mv /var/local/repo /var/local/repo.away"),
+			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "}, mend: script("mv /var/local/repo.away /var/local/repo")},
+		{name: "malformed JSON", attribute: `{"service": {`, want: []string{bootstrap.StepAttribute, "ends early"}},
+		{name: "wrong type", attribute: `{"service": {"serving-ports": ["80"]}}`, want: []string{bootstrap.StepAttribute, "service.serving-ports[0]", "want a whole number, have a string"}},
+		{name: "Anthos form", attribute: capture(t, "asm-managed"), want: []string{bootstrap.StepAttribute, "Anthos"}},
+		{name: "no attribute", brk: func() { v.platform.DeleteAttribute("gce-service-proxy") }, want: []string{bootstrap.StepAttribute, "no metadata attribute gce-service-proxy", "--service-proxy enabled"}},
+		{name: "metadata 403", brk: metadata403, want: []string{bootstrap.StepAttribute, "status 403"}, mend: mend403},
+		{name: "metadata 503", brk: metadata503, want: []string{bootstrap.StepAttribute, "status 503"}, mend: mend503},
+		{name: "metadata hangs", brk: metadataHang, want: []string{bootstrap.StepAttribute, "metadata server"}, mend: mendHang},
+		{name: "metadata slow", brk: metadataSlow, mend: mendSlow},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			outer := v.t
+			v.t = t
+			defer func() { v.t = outer }()
+			v.run("systemctl", "stop", "service-proxy-bootstrap.path") // the daemon shall not start it before all is broken
+			attribute := tt.attribute
+			if attribute == "" {
+				attribute = goodSource
+			}
+			v.platform.SetAttribute("gce-service-proxy", attribute)
+			v.forget()
+			if tt.brk != nil {
+				tt.brk()
+			}
+			v.bootstrapAgain()
+			start := time.Now()
+			if tt.want != nil {
+				v.waitFailure(45*time.Second, tt.want...)
+			}
+			failed := time.Since(start)
+			switch {
+			case tt.want == nil:
+			case tt.mend != nil:
+				tt.mend()
+			default:
+				v.platform.SetAttribute("gce-service-proxy", goodSource)
+			}
+			start = time.Now()
+			v.waitFinished(90 * time.Second)
+			t.Logf("said after %.1f s, recovered after %.1f s", failed.Seconds(), time.Since(start).Seconds())
+			if tt.want == nil && tt.mend != nil {
+				tt.mend()
+			}
+		})
+		if t.Failed() {
+			return // the next case would start from what this one left
+		}
+	}
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+}
+
+func corrupt(archive []byte) []byte {
+	bad := append([]byte(nil), archive...)
+	for i := len(bad) / 3; i < len(bad)/3+100; i++ {
+		bad[i] ^= 0xff
+	}
+	return bad
+}
+
+func capture(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("../../internal/attribute/testdata", name+".attr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// TestInstallOnReadOnlyDisk: the recipe runs once, even if it fails; what it could not install then is installed when that becomes possible.
+func TestInstallOnReadOnlyDisk(t *testing.T) {
+	v := newVM(t, options{})
+	v.boot()
+	v.run("sh", "-c", "mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local")
+	out, err := v.try("osconfig-recipe")
+	if err == nil {
+		t.Errorf("the recipe succeeded: %s", out)
+	}
+	t.Log(strings.TrimSpace(out))
+	v.waitStatus(30*time.Second, bootstrap.Failed)
+	have := v.guest(guestattr.BootstrapLastFailure)
+	if !strings.Contains(have, bootstrap.StepInstall) || !strings.Contains(have, "read-only file system") {
+		t.Errorf("bootstrap-last-failure %q", have)
+	}
+	v.run("sh", "-c", "mount -o remount,bind,rw /usr/local; umount -l /usr/local")
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+}
+
+// TestGuestAttributesDisabled: nothing but the channel is lost, and the serial port says so.
+func TestGuestAttributesDisabled(t *testing.T) {
+	v := newVM(t, options{})
+	v.platform.Update(func(vm *platform.VM) { vm.GuestAttributesDisabled = true })
+	v.boot()
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.eventually(60*time.Second, "the serial port names it", func() error {
+		if serial := v.Serial(); !strings.Contains(serial, "enable-guest-attributes") {
+			return fmt.Errorf("it says\n%s", serial)
+		}
+		return nil
+	})
+}
+
+// TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in.
+func TestAccessLogElsewhere(t *testing.T) {
+	const log = `/srv/my "100%" logs/access.log`
+	v := newVM(t, options{attribute: attributeWith(t, map[string]any{"access-log": log})})
+	v.pushWith(log)
+	v.boot()
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.eventually(30*time.Second, "a line in the access log", func() error { // Envoy writes it each 10 s
+		text, err := os.ReadFile(filepath.Join(v.root, log))
+		if err != nil || len(text) == 0 {
+			return fmt.Errorf("%d bytes, %v", len(text), err)
+		}
+		return nil
+	})
+	if rejected := v.xds.Rejections(); len(rejected) > 0 {
+		t.Errorf("Envoy refused %v", rejected)
+	}
+}
