@@ -50,8 +50,8 @@ func rotateLogs(folder string, limit int64) error {
 // rotate works by openat alone: Envoy's user, who is not trusted, can make files and links in the folder.
 func rotate(dir int, name string, limit int64) error {
 	fd, err := unix.Openat(dir, name, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOENT) {
-		return nil // a link, or gone again
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.ENXIO) {
+		return nil // a link, gone again, a folder, a socket
 	}
 	if err != nil {
 		return err

@@ -136,6 +136,9 @@ func getMetadata(ctx context.Context, path, etag string) (text []byte, newETag s
 		if errors.As(err, &urlErr) {
 			err = urlErr.Err // the address is said by MetadataError
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("no answer within %v", limit)
+		}
 		return nil, "", &MetadataError{Path: path, Err: err}
 	}
 	defer resp.Body.Close()
