@@ -28,7 +28,11 @@ func inNetns(t *testing.T) bool {
 	for name := range strings.SplitSeq(t.Name(), "/") {
 		pattern = append(pattern, "^"+name+"$")
 	}
-	args := []string{"-test.run=" + strings.Join(pattern, "/"), "-test.count=1", "-test.timeout=30m"}
+	limit := "2m"
+	if soak() {
+		limit = "2h"
+	}
+	args := []string{"-test.run=" + strings.Join(pattern, "/"), "-test.count=1", "-test.timeout=" + limit}
 	if testing.Verbose() {
 		args = append(args, "-test.v")
 	}

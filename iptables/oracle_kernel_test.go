@@ -79,7 +79,7 @@ const (
 )
 
 func newWorld(f Family) world {
-	w := world{family: f, ports: []uint16{22, 53, 80, 81, 443, 8080, 9000}, uids: []uint32{0, 101, 1000, proxyUID}}
+	w := world{family: f, ports: []uint16{22, 53, 80, 443, 8080}, uids: []uint32{0, 101, 1000, proxyUID}}
 	addresses := []string{"10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "10.50.0.1", "10.50.0.2", "8.8.8.8", "127.0.0.53", "169.254.169.254", "192.0.2.7"}
 	w.local = netip.MustParsePrefix("10.50.0.0/24")
 	if f == IPv6 {
@@ -108,15 +108,15 @@ func (w world) interception(r *rand.Rand) Interception {
 	if r.IntN(8) > 0 {
 		i.OutboundPort = outboundPort
 		i.All = r.IntN(4) == 0
-		i.Services = w.prefixes(r, r.IntN(6))
+		i.Services = w.prefixes(r, 1+r.IntN(8))
 		if r.IntN(4) == 0 { // buckets, none of them of this world's addresses but by chance
 			i.Services = append(i.Services, randomPrefixes(w.family, 257+r.IntN(600), r.Uint64())...)
 		}
 		for range r.IntN(3) {
 			i.ServicePorts = append(i.ServicePorts, port())
 		}
-		i.ExcludePrefixes = w.prefixes(r, r.IntN(3))
-		for range r.IntN(3) {
+		i.ExcludePrefixes = w.prefixes(r, r.IntN(2))
+		for range r.IntN(2) {
 			i.ExcludePorts = append(i.ExcludePorts, PortRange{port(), port()})
 		}
 		if r.IntN(2) == 0 {
@@ -131,7 +131,7 @@ func (w world) interception(r *rand.Rand) Interception {
 	}
 	if r.IntN(3) > 0 {
 		i.InboundPort = inboundPort
-		for range r.IntN(4) {
+		for range 1 + r.IntN(5) {
 			s := Serving{Port: port()}
 			if r.IntN(2) == 0 {
 				s.Addr = w.addresses[r.IntN(len(w.addresses))]
@@ -154,7 +154,7 @@ func (w world) packet(r *rand.Rand, hook Hook) Packet {
 		p.DstLocal = w.local.Contains(p.Dst.Addr())
 		return p
 	}
-	p.UID = w.uids[r.IntN(len(w.uids))]
+	p.UID = w.uids[r.IntN(len(w.uids)+2)%len(w.uids)] // the proxy's less often
 	p.GID = []uint32{1000, 1000, 1000, proxyGID}[r.IntN(4)]
 	if r.IntN(4) == 0 {
 		p.Proto = UDP
@@ -222,6 +222,7 @@ type catcher struct {
 	dns       int            // UDP
 	home      int            // this namespace
 	peers     map[string]int // the namespaces behind the interfaces
+	undo      func()
 }
 
 func newCatcher(t *testing.T, w world, hook Hook) *catcher {
@@ -249,54 +250,59 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 		}
 		sh(t, "ip", ip, "address", "add", source, "dev", "lo")
 		sh(t, "ip", ip, "route", "add", "local", everything, "dev", "lo", "src", source)
+		c.undo = func() { sh(t, "ip", ip, "route", "del", "local", everything, "dev", "lo") }
 		return c
 	}
-	// Two neighbours; what is neither redirected nor local is routed on, to where nothing is.
-	sh(t, "ip", ip, "route", "flush", "table", "local", "type", "local", "proto", "boot")
+	// Two neighbours that ask, and one behind which everything is that is not local: it refuses at once what reaches it.
 	sh(t, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
-	sh(t, "ip", ip, "route", "add", "unreachable", "default", "metric", "4096")
 	sh(t, "ip", ip, "route", "add", "local", w.local.String(), "dev", "lo")
 	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	c.must(err)
 	c.home = home
-	for n, name := range []string{"eth0", "docker0"} {
-		c.peers[name] = c.neighbour(ip, name, n)
+	var elsewhere []string
+	for _, a := range w.addresses {
+		if !w.local.Contains(a) && !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+			elsewhere = append(elsewhere, netip.PrefixFrom(a, a.BitLen()).String())
+		}
 	}
+	c.peers["eth0"] = c.neighbour(ip, "eth0", 0, nil)
+	c.peers["docker0"] = c.neighbour(ip, "docker0", 1, nil)
+	c.neighbour(ip, "eth1", 2, elsewhere)
 	return c
 }
 
-// neighbour makes a namespace at the other end of an interface, whose default route leads here.
-func (c *catcher) neighbour(ip, name string, n int) int {
+// neighbour makes a namespace at the other end of an interface, whose default route leads here. What it owns is routed to it.
+func (c *catcher) neighbour(ip, name string, n int, owns []string) int {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	c.must(unix.Unshare(unix.CLONE_NEWNET))
 	peer, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	c.must(err)
-	// Commands started by this thread run in the namespace it is in.
+	// Commands run in the namespace of the thread that starts them.
 	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), peer)
-	near, far := fmt.Sprintf("10.60.%d.1", n), fmt.Sprintf("10.60.%d.2", n)
-	bits := "/24"
+	up := "up" + strconv.Itoa(n)
+	near, far, bits := fmt.Sprintf("10.60.%d.1", n), fmt.Sprintf("10.60.%d.2", n), "/24"
+	nodad := []string(nil)
 	if ip == "-6" {
-		near, far, bits = fmt.Sprintf("fd60:%d::1", n), fmt.Sprintf("fd60:%d::2", n), "/64"
+		near, far, bits, nodad = fmt.Sprintf("fd60:%d::1", n), fmt.Sprintf("fd60:%d::2", n), "/64", []string{"nodad"}
 	}
 	c.must(unix.Setns(c.home, unix.CLONE_NEWNET))
-	sh(c.t, "ip", "link", "add", name, "type", "veth", "peer", "name", "up"+strconv.Itoa(n))
-	sh(c.t, "ip", "link", "set", "up"+strconv.Itoa(n), "netns", path)
-	sh(c.t, "ip", ip, "address", "add", near+bits, "dev", name)
-	if ip == "-6" {
-		sh(c.t, "sysctl", "-q", "-w", "net.ipv6.conf."+name+".accept_dad=0")
-	}
+	sh(c.t, "ip", "link", "add", name, "type", "veth", "peer", "name", up)
+	sh(c.t, "ip", "link", "set", up, "netns", path)
+	sh(c.t, "ip", append([]string{ip, "address", "add", near + bits, "dev", name}, nodad...)...)
 	sh(c.t, "ip", "link", "set", name, "up")
 	c.must(unix.Setns(peer, unix.CLONE_NEWNET))
 	sh(c.t, "ip", "link", "set", "lo", "up")
-	if ip == "-6" {
-		sh(c.t, "sysctl", "-q", "-w", "net.ipv6.conf.up"+strconv.Itoa(n)+".accept_dad=0")
-	}
-	sh(c.t, "ip", ip, "address", "add", far+bits, "dev", "up"+strconv.Itoa(n))
-	sh(c.t, "ip", "link", "set", "up"+strconv.Itoa(n), "up")
+	sh(c.t, "ip", append([]string{ip, "address", "add", far + bits, "dev", up}, nodad...)...)
+	sh(c.t, "ip", "link", "set", up, "up")
 	sh(c.t, "ip", ip, "route", "add", "default", "via", near)
+	for _, prefix := range owns {
+		sh(c.t, "ip", ip, "route", "add", "local", prefix, "dev", "lo")
+	}
 	c.must(unix.Setns(c.home, unix.CLONE_NEWNET))
-	time.Sleep(100 * time.Millisecond)
+	for _, prefix := range owns {
+		sh(c.t, "ip", ip, "route", "add", prefix, "via", far)
+	}
 	return peer
 }
 
@@ -373,9 +379,9 @@ func refusedOrNowhere(err error) bool {
 }
 
 func (c *catcher) poll(fds []unix.PollFd, p Packet) {
-	for {
+	for start := time.Now(); ; {
 		n, err := unix.Poll(fds, 5000)
-		if err == unix.EINTR {
+		if err == unix.EINTR && time.Since(start) < 5*time.Second {
 			continue
 		}
 		c.must(err)
@@ -412,6 +418,9 @@ func (c *catcher) close() {
 		unix.Close(fd)
 	}
 	unix.Close(c.dns)
+	if c.undo != nil {
+		c.undo()
+	}
 }
 
 func (c *catcher) must(err error) {
