@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// apiPort is where the emulated Compute API listens, on the control plane's address.
+const apiPort = 80
+
+const (
+	namespace = "gce-service-proxy"
+	vmName    = "vm-1"
+)
+
+// you is the desk: the client's namespace with gcloud pointed at the emulator.
+func (d *demo) you() (place, error) {
+	config := filepath.Join(d.mesh.Dir, "gcloud")
+	if err := os.MkdirAll(config, 0o700); err != nil {
+		return place{}, err
+	}
+	// Without a log file gcloud leaves nothing of value in that folder, which goes with the lab.
+	env := append(d.mesh.Platform.GcloudEnv(d.apiBase(), config, os.Getenv("PATH")), "CLOUDSDK_CORE_DISABLE_FILE_LOGGING=true")
+	return place{prompt: "you$", in: d.mesh.Client, env: env}, nil
+}
+
+func (d *demo) apiBase() string { return fmt.Sprintf("http://%s", d.mesh.CPAddr.Addr()) }
+
+// outside reads the guest attributes and the serial port as one who cannot log in.
+func (d *demo) outside(ctx context.Context) error {
+	attributes := func() map[string]string { return d.mesh.Platform.GuestAttributes(namespace) }
+	const ready = "ready: Envoy "
+	err := d.mesh.Platform.Wait(ctx, func() bool {
+		g := attributes()
+		return g["agent-heartbeat"] != "" && g["proxy-version"] != "" && strings.Contains(d.mesh.Platform.Serial(), ready)
+	})
+	if err != nil {
+		return d.withLog(fmt.Errorf("the guest attributes %v and the serial port %q: %w", attributes(), d.mesh.Platform.Serial(), err))
+	}
+	at, err := d.you()
+	if err != nil {
+		return err
+	}
+	ask := d.gcloud
+	if _, err := exec.LookPath("gcloud"); err != nil {
+		d.tell("gcloud is not on PATH, so the Compute API is asked itself, with the very calls that gcloud makes.")
+		ask = d.api
+	}
+	table, serial, err := ask(ctx, at)
+	if err != nil {
+		return err
+	}
+	now := attributes()
+	at1, err := time.Parse(time.RFC3339, now["agent-heartbeat"])
+	switch {
+	case err != nil:
+		return fmt.Errorf("agent-heartbeat is no time: %w", err)
+	case time.Since(at1) > time.Minute || time.Until(at1) > time.Second:
+		return fmt.Errorf("agent-heartbeat is %s, and it is %s", at1, time.Now().UTC())
+	case now["proxy-version"] != d.version:
+		return fmt.Errorf("proxy-version is %q, and Envoy is %q", now["proxy-version"], d.version)
+	case now["agent-last-failure"] != "":
+		return fmt.Errorf("agent-last-failure is %q, and nothing failed", now["agent-last-failure"])
+	}
+	for _, key := range []string{"agent-heartbeat", "proxy-version"} {
+		if table[key] == "" || key == "proxy-version" && table[key] != d.version {
+			return fmt.Errorf("the answer has %q for %s, want %q", table[key], key, now[key])
+		}
+	}
+	if !slices.ContainsFunc(serial, func(line string) bool { return strings.Contains(line, ready+d.version) }) {
+		return fmt.Errorf("the serial port's output lacks %q:\n%s", ready+d.version, strings.Join(serial, "\n"))
+	}
+	d.ok("the heartbeat is fresh, the version is that of the Envoy that runs, and the serial port tells what happened")
+	return nil
+}
+
+// gcloud asks as a user does.
+func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, serial []string, err error) {
+	out, err := d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-guest-attributes", vmName, "--query-path="+namespace+"/"))
+	if err != nil {
+		return nil, nil, err
+	}
+	d.output(out)
+	table = make(map[string]string)
+	for line := range strings.Lines(out) {
+		if f := strings.Fields(line); len(f) >= 3 && f[0] == namespace {
+			table[f[1]] = strings.Join(f[2:], " ")
+		}
+	}
+	out, err = d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-serial-port-output", vmName))
+	d.output(out)
+	return table, lines(out), err
+}
+
+// api makes gcloud's calls.
+func (d *demo) api(ctx context.Context, at place) (table map[string]string, serial []string, err error) {
+	vm := d.apiBase() + "/compute/v1/projects/my-project/zones/us-central1-a/instances/" + vmName
+	out, err := d.must(d.command(ctx, at, "curl", "-sS", "--max-time", "5", vm+"/getGuestAttributes?queryPath="+namespace+"/"))
+	if err != nil {
+		return nil, nil, err
+	}
+	var answer struct {
+		QueryValue struct {
+			Items []struct{ Namespace, Key, Value string }
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &answer); err != nil {
+		return nil, nil, fmt.Errorf("read %q: %w", out, err)
+	}
+	table = make(map[string]string)
+	for _, i := range answer.QueryValue.Items {
+		if i.Namespace == namespace {
+			table[i.Key] = i.Value
+		}
+	}
+	d.output(indented(out))
+	out, err = d.must(d.command(ctx, at, "curl", "-sS", "--max-time", "5", vm+"/serialPort?port=1"))
+	if err != nil {
+		return nil, nil, err
+	}
+	var port struct{ Contents string }
+	if err := json.Unmarshal([]byte(out), &port); err != nil {
+		return nil, nil, fmt.Errorf("read %q: %w", out, err)
+	}
+	d.tell("(its field `contents`:)")
+	d.output(port.Contents)
+	return table, lines(port.Contents), nil
+}
+
+func indented(text string) string {
+	var v any
+	if json.Unmarshal([]byte(text), &v) != nil {
+		return text
+	}
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return text
+	}
+	return string(b)
+}
+
+// must runs a command that has to succeed.
+func (d *demo) must(c command) (string, error) {
+	code, out, err := c.run()
+	if err == nil && code != 0 {
+		err = errors.New(strings.TrimSpace(out))
+	}
+	if err != nil {
+		return out, fmt.Errorf("%s: exit code %d: %w", filepath.Base(c.cmd.Path), code, err)
+	}
+	return out, nil
+}
+
+func lines(text string) []string { return strings.Split(strings.TrimSpace(text), "\n") }
