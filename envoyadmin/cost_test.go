@@ -7,11 +7,13 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +25,7 @@ import (
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	originalv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
@@ -118,7 +121,7 @@ func bigEnvoy(t testing.TB, n int) (e *envoy, push func(changes int)) {
 	many = l
 	e.write("cds.pb", response(t, clusters...))
 	push(0)
-	e.boot("DIR/lds.yaml", e.path("lds.pb"), "DYNAMIC", "  cds_config: {resource_api_version: V3, path_config_source: {path: "+e.path("cds.pb")+"}}")
+	e.boot("LABDIR/lds.yaml", e.path("lds.pb"), "DYNAMIC", "  cds_config: {resource_api_version: V3, path_config_source: {path: "+e.path("cds.pb")+"}}")
 	e.run()
 	e.until(time.Minute, func() error {
 		s, err := e.client.Listeners(context.Background())
@@ -194,8 +197,15 @@ var ways = map[string]func(io.Reader) (chains int, err error){
 	},
 }
 
-// TestMain is also the child process that BenchmarkDumpOf10000 measures: one way, one file.
+// TestMain is also the child processes: the one that BenchmarkDumpOf10000 measures (one way, one file), and the control plane of TestRejectionStorm.
 func TestMain(m *testing.M) {
+	if socket := os.Getenv("ENVOYADMIN_STORM"); socket != "" {
+		if err := stormFrom(socket); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if way := os.Getenv("ENVOYADMIN_WAY"); way != "" {
 		f, err := os.Open(os.Getenv("ENVOYADMIN_FILE"))
 		if err == nil {
@@ -361,12 +371,14 @@ func TestShareOfMainThread(t *testing.T) {
 				return share(func() { time.Sleep(length) })
 			}()
 			aloneChanging := share(func() { changing() })
-			withChanging := share(func() {
-				done := make(chan struct{})
-				go func() { defer close(done); when = changing() }()
-				busy.during(e, length+2*time.Second)
-				<-done
-			}) * float64(length+2*time.Second) / float64(length)
+			ctx, cancel := context.WithCancel(context.Background())
+			done := make(chan struct{})
+			busy.seen, busy.details = map[string]time.Time{}, map[string]int{}
+			go func() { defer close(done); busy.run(ctx, e) }()
+			withChanging := share(func() { when = changing() })
+			time.Sleep(lookCeiling) // the last change may have to wait for its dump
+			cancel()
+			<-done
 			if idle.failed != nil || busy.failed != nil {
 				t.Error(idle.failed, busy.failed)
 			}
@@ -396,5 +408,98 @@ func TestShareOfMainThread(t *testing.T) {
 				t.Errorf("under one change a second, we cost %.1f %%", cost)
 			}
 		})
+	}
+}
+
+// stormFrom is a control plane on a unix socket that sends a good listener and one that Envoy refuses, and answers each rejection at once by the same again.
+// It runs until its standard input ends.
+func stormFrom(socket string) error {
+	server := controlplane.New(controlplane.Options{Listen: func() (net.Listener, error) { return net.Listen("unix", socket) }})
+	if err := server.Start(); err != nil {
+		return err
+	}
+	defer server.Close()
+	server.Storm(true)
+	config := controlplane.Config{Listeners: []*listenerv3.Listener{controlplane.RefusedListener("refused", 15011, "/nonexistent/access.log")}}
+	for i := range 10 {
+		config.Services = append(config.Services, controlplane.Service{Name: fmt.Sprint("service-", i), Prefixes: controlplane.VIPs(vip(i)), Port: 80, HTTP: true})
+	}
+	if _, err := server.Set(config); err != nil {
+		return err
+	}
+	_, err := io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// TestRejectionStorm has a control plane that sends a refused listener again as fast as it can, over 1,000 times a second. One failure is told with its
+// details, the good listener stays, and it costs us at most 2 % of a core.
+func TestRejectionStorm(t *testing.T) {
+	length := 10 * time.Second
+	if soak {
+		length = time.Minute
+	}
+	e := prepare(t, newest)
+	storm := exec.Command(os.Args[0])
+	storm.Env = append(os.Environ(), "ENVOYADMIN_STORM="+e.path("xds.sock"))
+	storm.Stderr = os.Stderr
+	stop, err := storm.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := storm.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { stop.Close(); storm.Wait() }()
+	e.boot("  lds_config: {resource_api_version: V3, path_config_source: {path: LABDIR/lds.yaml}}", `  ads_config: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: xds}}]}
+  lds_config: {resource_api_version: V3, ads: {}}
+  cds_config: {resource_api_version: V3, ads: {}}`,
+		"CLUSTERS", `  - name: xds
+    type: STATIC
+    typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {"@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: {http2_protocol_options: {}}}}
+    load_assignment: {cluster_name: xds, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: `+e.path("xds.sock")+`}}}}]}]}`)
+	e.run()
+	lines := func() int {
+		text, err := os.ReadFile(e.path("envoy.err.log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Count(text, []byte("' config rejected: "))
+	}
+	w := watcher{}
+	var before, after syscall.Rusage
+	n := lines()
+	syscall.Getrusage(syscall.RUSAGE_SELF, &before)
+	envoyBefore := e.mainThread()
+	w.during(e, length)
+	envoy := e.mainThread() - envoyBefore
+	syscall.Getrusage(syscall.RUSAGE_SELF, &after)
+	n = lines() - n
+	cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+	share, rate := 100*float64(cpu)/float64(length), float64(n)/length.Seconds()
+	t.Logf("%.0f rejections a second: %.2f %% of a core for us (%d looks, %d dumps), %.0f %% for Envoy", rate, share, w.looks, w.dumps, 100*float64(envoy)/float64(length))
+	if rate < 300 {
+		t.Errorf("only %.0f rejections a second: no storm", rate)
+	}
+	if rate < 1000 { // a busy machine
+		share *= 1000 / rate
+	}
+	if share > 2 {
+		t.Errorf("at 1,000 a second it would take us %.2f %% of a core", share)
+	}
+	if w.failed != nil {
+		t.Error(w.failed)
+	}
+	if len(w.details) != 1 {
+		t.Errorf("the log told of %v, want one text", w.details)
+	}
+	s, err := e.client.Listeners(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Rejected) != 1 || s.Rejected[0].Name != "refused" || w.details["refused: "+s.Rejected[0].Details] == 0 {
+		t.Errorf("rejected: %+v; the log said %v", s.Rejected, w.details)
+	}
+	if !slices.ContainsFunc(s.Listeners, func(l Listener) bool { return len(l.Chains) == 10 }) {
+		t.Error("the good listener is gone")
 	}
 }

@@ -5,12 +5,13 @@ import (
 	"time"
 )
 
-// The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core): a masked dump 1 ms at 10 services and 30 ms at
-// 10,000, a full dump 2 ms and 300 ms. How long an answer took is never less than that, so it is what the pace goes by.
+// The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core): a masked dump 1 ms at 10 services and 30 to 50 ms at
+// 10,000, a full dump 2 ms and 300 ms (TCP) to 900 ms (HTTP). The pace goes by how long answers take, which is about as long; but after a masked
+// dump of a large configuration Envoy spends as much again, or more, on tidying up.
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
-	lookShare   = 200              // such looks take one part in 200 of the time: half a percent, the other half is for questions about health
+	lookShare   = 500              // such looks take one part in 500 of the time; with the tidying up half a percent, and the rest is for questions about health
 	dumpShare   = 11               // after a full dump that took 1, at least 11 until the next: with the look before it under 10 %
 	dumpFloor   = 200 * time.Millisecond
 

@@ -64,11 +64,11 @@ func binary(t testing.TB, version string) string {
 
 const bootstrapYAML = `
 node: {id: lab-node, cluster: lab, locality: {zone: z1}, metadata: {TRAFFICDIRECTOR_NETWORK_NAME: default, N: 5, deep: {a: b}}}
-admin: {address: {pipe: {path: DIR/admin.sock}}}
+admin: {address: {pipe: {path: LABDIR/admin.sock}}}
 bootstrap_extensions:
 - {name: internal, typed_config: {"@type": type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener}}
 dynamic_resources:
-  lds_config: {resource_api_version: V3, path_config_source: {path: DIR/lds.yaml}}
+  lds_config: {resource_api_version: V3, path_config_source: {path: LABDIR/lds.yaml}}
 DYNAMIC
 static_resources:
   listeners:
@@ -115,7 +115,7 @@ func prepare(t testing.TB, version string) *envoy {
 // boot writes what Envoy is started with.
 func (e *envoy) boot(replace ...string) {
 	host := `{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}, health_status: %s}`
-	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2", fmt.Sprintf(host, 2, "UNHEALTHY"), "DIR", e.dir, "DYNAMIC", "", "CLUSTERS", "")
+	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2", fmt.Sprintf(host, 2, "UNHEALTHY"), "LABDIR", e.dir, "DYNAMIC", "", "CLUSTERS", "")
 	e.write("boot.yaml", strings.NewReplacer(replace...).Replace(bootstrapYAML))
 }
 
@@ -171,7 +171,7 @@ func (e *envoy) write(name, text string) {
 func (e *envoy) listeners(yaml string) {
 	e.t.Helper()
 	if yaml == "" {
-		yaml = "[]"
+		yaml = " []"
 	}
 	yaml = strings.NewReplacer("RDS", e.path("rds.yaml"), "CERT", e.path("cert.pem"), "KEY", e.path("key.pem"), "PIPE", e.path("pipe")).Replace(yaml)
 	e.write("lds.yaml", "resources:\n"+yaml)
@@ -285,5 +285,207 @@ func (e *envoy) record(name string) {
 	short := fmt.Sprintf("{\"version\": %q, \"state\": %q, \"uptime_current_epoch\": \"3s\", \"node\": {\"id\": %q}}\n", info.Text, info.State, info.Node.ID)
 	if err := os.WriteFile(filepath.Join(dir, "info.json"), []byte(short), 0o644); err != nil {
 		e.t.Fatal(err)
+	}
+}
+
+// TestLife follows an Envoy through its life: start, change, rejection, restart.
+func TestLife(t *testing.T) {
+	for _, version := range envoyVersions {
+		t.Run(version, func(t *testing.T) {
+			yaml, err := os.ReadFile("testdata/shapes/dual-stack.yaml")
+			if err != nil {
+				t.Fatal(err)
+			}
+			e := start(t, version, string(yaml))
+			ctx := t.Context()
+			info, err := e.client.ServerInfo(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.Version.String() != version || info.State != "LIVE" || info.Node.ID != "lab-node" || info.Node.Zone != "z1" || info.LogLevel != "info" || info.Config == "" {
+				t.Errorf("got %+v", info)
+			}
+			if got := info.Node.Metadata; got["TRAFFICDIRECTOR_NETWORK_NAME"] != "default" || got["N"] != "5" || len(got) != 2 {
+				t.Errorf("metadata %v", got)
+			}
+			b, err := e.client.Bootstrap(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b.Admin != "unix://"+e.path("admin.sock") || b.Node.ID != "lab-node" || len(b.Targets) != 0 {
+				t.Errorf("got %+v", b)
+			}
+			clusters, err := e.client.Clusters(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			health := map[string]ClusterHealth{}
+			for _, c := range clusters {
+				health[c.Name] = c
+			}
+			if a := health["a"]; a.Total != 2 || a.Healthy != 1 || health["b"].Healthy != 1 {
+				t.Errorf("got %+v", clusters)
+			}
+			if panics, err := e.client.Panics(ctx); err != nil || len(panics) != 0 {
+				t.Errorf("got %v, %v", panics, err)
+			}
+			plane, err := e.client.ControlPlane(ctx)
+			if err != nil || plane.Connected || plane.Successes != 1 || plane.Rejected != 0 {
+				t.Errorf("got %+v, %v", plane, err)
+			}
+
+			events := FollowLog(ctx, e.path("envoy.err.log"))
+			first, err := e.client.Fingerprint(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// A filter chain more: the version stays, the fingerprint does not.
+			e.listeners(strings.Replace(string(yaml), "10.0.0.1", "10.0.0.77", 1))
+			if event := next(t, events, 5*time.Second); event.Kind != ListenerChanged || event.Listener != "both" {
+				t.Errorf("got %+v", event)
+			}
+			began := time.Now()
+			e.until(5*time.Second, func() error {
+				s, err := e.client.Listeners(ctx)
+				if err == nil && !strings.Contains(render(s), "10.0.0.77/32") {
+					err = errors.New("the new chain is not active")
+				}
+				return err
+			})
+			t.Logf("active %v after its line in the log", time.Since(began).Round(time.Millisecond))
+			second, err := e.client.Fingerprint(ctx)
+			if err != nil || second == first {
+				t.Errorf("the fingerprint stayed: %+v, %v", second, err)
+			}
+			// Refused: the old one stays, and the addresses of the refused are never read.
+			e.listeners(strings.Replace(string(yaml), "10.0.0.1", "not-an-address", 1))
+			event := next(t, events, 5*time.Second)
+			if event.Kind != ListenerRejected || event.Details == "" {
+				t.Errorf("got %+v", event)
+			}
+			s, err := e.client.Listeners(ctx)
+			if err != nil || len(s.Rejected) != 1 || s.Rejected[0].Details != event.Details || !strings.Contains(render(s), "10.0.0.77/32") {
+				t.Errorf("%v, log %+v:\n%s", err, event, render(s))
+			}
+			if plane, err = e.client.ControlPlane(ctx); err != nil || plane.Rejected == 0 {
+				t.Errorf("got %+v, %v", plane, err)
+			}
+			// Gone altogether.
+			e.listeners("")
+			if event := next(t, events, 5*time.Second); event.Kind != ListenerChanged {
+				t.Errorf("got %+v", event)
+			}
+			e.until(5*time.Second, func() error {
+				s, err := e.client.Listeners(ctx)
+				if err == nil && len(s.Listeners) != 1 {
+					err = errors.New(render(s))
+				}
+				return err
+			})
+
+			// Another process: seen by the first question, whatever its listeners are.
+			before, err := e.client.Fingerprint(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.cmd.Process.Kill()
+			e.cmd.Wait()
+			_, err = e.client.Fingerprint(ctx)
+			checkKind(t, err, ErrRefused)
+			e.run()
+			after, err := e.client.Fingerprint(ctx)
+			if err != nil || after.Process <= before.Process {
+				t.Errorf("%+v, then %+v, %v", before, after, err)
+			}
+		})
+	}
+}
+
+// TestWarming holds a listener back: it waits for routes. It is told apart, by the full dump and by the masked one, and seen when it becomes active.
+func TestWarming(t *testing.T) {
+	for _, version := range envoyVersions {
+		t.Run(version, func(t *testing.T) {
+			e := start(t, version, "")
+			ctx := t.Context()
+			e.listeners(`- "@type": type.googleapis.com/envoy.config.listener.v3.Listener
+  name: waits
+  address: {socket_address: {address: 127.0.0.1, port_value: 15033}}
+  filter_chains: [{filters: [{name: http, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager, stat_prefix: x,
+    http_filters: [{name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}],
+    rds: {route_config_name: r, config_source: {resource_api_version: V3, initial_fetch_timeout: 2s, api_config_source: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: b}}]}}}}}]}]
+`)
+			var s Snapshot
+			e.until(5*time.Second, func() (err error) {
+				if s, err = e.client.Listeners(ctx); err == nil && len(s.Warming) == 0 {
+					err = fmt.Errorf("not warming: %s", render(s))
+				}
+				return err
+			})
+			if s.Warming[0].Name != "waits" || len(s.Listeners) != 1 {
+				t.Errorf("got %s", render(s))
+			}
+			f, err := e.client.Fingerprint(ctx)
+			if err != nil || f != s.Fingerprint || f.Warming != 1 {
+				t.Errorf("got %+v, %v", f, err)
+			}
+			e.until(10*time.Second, func() (err error) {
+				if f, err = e.client.Fingerprint(ctx); err == nil && f.Warming > 0 {
+					err = errors.New("still warming")
+				}
+				return err
+			})
+			if s, err = e.client.Listeners(ctx); err != nil || len(s.Listeners) != 2 {
+				t.Errorf("got %s, %v", render(s), err)
+			}
+		})
+	}
+}
+
+// TestForbidden asks an Envoy that allows few paths (1.37 and later).
+func TestForbidden(t *testing.T) {
+	e := prepare(t, newest)
+	e.listeners("")
+	e.boot("admin: {", "admin: {allow_paths: [{exact: /ready}, {exact: /server_info}], ")
+	e.run()
+	_, err := e.client.Listeners(t.Context())
+	checkKind(t, err, ErrStatus, ErrForbiddenPath)
+	_, err = e.client.Clusters(t.Context())
+	checkKind(t, err, ErrStatus, ErrForbiddenPath)
+}
+
+// TestStreamClosed has an Envoy ask a control plane that is not there, and one that is no gRPC server; the bootstrap tells which.
+func TestStreamClosed(t *testing.T) {
+	for _, version := range envoyVersions {
+		t.Run(version, func(t *testing.T) {
+			e := prepare(t, version)
+			e.listeners("")
+			e.boot("  lds_config: {resource_api_version: V3, path_config_source: {path: LABDIR/lds.yaml}}", `  ads_config: {api_type: GRPC, transport_api_version: V3, grpc_services: [{google_grpc: {target_uri: "dns:///127.0.0.1:9", stat_prefix: td}}]}
+  lds_config: {resource_api_version: V3, initial_fetch_timeout: 1s, ads: {}}`)
+			events := FollowLog(t.Context(), e.path("envoy.err.log"))
+			e.run()
+			for {
+				event := next(t, events, 20*time.Second)
+				if event.Kind != StreamClosed {
+					continue
+				}
+				if event.Code == 0 || event.Method != "StreamAggregatedResources" {
+					t.Errorf("got %+v", event)
+				}
+				t.Logf("%+v", event)
+				break
+			}
+			b, err := e.client.Bootstrap(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(b.Targets) != 1 || b.Targets[0] != (Target{Address: "127.0.0.1:9"}) {
+				t.Errorf("got %+v", b.Targets)
+			}
+			plane, err := e.client.ControlPlane(t.Context())
+			if err != nil || plane.Successes != 0 {
+				t.Errorf("got %+v, %v", plane, err)
+			}
+			t.Logf("%+v", plane)
+		})
 	}
 }
