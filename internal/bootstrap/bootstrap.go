@@ -132,7 +132,7 @@ func Run(ctx context.Context, opts Options) error {
 			return ctx.Err()
 		}
 		if failure == nil {
-			b.finish()
+			b.finish(attr)
 			return nil
 		}
 		wait := backoff(b.state.Attempt, failure.Permanent)
@@ -295,7 +295,8 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 	b.Log.Error("bootstrap failed", zap.String("step", f.Step), zap.Error(f), zap.Duration("retry", wait))
 }
 
-func (b *bootstrapper) finish() {
+func (b *bootstrapper) finish(attr Attribute) {
+	b.state.AttributeSum = sourceSum(string(attr.Text))
 	b.state.Status, b.state.Step, b.state.Next, b.state.Retry, b.state.Permanent = Finished, "", "", time.Time{}, false
 	b.say("INFO", "finished: Envoy "+b.state.EnvoyVersion+" runs")
 	b.save()

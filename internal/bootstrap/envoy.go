@@ -110,7 +110,7 @@ var (
 	errNoSpace = syscall.ENOSPC
 )
 
-// sourceSum stands for a URL in the state, where the URL itself, which may be signed, must not be.
+// sourceSum stands for a text in the state where the text itself must not be: a URL, which may be signed.
 func sourceSum(source string) string {
 	if source == "" {
 		return ""

@@ -50,6 +50,9 @@ type State struct {
 	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
 	PrimarySum   string `json:"primary_sum,omitempty"`   // stands for what primary-source was then; "" when the binary is not ours
 
+	// AttributeSum stands for the attribute's text that a finished bootstrap has brought about; see Stale.
+	AttributeSum string `json:"attribute_sum,omitempty"`
+
 	MadeUsers []string `json:"made_users,omitempty"` // users that were not there before us
 
 	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on counting over restarts.
@@ -76,6 +79,12 @@ func (s State) FailureLine() string {
 	default:
 		return oneLine(fmt.Sprintf("%s (at %s)", s.Failure, s.FailureTime.UTC().Format(time.RFC3339)))
 	}
+}
+
+// Stale says that bootstrap has finished, but for another text of the attribute than this one: the daemon then calls Request, where the
+// text is well-formed. (A bootstrap that has not finished watches the attribute itself.)
+func (s State) Stale(text []byte) bool {
+	return s.Status == Finished && s.AttributeSum != sourceSum(string(text))
 }
 
 // ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here.
