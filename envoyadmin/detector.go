@@ -6,7 +6,7 @@ import (
 )
 
 // The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core): a masked dump 1 ms at 10 services and 30 to 50 ms at
-// 10,000, a full dump 2 ms and 300 ms (TCP) to 900 ms (HTTP). The pace goes by how long answers take, which is about as long; but after a masked
+// 10,000, a full dump 2 ms and 300 ms (TCP chains) to 1.1 s (HTTP). The pace goes by how long answers take, which is about as long; but after a masked
 // dump of a large configuration Envoy spends as much again, or more, on tidying up.
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for

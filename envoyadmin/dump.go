@@ -17,7 +17,7 @@ type Snapshot struct {
 	Warming     []Warming
 	Skipped     []Skipped
 	Fingerprint Fingerprint   // equal to what Client.Fingerprint returns while nothing moves
-	Bytes       int64         // of the answers
+	Bytes       int64         // of the answer about dynamic listeners
 	Took        time.Duration // from asking to the end of the answers
 }
 
@@ -66,7 +66,7 @@ func (c *Client) Listeners(ctx context.Context) (Snapshot, error) {
 		Warming:     dynamic.warming,
 		Skipped:     slices.Concat(statics.skipped, dynamic.skipped),
 		Fingerprint: dynamic.fingerprint(process),
-		Bytes:       statics.bytes + dynamic.bytes,
+		Bytes:       dynamic.bytes,
 		Took:        time.Since(start),
 	}, nil
 }
@@ -98,7 +98,9 @@ func (c *Client) dump(ctx context.Context, whole bool) (dynamic, statics *dump, 
 		if process == before {
 			if whole {
 				c.mu.Lock()
-				c.statics = statics
+				if c.process == process {
+					c.statics = statics
+				}
 				c.mu.Unlock()
 			}
 			return dynamic, statics, process, nil
@@ -135,7 +137,6 @@ func (c *Client) dumpOf(ctx context.Context, version Version, whole bool) (dynam
 		if err := c.readDump(ctx, staticPath, c.LongLimit, maxLong, statics, statics.staticListener); err != nil {
 			return nil, nil, err
 		}
-		statics.bytes = 0 // they are counted once: the next snapshots have them for nothing
 	}
 	return dynamic, statics, nil
 }

@@ -202,9 +202,6 @@ func (r *reader) skip() error {
 		}
 	default:
 		_, err := r.ReadToken()
-		if err == nil && r.StackDepth() < outside {
-			return &jsontext.SyntacticError{ByteOffset: r.InputOffset(), Err: errors.New("a value is missing")}
-		}
 		return err
 	}
 }
