@@ -290,8 +290,8 @@ func TestFollowLogStorm(t *testing.T) {
 	if told > 1+int(length/sameEvent)+1 {
 		t.Errorf("%d events for %d equal rejections", told, n)
 	}
-	// The requirement is 2 % with the detector's questions (lab test); here the writer is counted, and a busy machine.
-	if limit := length * 4 / 100; cpu > limit && !raceDetector {
+	// The requirement is 2 %, held by TestRejectionStorm in the lab; here the writer counts too, and the machine may be busy.
+	if limit := length / 10; cpu > limit && !raceDetector {
 		t.Errorf("took %v of %v", cpu, length)
 	}
 	// What was counted after the first is told a while later.
