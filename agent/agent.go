@@ -20,6 +20,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -118,7 +120,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		return nil, nextStep(err)
 	}
 	a.failure = loadFailure(s.StateDir)
-	a.guest = guestattr.New(guestattr.Options{Log: log})
+	a.guest = guestattr.New(guestattr.Options{Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget")})
 	a.serial = report.NewSerial(s.SerialPort)
 	a.metrics = report.NewMetrics(report.Sources{Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State})
 	if s.Listen != "" {
@@ -177,14 +179,20 @@ func (a *Agent) trust(c net.Conn) error {
 	if strings.HasPrefix(a.settings.EnvoyAdmin, "unix:") {
 		return nil // the folder's permissions say who may put a socket there
 	}
+	// Both: who answers on this connection, which may have been made before the listener changed hands, and who listens,
+	// since a socket can be handed to another process.
 	uid, err := sockdiag.PeerOwner(c)
 	if err != nil {
 		return err
 	}
-	if proxy := a.proxyUID.Load(); uid != 0 && int64(uid) != proxy {
+	trusted := []uint32{0}
+	if proxy := a.proxyUID.Load(); proxy > 0 {
+		trusted = append(trusted, uint32(proxy))
+	}
+	if !slices.Contains(trusted, uid) {
 		return &sockdiag.ForeignError{Addr: remoteAddr(c), UID: uid}
 	}
-	return nil
+	return sockdiag.OwnedBy(remoteAddr(c), trusted...)
 }
 
 func remoteAddr(c net.Conn) (a netip.AddrPort) {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -58,6 +59,8 @@ type envoyWatch struct {
 	asked    time.Time // when its state was last asked
 	probed   time.Time
 	stats    envoyadmin.Pace
+	dumpErr  error // of the last dump or masked dump
+	stateErr error // of the last question for its state
 }
 
 const (
@@ -103,18 +106,18 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 		switch action {
 		case envoyadmin.Wait:
 			if now := time.Now(); now.Sub(w.asked) >= stateEvery || w.view.State != "LIVE" {
-				w.answered(w.askState(ctx))
+				w.answered(&w.stateErr, w.askState(ctx))
 			}
 			w.probe(ctx)
 			return min(wait, stateEvery)
 		case envoyadmin.Look:
 			f, err := w.client.Fingerprint(ctx)
 			w.detector.Looked(began, time.Now(), f, err)
-			w.answered(err)
+			w.answered(&w.dumpErr, err)
 		case envoyadmin.Dump:
 			s, err := w.client.Listeners(ctx)
 			w.detector.Dumped(began, time.Now(), s.Fingerprint, err)
-			w.answered(err)
+			w.answered(&w.dumpErr, err)
 			if err == nil {
 				w.view.Dumps++
 				w.take(ctx, s)
@@ -124,20 +127,18 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 	return 0
 }
 
-// answered notes whether Envoy answered.
-func (w *envoyWatch) answered(err error) {
+// answered notes whether Envoy answered one kind of question: each must be answered, or its state is not known.
+func (w *envoyWatch) answered(question *error, err error) {
 	if errors.Is(err, context.Canceled) {
 		return
 	}
-	if err == nil {
-		w.view.Err, w.view.Since = nil, time.Time{}
-		return
-	}
-	if w.view.Err == nil {
+	*question = err
+	now := cmp.Or(w.dumpErr, w.stateErr)
+	if now != nil && w.view.Err == nil {
 		w.view.Since = time.Now()
 		w.view.LastError = lastErrorLine(w.logPath)
 	}
-	w.view.Err = err
+	w.view.Err = now
 }
 
 // askState asks whether Envoy is live.
@@ -157,7 +158,7 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	if s.Fingerprint.Process != w.process {
 		info, err := w.client.ServerInfo(ctx)
 		if err != nil {
-			w.answered(err)
+			w.answered(&w.stateErr, err)
 			return
 		}
 		if w.process != 0 {
@@ -169,7 +170,7 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	if !w.view.Configured {
 		configured, err := w.isConfigured(ctx, s)
 		if err != nil {
-			w.answered(err)
+			w.answered(&w.stateErr, err)
 		}
 		if !configured {
 			w.detector.Hint(time.Now())

@@ -49,12 +49,12 @@ func (g gate) next(p symptom.Port, proxyUID uint32, draining bool, policy WhenEn
 	return g
 }
 
-// Back-off of repairs: the first fightBurst within fightWindow are made at once, then one per a delay that doubles from
-// fightFirst to fightLast. fightCalm without drift ends it. So a program that deletes our jump every 100 ms meets less
+// Back-off of repairs: fewer than fightBurst within fightWindow are made at once, then one per a delay that doubles from
+// fightFirst to fightLast. On legacy, where drift is found by polling, the window must hold fightBurst polls. fightCalm without drift ends it. So a program that deletes our jump every 100 ms meets less
 // than one write a second, and the VM is put right within seconds of its end.
 const (
 	fightBurst  = 5
-	fightWindow = 10 * time.Second
+	fightWindow = 8 * time.Second
 	fightFirst  = 1500 * time.Millisecond
 	fightLast   = 6 * time.Second
 	fightCalm   = 20 * time.Second

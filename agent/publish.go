@@ -248,8 +248,14 @@ func (a *Agent) measure(s Status, dumps int) {
 	a.metrics.Pass(m)
 }
 
-// statusNow is what the socket tells.
-func (a *Agent) statusNow() any { return a.status.Load() }
+// statusNow is what the socket tells; before the first pass has ended, that there was none.
+func (a *Agent) statusNow() any {
+	if s := a.status.Load(); s != nil {
+		return s
+	}
+	return &Status{Version: a.settings.Version, Started: a.started.UTC(), Mode: "starting", NotReady: "no pass yet", Findings: []symptom.Finding{{
+		ID: symptom.Starting, Severity: symptom.Error, Cause: "The agent is only just starting", Next: "ask again in a second"}}}
+}
 
 // stuck is how old the newest pass may be before /healthz fails: past every time limit of a pass.
 const stuck = 5 * time.Minute

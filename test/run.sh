@@ -32,7 +32,7 @@ lint() {
 unit()   { go test -race -timeout 5m ./...; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { go test -tags kernel -p 1 -count=1 -timeout 10m $(tagged kernel); }
-lab()    { go test -tags lab -p 1 -count=1 -timeout 12m $(tagged lab); }
+lab()    { go test -tags lab -p 1 -parallel 4 -count=1 -timeout 12m $(tagged lab); }
 box()    { go test -tags box -p 1 -count=1 -timeout 12m $(tagged box); }
 tagged() { # packages that hold a test with this build tag; none is an error of go test
   git ls-files '*_test.go' | xargs grep -lE "^//go:build .*\b$1\b" | xargs -n1 dirname | sort -u | sed 's,^,./,'

@@ -74,6 +74,7 @@ const (
 	ListenerSkipped      ID = "listener-not-intercepted"  // a listener of a shape that is not intercepted
 	CouldNotLook         ID = "kernel-not-read"           // a listing of the kernel ran out of time
 	InterceptionNotReady ID = "interception-port-closed"  // Hold: Envoy does not accept yet
+	Starting             ID = "starting"                  // status asked before the first pass
 	ListenAddress        ID = "listen-address"            // :15020 is somebody else's
 )
 

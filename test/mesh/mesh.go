@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,6 +46,7 @@ type Options struct {
 	Config    controlplane.Config
 	Attribute string // "": Attribute
 	NoEnvoy   bool   // the test starts it
+	NoRuntime bool   // Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
 }
 
 // Mesh is one running node and what is around it.
@@ -109,7 +111,7 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	if opts.NoEnvoy {
 		return m, nil
 	}
-	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Runtime: true}); err != nil {
+	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Runtime: !opts.NoRuntime}); err != nil {
 		return nil, err
 	}
 	if err := m.Envoy.WaitReady(ctx); err != nil {
@@ -192,10 +194,11 @@ func Binary() (string, error) {
 // NewAgent prepares an agent with flags beside those that the lab needs. Start it.
 func (m *Mesh) NewAgent(args ...string) *Agent {
 	a := &Agent{mesh: m, dir: filepath.Join(m.Dir, "agent")}
-	a.args = append([]string{"run", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--serial-port", m.serial}, args...)
+	a.args = []string{"run", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--serial-port", m.serial}
 	if m.Envoy != nil {
 		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
 	}
+	a.args = append(a.args, args...) // of two the later one counts
 	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+filepath.Join(a.dir, "state"))
 	return a
 }
@@ -263,12 +266,20 @@ func (a *Agent) Log() string {
 
 // Run runs another command of the binary beside the agent, in "vm".
 func (a *Agent) Run(ctx context.Context, args ...string) (stdout, stderr string, code int, err error) {
+	return a.RunAs(ctx, 0, nil, args...)
+}
+
+// RunAs is Run as another user (0: root), with more in the environment.
+func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string, args ...string) (stdout, stderr string, code int, err error) {
 	binary, err := Binary()
 	if err != nil {
 		return "", "", 0, err
 	}
 	cmd := a.mesh.VM.Command(ctx, binary, args...)
-	cmd.Env = a.env
+	if uid != 0 {
+		cmd = a.mesh.VM.CommandAs(ctx, uid, binary, args...)
+	}
+	cmd.Env = append(slices.Clip(a.env), env...)
 	var o, e strings.Builder
 	cmd.Stdout, cmd.Stderr = &o, &e
 	err = lab.Start(cmd)

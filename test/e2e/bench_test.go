@@ -1,0 +1,221 @@
+//go:build lab
+
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+// times is full, or short when each benchmark is only run once to see that it works (make test).
+func times(full, short int) int {
+	if os.Getenv("BENCH_ONCE") != "" {
+		return short
+	}
+	return full
+}
+
+// BenchmarkPushToRedirect is how long after the control plane's push the first connection to the new service is redirected,
+// at 10 services and one change a second, and what share of Envoy's main thread the agent's questions take meanwhile and idle.
+// The floor in the same run is Envoy's own time: from the push until its log says that it has the change.
+func BenchmarkPushToRedirect(b *testing.B) {
+	for _, backend := range lab.Backends {
+		for _, hint := range []bool{true, false} {
+			b.Run(fmt.Sprintf("%s/log=%v", backend, hint), func(b *testing.B) {
+				var args []string
+				if !hint {
+					args = []string{"--envoy-log", ""}
+				}
+				config := func(i int) controlplane.Config {
+					c := controlplane.Config{}
+					for n := range 9 {
+						c.Services = append(c.Services, service(n))
+					}
+					c.Services = append(c.Services, service(100+i))
+					return c
+				}
+				m, a := start(b, mesh.Options{Backend: backend, Config: config(0)}, args...)
+				must(b, a.WaitReady(within(b, 20*time.Second)))
+				vip := func(i int) netip.AddrPort { return netip.AddrPortFrom(service(100 + i).Prefixes[0].Addr(), 9000) }
+				thread := mainThread(b, m.Envoy.PID())
+				var took, floor []time.Duration
+				busy, begin := cpu(b, thread), time.Now()
+				changes := times(200, 3)
+				for i := 1; i <= changes; i++ {
+					// Not in step with anything that the agent does each second.
+					next := time.Now().Add(900*time.Millisecond + rand.N(200*time.Millisecond))
+					logged := len(m.Envoy.LogTail(1 << 20))
+					push, err := m.CP.Set(config(i))
+					must(b, err)
+					heard := time.Duration(0)
+					for {
+						if heard == 0 && len(m.Envoy.LogTail(1<<20)) > logged {
+							heard = time.Since(push.At)
+						}
+						if r, err := lab.Probe(b.Context(), m.VM, 1000, vip(i)); err == nil && !r.Escaped {
+							break
+						}
+						if time.Since(push.At) > 20*time.Second {
+							b.Fatalf("%v is not redirected", vip(i))
+						}
+					}
+					took, floor = append(took, time.Since(push.At)), append(floor, heard)
+					time.Sleep(time.Until(next))
+				}
+				changing := share(cpu(b, thread)-busy, time.Since(begin))
+				busy, begin = cpu(b, thread), time.Now()
+				time.Sleep(time.Duration(times(60, 1)) * time.Second)
+				idle := share(cpu(b, thread)-busy, time.Since(begin))
+				a.Kill()
+				busy, begin = cpu(b, thread), time.Now()
+				time.Sleep(time.Duration(times(60, 1)) * time.Second)
+				alone := share(cpu(b, thread)-busy, time.Since(begin))
+
+				b.ReportMetric(0, "ns/op")
+				b.ReportMetric(ms(took, 50), "p50-ms")
+				b.ReportMetric(ms(took, 99), "p99-ms")
+				b.ReportMetric(ms(floor, 50), "envoy-logged-p50-ms")
+				b.ReportMetric(changing, "envoy-main-changing-%")
+				b.ReportMetric(idle-alone, "envoy-main-idle-%")
+			})
+		}
+	}
+}
+
+// BenchmarkStart is the agent's time from its start to its first rule, and what it holds in memory then, at 10 and at
+// 10,000 services.
+func BenchmarkStart(b *testing.B) {
+	for _, backend := range lab.Backends {
+		for _, n := range []int{10, times(10_000, 100)} {
+			b.Run(fmt.Sprintf("%s/services=%d", backend, n), func(b *testing.B) {
+				config := controlplane.Config{}
+				for i := range n {
+					s := service(i)
+					s.Cluster = "one"
+					config.Services = append(config.Services, s)
+				}
+				m, a := start(b, mesh.Options{Backend: backend, Config: config})
+				must(b, a.WaitReady(within(b, 60*time.Second)))
+				var took []time.Duration
+				for range times(10, 1) {
+					a.Kill()
+					_, _, code, err := a.Run(b.Context(), "cleanup")
+					if err != nil || code != 0 {
+						b.Fatalf("cleanup: %d %v", code, err)
+					}
+					begin := time.Now()
+					must(b, a.Start())
+					for {
+						if r, err := lab.Probe(b.Context(), m.VM, 1000, netip.AddrPortFrom(service(n - 1).Prefixes[0].Addr(), 9000)); err == nil && !r.Escaped {
+							break
+						}
+						if time.Since(begin) > 60*time.Second {
+							b.Fatal("no rule")
+						}
+					}
+					took = append(took, time.Since(begin))
+				}
+				must(b, a.WaitReady(within(b, 60*time.Second)))
+				time.Sleep(time.Duration(times(30, 1)) * time.Second) // the heap of the first dump is given back
+				own := cpuAll(b, a.PID())
+				begin := time.Now()
+				time.Sleep(time.Duration(times(30, 1)) * time.Second)
+				b.ReportMetric(0, "ns/op")
+				b.ReportMetric(ms(took, 50), "start-to-rule-p50-ms")
+				b.ReportMetric(resident(b, a.PID()), "resident-MB")
+				b.ReportMetric(share(cpuAll(b, a.PID())-own, time.Since(begin)), "idle-core-%")
+			})
+		}
+	}
+}
+
+// BenchmarkRepair is how long a jump that was deleted is missing.
+func BenchmarkRepair(b *testing.B) {
+	for _, backend := range lab.Backends {
+		b.Run(string(backend), func(b *testing.B) {
+			m, a := start(b, mesh.Options{Backend: backend, Config: services()})
+			must(b, a.WaitReady(within(b, 20*time.Second)))
+			var took []time.Duration
+			for range times(100, 3) {
+				s, err := a.Status(b.Context())
+				must(b, err)
+				_, err = m.VM.Run(b.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+				must(b, err)
+				begin := time.Now()
+				for {
+					if r, err := lab.HTTPProbe(b.Context(), m.VM, 1000, web4); err == nil && !r.Escaped {
+						break
+					}
+				}
+				took = append(took, time.Since(begin))
+				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n agent.Status) bool { return n.Undone > s.Undone })
+				must(b, err)
+				time.Sleep(2500 * time.Millisecond) // more often is a fight, which is met with back-off
+			}
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(ms(took, 50), "p50-ms")
+			b.ReportMetric(ms(took, 99), "p99-ms")
+		})
+	}
+}
+
+func ms(d []time.Duration, percent int) float64 {
+	d = slices.Sorted(slices.Values(d))
+	return float64(d[min(len(d)-1, len(d)*percent/100)].Microseconds()) / 1000
+}
+
+func share(busy, of time.Duration) float64 { return 100 * busy.Seconds() / of.Seconds() }
+
+// mainThread is the stat file of the thread on which Envoy answers its admin interface.
+func mainThread(b testing.TB, pid int) string {
+	return filepath.Join("/proc", strconv.Itoa(pid), "task", strconv.Itoa(pid), "stat")
+}
+
+// cpu is the time that a thread or process has used, of its children that were waited for not.
+func cpu(b testing.TB, stat string) time.Duration { return ticks(b, stat, 11, 12) }
+
+// cpuAll counts the children, too: iptables and its like.
+func cpuAll(b testing.TB, pid int) time.Duration {
+	return ticks(b, fmt.Sprintf("/proc/%d/stat", pid), 11, 12, 13, 14)
+}
+
+// ticks adds fields of proc_pid_stat(5), counted after the command's name; USER_HZ is 100 everywhere.
+func ticks(b testing.TB, stat string, fields ...int) (d time.Duration) {
+	text, err := os.ReadFile(stat)
+	must(b, err)
+	f := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	for _, i := range fields {
+		n, err := strconv.Atoi(f[i])
+		must(b, err)
+		d += time.Duration(n) * 10 * time.Millisecond
+	}
+	return d
+}
+
+func resident(b testing.TB, pid int) float64 {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(b, err)
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			n, err := strconv.Atoi(strings.Fields(rest)[0])
+			must(b, err)
+			return float64(n) / 1024
+		}
+	}
+	b.Fatal("no VmRSS")
+	return 0
+}

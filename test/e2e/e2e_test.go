@@ -1,0 +1,493 @@
+//go:build lab
+
+// Package e2e tests the built binary with a real Envoy and the kernel's netfilter in a lab of network namespaces, on nft
+// and on legacy. Run it with `go test -tags lab ./test/e2e` as root, or by make test.
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+var (
+	web4   = netip.MustParseAddrPort("10.10.0.1:81")
+	web6   = netip.MustParseAddrPort("[fd10::1]:81")
+	db4    = netip.MustParseAddrPort("10.10.0.2:9000")
+	extra  = netip.MustParseAddrPort("10.10.0.3:81")
+	other4 = netip.MustParseAddrPort("198.51.100.7:81")
+	other6 = netip.MustParseAddrPort("[2001:db8::7]:81")
+)
+
+// services is the mesh of most tests: an HTTP service in both families and a TCP service.
+func services(more ...controlplane.Service) controlplane.Config {
+	return controlplane.Config{
+		IPv6: controlplane.IPv6Additional,
+		Services: append([]controlplane.Service{
+			{Name: "web", Prefixes: controlplane.VIPs("10.10.0.1", "fd10::1"), Port: 81, HTTP: true, Endpoints: endpoints()},
+			{Name: "db", Prefixes: controlplane.VIPs("10.10.0.2"), Port: 9000, Endpoints: endpoints()},
+		}, more...),
+		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: mesh.AppPort, HTTP: true}},
+	}
+}
+
+func endpoints() []netip.AddrPort {
+	return []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort)}
+}
+
+// service is one more TCP service.
+func service(i int) controlplane.Service {
+	addr := netip.AddrFrom4([4]byte{10, 20, byte(i >> 8), byte(i)})
+	return controlplane.Service{Name: fmt.Sprintf("s%d", i), Prefixes: controlplane.VIPs(addr.String()), Port: 9000, Endpoints: endpoints()}
+}
+
+// start makes a mesh with a running agent.
+func start(t testing.TB, opts mesh.Options, args ...string) (*mesh.Mesh, *mesh.Agent) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	m, err := mesh.New(ctx, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := m.NewAgent(args...)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("agent's log:\n%s", a.Log())
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	must(t, a.Start())
+	return m, a
+}
+
+func onBoth(t *testing.T, f func(t *testing.T, backend lab.Backend)) {
+	for _, backend := range lab.Backends {
+		t.Run(string(backend), func(t *testing.T) {
+			t.Parallel() // labs share nothing but the processors
+			f(t, backend)
+		})
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func within(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// soak is n in `make soak`, else short.
+func soak(n, short int) int {
+	if os.Getenv("SOAK") != "" {
+		return n
+	}
+	return short
+}
+
+// eventually waits until holds, and fails with what it said last.
+func eventually(t testing.TB, d time.Duration, what string, holds func() (bool, string)) {
+	t.Helper()
+	deadline := time.Now().Add(d)
+	for {
+		ok, last := holds()
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s not within %v: %s", what, d, last)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// through waits until a connection as an ordinary user goes through Envoy to the endpoint.
+func through(t testing.TB, m *mesh.Mesh, to netip.AddrPort) {
+	t.Helper()
+	eventually(t, 5*time.Second, to.String()+" through Envoy", func() (bool, string) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		r, err := lab.HTTPProbe(ctx, m.VM, 1000, to)
+		return err == nil && !r.Escaped && r.Name == "endpoint", fmt.Sprintf("%+v %v", r, err)
+	})
+}
+
+// escapes waits until a connection reaches the address itself.
+func escapes(t testing.TB, m *mesh.Mesh, to netip.AddrPort) {
+	t.Helper()
+	eventually(t, 5*time.Second, to.String()+" past Envoy", func() (bool, string) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		r, err := lab.HTTPProbe(ctx, m.VM, 1000, to)
+		return err == nil && r.Escaped, fmt.Sprintf("%+v %v", r, err)
+	})
+}
+
+// TestVIPs: services of both families through Envoy; everything else untouched.
+func TestVIPs(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		for _, vip := range []netip.AddrPort{web4, web6} {
+			resp, err := m.VM.HTTPAs(1000).Get("http://" + vip.String() + "/")
+			must(t, err)
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusOK || resp.Header.Get(controlplane.ServedByHeader) != "web" {
+				t.Errorf("GET %s: %s %v, want Envoy's answer", vip, resp.Status, resp.Header)
+			}
+		}
+		through(t, m, db4)
+		for _, other := range []netip.AddrPort{other4, other6, extra} {
+			escapes(t, m, other)
+		}
+		// Envoy's own connections go where it sends them: with its uid a VIP is the raw address, so it cannot loop.
+		if r, err := lab.HTTPProbe(t.Context(), m.VM, lab.EnvoyUID, web4); err != nil || !r.Escaped {
+			t.Errorf("as Envoy's user: %+v %v, want no redirection", r, err)
+		}
+		req, err := http.NewRequest(http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
+		must(t, err)
+		req.Header.Set("Metadata-Flavor", "Google")
+		resp, err := m.VM.HTTPAs(1000).Do(req)
+		must(t, err)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK || resp.Header.Get("Metadata-Flavor") != "Google" {
+			t.Errorf("metadata server from vm: %s", resp.Status)
+		}
+		s, err := a.Status(t.Context())
+		must(t, err)
+		if want := map[lab.Backend]string{lab.NFT: "nft", lab.Legacy: "legacy"}[backend]; s.Backend != want || !s.Healthy() || s.Mode != "intercepting" {
+			t.Errorf("status: backend %s, mode %s, findings %v", s.Backend, s.Mode, s.Findings)
+		}
+		// A second one does not fight the first.
+		_, stderr, code, err := a.Run(t.Context(), "run", "--config", "none", "--proxy-user", fmt.Sprint(lab.EnvoyUID))
+		must(t, err)
+		if code == 0 || !strings.Contains(stderr, fmt.Sprint(a.PID())) {
+			t.Errorf("a second agent: exit code %d, %q; want it to name pid %d", code, stderr, a.PID())
+		}
+		before, err := m.Chains(t.Context(), "IPv4")
+		must(t, err)
+		if took, err := a.Stop(); err != nil || took > 2*time.Second {
+			t.Errorf("SIGTERM: ended after %v, %v", took, err)
+		}
+		if after, err := m.Chains(t.Context(), "IPv4"); err != nil || after != before {
+			t.Errorf("the rules did not stay in place: %v\n%s", err, after)
+		}
+	})
+}
+
+// TestServingPort: redirected to Envoy's inbound listener once that is active, and not before.
+func TestServingPort(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		config := services()
+		inbound := config.Inbound
+		config.Inbound = nil
+		m, a := start(t, mesh.Options{Backend: backend, Config: config})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		app := "http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/"
+		served := func() string {
+			resp, err := m.Client.HTTP().Get(app)
+			must(t, err)
+			resp.Body.Close()
+			if resp.Header.Get(lab.NameHeader) != "app" {
+				t.Fatalf("not the application's answer: %s %v", resp.Status, resp.Header)
+			}
+			return resp.Header.Get(controlplane.ServedByHeader)
+		}
+		if by := served(); by != "" {
+			t.Errorf("without an inbound listener served by %q, want the application directly", by)
+		}
+		s, err := a.Status(t.Context())
+		must(t, err)
+		if !hasFinding(s, symptom.ServingPortNoChain) {
+			t.Errorf("findings %v do not name the serving port", s.Findings)
+		}
+		config.Inbound = inbound
+		_, err = m.CP.Set(config)
+		must(t, err)
+		eventually(t, 5*time.Second, "inbound through Envoy", func() (bool, string) { by := served(); return strings.HasPrefix(by, "inbound-8081"), by })
+		config.Inbound = nil
+		_, err = m.CP.Set(config)
+		must(t, err)
+		eventually(t, 5*time.Second, "inbound past Envoy again", func() (bool, string) {
+			resp, err := m.Client.HTTP().Get(app)
+			if err != nil {
+				return false, err.Error() // while Envoy has closed its listener and the rule is still there
+			}
+			resp.Body.Close()
+			return resp.Header.Get(controlplane.ServedByHeader) == "", resp.Status
+		})
+	})
+}
+
+func hasFinding(s agent.Status, id symptom.ID) bool {
+	for _, f := range s.Findings {
+		if f.ID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// TestKill: kill -9 of the agent in the middle of changes. After each restart the chains converge; new connections to an
+// unchanged VIP neither fail nor escape in between.
+func TestKill(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+		changes := soak(50, 8)
+		for i := range changes {
+			_, err := m.CP.Set(services(service(i), service(1000+i/2)))
+			must(t, err)
+			time.Sleep(time.Duration(5+13*i%60) * time.Millisecond) // anywhere in the change
+			a.Kill()
+			must(t, a.Start())
+			vip := service(i).Prefixes[0]
+			eventually(t, 10*time.Second, "convergence after kill -9", func() (bool, string) {
+				out, err := m.Chains(t.Context(), "IPv4")
+				must(t, err)
+				gone := i == 0 || !strings.Contains(out, "-d "+service(i - 1).Prefixes[0].String()+" ")
+				return strings.Contains(out, "-d "+vip.String()+" ") && gone, out
+			})
+		}
+		if c := steady.Stop(); c.Bad() != 0 || c.OK < 5*changes {
+			t.Errorf("connections to unchanged VIPs over %d kills: %v", changes, c)
+		} else {
+			t.Logf("%d kills in %d changes: %v", changes, changes, c)
+		}
+	})
+}
+
+// TestEnvoyDown: Envoy killed and back, with keep and with bypass.
+func TestEnvoyDown(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		for _, policy := range []agent.WhenEnvoyDown{agent.Keep, agent.Bypass} {
+			t.Run(string(policy), func(t *testing.T) {
+				m, a := start(t, mesh.Options{Backend: backend, Config: services()}, "--when-envoy-down", string(policy))
+				must(t, a.WaitReady(within(t, 20*time.Second)))
+				through(t, m, web4)
+				m.Envoy.Kill()
+				_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool {
+					return !s.Ready && strings.HasPrefix(s.LastFailure, "Envoy is not running")
+				})
+				must(t, err)
+				if policy == agent.Keep {
+					time.Sleep(4 * time.Second) // longer than bypass would take
+					if r, err := lab.HTTPProbe(t.Context(), m.VM, 1000, web4); err == nil {
+						t.Errorf("with Envoy down and keep: %+v, want a refused connection", r)
+					}
+				} else {
+					escapes(t, m, web4)
+					_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s agent.Status) bool { return s.Mode == "bypass" })
+					must(t, err)
+				}
+				must(t, m.Envoy.Start())
+				through(t, m, web4)
+				must(t, a.WaitReady(within(t, 10*time.Second)))
+				s, err := a.Status(t.Context())
+				must(t, err)
+				if !strings.Contains(s.LastFailure, "(over; ") {
+					t.Errorf("last failure %q, want it over", s.LastFailure)
+				}
+			})
+		}
+	})
+}
+
+// TestControlPlaneAway: Envoy restarted while the control plane is away has no listeners; that is no news, and unchanged
+// VIPs stay in the chains.
+func TestControlPlaneAway(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		before, err := m.Chains(t.Context(), "IPv4")
+		must(t, err)
+		m.CP.GoAway()
+		must(t, m.Envoy.Restart())
+		_, err = a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s agent.Status) bool {
+			return s.Envoy.State != "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
+		})
+		must(t, err)
+		if backend == lab.NFT { // Envoy waits 15 s for its clusters and 15 s for its listeners, and is LIVE then, with none
+			_, err = a.Wait(within(t, 60*time.Second), "Envoy live without listeners", func(s agent.Status) bool {
+				return s.Envoy.State == "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
+			})
+			must(t, err)
+		}
+		time.Sleep(2 * time.Second)
+		if after, err := m.Chains(t.Context(), "IPv4"); err != nil || after != before {
+			t.Errorf("the rules changed: %v\n%s\nbefore:\n%s", err, after, before)
+		}
+		must(t, m.CP.ComeBack())
+		must(t, a.WaitReady(within(t, 60*time.Second)))
+		through(t, m, web4)
+		// An empty set that the control plane did send is news.
+		_, err = m.CP.Set(controlplane.Config{})
+		must(t, err)
+		eventually(t, 10*time.Second, "rules gone with the services", func() (bool, string) {
+			out, err := m.Chains(t.Context(), "IPv4")
+			return err == nil && out == "", out
+		})
+		must(t, a.WaitReady(within(t, 10*time.Second))) // an empty want counts
+	})
+}
+
+// TestStranger: another local user on Envoy's ports while Envoy is down. The jumps go, it is said, nothing is believed.
+func TestStranger(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		m.Envoy.Kill()
+		const stranger = 4711
+		ln, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15001")
+		must(t, err)
+		admin, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15000")
+		must(t, err)
+		lies := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			t.Errorf("the stranger on the admin port was asked %s", r.URL)
+			fmt.Fprint(w, `{"configs":[]}`)
+		})}
+		go lies.Serve(admin)
+		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named", func(s agent.Status) bool {
+			return strings.Contains(s.LastFailure, "uid 4711") || hasFinding(s, symptom.ForeignOwner)
+		})
+		must(t, err)
+		escapes(t, m, web4)
+		if s.Ready {
+			t.Error("ready with a stranger on the interception port")
+		}
+		// An agent started now adopts nothing that leads to the stranger.
+		a.Kill()
+		must(t, a.Start())
+		_, err = a.Wait(within(t, 10*time.Second), "the stranger is named after a restart", func(s agent.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+		must(t, err)
+		escapes(t, m, web4)
+		lies.Close()
+		ln.Close()
+		must(t, m.Envoy.Start())
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+	})
+}
+
+// TestStrangerAfterRestart: the jumps that an earlier run left lead to a stranger when the agent starts.
+func TestStrangerAfterRestart(t *testing.T) {
+	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	a.Kill()
+	m.Envoy.Kill()
+	_, err := m.VM.ListenAs(4711, "tcp", "127.0.0.1:15001")
+	must(t, err)
+	must(t, a.Start())
+	escapes(t, m, web4)
+}
+
+// TestRuleDeleted: a rule deleted by hand is back within the poll interval, at once where the kernel notifies, and who did
+// it is told where the kernel tells.
+func TestRuleDeleted(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+		must(t, err)
+		start := time.Now()
+		eventually(t, 5*time.Second, "the jump back", func() (bool, string) {
+			out, err := m.Chains(t.Context(), "IPv4")
+			return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
+		})
+		t.Logf("back after %v (looking included)", time.Since(start).Round(time.Millisecond))
+		s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s agent.Status) bool { return s.Undone == 1 })
+		must(t, err)
+		if backend == lab.NFT && !strings.Contains(s.LastDriftBy, "iptables") {
+			t.Errorf("done by %q, want the program named", s.LastDriftBy)
+		}
+	})
+}
+
+// TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the byte.
+func TestCleanup(t *testing.T) {
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		ctx := within(t, 60*time.Second)
+		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})
+		must(t, err)
+		defer m.Close()
+		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.2")
+		must(t, err)
+		before, err := m.VM.Run(ctx, "iptables-save", "-t", "nat")
+		must(t, err)
+		a := m.NewAgent()
+		must(t, a.Start())
+		must(t, a.WaitReady(ctx))
+		out, stderr, code, err := a.Run(ctx, "cleanup")
+		if err != nil || code != 0 || !strings.Contains(out, "paused") || !strings.Contains(out, "removed") {
+			t.Errorf("cleanup: %d %v\n%s%s", code, err, out, stderr)
+		}
+		time.Sleep(3 * time.Second) // the agent must not put anything back
+		after, err := m.VM.Run(ctx, "iptables-save", "-t", "nat")
+		must(t, err)
+		if withoutComments(after) != withoutComments(before) {
+			t.Errorf("after cleanup:\n%s\nbefore the install:\n%s", after, before)
+		}
+		if code, body, err := a.Get("/healthz/ready"); err != nil || code != http.StatusServiceUnavailable || !strings.Contains(body, "paused") {
+			t.Errorf("/healthz/ready: %d %q %v", code, body, err)
+		}
+		a.Kill()
+		must(t, a.Start())
+		must(t, a.WaitReady(ctx))
+		through(t, m, web4)
+		a.Kill()
+	})
+}
+
+// withoutComments drops the lines with the time, and the packet counters of built-in chains.
+func withoutComments(save string) string {
+	var b strings.Builder
+	for line := range strings.Lines(save) {
+		if !strings.HasPrefix(line, "#") {
+			if i := strings.Index(line, " ["); i > 0 {
+				line = line[:i] + "\n"
+			}
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
+// TestAttribute: a change of the attribute takes effect without a restart; a malformed one changes nothing and is named.
+func TestAttribute(t *testing.T) {
+	m, a := start(t, mesh.Options{Config: services()})
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	m.Platform.SetAttribute("gce-service-proxy", `{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]}}`)
+	escapes(t, m, db4)
+	through(t, m, web4)
+	m.Platform.SetAttribute("gce-service-proxy", `{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":["eighty"]}}`)
+	_, err := a.Wait(within(t, 10*time.Second), "the malformed attribute named", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "serving-ports") })
+	must(t, err)
+	escapes(t, m, db4)
+	m.Platform.SetAttribute("gce-service-proxy", mesh.Attribute)
+	through(t, m, db4)
+}
