@@ -3,6 +3,7 @@ package iptables
 import (
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -135,7 +136,9 @@ func isOurs(name string) bool {
 	}
 	if rest, ok := strings.CutPrefix(name, bucketPrefix4); ok {
 		address, bits, ok := strings.Cut(rest, "_")
-		return ok && len(address) == 8 && strings.Trim(address, "0123456789ABCDEF") == "" && (bits == "8" || bits == "16" || bits == "24" || bits == "32")
+		n, err := strconv.Atoi(bits)
+		return ok && len(address) == 8 && strings.Trim(address, "0123456789ABCDEF") == "" &&
+			err == nil && strconv.Itoa(n) == bits && n >= nodeBits && n <= 32 && n%nodeBits == 0
 	}
 	if rest, ok := strings.CutPrefix(name, bucketPrefix6); ok {
 		return len(rest) == 11 && strings.Trim(rest, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""

@@ -1,0 +1,323 @@
+//go:build kernel
+
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// wrapped puts programs in front of the real ones in a folder of the test's own. restore is a shell script's body that
+// runs before the real restore reads its payload, which is in the file $1.
+func wrapped(t *testing.T, backend, restore string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, f := range families {
+		for _, suffix := range []string{"", "-save", "-restore"} {
+			name := command(backend, f, suffix)
+			script := "#!/bin/sh\nexec /usr/sbin/" + name + " \"$@\"\n"
+			if suffix == "-restore" {
+				script = "#!/bin/sh\nin=$(mktemp)\ntrap 'rm -f $in' EXIT\ncat > $in\ncheck() {\n" + restore + "\n}\ncheck $in || exit $?\n/usr/sbin/" + name + " \"$@\" < $in\n"
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return dir
+}
+
+// refuse is a restore without one match or target, in the words of the real one.
+func refuse(match string) string {
+	return fmt.Sprintf(`n=$(grep -n -m1 -e '%s' $1 | cut -d: -f1)
+[ -z "$n" ] && return 0
+echo "iptables-restore v1.8.9 (nf_tables): " >&2
+echo "line $n: RULE_APPEND failed (No such file or directory): rule in chain X" >&2
+return 4`, match)
+}
+
+func TestARefusedRuleIsLeftOutAndNamed(t *testing.T) {
+	for _, test := range []struct {
+		name, refuse string
+		left         []string // in this order
+		jumps        []string
+		chain, rule  string // must be there
+	}{
+		{"no comment match", "-m comment", []string{"-m comment"}, []string{jumpInbound, jumpOutput, jumpDNS}, chainOutput, "-m owner --uid-owner 999 -j RETURN"},
+		{"no owner match: outbound would loop", "--uid-owner\\|--gid-owner", []string{
+			"-A SERVICE_PROXY_DNS -m owner --uid-owner 999 -m comment --comment proxy-user -j RETURN",
+			"-A SERVICE_PROXY_DNS -m owner --gid-owner 998 -m comment --comment proxy-group -j RETURN",
+			"-A SERVICE_PROXY_DNS -m owner --uid-owner 101 -m comment --comment local-resolver -j RETURN",
+			"-A SERVICE_PROXY_OUTPUT -m owner --uid-owner 999 -m comment --comment proxy-user -j RETURN",
+			"-A SERVICE_PROXY_OUTPUT -m owner --gid-owner 998 -m comment --comment proxy-group -j RETURN",
+		}, []string{jumpInbound}, chainInbound, ruleRouted},
+		{"one resolver's uid", "uid-owner 101", []string{"-A SERVICE_PROXY_DNS -m owner --uid-owner 101 -m comment --comment local-resolver -j RETURN"},
+			[]string{jumpInbound, jumpOutput}, chainOutput, "-m owner --uid-owner 999 -m comment --comment proxy-user -j RETURN"},
+		{"no addrtype match: routed traffic would be taken", "addrtype", []string{"-A SERVICE_PROXY_INBOUND " + ruleRouted},
+			[]string{jumpOutput, jumpDNS}, chainServicePorts, "-p tcp -m tcp --dport 81 -j SERVICE_PROXY_REDIRECT"},
+		{"one exclude", "8.8.8.8", []string{"-A SERVICE_PROXY_OUTPUT -d 8.8.8.8/32 -m comment --comment excluded -j RETURN"},
+			[]string{jumpInbound, jumpOutput, jumpDNS}, chainOutput, "-j SERVICE_PROXY_SERVICE_CIDRS"},
+	} {
+		t.Run(strings.NewReplacer(" ", "-", ":", "").Replace(test.name), func(t *testing.T) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+				return
+			}
+			k, err := Open(t.Context(), Options{Backend: NFT, Path: wrapped(t, NFT, refuse(test.refuse))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := sample(IPv4).Ruleset()
+			_, err = k.Apply(t.Context(), NewPlan(want, read(t, k, IPv4)))
+			var refused *RefusedError
+			if !errors.As(err, &refused) || refused.Line == 0 || refused.Rule == "" {
+				t.Fatalf("Apply: %v", err)
+			}
+			degraded, err := k.ApplyDegraded(t.Context(), want, read(t, k, IPv4))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var left []string
+			for _, l := range degraded.Left {
+				left = append(left, l.Rule)
+				if l.Stderr == "" {
+					t.Errorf("%q: without the kernel's words", l.Rule)
+				}
+			}
+			if !slices.Equal(left, test.left) {
+				t.Errorf("left out %q, want %q", left, test.left)
+			}
+			var jumps []string
+			for _, j := range degraded.Ruleset.jumps {
+				jumps = append(jumps, j.spec)
+			}
+			if !slices.Equal(jumps, test.jumps) {
+				t.Errorf("jumps %q, want %q", jumps, test.jumps)
+			}
+			have := read(t, k, IPv4)
+			if d := Diff(degraded.Ruleset, have); len(d) > 0 {
+				t.Errorf("the kernel differs from what was said: %v", d)
+			}
+			if !slices.Contains(have.Rules(test.chain), test.rule) {
+				t.Errorf("%s lacks %q: %q", test.chain, test.rule, have.Rules(test.chain))
+			}
+		})
+	}
+}
+
+// The real thing: a kernel in a user namespace of one uid refuses --uid-owner of any other (EINVAL).
+func TestLegacyNamesNoLineAndTheRuleIsStillFound(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	// libxt_owner is not there: iptables itself refuses, with a line of its own.
+	dir := t.TempDir()
+	libs, err := filepath.Glob("/usr/lib/*/xtables/*.so")
+	if err != nil || len(libs) == 0 {
+		t.Fatal("no xtables libraries", err)
+	}
+	for _, lib := range libs {
+		if filepath.Base(lib) != "libxt_comment.so" {
+			if err := os.Symlink(lib, filepath.Join(dir, filepath.Base(lib))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	os.Setenv("XTABLES_LIBDIR", dir)
+	for _, backend := range []string{NFT, Legacy} {
+		for _, f := range families {
+			k := open(t, backend)
+			degraded, err := k.ApplyDegraded(t.Context(), sample(f).Ruleset(), read(t, k, f))
+			if err != nil {
+				t.Fatalf("%s %s: %v", backend, f, err)
+			}
+			if len(degraded.Left) != 1 || degraded.Left[0].Rule != "-m comment" || !strings.Contains(degraded.Left[0].Stderr, "comment") {
+				t.Errorf("%s %s: left out %v", backend, f, degraded.Left)
+			}
+			if d := Diff(degraded.Ruleset, read(t, k, f)); len(d) > 0 {
+				t.Errorf("%s %s: %v", backend, f, d)
+			}
+			if _, err := k.Cleanup(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+func TestErrorsHaveClasses(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	want := sample(IPv4).Ruleset()
+	for _, test := range []struct {
+		name, restore string
+		is            error
+	}{
+		{"a held lock", "echo 'Another app is currently holding the xtables lock. Stopped waiting after 5s.' >&2; return 4", ErrLocked},
+		{"not root", "echo 'Fatal: can'\"'\"'t open lock file /run/xtables.lock: Permission denied' >&2; return 4", ErrNotRoot},
+		{"incompatible", "echo 'iptables-restore v1.8.9 (nf_tables): table `nat'\"'\"' is incompatible, use '\"'\"'nft'\"'\"' tool.' >&2; return 1", ErrIncompatible},
+		{"no module", "echo 'ip6tables v1.8.7 (legacy): can'\"'\"'t initialize ip6tables table `nat'\"'\"': Table does not exist (do you need to insmod?)' >&2; return 3", ErrNoTable},
+	} {
+		k, err := Open(t.Context(), Options{Backend: NFT, Path: wrapped(t, NFT, test.restore)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Apply(t.Context(), NewPlan(want, read(t, k, IPv4))); !errors.Is(err, test.is) {
+			t.Errorf("%s: %v", test.name, err)
+		}
+	}
+
+	k, err := Open(t.Context(), Options{Backend: NFT, Path: wrapped(t, NFT, "sleep 60")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if _, err := k.Apply(ctx, NewPlan(want, read(t, k, IPv4))); !errors.Is(err, ErrCouldNotLook) && !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a restore that hangs: %v", err)
+	}
+	if took := time.Since(start); took > 3*time.Second {
+		t.Errorf("a restore that hangs held us for %v", took)
+	}
+
+	if _, err := Open(t.Context(), Options{Backend: NFT, Path: t.TempDir()}); !errors.Is(err, ErrNoIPTables) {
+		t.Errorf("no iptables: %v", err)
+	}
+	if _, err := Open(t.Context(), Options{Backend: "ipfw"}); err == nil {
+		t.Error("an unknown backend was opened")
+	}
+}
+
+// An ip6tables that is missing must not stop IPv4.
+func TestOneFamilyGoesOnWithoutTheOther(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	dir := wrapped(t, NFT, "return 0")
+	if err := os.Remove(filepath.Join(dir, "ip6tables-nft")); err != nil {
+		t.Fatal(err)
+	}
+	k, err := Open(t.Context(), Options{Backend: NFT, Path: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	states := k.Families()
+	if !states[0].Usable || states[1].Usable || !errors.Is(states[1].Why, ErrNoIPTables) {
+		t.Errorf("families: %+v", states)
+	}
+	apply(t, k, sample(IPv4).Ruleset())
+	if _, err := k.Read(t.Context(), IPv6); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoIPTables) {
+		t.Errorf("reading the family that is not usable: %v", err)
+	}
+	if _, err := k.Cleanup(t.Context()); err != nil {
+		t.Errorf("cleanup: %v", err)
+	}
+}
+
+// A chain in table nat that only nft can read makes every whole save fail; ours can still be read and written.
+func TestAnIncompatibleChainBesideOurs(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	want := sample(IPv4).Ruleset()
+	apply(t, k, want)
+	sh(t, "nft", "add", "chain", "ip", "nat", "theirs")
+	sh(t, "nft", "add", "rule", "ip", "nat", "theirs", "jhash", "ip", "saddr", "mod", "2", "0")
+	if save := sh(t, "iptables-nft-save", "-t", "nat"); !strings.Contains(save, "incompatible") {
+		t.Fatalf("the save is compatible:\n%s", save)
+	}
+	if d := Diff(want, read(t, k, IPv4)); len(d) > 0 {
+		t.Errorf("equal rules differ: %v", d)
+	}
+	sh(t, "iptables-nft", "-t", "nat", "-F", chainServiceCIDRs)
+	apply(t, k, want)
+	if _, err := k.Cleanup(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := sh(t, "nft", "list", "table", "ip", "nat"); strings.Contains(left, "SERVICE_PROXY") || !strings.Contains(left, "jhash") {
+		t.Errorf("after cleanup:\n%s", left)
+	}
+}
+
+// Rules of ours in the backend that is not used are removed, others' there never, and it is not made to be there.
+func TestTheOtherBackend(t *testing.T) {
+	for _, backends := range [][2]string{{NFT, Legacy}, {Legacy, NFT}} {
+		t.Run(backends[0], func(t *testing.T) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+				return
+			}
+			used, other := open(t, backends[0]), backends[1]
+			if said, err := used.CleanOtherBackend(t.Context()); err != nil || len(said) > 0 {
+				t.Fatalf("nothing there: %q %v", said, err)
+			}
+			if has, err := hasLegacyTable(IPv4); err != nil || backends[0] == NFT && has {
+				t.Fatalf("looking made the legacy table: %v", err)
+			}
+			old := open(t, other)
+			for _, f := range families {
+				restoreText(t, other, f, foreignSaves(t, f)["istio"])
+				apply(t, old, sample(f).Ruleset())
+				apply(t, used, sample(f).Ruleset())
+			}
+			before := others(t, other, IPv4)
+			found, err := used.Others(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(found) != 4 || !slices.ContainsFunc(found, func(o OtherChain) bool {
+				return o.Backend == other && o.Family == "ip6" && o.Chain == "OUTPUT" && o.Rules == 1
+			}) {
+				t.Errorf("others: %v", found)
+			}
+			said, err := used.CleanOtherBackend(t.Context())
+			if err != nil || len(said) == 0 {
+				t.Fatalf("%q %v", said, err)
+			}
+			if now := others(t, other, IPv4); now != before {
+				t.Errorf("foreign rules were\n%s\nand are\n%s", before, now)
+			}
+			for _, f := range families {
+				if left := read(t, old, f).Ours(); !left.Empty() {
+					t.Errorf("left in %s: %s", other, left)
+				}
+				if d := Diff(sample(f).Ruleset(), read(t, used, f)); len(d) > 0 {
+					t.Errorf("in the backend used: %v", d)
+				}
+			}
+		})
+	}
+}
+
+func TestOthersAtOurHooks(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	k := open(t, NFT)
+	apply(t, k, sample(IPv4).Ruleset())
+	for _, c := range []string{
+		"add table inet fw", "add chain inet fw early { type nat hook output priority -110 ; }", "add chain inet fw late { type nat hook output priority -90 ; }",
+		"add chain inet fw equal { type nat hook prerouting priority -100 ; }", "add chain inet fw filter { type filter hook output priority -110 ; }",
+	} {
+		sh(t, "nft", c)
+	}
+	found, err := k.Others(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []OtherChain{
+		{Backend: NFT, Family: "inet", Table: "fw", Chain: "early", Hook: Output, Priority: -110},
+		{Backend: NFT, Family: "inet", Table: "fw", Chain: "equal", Hook: Prerouting, Priority: -100},
+	}
+	slices.SortFunc(found, func(a, b OtherChain) int { return strings.Compare(a.Chain, b.Chain) })
+	if !slices.Equal(found, want) {
+		t.Errorf("got %v", found)
+	}
+}
