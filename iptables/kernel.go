@@ -310,6 +310,12 @@ type Result struct {
 	Took     time.Duration // of the writing, without the read-back
 }
 
+// manyChains is from how many new chains on legacy is given them in a restore of their own before the plan. libiptc finds
+// a chain by an index that it makes only of the chains that were there when it started, and one by one among the others:
+// with 270 new chains and 10,000 rules that is 45 of 60 ms. Empty chains that nothing leads to change nothing for any
+// packet, and the plan itself stays one transaction.
+const manyChains = 40
+
 // attempts is how often Apply makes its plan anew when the table changed between plan and restore.
 const attempts = 3
 
@@ -330,6 +336,11 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (Result, error) {
 		return Result{Have: p.have}, nil
 	}
 	start := time.Now()
+	if chains := p.newChains(); t.backend == Legacy && len(chains.lines) > manyChains {
+		if err := k.restore(ctx, t, chains); err != nil {
+			return Result{Attempts: 1}, fmt.Errorf("apply %s rules: %w", p.family, err)
+		}
+	}
 	n := 1
 	for {
 		err := k.restore(ctx, t, p)

@@ -34,6 +34,22 @@ func (p Plan) String() string {
 	return "*nat\n" + strings.Join(p.lines, "\n") + "\nCOMMIT\n"
 }
 
+// newChains is a plan that only makes the chains that are not there yet.
+func (p Plan) newChains() Plan {
+	chains := Plan{family: p.family}
+	for _, line := range p.lines {
+		name, ok := strings.CutPrefix(line, ":")
+		if !ok {
+			break // the declarations come first
+		}
+		name, _, _ = strings.Cut(name, " ")
+		if !p.have.Has(name) {
+			chains.lines = append(chains.lines, line)
+		}
+	}
+	return chains
+}
+
 // line returns the n-th line of the payload, counted from 1 as iptables-restore does.
 func (p Plan) line(n int) string {
 	switch {
