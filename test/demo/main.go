@@ -12,6 +12,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -62,6 +63,13 @@ func run() (code int) {
 	}()
 	n := newNarrator(os.Stdout, func(err error) { end(err) })
 	d := &demo{narrator: n, envoyBinary: envoy, began: time.Now()}
+	if err := d.prepare(ctx); err != nil && cause(ctx) == nil {
+		fmt.Fprintln(os.Stderr, "demo:", oneLine(unstarted(err)))
+		if err := d.close(); err != nil {
+			fmt.Fprintln(os.Stderr, "demo: taking down:", oneLine(err))
+		}
+		return 1
+	}
 	err = d.steps(ctx)
 	took := time.Since(d.began)
 	if err == nil {
@@ -71,30 +79,46 @@ func run() (code int) {
 			err = d.play(ctx, os.Stdin)
 		}
 	}
-	// A signal explains every error that follows it.
-	if cause := context.Cause(ctx); cause != nil {
-		err = cause
+	if err != nil {
+		err = cmp.Or(cause(ctx), err)
 	}
 	var by signalled
 	switch {
 	case err == nil:
-	case errors.As(err, &by) && *keep && d.playing:
-		err = nil // the way out that the prompt names
 	case errors.As(err, &by):
 		code = 128 + int(by.Signal)
 		n.gap()
-		n.say("Ended by signal (%s) in step %d.", by, d.step)
+		if d.step == 0 {
+			n.say("Ended by signal (%s) before the first step.", by)
+		} else {
+			n.say("Ended by signal (%s) in step %d.", by, d.step)
+		}
 	default:
 		code = 1
 		n.failed("step %d (%s) does not hold: %v", d.step, d.title, err)
 		d.tails(err)
 	}
-	if err := d.close(); err != nil {
-		n.failed("taking down: %v", err)
-		return max(code, 1)
+	return max(code, d.takeDown())
+}
+
+// cause is the signal that explains an error, if there was one. Ctrl-C goes to everything that runs on the terminal, so that the end of the others can be
+// seen before the signal itself: it gets a moment.
+func cause(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+	case <-time.After(100 * time.Millisecond):
 	}
-	n.say("Taken down: no namespace, process or file of the demo is left.")
-	return code
+	return context.Cause(ctx)
+}
+
+// takeDown says what came of it: exit code 0, or 1 if something is left.
+func (d *demo) takeDown() (code int) {
+	if err := d.close(); err != nil {
+		d.failed("taking down: %v", err)
+		return 1
+	}
+	d.say("Taken down: no namespace, process or file of the demo is left.")
+	return 0
 }
 
 // lookFirst finds what the demo needs before anything is made, and says where Envoy is.
@@ -119,10 +143,11 @@ func lookFirst() (envoy string, err error) {
 
 // unstarted is a machine on which there can be no lab, told with the next step.
 func unstarted(err error) error {
-	if errors.Is(err, lab.ErrNoNamespaces) {
-		return fmt.Errorf("%w; in a container, start it with --privileged, or use a VM", err)
+	var missing *lab.MissingError
+	if errors.As(err, &missing) {
+		return err // which names the package
 	}
-	return err
+	return fmt.Errorf("%w: use a VM, or a container started with --privileged", err)
 }
 
 func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }

@@ -95,6 +95,7 @@ func (n *narrator) failed(format string, args ...any) {
 		}
 		n.line(text)
 	}
+	n.gap()
 }
 
 // prompt is a command as it would be typed, at the place named by where.

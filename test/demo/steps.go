@@ -32,12 +32,15 @@ type demo struct {
 	mesh     *mesh.Mesh
 	agent    *mesh.Agent
 	services []controlplane.Service
-	playing  bool
 	version  string // Envoy's, as /server_info has it
 }
 
-// patience is how long a step may take. What it waits for takes milliseconds; gcloud alone takes seconds to start.
-const patience = 20 * time.Second
+// patience is how long a step may take. What it waits for takes milliseconds, but on a busy machine Envoy takes seconds to start; gcloud does on any,
+// and it is called twice.
+const (
+	patience       = 10 * time.Second
+	gcloudPatience = 30 * time.Second
+)
 
 // vip is a service's port: no server in the lab listens there, so that a connection which nobody redirects is refused.
 const vipPort = 80
@@ -64,24 +67,28 @@ func (d *demo) push() (controlplane.Push, error) { return d.mesh.CP.Set(d.config
 
 // steps is the whole show, in order. The first that does not hold ends it.
 func (d *demo) steps(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil {
+		return err // during prepare
+	}
 	d.line(d.in(bold, "service-proxy-agent, the main job on real parts"))
 	d.say("What follows `vm#` is run in the VM, `client$` in another machine, `you$` on your desk. Output is real, cut to what matters.")
 	for i, s := range []struct {
 		title string
+		limit time.Duration
 		run   func(context.Context) error
 	}{
-		{"A VM with Envoy, and nobody who redirects", d.envoyAlone},
-		{"The agent starts", d.agentStarts},
-		{"A second service appears", d.serviceAppears},
-		{"Somebody deletes a rule", d.ruleDeleted},
-		{"A service goes away", d.serviceGoes},
-		{"A serving port, from another machine", d.inbound},
-		{"What the agent says on the VM", d.status},
-		{"What the VM says to those who cannot log in", d.outside},
+		{"A VM with Envoy, and nobody who redirects", patience, d.envoyAlone},
+		{"The agent starts", patience, d.agentStarts},
+		{"A second service appears", patience, d.serviceAppears},
+		{"Somebody deletes a rule", patience, d.ruleDeleted},
+		{"A service goes away", patience, d.serviceGoes},
+		{"A serving port, from another machine", patience, d.inbound},
+		{"What the agent says on the VM", patience, d.status},
+		{"What the VM says to those who cannot log in", gcloudPatience, d.outside},
 	} {
 		d.step, d.title = i+1, s.title
 		d.heading(fmt.Sprintf("%d. %s", d.step, d.title))
-		limited, cancel := context.WithTimeout(ctx, patience)
+		limited, cancel := context.WithTimeout(ctx, s.limit)
 		err := s.run(limited)
 		cancel()
 		if err != nil {
@@ -94,24 +101,29 @@ func (d *demo) steps(ctx context.Context) error {
 	return nil
 }
 
-// envoyAlone starts everything but the agent.
-func (d *demo) envoyAlone(ctx context.Context) error {
-	// Envoy's own user must reach what it reads and runs.
+// prepare makes everything but Envoy and the agent.
+func (d *demo) prepare(ctx context.Context) (err error) {
+	// Envoy's own user must reach what it reads.
 	if !forEverybody(os.TempDir()) {
 		os.Setenv("TMPDIR", "/tmp")
 	}
 	d.services = []controlplane.Service{web}
-	var err error
 	if d.mesh, err = mesh.New(ctx, mesh.Options{Config: d.config(), NoEnvoy: true}); err != nil {
-		return unstarted(err)
+		return err
 	}
-	m := d.mesh
 	// The Compute API, where those outside of the VM ask.
-	api, err := m.Listen(m.Service, netip.AddrPortFrom(lab.ControlPlaneAddr, apiPort))
+	api, err := d.mesh.Listen(d.mesh.Service, netip.AddrPortFrom(lab.ControlPlaneAddr, apiPort))
 	if err != nil {
 		return err
 	}
-	m.Platform.Serve(api, nil)
+	d.mesh.Platform.Serve(api, nil)
+	return nil
+}
+
+// envoyAlone starts Envoy, and no agent yet.
+func (d *demo) envoyAlone(ctx context.Context) (err error) {
+	m := d.mesh
+	// And what it runs.
 	if !forEverybody(d.envoyBinary) {
 		if d.envoyBinary, err = copyTo(m.Dir, d.envoyBinary); err != nil {
 			return err
@@ -301,7 +313,11 @@ func (d *demo) status(ctx context.Context) error {
 
 // withLog adds the agent's own words to an error.
 func (d *demo) withLog(err error) error {
-	return fmt.Errorf("%w\nThe agent's log ends:\n%s", err, last(d.agent.Log(), 15))
+	text := d.agent.Log()
+	if text == "" {
+		return fmt.Errorf("%w\nThe agent's log is empty.", err)
+	}
+	return fmt.Errorf("%w\nThe agent's log ends:\n%s", err, last(text, 15))
 }
 
 // tails shows what Envoy said, when it may have to do with err.
@@ -318,8 +334,8 @@ func (d *demo) tails(err error) {
 
 // close takes everything down and looks whether anything is left.
 func (d *demo) close() error {
-	if d.mesh == nil {
-		return nil
+	if d.mesh == nil { // mesh.New took down what it had made
+		return nothingIn(fmt.Sprintf("/run/netns/spa-%d-*", os.Getpid()))
 	}
 	pids := map[string]int{}
 	if d.mesh.Envoy != nil {
@@ -333,21 +349,22 @@ func (d *demo) close() error {
 	if err := d.mesh.Close(); err != nil {
 		return err
 	}
-	var left []error
-	for _, ns := range []*lab.Namespace{d.mesh.VM, d.mesh.Client, d.mesh.Service} {
-		if _, err := os.Stat(path(ns)); !errors.Is(err, os.ErrNotExist) {
-			left = append(left, fmt.Errorf("%s is left (%v)", path(ns), err))
-		}
-	}
-	if _, err := os.Stat(d.mesh.Dir); !errors.Is(err, os.ErrNotExist) {
-		left = append(left, fmt.Errorf("%s is left (%v)", d.mesh.Dir, err))
-	}
+	left := []error{nothingIn(fmt.Sprintf("/run/netns/spa-%d-*", os.Getpid())), nothingIn(d.mesh.Dir)}
 	for name, pid := range pids {
 		if pid != 0 && syscall.Kill(pid, 0) == nil {
 			left = append(left, fmt.Errorf("%s (pid %d) still runs", name, pid))
 		}
 	}
 	return errors.Join(left...)
+}
+
+// nothingIn is an error that names the files of a pattern, if there are any.
+func nothingIn(pattern string) error {
+	files, err := filepath.Glob(pattern)
+	if err == nil && len(files) > 0 {
+		err = fmt.Errorf("left: %s", strings.Join(files, ", "))
+	}
+	return err
 }
 
 // stopAgent asks it to end and insists after 3 s; it is to end within 2.
@@ -403,15 +420,19 @@ func (d *demo) gone(ctx context.Context, s controlplane.Service, since time.Time
 
 // retry calls try every 2 ms until it holds, and says how long after since the one that held began.
 func retry(ctx context.Context, since time.Time, what string, try func() error) (time.Duration, error) {
+	var why error // of the last try that ctx did not cut
 	for {
 		began := time.Now()
 		err := try()
 		if err == nil {
 			return max(0, began.Sub(since)), nil
 		}
+		if ctx.Err() == nil || why == nil {
+			why = err
+		}
 		select {
 		case <-ctx.Done():
-			return 0, fmt.Errorf("wait for %s: the last connection: %w", what, err)
+			return 0, fmt.Errorf("wait for %s: the last connection: %w", what, why)
 		case <-time.After(2 * time.Millisecond):
 		}
 	}

@@ -1,0 +1,189 @@
+//go:build lab
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+// started is one demo under test.
+type started struct {
+	cmd *exec.Cmd
+	out *bytes.Buffer
+	dir string // its TMPDIR, by which everything of it is known
+}
+
+func build(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "demo")
+	if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build the demo: %v\n%s", err, out)
+	}
+	return path
+}
+
+// start starts a demo in a process group of its own, as a shell does.
+func start(t *testing.T, binary, agent, input string, args ...string) started {
+	t.Helper()
+	envoy, err := lab.FindEnvoy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "demo-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s := started{exec.Command(binary, args...), new(bytes.Buffer), dir}
+	s.cmd.Env = append(os.Environ(), "AGENT="+agent, "ENVOY="+envoy, "TMPDIR="+dir)
+	s.cmd.Stdin = strings.NewReader(input)
+	s.cmd.Stdout, s.cmd.Stderr = s.out, s.out
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// wait waits for its end, and says with which exit code.
+func (s started) wait(t *testing.T) int {
+	t.Helper()
+	err := s.cmd.Wait()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return s.cmd.ProcessState.ExitCode()
+}
+
+// left is what is left of it: namespaces, files, processes.
+func (s started) left() (left []string) {
+	namespaces, _ := filepath.Glob("/run/netns/spa-" + strconv.Itoa(s.cmd.Process.Pid) + "-*") // the pattern is a good one
+	files, _ := filepath.Glob(s.dir + "/*")
+	left = append(namespaces, files...)
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range processes {
+		env, _ := os.ReadFile(p + "/environ") // it may have ended meanwhile
+		args, _ := os.ReadFile(p + "/cmdline")
+		if bytes.Contains(append(env, args...), []byte(s.dir)) {
+			left = append(left, p+" "+string(args))
+		}
+	}
+	return left
+}
+
+func agentBinary(t *testing.T) string {
+	t.Helper()
+	path, err := mesh.Binary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestShow is one whole run with the prompt at its end.
+func TestShow(t *testing.T) {
+	s := start(t, build(t), agentBinary(t), "add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nlist\nnonsense\nquit\n", "-keep")
+	if code := s.wait(t); code != 0 {
+		t.Fatalf("exit code %d:\n%s", code, s.out)
+	}
+	for _, want := range []string{"Every step held", "server: envoy", "from the push to the first redirected connection", "there is a service pay",
+		"from the push to the first connection that is not redirected", `"nonsense" is no command`, "Taken down"} {
+		if !strings.Contains(s.out.String(), want) {
+			t.Errorf("the output lacks %q:\n%s", want, s.out)
+		}
+	}
+	if strings.Contains(s.out.String(), "\x1b") {
+		t.Error("colour without a terminal")
+	}
+	if left := s.left(); left != nil {
+		t.Errorf("left: %q", left)
+	}
+}
+
+// TestShowFails has agents that do not do their work: the step that does not hold is named.
+func TestShowFails(t *testing.T) {
+	binary, agent := build(t), agentBinary(t)
+	for name, script := range map[string]string{
+		"ends at once":  "exit 0",
+		"does nothing":  `[ "$1" = run ] && exec sleep 1000`,
+		"never healthy": `[ "$1" = status ] && { ` + agent + ` "$@"; exit 1; }; exec ` + agent + ` "$@"`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "agent")
+			if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			s := start(t, binary, path, "")
+			if code := s.wait(t); code != 1 || !strings.Contains(s.out.String(), "does not hold") || strings.Contains(s.out.String(), "Every step held") {
+				t.Errorf("exit code %d:\n%s", code, s.out)
+			}
+			if left := s.left(); left != nil {
+				t.Errorf("left: %q", left)
+			}
+		})
+	}
+}
+
+// TestInterrupted ends demos at random moments, most of them in the first, busiest second.
+func TestInterrupted(t *testing.T) {
+	binary, agent := build(t), agentBinary(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	runs := 8
+	if os.Getenv("SOAK") == "1" {
+		runs = 200
+	}
+	signals := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL}
+	for i := range runs {
+		after := time.Duration(r.Float64() * float64([]time.Duration{300 * time.Millisecond, time.Second, 4 * time.Second}[i%3]))
+		signal, whole := signals[r.IntN(len(signals))], r.IntN(2) == 0
+		s := start(t, binary, agent, "", [][]string{nil, {"-keep"}}[r.IntN(2)]...)
+		time.Sleep(after)
+		to := s.cmd.Process.Pid
+		if whole { // as ctrl-C on a terminal
+			to = -to
+		}
+		if err := syscall.Kill(to, signal); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		code := s.wait(t)
+		what := signal.String() + " after " + after.String()
+		// -1: the signal itself ended it, before it had begun or because it can do nothing against it.
+		if !slices.Contains([]int{-1, 128 + int(signal)}, code) {
+			t.Errorf("%s: exit code %d:\n%s", what, code, s.out)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("%s: ended after %s", what, took)
+		}
+		left := s.left()
+		for deadline := time.Now().Add(5 * time.Second); code == -1 && left != nil && time.Now().Before(deadline); left = s.left() {
+			time.Sleep(20 * time.Millisecond) // the reaper's turn
+		}
+		if left != nil {
+			t.Errorf("%s: exit code %d, left: %q\n%s", what, code, left, s.out)
+		}
+	}
+}
