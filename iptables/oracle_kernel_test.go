@@ -242,15 +242,7 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 	c.must(unix.Bind(c.dns, c.address(netip.AddrPortFrom(netip.Addr{}, dnsPort))))
 
 	if hook == Output {
-		// Every address is this machine's own: whatever is not redirected is refused at once.
-		source := "10.77.0.1"
-		everything := "0.0.0.0/0"
-		if w.family == IPv6 {
-			source, everything = "fd77::1", "::/0"
-		}
-		sh(t, "ip", ip, "address", "add", source, "dev", "lo")
-		sh(t, "ip", ip, "route", "add", "local", everything, "dev", "lo", "src", source)
-		c.undo = func() { sh(t, "ip", ip, "route", "del", "local", everything, "dev", "lo") }
+		c.undo = everyAddressIsLocal(t, w.family)
 		return c
 	}
 	// Two neighbours that ask, and one behind which everything is that is not local: it refuses at once what reaches it.
@@ -269,6 +261,17 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 	c.peers["docker0"] = c.neighbour(ip, "docker0", 1, nil)
 	c.neighbour(ip, "eth1", 2, elsewhere)
 	return c
+}
+
+// everyAddressIsLocal makes every address this machine's own, so that whatever is not redirected is answered at once.
+func everyAddressIsLocal(t *testing.T, f Family) (undo func()) {
+	ip, source, everything := "-4", "10.77.0.1", "0.0.0.0/0"
+	if f == IPv6 {
+		ip, source, everything = "-6", "fd77::1", "::/0"
+	}
+	sh(t, "ip", ip, "address", "add", source, "dev", "lo")
+	sh(t, "ip", ip, "route", "add", "local", everything, "dev", "lo", "src", source)
+	return func() { sh(t, "ip", ip, "route", "del", "local", everything, "dev", "lo") }
 }
 
 // neighbour makes a namespace at the other end of an interface, whose default route leads here. What it owns is routed to it.
