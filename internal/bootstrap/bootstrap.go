@@ -89,6 +89,7 @@ type bootstrapper struct {
 	state State
 	pub   *publisher
 
+	again  bool     // this VM was finished before: a look at it is told by what it changes, not step by step
 	masked []string // units that enable found masked: they are not started either
 }
 
@@ -121,6 +122,7 @@ func Run(ctx context.Context, opts Options) error {
 	b.state = state
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()
+	b.again = b.state.Status == Finished
 	b.state.Attempt, b.state.Retry, b.state.Next, b.state.Permanent = 0, time.Time{}, "", false
 
 	for {
@@ -272,7 +274,7 @@ func (b *bootstrapper) begin(step string) {
 	if b.state.Status != Failed || b.state.Attempt == 1 { // FAILED stays while retries go through the steps
 		b.state.Status = InProgress
 	}
-	if b.state.Attempt == 1 {
+	if b.state.Attempt == 1 && !b.again {
 		b.say("INFO", step)
 	}
 	b.state.Step = step
@@ -462,21 +464,27 @@ func (b *bootstrapper) installUnits(ctx context.Context) *Failure {
 	return b.enable(ctx, systemd.AgentUnit, systemd.BootstrapUnit, systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer)
 }
 
-// enable enables the units, but for those that the administrator has masked.
+// enable enables the units that are not, but for those that the administrator has masked: in one call, as each has systemd read all its units again.
 func (b *bootstrapper) enable(ctx context.Context, units ...string) *Failure {
+	args := []string{"enable"}
 	for _, unit := range units {
-		out, err := b.exec(ctx, time.Minute, "systemctl", "is-enabled", unit)
+		out, err := b.exec(ctx, time.Minute, "systemctl", "is-enabled", unit) // its exit code says no more than its word
 		switch strings.TrimSpace(out) {
 		case "enabled":
-			continue
 		case "masked", "masked-runtime":
 			b.masked = append(b.masked, unit)
 			b.Log.Warn("leaving a masked unit alone", zap.String("unit", unit))
-			continue
+		case "":
+			return &Failure{Step: StepUnits, Err: fmt.Errorf("ask whether %s is enabled: %w", unit, err)}
+		default:
+			args = append(args, unit)
 		}
-		if out, err = b.exec(ctx, time.Minute, "systemctl", "enable", unit); err != nil {
-			return &Failure{Step: StepUnits, Err: said(err, out)}
-		}
+	}
+	if len(args) == 1 {
+		return nil
+	}
+	if out, err := b.exec(ctx, time.Minute, "systemctl", args...); err != nil {
+		return &Failure{Step: StepUnits, Err: said(err, out)}
 	}
 	return nil
 }
