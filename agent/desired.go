@@ -349,9 +349,7 @@ func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
 	for i := range p {
 		p[i] = p[i].Masked()
 	}
-	slices.SortFunc(p, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
+	slices.SortFunc(p, netip.Prefix.Compare)
 	return slices.Compact(p)
 }
 

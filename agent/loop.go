@@ -26,6 +26,9 @@ const (
 	// settle is how long connections that are older than the first NAT rule are let through unchanged (facts: conntrack
 	// starts with the first NAT rule and takes them for new). Idle ones past it are reset when they speak again.
 	settle = 5 * time.Minute
+	// passLimit bounds what a pass may spend on a slow iptables or a held lock: less than WatchdogSec (30 s), which is for
+	// a loop that hangs.
+	passLimit = 20 * time.Second
 	// resync is how often the rules are read although nothing told of a change: a lost notification costs this long.
 	resync = 5 * time.Minute
 	// legacyPoll is the interval of looks where the kernel notifies nobody.
@@ -85,8 +88,10 @@ func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := a.desired()
 	a.passGates(&facts, want, known)
 	wake = tick
+	limited, cancel := context.WithTimeout(ctx, passLimit)
+	defer cancel()
 	for i := range a.families {
-		wake = min(wake, a.reconcile(ctx, now, &a.families[i], want.Families[i], known))
+		wake = min(wake, a.reconcile(limited, now, &a.families[i], want.Families[i], known))
 		facts.Families = append(facts.Families, a.families[i].facts())
 	}
 	facts.Refused, facts.Uncovered, facts.ServerFirst = want.Refused, want.Uncovered, want.ServerFirst

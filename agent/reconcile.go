@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -48,17 +49,24 @@ type familyState struct {
 	fight    fight
 	settling time.Time // until when older connections are let through
 
-	equal   bool
-	err     error
-	drift   []iptables.Drift // last seen; kept for showDrift after its repair
-	driftAt time.Time
-	driftBy string
-	by      string // who the kernel says wrote last
-	left    []iptables.RefusedError
-	leftAt  time.Time
-	applied time.Time
-	applies map[string]int // of this pass, by outcome
-	rows    int            // written in this pass
+	equal     bool
+	err       error
+	drift     []iptables.Drift // last seen; kept for showDrift after its repair
+	driftAt   time.Time
+	driftBy   string
+	by        string // who the kernel says wrote last
+	left      []iptables.RefusedError
+	leftAt    time.Time
+	installed installed
+	applied   time.Time
+	applies   map[string]int // of this pass, by outcome
+	rows      int            // written in this pass
+}
+
+// installed is what connections are redirected now, as far as conntrack's entries matter.
+type installed struct {
+	services []netip.Prefix
+	dns      uint16
 }
 
 // showDrift is how long a repaired drift stays among the findings, so that a look by hand finds it.
@@ -82,7 +90,7 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 		return tick // what an earlier run left stays until Envoy has told its listeners
 	}
 	if len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
-		changed = true
+		s.target, s.left, changed = s.want, nil, true
 	}
 	due := s.readAt.Add(a.pollInterval()).Sub(now)
 	if !changed && !s.dirty && due > 0 {
@@ -94,7 +102,7 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 			return wait
 		}
 	}
-	if err := a.look(ctx, now, s, changed, due <= 0); err != nil && ctx.Err() == nil {
+	if err := a.look(ctx, now, s, changed, due <= 0); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		if s.err == nil || s.err.Error() != err.Error() {
 			a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
 		}
@@ -178,7 +186,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, changed
 		return nil
 	}
 	drift := iptables.Diff(s.target, s.have)
-	if len(drift) == 0 && !(changed && len(s.left) > 0) {
+	if len(drift) == 0 {
 		s.settled(s.have, true)
 		return nil
 	}
@@ -289,10 +297,52 @@ func (a *Agent) apply(ctx context.Context, now time.Time, s *familyState) error 
 	}
 	s.applied, s.rows = now, s.rows+plan.Len()
 	s.settled(result.Have, true)
+	a.forgetOldPaths(ctx, s)
 	if len(result.Drift) > 0 { // somebody wrote in between
 		s.equal, s.dirty, s.touchedAll = false, true, true
 	}
 	return nil
+}
+
+// conntrackLimit bounds the walk through conntrack's table, which can hold a million entries.
+const conntrackLimit = time.Second
+
+// forgetOldPaths deletes the conntrack entries that would keep what the rules have just taken over on its old path:
+// connections to new services that are not answered yet, and DNS questions that always come from one port (facts).
+func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
+	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+	defer cancel()
+	now := installed{dns: s.dnsPort}
+	if s.target.Intercepting() {
+		now.services = s.services
+	}
+	was := s.installed
+	s.installed = now
+	if added := missing(now.services, was.services); len(added) > 0 {
+		if n, err := conntrack.DeleteHalfOpen(ctx, added); err != nil {
+			a.log.Debug("half-open connections keep their path", zap.Error(err))
+		} else if n > 0 {
+			a.log.Info("half-open connections begin anew through Envoy", zap.Stringer("family", s.family), zap.Int("connections", n))
+		}
+	}
+	if (now.dns == 0) != (was.dns == 0) {
+		if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
+			a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
+		}
+	}
+}
+
+// missing are the prefixes of all, sorted, that are not in known, sorted.
+func missing(all, known []netip.Prefix) (some []netip.Prefix) {
+	for _, p := range all {
+		for len(known) > 0 && known[0].Compare(p) < 0 {
+			known = known[1:]
+		}
+		if len(known) == 0 || known[0] != p {
+			some = append(some, p)
+		}
+	}
+	return some
 }
 
 // outcome is the word of the applies metric.
