@@ -206,7 +206,7 @@ func families(f Facts) (out []Finding) {
 func nextForRules(err error) string {
 	switch {
 	case errors.Is(err, iptables.ErrLocked):
-		return "another program holds the xtables lock; it is tried again: `lsof /run/xtables.lock` names it"
+		return "it is tried again; `lsof /run/xtables.lock` names the program"
 	case errors.Is(err, iptables.ErrIncompatible):
 		return "a program made this table in a form iptables cannot read: `nft list table ip nat` shows it; remove those rules or use one backend"
 	case errors.Is(err, iptables.ErrNotRoot):

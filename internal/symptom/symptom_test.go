@@ -1,0 +1,211 @@
+package symptom
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+var update = flag.Bool("update", false, "write docs/symptoms.md")
+
+// example is a situation and the finding that must come first.
+type example struct {
+	when  string
+	facts Facts
+	want  ID // "": none
+}
+
+var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+
+// live is an Envoy that is well.
+func live(change func(*Facts)) Facts {
+	f := Facts{Now: now, ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com",
+		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{Major: 1, Minor: 40}, Configured: true}}
+	if change != nil {
+		change(&f)
+	}
+	return f
+}
+
+func family(change func(*Family)) Facts {
+	return live(func(f *Facts) {
+		f.Families = []Family{{Family: iptables.IPv4}}
+		change(&f.Families[0])
+	})
+}
+
+func stream(code int, message string) Facts {
+	return live(func(f *Facts) {
+		f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false
+		f.Envoy.Stream = &Stream{Target: "trafficdirector.googleapis.com:443", Code: code, Message: message, When: now}
+	})
+}
+
+var malformed = func() error {
+	_, err := attribute.Parse([]byte(`{"api-version":"0.2","service":{"serving-ports":["eighty"]}}`))
+	return err
+}()
+
+var examples = []example{
+	{"all is well", live(nil), ""},
+	{"Envoy does not run", live(func(f *Facts) {
+		f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = fmt.Errorf("get: %w", envoyadmin.ErrRefused), now, "error initializing configuration"
+	}), EnvoyDown},
+	{"Envoy got no listener and nothing says why", live(func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }), EnvoyNotConfigured},
+	{"the control plane's name does not resolve", live(func(f *Facts) {
+		f.Envoy.Configured, f.Envoy.Stream = false, &Stream{Code: 13}
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp, Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
+	}), ControlPlaneLookUp},
+	{"port 443 is blocked", live(func(f *Facts) {
+		f.Envoy.Configured = false
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect, Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
+	}), ControlPlaneConnect},
+	{"the stream ends without a reason, our own way works", stream(13, ""), ControlPlaneConnect},
+	{"the API is not enabled", stream(7, "Traffic Director API has not been used in project 123456789012 before or it is disabled. Enable it by visiting …"), APINotEnabled},
+	{"the service account lacks the role", stream(7, "Permission denied on resource project 123456789012."), PermissionDenied},
+	{"no configuration for the network", stream(5, `Traffic Director configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
+	{"the same under the new name", stream(5, `Cloud Service Mesh configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
+	{"an unknown mesh or scope", stream(5, "Requested entity was not found."), ConfigNotFound},
+	{"any other end of the stream", stream(8, "quota exceeded"), ControlPlaneRefused},
+	{"a listener is rejected", live(func(f *Facts) {
+		f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "duplicate address 0.0.0.0:15001"}}
+	}), ListenerRejected},
+	{"its access log cannot be written", live(func(f *Facts) {
+		f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "unable to open file '/var/log/envoy.log': Permission denied"}}
+	}), AccessLogUnwritable},
+	{"a rule was removed and put back", family(func(f *Family) {
+		f.Drift, f.By = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}, "iptables (pid 4711)"
+	}), DriftRepaired},
+	{"the proxy's user does not exist", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }), ProxyUser},
+	{"no ip6tables", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable},
+	{"no iptables table nat", family(func(f *Family) { f.Unusable = iptables.ErrNoTable }), FamilyUnusable},
+	{"the lock is held", family(func(f *Family) { f.Err = iptables.ErrLocked }), RuleRefused},
+	{"the table is incompatible", family(func(f *Family) { f.Err = iptables.ErrIncompatible }), RuleRefused},
+	{"a match is missing", family(func(f *Family) {
+		f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_OUTPUT -m comment --comment x -j RETURN", Stderr: "Couldn't load match `comment'"}}
+	}), RuleRefused},
+	{"the rules cannot be read", family(func(f *Family) { f.Err = iptables.ErrCouldNotLook }), CouldNotLook},
+	{"a rule before our jump takes its packets", family(func(f *Family) {
+		f.Shadow = []iptables.Drift{{Kind: iptables.Shadowed, Chain: "OUTPUT", Rule: "-p tcp -j ACCEPT"}}
+	}), Shadowed},
+	{"somebody keeps undoing our rules", family(func(f *Family) { f.Fighting, f.By, f.Undone = true, "firewalld (pid 4711)", 12 }), Fight},
+	{"a serving port without an inbound listener", live(func(f *Facts) { f.Uncovered = []uint16{8080} }), ServingPortNoChain},
+	{"a server-first protocol behind an inspecting listener", live(func(f *Facts) { f.ServerFirst = []uint16{3306} }), ServerFirst},
+	{"Envoy is too old", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 8} }), EnvoyTooOld},
+	{"Envoy is old", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 20} }), EnvoyTooOld},
+	{"bootstrap failed", live(func(f *Facts) { f.Bootstrap = "install Envoy: gs://b/envoy.tgz: status 403; tried again in 30 s" }), Bootstrap},
+	{"the attribute is malformed", live(func(f *Facts) { f.Attribute = malformed }), AttributeBad},
+	{"the metadata server is away", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }), MetadataServer},
+	{"guest attributes are disabled", live(func(f *Facts) { f.GuestOff = true }), GuestAttributesOff},
+	{"a stranger on Envoy's port", live(func(f *Facts) {
+		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
+	}), ForeignOwner},
+	{"Envoy's port is closed", live(func(f *Facts) {
+		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+	}), InterceptionNotReady},
+	{"the admin interface answers garbage", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }), AdminUnreadable},
+	{"the admin interface forbids a path", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }), AdminUnreadable},
+	{"another nat chain at our hook", live(func(f *Facts) { f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: "output", Priority: -110}} }), OtherChain},
+	{"a listener asks for what is never intercepted", live(func(f *Facts) {
+		f.Refused = []Refusal{{Listener: "l", Entry: "169.254.169.254/32", Reason: "it is link-local, where the metadata server is"}}
+	}), EntryRefused},
+	{"a listener of a shape that is not intercepted", live(func(f *Facts) {
+		f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "l", Reason: "its address is a pipe"}}
+	}), ListenerSkipped},
+	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
+}
+
+// TestExamples: each situation gives its finding, in one line with a next step. docs/symptoms.md is made of the same table
+// (-update), so it says what the program says.
+func TestExamples(t *testing.T) {
+	var doc strings.Builder
+	doc.WriteString("# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in `agent-last-failure`, warnings on serial and in `status`,\nadvice in `status`. The number is the row that reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
+	for _, e := range examples {
+		findings := Check(e.facts)
+		if e.want == "" {
+			if len(findings) > 0 {
+				t.Errorf("%s: %+v", e.when, findings)
+			}
+			continue
+		}
+		if len(findings) == 0 || findings[0].ID != e.want {
+			t.Errorf("%s: %+v, want %s first", e.when, findings, e.want)
+			continue
+		}
+		f := findings[0]
+		if strings.ContainsFunc(f.Text(), unicode.IsControl) || len(f.Text()) > 900 || f.Cause == "" {
+			t.Errorf("%s: %q is no line for a guest attribute", e.when, f.Text())
+		}
+		if f.Next == "" && f.ID != Bootstrap && f.ID != ListenerSkipped {
+			t.Errorf("%s: %q has no next step", e.when, f.Cause)
+		}
+		row := ""
+		if f.Row != 0 {
+			row = fmt.Sprint(f.Row)
+		}
+		fmt.Fprintf(&doc, "| %s | %s | %v | `%s` | %s |\n", e.when, row, f.Severity, f.ID, strings.ReplaceAll(f.Text(), "|", `\|`))
+	}
+	const path = "../../docs/symptoms.md"
+	if *update {
+		if err := os.WriteFile(path, []byte(doc.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if text, err := os.ReadFile(path); err != nil || string(text) != doc.String() {
+		t.Errorf("docs/symptoms.md is not what the program says (%v); write it with -update", err)
+	}
+}
+
+// TestExplained: what follows from another finding is listed under it and comes after it.
+func TestExplained(t *testing.T) {
+	findings := Check(stream(7, "Permission denied"))
+	var ids []string
+	for _, f := range findings {
+		ids = append(ids, string(f.ID)+"<"+string(f.ExplainedBy))
+	}
+	want := []string{"permission-denied<", "envoy-not-configured<permission-denied"}
+	if !reflect.DeepEqual(ids, want) {
+		t.Errorf("got %v, want %v", ids, want)
+	}
+	down := live(func(f *Facts) {
+		f.Envoy.Err = envoyadmin.ErrRefused
+		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+	})
+	if got := Check(down); len(got) != 2 || got[0].ID != EnvoyDown || got[1].ExplainedBy != EnvoyDown {
+		t.Errorf("Envoy down: %+v", got)
+	}
+}
+
+// TestOrder: the same facts give the same findings in the same order.
+func TestOrder(t *testing.T) {
+	all := live(func(f *Facts) {
+		for _, e := range examples {
+			f.Families = append(f.Families, e.facts.Families...)
+			f.Envoy.Rejected = append(f.Envoy.Rejected, e.facts.Envoy.Rejected...)
+			f.Uncovered = append(f.Uncovered, e.facts.Uncovered...)
+		}
+		f.GuestOff = true
+	})
+	first := Check(all)
+	for range 20 {
+		if !reflect.DeepEqual(first, Check(all)) {
+			t.Fatal("the order changes")
+		}
+	}
+	for i := 1; i < len(first); i++ {
+		if first[i].Severity > first[i-1].Severity {
+			t.Errorf("%v after %v", first[i], first[i-1])
+		}
+	}
+}
