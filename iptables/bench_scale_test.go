@@ -25,6 +25,8 @@ import (
 // "ratio" is what is compared; the limits stand in the names of the metrics.
 const scale = 10000
 
+var ran = map[string]bool{}
+
 // benchInNetns runs the calling benchmark in a network namespace of its own, like inNetns.
 func benchInNetns(b *testing.B) bool {
 	b.Helper()
@@ -35,6 +37,10 @@ func benchInNetns(b *testing.B) bool {
 	if os.Geteuid() != 0 {
 		b.Fatal("needs root: it makes a network namespace")
 	}
+	if ran[b.Name()] { // the framework calls with 1 and then with N
+		return false
+	}
+	ran[b.Name()] = true
 	args := []string{"-test.run=^$", "-test.timeout=30m", "-test.count=1"}
 	pattern := "^" + b.Name() + "$"
 	if given := flag.Lookup("test.bench").Value.String(); strings.Contains(given, "/") {

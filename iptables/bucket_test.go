@@ -30,8 +30,17 @@ func TestBucketsCoverExactlyTheServices(t *testing.T) {
 			"both and wider": slices.Concat(randomPrefixes(f, 1000, 4), densePrefixes(f, 1000), mixedPrefixes(f, 1000, 5)),
 		} {
 			r := serviceSet(f, services)
+			listed := map[netip.Prefix]bool{}
+			for _, p := range services {
+				listed[p] = true
+			}
 			contains := func(a netip.Addr) bool {
-				return slices.ContainsFunc(services, func(p netip.Prefix) bool { return p.Contains(a) })
+				for bits := range a.BitLen() + 1 {
+					if p, _ := a.Prefix(bits); listed[p] {
+						return true
+					}
+				}
+				return false
 			}
 			random := rand.New(rand.NewPCG(9, 9))
 			for range 300 {
@@ -91,7 +100,7 @@ func TestOneMoreAddressTouchesOneBucket(t *testing.T) {
 		before := serviceSet(f, services)
 		random := rand.New(rand.NewPCG(4, 4))
 		var most int
-		for range 30 {
+		for range 10 {
 			p := randomPrefixes(f, 1, random.Uint64())[0]
 			after := serviceSet(f, append(slices.Clone(services), p))
 			table, _ := Parse(f, []byte(before.String()))

@@ -265,11 +265,11 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 
 // everyAddressIsLocal makes every address this machine's own, so that whatever is not redirected is answered at once.
 func everyAddressIsLocal(t *testing.T, f Family) (undo func()) {
-	ip, source, everything := "-4", "10.77.0.1", "0.0.0.0/0"
+	ip, source, everything, nodad := "-4", "10.77.0.1", "0.0.0.0/0", []string(nil)
 	if f == IPv6 {
-		ip, source, everything = "-6", "fd77::1", "::/0"
+		ip, source, everything, nodad = "-6", "fd77::1", "::/0", []string{"nodad"}
 	}
-	sh(t, "ip", ip, "address", "add", source, "dev", "lo")
+	sh(t, "ip", append([]string{ip, "address", "add", source, "dev", "lo"}, nodad...)...)
 	sh(t, "ip", ip, "route", "add", "local", everything, "dev", "lo", "src", source)
 	return func() { sh(t, "ip", ip, "route", "del", "local", everything, "dev", "lo") }
 }

@@ -138,9 +138,11 @@ func TestPlanLeadsFromAnyRulesetToAny(t *testing.T) {
 	if err != nil || len(foreign) == 0 {
 		t.Fatal(foreign, err)
 	}
+	n := 0
 	for from, have := range rulesets {
 		for to, want := range rulesets {
-			for _, file := range foreign {
+			n++
+			for _, file := range []string{foreign[n%len(foreign)]} {
 				text, err := os.ReadFile(file)
 				if err != nil {
 					t.Fatal(err)
