@@ -236,7 +236,7 @@ func (d *demo) ruleDeleted(ctx context.Context) error {
 		return err
 	}
 	if after.LastDriftBy != by {
-		return fmt.Errorf("the rule was deleted by %s, and the agent names %q", by, after.LastDriftBy)
+		return d.withLog(fmt.Errorf("the rule was deleted by %s, and the agent names %q", by, after.LastDriftBy))
 	}
 	d.ok("the agent knows who it was: %s", by)
 	return d.answers(ctx, d.vm(), "http://10.10.0.1/", "web", "10.130.0.1:8080")
