@@ -209,7 +209,10 @@ func (d *demo) serviceAppears(ctx context.Context) error {
 
 // ruleDeleted deletes a rule by hand and waits for it.
 func (d *demo) ruleDeleted(ctx context.Context) error {
-	before, err := d.agent.Status(ctx)
+	// Once the agent has ended its own write: who writes in the middle of that is repaired too, but is not always named.
+	before, err := d.agent.Wait(ctx, "both services in its status", func(s agent.Status) bool {
+		return len(s.Families) > 0 && s.Families[0].Services == len(d.services) && s.Families[0].Equal
+	})
 	if err != nil {
 		return err
 	}
