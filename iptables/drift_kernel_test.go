@@ -4,6 +4,7 @@ package iptables
 
 import (
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -58,20 +59,34 @@ var drifts = []drift{
 	{name: "jump not first", kind: JumpMoved, do: []string{"-I OUTPUT 1 -p tcp -j MARK --set-mark 1"}},
 }
 
-// run does the damage.
+// run does the damage, each command of which must succeed.
 func (d drift) run(t testing.TB, backend string, f Family) {
 	t.Helper()
+	for _, c := range d.commands(backend, f) {
+		sh(t, c[0], c[1:]...)
+	}
+}
+
+// try does as much of the damage as there is something to damage.
+func (d drift) try(backend string, f Family) {
+	for _, c := range d.commands(backend, f) {
+		exec.Command(c[0], c[1:]...).Run()
+	}
+}
+
+func (d drift) commands(backend string, f Family) (commands [][]string) {
 	first := "10.1.2.3/32"
 	if f == IPv6 {
 		first = "fd00::1/128"
 	}
 	for _, c := range d.do {
 		args := strings.Fields(strings.ReplaceAll(c, "FIRST", first))
-		sh(t, command(backend, f, ""), append([]string{"-w", "5", "-t", "nat"}, args...)...)
+		commands = append(commands, append([]string{command(backend, f, ""), "-w", "5", "-t", "nat"}, args...))
 	}
 	if d.nftDo != "" {
-		sh(t, "nft", strings.Fields(d.nftDo)...)
+		commands = append(commands, append([]string{"nft"}, strings.Fields(d.nftDo)...))
 	}
+	return commands
 }
 
 func TestDriftIsFoundAndRepaired(t *testing.T) {
