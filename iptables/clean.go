@@ -73,13 +73,13 @@ func (k *Kernel) clean(ctx context.Context, t tool) ([]string, error) {
 		if _, err := k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
 			return removed, fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
 		}
-		ours := have.Ours()
+		ours, held := have.Ours(), have.heldByOthers()
 		for _, j := range ours.jumps {
 			removed = append(removed, fmt.Sprintf("%s (%s) jump -A %s %s", t.family, t.backend, j.chain, j.spec))
 		}
 		for _, c := range ours.chains {
 			what := fmt.Sprintf("%s (%s) chain %s with %d rules", t.family, t.backend, c.name, len(c.rules))
-			if by, held := have.heldByOthers(c.name); held {
+			if by, ok := held[c.name]; ok {
 				what += fmt.Sprintf(", which stays empty because of another program's rule -A %s %s", by.chain, by.spec)
 			}
 			removed = append(removed, what)

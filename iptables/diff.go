@@ -84,16 +84,20 @@ func Diff(want Ruleset, have Table) []Drift {
 // deleted; it counts until it is empty.
 func leftOver(want Ruleset, have Table) []string {
 	var names []string
-	for _, c := range have.Ours().chains {
-		if _, ok := want.chain(c.name); ok {
-			continue
+	for name := range have.chains {
+		if _, ok := want.chain(name); !ok && isOurs(name) {
+			names = append(names, name)
 		}
-		if _, held := have.heldByOthers(c.name); held && len(c.rules) == 0 {
-			continue
-		}
-		names = append(names, c.name)
 	}
-	return names
+	if len(names) == 0 {
+		return nil
+	}
+	slices.Sort(names)
+	held := have.heldByOthers()
+	return slices.DeleteFunc(names, func(name string) bool {
+		_, ok := held[name]
+		return ok && len(have.chains[name]) == 0
+	})
 }
 
 func tableFlushed(want Ruleset, have Table) bool {

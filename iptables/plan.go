@@ -93,13 +93,13 @@ func NewPlan(want Ruleset, have Table) Plan {
 		p.jumps(builtin, want.jumpsFrom(builtin), have.chains[builtin])
 	}
 	// Left-over chains lead to one another, so all are emptied before the first is deleted.
-	left := leftOver(want, have)
-	for _, name := range left {
-		p.declare(name)
-	}
-	for _, name := range left {
-		if _, held := have.heldByOthers(name); !held {
-			p.rules = append(p.rules, "-X "+name)
+	if left := leftOver(want, have); len(left) > 0 {
+		held := have.heldByOthers()
+		for _, name := range left {
+			p.declare(name)
+			if _, ok := held[name]; !ok {
+				p.rules = append(p.rules, "-X "+name)
+			}
 		}
 	}
 	family := want.family

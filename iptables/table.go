@@ -141,19 +141,21 @@ func (t Table) with(read map[string][]string, gone []string) Table {
 	return Table{family: t.family, chains: chains, unparsed: t.unparsed}
 }
 
-// heldByOthers says which rule of somebody else's leads to chain: iptables refuses to delete such a chain.
-func (t Table) heldByOthers(chain string) (rule, bool) {
+// heldByOthers finds the chains of ours that a rule of somebody else's leads to, each with one such rule: iptables
+// refuses to delete them.
+func (t Table) heldByOthers() map[string]rule {
+	held := map[string]rule{}
 	for name, specs := range t.chains {
-		if isOurs(name) {
+		if isOurs(name) || isJumpSite(name) {
 			continue
 		}
 		for _, spec := range specs {
-			if target(spec) == chain && !isJumpSite(name) {
-				return rule{name, spec}, true
+			if to := target(spec); isOurs(to) {
+				held[to] = rule{name, spec}
 			}
 		}
 	}
-	return rule{}, false
+	return held
 }
 
 // isJumpSite says whether jumps to our chains in this built-in chain are ours to add and to remove.
