@@ -487,3 +487,58 @@ func TestRemove(t *testing.T) {
 	v.waitFinished(90 * time.Second)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
+
+// TestStartupScript installs from a plain startup-script at every boot, as Google's guest agent runs it: the boot is not held up, nothing waits for
+// itself, and a second boot finds everything done.
+func TestStartupScript(t *testing.T) {
+	v := newVM(t, options{prepare: func(root string) {
+		unit := `[Unit]
+After=network-online.target
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/osconfig-recipe
+[Install]
+WantedBy=multi-user.target
+`
+		if err := os.WriteFile(filepath.Join(root, "etc/systemd/system/google-startup-scripts.service"), []byte(unit), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink("/etc/systemd/system/google-startup-scripts.service", filepath.Join(root, "etc/systemd/system/multi-user.target.wants/google-startup-scripts.service")); err != nil {
+			t.Fatal(err)
+		}
+	}})
+	for boot := range 2 {
+		start := time.Now()
+		v.boot()
+		v.eventually(40*time.Second, "multi-user.target", func() error {
+			_, err := v.try("systemctl", "is-active", "multi-user.target")
+			return err
+		})
+		booted := time.Since(start)
+		v.waitFinished(90 * time.Second)
+		v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+		t.Logf("boot %d: multi-user.target after %.1f s, the service answered after %.1f s", boot+1, booted.Seconds(), time.Since(start).Seconds())
+		if boot == 0 {
+			v.shutdown()
+		}
+	}
+}
+
+// TestNoIP6tables: IPv4 goes on, and the missing half is named.
+func TestNoIP6tables(t *testing.T) {
+	v := ready(t, options{})
+	v.run("sh", "-c", "rm -f /usr/sbin/ip6tables* /etc/alternatives/ip6tables*; systemctl restart --no-block service-proxy-agent.service")
+	v.eventually(30*time.Second, "the serial port names ip6tables", func() error {
+		serial := v.Serial()
+		if i := strings.LastIndex(serial, " started"); i < 0 || !strings.Contains(serial[i:], "IPv6") && !strings.Contains(serial[i:], "ip6tables") {
+			return fmt.Errorf("it says\n%s", serial)
+		}
+		return nil
+	})
+	if err := v.checkVIP(); err != nil {
+		t.Error(err)
+	}
+	if state := v.state(); state.Status != bootstrap.Finished {
+		t.Errorf("bootstrap is %q: %s", state.Status, state.Failure)
+	}
+}

@@ -1,0 +1,10 @@
+#!/bin/sh
+# The same without OS Config, for images that lack its agent: a plain startup-script, run at each boot. The VM needs the metadata gce-service-proxy
+# (the JSON of docs) and enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still running while this does.
+set -eu
+archive=gs://BUCKET/service-proxy-agent-VERSION.tgz
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+gsutil -q cp "$archive" "$dir/a.tgz"
+tar -xzf "$dir/a.tgz" -C "$dir"
+"$dir/service-proxy-agent/service-proxy-agent-bootstrap.sh"
