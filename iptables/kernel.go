@@ -320,8 +320,8 @@ const manyChains = 40
 const attempts = 3
 
 // Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was overtaken (a rule to be
-// deleted is gone, a place to insert at is not there) is made anew from a fresh read. Nothing was changed if it returns
-// an error, but for ErrCouldNotLook, which says that the write was done and could not be verified. Errors: *RefusedError,
+// deleted is gone, a place to insert at is not there) is made anew from a fresh read. No packet's way was changed if it
+// returns an error, but for ErrCouldNotLook, which says that a write was begun and could not be verified: read, and see. Errors: *RefusedError,
 // ErrLocked, ErrIncompatible, ErrNotRoot, ErrNoTable, ErrCouldNotLook, ErrUnusable, *CommandError.
 func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 	t, err := k.tool(p.family)
@@ -438,7 +438,7 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 // ownPIDs remembers the last commands of ours.
 type ownPIDs struct {
 	mu      sync.Mutex
-	pids    [64]int
+	pids    [512]int
 	next    int
 	running int
 	last    time.Time // when the last one ended

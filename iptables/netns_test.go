@@ -17,6 +17,11 @@ import (
 // of it is left when it ends. It needs root, and fails without.
 func inNetns(t *testing.T) bool {
 	t.Helper()
+	return inNamespaces(t, syscall.CLONE_NEWNET)
+}
+
+func inNamespaces(t *testing.T, flags uintptr) bool {
+	t.Helper()
 	if os.Getenv("IPTABLES_TEST_NETNS") == t.Name() {
 		sh(t, "ip", "link", "set", "lo", "up")
 		return true
@@ -38,7 +43,7 @@ func inNetns(t *testing.T) bool {
 	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), "IPTABLES_TEST_NETNS="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Errorf("in its namespace: %v\n%s", err, out)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -106,7 +107,7 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 		for _, m := range messages {
 			if done := batch.add(m); done {
 				for _, e := range batch.events() {
-					e.Own = k.own.has(e.PID)
+					e.Own = k.isOwn(e)
 					s.put(e)
 				}
 				batch.clear()
@@ -114,6 +115,35 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 		}
 	}
 }
+
+// isOwn says whether one of our commands did it. The kernel tells pids of the machine's first pid namespace: in another
+// one (a container, a box) ours are not known by them, and a write by the program that we use, at the moment when we use
+// it, counts as ours.
+func (k *Kernel) isOwn(e Event) bool {
+	if k.own.has(e.PID) {
+		return true
+	}
+	if inFirstPIDNamespace() || !k.own.active(50*time.Millisecond) {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, t := range k.tools {
+		name := filepath.Base(t.restore)
+		if e.Program == name[:min(len(name), commLength)] {
+			return true
+		}
+	}
+	return false
+}
+
+// commLength is how much of a program's name the kernel keeps.
+const commLength = 15
+
+var inFirstPIDNamespace = sync.OnceValue(func() bool {
+	link, err := os.Readlink("/proc/self/ns/pid")
+	return err != nil || link == "pid:[4026531836]" // PROC_PID_INIT_INO
+})
 
 // sender stands between the socket, which must be read without a pause, and the caller, who may be busy with a pass.
 type sender struct {

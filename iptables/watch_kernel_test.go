@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -65,6 +66,33 @@ func TestWatchTellsWhoChangedWhat(t *testing.T) {
 	sh(t, "nft", "flush", "ruleset")
 	if e := next(t, events); e.Own || e.Program != "nft" {
 		t.Errorf("flush ruleset: %+v", e)
+	}
+}
+
+// In a container's pid namespace the kernel's pids are not ours; our own writes must still not be taken for another's.
+func TestWatchKnowsItsOwnWritesInAPIDNamespace(t *testing.T) {
+	if !inNamespaces(t, syscall.CLONE_NEWNET|syscall.CLONE_NEWPID) {
+		return
+	}
+	if inFirstPIDNamespace() {
+		t.Fatal("this is the first pid namespace: the test shows nothing")
+	}
+	k := open(t, NFT)
+	apply(t, k, sample(IPv4).Ruleset())
+	events, err := k.Watch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := sample(IPv4)
+	other.ServicePorts = nil
+	apply(t, k, other.Ruleset())
+	if e := next(t, events); !e.Own {
+		t.Errorf("our own write: %+v", e)
+	}
+	time.Sleep(100 * time.Millisecond)
+	sh(t, "iptables-nft", "-t", "nat", "-F", chainOutput)
+	if e := next(t, events); e.Own {
+		t.Errorf("another's write: %+v", e)
 	}
 }
 
