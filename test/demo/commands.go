@@ -28,12 +28,17 @@ func path(ns *lab.Namespace) string { return "/run/netns/" + ns.Name }
 
 // command is one command, shown as it would be typed at its place.
 type command struct {
-	demo *demo
+	name string
 	cmd  *exec.Cmd
 }
 
 func (d *demo) command(ctx context.Context, at place, name string, args ...string) command {
 	d.prompt(at.prompt, typed(append([]string{name}, args...)))
+	return d.silent(ctx, at, name, args...)
+}
+
+// silent is a command that is not shown yet.
+func (d *demo) silent(ctx context.Context, at place, name string, args ...string) command {
 	cmd := at.in.Command(ctx, name, args...)
 	if at.env != nil {
 		cmd.Env = at.env
@@ -42,7 +47,7 @@ func (d *demo) command(ctx context.Context, at place, name string, args ...strin
 	// A group of its own, so that what is a script (gcloud) ends whole; and with it goes what it would still write.
 	cmd.SysProcAttr.Setpgid = true
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	return command{d, cmd}
+	return command{name, cmd}
 }
 
 // run runs it to its end. Nothing is shown. What it said on stderr comes after what it printed, if it failed.

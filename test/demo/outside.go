@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -63,7 +62,7 @@ func (d *demo) outside(ctx context.Context) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("agent-heartbeat is no time: %w", err)
-	case time.Since(at1) > time.Minute || time.Until(at1) > time.Second:
+	case time.Since(at1) > 5*time.Minute || time.Until(at1) > time.Second: // so old means stuck
 		return fmt.Errorf("agent-heartbeat is %s, and it is %s", at1, time.Now().UTC())
 	case now["proxy-version"] != d.version:
 		return fmt.Errorf("proxy-version is %q, and Envoy is %q", now["proxy-version"], d.version)
@@ -84,6 +83,20 @@ func (d *demo) outside(ctx context.Context) error {
 
 // gcloud asks as a user does.
 func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, serial []string, err error) {
+	// It takes seconds to start, so both questions are asked at once, and shown one after the other.
+	ctx, cancel := context.WithCancel(ctx)
+	var port struct {
+		out string
+		err error
+	}
+	args := []string{"compute", "instances", "get-serial-port-output", vmName}
+	second := d.silent(ctx, at, "gcloud", args...)
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		port.out, port.err = d.must(second)
+	}()
+	defer func() { cancel(); <-asked }()
 	out, err := d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-guest-attributes", vmName, "--query-path="+namespace+"/"))
 	if err != nil {
 		return nil, nil, err
@@ -95,9 +108,10 @@ func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, s
 			table[f[1]] = strings.Join(f[2:], " ")
 		}
 	}
-	out, err = d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-serial-port-output", vmName))
-	d.output(out)
-	return table, lines(out), err
+	d.prompt(at.prompt, typed(append([]string{"gcloud"}, args...)))
+	<-asked
+	d.output(port.out)
+	return table, lines(port.out), port.err
 }
 
 // api makes gcloud's calls.
@@ -149,12 +163,13 @@ func indented(text string) string {
 
 // must runs a command that has to succeed.
 func (d *demo) must(c command) (string, error) {
+	began := time.Now()
 	code, out, err := c.run()
-	if err == nil && code != 0 {
-		err = errors.New(strings.TrimSpace(out))
-	}
-	if err != nil {
-		return out, fmt.Errorf("%s: exit code %d: %w", filepath.Base(c.cmd.Path), code, err)
+	switch {
+	case err != nil:
+		return out, fmt.Errorf("%s: %w after %.1f s: %s", c.name, err, time.Since(began).Seconds(), strings.TrimSpace(out))
+	case code != 0:
+		return out, fmt.Errorf("%s: exit code %d: %s", c.name, code, strings.TrimSpace(out))
 	}
 	return out, nil
 }
