@@ -268,10 +268,18 @@ func distinct(all []controlplane.Service) (some []controlplane.Service) {
 func TestForeignStorm(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
-	storm := m.VM.Command(t.Context(), "sh", "-c", `nft add table ip storm; nft add chain ip storm c
-		while :; do echo "add rule ip storm c counter"; echo "flush chain ip storm c"; sleep 0.01; done | nft -i >/dev/null`)
+	storm := m.VM.Command(t.Context(), "nft", "-i")
+	in, err := storm.StdinPipe()
+	must(t, err)
 	must(t, lab.Start(storm))
 	defer func() { storm.Process.Kill(); storm.Wait() }()
+	go func() {
+		_, err := io.WriteString(in, "add table ip storm\nadd chain ip storm c\n")
+		for err == nil { // until it is killed
+			_, err = io.WriteString(in, "add rule ip storm c counter\nflush chain ip storm c\n")
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
 	time.Sleep(500 * time.Millisecond)
 	out, err := m.VM.Run(t.Context(), "nft", "list", "tables")
 	if err != nil || !strings.Contains(out, "storm") {
