@@ -183,7 +183,7 @@ func TestErrorsHaveClasses(t *testing.T) {
 	if _, err := k.Apply(ctx, NewPlan(want, read(t, k, IPv4))); !errors.Is(err, ErrCouldNotLook) && !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a restore that hangs: %v", err)
 	}
-	if took := time.Since(start); took > 3*time.Second {
+	if took := time.Since(start); took > 7*time.Second {
 		t.Errorf("a restore that hangs held us for %v", took)
 	}
 

@@ -406,7 +406,7 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 			cmd.Env = append(cmd.Env, key+"="+v)
 		}
 	}
-	cmd.WaitDelay = time.Second // a child of a wrapper script may keep the pipes open
+	cmd.WaitDelay = 5 * time.Second // a child of a wrapper script may keep the pipes open
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	in, err := cmd.StdinPipe()
@@ -430,6 +430,8 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 		return stdout.Bytes(), nil
 	case limited.Err() != nil:
 		return nil, fmt.Errorf("%s: %w: no end after %s: %w", command, ErrCouldNotLook, limit, limited.Err())
+	case cmd.ProcessState.Success(): // exec.ErrWaitDelay: what it said was not read to its end
+		return nil, fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)
 	default:
 		return nil, classify(command, cmd.ProcessState.ExitCode(), stderr.String())
 	}
