@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"os"
@@ -385,17 +386,21 @@ func TestUpgrade(t *testing.T) {
 }
 
 // TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED. OS Config, which records a recipe when it has
-// ended, runs it again where it was cut off itself.
+// ended, runs it again where it was cut off itself. The short form cuts in the recipe and in the two steps that write most; the long one at 20 random moments.
 func TestPowerCut(t *testing.T) {
-	moments := []time.Duration{900 * time.Millisecond, 3200 * time.Millisecond}
+	type cut struct {
+		step  string // wait until bootstrap is there; "": from the recipe's start
+		after time.Duration
+	}
+	cuts := []cut{{"", 900 * time.Millisecond}, {bootstrap.StepPackages, time.Second}, {bootstrap.StepEnvoy, 0}}
 	if os.Getenv("SOAK") != "" {
-		moments = nil
-		for i := range 20 {
-			moments = append(moments, time.Duration(i)*350*time.Millisecond+time.Duration(time.Now().UnixNano()%350)*time.Millisecond)
+		cuts = nil
+		for range 20 {
+			cuts = append(cuts, cut{"", rand.N(9 * time.Second)})
 		}
 	}
-	for _, moment := range moments {
-		t.Run(moment.String(), func(t *testing.T) {
+	for i, c := range cuts {
+		t.Run(fmt.Sprintf("%d %s %v", i, c.step, c.after), func(t *testing.T) {
 			v := newVM(t, options{})
 			v.boot()
 			recorded := make(chan bool, 1)
@@ -403,11 +408,19 @@ func TestPowerCut(t *testing.T) {
 				_, err := v.try("osconfig-recipe")
 				recorded <- err == nil
 			}()
-			time.Sleep(moment)
+			if c.step != "" {
+				v.eventually(60*time.Second, "bootstrap is at "+c.step, func() error {
+					if have := v.state(); have.Step != c.step && have.Status != bootstrap.Finished {
+						return fmt.Errorf("it is at %q", have.Step)
+					}
+					return nil
+				})
+			}
+			time.Sleep(c.after)
 			at := v.state()
 			v.power()
 			done := <-recorded
-			t.Logf("cut after %v: recipe recorded: %v, bootstrap %q at %q", moment, done, at.Status, at.Step)
+			t.Logf("cut: recipe recorded: %v, bootstrap %q at %q", done, at.Status, at.Step)
 			v.boot()
 			if !done {
 				v.install()
