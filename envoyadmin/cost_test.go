@@ -371,7 +371,15 @@ func TestShareOfMainThread(t *testing.T) {
 				ctx, cancel := context.WithCancel(context.Background())
 				done := make(chan struct{})
 				go func() { defer close(done); idle.run(ctx, e) }()
-				time.Sleep(2 * time.Second)
+				e.until(time.Minute, func() error {
+					idle.mu.Lock()
+					defer idle.mu.Unlock()
+					if len(idle.seen) == 0 {
+						return errors.New("the first dump did not come")
+					}
+					return nil
+				})
+				time.Sleep(2 * time.Second) // Envoy tidies up after it
 				defer func() { cancel(); <-done }()
 				return share(func() { time.Sleep(length) })
 			}()
