@@ -260,22 +260,37 @@ func (a *Agent) watchAttribute(ctx context.Context) {
 	})
 }
 
-// othersEvery is how often other nat chains at our hooks are looked for: advice, not a matter of seconds.
-const othersEvery = 5 * time.Minute
+// othersEvery is how often other nat chains at our hooks, and a switch of iptables' backend, are looked for. The first time
+// comes once the loop has installed its rules: those that an earlier run left in the other backend redirect until then.
+const (
+	othersFirst = 20 * time.Second
+	othersEvery = 5 * time.Minute
+)
+
+// errSwitched ends the agent, which systemd starts again with the new backend. The rules in the old one stay until the
+// new ones are in.
+var errSwitched = errors.New("the iptables backend was switched")
 
 // watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left in the other backend.
 func (a *Agent) watchOthers(ctx context.Context) error {
-	for {
-		if removed, err := a.kernel.CleanOtherBackend(ctx); err == nil && len(removed) > 0 {
+	backend := a.kernel.Backend()
+	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
+		// Its error is the loop's to find.
+		if err := a.kernel.Probe(ctx, iptables.IPv4); err == nil && a.kernel.Backend() != backend {
+			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, a.kernel.Backend())
+		}
+		removed, err := a.kernel.CleanOtherBackend(ctx)
+		if len(removed) > 0 {
 			a.log.Info("rules of ours removed from the other iptables backend", zap.Strings("removed", removed))
+		}
+		if err != nil {
+			a.log.Debug("could not look into the other iptables backend", zap.Error(err))
 		}
 		if others, err := a.kernel.Others(ctx); err == nil {
 			a.others.Put(others)
 		}
-		if !sleep(ctx, othersEvery) {
-			return nil
-		}
 	}
+	return nil
 }
 
 // pauseLoop makes the loop write no more until the agent is restarted (cleanup).

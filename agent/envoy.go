@@ -161,7 +161,7 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 			w.answered(&w.stateErr, err)
 			return
 		}
-		if w.process != 0 {
+		if w.process != 0 && !info.SameProcess(w.view.Info) {
 			w.log.Info("envoy restarted", zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
 		}
 		w.process, w.view.Info, w.view.State, w.view.Configured = s.Fingerprint.Process, info, info.State, false

@@ -221,6 +221,10 @@ func (a *Agent) takeEvent(e iptables.Event) {
 		}
 		if e.Program != "" {
 			s.by = fmt.Sprintf("%s (pid %d)", e.Program, e.PID)
+			if s.driftBy == "" && time.Since(s.driftAt) < time.Second {
+				// The drift was found by a pass that came before the kernel's word on it.
+				s.driftBy, a.lastBy = s.by, s.by
+			}
 		}
 	}
 }

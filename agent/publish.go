@@ -80,7 +80,7 @@ func (a *Agent) mode() string {
 		return "paused"
 	}
 	for i := range a.families {
-		if s := &a.families[i]; s.unusable == nil && s.target.Intercepting() && s.equal {
+		if s := &a.families[i]; s.unusable == nil && s.jumpsIn {
 			return "intercepting"
 		}
 	}

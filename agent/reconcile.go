@@ -50,6 +50,7 @@ type familyState struct {
 	settling time.Time // until when older connections are let through
 
 	equal     bool
+	jumpsIn   bool // when last equal
 	err       error
 	drift     []iptables.Drift // last seen; kept for showDrift after its repair
 	driftAt   time.Time
@@ -191,8 +192,10 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, changed
 		return nil
 	}
 	isDrift := s.written && !changed
+	by := s.by
+	s.by = ""
 	if isDrift {
-		s.drift, s.driftAt, s.driftBy = drift, now, s.by
+		s.drift, s.driftAt, s.driftBy = drift, now, by
 		if ok, _ := s.fight.mayRepair(now); !ok {
 			s.equal, s.dirty = false, true
 			return nil
@@ -243,6 +246,7 @@ func (a *Agent) read(ctx context.Context, now time.Time, s *familyState, all boo
 func (s *familyState) settled(have iptables.Table, written bool) {
 	s.have, s.haveKnown = have, true
 	s.equal, s.err, s.written, s.retry, s.retryAt = true, nil, written, 0, time.Time{}
+	s.jumpsIn = s.target.Intercepting()
 }
 
 // adopt takes over what an earlier run, or nobody, left. A first install lets the connections through that are older

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -123,12 +122,6 @@ func (d *demo) prepare(ctx context.Context) (err error) {
 // envoyAlone starts Envoy, and no agent yet.
 func (d *demo) envoyAlone(ctx context.Context) (err error) {
 	m := d.mesh
-	// And what it runs.
-	if !forEverybody(d.envoyBinary) {
-		if d.envoyBinary, err = copyTo(m.Dir, d.envoyBinary); err != nil {
-			return err
-		}
-	}
 	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{Binary: d.envoyBinary, ControlPlane: m.CPAddr, Runtime: true}); err != nil {
 		return err
 	}
@@ -486,24 +479,6 @@ func forEverybody(path string) bool {
 			return true
 		}
 	}
-}
-
-// copyTo copies a program into dir.
-func copyTo(dir, program string) (string, error) {
-	from, err := os.Open(program)
-	if err != nil {
-		return "", err
-	}
-	defer from.Close()
-	to, err := os.OpenFile(filepath.Join(dir, filepath.Base(program)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
-	if err != nil {
-		return "", err
-	}
-	_, err = io.Copy(to, from)
-	if err := errors.Join(err, to.Close()); err != nil {
-		return "", fmt.Errorf("copy Envoy to where its user can run it: %w", err)
-	}
-	return to.Name(), nil
 }
 
 // last is the last n lines of text.

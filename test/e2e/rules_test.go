@@ -302,3 +302,26 @@ func TestForeignStorm(t *testing.T) {
 		t.Logf("the agent used %.1f %% of a core", s)
 	}
 }
+
+// TestBackendSwitched: iptables is another backend at the agent's next start. The rules go into it, and those of ours in the
+// old one are removed; others' stay.
+func TestBackendSwitched(t *testing.T) {
+	t.Parallel()
+	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	_, err := m.VM.Run(t.Context(), "iptables-nft", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.8")
+	must(t, err)
+	a.Kill()
+	must(t, m.SetBackend(lab.Legacy))
+	must(t, a.Start())
+	s, err := a.Wait(within(t, 20*time.Second), "ready on legacy", func(s agent.Status) bool { return s.Ready && s.Backend == "legacy" })
+	must(t, err)
+	eventually(t, 40*time.Second, "ours gone from nft", func() (bool, string) {
+		out, err := m.VM.Run(t.Context(), "iptables-nft-save", "-t", "nat")
+		return err == nil && !strings.Contains(out, "SERVICE_PROXY_") && strings.Contains(out, "192.0.2.9/32"), fmt.Sprint(out, err)
+	})
+	through(t, m, web4)
+	if !s.Healthy() {
+		t.Errorf("findings: %v", s.Findings)
+	}
+}

@@ -100,6 +100,10 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	if opts.UID == 0 {
 		opts.UID = EnvoyUID
 	}
+	var err error
+	if opts.Binary, err = l.reachable(opts.Binary, opts.UID); err != nil {
+		return nil, err
+	}
 	if opts.LogLevel == "" {
 		opts.LogLevel = "info"
 	}
@@ -120,6 +124,31 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	}
 	l.atEnd(func() { e.Kill() })
 	return e, e.Start()
+}
+
+// reachable is the binary at a path where the user can run it: a checkout may lie in a folder that only root can enter.
+func (l *Lab) reachable(binary string, uid uint32) (string, error) {
+	if l.VM.CommandAs(context.Background(), uid, "test", "-x", binary).Run() == nil {
+		return binary, nil
+	}
+	path := filepath.Join(l.Dir, filepath.Base(binary))
+	if _, err := os.Stat(path); err == nil || os.Link(binary, path) == nil {
+		return path, nil
+	}
+	from, err := os.Open(binary) // on another file system
+	if err != nil {
+		return "", fmt.Errorf("make Envoy reachable for uid %d: %w", uid, err)
+	}
+	defer from.Close()
+	to, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	if err == nil {
+		_, err = io.Copy(to, from)
+		err = errors.Join(err, to.Close())
+	}
+	if err != nil {
+		return "", fmt.Errorf("make Envoy reachable for uid %d: %w", uid, err)
+	}
+	return path, nil
 }
 
 // Start starts Envoy again after Kill or Stop.

@@ -113,11 +113,11 @@ func New(opts Options) (l *Lab, err error) {
 		os.RemoveAll(l.Dir)
 		return nil, err
 	}
-	defer func() {
+	defer func(l *Lab) { // as it is now: a return of nil sets the result
 		if err != nil {
 			l.Close()
 		}
-	}()
+	}(l)
 	if err := l.makeShims(); err != nil {
 		return nil, err
 	}
@@ -296,6 +296,9 @@ route add local ::/0 dev lo table main
 // makeShims makes the folder with iptables, iptables-save, … of the chosen backend under their plain names.
 func (l *Lab) makeShims() error {
 	l.shims = filepath.Join(l.Dir, "bin")
+	if err := os.RemoveAll(l.shims); err != nil {
+		return fmt.Errorf("make shims: %w", err)
+	}
 	if err := os.Mkdir(l.shims, 0o755); err != nil {
 		return fmt.Errorf("make shims: %w", err)
 	}
@@ -312,6 +315,12 @@ func (l *Lab) makeShims() error {
 		}
 	}
 	return nil
+}
+
+// SetBackend makes the plain names another backend's, as update-alternatives does.
+func (l *Lab) SetBackend(b Backend) error {
+	l.Backend = b
+	return l.makeShims()
 }
 
 // Env is the environment of the lab's commands: this process's, with the backend's iptables first on PATH.

@@ -66,11 +66,11 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	if m.Lab, err = lab.New(lab.Options{Backend: opts.Backend}); err != nil {
 		return nil, err
 	}
-	defer func() {
+	defer func(m *Mesh) { // as it is now: a return of nil sets the result
 		if err != nil {
 			m.Close()
 		}
-	}()
+	}(m)
 	if opts.Attribute == "" {
 		opts.Attribute = Attribute
 	}
@@ -145,13 +145,13 @@ func (m *Mesh) openSerial() error {
 	return nil
 }
 
-// Close ends everything.
+// Close ends everything, the agent before the folder that it writes to.
 func (m *Mesh) Close() error {
-	err := m.Lab.Close()
 	for i := len(m.ends) - 1; i >= 0; i-- {
 		m.ends[i]()
 	}
-	return err
+	m.ends = nil
+	return m.Lab.Close()
 }
 
 // Agent is the built binary, running in "vm" as root.
