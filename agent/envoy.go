@@ -4,13 +4,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"io"
-	"os"
-	"strings"
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
@@ -136,7 +132,7 @@ func (w *envoyWatch) answered(question *error, err error) {
 	now := cmp.Or(w.dumpErr, w.stateErr)
 	if now != nil && w.view.Err == nil {
 		w.view.Since = time.Now()
-		w.view.LastError = lastErrorLine(w.logPath)
+		w.view.LastError = w.lastError()
 	}
 	w.view.Err = now
 }
@@ -267,38 +263,14 @@ func (w *envoyWatch) probeControlPlane(ctx context.Context) error {
 	return nil
 }
 
-// lastErrorLine is the last line of Envoy's log at level error or critical, as far as its last 64 KB hold one.
-func lastErrorLine(path string) string {
-	if path == "" {
+// lastError is the last error line of Envoy's log, as short as a guest attribute needs it.
+func (w *envoyWatch) lastError() string {
+	if w.logPath == "" {
 		return ""
 	}
-	// Not a link, nor a pipe that would block: the folder is writable for the proxy's group.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	line, err := envoyadmin.LastError(w.logPath)
 	if err != nil {
-		return ""
+		return "" // an unreadable log is no reason of its own
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return ""
-	}
-	const tail = 64 << 10
-	text := make([]byte, min(info.Size(), tail))
-	n, err := f.ReadAt(text, max(0, info.Size()-tail))
-	if err != nil && !errors.Is(err, io.EOF) {
-		return ""
-	}
-	last := ""
-	for line := range strings.Lines(string(text[:n])) {
-		if strings.Contains(line, "[error]") || strings.Contains(line, "[critical]") {
-			last = line
-		}
-	}
-	// "[2026-11-21 10:00:00.000][123][critical][main] [source/server/server.cc:443] error initializing …"
-	if _, rest, ok := strings.Cut(last, "] ["); ok {
-		if _, words, ok := strings.Cut(rest, "] "); ok {
-			last = words
-		}
-	}
-	return guestattr.OneLine(last, 300)
+	return guestattr.OneLine(line, 300)
 }

@@ -54,6 +54,9 @@ func checkKind(t *testing.T, err error, want ...error) {
 const infoAnswer = `{"version":"0a1b/1.40.0/Clean/RELEASE/BoringSSL","state":"LIVE","uptime_current_epoch":"100s","node":{"id":"n"}}`
 
 // faulty is an Envoy that knows itself and gives every other answer by a raw writer to the connection.
+// slack is for a machine that is busy: limits are tested against answers that never end.
+const slack = 10 * time.Second
+
 func faulty(t *testing.T, answer func(w *bufio.Writer, conn net.Conn)) *Client {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -195,15 +198,21 @@ func TestFaults(t *testing.T) {
 				t.Parallel()
 			}
 			c := faulty(t, test.answer)
+			short, long := c.ShortLimit, c.LongLimit
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
 			for name, ask := range map[string]func() error{
 				"listeners":   func() error { _, err := c.Listeners(t.Context()); return err },
 				"fingerprint": func() error { _, err := c.Fingerprint(t.Context()); return err },
 			} {
+				c.ShortLimit, c.LongLimit = short, long
+				if test.want[0] != ErrTimeout && !(name == "fingerprint" && strings.Contains(test.name, "an endless")) {
+					// What kind of error it is must not depend on how fast this machine is.
+					c.ShortLimit, c.LongLimit = time.Minute, time.Minute
+				}
 				began := time.Now()
 				err := ask()
-				if took := time.Since(began); took > c.LongLimit+400*time.Millisecond {
+				if took := time.Since(began); took > c.LongLimit+slack {
 					t.Errorf("%s took %v", name, took)
 				}
 				if name == "fingerprint" && strings.Contains(test.name, "an endless") {
@@ -223,6 +232,7 @@ func TestFaults(t *testing.T) {
 				t.Errorf("the heap grew by %d MB", (after.HeapSys-before.HeapSys)>>20)
 			}
 			// The other questions end too.
+			c.ShortLimit, c.LongLimit = short, long
 			for name, ask := range map[string]func() error{
 				"ready":         func() error { _, err := c.Ready(t.Context()); return err },
 				"clusters":      func() error { _, err := c.Clusters(t.Context()); return err },
@@ -240,7 +250,7 @@ func TestFaults(t *testing.T) {
 				if err := ask(); err == nil {
 					t.Errorf("%s: no error", name)
 				}
-				if took := time.Since(began); took > c.LongLimit+400*time.Millisecond {
+				if took := time.Since(began); took > c.LongLimit+slack {
 					t.Errorf("%s took %v", name, took)
 				}
 			}

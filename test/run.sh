@@ -21,8 +21,7 @@ group() { # NAME COMMAND…
 }
 
 setup() {
-  test/tools.sh build "${ENVOY_VERSION:-1.40.0}" "${ENVOY_OLD_VERSION:-1.36.2}" &&
-  make --no-print-directory build release
+  make --no-print-directory tools build release
 }
 lint() {
   local bad
