@@ -120,6 +120,7 @@ func Run(ctx context.Context, opts Options) error {
 		b.Log.Warn("starting without history", zap.Error(err)) // losing it loses nothing but history
 	}
 	b.state = state
+	b.removeLeftovers()
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()
 	b.again = b.state.Status == Finished

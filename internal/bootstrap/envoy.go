@@ -19,6 +19,8 @@ import (
 	"syscall"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -125,7 +127,33 @@ func (b *bootstrapper) newEnvoy() string {
 }
 func (b *bootstrapper) newArchive() string { return b.path(filepath.Join(libDir, ".archive.new")) }
 
+// newConfig is Envoy's configuration until Envoy has accepted it. Envoy tells the format by the name's end.
+func (b *bootstrapper) newConfig() string {
+	return b.path(filepath.Join(filepath.Dir(EnvoyConfig), ".envoy.new.json"))
+}
+
+// removeLeftovers takes away what a power cut has left of files being replaced (atomicfile's random names) in folders that no one else cleans.
+func (b *bootstrapper) removeLeftovers() {
+	names := []string{filepath.Join(StateDir, StateFile), EnvoyConfig}
+	for _, file := range systemd.Files() {
+		names = append(names, file.Path)
+	}
+	for _, name := range names {
+		left, err := filepath.Glob(b.path(filepath.Join(filepath.Dir(name), "."+filepath.Base(name)+".*")))
+		if err != nil {
+			continue // no pattern of ours is malformed
+		}
+		for _, path := range left {
+			if err := os.Remove(path); err != nil {
+				b.Log.Warn("cannot remove what an earlier run has left", zap.Error(err))
+			}
+		}
+	}
+	b.removeTemps()
+}
+
 func (b *bootstrapper) removeTemps() {
+	_ = os.Remove(b.newConfig())
 	_ = os.Remove(b.newEnvoy()) // what cannot be removed fails the creation after this
 	_ = os.Remove(b.newArchive())
 }
@@ -179,6 +207,19 @@ func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source string, from
 		return "", err
 	}
 	return version, b.replace(b.newEnvoy(), EnvoyBinary)
+}
+
+// writeNew makes a new file with this text, on the disk when it returns.
+func writeNew(path string, text []byte, mode fs.FileMode) error {
+	f, err := create(path, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 // fileSum is the SHA-256 of a file.
@@ -344,9 +385,9 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
 		return fail(err)
 	}
-	temp := filepath.Join(filepath.Dir(target), ".envoy.new.json") // Envoy tells the format by the name's end
+	temp := b.newConfig()
 	defer os.Remove(temp)
-	if err := atomicfile.Write(temp, text, 0o640); err != nil {
+	if err := writeNew(temp, text, 0o640); err != nil {
 		return fail(err)
 	}
 	if err := b.chown(temp, false); err != nil {

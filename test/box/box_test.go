@@ -79,6 +79,7 @@ func (v *VM) envoyPID() string {
 // TestFirstBoot is the whole way: boot, gcloud's recipe, IN PROGRESS, FINISHED, the node as the control plane sees it, a service from inside, a
 // serving port from outside, an application that waited, the serial port.
 func TestFirstBoot(t *testing.T) {
+	t.Parallel()
 	for _, release := range releases() {
 		t.Run(release, func(t *testing.T) {
 			v := newVM(t, options{release: release})
@@ -388,6 +389,7 @@ func TestUpgrade(t *testing.T) {
 // TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED. OS Config, which records a recipe when it has
 // ended, runs it again where it was cut off itself. The short form cuts in the recipe and in the two steps that write most; the long one at 20 random moments.
 func TestPowerCut(t *testing.T) {
+	t.Parallel()
 	type cut struct {
 		step  string // wait until bootstrap is there; "": from the recipe's start
 		after time.Duration
@@ -439,6 +441,7 @@ func TestPowerCut(t *testing.T) {
 
 // TestShutdown looks at the order: application, agent, rules, Envoy drained, Envoy.
 func TestShutdown(t *testing.T) {
+	t.Parallel()
 	v := newVM(t, options{prepare: func(root string) {
 		if err := os.MkdirAll(filepath.Join(root, "var/log/journal"), 0o755); err != nil {
 			t.Fatal(err)
@@ -477,6 +480,7 @@ func TestShutdown(t *testing.T) {
 
 // TestRemove takes everything away again.
 func TestRemove(t *testing.T) {
+	t.Parallel()
 	v := ready(t, options{})
 	said := v.run("service-proxy-agent", "bootstrap", "--remove")
 	t.Log(said)
@@ -504,6 +508,7 @@ func TestRemove(t *testing.T) {
 // TestStartupScript installs from a plain startup-script at every boot, as Google's guest agent runs it: the boot is not held up, nothing waits for
 // itself, and a second boot finds everything done.
 func TestStartupScript(t *testing.T) {
+	t.Parallel()
 	v := newVM(t, options{prepare: func(root string) {
 		unit := `[Unit]
 After=network-online.target
@@ -539,6 +544,7 @@ WantedBy=multi-user.target
 
 // TestNoIP6tables: IPv4 goes on, and the missing half is named.
 func TestNoIP6tables(t *testing.T) {
+	t.Parallel()
 	v := ready(t, options{})
 	v.run("sh", "-c", "rm -f /usr/sbin/ip6tables* /etc/alternatives/ip6tables*; systemctl restart --no-block service-proxy-agent.service")
 	v.eventually(30*time.Second, "the serial port names ip6tables", func() error {

@@ -101,6 +101,7 @@ func (v *VM) bootstrapAgain() {
 // TestFailures breaks one thing after the other on a VM whose archive brings no Envoy: the right line each time, nothing half installed, and recovery by itself
 // when the cause has gone.
 func TestFailures(t *testing.T) {
+	t.Parallel()
 	v := newVM(t, options{archive: packageRelease(t, "1.0.0", "none")})
 	good := envoyArchive(t)
 	sum := sha256.Sum256(good)
@@ -247,6 +248,7 @@ func capture(t *testing.T, name string) string {
 
 // TestInstallOnReadOnlyDisk: the recipe runs once, even if it fails; what it could not install then is installed when that becomes possible.
 func TestInstallOnReadOnlyDisk(t *testing.T) {
+	t.Parallel()
 	v := newVM(t, options{})
 	v.boot()
 	v.run("sh", "-c", "mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local")
@@ -267,6 +269,7 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 
 // TestGuestAttributesDisabled: nothing but the channel is lost, and the serial port says so.
 func TestGuestAttributesDisabled(t *testing.T) {
+	t.Parallel()
 	v := newVM(t, options{})
 	v.platform.Update(func(vm *platform.VM) { vm.GuestAttributesDisabled = true })
 	v.boot()
@@ -283,6 +286,7 @@ func TestGuestAttributesDisabled(t *testing.T) {
 
 // TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in.
 func TestAccessLogElsewhere(t *testing.T) {
+	t.Parallel()
 	const log = `/srv/my "100%" logs/access.log`
 	v := newVM(t, options{attribute: attributeWith(t, map[string]any{"access-log": log})})
 	v.pushWith(log)

@@ -85,6 +85,8 @@ func moduleRoot(t *testing.T) string {
 	return dir
 }
 
+var rootfs sync.Mutex
+
 // newVM makes a VM and does not boot it.
 func newVM(t *testing.T, opts options) *VM {
 	t.Helper()
@@ -102,7 +104,10 @@ func newVM(t *testing.T, opts options) *VM {
 		t.Fatal(err)
 	}
 	lower := filepath.Join(base, opts.release)
-	if out, err := exec.Command("./rootfs.sh", opts.release, lower).CombinedOutput(); err != nil {
+	rootfs.Lock() // tests run beside each other, but for those that count lost connections
+	out, err := exec.Command("./rootfs.sh", opts.release, lower).CombinedOutput()
+	rootfs.Unlock()
+	if err != nil {
 		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, out)
 	}
 	v := &VM{t: t, release: opts.release}
