@@ -37,6 +37,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // Agent is the daemon. Make one with New. The second part of the fields belongs to the loop alone.
@@ -59,11 +60,16 @@ type Agent struct {
 	events     <-chan iptables.Event
 	pause      chan chan struct{}
 	status     atomic.Pointer[Status]
-	proxyUID   atomic.Int64 // for trust, which runs in the client's goroutine; -1: no such user
+	// awaitBootstrap: that unit is enabled, so a VM without its result is not finished yet.
+	awaitBootstrap bool
+	withoutTools   bool         // iptables was not installed when the agent started
+	proxyUID       atomic.Int64 // for trust, which runs in the client's goroutine; -1: no such user
 
 	view           View
 	config         attribute.Config
 	haveConfig     bool
+	attributeText  []byte    // of the last well-formed attribute; nil: none yet, or from --config
+	requested      time.Time // when bootstrap was last asked to run
 	attributeErr   error
 	sourceErr      error
 	uid, gid       uint32
@@ -116,7 +122,16 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		a.haveConfig = true
 	}
 	a.lookUpProxy()
-	if a.kernel, err = iptables.Open(ctx, iptables.Options{}); err != nil {
+	if unit, err := systemd.UnitState(ctx, systemd.BootstrapUnit); err == nil {
+		a.awaitBootstrap = unit.Enabled
+	}
+	a.kernel, err = iptables.Open(ctx, iptables.Options{})
+	switch {
+	case errors.Is(err, iptables.ErrNoIPTables) && a.awaitBootstrap:
+		// Bootstrap installs it; until then somebody must publish how that goes.
+		log.Info("iptables is not installed yet, waiting for bootstrap")
+		a.withoutTools = true
+	case err != nil:
 		return nil, nextStep(err)
 	}
 	a.failure = loadFailure(s.StateDir)
@@ -232,7 +247,11 @@ func (a *Agent) Run(ctx context.Context) error {
 
 	g.Go(func() error { return a.loop(ctx) })
 	g.Go(func() error { return watch.run(ctx) })
-	g.Go(func() error { return a.watchOthers(ctx) })
+	if a.withoutTools {
+		g.Go(func() error { return a.awaitTools(ctx) })
+	} else {
+		g.Go(func() error { return a.watchOthers(ctx) })
+	}
 	g.Go(func() error { return a.runReports(ctx) })
 	g.Go(func() error { return a.guest.Run(ctx) })
 	g.Go(func() error { return a.serial.Run(ctx) })
@@ -251,7 +270,7 @@ func (a *Agent) Run(ctx context.Context) error {
 // watchAttribute passes on what the metadata server says of the attribute, sorted by what was wrong.
 func (a *Agent) watchAttribute(ctx context.Context) {
 	bootstrap.WatchAttribute(ctx, func(look bootstrap.Attribute) {
-		news := attributeNews{Config: look.Config, Err: look.Err}
+		news := attributeNews{Config: look.Config, Text: look.Text, Err: look.Err}
 		var source *bootstrap.MetadataError
 		if errors.As(look.Err, &source) {
 			news.Source, news.Err = look.Err, nil
@@ -288,6 +307,18 @@ func (a *Agent) watchOthers(ctx context.Context) error {
 		}
 		if others, err := a.kernel.Others(ctx); err == nil {
 			a.others.Put(others)
+		}
+	}
+	return nil
+}
+
+// errToolsCame ends an agent that was started before iptables was installed; systemd starts it again.
+var errToolsCame = errors.New("iptables is installed now: starting anew")
+
+func (a *Agent) awaitTools(ctx context.Context) error {
+	for sleep(ctx, time.Second) {
+		if a.kernel.Probe(ctx, iptables.IPv4) == nil || a.kernel.Probe(ctx, iptables.IPv6) == nil {
+			return errToolsCame
 		}
 	}
 	return nil

@@ -4,14 +4,19 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"strings"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // View is what is known of Envoy after one look at it. The loop gets the newest and never waits for one: an admin
@@ -30,12 +35,13 @@ type View struct {
 	Stream     *symptom.Stream       // how its xDS stream last ended; nil: it stands, as far as is known
 	Probe      error                 // our own way to the control plane
 	LastError  string                // last error line of its log
+	Unit       string                // systemd's word on it while it is down
 	Dumps      int                   // full dumps asked for, since the start
 }
 
 func (v View) facts(admin string) symptom.Envoy {
 	return symptom.Envoy{
-		Admin: admin, Err: v.Err, Since: v.Since, LastError: v.LastError, State: v.State, Version: v.Info.Version, Configured: v.Configured,
+		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError, State: v.State, Version: v.Info.Version, Configured: v.Configured,
 		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped, Stream: v.Stream, Probe: v.Probe, Node: v.Info.Node.ID,
 	}
 }
@@ -54,6 +60,7 @@ type envoyWatch struct {
 	process  uint64    // the Envoy that view.Info and view.Configured are of
 	asked    time.Time // when its state was last asked
 	probed   time.Time
+	unitAt   time.Time // when systemd was last asked
 	stats    envoyadmin.Pace
 	dumpErr  error // of the last dump or masked dump
 	stateErr error // of the last question for its state
@@ -105,6 +112,7 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 				w.answered(&w.stateErr, w.askState(ctx))
 			}
 			w.probe(ctx)
+			w.askUnit(ctx)
 			return min(wait, stateEvery)
 		case envoyadmin.Look:
 			f, err := w.client.Fingerprint(ctx)
@@ -261,6 +269,39 @@ func (w *envoyWatch) probeControlPlane(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin address.
+const unitEvery = 5 * time.Second
+
+// askUnit asks systemd what became of Envoy. Without systemd, or its unit, there is nothing to say.
+func (w *envoyWatch) askUnit(ctx context.Context) {
+	if !errors.Is(w.view.Err, envoyadmin.ErrRefused) {
+		w.view.Unit = ""
+		return
+	}
+	if time.Since(w.unitAt) < unitEvery {
+		return
+	}
+	w.unitAt = time.Now()
+	unit, err := systemd.UnitState(ctx, systemd.EnvoyUnit)
+	if err != nil {
+		return
+	}
+	words := []string{unit.Active}
+	if unit.Sub != "" && unit.Sub != unit.Active {
+		words = append(words, unit.Sub)
+	}
+	if unit.ExitCode > 0 {
+		words = append(words, fmt.Sprintf("exit code %d", unit.ExitCode))
+	}
+	if unit.ExitSignal > 0 {
+		words = append(words, "ended by "+unix.SignalName(syscall.Signal(unit.ExitSignal)))
+	}
+	if unit.Restarts > 0 {
+		words = append(words, fmt.Sprintf("%d restarts", unit.Restarts))
+	}
+	w.view.Unit = strings.Join(words, ", ")
 }
 
 // lastError is the last error line of Envoy's log, as short as a guest attribute needs it.

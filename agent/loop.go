@@ -14,6 +14,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -47,6 +48,7 @@ const (
 // attributeNews is one answer of the attribute's source. With an error the last good Config stays in force.
 type attributeNews struct {
 	Config attribute.Config
+	Text   []byte
 	Err    error // the attribute itself is missing or malformed
 	Source error // the metadata server does not answer
 }
@@ -117,6 +119,7 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 	if a.public != nil {
 		f.ListenErr = a.public.Err()
 	}
+	f.Bootstrapping = a.boot.Status == bootstrap.InProgress || a.awaitBootstrap && a.boot.Status == ""
 	if a.boot.Status == bootstrap.Failed {
 		f.Bootstrap = a.boot.FailureLine()
 	}
@@ -273,6 +276,7 @@ func (a *Agent) readBootstrap(now time.Time) {
 		return // half of nothing: bootstrap writes it anew at its next step
 	}
 	a.boot = b
+	a.requestBootstrap(now)
 	for _, line := range b.Story {
 		if line.Seq > a.bootSaid {
 			a.bootSaid = line.Seq
@@ -290,10 +294,26 @@ func (a *Agent) takeAttribute(n attributeNews) {
 		return
 	}
 	a.config, a.haveConfig, a.wantStale = n.Config, true, true
+	a.attributeText, a.requested = n.Text, time.Time{}
 	if !first {
 		a.log.Info("attribute changed")
 	}
 	if len(n.Config.Unknown) > 0 {
 		a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", n.Config.Unknown))
+	}
+}
+
+// requestEvery is how often bootstrap is asked for while it does not come.
+const requestEvery = 30 * time.Second
+
+// requestBootstrap has bootstrap run again, which only root may do, when it has finished for another attribute than the one in force: it
+// looks first, and restarts Envoy only where Envoy must know.
+func (a *Agent) requestBootstrap(now time.Time) {
+	if a.attributeText == nil || !a.boot.Stale(a.attributeText) || now.Sub(a.requested) < requestEvery {
+		return
+	}
+	a.requested = now
+	if err := bootstrap.Request(server.Dir(), "the attribute has changed"); err != nil {
+		a.log.Warn("cannot ask for bootstrap", zap.Error(err))
 	}
 }

@@ -4,14 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -170,6 +173,10 @@ func (a *Agent) sayReady(s Status) {
 	if s.Ready {
 		a.log.Info("ready", zap.String("envoy", s.Envoy.Version))
 		a.serial.Say(report.Info, "ready: Envoy "+s.Envoy.Version+" is live and the rules are in place")
+		// service-proxy-ready.path starts the target then, which stays: the file is not taken away again.
+		if err := atomicfile.Write(filepath.Join(server.Dir(), systemd.ReadyFile), nil, 0o644); err != nil {
+			a.log.Warn("cannot tell systemd of the readiness", zap.Error(err))
+		}
 	} else {
 		a.log.Warn("not ready", zap.String("why", s.NotReady))
 		a.serial.Say(report.Warning, "not ready: "+s.NotReady)
@@ -211,10 +218,8 @@ func (a *Agent) notify(s Status) {
 	if !s.Ready {
 		text += "; not ready: " + s.NotReady
 	}
-	states := []string{"WATCHDOG=1", "STATUS=" + text}
-	if s.Passes == 1 {
-		states = append(states, "READY=1")
-	}
+	// READY=1 each time, which systemd allows: the mailbox may have dropped the first pass's Status.
+	states := []string{"READY=1", "WATCHDOG=1", "STATUS=" + text}
 	if err := systemd.Notify(states...); err != nil && !a.saidNotify {
 		a.saidNotify = true
 		a.log.Warn("systemd is not told", zap.Error(err))
@@ -257,20 +262,36 @@ func (a *Agent) statusNow() any {
 		ID: symptom.Starting, Severity: symptom.Error, Cause: "The agent is only just starting", Next: "ask again in a second"}}}
 }
 
-// stuck is how old the newest pass may be before /healthz fails: past every time limit of a pass.
+// stuck is how old the newest pass may be: past every time limit of a pass.
 const stuck = 5 * time.Minute
+
+// envoyDead is how long Envoy may be away before a new VM is the better idea: its unit restarts it within seconds, again and again.
+const envoyDead = 5 * time.Minute
+
+// moving is the newest Status, and why the loop does not move if it does not.
+func (a *Agent) moving() (s *Status, why string) {
+	s = a.status.Load()
+	switch {
+	case s == nil:
+		return nil, "no pass yet"
+	case time.Since(s.Heartbeat) > stuck:
+		return nil, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
+	}
+	return s, ""
+}
 
 // healthz is for autohealing: it fails only for what a new VM would mend, never for the control plane, the metadata
 // server or logging, which would have the whole fleet recreated. Before bootstrap is finished it is not healthy either:
-// one healthy answer ends the group's initial delay (facts).
+// one healthy answer ends the group's initial delay (facts). A bootstrap that fails on a VM where an earlier one brought
+// Envoy about (an upgrade, a malformed attribute) is nothing that a new VM would mend.
 func (a *Agent) healthz() (ok bool, why string) {
-	s := a.status.Load()
+	s, why := a.moving()
 	switch {
 	case s == nil:
-		return false, "no pass yet"
-	case time.Since(s.Heartbeat) > stuck:
-		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
-	case s.Bootstrap.Status == bootstrap.InProgress, s.Bootstrap.Status == bootstrap.Failed:
+		return false, why
+	case a.awaitBootstrap && s.Bootstrap.Status == "":
+		return false, "bootstrap has not begun"
+	case s.Bootstrap.Status == bootstrap.InProgress, s.Bootstrap.Status == bootstrap.Failed && s.Envoy.State == "":
 		return false, "bootstrap: " + s.Bootstrap.Status + " " + s.Bootstrap.Failure
 	case !s.Envoy.Down.IsZero() && time.Since(s.Envoy.Down) > envoyDead:
 		return false, "Envoy is down since " + s.Envoy.Down.Format(time.RFC3339)
@@ -278,17 +299,11 @@ func (a *Agent) healthz() (ok bool, why string) {
 	return true, ""
 }
 
-// envoyDead is how long Envoy may be away before a new VM is the better idea: its unit restarts it within seconds, again and again.
-const envoyDead = 5 * time.Minute
-
 // readyz is what applications, `wait` and service-proxy-ready.target go by.
 func (a *Agent) readyz() (ok bool, why string) {
-	s := a.status.Load()
-	switch {
-	case s == nil:
-		return false, "no pass yet"
-	case time.Since(s.Heartbeat) > stuck:
-		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
+	s, why := a.moving()
+	if s == nil {
+		return false, why
 	}
 	return s.Ready, s.NotReady
 }

@@ -298,7 +298,8 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 		}
 		return t
 	}
-	// The value not written for longest goes first; of those never written, by order. So one that changes all the time starves no other.
+	// How bootstrap stands goes first: it changes a few times in a VM's life, and everybody waits for it. Else the value not written
+	// for longest; of those never written, by order. So one that changes all the time starves no other.
 	for k, v := range w.values {
 		if k != AgentHeartbeat && v.dirty() && (key == "" || w.before(k, key)) {
 			key = k
@@ -338,6 +339,9 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 
 // before says whether to write key a before b.
 func (w *Writer) before(a, b string) bool {
+	if a == BootstrapStatus || b == BootstrapStatus {
+		return a == BootstrapStatus
+	}
 	if c := w.values[a].last.Compare(w.values[b].last); c != 0 {
 		return c < 0
 	}

@@ -72,7 +72,7 @@ type FamilyState struct {
 var families = []Family{IPv4, IPv6}
 
 // Open finds the programs and tries each family once. It fails with ErrNoIPTables if there are none, and with the first
-// family's error if neither is usable; one that is not usable is otherwise only noted (Families) and can be tried again (Probe).
+// family's error if neither is usable (the Kernel is returned all the same: Probe tries again); one that is not usable is otherwise only noted (Families) and can be tried again (Probe).
 func Open(ctx context.Context, options Options) (*Kernel, error) {
 	k := &Kernel{options: options, tools: map[Family]tool{}, unusable: map[Family]error{}}
 	var first error
@@ -85,7 +85,7 @@ func Open(ctx context.Context, options Options) (*Kernel, error) {
 		}
 	}
 	if !usable {
-		return nil, fmt.Errorf("open iptables: %w", first)
+		return k, fmt.Errorf("open iptables: %w", first)
 	}
 	return k, nil
 }

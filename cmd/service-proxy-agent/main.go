@@ -17,7 +17,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 )
 
-// Exit codes (docs/commands.md). 64 is EX_USAGE of sysexits.h.
+// Exit codes, beside 0. 64 is EX_USAGE of sysexits.h.
 const (
 	exitNo       = 1
 	exitNoAnswer = 2

@@ -62,7 +62,7 @@ func envoyDown(f Facts) []Finding {
 		cause += " since " + f.Envoy.Since.UTC().Format(time.RFC3339)
 	}
 	if f.Envoy.Unit != "" {
-		cause += ", unit " + f.Envoy.Unit
+		cause += " (unit " + f.Envoy.Unit + ")"
 	}
 	if f.Envoy.LastError != "" {
 		cause += ", last error in its log: " + f.Envoy.LastError

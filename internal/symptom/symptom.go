@@ -136,7 +136,7 @@ type Envoy struct {
 	Admin     string    // address of the admin interface
 	Err       error     // why the admin interface told nothing; nil: it answered
 	Since     time.Time // since when Err
-	Unit      string    // systemd's word on the unit, "" when unknown: "failed (exit code 1)"
+	Unit      string    // systemd's word on the unit, "" when unknown: "activating, auto-restart, exit code 1, 12 restarts"
 	LastError string    // last error line of its log
 	State     string    // LIVE, PRE_INITIALIZING, INITIALIZING, DRAINING; "" unknown
 	Version   envoyadmin.Version
@@ -157,19 +157,21 @@ type Facts struct {
 	ProxyUID  uint32
 	UserErr   error // the proxy's user does not exist
 
-	Attribute   error // the gce-service-proxy attribute could not be used
-	Metadata    error // the metadata server did not answer
-	Account     string
-	Project     string
-	GuestOff    bool // guest attributes are disabled on this VM
-	ListenErr   error
-	Bootstrap   string // its last failure, "" when none
-	Ports       []Port
-	Families    []Family
-	Refused     []Refusal
-	Uncovered   []uint16 // serving ports without a chain in Envoy's inbound listener
-	ServerFirst []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
-	Others      []iptables.OtherChain
+	Attribute error // the gce-service-proxy attribute could not be used
+	Metadata  error // the metadata server did not answer
+	Account   string
+	Project   string
+	GuestOff  bool // guest attributes are disabled on this VM
+	ListenErr error
+	Bootstrap string // its last failure, "" when none
+	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables are then still to come.
+	Bootstrapping bool
+	Ports         []Port
+	Families      []Family
+	Refused       []Refusal
+	Uncovered     []uint16 // serving ports without a chain in Envoy's inbound listener
+	ServerFirst   []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
+	Others        []iptables.OtherChain
 }
 
 // Refusal is an entry of a listener that agent.Desired would not turn into a rule.
@@ -183,12 +185,19 @@ type Refusal struct {
 func Check(f Facts) []Finding {
 	var all []Finding
 	for _, check := range checks {
-		all = append(all, check(f)...)
+		for _, found := range check(f) {
+			if !f.Bootstrapping || !awaited[found.ID] {
+				all = append(all, found)
+			}
+		}
 	}
 	explain(all)
 	sort.SliceStable(all, func(i, j int) bool { return rank(all[i]) > rank(all[j]) })
 	return all
 }
+
+// awaited are the findings that only say that bootstrap has not come that far.
+var awaited = map[ID]bool{EnvoyDown: true, ProxyUser: true, FamilyUnusable: true, EnvoyNotConfigured: true}
 
 func rank(f Finding) int {
 	r := int(f.Severity) * 2

@@ -116,7 +116,9 @@ var examples = []example{
 	}), InterceptionNotReady},
 	{"the admin interface answers garbage", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }), AdminUnreadable},
 	{"the admin interface forbids a path", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }), AdminUnreadable},
-	{"another nat chain at our hook", live(func(f *Facts) { f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: iptables.Output, Priority: -110}} }), OtherChain},
+	{"another nat chain at our hook", live(func(f *Facts) {
+		f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: iptables.Output, Priority: -110}}
+	}), OtherChain},
 	{"a listener asks for what is never intercepted", live(func(f *Facts) {
 		f.Refused = []Refusal{{Listener: "l", Entry: "169.254.169.254/32", Reason: "it is link-local, where the metadata server is"}}
 	}), EntryRefused},
