@@ -103,14 +103,13 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 			return wait
 		}
 	}
-	if err := a.look(ctx, now, s, changed, due <= 0); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
+	if err := a.look(ctx, now, s, known, changed, due <= 0); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		if s.err == nil || s.err.Error() != err.Error() {
 			a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
 		}
 		s.err, s.equal, s.dirty, s.touchedAll = err, false, true, true
 		s.retry = min(max(2*s.retry, retryFirst), retryLast)
 		s.retryAt = now.Add(s.retry)
-		s.key = compiledKey{} // the next try is a change, not drift: nobody undid anything
 		return s.retry
 	}
 	if s.fight.on() && !s.equal {
@@ -170,16 +169,16 @@ func (s *familyState) strangers() bool {
 }
 
 // look finds out what the kernel has, says what differs, and repairs it.
-func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, changed, due bool) error {
+func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, changed, due bool) error {
 	start := time.Now()
 	if err := a.read(ctx, now, s, due); err != nil {
 		return err
 	}
 	if !s.adopted {
 		s.adopted = true
-		a.adopt(now, s)
+		a.adopt(now, s, known)
 	}
-	if s.key == (compiledKey{}) { // see strangers
+	if !known { // see strangers
 		s.target = s.have.Ours().WithoutJumps()
 	}
 	if !s.target.Intercepting() && s.have.Ours().Empty() {
@@ -191,7 +190,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, changed
 		s.settled(s.have, true)
 		return nil
 	}
-	isDrift := s.written && !changed
+	isDrift := s.written && !changed && s.err == nil // after a failure nobody undid anything: it was never done
 	by := s.by
 	s.by = ""
 	if isDrift {
@@ -251,7 +250,7 @@ func (s *familyState) settled(have iptables.Table, written bool) {
 
 // adopt takes over what an earlier run, or nobody, left. A first install lets the connections through that are older
 // than it; rules that still do so go on doing it for the whole time.
-func (a *Agent) adopt(now time.Time, s *familyState) {
+func (a *Agent) adopt(now time.Time, s *familyState, known bool) {
 	ours := s.have.Ours()
 	if ours.Intercepting() {
 		// An earlier run saw the ports ready. Until one is known to be somebody else's, that stands.
@@ -260,7 +259,7 @@ func (a *Agent) adopt(now time.Time, s *familyState) {
 	if ours.Empty() || ours.Settling() {
 		s.settling = now.Add(settle)
 	}
-	if s.key != (compiledKey{}) {
+	if known {
 		s.compile(a.want.Families[s.index()], s.key.serial, now)
 	}
 	if !ours.Empty() {
