@@ -242,7 +242,8 @@ func (r *stallReader) Read(p []byte) (int, error) {
 	if n > 0 {
 		r.timer.Reset(stallLimit)
 	}
-	if err != nil && err != io.EOF && context.Cause(r.ctx) != nil {
+	// An end of file counts for nothing then: a server that is told of the connection's end may finish its answer before it is gone.
+	if err != nil && context.Cause(r.ctx) != nil {
 		err = context.Cause(r.ctx)
 	}
 	return n, err
