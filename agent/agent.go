@@ -115,6 +115,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		return nil, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
 	}
 	a.envoy.Trust = a.trust
+	a.config = attribute.Default() // what is not known yet is as usual
 	if s.Config != "" {
 		if a.config, err = readConfig(s.Config); err != nil {
 			return nil, err
@@ -131,6 +132,8 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		// Bootstrap installs it; until then somebody must publish how that goes.
 		log.Info("iptables is not installed yet, waiting for bootstrap")
 		a.withoutTools = true
+	case errors.Is(err, iptables.ErrLocked), errors.Is(err, iptables.ErrCouldNotLook):
+		log.Warn("iptables cannot be used yet", zap.Error(err)) // the loop tries again and says so
 	case err != nil:
 		return nil, nextStep(err)
 	}
@@ -294,9 +297,12 @@ var errSwitched = errors.New("the iptables backend was switched")
 func (a *Agent) watchOthers(ctx context.Context) error {
 	backend := a.kernel.Backend()
 	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
-		// Its error is the loop's to find.
-		if err := a.kernel.Probe(ctx, iptables.IPv4); err == nil && a.kernel.Backend() != backend {
-			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, a.kernel.Backend())
+		// Another Kernel: this one is the loop's.
+		if k, err := iptables.Open(ctx, iptables.Options{}); err == nil && k.Backend() != backend {
+			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, k.Backend())
+		}
+		if s := a.status.Load(); s == nil || !s.Ready {
+			continue // the rules in the other backend may be the only ones that redirect
 		}
 		removed, err := a.kernel.CleanOtherBackend(ctx)
 		if len(removed) > 0 {

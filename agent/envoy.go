@@ -60,7 +60,9 @@ type envoyWatch struct {
 	process  uint64    // the Envoy that view.Info and view.Configured are of
 	asked    time.Time // when its state was last asked
 	probed   time.Time
-	unitAt   time.Time // when systemd was last asked
+	since    time.Time            // when this Envoy was first seen
+	untaken  *envoyadmin.Snapshot // the last dump, while it is no news yet: looked at again without another dump
+	unitAt   time.Time            // when systemd was last asked
 	stats    envoyadmin.Pace
 	dumpErr  error // of the last dump or masked dump
 	stateErr error // of the last question for its state
@@ -69,6 +71,8 @@ type envoyWatch struct {
 const (
 	// stateEvery is how often Envoy is asked for its state when nothing happens: /ready costs less than a masked dump.
 	stateEvery = time.Second
+	// warmLimit is how long the listeners of an Envoy that was just started are waited for.
+	warmLimit = time.Minute
 	// streamLasts is how long a stream's end counts without another: Envoy tries again at most every 30 s and logs each
 	// failure, so silence means that the stream stands.
 	streamLasts = 75 * time.Second
@@ -110,6 +114,9 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 		case envoyadmin.Wait:
 			if now := time.Now(); now.Sub(w.asked) >= stateEvery || w.view.State != "LIVE" {
 				w.answered(&w.stateErr, w.askState(ctx))
+				if w.untaken != nil {
+					w.take(ctx, *w.untaken)
+				}
 			}
 			w.probe(ctx)
 			w.askUnit(ctx)
@@ -158,6 +165,7 @@ func (w *envoyWatch) askState(ctx context.Context) error {
 // take makes a new listener set the one that counts, unless it is the empty set of an Envoy that the control plane has
 // not told anything yet: it says nothing about what its clients need.
 func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
+	w.untaken = &s
 	w.view.Rejected = s.Rejected
 	if s.Fingerprint.Process != w.process {
 		info, err := w.client.ServerInfo(ctx)
@@ -168,6 +176,7 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		if w.process != 0 && !info.SameProcess(w.view.Info) {
 			w.log.Info("envoy restarted", zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
 		}
+		w.since = time.Now()
 		w.process, w.view.Info, w.view.State, w.view.Configured = s.Fingerprint.Process, info, info.State, false
 		w.view.Stream, w.view.Probe = nil, nil
 	}
@@ -177,11 +186,11 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 			w.answered(&w.stateErr, err)
 		}
 		if !configured {
-			w.detector.Hint(time.Now())
 			return
 		}
 		w.view.Configured = true
 	}
+	w.untaken = nil
 	if s.Fingerprint == w.view.Snapshot.Fingerprint && w.view.Generation > 0 {
 		return
 	}
@@ -196,6 +205,11 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
 	if err := w.askState(ctx); err != nil || w.view.State == "PRE_INITIALIZING" || w.view.State == "INITIALIZING" {
 		return false, err
+	}
+	// The first listeners of an Envoy come together, but one waits for its routes under warming_state while others are
+	// active: without it the set is no news either, unless it never gets ready.
+	if len(s.Warming) > 0 && time.Since(w.since) < warmLimit {
+		return false, nil
 	}
 	for _, l := range s.Listeners {
 		if !l.Static {
@@ -284,6 +298,9 @@ func (w *envoyWatch) askUnit(ctx context.Context) {
 		return
 	}
 	w.unitAt = time.Now()
+	w.view.LastError = w.lastError()
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
 	unit, err := systemd.UnitState(ctx, systemd.EnvoyUnit)
 	if err != nil {
 		return

@@ -27,8 +27,8 @@ const (
 	// settle is how long connections that are older than the first NAT rule are let through unchanged (facts: conntrack
 	// starts with the first NAT rule and takes them for new). Idle ones past it are reset when they speak again.
 	settle = 5 * time.Minute
-	// passLimit bounds what a pass may spend on a slow iptables or a held lock: less than WatchdogSec (30 s), which is for
-	// a loop that hangs.
+	// passLimit bounds what a pass may spend on a slow iptables or a held lock, each family its half: less than WatchdogSec
+	// (30 s), which is for a loop that hangs.
 	passLimit = 20 * time.Second
 	// resync is how often the rules are read although nothing told of a change: a lost notification costs this long.
 	resync = 5 * time.Minute
@@ -90,10 +90,10 @@ func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := a.desired()
 	a.passGates(&facts, want, known)
 	wake = tick
-	limited, cancel := context.WithTimeout(ctx, passLimit)
-	defer cancel()
 	for i := range a.families {
+		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(a.families)))
 		wake = min(wake, a.reconcile(limited, now, &a.families[i], want.Families[i], known))
+		cancel()
 		facts.Families = append(facts.Families, a.families[i].facts())
 	}
 	facts.Refused, facts.Uncovered, facts.ServerFirst = want.Refused, want.Uncovered, want.ServerFirst
@@ -145,7 +145,8 @@ func (a *Agent) desired() (want Want, known bool) {
 
 // passGates looks at who listens on each interception port and moves the Hold policy on.
 func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
-	draining := a.view.Err == nil && a.view.State == "DRAINING"
+	draining := a.view.State == "DRAINING" // until an Envoy answers otherwise, also when this one no longer answers
+	down := a.view.Err != nil && time.Since(a.view.Since) > bypassAfter*tick
 	for i := range a.families {
 		s := &a.families[i]
 		s.outboundPort, s.inboundPort, s.dnsPort = want.Families[i].OutboundPort, want.Families[i].InboundPort, want.Families[i].DNSPort
@@ -153,6 +154,7 @@ func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
 			// An earlier run's jumps may be in, to ports that Envoy has not told yet: the usual ones.
 			s.outboundPort, s.inboundPort = a.config.ProxyPort, DefaultInboundPort
 		}
+		s.dnsHeld = draining || down && a.settings.WhenEnvoyDown == Bypass
 		s.outbound = a.passGate(f, s.outbound, s.family, "outbound interception", s.outboundPort, known, draining)
 		s.inbound = a.passGate(f, s.inbound, s.family, "inbound interception", s.inboundPort, known, draining)
 	}
@@ -219,8 +221,8 @@ func (a *Agent) takeEvent(e iptables.Event) {
 		}
 		s.dirty = true
 		s.touched = append(s.touched, e.Chains...)
-		if len(e.Chains) == 0 || e.Lost {
-			s.touchedAll = true
+		if len(e.Chains) == 0 || e.Lost || len(s.touched) > 256 {
+			s.touched, s.touchedAll = nil, true
 		}
 		if e.Program != "" {
 			s.by = fmt.Sprintf("%s (pid %d)", e.Program, e.PID)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,6 +17,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -45,7 +47,11 @@ func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 		Admin: a.settings.EnvoyAdmin, State: v.State, Version: v.Info.Text, Configured: v.Configured, Listeners: len(v.Snapshot.Listeners), Rejected: len(v.Rejected), Node: v.Info.Node.ID,
 	}
 	if v.Err != nil {
-		s.Envoy.State, s.Envoy.Down = "", v.Since.UTC()
+		s.Envoy.State = ""
+		// Not every answer that cannot be used is an Envoy that is down: a new VM would not mend a forbidden path.
+		if errors.Is(v.Err, envoyadmin.ErrRefused) || errors.Is(v.Err, envoyadmin.ErrTimeout) {
+			s.Envoy.Down = v.Since.UTC()
+		}
 	}
 	for i := range a.families {
 		s.Families = append(s.Families, a.families[i].status())
@@ -68,7 +74,7 @@ func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 // status is the family as Status shows it.
 func (s *familyState) status() FamilyStatus {
 	f := FamilyStatus{
-		Family: s.family.String(), Usable: s.unusable == nil, Equal: s.equal, Jumps: s.target.Intercepting(), Services: len(s.services), ServicePorts: s.ports,
+		Family: s.family.String(), Usable: s.unusable == nil, Equal: s.equal, Jumps: s.jumpsIn, Services: len(s.services), ServicePorts: s.ports,
 		OutboundPort: s.outboundPort, InboundPort: s.inboundPort, DNSPort: s.dnsPort, Rules: s.target.Len(), Applied: s.applied.UTC(),
 	}
 	if err := errors.Join(s.unusable, s.err); err != nil {
@@ -125,7 +131,7 @@ func (a *Agent) notReady(known bool) string {
 			return fmt.Sprintf("Envoy's port %d does not accept %v connections", s.outboundPort, s.family)
 		case s.inboundPort != 0 && !s.inbound.accepts():
 			return fmt.Sprintf("Envoy's inbound port %d does not accept %v connections", s.inboundPort, s.family)
-		case !s.equal:
+		case !s.equal, slices.ContainsFunc(s.left, func(l iptables.RefusedError) bool { return l.Rule != iptables.CommentMatch }):
 			return fmt.Sprintf("the %v rules are not as wanted", s.family)
 		}
 	}

@@ -42,12 +42,14 @@ type familyState struct {
 	touched    []string
 	touchedAll bool
 
-	readAt   time.Time
-	readTook time.Duration
-	retryAt  time.Time // after a failure
-	retry    time.Duration
-	fight    fight
-	settling time.Time // until when older connections are let through
+	readAt    time.Time
+	readTook  time.Duration
+	readEnded time.Time
+	dnsHeld   bool      // a planned stop, or bypass: DNS has no gate of its own, since nobody accepts UDP
+	retryAt   time.Time // after a failure
+	retry     time.Duration
+	fight     fight
+	settling  time.Time // until when older connections are let through
 
 	equal     bool
 	jumpsIn   bool // when last equal
@@ -81,13 +83,17 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 		s.drift, s.driftBy = nil, ""
 	}
 	s.fight.calm(now)
-	if a.paused || !a.usable(ctx, now, s) {
+	if a.paused {
+		s.equal, s.jumpsIn = false, false // cleanup took everything out
+		return tick
+	}
+	if !a.usable(ctx, now, s) {
 		return tick
 	}
 	changed := false
 	if known {
 		changed = s.compile(want, a.wantSerial, now)
-	} else if changed = s.strangers(); !changed {
+	} else if changed = s.strangers() || !s.adopted; !changed {
 		return tick // what an earlier run left stays until Envoy has told its listeners
 	}
 	if len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
@@ -99,13 +105,16 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	}
 	if !changed {
 		// Under a storm of other programs' changes reads keep to their share of time; a new want does not wait.
-		if wait := max(s.readAt.Add(readShare*s.readTook).Sub(now), s.retryAt.Sub(now)); wait > 0 {
+		if wait := max(s.readEnded.Add(readShare*s.readTook).Sub(now), s.retryAt.Sub(now)); wait > 0 {
 			return wait
 		}
 	}
 	if err := a.look(ctx, now, s, known, changed, due <= 0); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
 		if s.err == nil || s.err.Error() != err.Error() {
 			a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
+		}
+		if errors.Is(err, iptables.ErrUnusable) {
+			s.unusable, s.probed = err, now
 		}
 		s.err, s.equal, s.dirty, s.touchedAll = err, false, true, true
 		s.retry = min(max(2*s.retry, retryFirst), retryLast)
@@ -144,7 +153,7 @@ func (s *familyState) compile(want iptables.Interception, serial uint64, now tim
 	case want.OutboundPort == 0 && want.InboundPort != 0:
 		key.jumps = s.inbound.open
 	case want.OutboundPort == 0 && want.DNSPort != 0:
-		key.jumps = true // Envoy told of the listener, which is bound by then; REDIRECT of UDP needs no connection
+		key.jumps = !s.dnsHeld // Envoy told of the listener, which is bound by then
 	}
 	if key == s.key {
 		return false
@@ -165,7 +174,10 @@ func (s *familyState) compile(want iptables.Interception, serial uint64, now tim
 // strangers says whether jumps of an earlier run lead to a port that somebody else holds while Envoy has not told its
 // listeners; then they go, and nothing else is touched.
 func (s *familyState) strangers() bool {
-	return (s.outbound.denied || s.inbound.denied) && (!s.haveKnown || s.have.Ours().Intercepting())
+	if !s.haveKnown {
+		return s.outbound.denied || s.inbound.denied
+	}
+	return (s.outbound.denied || s.inbound.denied && s.have.Has(iptables.InboundRedirect)) && s.have.Ours().Intercepting()
 }
 
 // look finds out what the kernel has, says what differs, and repairs it.
@@ -178,8 +190,16 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 		s.adopted = true
 		a.adopt(now, s, known)
 	}
-	if !known { // see strangers
+	if !known {
+		if !s.strangers() {
+			s.jumpsIn = s.have.Ours().Intercepting()
+			return nil
+		}
 		s.target = s.have.Ours().WithoutJumps()
+	}
+	if s.have.Ours().Empty() && s.target.Intercepting() && !s.written && now.After(s.settling) {
+		s.settling = now.Add(settle) // a first install
+		s.compile(a.want.Families[s.index()], s.key.serial, now)
 	}
 	if !s.target.Intercepting() && s.have.Ours().Empty() {
 		s.settled(s.have, false) // Hold: chains without a jump are of no use to anybody
@@ -194,7 +214,10 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 	by := s.by
 	s.by = ""
 	if isDrift {
-		s.drift, s.driftAt, s.driftBy = drift, now, by
+		s.drift, s.driftAt = drift, now
+		if by != "" || !s.fight.on() {
+			s.driftBy = by
+		}
 		if ok, _ := s.fight.mayRepair(now); !ok {
 			s.equal, s.dirty = false, true
 			return nil
@@ -236,7 +259,7 @@ func (a *Agent) read(ctx context.Context, now time.Time, s *familyState, all boo
 		s.have, err = a.kernel.Read(ctx, s.family)
 		s.readAt = now
 	}
-	s.readTook = time.Since(start)
+	s.readTook, s.readEnded = time.Since(start), time.Now()
 	s.haveKnown = err == nil
 	return err
 }
@@ -248,15 +271,16 @@ func (s *familyState) settled(have iptables.Table, written bool) {
 	s.jumpsIn = s.target.Intercepting()
 }
 
-// adopt takes over what an earlier run, or nobody, left. A first install lets the connections through that are older
-// than it; rules that still do so go on doing it for the whole time.
+// adopt takes over what an earlier run, or nobody, left. Rules that let older connections through (a first install) go on
+// doing it for the whole time.
 func (a *Agent) adopt(now time.Time, s *familyState, known bool) {
 	ours := s.have.Ours()
 	if ours.Intercepting() {
 		// An earlier run saw the ports ready. Until one is known to be somebody else's, that stands.
-		s.outbound.open, s.inbound.open = !s.outbound.denied, !s.inbound.denied
+		s.outbound.open = !s.outbound.denied
+		s.inbound.open = !s.inbound.denied && (s.inbound.open || s.have.Has(iptables.InboundRedirect))
 	}
-	if ours.Empty() || ours.Settling() {
+	if ours.Settling() {
 		s.settling = now.Add(settle)
 	}
 	if known {
@@ -315,9 +339,9 @@ const conntrackLimit = time.Second
 func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()
-	now := installed{dns: s.dnsPort}
+	var now installed
 	if s.target.Intercepting() {
-		now.services = s.services
+		now = installed{services: s.services, dns: s.dnsPort}
 	}
 	was := s.installed
 	s.installed = now
@@ -328,7 +352,7 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 			a.log.Info("half-open connections begin anew through Envoy", zap.Stringer("family", s.family), zap.Int("connections", n))
 		}
 	}
-	if (now.dns == 0) != (was.dns == 0) {
+	if now.dns != was.dns {
 		if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
 			a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
 		}

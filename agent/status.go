@@ -14,22 +14,21 @@ type Status struct {
 	Started   time.Time `json:"started"`
 	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop), "bypass" (Envoy is down),
 	// "paused" (cleanup was called).
-	Mode           string            `json:"mode"`
-	Ready          bool              `json:"ready"`
-	NotReady       string            `json:"not_ready,omitempty"` // why
-	Findings       []symptom.Finding `json:"findings,omitempty"`
-	LastFailure    string            `json:"last_failure,omitempty"`
-	Bootstrap      BootstrapStatus   `json:"bootstrap"`
-	Envoy          EnvoyStatus       `json:"envoy"`
-	Backend        string            `json:"backend,omitempty"` // nft or legacy
-	Families       []FamilyStatus    `json:"families,omitempty"`
-	ServingPorts   []uint16          `json:"serving_ports,omitempty"`
-	Passes         uint64            `json:"passes"`
-	Undone         uint64            `json:"drift_repaired"`
-	Paused         bool              `json:"paused,omitempty"`
-	LastDriftBy    string            `json:"last_drift_by,omitempty"` // program and pid, where the kernel tells
-	LastDriftWhen  time.Time         `json:"last_drift_when,omitzero"`
-	GuestAttribute string            `json:"guest_attributes,omitempty"` // "enabled", "disabled", or the last error
+	Mode          string            `json:"mode"`
+	Ready         bool              `json:"ready"`
+	NotReady      string            `json:"not_ready,omitempty"` // why
+	Findings      []symptom.Finding `json:"findings,omitempty"`
+	LastFailure   string            `json:"last_failure,omitempty"`
+	Bootstrap     BootstrapStatus   `json:"bootstrap"`
+	Envoy         EnvoyStatus       `json:"envoy"`
+	Backend       string            `json:"backend,omitempty"` // nft or legacy
+	Families      []FamilyStatus    `json:"families,omitempty"`
+	ServingPorts  []uint16          `json:"serving_ports,omitempty"`
+	Passes        uint64            `json:"passes"`
+	Undone        uint64            `json:"drift_repaired"`
+	Paused        bool              `json:"paused,omitempty"`
+	LastDriftBy   string            `json:"last_drift_by,omitempty"` // program and pid, where the kernel tells
+	LastDriftWhen time.Time         `json:"last_drift_when,omitzero"`
 }
 
 // BootstrapStatus is what bootstrap reached, read from the state folder.

@@ -2,6 +2,9 @@ package iptables
 
 import "slices"
 
+// InboundRedirect is the chain that redirects inbound connections: Table.Has says whether there are any.
+const InboundRedirect = chainInRedirect
+
 // Settling says whether the ruleset lets connections through that conntrack has not seen from their start (see
 // Interception.Settling).
 func (r Ruleset) Settling() bool {

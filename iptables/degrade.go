@@ -55,6 +55,9 @@ func (k *Kernel) ApplyDegraded(ctx context.Context, want Ruleset, have Table) (D
 	return Degraded{Ruleset: reduced, Left: left, Result: result}, nil
 }
 
+// CommentMatch is the Rule of a RefusedError when only comments were left out: every packet goes the way it should.
+const CommentMatch = "-m comment"
+
 // reduce asks the kernel about every rule of want that differs in more than an address or a port, and returns those that
 // it refuses and the ruleset without them.
 func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []RefusedError, reduced Ruleset, err error) {
@@ -90,7 +93,7 @@ func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []Refus
 					return nil, Ruleset{}, err
 				}
 				if bareVerdict == nil {
-					left = append(left, leftOut(want.family, "-m comment", verdict))
+					left = append(left, leftOut(want.family, CommentMatch, verdict))
 					b.add(c.name, bare)
 					continue
 				}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -19,8 +20,12 @@ func cleanupCommand() *cobra.Command {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 60*time.Second)
 			defer cancel()
 			// Without this a running daemon would put the rules back at once.
-			if _, err := server.Dial(server.Dir()).Post(ctx, "/pause"); err == nil {
+			_, pauseErr := server.Dial(server.Dir()).Post(ctx, "/pause")
+			switch {
+			case pauseErr == nil:
 				fmt.Fprintln(cmd.OutOrStdout(), "the running agent is paused until it is restarted")
+			case errors.Is(pauseErr, server.ErrNoAgent):
+				pauseErr = nil
 			}
 			kernel, err := iptables.Open(ctx, iptables.Options{})
 			if err != nil {
@@ -35,6 +40,9 @@ func cleanupCommand() *cobra.Command {
 			}
 			if len(removed) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing of ours was there")
+			}
+			if pauseErr != nil {
+				return fmt.Errorf("cleanup: the running agent could not be paused and may put the rules back: %w; stop it with `systemctl stop service-proxy-agent`", pauseErr)
 			}
 			return nil
 		},

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -72,7 +73,8 @@ func envoyDown(f Facts) []Finding {
 
 func adminUnreadable(f Facts) []Finding {
 	err := f.Envoy.Err
-	if err == nil || errors.Is(err, envoyadmin.ErrRefused) || errors.Is(err, envoyadmin.ErrUntrusted) {
+	var foreign *sockdiag.ForeignError
+	if err == nil || errors.Is(err, envoyadmin.ErrRefused) || errors.As(err, &foreign) {
 		return nil // the last is row 32's
 	}
 	next := "the rules stay as they are; see /var/log/envoy/envoy.err.log, and restart Envoy if this lasts"
@@ -182,7 +184,10 @@ func families(f Facts) (out []Finding) {
 		case fam.Err != nil:
 			add(RuleRefused, 17, Error, nextForRules(fam.Err), "The %v rules could not be applied: %v", fam.Family, fam.Err)
 		}
-		for _, left := range fam.Left {
+		for i, left := range fam.Left {
+			if i > 0 && left.Rule == fam.Left[i-1].Rule {
+				continue // the comments of many rules
+			}
 			add(RuleRefused, 17, Error, "`modprobe` the match or target it names; everything else is in place, and it is tried again", "The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
 		}
 		for _, s := range fam.Shadow {
