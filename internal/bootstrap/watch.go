@@ -8,13 +8,16 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
+	"strings"
 	"time"
 
 	"cloud.google.com/go/compute/metadata"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 )
+
+// attributePath is the attribute's, relative to computeMetadata/v1/.
+const attributePath = "instance/attributes/" + attribute.Name
 
 // ErrNoAttribute is the error of a VM without the gce-service-proxy attribute.
 var ErrNoAttribute = fmt.Errorf("this VM has no metadata attribute %s; create its template with gcloud compute instance-templates create --service-proxy enabled",
@@ -51,7 +54,6 @@ type Attribute struct {
 // It polls by itself, because metadata.Client.SubscribeWithContext returns when the key is missing, sends no timeout_sec
 // and sleeps deaf to its context.
 func WatchAttribute(ctx context.Context, emit func(Attribute)) {
-	const path = "instance/attributes/" + attribute.Name
 	var last Attribute
 	first, etag, wait := true, "", time.Duration(0)
 	say := func(a Attribute) {
@@ -62,7 +64,7 @@ func WatchAttribute(ctx context.Context, emit func(Attribute)) {
 		emit(a)
 	}
 	for ctx.Err() == nil {
-		text, newETag, err := getMetadata(ctx, path, etag)
+		text, newETag, err := getMetadata(ctx, attributePath, etag)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -96,7 +98,7 @@ const watchPoll = 5 * time.Second
 
 // ReadAttribute reads and parses the attribute once.
 func ReadAttribute(ctx context.Context) Attribute {
-	text, _, err := getMetadata(ctx, "instance/attributes/"+attribute.Name, "")
+	text, _, err := getMetadata(ctx, attributePath, "")
 	if err != nil {
 		return Attribute{Err: err}
 	}
@@ -105,17 +107,54 @@ func ReadAttribute(ctx context.Context) Attribute {
 	return a
 }
 
-// metadataClient never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses proxied requests.
-var metadataClient = &http.Client{
-	Transport: &http.Transport{
-		DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
-		ResponseHeaderTimeout: 70 * time.Second, // longer than a long poll
-		IdleConnTimeout:       90 * time.Second,
-	},
-	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+// Account is the VM's service account, with which Envoy presents itself to the control plane. It cannot change while the VM runs.
+type Account struct {
+	Email  string   // "": the VM has none
+	Scopes []string // URLs
 }
 
-// getMetadata reads path, relative to computeMetadata/v1/. With an etag it waits up to a minute for another value.
+// ReadAccount asks the metadata server for the VM's service account. Errors: *MetadataError.
+func ReadAccount(ctx context.Context) (Account, error) {
+	const path = "instance/service-accounts/default/"
+	email, _, err := getMetadata(ctx, path+"email", "")
+	var status *MetadataError
+	if errors.As(err, &status) && status.Code == http.StatusNotFound {
+		return Account{}, nil
+	}
+	if err != nil {
+		return Account{}, err
+	}
+	scopes, _, err := getMetadata(ctx, path+"scopes", "")
+	if err != nil {
+		return Account{}, err
+	}
+	return Account{Email: strings.TrimSpace(string(email)), Scopes: strings.Fields(string(scopes))}, nil
+}
+
+// metadataTransport never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses proxied requests.
+var metadataTransport = &http.Transport{
+	DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+	ResponseHeaderTimeout: 70 * time.Second, // longer than a long poll
+	IdleConnTimeout:       90 * time.Second,
+}
+
+// metadataAnswer notes what metadata.Client does not hand on of an answer, its ETag, and bounds what it reads.
+type metadataAnswer struct{ etag string }
+
+func (a *metadataAnswer) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := metadataTransport.RoundTrip(req)
+	if err == nil {
+		a.etag = resp.Header.Get("ETag")
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, attribute.MaxSize+1), resp.Body} // one more: Parse says that it is too long
+	}
+	return resp, err
+}
+
+// getMetadata reads path, relative to computeMetadata/v1/. With an etag it waits up to a minute for another value. What
+// may pass (5xx, 429, a refused connection) is tried again five times within 3 s.
 func getMetadata(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
 	limit := 10 * time.Second
 	query := ""
@@ -125,46 +164,32 @@ func getMetadata(ctx context.Context, path, etag string) (text []byte, newETag s
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, metadataURL(path)+query, nil)
-	if err != nil {
-		return nil, "", &MetadataError{Path: path, Err: err}
+	answer := &metadataAnswer{}
+	client := metadata.NewClient(&http.Client{
+		Transport:     answer,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	})
+	value, err := client.GetWithContext(ctx, path+query)
+	var (
+		missing metadata.NotDefinedError
+		status  *metadata.Error
+		urlErr  *url.Error
+	)
+	switch {
+	case err == nil:
+		return []byte(value), answer.etag, nil
+	case errors.As(err, &missing) && path == attributePath:
+		return nil, "", ErrNoAttribute
+	case errors.As(err, &missing):
+		return nil, "", &MetadataError{Path: path, Code: http.StatusNotFound, Err: err}
+	case errors.As(err, &status):
+		return nil, "", &MetadataError{Path: path, Code: status.Code, Err: err}
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fmt.Errorf("no answer within %v", limit)
+	case errors.As(err, &urlErr):
+		err = urlErr.Err // the address is said by MetadataError
 	}
-	req.Header.Set("Metadata-Flavor", "Google")
-	resp, err := metadataClient.Do(req)
-	if err != nil {
-		var urlErr *url.Error
-		if errors.As(err, &urlErr) {
-			err = urlErr.Err // the address is said by MetadataError
-		}
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = fmt.Errorf("no answer within %v", limit)
-		}
-		return nil, "", &MetadataError{Path: path, Err: err}
-	}
-	defer resp.Body.Close()
-	switch resp.StatusCode {
-	case http.StatusOK:
-	case http.StatusNotFound:
-		if path == "instance/attributes/"+attribute.Name {
-			return nil, "", ErrNoAttribute
-		}
-		return nil, "", &MetadataError{Path: path, Code: resp.StatusCode, Err: metadata.NotDefinedError(path)}
-	default:
-		return nil, "", &MetadataError{Path: path, Code: resp.StatusCode}
-	}
-	text, err = io.ReadAll(io.LimitReader(resp.Body, attribute.MaxSize+1)) // one more: Parse says that it is too long
-	if err != nil {
-		return nil, "", &MetadataError{Path: path, Err: err}
-	}
-	return text, resp.Header.Get("ETag"), nil
-}
-
-func metadataURL(path string) string {
-	host := os.Getenv("GCE_METADATA_HOST")
-	if host == "" {
-		host = "169.254.169.254" // by number: the name needs a resolver, which intercept-dns may have sent to Envoy
-	}
-	return "http://" + host + "/computeMetadata/v1/" + path
+	return nil, "", &MetadataError{Path: path, Err: err}
 }
 
 func errorText(err error) string {
