@@ -34,15 +34,6 @@ func Notify(states ...string) error {
 	return nil
 }
 
-// WatchdogInterval is how often WATCHDOG=1 is due: half of WatchdogSec, as sd_watchdog_enabled(3) advises; 0 when the unit sets none.
-func WatchdogInterval() (time.Duration, error) {
-	d, err := daemon.SdWatchdogEnabled(false)
-	if err != nil {
-		return 0, fmt.Errorf("read the watchdog's settings from the environment: %w", err)
-	}
-	return d / 2, nil
-}
-
 // State is what systemd knows of a unit, in systemd's own words.
 type State struct {
 	Load       string // loaded, not-found, masked…

@@ -32,22 +32,6 @@ func TestNotify(t *testing.T) {
 	}
 }
 
-func TestWatchdogInterval(t *testing.T) {
-	for _, tt := range []struct {
-		usec string
-		want time.Duration
-	}{{"", 0}, {"30000000", 15 * time.Second}} {
-		t.Setenv("WATCHDOG_USEC", tt.usec)
-		if have, err := WatchdogInterval(); have != tt.want || err != nil {
-			t.Errorf("WATCHDOG_USEC=%q: have %v, %v, want %v", tt.usec, have, err, tt.want)
-		}
-	}
-	t.Setenv("WATCHDOG_USEC", "soon")
-	if _, err := WatchdogInterval(); err == nil {
-		t.Error("a malformed WATCHDOG_USEC is no error")
-	}
-}
-
 func TestParseState(t *testing.T) {
 	for _, tt := range []struct {
 		show string

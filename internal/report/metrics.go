@@ -26,7 +26,6 @@ type Sample struct {
 	// Happened.
 	Duration  time.Duration
 	DumpReads int            // full dumps read from Envoy, each of which costs its main thread time
-	Events    map[string]int // in Envoy's log, by kind
 	Drift     map[string]int // repaired, by kind ("rule removed", …)
 	Errors    map[string]int // that the pass met, by source ("envoy_admin", "iptables", "metadata_server", …)
 	Untrusted int            // answers on the admin port that came from a stranger
@@ -96,7 +95,6 @@ type Metrics struct {
 	passes  uint64
 	dumps   int
 	strange int
-	events  map[string]int
 	drift   map[string]int
 	errors  map[string]int
 	family  map[string]*familyTotals
@@ -118,7 +116,7 @@ func NewMetrics(s Sources) *Metrics {
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 		}),
 		registry: prometheus.NewRegistry(),
-		events:   map[string]int{}, drift: map[string]int{}, errors: map[string]int{},
+		drift:    map[string]int{}, errors: map[string]int{},
 		family: map[string]*familyTotals{},
 	}
 	m.registry.MustRegister(m, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{Namespace: strings.TrimSuffix(Prefix, "_")}))
@@ -143,7 +141,6 @@ func (m *Metrics) Pass(s Sample) {
 	m.passes++
 	m.dumps += s.DumpReads
 	m.strange += s.Untrusted
-	add(m.events, s.Events)
 	add(m.drift, s.Drift)
 	add(m.errors, s.Errors)
 	for _, f := range s.Families {
@@ -183,7 +180,6 @@ var (
 	envoyListeners = desc("envoy_listeners", "Listeners that Envoy has.")
 	envoyRejected  = desc("envoy_rejected_listeners", "Listeners whose last update Envoy rejected.")
 	envoyDumps     = desc("envoy_dump_reads_total", "Full dumps read from Envoy's admin port.")
-	envoyEvents    = desc("envoy_log_events_total", "Lines of Envoy's log that were understood, by kind.", "kind")
 	untrusted      = desc("envoy_untrusted_answers_total", "Answers on Envoy's admin port that were not believed, because another user's process gave them.")
 
 	usable       = desc("family_usable", "1 when this machine can intercept the family.", "family")
@@ -211,7 +207,7 @@ var (
 
 	all = []*prometheus.Desc{
 		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet,
-		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, envoyEvents, untrusted,
+		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, untrusted,
 		usable, inSync, jumps, rules, services, servicePorts, applies, written, drift,
 		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestDropped, guestRepaired,
 		serialUp, serialLines, serialDropped,
@@ -247,7 +243,6 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 			counter(d, float64(by[k]), k)
 		}
 	}
-	counters(envoyEvents, m.events)
 	counters(drift, m.drift)
 	counters(errorsMet, m.errors)
 	if m.passes > 0 {

@@ -33,7 +33,6 @@ func twoPasses() [2]Sample {
 	end := time.Date(2026, 11, 21, 11, 0, 1, 250e6, time.UTC)
 	first := Sample{
 		Duration: 40 * time.Millisecond, DumpReads: 2, End: end, Mode: "hold",
-		Events:    map[string]int{"listener_changed": 3},
 		Drift:     map[string]int{"rule removed": 2, "jump removed": 1},
 		Errors:    map[string]int{"envoy_admin": 1},
 		Untrusted: 1,
@@ -43,7 +42,6 @@ func twoPasses() [2]Sample {
 	}
 	second := Sample{
 		Duration: 400 * time.Microsecond, End: end.Add(time.Second), Mode: "intercepting", Ready: true,
-		Events:  map[string]int{"listener_changed": 1, "listener_rejected": 1},
 		Envoy:   Envoy{State: "LIVE", Version: "1.40.0", Listeners: 5, Rejected: 1},
 		Refused: 3,
 		Families: []Family{
@@ -134,7 +132,7 @@ func scrape(t *testing.T, url string) string {
 // TestMetricsOddText: text from outside in a label spoils neither the scrape nor its lines.
 func TestMetricsOddText(t *testing.T) {
 	m := NewMetrics(Sources{Version: "1\xff"})
-	m.Pass(Sample{Mode: "?", Envoy: Envoy{State: "odd", Version: "1.40\xfe\n" + strings.Repeat("x", 5000)}, Events: map[string]int{"\xfd": 1, "\xfe": 1}})
+	m.Pass(Sample{Mode: "?", Envoy: Envoy{State: "odd", Version: "1.40\xfe\n" + strings.Repeat("x", 5000)}, Errors: map[string]int{"\xfd": 1, "\xfe": 1}})
 	s := httptest.NewServer(m.Handler())
 	defer s.Close()
 	body := scrape(t, s.URL)
