@@ -62,8 +62,9 @@ type Agent struct {
 	status     atomic.Pointer[Status]
 	// awaitBootstrap: that unit is enabled, so a VM without its result is not finished yet.
 	awaitBootstrap bool
-	withoutTools   bool         // iptables was not installed when the agent started
-	proxyUID       atomic.Int64 // for trust, which runs in the client's goroutine; -1: no such user
+	withoutTools   bool                              // iptables was not installed when the agent started
+	account        atomic.Pointer[bootstrap.Account] // nil: not read yet
+	proxyUID       atomic.Int64                      // for trust, which runs in the client's goroutine; -1: no such user
 
 	view           View
 	config         attribute.Config
@@ -264,6 +265,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if a.settings.Config == "" {
 		g.Go(func() error { a.watchAttribute(ctx); return nil })
+		g.Go(func() error { a.readAccount(ctx); return nil })
 	}
 	err = g.Wait()
 	a.log.Info("stopped; the rules stay in place")
@@ -280,6 +282,19 @@ func (a *Agent) watchAttribute(ctx context.Context) {
 		}
 		a.attributes.Put(news)
 	})
+}
+
+// readAccount asks once for the VM's service account, whose name belongs into the control plane's refusals.
+func (a *Agent) readAccount(ctx context.Context) {
+	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
+		if account, err := bootstrap.ReadAccount(ctx); err == nil {
+			a.account.Store(&account)
+			return
+		}
+		if !sleep(ctx, wait) {
+			return
+		}
+	}
 }
 
 // othersEvery is how often other nat chains at our hooks, and a switch of iptables' backend, are looked for. The first time

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
@@ -22,7 +23,6 @@ import (
 // View is what is known of Envoy after one look at it. The loop gets the newest and never waits for one: an admin
 // interface that hangs holds up only the goroutine that makes Views.
 type View struct {
-	At    time.Time
 	Err   error     // why the last look told nothing; the rest is then of earlier looks
 	Since time.Time // since when Err
 	State string    // LIVE, PRE_INITIALIZING, …
@@ -33,6 +33,7 @@ type View struct {
 	Generation uint64                // counts Snapshots; 0: none yet
 	Configured bool                  // this Envoy process completed a listener update
 	Stream     *symptom.Stream       // how its xDS stream last ended; nil: it stands, as far as is known
+	Apart      bool                  // Envoy has no stream, whether its log says why or not
 	Probe      error                 // our own way to the control plane
 	LastError  string                // last error line of its log
 	Unit       string                // systemd's word on it while it is down
@@ -41,7 +42,7 @@ type View struct {
 
 func (v View) facts(admin string) symptom.Envoy {
 	return symptom.Envoy{
-		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError, State: v.State, Version: v.Info.Version, Configured: v.Configured,
+		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError, Apart: v.Apart, State: v.State, Version: v.Info.Version, Configured: v.Configured,
 		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped, Stream: v.Stream, Probe: v.Probe, Node: v.Info.Node.ID,
 	}
 }
@@ -63,6 +64,9 @@ type envoyWatch struct {
 	since    time.Time            // when this Envoy was first seen
 	untaken  *envoyadmin.Snapshot // the last dump, while it is no news yet: looked at again without another dump
 	unitAt   time.Time            // when systemd was last asked
+	closed   int                  // ends of its stream since the control plane last spoke
+	apart    int                  // answers in a row that it has no stream
+	streamAt time.Time            // when it was last asked for its stream
 	stats    envoyadmin.Pace
 	dumpErr  error // of the last dump or masked dump
 	stateErr error // of the last question for its state
@@ -73,11 +77,11 @@ const (
 	stateEvery = time.Second
 	// warmLimit is how long the listeners of an Envoy that was just started are waited for.
 	warmLimit = time.Minute
-	// streamLasts is how long a stream's end counts without another: Envoy tries again at most every 30 s and logs each
-	// failure, so silence means that the stream stands.
-	streamLasts = 75 * time.Second
 	// probeEvery is how often our own way to the control plane is tried while Envoy's is broken.
 	probeEvery = 30 * time.Second
+	// connectionEvery is how often Envoy is asked whether its stream stands, if the pace of that question allows: a
+	// connection that is refused is not in its log.
+	connectionEvery = 15 * time.Second
 )
 
 func (w *envoyWatch) run(ctx context.Context) error {
@@ -99,7 +103,6 @@ func (w *envoyWatch) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		w.view.At = time.Now()
 		w.views.Put(w.view)
 		timer.Reset(wait)
 	}
@@ -178,7 +181,8 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		}
 		w.since = time.Now()
 		w.process, w.view.Info, w.view.State, w.view.Configured = s.Fingerprint.Process, info, info.State, false
-		w.view.Stream, w.view.Probe = nil, nil
+		w.view.Stream, w.view.Probe, w.view.Apart, w.closed, w.apart = nil, nil, false, 0, 0
+		w.stats = envoyadmin.Pace{}
 	}
 	if !w.view.Configured {
 		configured, err := w.isConfigured(ctx, s)
@@ -235,25 +239,58 @@ func (w *envoyWatch) askControlPlane(ctx context.Context) (envoyadmin.ControlPla
 func (w *envoyWatch) note(e envoyadmin.LogEvent) {
 	switch e.Kind {
 	case envoyadmin.StreamClosed:
+		w.closed += e.Count
 		w.view.Stream = &symptom.Stream{Target: e.Target, Code: e.Code, Message: e.Message, When: time.Now()}
 	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
 		w.detector.Hint(time.Now())
-		w.view.Stream = nil // the control plane has spoken
+		w.view.Stream, w.view.Apart, w.closed, w.apart = nil, false, 0, 0 // the control plane has spoken
+	}
+}
+
+// silence is how long the log says nothing after the n-th end of a stream in a row if the next one stands. Envoy doubles
+// its pause from 0.5 to 30 s, takes a random part of it, and logs each end at once; but those of codes that it hopes
+// will pass only once they have lasted for 30 s (grpc_stream.h). Log events that repeat are told each 5 s.
+func silence(code, n int) time.Duration {
+	const longest = 75 * time.Second
+	switch codes.Code(code) {
+	case codes.DeadlineExceeded, codes.ResourceExhausted, codes.Unavailable:
+		return longest
+	}
+	return min(longest, 6*time.Second+500*time.Millisecond<<min(n, 10))
+}
+
+// askStream asks Envoy whether its stream to the control plane stands: now and then, and when its log tells no further end.
+// connected_state flaps to 1 at each attempt, so one answer that it stands means nothing while our own way is blocked,
+// and two that it does not are needed.
+func (w *envoyWatch) askStream(ctx context.Context, now time.Time) {
+	if w.view.Err != nil || w.process == 0 || !w.stats.Due(now) {
+		return
+	}
+	silent := w.view.Stream != nil && now.Sub(w.view.Stream.When) > silence(w.view.Stream.Code, w.closed)
+	if !silent && now.Sub(w.streamAt) < connectionEvery {
+		return
+	}
+	w.streamAt = now
+	p, err := w.askControlPlane(ctx)
+	switch {
+	case err != nil || !p.Streams:
+	case !p.Connected:
+		w.apart++
+		w.view.Apart = w.apart > 1
+	case w.view.Probe == nil:
+		w.apart, w.view.Apart = 0, false
+		if silent {
+			w.view.Stream = nil
+		}
 	}
 }
 
 // probe tries our own way to the control plane while Envoy's stream is broken or it never got a configuration: Envoy
-// gives the same empty reason for a failed look-up and a filtered port. It runs beside, and its answer is a value.
+// gives the same empty reason, or none, for a failed look-up, a closed and a filtered port. It runs beside, and its answer is a value.
 func (w *envoyWatch) probe(ctx context.Context) {
 	now := time.Now()
-	if s := w.view.Stream; s != nil && now.Sub(s.When) > streamLasts && w.stats.Due(now) {
-		// Silence: it stands again, or Envoy has stopped telling. connected_state flaps to 1 at each attempt, so what
-		// counts is that nothing was logged as well.
-		if p, err := w.askControlPlane(ctx); err == nil && p.Connected {
-			w.view.Stream = nil
-		}
-	}
-	broken := w.view.Err == nil && w.process != 0 && (w.view.Stream != nil || !w.view.Configured)
+	w.askStream(ctx, now)
+	broken := w.view.Err == nil && w.process != 0 && (w.view.Stream != nil || w.view.Apart || !w.view.Configured)
 	if !broken {
 		w.view.Probe = nil
 		return

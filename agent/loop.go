@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os/user"
 	"slices"
+	"strconv"
 	"time"
 
 	"go.uber.org/zap"
@@ -115,6 +117,9 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Metadata: a.sourceErr,
 		Envoy: a.view.facts(a.settings.EnvoyAdmin), Others: a.otherChains,
 	}
+	if account := a.account.Load(); account != nil {
+		f.Account, f.Scopes = account.Email, account.Scopes
+	}
 	f.GuestOff = !a.guest.State().Enabled
 	if a.public != nil {
 		f.ListenErr = a.public.Err()
@@ -160,7 +165,7 @@ func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
 	}
 	var foreign *sockdiag.ForeignError
 	if errors.As(a.view.Err, &foreign) {
-		f.Ports = append(f.Ports, symptom.Port{Purpose: "admin", Addr: foreign.Addr, Owner: foreign.UID, Listening: true})
+		f.Ports = append(f.Ports, symptom.Port{Purpose: "admin", Addr: foreign.Addr, Owner: foreign.UID, OwnerName: userName(foreign.UID), Listening: true})
 	}
 }
 
@@ -198,7 +203,19 @@ func (a *Agent) lookAtPort(family iptables.Family, purpose string, port uint16) 
 	default:
 		p.Owner, p.Listening = owner, true
 	}
+	if p.Listening && p.Owner != a.uid {
+		p.OwnerName = userName(p.Owner)
+	}
 	return p
+}
+
+// userName is the name of a user in /etc/passwd, "" where it has none.
+func userName(uid uint32) string {
+	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
+	if err != nil {
+		return ""
+	}
+	return u.Username
 }
 
 // pollInterval is how often the rules are read though nothing told of a change.

@@ -69,13 +69,10 @@ type fight struct {
 	until  time.Time // no repair before
 }
 
-// mayRepair says whether drift found now is repaired now; wait is how long to wait otherwise.
-func (f *fight) mayRepair(now time.Time) (ok bool, wait time.Duration) {
+// mayRepair says whether drift found now is repaired now.
+func (f *fight) mayRepair(now time.Time) bool {
 	f.last = now
-	if now.Before(f.until) {
-		return false, f.until.Sub(now)
-	}
-	return true, 0
+	return !now.Before(f.until)
 }
 
 // repaired notes a repair.

@@ -56,7 +56,7 @@ func TestFight(t *testing.T) {
 	for step := 0; step < 3000; step++ {
 		now = now.Add(100 * time.Millisecond)
 		f.calm(now)
-		if ok, _ := f.mayRepair(now); ok {
+		if f.mayRepair(now) {
 			f.repaired(now)
 			writes++
 			if step > 100 {
@@ -89,8 +89,8 @@ func TestNoFight(t *testing.T) {
 	for range 100 {
 		now = now.Add(10 * time.Second)
 		f.calm(now)
-		if ok, wait := f.mayRepair(now); !ok {
-			t.Fatalf("repair put off by %v", wait)
+		if !f.mayRepair(now) {
+			t.Fatalf("repair put off by %v", f.until.Sub(now))
 		}
 		f.repaired(now)
 	}

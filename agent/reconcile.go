@@ -208,6 +208,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 	drift := iptables.Diff(s.target, s.have)
 	if len(drift) == 0 {
 		s.settled(s.have, true)
+		s.installed = s.installs() // adopted: an earlier run took care of what was older
 		return nil
 	}
 	isDrift := s.written && !changed && s.err == nil // after a failure nobody undid anything: it was never done
@@ -218,7 +219,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 		if by != "" || !s.fight.on() {
 			s.driftBy = by
 		}
-		if ok, _ := s.fight.mayRepair(now); !ok {
+		if !s.fight.mayRepair(now) {
 			s.equal, s.dirty = false, true
 			return nil
 		}
@@ -339,11 +340,7 @@ const conntrackLimit = time.Second
 func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()
-	var now installed
-	if s.target.Intercepting() {
-		now = installed{services: s.services, dns: s.dnsPort}
-	}
-	was := s.installed
+	was, now := s.installed, s.installs()
 	s.installed = now
 	if added := missing(now.services, was.services); len(added) > 0 {
 		if n, err := conntrack.DeleteHalfOpen(ctx, added); err != nil {
@@ -357,6 +354,14 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 			a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
 		}
 	}
+}
+
+// installs is what the target redirects.
+func (s *familyState) installs() installed {
+	if !s.target.Intercepting() {
+		return installed{}
+	}
+	return installed{services: s.services, dns: s.dnsPort}
 }
 
 // missing are the prefixes of all, sorted, that are not in known, sorted.

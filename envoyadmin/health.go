@@ -114,7 +114,8 @@ func (r *reader) host(h *ClusterHealth) error {
 
 // ControlPlane is what Envoy's stats say of its configuration.
 type ControlPlane struct {
-	Connected                               bool   // a stream is open, or just being opened: it flaps to true at each attempt
+	Streams                                 bool   // Envoy takes configuration by a stream at all
+	Connected                               bool   // one is open, or just being opened: it flaps to true at each attempt
 	Attempts, Successes, Failures, Rejected uint64 // of listener updates
 	CreateFailures                          uint64 // listeners that were accepted and could not be bound, say
 }
@@ -128,7 +129,7 @@ func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 			seen++
 			switch name {
 			case "control_plane.connected_state":
-				p.Connected = value != 0
+				p.Streams, p.Connected = true, value != 0
 			case "listener_manager.lds.update_attempt":
 				p.Attempts = value
 			case "listener_manager.lds.update_success":

@@ -58,7 +58,9 @@ const (
 var (
 	// "StreamAggregatedResources gRPC config stream closed: 5, …" and, later, "… stream to TARGET closed: 5, …", both perhaps with
 	// "closed since 32s ago: …" and, at the end, "(previously 14, … since 35s ago)".
-	streamClosed    = regexp.MustCompile(`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
+	streamClosed = regexp.MustCompile(`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
+	// Envoy 1.40 puts where a status came from behind the server's words: "Permission denied.{via_upstream}".
+	via             = regexp.MustCompile(`\{[a-z_]+\}$`)
 	previously      = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
 	listenerChanged = regexp.MustCompile(`lds: (?:add/update|remove) listener '(.*)'`)
 )
@@ -79,7 +81,7 @@ func parseLine(line []byte) (e LogEvent, ok bool) {
 			return e, false
 		}
 		e.Kind, e.Method, e.Target, e.Code = StreamClosed, string(m[1]), string(m[2]), code
-		e.Message = string(previously.ReplaceAll(m[4], nil))
+		e.Message = string(via.ReplaceAll(previously.ReplaceAll(m[4], nil), nil))
 		return e, true
 	case bytes.Contains(line, []byte(" rejected: ")):
 		return parseRejected(line)

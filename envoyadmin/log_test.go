@@ -46,6 +46,8 @@ func TestParseLine(t *testing.T) {
 			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Code: 5, Message: `Traffic Director configuration was not found for network "default" in project "123".`, Count: 1}},
 		{stamp + `[warning][config] [./source/extensions/config_subscription/grpc/grpc_stream.h:278] StreamAggregatedResources gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, Permission denied on resource project 123.`,
 			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "trafficdirector.googleapis.com:443", Code: 7, Message: "Permission denied on resource project 123.", Count: 1}},
+		{stamp + `[warning][config] [./source/extensions/config_subscription/grpc/grpc_stream.h:278] StreamAggregatedResources gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, Permission denied on resource project 123.{via_upstream}`,
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "trafficdirector.googleapis.com:443", Code: 7, Message: "Permission denied on resource project 123.", Count: 1}},
 		{stamp + `[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed since 32s ago: 14, upstream connect error`,
 			LogEvent{Kind: StreamClosed, Method: "DeltaAggregatedResources", Target: "xds", Code: 14, Message: "upstream connect error", Count: 1}},
 		{stamp + `[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed: 5, not found (previously 14, upstream connect error since 35s ago)`,

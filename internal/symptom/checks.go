@@ -3,8 +3,8 @@ package symptom
 import (
 	"errors"
 	"fmt"
-	"os/user"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,6 +16,9 @@ import (
 
 // cannotReach is the prefix that users' runbooks know.
 const cannotReach = "Cannot reach the Traffic Director API server"
+
+// cloudPlatform is the scope that the control plane's API asks for.
+const cloudPlatform = "https://www.googleapis.com/auth/cloud-platform"
 
 func one(id ID, row int, s Severity, next, cause string, args ...any) []Finding {
 	return []Finding{{ID: id, Row: row, Severity: s, Cause: fmt.Sprintf(cause, args...), Next: next}}
@@ -31,19 +34,18 @@ func foreignOwner(f Facts) (out []Finding) {
 		}
 		out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Addr.String(),
 			Cause: fmt.Sprintf("Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and nothing from there is believed",
-				p.Addr.Port(), p.Purpose, userName(p.Owner), f.ProxyUser, f.ProxyUID),
+				p.Addr.Port(), p.Purpose, p.owner(), f.ProxyUser, f.ProxyUID),
 			Next: fmt.Sprintf("find it with `ss -ltnp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that user", p.Addr.Port())})
 	}
 	return out
 }
 
-// userName is for people; the check itself goes by the number.
-func userName(uid uint32) string {
-	n := strconv.FormatUint(uint64(uid), 10)
-	if u, err := user.LookupId(n); err == nil {
-		return u.Username + " (uid " + n + ")"
+// owner is for people; the check itself goes by the number.
+func (p Port) owner() string {
+	if p.OwnerName == "" {
+		return fmt.Sprintf("uid %d", p.Owner)
 	}
-	return "uid " + n
+	return fmt.Sprintf("%s (uid %d)", p.OwnerName, p.Owner)
 }
 
 func proxyUser(f Facts) []Finding {
@@ -104,6 +106,10 @@ func controlPlane(f Facts) []Finding {
 	}
 	s := f.Envoy.Stream
 	if s == nil {
+		if f.Envoy.Apart {
+			return one(ControlPlaneConnect, 4, Error, "see the warnings in /var/log/envoy/envoy.err.log",
+				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works", cannotReach)
+		}
 		return nil
 	}
 	switch {
@@ -111,6 +117,11 @@ func controlPlane(f Facts) []Finding {
 		if m := notUsedRE.FindStringSubmatch(s.Message); m != nil {
 			return one(APINotEnabled, 5, Error, "enable it: gcloud services enable trafficdirector.googleapis.com --project="+m[1],
 				"%s: the API is not enabled in project %s", cannotReach, m[1])
+		}
+		// Without the scope no role helps. Envoy's own words for it are not known, the metadata server's are.
+		if f.Scopes != nil && !slices.Contains(f.Scopes, cloudPlatform) {
+			return one(ScopeMissing, 7, Error, "stop the VM, then gcloud compute instances set-service-account NAME --scopes="+cloudPlatform,
+				"%s: the VM's service account %s lacks the scope cloud-platform", cannotReach, f.Account)
 		}
 		account := f.Account
 		if account == "" {

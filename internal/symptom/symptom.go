@@ -50,6 +50,7 @@ const (
 	ControlPlaneConnect  ID = "control-plane-unreachable" // row 4
 	APINotEnabled        ID = "api-not-enabled"           // row 5
 	PermissionDenied     ID = "permission-denied"         // row 6
+	ScopeMissing         ID = "scope-missing"             // row 7
 	ConfigNotFound       ID = "configuration-not-found"   // rows 8 and 9
 	ControlPlaneRefused  ID = "control-plane-refused"     // any other status code of the xDS stream
 	ListenerRejected     ID = "listener-rejected"         // row 10
@@ -106,6 +107,7 @@ type Port struct {
 	Addr    netip.AddrPort
 	// Owner is the uid of the listening socket; meaningless unless Listening.
 	Owner     uint32
+	OwnerName string // its user's name, "" when not known
 	Listening bool
 	Err       error // could not look
 }
@@ -145,6 +147,7 @@ type Envoy struct {
 	Rejected   []envoyadmin.Rejected
 	Skipped    []envoyadmin.Skipped
 	Stream     *Stream // nil: not known to be closed
+	Apart      bool    // it has no stream, whether its log says why or not
 	Probe      error   // our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
 	Node       string  // node id as Envoy presents it
 }
@@ -157,11 +160,11 @@ type Facts struct {
 	ProxyUID  uint32
 	UserErr   error // the proxy's user does not exist
 
-	Attribute error // the gce-service-proxy attribute could not be used
-	Metadata  error // the metadata server did not answer
-	Account   string
-	Project   string
-	GuestOff  bool // guest attributes are disabled on this VM
+	Attribute error    // the gce-service-proxy attribute could not be used
+	Metadata  error    // the metadata server did not answer
+	Account   string   // email of the VM's service account, "" when not known
+	Scopes    []string // of it, as URLs; nil when not known
+	GuestOff  bool     // guest attributes are disabled on this VM
 	ListenErr error
 	Bootstrap string // its last failure, "" when none
 	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables are then still to come.
@@ -222,7 +225,7 @@ func explain(all []Finding) {
 			if down == "" {
 				down = f.ID
 			}
-		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
+		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing, ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
 			if why == "" {
 				why = f.ID
 			}

@@ -30,7 +30,7 @@ var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // live is an Envoy that is well.
 func live(change func(*Facts)) Facts {
-	f := Facts{Now: now, ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com",
+	f := Facts{Now: now, ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com", Scopes: []string{cloudPlatform},
 		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{Major: 1, Minor: 40}, Configured: true}}
 	if change != nil {
 		change(&f)
@@ -72,8 +72,14 @@ var examples = []example{
 		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect, Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
 	}), ControlPlaneConnect},
 	{"the stream ends without a reason, our own way works", stream(13, ""), ControlPlaneConnect},
+	{"Envoy has no stream and does not say why, our own way works", live(func(f *Facts) { f.Envoy.Apart = true }), ControlPlaneConnect},
 	{"the API is not enabled", stream(7, "Traffic Director API has not been used in project 123456789012 before or it is disabled. Enable it by visiting …"), APINotEnabled},
 	{"the service account lacks the role", stream(7, "Permission denied on resource project 123456789012."), PermissionDenied},
+	{"the VM lacks the scope", func() Facts {
+		f := stream(7, "Request had insufficient authentication scopes.")
+		f.Scopes = []string{"https://www.googleapis.com/auth/devstorage.read_only"}
+		return f
+	}(), ScopeMissing},
 	{"no configuration for the network", stream(5, `Traffic Director configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
 	{"the same under the new name", stream(5, `Cloud Service Mesh configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
 	{"an unknown mesh or scope", stream(5, "Requested entity was not found."), ConfigNotFound},

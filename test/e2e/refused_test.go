@@ -1,0 +1,103 @@
+//go:build lab
+
+package e2e
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+// refusals is a mesh whose control plane says no.
+type refusals struct {
+	*mesh.Mesh
+	agent  *mesh.Agent
+	extras int
+}
+
+func startRefusals(t *testing.T) *refusals {
+	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	return &refusals{Mesh: m, agent: a}
+}
+
+// speak makes the control plane answer again, with a new service so that it has something to say.
+func (r *refusals) speak(t *testing.T) {
+	r.extras++
+	r.CP.Serve()
+	_, err := r.CP.Set(services(service(r.extras)))
+	must(t, err)
+}
+
+// check refuses, waits until that is named by all of want in agent-last-failure, and until it is over after ok. The rules
+// and what goes through them stay.
+func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ...string) {
+	t.Helper()
+	before, err := r.Chains(t.Context(), "IPv4")
+	must(t, err)
+	refuse()
+	_, err = r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s agent.Status) bool {
+		for _, text := range want {
+			if !strings.Contains(s.LastFailure, text) {
+				return false
+			}
+		}
+		return hasFinding(s, id) && strings.Contains(s.LastFailure, "(since ")
+	})
+	must(t, err)
+	if now, err := r.Chains(t.Context(), "IPv4"); err != nil || now != before {
+		t.Errorf("the rules changed (%v):\n%s\nbefore:\n%s", err, now, before)
+	}
+	through(t, r.Mesh, web4)
+	ok()
+	_, err = r.agent.Wait(within(t, 60*time.Second), "it is over", func(s agent.Status) bool { // Envoy's own back-off is up to 30 s
+		return len(s.Findings) == 0 && s.Ready && strings.Contains(s.LastFailure, "(over; ")
+	})
+	must(t, err)
+}
+
+// TestControlPlaneRefuses: whatever the control plane says no to is named with its next step, and it is over by itself once
+// the control plane has changed its mind.
+func TestControlPlaneRefuses(t *testing.T) {
+	t.Parallel()
+	r := startRefusals(t)
+	speak := func() { r.speak(t) }
+	// Over though nothing is new at the control plane, so that Envoy logs nothing.
+	r.check(t, r.CP.RefusePermission, r.CP.Serve, symptom.PermissionDenied,
+		"Cannot reach the Traffic Director API server: Permission denied", "grant roles/trafficdirector.client to ", "gserviceaccount.com")
+	r.check(t, func() { r.CP.RefuseDisabled("123456789012") }, speak, symptom.APINotEnabled,
+		"the API is not enabled in project 123456789012", "gcloud services enable trafficdirector.googleapis.com --project=123456789012")
+	r.check(t, func() { r.CP.RefuseNotFound("default", "my-project") }, speak, symptom.ConfigNotFound,
+		`configuration was not found for network "default" in project "my-project"`, "create a forwarding rule")
+	r.check(t, r.CP.RefuseUnknownEntity, speak, symptom.ConfigNotFound,
+		"Requested entity was not found", "check the mesh, scope or network name")
+	r.check(t, func() {
+		bad := services(service(r.extras))
+		bad.Listeners = append(bad.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
+		_, err := r.CP.Set(bad)
+		must(t, err)
+	}, speak, symptom.AccessLogUnwritable, "Envoy rejected listener bad", "/root/access.log")
+}
+
+// TestControlPlaneBusy: Envoy logs an end of its stream that it hopes will pass only after 30 s.
+func TestControlPlaneBusy(t *testing.T) {
+	t.Parallel()
+	r := startRefusals(t)
+	r.check(t, func() { r.CP.Refuse(codes.ResourceExhausted, "Quota exceeded.") }, func() { r.speak(t) }, symptom.ControlPlaneRefused, "Quota exceeded (gRPC code 8)")
+}
+
+// TestControlPlaneUnreachable: Envoy logs that the stream was reset, and nothing of the connections that are refused then.
+func TestControlPlaneUnreachable(t *testing.T) {
+	t.Parallel()
+	r := startRefusals(t)
+	r.check(t, r.CP.GoAway, func() { must(t, r.CP.ComeBack()); r.speak(t) }, symptom.ControlPlaneConnect,
+		"Cannot reach the Traffic Director API server: connect ", "connection refused")
+}
