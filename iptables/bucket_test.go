@@ -27,6 +27,7 @@ func TestBucketsCoverExactlyTheServices(t *testing.T) {
 			"10,000 random":  randomPrefixes(f, 10000, 2),
 			"10,000 dense":   densePrefixes(f, 10000),
 			"mixed lengths":  mixedPrefixes(f, 3000, 3),
+			"nested":         nestedPrefixes(f),
 			"both and wider": slices.Concat(randomPrefixes(f, 1000, 4), densePrefixes(f, 1000), mixedPrefixes(f, 1000, 5)),
 		} {
 			r := serviceSet(f, services)
@@ -52,7 +53,7 @@ func TestBucketsCoverExactlyTheServices(t *testing.T) {
 				}
 			}
 			for _, c := range r.chains {
-				if c.name != chainServiceCIDRs && len(c.rules) > nodeRows {
+				if name != "nested" && c.name != chainServiceCIDRs && len(c.rules) > nodeRows {
 					t.Errorf("%s %s: %s has %d rows", f, name, c.name, len(c.rules))
 				}
 			}
@@ -71,6 +72,29 @@ func mixedPrefixes(f Family, n int, seed uint64) []netip.Prefix {
 		} else {
 			out = append(out, netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x40, 4: byte(x), 5: byte(x >> 8), 6: byte(x >> 16), 7: byte(x >> 24)}), 50+r.IntN(15)).Masked())
 		}
+	}
+	return out
+}
+
+// nestedPrefixes make as many levels of nodes as a set can: 300 addresses beside one another, every second one, and one
+// more for each level above them.
+func nestedPrefixes(f Family) []netip.Prefix {
+	base := netip.MustParseAddr("10.0.0.0")
+	if f == IPv6 {
+		base = netip.MustParseAddr("fd00::")
+	}
+	var out []netip.Prefix
+	for bit := 8; bit < base.BitLen()-10; bit++ {
+		a := base.AsSlice()
+		a[bit/8] |= 1 << (7 - bit%8)
+		addr, _ := netip.AddrFromSlice(a)
+		out = append(out, netip.PrefixFrom(addr, addr.BitLen()))
+	}
+	for i := range 300 {
+		a := base.AsSlice()
+		a[len(a)-1], a[len(a)-2] = byte(2*i), byte(2*i>>8)
+		addr, _ := netip.AddrFromSlice(a)
+		out = append(out, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	return out
 }

@@ -146,3 +146,9 @@ func apply(t testing.TB, k *Kernel, want Ruleset) Result {
 	}
 	return result
 }
+
+// TestNestedBuckets: the kernel takes the deepest ruleset that a set of services can make. Without nodeDepth nft refuses
+// the IPv6 one with "Too many links".
+func TestNestedBuckets(t *testing.T) {
+	eachBackend(t, func(t *testing.T, k *Kernel, f Family) { apply(t, k, serviceSet(f, nestedPrefixes(f))) })
+}

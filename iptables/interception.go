@@ -79,7 +79,7 @@ type Interception struct {
 //	SERVICE_PROXY_OUTPUT ---RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
 //	  |-- tcp 53 -> SERVICE_PROXY_DNS              ---RETURN: proxy, resolvers; REDIRECT to Envoy's DNS listener
 //	  |-- SERVICE_PROXY_SERVICE_CIDRS              one row a service ------------------> SERVICE_PROXY_REDIRECT
-//	  |     `-- SERVICE_PROXY_B4_0A010000_16 ...   past 256 rows: one chain per 4 bits -> SERVICE_PROXY_REDIRECT
+//	  |     `-- SERVICE_PROXY_B4_0A200000_12 ...   past 256 rows: one chain per 3 bits -> SERVICE_PROXY_REDIRECT
 //	  `-- SERVICE_PROXY_SERVICE_PORTS              one row a port ---------------------> SERVICE_PROXY_REDIRECT
 //	SERVICE_PROXY_INBOUND  (-i docker0 -> SERVICE_PROXY_SERVICE_CIDRS); RETURN: not for a local address
 //	  `-- one row a serving port -----------------------------------------------------> SERVICE_PROXY_IN_REDIRECT

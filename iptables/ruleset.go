@@ -138,7 +138,7 @@ func isOurs(name string) bool {
 		address, bits, ok := strings.Cut(rest, "_")
 		n, err := strconv.Atoi(bits)
 		return ok && len(address) == 8 && strings.Trim(address, "0123456789ABCDEF") == "" &&
-			err == nil && strconv.Itoa(n) == bits && n >= nodeBits && n <= 32 && n%nodeBits == 0
+			err == nil && strconv.Itoa(n) == bits && n >= 1 && n <= 32 // of any version: another may cut at other bits
 	}
 	if rest, ok := strings.CutPrefix(name, bucketPrefix6); ok {
 		return len(rest) == 11 && strings.Trim(rest, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""

@@ -156,7 +156,7 @@ func TestChainNamesFitAndAreOurs(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"", "DOCKER", "SERVICE_PROXY_", "SERVICE_PROXY_OUTPUT2", "SERVICE_PROXY_B4_0A00000_16", "SERVICE_PROXY_B4_0A000000_17",
+	for _, name := range []string{"", "DOCKER", "SERVICE_PROXY_", "SERVICE_PROXY_OUTPUT2", "SERVICE_PROXY_B4_0A00000_16", "SERVICE_PROXY_B4_0A000000_33", "SERVICE_PROXY_B4_0A000000_016",
 		"SERVICE_PROXY_B4_0a000000_16", "SERVICE_PROXY_B6_ABC", "service_proxy_output"} {
 		if isOurs(name) {
 			t.Errorf("%q is taken for ours", name)
