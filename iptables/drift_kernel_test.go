@@ -125,6 +125,41 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 	})
 }
 
+// TestReadingSomeChainsSaysTheSame: what stands before our jumps is worded alike whether the whole table was read or only
+// the chain that was touched, which is what follows every notification on nft.
+func TestReadingSomeChainsSaysTheSame(t *testing.T) {
+	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
+		logs := []string{"-N LOGS", "-A LOGS -j LOG", "-N DEEPER", "-A DEEPER -j LOG", "-A LOGS -j DEEPER"}
+		for _, test := range []struct {
+			name string
+			do   []string
+			kind DriftKind
+		}{
+			{"a chain that only logs", append(logs, "-I OUTPUT 1 -j LOGS"), JumpMoved},
+			{"the same behind our first jump", append(logs, "-I OUTPUT 2 -j LOGS"), JumpMoved},
+			{"a chain behind it takes packets", append(logs, "-A DEEPER -p tcp --dport 80 -j ACCEPT", "-I OUTPUT 1 -j LOGS"), Shadowed},
+			{"a chain that is not reached before our jumps", append(logs, "-A DEEPER -j ACCEPT", "-A OUTPUT -j LOGS"), 0},
+		} {
+			clear(t, k.Backend(), f)
+			want := sample(f).Ruleset()
+			apply(t, k, want)
+			before := read(t, k, f)
+			drift{do: test.do}.run(t, k.Backend(), f)
+			some, err := k.ReadChains(t.Context(), before, []string{builtinOutput})
+			if err != nil {
+				t.Fatal(err)
+			}
+			whole, part := Diff(want, read(t, k, f)), Diff(want, some)
+			if !slices.Equal(whole, part) {
+				t.Errorf("%s: the whole table says %v, the chain %v", test.name, whole, part)
+			}
+			if test.kind == 0 && len(whole) > 0 || test.kind != 0 && (len(whole) != 1 || whole[0].Kind != test.kind) {
+				t.Errorf("%s: %v, want %v", test.name, whole, test.kind)
+			}
+		}
+	})
+}
+
 func read(t testing.TB, k *Kernel, f Family) Table {
 	t.Helper()
 	have, err := k.Read(t.Context(), f)

@@ -265,12 +265,16 @@ func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (T
 	return k.listChains(ctx, t, have, chains, names)
 }
 
-// listChains lists chains one by one. existing are the names of the chains that the kernel has: iptables-nft has the same
-// message for a chain that is missing and for one that it cannot read.
+// listChains lists chains one by one, and then those of others by which a packet may be taken before it comes to a jump of
+// ours: what they hold tells whether that is shadowed. existing are the names of the chains that the kernel has:
+// iptables-nft has the same message for a chain that is missing and for one that it cannot read.
 func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, existing []string) (Table, error) {
+	chains = slices.Clone(chains) // it grows below
+	asked := len(chains)
 	read := map[string][]string{}
 	var gone []string
-	for _, name := range chains {
+	for n := 0; n < len(chains); n++ {
+		name := chains[n]
 		if !slices.Contains(existing, name) {
 			gone = append(gone, name)
 			continue
@@ -285,20 +289,32 @@ func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, exi
 		}
 		rules := parseListing(listing)[name]
 		read[name] = rules
-		// A chain of somebody else's that is reached before our jump tells whether the jump is shadowed.
-		if isJumpSite(name) {
-			for _, spec := range rules {
-				to := target(spec)
-				if isOurs(to) {
-					break
-				}
-				if slices.Contains(existing, to) && !slices.Contains(chains, to) {
-					chains = append(chains, to)
-				}
+		for _, spec := range beforeJumps(name, rules) {
+			// One that is left unread counts as shadowing, which errs on the safe side (Table.takes).
+			to := target(spec)
+			if len(chains) < asked+listLimit && slices.Contains(existing, to) && !isOurs(to) && !slices.Contains(chains, to) {
+				chains = append(chains, to)
 			}
 		}
 	}
 	return have.with(read, gone), nil
+}
+
+// beforeJumps are the rules of a chain that a packet may meet before the last jump to a chain of ours: all of them in a
+// chain of somebody else's, none in one of ours.
+func beforeJumps(chain string, rules []string) []string {
+	switch {
+	case isOurs(chain):
+		return nil
+	case !isJumpSite(chain):
+		return rules
+	}
+	for n := len(rules) - 1; n >= 0; n-- {
+		if isOurs(target(rules[n])) {
+			return rules[:n]
+		}
+	}
+	return rules
 }
 
 // Result is what came of an Apply.
