@@ -28,6 +28,9 @@ const (
 	// saveLimit is how long a whole save may take on nft before the chains are listed one by one: iptables-nft starts
 	// over whenever anybody changes any nft table, and a save of 10,000 rules (40 ms) never ends under 30 changes a second.
 	saveLimit = time.Second
+	// waitDelay is how long a killed command's pipes may stay open: a child of a wrapper script inherits them. It comes on
+	// top of a caller's deadline, for each family.
+	waitDelay = time.Second
 	// lockWait is given to -w, in seconds: how long iptables waits for another one.
 	lockWait = "5"
 	// listLimit is up to how many chains are listed one by one (2.5 ms each) rather than by one save.
@@ -422,7 +425,7 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 			cmd.Env = append(cmd.Env, key+"="+v)
 		}
 	}
-	cmd.WaitDelay = 5 * time.Second // a child of a wrapper script may keep the pipes open
+	cmd.WaitDelay = waitDelay
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	in, err := cmd.StdinPipe()
@@ -432,6 +435,9 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 	if err := cmd.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("%w: %w", ErrNoIPTables, err)
+		}
+		if limited.Err() != nil { // the time was over before it began
+			return nil, fmt.Errorf("run %s: %w: %w", filepath.Base(name), ErrCouldNotLook, err)
 		}
 		return nil, fmt.Errorf("run: %w", err)
 	}
