@@ -51,7 +51,8 @@ soak: tools build ## the full counts of the issues; GROUP=name for one group (ea
 	@test/soak.sh $(GROUP)
 
 package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=FILE or ENVOY=none)
-	VERSION=$(VERSION) COMMIT=$(COMMIT) deploy/package.sh
+	@# The default of ENVOY above is for the tests: the script has its own, which may be absent.
+	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/package.sh
 
 clean: ## everything that was built; downloads are kept
 	rm -f $(BUILD)/service-proxy-agent* $(BUILD)/demo

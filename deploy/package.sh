@@ -2,7 +2,7 @@
 # Makes dist/service-proxy-agent-VERSION.tgz, one archive for both architectures: `make package`.
 #
 #   VERSION  of the agent; default: git describe
-#   ENVOY    an Envoy binary for amd64 to put in, or none; default: build/envoy-1.40.0, the one the tests use, where it is at hand
+#   ENVOY    an Envoy binary for amd64 to put in, or none; default: build/envoy-$ENVOY_VERSION, the one the tests use, where it is at hand
 #   ENVOY_ARM64  the same for arm64; default: none
 #   LDFLAGS  for go build; the version and commit are stamped in besides
 #   OUT      the archive's path
@@ -13,8 +13,12 @@ version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo un
 out=${OUT:-dist/service-proxy-agent-$version.tgz}
 envoy=${ENVOY:-}
 if [ -z "$envoy" ]; then
-	envoy=none
-	[ ! -x build/envoy-1.40.0 ] || envoy=build/envoy-1.40.0
+	envoy=build/envoy-${ENVOY_VERSION:-1.40.0}
+	if [ ! -x "$envoy" ]; then
+		echo "package: there is no $envoy, so the archive brings no Envoy: VMs need primary-source, or one on their image;" \
+			"to put one in, run \`make tools\` first, or give ENVOY=FILE (ENVOY=none: go without, and no word of it)" >&2
+		envoy=none
+	fi
 fi
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
@@ -29,14 +33,14 @@ for arch in amd64 arm64; do
 	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
 		-o "$top/$arch/service-proxy-agent" ./cmd/service-proxy-agent
 done
-put() { # FILE ARCH
+put() { # FILE ARCH NAME-OF-THE-SETTING
 	[ "$1" != none ] || return 0
-	[ -x "$1" ] || { echo "package: ENVOY: $1 is not a program" >&2; exit 1; }
+	[ -f "$1" ] && [ -x "$1" ] || { echo "package: $3=$1: there is no such program; name an Envoy for $2, or none" >&2; exit 1; }
 	cp "$1" "$top/$2/envoy"
 	chmod 755 "$top/$2/envoy"
 }
-put "$envoy" amd64
-put "${ENVOY_ARM64:-none}" arm64
+put "$envoy" amd64 ENVOY
+put "${ENVOY_ARM64:-none}" arm64 ENVOY_ARM64
 
 mkdir -p "$(dirname "$out")"
 # The same content makes the same archive: sorted, no owners, one time.
