@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 // Prefix begins the name of every metric.
@@ -26,8 +27,8 @@ type Sample struct {
 	// Happened.
 	Duration  time.Duration
 	DumpReads int            // full dumps read from Envoy, each of which costs its main thread time
-	Drift     map[string]int // repaired, by kind ("rule removed", …)
-	Errors    map[string]int // that the pass met, by source ("envoy_admin", "iptables", "metadata_server", …)
+	Drift     map[string]int // repaired, by iptables.DriftKind's words ("rule removed", …)
+	Errors    map[string]int // that the pass met, by source, one of ErrorSources
 	Untrusted int            // answers on the admin port that came from a stranger
 
 	// Stands.
@@ -45,6 +46,9 @@ var Modes = []string{"bypass", "hold", "intercepting", "paused"}
 
 // EnvoyStates are the values of Envoy.State, in /server_info's words, and "UNREACHABLE".
 var EnvoyStates = []string{"DRAINING", "INITIALIZING", "LIVE", "PRE_INITIALIZING", "UNREACHABLE"}
+
+// ErrorSources are the keys of Sample.Errors.
+var ErrorSources = []string{"envoy_admin", "metadata_server"}
 
 // Envoy is how Envoy stands.
 type Envoy struct {
@@ -118,6 +122,13 @@ func NewMetrics(s Sources) *Metrics {
 		registry: prometheus.NewRegistry(),
 		drift:    map[string]int{}, errors: map[string]int{},
 		family: map[string]*familyTotals{},
+	}
+	// From 0 on: increase() does not see the first event of a series that begins with it.
+	for k := iptables.RuleRemoved; k <= iptables.JumpLeft; k++ {
+		m.drift[k.String()] = 0
+	}
+	for _, source := range ErrorSources {
+		m.errors[source] = 0
 	}
 	m.registry.MustRegister(m, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{Namespace: strings.TrimSuffix(Prefix, "_")}))
 	prometheus.WrapRegistererWithPrefix(Prefix, m.registry).MustRegister(collectors.NewGoCollector())

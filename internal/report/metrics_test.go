@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 // sources are two reporters that have seen trouble.
@@ -101,6 +102,8 @@ func TestMetricsScrape(t *testing.T) {
 	}
 	for _, want := range []string{
 		Prefix + "passes_total 0\n",
+		Prefix + `drift_repaired_total{kind="rule removed"} 0` + "\n",
+		Prefix + `errors_total{source="metadata_server"} 0` + "\n",
 		Prefix + "process_resident_memory_bytes ",
 		Prefix + "go_goroutines ",
 	} {
@@ -111,6 +114,15 @@ func TestMetricsScrape(t *testing.T) {
 	for _, not := range []string{"heartbeat", "_ready ", "guest_attributes", "serial"} {
 		if strings.Contains(body, Prefix+not) {
 			t.Errorf("%s in a scrape before the first pass", not)
+		}
+	}
+}
+
+// TestMetricsDriftKinds fails when iptables gets a kind of drift that would not begin at 0.
+func TestMetricsDriftKinds(t *testing.T) {
+	for k := iptables.RuleRemoved; k <= iptables.JumpLeft+1; k++ {
+		if known := !strings.HasPrefix(k.String(), "DriftKind("); known != (k <= iptables.JumpLeft) {
+			t.Errorf("%v: the last kind is no longer %v", k, iptables.JumpLeft)
 		}
 	}
 }
