@@ -22,7 +22,7 @@ func bootstrapCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger(level)
 			if err != nil {
-				return err
+				return usage(err)
 			}
 			opts.Log = log
 			ctx := cmd.Context()

@@ -122,6 +122,12 @@ func withEnvironment(c *cobra.Command) {
 				first = usage(fmt.Errorf("%s=%q: %w", envName(f.Name), value, err))
 			}
 		})
+		if first == nil {
+			// Cobra looks too, after this; its error would not be told from one of the command's.
+			if err := cmd.ValidateFlagGroups(); err != nil {
+				first = usage(err)
+			}
+		}
 		return first
 	}
 }

@@ -3,16 +3,20 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
@@ -27,13 +31,9 @@ func statusCommand() *cobra.Command {
 			if output != "text" && output != "json" {
 				return usage(fmt.Errorf("--output is %q; use text or json", output))
 			}
-			body, err := server.Dial(server.Dir()).Get(cmd.Context(), "/status")
+			body, s, err := askStatus(cmd.Context())
 			if err != nil {
 				return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; `systemctl status service-proxy-agent` tells whether it runs", err)}
-			}
-			var s agent.Status
-			if err := json.Unmarshal(body, &s); err != nil {
-				return &exitError{exitNoAnswer, fmt.Errorf("read the agent's answer: %w", err)}
 			}
 			if output == "json" {
 				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", strings.TrimSpace(string(body)))
@@ -48,6 +48,18 @@ func statusCommand() *cobra.Command {
 	}
 	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return c
+}
+
+// askStatus asks the daemon's socket; body is the answer as it came.
+func askStatus(ctx context.Context) (body []byte, s agent.Status, err error) {
+	body, err = server.Dial(server.Dir()).Get(ctx, "/status")
+	if err != nil {
+		return nil, s, err
+	}
+	if err = json.Unmarshal(body, &s); err != nil {
+		err = fmt.Errorf("read the agent's answer: %w", err)
+	}
+	return body, s, err
 }
 
 func printStatus(out io.Writer, s agent.Status) error {
@@ -110,15 +122,15 @@ func waitCommand() *cobra.Command {
 				ctx, cancel = context.WithTimeout(ctx, timeout)
 				defer cancel()
 			}
-			url, err := readyURL(listen)
+			ask, err := readiness(listen)
 			if err != nil {
 				return usage(err)
 			}
 			why := ""
 			for {
-				ready, text := askReady(ctx, url)
-				if ready {
-					return nil
+				ready, text, err := ask(ctx)
+				if ready || err != nil {
+					return err
 				}
 				if ctx.Err() == nil && text != why {
 					why = text
@@ -133,20 +145,41 @@ func waitCommand() *cobra.Command {
 		},
 	}
 	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
-	c.Flags().StringVar(&listen, "listen", ":15020", "the daemon's --listen")
+	c.Flags().StringVar(&listen, "listen", ":15020", "the daemon's --listen; empty: ask its socket, which answers root only")
 	return c
 }
 
-// readyURL is where a daemon with this --listen answers on this machine.
-func readyURL(listen string) (string, error) {
+// readiness is how to ask a daemon with this --listen whether the mesh is ready, and if not, why. An error of the answer's says that to ask again is of no use.
+func readiness(listen string) (ask func(context.Context) (ready bool, why string, err error), err error) {
+	if listen == "" {
+		return askSocket, nil
+	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
-		return "", fmt.Errorf("--listen is %q; use host:port or :port", listen)
+		return nil, fmt.Errorf("--listen is %q; use host:port or :port, or nothing to ask the agent's socket", listen)
 	}
 	if host == "" || host == "0.0.0.0" || host == "::" {
 		host = "127.0.0.1"
 	}
-	return "http://" + net.JoinHostPort(host, port) + "/healthz/ready", nil
+	url := "http://" + net.JoinHostPort(host, port) + "/healthz/ready"
+	return func(ctx context.Context) (bool, string, error) {
+		ready, why := askReady(ctx, url)
+		return ready, why, nil
+	}, nil
+}
+
+// askSocket says of the socket's status what /healthz/ready does: one that is older than five minutes is a stuck loop's.
+func askSocket(ctx context.Context) (ready bool, why string, err error) {
+	_, s, err := askStatus(ctx)
+	switch {
+	case err != nil && errors.Is(unix.Access(filepath.Join(server.Dir(), "agent.sock"), unix.W_OK), fs.ErrPermission):
+		return false, "", fmt.Errorf("--listen is empty, so that only the agent's socket can tell: %w; or give the agent, and wait, a --listen", err)
+	case err != nil:
+		return false, err.Error(), nil
+	case s.Ready && time.Since(s.Heartbeat) > 5*time.Minute:
+		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339), nil
+	}
+	return s.Ready, s.NotReady, nil
 }
 
 var readyClient = &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+)
+
+// Wrong usage is 64 with every command, before anything is done (and what is here would do no harm to this machine if it were).
+func TestWrongUsage(t *testing.T) {
+	for _, args := range []string{
+		"", "nonsense", "run x", "run --nonsense", "run --log-level loud", "run --when-envoy-down maybe", "run --listen x",
+		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
+		"status -o yaml", "wait --listen x", "wait --timeout soon", "drain --limit x", "version x", "cleanup x",
+	} {
+		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {
+			t.Errorf("%q: exit code %d, want %d", args, have, exitUsage)
+		}
+	}
+	t.Setenv("SERVICE_PROXY_AGENT_TIMEOUT", "soon")
+	if have := execute(t.Context(), []string{"wait"}); have != exitUsage {
+		t.Errorf("a bad environment twin: exit code %d, want %d", have, exitUsage)
+	}
+}
+
+// With the HTTP listener off, wait asks the socket.
+func TestWaitWithoutListener(t *testing.T) {
+	t.Setenv("RUNTIME_DIRECTORY", t.TempDir())
+	t.Setenv("SERVICE_PROXY_AGENT_LISTEN", "")
+	wait := func(limit time.Duration) int {
+		return execute(t.Context(), []string{"wait", "--timeout", limit.String()})
+	}
+	if have := wait(10 * time.Millisecond); have != exitNo {
+		t.Errorf("without an agent: exit code %d, want %d", have, exitNo)
+	}
+	socket, err := server.Socket(server.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var status atomic.Value
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = socket.Serve(ctx, server.Answers{Status: status.Load}, nil)
+	}()
+	defer func() { stop(); <-ended }()
+	for name, tt := range map[string]struct {
+		status agent.Status
+		want   int
+	}{
+		"ready":     {agent.Status{Ready: true, Heartbeat: time.Now()}, 0},
+		"not ready": {agent.Status{NotReady: "no pass yet"}, exitNo},
+		"stuck":     {agent.Status{Ready: true, Heartbeat: time.Now().Add(-6 * time.Minute)}, exitNo},
+	} {
+		status.Store(tt.status)
+		if have := wait(300 * time.Millisecond); have != tt.want {
+			t.Errorf("%s: exit code %d, want %d", name, have, tt.want)
+		}
+	}
+	status.Store(agent.Status{})
+	time.AfterFunc(100*time.Millisecond, func() { status.Store(agent.Status{Ready: true, Heartbeat: time.Now()}) })
+	if have := wait(5 * time.Second); have != 0 {
+		t.Errorf("ready in time: exit code %d", have)
+	}
+}
