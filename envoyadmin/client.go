@@ -16,11 +16,13 @@ package envoyadmin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -123,7 +125,12 @@ func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxB
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if err := c.request(limited, path, maxBytes, read); err != nil {
-		return fmt.Errorf("get %q: %w", path, classify(ctx, limited, err))
+		var asked *url.Error
+		if errors.As(err, &asked) {
+			err = asked.Err // says the URL once more
+		}
+		what, _, _ := strings.Cut(path, "?")
+		return fmt.Errorf("get %q: %w", what, classify(ctx, limited, err))
 	}
 	return nil
 }

@@ -152,6 +152,9 @@ func (d *Detector) failed(began, ended time.Time) {
 	}
 }
 
+// Back says that Envoy answers other questions again, which it did not either: the next look is due now.
+func (d *Detector) Back(now time.Time) { d.due = earlier(d.due, now) }
+
 // cost is what a look takes: the least of the last ones, since a busy machine only adds to it.
 func (d *Detector) cost() time.Duration {
 	if len(d.costs) == 0 {

@@ -23,7 +23,7 @@ const (
 	ListenerChanged                 // a listener came, changed or went; or the workers were started (without Listener)
 	ListenerRejected                // see Details
 	StreamClosed                    // the configuration stream from the control plane ended: see Code and Message
-	LogUnreadable                   // the log itself cannot be read, see Details; it is tried again each second
+	LogUnreadable                   // the log itself cannot be read, see Details, or can again (no Details); it is tried each second
 )
 
 func (k LogKind) String() string {
@@ -263,7 +263,7 @@ func (f *follower) complain(err error) {
 	if errors.Is(err, os.ErrNotExist) {
 		text = ""
 	}
-	if text != f.unreadable && text != "" {
+	if text != f.unreadable {
 		f.push(LogEvent{Kind: LogUnreadable, Details: text, Count: 1}, time.Now())
 	}
 	f.unreadable = text
