@@ -1,4 +1,4 @@
-// Package sockdiag says who owns a TCP socket on this machine, asked of the kernel by netlink (sock_diag(7), the interface behind ss).
+// Package sockdiag says who owns a TCP or UDP socket on this machine, asked of the kernel by netlink (sock_diag(7), the interface behind ss).
 //
 // Two decisions rest on it: rules may send traffic to an interception port only while the socket that would accept it belongs to the
 // proxy's user, and an answer of Envoy's admin port counts only when that user (or root) gave it. Any local user can bind a port above
@@ -8,7 +8,7 @@
 // under ProtectProc=invisible. No capability is needed. Every call opens a netlink socket of its own in the network namespace of the
 // calling thread and ends within a second.
 //
-// It does not say which process holds a socket, and does not look at UDP, at other namespaces or at ports handed over by systemd
+// It does not say which process holds a socket, and does not look at other namespaces or at ports handed over by systemd
 // socket activation (those belong to root, who made them). A uid from a user namespace that is not an ancestor of ours reads as the
 // overflow uid, 65534.
 //
@@ -54,7 +54,7 @@ func (e *ForeignError) Error() string {
 	return fmt.Sprintf("a socket of uid %d listens on %v", e.UID, e.Addr)
 }
 
-// Listener is one TCP socket in state LISTEN.
+// Listener is one TCP socket in state LISTEN, or one UDP socket that takes datagrams from anybody.
 type Listener struct {
 	Addr   netip.AddrPort // an IPv4 address is never in its IPv4-mapped form; 0.0.0.0 and :: are the wildcards
 	V6Only bool           // of an IPv6 socket: it takes no IPv4 connections
@@ -106,7 +106,13 @@ func Listening(port uint16) (bool, error) {
 }
 
 // Listeners are the TCP sockets that listen on port, of both families. None is not an error.
-func Listeners(port uint16) ([]Listener, error) {
+func Listeners(port uint16) ([]Listener, error) { return list(unix.IPPROTO_TCP, tcpListen, port) }
+
+// UDPListeners are the unconnected UDP sockets bound to port, of both families. None is not an error; a kernel without the
+// module udp_diag is.
+func UDPListeners(port uint16) ([]Listener, error) { return list(unix.IPPROTO_UDP, tcpClose, port) }
+
+func list(protocol, state uint8, port uint16) ([]Listener, error) {
 	c, err := dial()
 	if err != nil {
 		return nil, err
@@ -114,7 +120,7 @@ func Listeners(port uint16) ([]Listener, error) {
 	defer c.Close()
 	var all []Listener
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		q := request{family: family, states: 1 << tcpListen, id: sockID{localPort: port}}
+		q := request{protocol: protocol, family: family, states: 1 << state, id: sockID{localPort: port}}
 		socks, err := ask(c, q, netlink.Dump)
 		if errors.Is(err, unix.ENOENT) && family == unix.AF_INET6 {
 			continue // a kernel without IPv6
@@ -124,7 +130,7 @@ func Listeners(port uint16) ([]Listener, error) {
 		}
 		for _, s := range socks {
 			// The kernel filters; checked because a wrong row here would be a wrong decision on trust.
-			if s.state != tcpListen || s.local.Port() != port {
+			if s.state != state || s.local.Port() != port {
 				continue
 			}
 			all = append(all, Listener{Addr: s.local, V6Only: s.v6only, Device: s.device, UID: s.uid})
@@ -183,7 +189,7 @@ func established(c *netlink.Conn, local, remote netip.AddrPort) (socket, error) 
 	if local.Addr().Is4() {
 		family = unix.AF_INET // finds IPv6 sockets that serve IPv4, too
 	}
-	q := request{family: family, states: ^uint32(0), id: sockID{
+	q := request{protocol: unix.IPPROTO_TCP, family: family, states: ^uint32(0), id: sockID{
 		localPort: local.Port(), remotePort: remote.Port(),
 		local: local.Addr(), remote: remote.Addr(),
 	}}
@@ -217,17 +223,17 @@ func owners(addr netip.AddrPort) ([]uint32, error) {
 	if err != nil {
 		return nil, err
 	}
-	uids := accepting(l, addr.Addr())
+	uids := Accepting(l, addr.Addr())
 	if len(uids) == 0 {
 		return nil, fmt.Errorf("look up owner of %v: %w", addr, ErrNoListener)
 	}
 	return uids, nil
 }
 
-// accepting picks among listeners on one port those the kernel would choose from for a connection to addr (inet_lookup_listener: first
-// by exact address, then the wildcards), and returns their uids. Sockets bound to a device count as candidates, since it is not known
+// Accepting picks among listeners on one port those the kernel would choose from for a connection to addr (inet_lookup_listener: first
+// by exact address, then the wildcards), and returns their uids, ascending and each once. Sockets bound to a device count as candidates, since it is not known
 // where the connection will come in.
-func accepting(listeners []Listener, addr netip.Addr) []uint32 {
+func Accepting(listeners []Listener, addr netip.Addr) []uint32 {
 	addr = addr.Unmap().WithZone("")
 	switch addr {
 	case netip.IPv4Unspecified():
@@ -265,6 +271,7 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 const (
 	tcpEstablished = 1
 	tcpSynRecv     = 3
+	tcpClose       = 7 // of UDP: not connected
 	tcpCloseWait   = 8
 	tcpListen      = 10
 	tcpNewSynRecv  = 12
@@ -283,16 +290,16 @@ type sockID struct {
 	local, remote         netip.Addr // zero: none
 }
 
-// request is struct inet_diag_req_v2 for TCP.
+// request is struct inet_diag_req_v2.
 type request struct {
-	family uint8
-	states uint32 // bit set over the states; only dumps heed it
-	id     sockID
+	protocol, family uint8
+	states           uint32 // bit set over the states; only dumps heed it
+	id               sockID
 }
 
 func (r request) marshal() []byte {
 	b := make([]byte, requestLen)
-	b[0], b[1] = r.family, unix.IPPROTO_TCP
+	b[0], b[1] = r.family, r.protocol
 	binary.NativeEndian.PutUint32(b[4:], r.states)
 	binary.BigEndian.PutUint16(b[8:], r.id.localPort)
 	binary.BigEndian.PutUint16(b[10:], r.id.remotePort)

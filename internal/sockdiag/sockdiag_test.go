@@ -124,8 +124,8 @@ func TestAccepting(t *testing.T) {
 		{"bound to a device", []Listener{at("0.0.0.0", envoy), device}, "127.0.0.1", []uint32{envoy, stranger}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := accepting(tt.have, netip.MustParseAddr(tt.ask)); !slices.Equal(got, tt.want) {
-				t.Errorf("accepting(%v) = %v; want %v", tt.ask, got, tt.want)
+			if got := Accepting(tt.have, netip.MustParseAddr(tt.ask)); !slices.Equal(got, tt.want) {
+				t.Errorf("Accepting(%v) = %v; want %v", tt.ask, got, tt.want)
 			}
 		})
 	}
