@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -61,7 +62,12 @@ func Desired(in Inputs) Want {
 			for _, r := range in.Config.ExcludeOutboundPortRanges {
 				want.ExcludePorts = append(want.ExcludePorts, iptables.PortRange(r))
 			}
-			want.Services, want.ServicePorts = outbound(in.Listeners, family, &g)
+			want.Services, want.ServicePorts = outbound(in.Listeners, family, want.OutboundPort, &g)
+			if len(in.Interfaces) > 0 && redirectPort(out, family, want.OutboundPort, true) != want.OutboundPort {
+				// PREROUTING's REDIRECT leads to the interface's own address.
+				want.Interfaces = nil
+				g.note(out[0].Name, "--intercept-interfaces", fmt.Sprintf("port %d is on loopback alone, where no %v connection of a container arrives", want.OutboundPort, family))
+			}
 		}
 		want.InboundPort = redirectPort(inbound, family, DefaultInboundPort, true)
 		if want.InboundPort != 0 {
@@ -75,6 +81,16 @@ func Desired(in Inputs) Want {
 			want.ResolverUIDs = in.ResolverUIDs
 		}
 		w.Families[i] = want
+	}
+	for _, l := range out {
+		if !slices.ContainsFunc(w.Families[:], func(f iptables.Interception) bool { return leadsTo(l, f.Family, f.OutboundPort) }) {
+			for _, a := range l.Addresses {
+				g.note(l.Name, a.String(), "REDIRECT does not lead there: it wants a listener on the wildcard or loopback address, and one port for all")
+			}
+		}
+		if l.FCDS {
+			g.note(l.Name, "fcds_config", "its filter chains come by a discovery of their own, which /config_dump does not show")
+		}
 	}
 	w.Refused = g.refused
 	w.Uncovered = uncovered(in.Config.ServingPorts, w.Families[:])
@@ -139,6 +155,11 @@ func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expec
 	return first
 }
 
+// leadsTo says whether REDIRECT to port on OUTPUT ends at the listener.
+func leadsTo(l envoyadmin.Listener, family iptables.Family, port uint16) bool {
+	return port != 0 && slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool { return a.Port() == port && reachable(l, a.Addr(), family, false) })
+}
+
 func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbound bool) bool {
 	v4 := a.Is4() || a.Is6() && a.IsUnspecified() && l.Ipv4Compat
 	v6 := a.Is6()
@@ -152,14 +173,15 @@ func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbo
 }
 
 // outbound collects the service prefixes and address-less ports of one family: from the filter chains of the interception
-// listeners (Traffic Director) and from the addresses of the unbound listeners behind one (Istio).
-func outbound(all []envoyadmin.Listener, family iptables.Family, g *guard) (prefixes []netip.Prefix, ports []uint16) {
+// listener that REDIRECT leads to (Traffic Director; Envoy closes what has no chain there) and from the addresses of the
+// unbound listeners behind one (Istio).
+func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g *guard) (prefixes []netip.Prefix, ports []uint16) {
 	for _, l := range all {
 		if l.UDP || isInbound(l) {
 			continue
 		}
 		switch {
-		case l.Bound && l.OriginalDst:
+		case l.Bound && l.OriginalDst && leadsTo(l, family, port):
 			for _, c := range l.Chains {
 				for _, p := range c.Prefixes {
 					if isFamily(p.Addr(), family) && g.prefix(l.Name, p) {

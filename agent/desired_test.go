@@ -96,7 +96,8 @@ func TestDesired(t *testing.T) {
 		{
 			name: "the expected port wins, a listener on another address is out of REDIRECT's reach", config: none,
 			listeners: []envoyadmin.Listener{listener("a", []string{"127.0.0.1:15101"}), listener("b", v4), listener("c", []string{"10.0.0.9:15001"}, chain(1, "10.9.9.9/32"))},
-			v4:        iptables.Interception{OutboundPort: 15001, Services: prefixes("10.9.9.9/32")},
+			v4:        iptables.Interception{OutboundPort: 15001},
+			refused:   []symptom.Refusal{{Listener: "a", Entry: "127.0.0.1:15101"}, {Listener: "c", Entry: "10.0.0.9:15001"}},
 		},
 		{
 			name: "never: own address, loopback, link-local, multicast, too wide, SSH, own ports", config: none,
