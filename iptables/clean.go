@@ -13,7 +13,7 @@ import (
 
 // Cleanup takes everything of ours out of both families' nat tables, in whichever backend it is, and says what it
 // removed, one thing a string. A family or backend that cannot be cleaned does not stop the others; the errors are
-// joined. Connections that are being redirected go on: NAT was decided at their first packet, as long as other NAT rules
+// joined, and one that could not be looked into (ErrCouldNotLook) is one of them. Connections that are being redirected go on: NAT was decided at their first packet, as long as other NAT rules
 // keep conntrack on. A chain of ours that somebody else's rule leads to stays, empty.
 func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	var removed []string
@@ -110,21 +110,49 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 	return t, true, nil
 }
 
-// hasLegacyTable looks into /proc: iptables-legacy-save would create the table that it is asked for. The file is root's
-// alone; an ordinary user with capabilities cannot tell, which is no error.
+// hasLegacyTable says whether there may be a legacy nat table, without making it: asking the kernel for it by name, as
+// iptables-legacy-save and every one of its socket options do, makes it wherever its module is loaded. /proc names the
+// tables, in a file that is root's (0440, also for the group root); the agent, an ordinary user with capabilities, has to
+// go by the modules.
 func hasLegacyTable(f Family) (bool, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if f == IPv6 {
 		file = "/proc/thread-self/net/ip6_tables_names"
 	}
 	names, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
+	switch {
+	case errors.Is(err, os.ErrNotExist): // ip_tables is not loaded
 		return false, nil
+	case err == nil:
+		return slices.Contains(strings.Fields(string(names)), "nat"), nil
 	}
-	if err != nil {
-		return false, fmt.Errorf("look for legacy tables: %w", err)
+	if modules, err := os.ReadFile("/proc/modules"); err == nil {
+		if may, ok := legacyByModules(f, modules); ok {
+			return may, nil
+		}
 	}
-	return slices.Contains(strings.Fields(string(names)), "nat"), nil
+	return false, fmt.Errorf("%w into the legacy backend: %w; run as root", ErrCouldNotLook, err)
+}
+
+// legacyByModules says by /proc/modules whether a legacy nat table may be there, and whether that can be said at all.
+// Nobody has made one if its module could be loaded and is not. If it is loaded, somebody has, in this network namespace
+// most likely: looking makes an empty one at worst. That costs a look at each connection's first packet and a warning of
+// iptables-nft's, and starts no conntrack (a rule with a NAT target does). Built in says nothing, and then the agent
+// would make a table on every machine there is.
+func legacyByModules(f Family, modules []byte) (may, ok bool) {
+	base, nat := "ip_tables", "iptable_nat"
+	if f == IPv6 {
+		base, nat = "ip6_tables", "ip6table_nat"
+	}
+	for line := range strings.Lines(string(modules)) {
+		switch name, _, _ := strings.Cut(line, " "); name {
+		case nat:
+			return true, true
+		case base: // what is built upon a module is one itself
+			ok = true
+		}
+	}
+	return false, ok
 }
 
 func hasNFTTable(f Family) (bool, error) {

@@ -335,6 +335,72 @@ func TestTheOtherBackend(t *testing.T) {
 	}
 }
 
+// The agent's user may not read which legacy tables there are. What is ours there is found all the same, or it is said
+// that nobody looked; and no look makes a table, unless its module is loaded.
+func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		ours   bool
+		groups []uint32
+	}{
+		{"no-table", false, nil},
+		{"no-table-group-root", false, []uint32{0}},
+		{"ours", true, nil},
+		{"ours-group-root", true, []uint32{0}}, // as service-proxy-interception.service
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+				return
+			}
+			if root := os.Geteuid() == 0; root && test.ours {
+				for _, f := range families {
+					restoreText(t, Legacy, f, foreignSaves(t, f)["istio"])
+					apply(t, open(t, Legacy), sample(f).Ruleset())
+				}
+			}
+			loaded, byModules := legacyByModules(IPv4, modules(t))
+			if !asOrdinaryUser(t, test.groups...) { // root, after the copy has ended
+				for _, f := range families {
+					if has, err := hasLegacyTable(f); err != nil || has != test.ours && !loaded {
+						t.Errorf("%s: a legacy table: %v %v, want %v", f, has, err, test.ours)
+					}
+				}
+				return
+			}
+			os.Setenv("XTABLES_LOCKFILE", t.TempDir()+"/lock") // the host's is root's; tmpfiles.d mends that on a VM
+			k := open(t, NFT)
+			mayRead := byModules || len(test.groups) > 0
+			others, err := k.Others(t.Context())
+			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) || looked && (len(others) > 0) != test.ours {
+				t.Errorf("others: %v %v", others, err)
+			}
+			removed, err := k.Cleanup(t.Context())
+			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) || looked && (len(removed) > 0) != test.ours {
+				t.Errorf("cleanup: %q %v", removed, err)
+			}
+			if !mayRead {
+				t.Log(err)
+				return
+			}
+			for _, f := range families {
+				if test.ours && !read(t, open(t, Legacy), f).Ours().Empty() {
+					t.Errorf("%s: left after cleanup", f)
+				}
+			}
+		})
+	}
+}
+
+// modules is /proc/modules; a kernel without modules has none.
+func modules(t *testing.T) []byte {
+	t.Helper()
+	text, err := os.ReadFile("/proc/modules")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return text
+}
+
 func TestOthersAtOurHooks(t *testing.T) {
 	if !inNetns(t) {
 		return

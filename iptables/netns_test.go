@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // inNetns runs the calling (sub)test in a network namespace of its own: it starts the test binary anew for that one test
@@ -29,6 +31,27 @@ func inNamespaces(t *testing.T, flags uintptr) bool {
 	if os.Geteuid() != 0 {
 		t.Fatal("needs root: it makes a network namespace")
 	}
+	anew(t, &syscall.SysProcAttr{Cloneflags: flags})
+	return false
+}
+
+// asOrdinaryUser runs a (sub)test that is in its namespace already once more as the agent's unit runs the agent: a user of
+// its own, in the given groups, with two ambient capabilities. In the copy it says true.
+func asOrdinaryUser(t *testing.T, groups ...uint32) bool {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return true
+	}
+	anew(t, &syscall.SysProcAttr{
+		Credential:  &syscall.Credential{Uid: 65534, Gid: 65534, Groups: groups},
+		AmbientCaps: []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW},
+	})
+	return false
+}
+
+// anew runs this test in a new process of the test binary.
+func anew(t *testing.T, attributes *syscall.SysProcAttr) {
+	t.Helper()
 	var pattern []string
 	for name := range strings.SplitSeq(t.Name(), "/") {
 		pattern = append(pattern, "^"+name+"$")
@@ -43,14 +66,13 @@ func inNamespaces(t *testing.T, flags uintptr) bool {
 	}
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), "IPTABLES_TEST_NETNS="+t.Name())
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	cmd.SysProcAttr = attributes
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Errorf("in its namespace: %v\n%s", err, out)
 	} else if testing.Verbose() {
 		t.Logf("\n%s", out)
 	}
-	return false
 }
 
 // eachBackend runs a test for both backends and both families, each in a namespace of its own.

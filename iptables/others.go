@@ -34,7 +34,8 @@ const ourPriority = -100
 
 // Others lists the nat chains of others that may shadow ours: base chains of type nat at our hooks with a priority of
 // -100 or less outside the table that iptables uses, and the nat table of the backend that is not used if it has rules
-// of anybody else's. It is advice only: such chains are never touched. It does not need the nft program.
+// of anybody else's. It is advice only: such chains are never touched. It does not need the nft program. What it found
+// comes with an error too: one place that could not be looked into (ErrCouldNotLook) does not hide the others.
 func (k *Kernel) Others(ctx context.Context) ([]OtherChain, error) {
 	var others []OtherChain
 	var errs []error
