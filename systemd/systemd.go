@@ -48,6 +48,22 @@ type State struct {
 	Since      time.Time // of the last change of Active; zero: never
 }
 
+// Job is what systemd is doing to a unit: "start", "stop", "restart" …, "" for nothing. While a unit is stopped to be started
+// again it is "restart".
+func Job(ctx context.Context, unit string) (string, error) {
+	out, err := exec.CommandContext(ctx, "systemctl", "list-jobs", "--plain", "--no-legend", "--full", "--", unit).Output()
+	if err != nil {
+		return "", fmt.Errorf("ask systemd for jobs of %s: %w", unit, err)
+	}
+	// 1234 service-proxy-envoy.service restart running
+	for line := range strings.Lines(string(out)) {
+		if f := strings.Fields(line); len(f) >= 3 && f[1] == unit {
+			return f[2], nil
+		}
+	}
+	return "", nil
+}
+
 // UnitState asks systemd for a unit's state; any user may. It returns ErrNoUnit for an unknown one, and an error that holds
 // systemctl's words where systemd does not answer (a container without it, say).
 func UnitState(ctx context.Context, unit string) (State, error) {

@@ -10,13 +10,23 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // DefaultDrain is how long Drain waits for connections to end: Envoy's unit gives --drain-time-s the same.
 const DefaultDrain = 10 * time.Second
 
+// handover is how long a stop takes at least: the agent asks for Envoy's state each second, and the jumps must be out before
+// nobody accepts any more.
+const handover = 2500 * time.Millisecond
+
 // Drain asks Envoy to send its clients away and waits until they have gone, at most limit; it is what ExecStop= of Envoy's unit runs before TERM. New
-// connections are still accepted meanwhile (skip_exit), so that a restart's gap is only Envoy's own start.
+// connections are still accepted meanwhile (skip_exit).
+//
+// When Envoy is to be stopped, its state becomes DRAINING, by which the agent takes the jumps out: without Envoy the VM reaches
+// its services directly. When it is only restarted the state stays LIVE and the jumps stay in, so that the gap for new
+// connections is Envoy's own start, however long an old connection is waited for.
 //
 // mainPID is systemd's $MAINPID; empty says that Envoy has ended by itself, and there is nothing to do. admin is the address of the
 // admin interface, HOST:PORT or unix://PATH.
@@ -33,8 +43,16 @@ func Drain(ctx context.Context, admin, mainPID string, limit time.Duration) erro
 		}
 		return (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, network, address)
 	}}}
-	// Load balancers that ask Envoy's health filter, then everyone: HTTP/1 by Connection: close, HTTP/2 by GOAWAY.
-	for _, path := range []string{"/healthcheck/fail", "/drain_listeners?graceful&skip_exit"} {
+	// Everyone is sent away: HTTP/1 by Connection: close, HTTP/2 by GOAWAY.
+	paths := []string{"/drain_listeners?graceful&skip_exit"}
+	var jumpsOut time.Time
+	if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
+		paths = append([]string{"/healthcheck/fail"}, paths...)
+		if agent, err := systemd.UnitState(ctx, systemd.AgentUnit); err != nil || agent.Active == "active" { // at shutdown it has stopped before
+			jumpsOut = time.Now().Add(handover)
+		}
+	}
+	for _, path := range paths {
 		if err := post(ctx, client, path); err != nil {
 			return fmt.Errorf("drain Envoy: %w", err)
 		}
@@ -45,7 +63,7 @@ func Drain(ctx context.Context, admin, mainPID string, limit time.Duration) erro
 		if err != nil && ctx.Err() == nil {
 			return fmt.Errorf("drain Envoy: %w", err)
 		}
-		if err == nil && n == 0 || !sleep(ctx, wait) {
+		if err == nil && n == 0 && time.Now().After(jumpsOut) || !sleep(ctx, wait) {
 			return nil
 		}
 	}
