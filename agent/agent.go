@@ -22,12 +22,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
@@ -57,6 +57,7 @@ type Agent struct {
 	attributes *report.Mailbox[attributeNews]
 	others     *report.Mailbox[[]iptables.OtherChain]
 	reports    *report.Mailbox[Status]
+	history    *report.Mailbox[Failures]
 	events     <-chan iptables.Event
 	pause      chan chan struct{}
 	status     atomic.Pointer[Status]
@@ -86,7 +87,7 @@ type Agent struct {
 	bootRead       time.Time
 	bootSaid       int // the last line of bootstrap's story that was told
 	paused         bool
-	failure        Failure
+	failures       Failures
 	sample         report.Sample // what happened in this pass
 	passes, undone uint64
 	lastBy         string
@@ -95,7 +96,6 @@ type Agent struct {
 	saidMode     string
 	saidReady    bool
 	saidFindings map[string]bool
-	saveFailed   bool
 	saidNotify   bool // of runReports
 	dumps        int
 }
@@ -108,7 +108,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
 		views: report.NewMailbox[View](), attributes: report.NewMailbox[attributeNews](), others: report.NewMailbox[[]iptables.OtherChain](),
-		reports: report.NewMailbox[Status](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
+		reports: report.NewMailbox[Status](), history: report.NewMailbox[Failures](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
 		families: []familyState{{family: iptables.IPv4}, {family: iptables.IPv6}},
 	}
 	var err error
@@ -138,7 +138,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	case err != nil:
 		return nil, nextStep(err)
 	}
-	a.failure = loadFailure(s.StateDir)
+	a.failures = loadFailures(s.StateDir)
 	a.guest = guestattr.New(guestattr.Options{Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget")})
 	a.serial = report.NewSerial(s.SerialPort)
 	a.metrics = report.NewMetrics(report.Sources{Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State})
@@ -174,7 +174,7 @@ func readConfig(path string) (attribute.Config, error) {
 	}
 	c, err := attribute.Parse(text)
 	if err != nil {
-		return attribute.Config{}, fmt.Errorf("--config %q: %w", path, err)
+		return attribute.Config{}, fmt.Errorf("%w: --config %q: %w", ErrSettings, path, err)
 	}
 	return c, nil
 }
@@ -195,8 +195,19 @@ func ownPorts(s Settings) []uint16 {
 // trust lets the admin interface's answers count only when the proxy's user or root holds its socket: any local user can
 // listen on the port while Envoy is down.
 func (a *Agent) trust(c net.Conn) error {
-	if strings.HasPrefix(a.settings.EnvoyAdmin, "unix:") {
-		return nil // the folder's permissions say who may put a socket there
+	trusted := []uint32{0}
+	if proxy := a.proxyUID.Load(); proxy > 0 {
+		trusted = append(trusted, uint32(proxy))
+	}
+	if u, ok := c.(*net.UnixConn); ok {
+		uid, err := listenerUID(u)
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(trusted, uid) {
+			return &sockdiag.ForeignError{UID: uid}
+		}
+		return nil
 	}
 	// Both: who answers on this connection, which may have been made before the listener changed hands, and who listens,
 	// since a socket can be handed to another process.
@@ -204,14 +215,26 @@ func (a *Agent) trust(c net.Conn) error {
 	if err != nil {
 		return err
 	}
-	trusted := []uint32{0}
-	if proxy := a.proxyUID.Load(); proxy > 0 {
-		trusted = append(trusted, uint32(proxy))
-	}
 	if !slices.Contains(trusted, uid) {
 		return &sockdiag.ForeignError{Addr: remoteAddr(c), UID: uid}
 	}
 	return sockdiag.OwnedBy(remoteAddr(c), trusted...)
+}
+
+// listenerUID is the uid of the process that called listen(2) on the other end's socket (SO_PEERCRED, unix(7)).
+func listenerUID(c *net.UnixConn) (uid uint32, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
+		return 0, e
+	}
+	if err != nil {
+		return 0, fmt.Errorf("ask for the owner of Envoy's admin socket: %w", err)
+	}
+	return cred.Uid, nil
 }
 
 func remoteAddr(c net.Conn) (a netip.AddrPort) {
@@ -241,7 +264,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.events, err = a.kernel.Watch(ctx); err != nil {
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
-	watch := &envoyWatch{client: a.envoy, probes: make(chan error), views: a.views, logPath: a.settings.EnvoyLog, log: a.log}
+	watch := &envoyWatch{client: a.envoy, probes: make(chan probed), views: a.views, logPath: a.settings.EnvoyLog, log: a.log}
 	if a.settings.EnvoyLog != "" {
 		watch.logged = envoyadmin.FollowLog(ctx, a.settings.EnvoyLog)
 	}
@@ -257,6 +280,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		g.Go(func() error { return a.watchOthers(ctx) })
 	}
 	g.Go(func() error { return a.runReports(ctx) })
+	g.Go(func() error { return a.runHistory(ctx) })
 	g.Go(func() error { return a.guest.Run(ctx) })
 	g.Go(func() error { return a.serial.Run(ctx) })
 	g.Go(func() error { return socket.Serve(ctx, server.Answers{Status: a.statusNow, Pause: a.pauseLoop}, a.log) })

@@ -5,13 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// Failure is the newest failure and its history, as agent-last-failure tells it.
+// Failure is one failure and its history.
 type Failure struct {
 	ID    symptom.ID `json:"id"`
 	Key   string     `json:"key,omitempty"`
@@ -23,45 +24,67 @@ type Failure struct {
 	Times int `json:"times"`
 }
 
+func (f Failure) is(found symptom.Finding) bool { return f.ID == found.ID && f.Key == found.Key }
+
+// Failures are those that last, and what remains of the one that ended last.
+type Failures struct {
+	Lasting []Failure `json:"lasting,omitempty"` // oldest first; of those that came in one pass the worst last
+	Over    Failure   `json:"over,omitzero"`
+}
+
 // forgetAfter is how long after its end the same failure counts as the same one come again, not as a new one.
 const forgetAfter = time.Hour
 
-// next is the failure to tell after a pass with these findings, worst first. The same failure (ID and key) keeps its
-// start; a new one replaces one that is over, and one that lasts only when that is no longer the worst of its kind.
-func (f Failure) next(findings []symptom.Finding, now time.Time) Failure {
-	var worst *symptom.Finding
-	for i := range findings {
-		c := &findings[i]
-		if c.Severity < symptom.Error || c.ExplainedBy != "" {
+// next are the failures after a pass with these findings, worst first. One that lasts keeps its start.
+func (f Failures) next(findings []symptom.Finding, now time.Time) Failures {
+	now = now.UTC().Truncate(time.Second)
+	next := Failures{Over: f.Over}
+	var errors []symptom.Finding
+	for _, found := range findings {
+		if found.Severity == symptom.Error && found.ExplainedBy == "" {
+			errors = append(errors, found)
+		}
+	}
+	for _, was := range f.Lasting {
+		i := slices.IndexFunc(errors, was.is)
+		if i < 0 {
+			was.Last = now
+			next.Over = was
 			continue
 		}
-		if worst == nil {
-			worst = c
-		}
-		if c.ID == f.ID && c.Key == f.Key {
-			worst = c
-			break
-		}
+		was.Text = errors[i].Text()
+		next.Lasting = append(next.Lasting, was)
+		errors = slices.Delete(errors, i, i+1)
 	}
-	now = now.UTC().Truncate(time.Second)
-	switch {
-	case worst == nil:
-		if f.Text != "" && f.Last.IsZero() {
-			f.Last = now
+	for _, found := range slices.Backward(errors) {
+		is := Failure{ID: found.ID, Key: found.Key, Text: found.Text(), First: now, Times: 1}
+		if f.Over.is(found) && now.Sub(f.Over.Last) < forgetAfter {
+			is.First, is.Times = f.Over.First, f.Over.Times+1
 		}
-		return f
-	case worst.ID == f.ID && worst.Key == f.Key && f.Last.IsZero():
-		f.Text = worst.Text()
-		return f
-	case worst.ID == f.ID && worst.Key == f.Key && now.Sub(f.Last) < forgetAfter:
-		f.Text, f.Last = worst.Text(), time.Time{}
-		f.Times++
-		return f
+		next.Lasting = append(next.Lasting, is)
 	}
-	return Failure{ID: worst.ID, Key: worst.Key, Text: worst.Text(), First: now, Times: 1}
+	return next
 }
 
-// String is the value of agent-last-failure: TEXT first, so that a cut value still tells what happened.
+func (f Failures) equal(g Failures) bool {
+	return f.Over == g.Over && slices.Equal(f.Lasting, g.Lasting)
+}
+
+// String is the value of agent-last-failure: the newest of those that last, since an older one may last for days and is known;
+// else the last one.
+func (f Failures) String() string {
+	n := len(f.Lasting)
+	if n == 0 {
+		return f.Over.String()
+	}
+	newest := f.Lasting[n-1]
+	if n > 1 {
+		newest.Text += fmt.Sprintf("; and %d more, see `service-proxy-agent status`", n-1)
+	}
+	return newest.String()
+}
+
+// String has TEXT first, so that a cut value still tells what happened.
 func (f Failure) String() string {
 	times := "1 time"
 	if f.Times != 1 {
@@ -78,18 +101,21 @@ func (f Failure) String() string {
 
 const failureFile = "last-failure.json"
 
-// loadFailure reads the failure of an earlier run; a missing or unreadable file loses nothing but history.
-func loadFailure(dir string) (f Failure) {
+// loadFailures reads the failures of an earlier run; a missing or unreadable file loses nothing but history.
+func loadFailures(dir string) (f Failures) {
 	b, err := os.ReadFile(filepath.Join(dir, failureFile))
 	if err != nil || json.Unmarshal(b, &f) != nil {
-		return Failure{}
+		return Failures{}
 	}
 	return f
 }
 
-func (f Failure) save(dir string) error {
+func (f Failures) save(dir string) error {
 	b, err := json.Marshal(f)
 	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil { // systemd makes it; without, somebody runs the agent by hand
 		return err
 	}
 	return atomicfile.Write(filepath.Join(dir, failureFile), b, 0o600)

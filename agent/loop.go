@@ -29,8 +29,8 @@ const (
 	// settle is how long connections that are older than the first NAT rule are let through unchanged (facts: conntrack
 	// starts with the first NAT rule and takes them for new). Idle ones past it are reset when they speak again.
 	settle = 5 * time.Minute
-	// passLimit bounds what a pass may spend on a slow iptables or a held lock, each family its half: less than WatchdogSec
-	// (30 s), which is for a loop that hangs.
+	// passLimit bounds what a pass may spend on a slow iptables or a held lock, each family its half and the second that a
+	// command's end may take: well under WatchdogSec (30 s), which is for a loop that hangs.
 	passLimit = 20 * time.Second
 	// resync is how often the rules are read although nothing told of a change: a lost notification costs this long.
 	resync = 5 * time.Minute
@@ -114,7 +114,7 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 	}
 	a.readBootstrap(now)
 	f := symptom.Facts{
-		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Metadata: a.sourceErr,
+		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Advice: a.config.Warnings, Metadata: a.sourceErr,
 		Envoy: a.view.facts(a.settings.EnvoyAdmin), Others: a.otherChains,
 	}
 	if account := a.account.Load(); account != nil {
@@ -151,7 +151,6 @@ func (a *Agent) desired() (want Want, known bool) {
 // passGates looks at who listens on each interception port and moves the Hold policy on.
 func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
 	draining := a.view.State == "DRAINING" // until an Envoy answers otherwise, also when this one no longer answers
-	down := a.view.Err != nil && time.Since(a.view.Since) > bypassAfter*tick
 	for i := range a.families {
 		s := &a.families[i]
 		s.outboundPort, s.inboundPort, s.dnsPort = want.Families[i].OutboundPort, want.Families[i].InboundPort, want.Families[i].DNSPort
@@ -159,9 +158,13 @@ func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
 			// An earlier run's jumps may be in, to ports that Envoy has not told yet: the usual ones.
 			s.outboundPort, s.inboundPort = a.config.ProxyPort, DefaultInboundPort
 		}
-		s.dnsHeld = draining || down && a.settings.WhenEnvoyDown == Bypass
-		s.outbound = a.passGate(f, s.outbound, s.family, "outbound interception", s.outboundPort, known, draining)
-		s.inbound = a.passGate(f, s.inbound, s.family, "inbound interception", s.inboundPort, known, draining)
+		s.outbound = a.passGate(f, s.outbound, a.lookAtPort(s.family, outboundPort, s.outboundPort, sockdiag.Listeners), known, draining)
+		s.inbound = a.passGate(f, s.inbound, a.lookAtPort(s.family, inboundPort, s.inboundPort, sockdiag.Listeners), known, draining)
+		dns := a.lookAtPort(s.family, dnsListener, s.dnsPort, sockdiag.UDPListeners)
+		if dns.Err != nil { // a kernel without udp_diag: what Envoy says must do
+			dns = symptom.Port{Family: s.family, Addr: dns.Addr, Listening: true, Owner: a.uid}
+		}
+		s.dns = a.passGate(f, s.dns, dns, known, draining)
 	}
 	var foreign *sockdiag.ForeignError
 	if errors.As(a.view.Err, &foreign) {
@@ -169,11 +172,17 @@ func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
 	}
 }
 
-func (a *Agent) passGate(f *symptom.Facts, g gate, family iptables.Family, purpose string, port uint16, known, draining bool) gate {
-	if port == 0 {
+// What Envoy's ports are for, as findings say it.
+const (
+	outboundPort = "outbound interception"
+	inboundPort  = "inbound interception"
+	dnsListener  = "DNS"
+)
+
+func (a *Agent) passGate(f *symptom.Facts, g gate, p symptom.Port, known, draining bool) gate {
+	if p.Addr.Port() == 0 {
 		return g
 	}
-	p := a.lookAtPort(family, purpose, port)
 	if known || p.Listening && p.Owner != a.uid {
 		f.Ports = append(f.Ports, p)
 		g = g.next(p, a.uid, draining, a.settings.WhenEnvoyDown)
@@ -181,32 +190,52 @@ func (a *Agent) passGate(f *symptom.Facts, g gate, family iptables.Family, purpo
 	return g
 }
 
-// lookAtPort asks the kernel who would get a connection that REDIRECT sends to this port.
-func (a *Agent) lookAtPort(family iptables.Family, purpose string, port uint16) symptom.Port {
-	host := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+// lookAtPort asks the kernel who would get what REDIRECT sends to this port: on OUTPUT it leads to loopback, on PREROUTING
+// (inbound, and outbound of containers) to an address of the interface that a packet came in by. A stranger on any of
+// these counts, one on another address does not.
+func (a *Agent) lookAtPort(family iptables.Family, purpose string, port uint16, list func(uint16) ([]sockdiag.Listener, error)) symptom.Port {
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
 	if family == iptables.IPv6 {
-		host = netip.IPv6Loopback()
+		loopback = netip.IPv6Loopback()
 	}
-	p := symptom.Port{Family: family, Purpose: purpose, Addr: netip.AddrPortFrom(host, port)}
-	owner, err := sockdiag.Owner(p.Addr)
-	var several *sockdiag.SeveralOwnersError
-	switch {
-	case errors.Is(err, sockdiag.ErrNoListener):
-	case errors.As(err, &several):
-		// Nobody can tell who gets the next connection: the stranger counts.
-		p.Listening, p.Owner = true, several.UIDs[0]
-		if p.Owner == a.uid {
-			p.Owner = several.UIDs[1]
-		}
-	case err != nil:
+	p := symptom.Port{Family: family, Purpose: purpose, Addr: netip.AddrPortFrom(loopback, port)}
+	if port == 0 {
+		return p
+	}
+	listeners, err := list(port)
+	if err != nil {
 		p.Err = err
-	default:
-		p.Owner, p.Listening = owner, true
+		return p
 	}
-	if p.Listening && p.Owner != a.uid {
-		p.OwnerName = userName(p.Owner)
+	at := []netip.Addr{loopback}
+	if local := a.localOf(family); len(local) > 0 {
+		switch {
+		case purpose == inboundPort:
+			at = local
+		case purpose == outboundPort && len(a.settings.Interfaces) > 0:
+			at = append(at, local...)
+		}
+	}
+	for _, addr := range at {
+		for _, uid := range sockdiag.Accepting(listeners, addr) {
+			p.Listening, p.Owner = true, uid
+			if uid != a.uid { // of several owners nobody can tell who gets the next connection: the stranger counts
+				p.Addr, p.OwnerName = netip.AddrPortFrom(addr, port), userName(uid)
+				return p
+			}
+		}
 	}
 	return p
+}
+
+// localOf are the interfaces' addresses of one family, without link-local ones, to which REDIRECT does not lead.
+func (a *Agent) localOf(family iptables.Family) (some []netip.Addr) {
+	for _, addr := range a.local {
+		if family.Of(addr) && !addr.IsLinkLocalUnicast() {
+			some = append(some, addr)
+		}
+	}
+	return some
 }
 
 // userName is the name of a user in /etc/passwd, "" where it has none.

@@ -24,23 +24,17 @@ import (
 // publish turns a pass into a Status and leaves it with every reporter; none of them can hold up the loop.
 func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 	a.passes++
-	next := a.failure.next(findings, now)
-	if next != a.failure {
-		a.sayFailure(a.failure, next)
-		a.failure = next
-		if err := next.save(a.settings.StateDir); err != nil && !a.saveFailed {
-			a.log.Warn("history is not kept", zap.Error(err))
-			a.saveFailed = true
-		} else {
-			a.saveFailed = err != nil
-		}
+	if next := a.failures.next(findings, now); !next.equal(a.failures) {
+		a.sayFailures(a.failures, next)
+		a.failures = next
+		a.history.Put(next)
 	}
 	a.sayFindings(findings)
 
 	s := Status{
-		Version: a.settings.Version, Heartbeat: now.UTC(), Started: a.started.UTC(), Passes: a.passes, Undone: a.undone, Paused: a.paused,
-		Findings: findings, LastFailure: a.failure.String(), Backend: a.kernel.Backend(), ServingPorts: a.config.ServingPorts,
-		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: BootstrapStatus{Status: a.boot.Status, Failure: a.boot.FailureLine()},
+		Version: a.settings.Version, Heartbeat: time.Now().UTC(), Started: a.started.UTC(), Passes: a.passes, Undone: a.undone, Paused: a.paused,
+		Findings: findings, LastFailure: a.failures.String(), Backend: a.kernel.Backend(), ServingPorts: a.config.ServingPorts,
+		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: BootstrapStatus{Status: a.boot.Status, Failure: a.boot.FailureLine(), Done: a.boot.AttributeSum != ""},
 	}
 	v := a.view
 	s.Envoy = EnvoyStatus{
@@ -131,6 +125,8 @@ func (a *Agent) notReady(known bool) string {
 			return fmt.Sprintf("Envoy's port %d does not accept %v connections", s.outboundPort, s.family)
 		case s.inboundPort != 0 && !s.inbound.accepts():
 			return fmt.Sprintf("Envoy's inbound port %d does not accept %v connections", s.inboundPort, s.family)
+		case s.dnsPort != 0 && !s.dns.accepts():
+			return fmt.Sprintf("Envoy does not listen on its DNS port %d over %v", s.dnsPort, s.family)
 		case !s.equal, slices.ContainsFunc(s.left, func(l iptables.RefusedError) bool { return l.Rule != iptables.CommentMatch }):
 			return fmt.Sprintf("the %v rules are not as wanted", s.family)
 		}
@@ -141,26 +137,51 @@ func (a *Agent) notReady(known bool) string {
 	return ""
 }
 
-// sayFailure tells the newest failure, and its end, once each.
-func (a *Agent) sayFailure(was, is Failure) {
-	switch {
-	case is.Last.IsZero() && is.Text != "" && (is.ID != was.ID || is.Key != was.Key || is.Times != was.Times):
-		a.log.Error("failure", zap.String("id", string(is.ID)), zap.String("text", is.Text))
-		a.serial.Say(report.Error, is.Text)
-	case !is.Last.IsZero() && was.Last.IsZero():
-		a.log.Info("failure over", zap.String("id", string(is.ID)))
-		a.serial.Say(report.Info, "over: "+is.Text)
+// sayFailures tells each failure that came, and each that is over, once.
+func (a *Agent) sayFailures(was, is Failures) {
+	in := func(all []Failure, f Failure) bool {
+		return slices.ContainsFunc(all, func(g Failure) bool { return f.ID == g.ID && f.Key == g.Key })
+	}
+	for _, f := range was.Lasting {
+		if !in(is.Lasting, f) {
+			a.log.Info("failure over", zap.String("id", string(f.ID)))
+			a.serial.Say(report.Info, "over: "+f.Text)
+		}
+	}
+	for _, f := range is.Lasting {
+		if !in(was.Lasting, f) {
+			a.log.Error("failure", zap.String("id", string(f.ID)), zap.String("text", f.Text))
+			a.serial.Say(report.Error, f.Text)
+		}
 	}
 }
 
-// sayFindings logs warnings when they come; errors are sayFailure's, advice is doctor's. What came before is known by
+// runHistory keeps the failures for the next start, beside the loop: a disk may hang.
+func (a *Agent) runHistory(ctx context.Context) error {
+	said := false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case f := <-a.history.Get():
+			err := f.save(a.settings.StateDir)
+			if err != nil && !said {
+				a.log.Warn("history is not kept", zap.Error(err))
+			}
+			said = err != nil
+		}
+	}
+}
+
+// sayFindings logs warnings when they come, and errors that another explains; the others are sayFailures', and advice is for
+// those who look at the status. What came before is known by
 // ID and key, so a changing text (a count) is not news.
 func (a *Agent) sayFindings(findings []symptom.Finding) {
 	now := map[string]bool{}
 	for _, f := range findings {
 		key := string(f.ID) + " " + f.Key
 		now[key] = true
-		if a.saidFindings[key] || f.Severity == symptom.Advice {
+		if a.saidFindings[key] || f.Severity == symptom.Advice || f.Severity == symptom.Error && f.ExplainedBy == "" {
 			continue
 		}
 		a.log.Warn("finding", zap.String("id", string(f.ID)), zap.String("text", f.Text()))
@@ -236,7 +257,10 @@ func (a *Agent) notify(s Status) {
 func (a *Agent) measure(s Status, dumps int) {
 	m := a.sample
 	m.End, m.Mode, m.Ready, m.DumpReads = s.Heartbeat, s.Mode, s.Ready, dumps
-	m.Envoy = report.Envoy{State: s.Envoy.State, Version: a.view.Info.Version.String(), Listeners: s.Envoy.Listeners, Rejected: s.Envoy.Rejected}
+	m.Envoy = report.Envoy{State: s.Envoy.State, Listeners: s.Envoy.Listeners, Rejected: s.Envoy.Rejected}
+	if v := a.view.Info.Version; v != (envoyadmin.Version{}) {
+		m.Envoy.Version = v.String()
+	}
 	m.Refused = len(a.want.Refused)
 	for i, f := range s.Families {
 		m.Families = append(m.Families, report.Family{Name: f.Family, Usable: f.Usable, Equal: f.Equal, Jumps: f.Jumps, Rules: f.Rules, Services: f.Services,
@@ -287,9 +311,9 @@ func (a *Agent) moving() (s *Status, why string) {
 }
 
 // healthz is for autohealing: it fails only for what a new VM would mend, never for the control plane, the metadata
-// server or logging, which would have the whole fleet recreated. Before bootstrap is finished it is not healthy either:
-// one healthy answer ends the group's initial delay (facts). A bootstrap that fails on a VM where an earlier one brought
-// Envoy about (an upgrade, a malformed attribute) is nothing that a new VM would mend.
+// server or logging, which would have the whole fleet recreated. Before bootstrap has finished once it is not healthy either:
+// one healthy answer ends the group's initial delay (facts). A later run that is under way or fails (an upgrade, a changed or
+// malformed attribute, for the whole fleet at once) is nothing that a new VM would mend, as long as Envoy answers.
 func (a *Agent) healthz() (ok bool, why string) {
 	s, why := a.moving()
 	switch {
@@ -297,7 +321,8 @@ func (a *Agent) healthz() (ok bool, why string) {
 		return false, why
 	case a.awaitBootstrap && s.Bootstrap.Status == "":
 		return false, "bootstrap has not begun"
-	case s.Bootstrap.Status == bootstrap.InProgress, s.Bootstrap.Status == bootstrap.Failed && s.Envoy.State == "":
+	case s.Bootstrap.Status == bootstrap.InProgress && !s.Bootstrap.Done,
+		s.Bootstrap.Status == bootstrap.InProgress && s.Envoy.State == "", s.Bootstrap.Status == bootstrap.Failed && s.Envoy.State == "":
 		return false, "bootstrap: " + s.Bootstrap.Status + " " + s.Bootstrap.Failure
 	case !s.Envoy.Down.IsZero() && time.Since(s.Envoy.Down) > envoyDead:
 		return false, "Envoy is down since " + s.Envoy.Down.Format(time.RFC3339)

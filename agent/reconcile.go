@@ -15,8 +15,8 @@ import (
 
 // compiledKey is what a family's compiled ruleset was made of; when it is the same, so is the ruleset.
 type compiledKey struct {
-	serial                   uint64 // of the Want
-	jumps, inbound, settling bool
+	serial                        uint64 // of the Want
+	jumps, inbound, dns, settling bool
 }
 
 // familyState is what the loop knows of one family between passes.
@@ -26,7 +26,7 @@ type familyState struct {
 	probed   time.Time // when an unusable family was last tried
 
 	outboundPort, inboundPort, dnsPort uint16
-	outbound, inbound                  gate
+	outbound, inbound, dns             gate
 
 	key      compiledKey
 	want     iptables.Ruleset // of key
@@ -45,7 +45,6 @@ type familyState struct {
 	readAt    time.Time
 	readTook  time.Duration
 	readEnded time.Time
-	dnsHeld   bool      // a planned stop, or bypass: DNS has no gate of its own, since nobody accepts UDP
 	retryAt   time.Time // after a failure
 	retry     time.Duration
 	fight     fight
@@ -148,12 +147,12 @@ func (a *Agent) usable(ctx context.Context, now time.Time, s *familyState) bool 
 
 // compile makes the ruleset that the want, the gates and the time ask for, if any of them changed.
 func (s *familyState) compile(want iptables.Interception, serial uint64, now time.Time) (changed bool) {
-	key := compiledKey{serial: serial, jumps: s.outbound.open, inbound: s.inbound.open, settling: now.Before(s.settling)}
+	key := compiledKey{serial: serial, jumps: s.outbound.open, inbound: s.inbound.open, dns: s.dns.open, settling: now.Before(s.settling)}
 	switch {
 	case want.OutboundPort == 0 && want.InboundPort != 0:
 		key.jumps = s.inbound.open
 	case want.OutboundPort == 0 && want.DNSPort != 0:
-		key.jumps = !s.dnsHeld // Envoy told of the listener, which is bound by then
+		key.jumps = s.dns.open
 	}
 	if key == s.key {
 		return false
@@ -164,6 +163,9 @@ func (s *familyState) compile(want iptables.Interception, serial uint64, now tim
 	// jumps are taken, so that ours do not stop being the NAT rules that keep conntrack on (facts).
 	if !key.inbound && key.jumps {
 		want.InboundPort = 0
+	}
+	if !key.dns && key.jumps {
+		want.DNSPort = 0
 	}
 	s.want = want.Ruleset()
 	s.target, s.left = s.want, nil
@@ -207,6 +209,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 	}
 	drift := iptables.Diff(s.target, s.have)
 	if len(drift) == 0 {
+		s.by = "" // whoever wrote, wrote nothing of ours
 		s.settled(s.have, true)
 		s.installed = s.installs() // adopted: an earlier run took care of what was older
 		return nil
@@ -280,6 +283,7 @@ func (a *Agent) adopt(now time.Time, s *familyState, known bool) {
 		// An earlier run saw the ports ready. Until one is known to be somebody else's, that stands.
 		s.outbound.open = !s.outbound.denied
 		s.inbound.open = !s.inbound.denied && (s.inbound.open || s.have.Has(iptables.InboundRedirect))
+		s.dns.open = !s.dns.denied
 	}
 	if ours.Settling() {
 		s.settling = now.Add(settle)
@@ -361,7 +365,11 @@ func (s *familyState) installs() installed {
 	if !s.target.Intercepting() {
 		return installed{}
 	}
-	return installed{services: s.services, dns: s.dnsPort}
+	i := installed{services: s.services}
+	if s.key.dns {
+		i.dns = s.dnsPort
+	}
+	return i
 }
 
 // missing are the prefixes of all, sorted, that are not in known, sorted.

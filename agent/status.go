@@ -35,6 +35,7 @@ type Status struct {
 type BootstrapStatus struct {
 	Status  string `json:"status,omitempty"`
 	Failure string `json:"failure,omitempty"`
+	Done    bool   `json:"done,omitempty"` // an earlier run, or this one, has finished
 }
 
 // EnvoyStatus is Envoy as the admin interface tells.

@@ -32,10 +32,16 @@ func foreignOwner(f Facts) (out []Finding) {
 		if !p.Listening || p.Owner == f.ProxyUID || p.Purpose == "admin" && p.Owner == 0 {
 			continue
 		}
+		if !p.Addr.IsValid() {
+			out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Purpose,
+				Cause: fmt.Sprintf("Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from there is believed", p.Purpose, f.Envoy.Admin, p.owner(), f.ProxyUser, f.ProxyUID),
+				Next:  "find it with `ss -lxp` and stop it, or set --proxy-user if Envoy runs as that user"})
+			continue
+		}
 		out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Addr.String(),
 			Cause: fmt.Sprintf("Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and nothing from there is believed",
 				p.Addr.Port(), p.Purpose, p.owner(), f.ProxyUser, f.ProxyUID),
-			Next: fmt.Sprintf("find it with `ss -ltnp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that user", p.Addr.Port())})
+			Next: fmt.Sprintf("find it with `ss -ltunp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that user", p.Addr.Port())})
 	}
 	return out
 }
@@ -199,7 +205,11 @@ func families(f Facts) (out []Finding) {
 			if i > 0 && left.Rule == fam.Left[i-1].Rule {
 				continue // the comments of many rules
 			}
-			add(RuleRefused, 17, Error, "`modprobe` the match or target it names; everything else is in place, and it is tried again", "The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
+			severity := Error
+			if left.Rule == iptables.CommentMatch {
+				severity = Warning // nothing is missing but words
+			}
+			add(RuleRefused, 17, severity, "`modprobe` the match or target it names; everything else is in place, and it is tried again", "The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
 		}
 		for _, s := range fam.Shadow {
 			add(Shadowed, 18, Error, "take that rule out, or give it matches that leave intercepted traffic alone", "Our jump in %s is never reached for some traffic: %s stands before it (%v)", s.Chain, s.Rule, fam.Family)
@@ -342,4 +352,19 @@ func listenAddress(f Facts) []Finding {
 		return nil
 	}
 	return one(ListenAddress, 0, Warning, "stop the program that holds it or set --listen; interception goes on", "/healthz and /metrics are not served: %v", f.ListenErr)
+}
+
+func logUnreadable(f Facts) []Finding {
+	if f.Envoy.LogErr == "" {
+		return nil
+	}
+	return one(LogUnreadable, 0, Warning, "make it readable for the agent's user; until then changes are seen up to a second later and the control plane's words are not known",
+		"Envoy's log cannot be read: %s", f.Envoy.LogErr)
+}
+
+func attributeAdvice(f Facts) (out []Finding) {
+	for _, text := range f.Advice {
+		out = append(out, Finding{ID: AttributeAdvice, Severity: Warning, Key: text, Cause: "The gce-service-proxy attribute: " + text, Next: "see docs/attribute.md"})
+	}
+	return out
 }

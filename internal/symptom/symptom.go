@@ -16,7 +16,7 @@ import (
 )
 
 // Severity says what a finding does to the VM's state: an error makes `status` unhealthy and is told in
-// agent-last-failure, a warning is told on serial and in status, advice is for `doctor` alone.
+// agent-last-failure, a warning is told on serial and in status, advice in status alone.
 type Severity int
 
 const (
@@ -73,6 +73,8 @@ const (
 	OtherChain           ID = "other-nat-chain"           // row 34
 	EntryRefused         ID = "listener-entry-refused"    // a guardrail of agent.Desired
 	ListenerSkipped      ID = "listener-not-intercepted"  // a listener of a shape that is not intercepted
+	LogUnreadable        ID = "envoy-log-unreadable"      // the agent cannot read Envoy's log
+	AttributeAdvice      ID = "attribute-advice"          // the attribute asks for something that is advised against
 	CouldNotLook         ID = "kernel-not-read"           // a listing of the kernel ran out of time
 	InterceptionNotReady ID = "interception-port-closed"  // Hold: Envoy does not accept yet
 	Starting             ID = "starting"                  // status asked before the first pass
@@ -148,6 +150,7 @@ type Envoy struct {
 	Skipped    []envoyadmin.Skipped
 	Stream     *Stream // nil: not known to be closed
 	Apart      bool    // it has no stream, whether its log says why or not
+	LogErr     string  // why its log cannot be read; "": it can, or is not there yet
 	Probe      error   // our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
 	Node       string  // node id as Envoy presents it
 }
@@ -161,6 +164,7 @@ type Facts struct {
 	UserErr   error // the proxy's user does not exist
 
 	Attribute error    // the gce-service-proxy attribute could not be used
+	Advice    []string // what the attribute asks for and is advised against
 	Metadata  error    // the metadata server did not answer
 	Account   string   // email of the VM's service account, "" when not known
 	Scopes    []string // of it, as URLs; nil when not known
@@ -213,7 +217,7 @@ func rank(f Finding) int {
 var checks = []func(Facts) []Finding{
 	foreignOwner, proxyUser, envoyDown, adminUnreadable, controlPlane, notConfigured, tooOld,
 	families, rejected, attributeBad, bootstrapFailed, metadataServer, portClosed,
-	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress,
+	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress, logUnreadable, attributeAdvice,
 }
 
 // explain lists Envoy's missing configuration under its cause, and everything else that follows from Envoy being down.

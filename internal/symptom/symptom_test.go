@@ -131,6 +131,10 @@ var examples = []example{
 	{"a listener of a shape that is not intercepted", live(func(f *Facts) {
 		f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "l", Reason: "its address is a pipe"}}
 	}), ListenerSkipped},
+	{"Envoy's log cannot be read", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }), LogUnreadable},
+	{"the attribute asks for something that is advised against", live(func(f *Facts) {
+		f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
+	}), AttributeAdvice},
 	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
 }
 

@@ -394,6 +394,30 @@ func TestStranger(t *testing.T) {
 	})
 }
 
+// TestStrangerInbound: inbound connections are redirected to an address of the interface, and not to loopback, so that is where
+// a stranger would get them.
+func TestStrangerInbound(t *testing.T) {
+	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	m.Envoy.Kill()
+	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, agent.DefaultInboundPort).String())
+	must(t, err)
+	defer ln.Close()
+	_, err = a.Wait(within(t, 10*time.Second), "the stranger is named", func(s agent.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+	must(t, err)
+	eventually(t, 5*time.Second, "the inbound jump is out", func() (bool, string) {
+		out, err := m.Chains(t.Context(), "IPv4")
+		return err == nil && !strings.Contains(out, "-j SERVICE_PROXY_INBOUND"), out
+	})
+	// The outbound jump stays: Envoy's port is closed, and who is kept waits for it.
+	if out, err := m.Chains(t.Context(), "IPv4"); err != nil || !strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	ln.Close()
+	must(t, m.Envoy.Start())
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+}
+
 // TestStrangerAfterRestart: the jumps that an earlier run left lead to a stranger when the agent starts.
 func TestStrangerAfterRestart(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
