@@ -52,6 +52,8 @@ func (d *demo) outside(ctx context.Context) error {
 	if _, err := exec.LookPath("gcloud"); err != nil {
 		d.tell("gcloud is not on PATH, so the Compute API is asked itself, with the very calls that gcloud makes.")
 		ask = d.api
+	} else {
+		d.tell("gcloud takes some seconds to start.")
 	}
 	table, serial, err := ask(ctx, at)
 	if err != nil {
@@ -77,6 +79,7 @@ func (d *demo) outside(ctx context.Context) error {
 	if !slices.ContainsFunc(serial, func(line string) bool { return strings.Contains(line, ready+d.version) }) {
 		return fmt.Errorf("the serial port's output lacks %q:\n%s", ready+d.version, strings.Join(serial, "\n"))
 	}
+	d.tell("hold: no jump goes in until Envoy accepts connections; then it is intercepting.")
 	d.ok("the heartbeat is fresh, the version is that of the Envoy that runs, and the serial port tells what happened")
 	return nil
 }

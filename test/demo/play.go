@@ -8,10 +8,12 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -33,8 +35,12 @@ func (d *demo) play(ctx context.Context, in *os.File) error {
 	if err := d.invite(); err != nil {
 		return err
 	}
+	d.taken = d.services
 	_, err := unix.IoctlGetTermios(int(in.Fd()), unix.TCGETS)
 	terminal := err == nil
+	// In the background (`make demo KEEP=1 &`, or Ctrl-Z and bg) reading the terminal would stop the whole job, agent and Envoy included.
+	// With SIGTTIN ignored it is an error, EIO.
+	signal.Ignore(syscall.SIGTTIN)
 	typedLines := make(chan string)
 	go func() { // ends with the program: a read from a terminal cannot be called off
 		defer close(typedLines)
@@ -42,10 +48,13 @@ func (d *demo) play(ctx context.Context, in *os.File) error {
 		for s.Scan() {
 			typedLines <- s.Text()
 		}
+		terminal = terminal && s.Err() == nil
 	}()
 	d.gap()
 	for {
-		d.ask()
+		if typedLines != nil {
+			d.ask()
+		}
 		select {
 		case <-ctx.Done():
 			d.line("")
@@ -97,14 +106,14 @@ func (d *demo) invite() error {
 	iptables := "iptables-" + string(d.mesh.Backend)
 	d.heading("Yours to play with. From another terminal, as root:")
 	for _, l := range []string{
-		vm + " curl -i --noproxy '*' http://10.10.0.1/",
+		vm + " curl -sSi --noproxy '*' http://10.10.0.1/",
 		vm + " " + iptables + " -t nat -nL SERVICE_PROXY_SERVICE_CIDRS",
 		vm + " " + iptables + " -t nat -F SERVICE_PROXY_OUTPUT     # look again: it is back",
-		client + fmt.Sprintf(" curl -i --noproxy '*' http://10.128.0.2:%d/", mesh.AppPort),
+		client + fmt.Sprintf(" curl -sSi --noproxy '*' http://10.128.0.2:%d/", mesh.AppPort),
 		"RUNTIME_DIRECTORY=" + filepath.Join(d.mesh.Dir, "agent", "run") + " " + typed([]string{binary}) + " status",
 		script + " compute instances get-guest-attributes " + vmName + " --query-path=" + namespace + "/",
 		script + " compute instances get-serial-port-output " + vmName,
-		fmt.Sprintf("kill -STOP %d; sleep 3; kill -CONT %d     # Envoy hangs: what does status say?", d.mesh.Envoy.PID(), d.mesh.Envoy.PID()),
+		fmt.Sprintf("kill -STOP %d; sleep 20; kill -CONT %d     # Envoy hangs: status tells after about 10 s", d.mesh.Envoy.PID(), d.mesh.Envoy.PID()),
 	} {
 		d.line(indent + l)
 	}
@@ -129,7 +138,11 @@ func (d *demo) obey(ctx context.Context, words []string) (quit bool) {
 		d.output(helpText)
 	case verb == "list" && len(args) == 0:
 		for _, s := range d.services {
-			d.line(fmt.Sprintf("%s%-12s %v", indent, s.Name, s.Prefixes))
+			mark := ""
+			if !slices.ContainsFunc(d.taken, func(t controlplane.Service) bool { return t.Name == s.Name }) {
+				mark = "  not taken by Envoy"
+			}
+			d.line(fmt.Sprintf("%s%-12s %v%s", indent, s.Name, s.Prefixes, mark))
 		}
 	case verb == "log" && len(args) == 0:
 		d.output(last(d.agent.Log(), 15))
@@ -199,6 +212,7 @@ func (d *demo) change(ctx context.Context, services []controlplane.Service, s co
 		err = d.mesh.CP.WaitAccepted(one, push)
 		cancel()
 		if err == nil {
+			d.taken = services
 			break
 		}
 	}

@@ -3,18 +3,22 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -23,6 +27,7 @@ import (
 // started is one demo under test.
 type started struct {
 	cmd *exec.Cmd
+	pid int // 0: not started
 	out *bytes.Buffer
 	dir string // its TMPDIR, by which everything of it is known
 }
@@ -39,6 +44,20 @@ func build(t *testing.T) string {
 // start starts a demo in a process group of its own, as a shell does.
 func start(t *testing.T, binary, agent, input string, args ...string) started {
 	t.Helper()
+	s := prepare(t, binary, agent, args...)
+	s.cmd.Stdin = strings.NewReader(input)
+	s.cmd.Stdout, s.cmd.Stderr = s.out, s.out
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	s.pid = s.cmd.Process.Pid
+	return s
+}
+
+// prepare is what start starts.
+func prepare(t *testing.T, binary, agent string, args ...string) started {
+	t.Helper()
 	envoy, err := lab.FindEnvoy()
 	if err != nil {
 		t.Fatal(err)
@@ -51,14 +70,8 @@ func start(t *testing.T, binary, agent, input string, args ...string) started {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := started{exec.Command(binary, args...), new(bytes.Buffer), dir}
+	s := started{cmd: exec.Command(binary, args...), out: new(bytes.Buffer), dir: dir}
 	s.cmd.Env = append(os.Environ(), "AGENT="+agent, "ENVOY="+envoy, "TMPDIR="+dir)
-	s.cmd.Stdin = strings.NewReader(input)
-	s.cmd.Stdout, s.cmd.Stderr = s.out, s.out
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := s.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
 	return s
 }
 
@@ -75,7 +88,7 @@ func (s started) wait(t *testing.T) int {
 
 // left is what is left of it: namespaces, files, processes.
 func (s started) left() (left []string) {
-	namespaces, _ := filepath.Glob("/run/netns/spa-" + strconv.Itoa(s.cmd.Process.Pid) + "-*") // the pattern is a good one
+	namespaces, _ := filepath.Glob("/run/netns/spa-" + strconv.Itoa(s.pid) + "-*") // the pattern is a good one
 	files, _ := filepath.Glob(s.dir + "/*")
 	left = append(namespaces, files...)
 	processes, _ := filepath.Glob("/proc/[0-9]*")
@@ -103,12 +116,13 @@ func agentBinary(t *testing.T) string {
 
 // TestShow is one whole run with the prompt at its end.
 func TestShow(t *testing.T) {
-	s := start(t, build(t), agentBinary(t), "add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nlist\nnonsense\nquit\n", "-keep")
+	s := start(t, build(t), agentBinary(t), "add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nadd twin 10.10.0.1\nlist\nremove twin\nnonsense\nquit\n", "-keep")
 	if code := s.wait(t); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, s.out)
 	}
 	for _, want := range []string{"Every step held", "server: envoy", "from the push to the first redirected connection", "there is a service pay",
-		"from the push to the first connection that is not redirected", `"nonsense" is no command`, "Taken down"} {
+		"from the push to the first connection that is not redirected", `"nonsense" is no command`,
+		"Envoy refuses the listeners", "twin         [10.10.0.1/32]  not taken by Envoy", "Taken down"} {
 		if !strings.Contains(s.out.String(), want) {
 			t.Errorf("the output lacks %q:\n%s", want, s.out)
 		}
@@ -117,6 +131,59 @@ func TestShow(t *testing.T) {
 		t.Error("colour without a terminal")
 	}
 	if left := s.left(); left != nil {
+		t.Errorf("left: %q", left)
+	}
+}
+
+// TestBackground is `make demo KEEP=1 &` in a shell with job control: asking the terminal for commands would stop the whole job.
+func TestBackground(t *testing.T) {
+	s := prepare(t, build(t), agentBinary(t), "-keep")
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	if err := unix.IoctlSetPointerInt(int(terminal.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(terminal.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside, err := os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shell := exec.Command("sh", append([]string{"-c", `set -m; "$@" & wait $!`, "sh", s.cmd.Path}, s.cmd.Args[1:]...)...)
+	shell.Env, shell.Stdin, shell.Stdout, shell.Stderr = s.cmd.Env, inside, inside, inside
+	shell.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := shell.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { // the reaper does the rest, should the demo have stopped
+		shell.Process.Kill()
+		shell.Wait()
+	}()
+	inside.Close() // so that reading ends when the last of them has
+	var out strings.Builder
+	waits := regexp.MustCompile(`everything stays up until Ctrl-C \(or SIGTERM\s+to (\d+)\)`)
+	signalled := false
+	giveUp := time.AfterFunc(2*time.Minute, func() { shell.Process.Kill() }) // the session's leader: everything in it gets SIGHUP
+	defer giveUp.Stop()
+	for lines := bufio.NewScanner(terminal); lines.Scan(); {
+		out.WriteString(lines.Text() + "\n")
+		if m := waits.FindStringSubmatch(out.String()); m != nil && !signalled {
+			pid, _ := strconv.Atoi(m[1])
+			s.pid, signalled = pid, true
+			if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if !signalled || !strings.Contains(out.String(), "Taken down") {
+		t.Errorf("in the background:\n%s", out.String())
+	}
+	if left := s.left(); signalled && left != nil {
 		t.Errorf("left: %q", left)
 	}
 }

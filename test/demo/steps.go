@@ -31,7 +31,8 @@ type demo struct {
 	mesh     *mesh.Mesh
 	agent    *mesh.Agent
 	services []controlplane.Service
-	version  string // Envoy's, as /server_info has it
+	taken    []controlplane.Service // by Envoy, of those; kept by play
+	version  string                 // Envoy's, as /server_info has it
 }
 
 // patience is how long a step may take. What it waits for takes milliseconds, but on a busy machine Envoy takes seconds to start; gcloud does on
@@ -279,6 +280,8 @@ func (d *demo) inbound(ctx context.Context) error {
 	if err := d.chain(ctx, "SERVICE_PROXY_INBOUND", map[string]int{fmt.Sprintf("dpt:%d", mesh.AppPort): 1}); err != nil {
 		return err
 	}
+	d.tell("settling: leaves connections alone that are older than the rules, for five minutes.")
+	d.tell("routed-through: what the VM only forwards (its containers' traffic) is not inbound.")
 	d.ok("Envoy's inbound listener took the call and handed it to the application")
 	return nil
 }
