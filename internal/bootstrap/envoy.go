@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
@@ -356,18 +357,16 @@ func lookup(name string) (uid, gid int, err error) {
 	return uid, gid, errors.Join(errU, errG)
 }
 
-func (b *bootstrapper) chown(name string, asUser bool) error {
+// letEnvoyRead makes a file of ours root:envoy.
+func (b *bootstrapper) letEnvoyRead(name string) error {
 	if b.Root != "" {
 		return nil
 	}
-	uid, gid, err := lookup(EnvoyUser)
+	_, gid, err := lookup(EnvoyUser)
 	if err != nil {
 		return err
 	}
-	if !asUser {
-		uid = 0
-	}
-	return os.Lchown(name, uid, gid)
+	return os.Lchown(name, 0, gid)
 }
 
 // configureEnvoy writes Envoy's configuration when it has changed and Envoy accepts it.
@@ -390,7 +389,7 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 	if err := writeNew(temp, text, 0o640); err != nil {
 		return fail(err)
 	}
-	if err := b.chown(temp, false); err != nil {
+	if err := b.letEnvoyRead(temp); err != nil {
 		return fail(err)
 	}
 	as, err := b.envoyCredential()
@@ -419,44 +418,23 @@ func (b *bootstrapper) markRestart() error {
 	return atomicfile.Write(b.path(restartFile), nil, 0o600)
 }
 
-// makeLogs sees to an access log outside LogDir, which Envoy's sandbox would refuse. LogDir itself is made by tmpfiles.d.
+// makeLogs makes the access log's folder, and outside LogDir, which Envoy's sandbox would refuse, sees to the right to write there. LogDir itself is made by tmpfiles.d.
 func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Failure {
 	fail := func(err error) *Failure { return diskFailure(StepLogs, err) }
-	dir := ""
-	if cfg.AccessLog != "" {
-		dir = filepath.Dir(cfg.AccessLog)
-	}
-	if dir == LogDir || strings.HasPrefix(dir, LogDir+"/") || dir == "/dev" {
-		dir = "" // /dev/stdout is envoy.out.log
-	}
-	if dir != "" {
-		made := b.path(dir)
-		if err := os.Mkdir(made, 0o750); err == nil {
-			if err := b.chown(made, true); err != nil {
-				return fail(err)
+	outside, name := "", filepath.Clean(cfg.AccessLog)
+	if dir := filepath.Dir(name); cfg.AccessLog != "" && dir != LogDir && dir != "/dev" { // /dev/stdout is envoy.out.log
+		if !inLogDir(name) {
+			outside = dir
+		}
+		if err := b.makeAccessLog(name); err != nil {
+			f := fail(fmt.Errorf("make the access log: %w", err))
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errForeignLink) {
+				f.Advice = "give access-log a path in a folder that exists, " + LogDir + " for instance"
 			}
-		} else if !errors.Is(err, fs.ErrExist) {
-			f := fail(fmt.Errorf("make the access log's folder: %w", err))
-			f.Advice = "give access-log a path in a folder that exists, " + LogDir + " for instance"
 			return f
 		}
-		f, err := create(b.path(cfg.AccessLog), 0o640)
-		if err == nil {
-			f.Close()
-			err = b.chown(b.path(cfg.AccessLog), true)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return fail(fmt.Errorf("make the access log: %w", err))
-		}
-	} else if sub := filepath.Dir(cfg.AccessLog); strings.HasPrefix(sub, LogDir+"/") {
-		if err := os.MkdirAll(b.path(sub), 0o750); err != nil {
-			return fail(err)
-		}
-		if err := b.chown(b.path(sub), true); err != nil {
-			return fail(err)
-		}
 	}
-	changed, err := systemd.SetWritable(b.Root+"/", dir)
+	changed, err := systemd.SetWritable(b.Root+"/", outside)
 	if err != nil {
 		return fail(err)
 	}
@@ -464,11 +442,113 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Fail
 		if err := b.markRestart(); err != nil {
 			return fail(err)
 		}
+	}
+	rotation, err := b.letRotate()
+	if err != nil {
+		return fail(err)
+	}
+	if changed || rotation {
 		if out, err := b.exec(ctx, time.Minute, "systemctl", "daemon-reload"); err != nil {
 			return fail(said(err, out))
 		}
 	}
 	return nil
+}
+
+// inLogDir says that the path is beneath LogDir.
+func inLogDir(name string) bool { return strings.HasPrefix(name, LogDir+"/") }
+
+// makeAccessLog makes the access log's folder, and outside LogDir, in a folder that may be another's, the file too.
+func (b *bootstrapper) makeAccessLog(name string) error {
+	dir, err := b.makeLogFolder(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if inLogDir(name) {
+		return nil
+	}
+	file, err := openIn(dir, filepath.Base(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return &fs.PathError{Op: "create", Path: name, Err: err}
+	}
+	return errors.Join(b.giveToEnvoy(file), file.Close())
+}
+
+// makeLogFolder opens a folder for logs, made for Envoy's user where it is missing: beneath LogDir with all that leads to it, elsewhere it alone, since a longer
+// path that is missing is a slip of the pen, or a disk that is not mounted.
+func (b *bootstrapper) makeLogFolder(name string) (dir *os.File, err error) {
+	var parent *os.File
+	if up := filepath.Dir(name); inLogDir(up) {
+		parent, err = b.makeLogFolder(up)
+	} else {
+		parent, err = openFolder(b.Root, up)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	err = unix.Mkdirat(int(parent.Fd()), filepath.Base(name), 0o750)
+	switch {
+	case errors.Is(err, fs.ErrExist) && !inLogDir(name):
+		return openFolder(b.Root, name) // somebody else's, it may be
+	case err != nil && !errors.Is(err, fs.ErrExist):
+		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
+	}
+	if dir, err = openIn(parent, filepath.Base(name), unix.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		if _, link := readLink(parent, filepath.Base(name)); link {
+			err = errForeignLink // LogDir is Envoy's, too
+		}
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	if err := b.giveToEnvoy(dir); err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return dir, nil
+}
+
+// giveToEnvoy makes Envoy's user the owner of an open file.
+func (b *bootstrapper) giveToEnvoy(f *os.File) error {
+	if b.Root != "" {
+		return nil
+	}
+	uid, gid, err := lookup(EnvoyUser)
+	if err != nil {
+		return err
+	}
+	return f.Chown(uid, gid)
+}
+
+// rotateDropIn is, for the rotation's sandbox, what systemd.SetWritable's drop-in is for Envoy's.
+var rotateDropIn = filepath.Join(systemd.ConfDir, systemd.RotateUnit+".d", accessLogDropIn)
+
+const accessLogDropIn = "50-service-proxy-access-log.conf"
+
+// letRotate gives the rotation the right to write where Envoy has it.
+func (b *bootstrapper) letRotate() (changed bool, err error) {
+	target := b.path(rotateDropIn)
+	text, err := os.ReadFile(b.path(filepath.Join(systemd.ConfDir, systemd.EnvoyUnit+".d", accessLogDropIn)))
+	if errors.Is(err, fs.ErrNotExist) {
+		err := os.Remove(target)
+		if errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+		return err == nil, err
+	}
+	if err != nil {
+		return false, err
+	}
+	if have, err := os.ReadFile(target); err == nil && bytes.Equal(have, text) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return false, err
+	}
+	return true, atomicfile.Write(target, text, 0o644)
 }
 
 // startEnvoy starts Envoy's unit, or restarts it, draining, when what it runs with has changed, and waits for its admin interface.

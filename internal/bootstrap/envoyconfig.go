@@ -21,6 +21,9 @@ import (
 // trafficDirector is the control plane's address.
 const trafficDirector = "trafficdirector.googleapis.com:443"
 
+// accessLogKey is the node's metadata that names the access log, where the attribute does.
+const accessLogKey = "TRAFFICDIRECTOR_ACCESS_LOG_PATH"
+
 // VM is what Envoy's node says of the machine.
 type VM struct {
 	Name, Zone    string // zone as in europe-west1-b
@@ -112,7 +115,7 @@ func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
 	meta["TRAFFICDIRECTOR_GCP_PROJECT_NUMBER"] = project
 	meta["TRAFFICDIRECTOR_ENABLE_TRACING"] = strconv.FormatBool(cfg.Tracing)
 	if cfg.AccessLog != "" {
-		meta["TRAFFICDIRECTOR_ACCESS_LOG_PATH"] = cfg.AccessLog
+		meta[accessLogKey] = cfg.AccessLog
 	}
 	if len(cfg.ServingPorts) > 0 {
 		ports := make([]string, len(cfg.ServingPorts))

@@ -1,6 +1,7 @@
 package bootstrap
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,15 +12,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxLog is the size at which a log in LogDir is rotated; with one old copy kept, and a minute between looks, a log's share of the disk is
+// maxLog is the size at which a log is rotated; with one old copy kept, and a minute between looks, a log's share of the disk is
 // about 150 MB at worst (1,000 lines a second).
 const maxLog = 64 << 20
 
-// RotateLogs copies each log of LogDir that is larger than 64 MiB to NAME.1 and truncates it in place. Where there is no room for the copy it only truncates: a full
-// disk is worse than a lost log.
+// RotateLogs copies each log of LogDir, and the access log wherever it is, that is larger than 64 MiB to NAME.1 and truncates it in place. Where there is no room
+// for the copy it only truncates: a full disk is worse than a lost log.
 func RotateLogs(opts Options) error {
 	b := newBootstrapper(opts)
-	return rotateLogs(b.path(LogDir), maxLog)
+	return errors.Join(rotateLogs(b.path(LogDir), maxLog), b.rotateAccessLog(maxLog))
+}
+
+// rotateAccessLog rotates what Envoy's configuration names as the access log. (Not what the state names: the daemon's user, who writes there, could have root
+// truncate any file.)
+func (b *bootstrapper) rotateAccessLog(limit int64) error {
+	text, err := os.ReadFile(b.path(EnvoyConfig))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // bootstrap has not come so far
+	}
+	if err != nil {
+		return fmt.Errorf("rotate the access log: %w", err)
+	}
+	var config struct {
+		Node struct {
+			Metadata map[string]any `json:"metadata"`
+		} `json:"node"`
+	}
+	if err := json.Unmarshal(text, &config); err != nil {
+		return fmt.Errorf("rotate the access log: %q: %w", EnvoyConfig, err)
+	}
+	name, ok := config.Node.Metadata[accessLogKey].(string)
+	if !ok || filepath.Dir(name) == "/dev" {
+		return nil
+	}
+	dir, err := openFolder(b.Root, filepath.Dir(name))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // Envoy may still make it
+	}
+	if err != nil {
+		return fmt.Errorf("rotate the access log: %w", err)
+	}
+	defer dir.Close()
+	if err := rotate(int(dir.Fd()), filepath.Base(name), limit); err != nil {
+		return fmt.Errorf("rotate %q: %w", name, err)
+	}
+	return nil
 }
 
 func rotateLogs(folder string, limit int64) error {
