@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -121,6 +123,8 @@ var examples = []example{
 		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
 	}), InterceptionNotReady},
 	{"the admin interface answers garbage", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }), AdminUnreadable},
+	{"the admin interface does not answer", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/ready\": %w", envoyadmin.ErrTimeout) }), AdminUnreadable},
+	{"its answer is too large", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/config_dump\": %w", envoyadmin.ErrTooLarge) }), AdminUnreadable},
 	{"the admin interface forbids a path", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }), AdminUnreadable},
 	{"another nat chain at our hook", live(func(f *Facts) {
 		f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: iptables.Output, Priority: -110}}
@@ -176,6 +180,24 @@ func TestExamples(t *testing.T) {
 	}
 	if text, err := os.ReadFile(path); err != nil || string(text) != doc.String() {
 		t.Errorf("docs/symptoms.md is not what the program says (%v); write it with -update", err)
+	}
+}
+
+// TestEveryID: each ID has an example, and so a line in docs/symptoms.md; but Starting, which Check does not find.
+func TestEveryID(t *testing.T) {
+	source, err := os.ReadFile("symptom.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids := regexp.MustCompile(`\sID = "([^"]+)"`).FindAllSubmatch(source, -1)
+	if len(ids) < 30 {
+		t.Errorf("%d IDs found in symptom.go", len(ids))
+	}
+	for _, m := range ids {
+		id := ID(m[1])
+		if id != Starting && !slices.ContainsFunc(examples, func(e example) bool { return e.want == id }) {
+			t.Errorf("%s has no example", id)
+		}
 	}
 }
 
