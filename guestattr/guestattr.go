@@ -81,16 +81,16 @@ type Options struct {
 
 // State is how the channel does. Counts are since [New].
 type State struct {
-	Enabled   bool      `json:"enabled"`              // false: the server refused with 403; tried again every two minutes
-	LastError string    `json:"last_error,omitempty"` // of the last query; empty when it succeeded
-	Since     time.Time `json:"since"`                // when Enabled last changed, or LastError came or went; zero before the first query
-	Pending   int       `json:"pending"`              // values set and not yet written, a heartbeat that is not due aside
-	Writes    uint64    `json:"writes"`               // that succeeded
-	Reads     uint64    `json:"reads"`                // read back
-	Failures  uint64    `json:"failures"`             // queries of either kind that failed
-	Dropped   uint64    `json:"dropped"`              // values replaced by a newer one before they were written
-	Lost      uint64    `json:"lost"`                 // found gone when read back, and written again
-	Changed   uint64    `json:"changed"`              // found changed by somebody else when read back, and written again
+	Enabled    bool      `json:"enabled"`              // false: the server refused with 403; tried again every two minutes
+	LastError  string    `json:"last_error,omitempty"` // of the last query; empty when it succeeded
+	Since      time.Time `json:"since"`                // when Enabled last changed, or LastError came or went; zero before the first query
+	Pending    int       `json:"pending"`              // values set and not yet written, a heartbeat that is not due aside
+	Writes     uint64    `json:"writes"`               // that succeeded
+	Reads      uint64    `json:"reads"`                // read back
+	Failures   uint64    `json:"failures"`             // queries of either kind that failed
+	Superseded uint64    `json:"superseded"`           // values replaced by a newer one before they were written
+	Lost       uint64    `json:"lost"`                 // found gone when read back, and written again
+	Changed    uint64    `json:"changed"`              // found changed by somebody else when read back, and written again
 }
 
 // Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be called from any goroutine.
@@ -171,7 +171,7 @@ func (w *Writer) Set(key, val string) {
 		return
 	default:
 		if v.dirty() {
-			w.state.Dropped++
+			w.state.Superseded++
 		}
 		v.want = val
 	}

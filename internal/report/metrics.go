@@ -203,14 +203,14 @@ var (
 	written      = desc("rules_written_total", "Rules added, changed or removed.", "family")
 	drift        = desc("drift_repaired_total", "Changes others made to our rules that were put right, by kind.", "kind")
 
-	guestEnabled  = desc("guest_attributes_enabled", "0 when the VM refuses guest attributes.")
-	guestUp       = desc("guest_attributes_up", "1 when the last query of guest attributes succeeded.")
-	guestPending  = desc("guest_attributes_pending", "Values that wait to be written.")
-	guestWrites   = desc("guest_attributes_writes_total", "Guest attributes written.")
-	guestReads    = desc("guest_attributes_reads_total", "Guest attributes read back.")
-	guestFailures = desc("guest_attributes_failures_total", "Queries of guest attributes that failed.")
-	guestDropped  = desc("guest_attributes_dropped_total", "Values replaced by a newer one before they were written.")
-	guestRepaired = desc("guest_attributes_repaired_total", "Values found lost, or changed by others, and written again.", "kind")
+	guestEnabled    = desc("guest_attributes_enabled", "0 when the VM refuses guest attributes.")
+	guestUp         = desc("guest_attributes_up", "1 when the last query of guest attributes succeeded.")
+	guestPending    = desc("guest_attributes_pending", "Values that wait to be written.")
+	guestWrites     = desc("guest_attributes_writes_total", "Guest attributes written.")
+	guestReads      = desc("guest_attributes_reads_total", "Guest attributes read back.")
+	guestFailures   = desc("guest_attributes_failures_total", "Queries of guest attributes that failed.")
+	guestSuperseded = desc("guest_attributes_superseded_total", "Values replaced by a newer one before they were written, as most heartbeats are: nothing is lost by it.")
+	guestRepaired   = desc("guest_attributes_repaired_total", "Values found lost, or changed by others, and written again.", "kind")
 
 	serialUp      = desc("serial_up", "1 when the serial port is open and takes lines.")
 	serialLines   = desc("serial_lines_total", "Lines written to the serial port.")
@@ -220,7 +220,7 @@ var (
 		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet,
 		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, untrusted,
 		usable, inSync, jumps, rules, services, servicePorts, applies, written, drift,
-		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestDropped, guestRepaired,
+		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestSuperseded, guestRepaired,
 		serialUp, serialLines, serialDropped,
 	}
 )
@@ -269,7 +269,7 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 		counter(guestWrites, float64(s.Writes))
 		counter(guestReads, float64(s.Reads))
 		counter(guestFailures, float64(s.Failures))
-		counter(guestDropped, float64(s.Dropped))
+		counter(guestSuperseded, float64(s.Superseded))
 		counter(guestRepaired, float64(s.Lost), "lost")
 		counter(guestRepaired, float64(s.Changed), "changed")
 	}

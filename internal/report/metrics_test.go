@@ -23,7 +23,7 @@ func sources() Sources {
 	return Sources{
 		Version: "1.2.3", Commit: "0123abc",
 		GuestAttributes: func() guestattr.State {
-			return guestattr.State{Enabled: true, LastError: "503", Pending: 1, Writes: 20, Reads: 4, Failures: 3, Dropped: 90, Lost: 2, Changed: 1}
+			return guestattr.State{Enabled: true, LastError: "503", Pending: 1, Writes: 20, Reads: 4, Failures: 3, Superseded: 90, Lost: 2, Changed: 1}
 		},
 		Serial: func() SerialState { return SerialState{Path: "/dev/ttyS0", Open: true, Lines: 12, Dropped: 5} },
 	}
