@@ -72,6 +72,7 @@ type Server struct {
 	nodes    []Node
 	accepted map[string]string // type URL -> version, as the last ACK had it
 	rejected []Rejection
+	refusals int // of which rejected holds the first
 	reports  int
 }
 
@@ -290,6 +291,13 @@ func (s *Server) Rejections() []Rejection {
 	return slices.Clone(s.rejected)
 }
 
+// Refusals is how many NACKs came in all.
+func (s *Server) Refusals() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.refusals
+}
+
 // LoadReports is how many load reports came.
 func (s *Server) LoadReports() int {
 	s.mu.Lock()
@@ -391,6 +399,7 @@ func (st *stream) Recv() (*discoveryv3.DiscoveryRequest, error) {
 	case !answered || req.GetResponseNonce() != last.nonce:
 		// a first request, or one that crossed an answer
 	case req.GetErrorDetail() != nil:
+		st.s.refusals++
 		if len(st.s.rejected) < 10_000 {
 			st.s.rejected = append(st.s.rejected, Rejection{
 				At: time.Now(), TypeURL: req.GetTypeUrl(), Version: last.version, Details: req.GetErrorDetail().GetMessage(),
