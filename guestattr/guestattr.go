@@ -21,10 +21,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -72,7 +74,7 @@ type Options struct {
 	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else 169.254.169.254
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
 	// Budget is a file, best below /run, whose modification time carries the budget over to the next start and to other programs that
-	// are about to write, one after the other: else an agent that crashes every two seconds would spend three tokens at each start.
+	// write: else an agent that crashes every two seconds would spend three tokens at each start.
 	// Empty: each New starts with a full bucket.
 	Budget string
 
@@ -217,25 +219,24 @@ func (w *Writer) Flush(ctx context.Context) error {
 
 // Run writes until ctx ends, which cuts a query short, and returns nil then.
 func (w *Writer) Run(ctx context.Context) error {
-	w.loadBudget(time.Now())
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for ctx.Err() == nil {
 		now := time.Now()
+		w.loadBudget(now)
 		w.mu.Lock()
 		key, read, at := w.next(now)
 		w.mu.Unlock()
 		if wait := w.token(now); key != "" && at.Before(wait) {
 			at = wait
 		}
-		if key != "" && !at.After(now) && w.tokens.AllowN(now, 1) {
-			w.saveBudget(now)
+		if key != "" && !at.After(now) && w.take(now) {
 			w.query(ctx, key, read)
 			continue
 		}
 		var due <-chan time.Time
 		if key != "" {
-			// A token is there a hair later than computed in floating point.
+			// A token is there a hair later than computed in floating point, or another program holds the file.
 			timer.Reset(max(at.Sub(now), time.Millisecond))
 			due = timer.C
 		}
@@ -254,40 +255,100 @@ func (w *Writer) token(now time.Time) time.Time {
 	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
 }
 
-// loadBudget takes out of the bucket what is missing by the file. One from the future, after a clock step, counts as an empty bucket.
+// loadBudget takes out of the bucket what others have taken, by the file. One from the future, after a clock step, counts as an empty bucket.
 func (w *Writer) loadBudget(now time.Time) {
 	if w.budget == "" {
 		return
 	}
 	fi, err := os.Stat(w.budget)
 	if err != nil {
-		return // the first start, or saveBudget will say what is wrong
+		return // the first start, or take will say what is wrong
 	}
-	missing := min(max(fi.ModTime().Sub(now), 0), burst*refill)
-	w.full = now.Add(missing)
-	w.tokens.AllowN(now, int((missing+refill-1)/refill))
+	full := fi.ModTime()
+	if empty := now.Add(burst * refill); full.After(empty) {
+		full = empty
+		w.keepBudget(setTime(w.budget, full)) // once: it would look as empty at each look
+	}
+	known := now
+	if w.full.After(now) {
+		known = w.full
+	}
+	if missing := full.Sub(known); missing > 0 {
+		w.full = known.Add(missing)
+		w.tokens.ReserveN(now, int((missing+refill-1)/refill))
+	}
 }
 
-// saveBudget leaves in the file when the bucket will be full again, now that a token is being used.
-func (w *Writer) saveBudget(now time.Time) {
+// take takes a token, of which no other program with this file takes the same.
+func (w *Writer) take(now time.Time) bool {
+	if w.budget == "" {
+		return w.tokens.AllowN(now, 1)
+	}
+	f, made, err := openBudget(w.budget)
+	if err == nil {
+		defer f.Close() // and with it the lock
+		// Not to wait for: the other user of the file, who may be anyone, must not hold us up.
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			return false
+		}
+		if !made {
+			w.loadBudget(now)
+		}
+	}
+	if !w.tokens.AllowN(now, 1) {
+		return false
+	}
 	if w.full.Before(now) {
 		w.full = now
 	}
 	w.full = w.full.Add(refill)
-	if w.budget == "" {
-		return
-	}
-	f, err := os.OpenFile(w.budget, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err == nil {
-		err = f.Close()
+		err = setTime(w.budget, w.full)
 	}
-	if err == nil {
-		err = os.Chtimes(w.budget, time.Time{}, w.full)
-	}
+	w.keepBudget(err)
+	return true
+}
+
+// keepBudget gives the file up after an error.
+func (w *Writer) keepBudget(err error) {
 	if err != nil {
 		w.log.Warn("guest attribute budget is not kept for the next start", zap.Error(err))
 		w.budget = ""
 	}
+}
+
+// openBudget opens the file, and makes it where it is missing: for the folder's owner, who must be able to set its time too when this is root's process (bootstrap,
+// beside the daemon). Links are not followed.
+func openBudget(name string) (f *os.File, made bool, err error) {
+	for range 2 { // another may make it at the same time
+		if f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0); !errors.Is(err, fs.ErrNotExist) {
+			return f, false, err
+		}
+		if f, err = os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); !errors.Is(err, fs.ErrExist) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	var folder unix.Stat_t
+	if err = unix.Stat(filepath.Dir(name), &folder); err == nil && os.Geteuid() == 0 {
+		err = f.Chown(int(folder.Uid), int(folder.Gid))
+	}
+	if err != nil {
+		f.Close()
+		return nil, false, fmt.Errorf("give %q to its folder's owner: %w", name, err)
+	}
+	return f, true, nil
+}
+
+// setTime sets when a file was modified, to the nanosecond.
+func setTime(name string, at time.Time) error {
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(at.UnixNano())}
+	if err := unix.UtimesNanoAt(unix.AT_FDCWD, name, times, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return &fs.PathError{Op: "set time of", Path: name, Err: err}
+	}
+	return nil
 }
 
 // next chooses what to do next and says when: a key to write or to read back; no key when there is nothing to do ever.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -474,6 +475,59 @@ func TestCrashLoop(t *testing.T) {
 			t.Errorf("%d writes in ten minutes; want most of the budget of 33", n)
 		}
 	})
+}
+
+// TestSharedBudget: two programs that write at the same time keep to one budget.
+func TestSharedBudget(t *testing.T) {
+	budget := filepath.Join(t.TempDir(), "budget")
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		var all sync.WaitGroup
+		for _, key := range []string{BootstrapStatus, AgentLastFailure} {
+			w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute-time.Second)
+			defer cancel()
+			all.Go(func() { w.Run(ctx) })
+			all.Go(func() {
+				for i := 0; ctx.Err() == nil; i++ {
+					w.Set(key, fmt.Sprint(i))
+					time.Sleep(time.Second)
+				}
+			})
+		}
+		all.Wait()
+		s.checkBudget(t)
+		if n := len(s.seen()); n < 20 || n > 33 {
+			t.Errorf("%d writes in ten minutes; want most of the budget of 33", n)
+		}
+	})
+}
+
+// TestBudgetOfRoot: what root makes in the daemon's folder is the daemon's.
+func TestBudgetOfRoot(t *testing.T) {
+	dir, uid, gid := t.TempDir(), os.Getuid(), os.Getgid()
+	if uid == 0 { // nobody else can give a folder away, and what they make is theirs anyway
+		uid, gid = 12345, 12346
+		if err := os.Chown(dir, uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := time.Unix(1700000000, 5)
+	f, _, err := openBudget(filepath.Join(dir, "budget"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if err := setTime(f.Name(), at); err != nil {
+		t.Fatal(err)
+	}
+	fi, err := os.Stat(filepath.Join(dir, "budget"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := fi.Sys().(*syscall.Stat_t); int(st.Uid) != uid || int(st.Gid) != gid || !fi.ModTime().Equal(at) || fi.Mode() != 0o600 {
+		t.Errorf("it belongs to %d:%d, %v, of %v", st.Uid, st.Gid, fi.Mode(), fi.ModTime())
+	}
 }
 
 // TestBudgetFile: a file from the future (a clock step), one that cannot be made, one that is a link.

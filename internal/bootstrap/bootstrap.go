@@ -404,7 +404,11 @@ func (p *publisher) publish(state State, unread bool) {
 	}
 	if p.writer == nil {
 		ctx, cancel := context.WithCancel(p.ctx)
-		p.writer, p.cancel, p.ended = guestattr.New(guestattr.Options{Log: p.log}), cancel, make(chan struct{})
+		opts := guestattr.Options{Log: p.log}
+		if _, err := os.Lstat(RuntimeDir); err == nil {
+			opts.Budget = filepath.Join(RuntimeDir, budgetFile) // the daemon may be about to write, too
+		}
+		p.writer, p.cancel, p.ended = guestattr.New(opts), cancel, make(chan struct{})
 		go func() {
 			defer close(p.ended)
 			p.writer.Run(ctx)

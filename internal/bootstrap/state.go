@@ -21,6 +21,7 @@ const (
 
 	StateFile   = "bootstrap.json"
 	RequestFile = "bootstrap-requested"
+	budgetFile  = "guest-attributes.budget" // in RuntimeDir, the daemon's: guestattr.Options.Budget
 )
 
 // Values of State.Status, as the guest attribute bootstrap-status has them. "" stands for: never started.
