@@ -1,6 +1,6 @@
 #!/bin/sh
 # The same without OS Config, for images that lack its agent: a plain startup-script, run at each boot. The VM needs the metadata gce-service-proxy
-# (the JSON of docs) and enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still running while this does.
+# (JSON: docs/attribute.md) and enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still running while this does.
 set -eu
 archive=gs://BUCKET/service-proxy-agent-VERSION.tgz
 dir=$(mktemp -d)
