@@ -74,18 +74,21 @@ func printStatus(out io.Writer, s agent.Status) error {
 	if s.Bootstrap.Status != "" {
 		row("bootstrap", "%s %s", s.Bootstrap.Status, s.Bootstrap.Failure)
 	}
-	envoy := s.Envoy.State
-	if envoy == "" {
-		envoy = "no answer"
+	envoy := "no answer"
+	if s.Envoy.State != "" {
+		envoy = s.Envoy.State + " " + s.Envoy.Version
 	}
-	row("envoy", "%s %s at %s, %d listeners, %d rejected", envoy, s.Envoy.Version, s.Envoy.Admin, s.Envoy.Listeners, s.Envoy.Rejected)
+	row("envoy", "%s at %s, %d listeners, %d rejected", envoy, s.Envoy.Admin, s.Envoy.Listeners, s.Envoy.Rejected)
 	for _, f := range s.Families {
 		state := "as wanted"
 		switch {
 		case !f.Usable:
 			state = "off: " + f.Error
 		case !f.Equal:
-			state = "not as wanted " + f.Error
+			state = "not as wanted"
+			if f.Error != "" {
+				state += ": " + f.Error
+			}
 		}
 		jumps := "jumps in"
 		if !f.Jumps {

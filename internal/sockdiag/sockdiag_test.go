@@ -217,3 +217,41 @@ func BenchmarkOwner(b *testing.B) {
 		}
 	}
 }
+
+// TestUDPListeners: who gets a datagram from anybody, as Envoy's DNS listener does; a connected socket does not.
+func TestUDPListeners(t *testing.T) {
+	me := uint32(os.Getuid())
+	for _, tt := range []struct {
+		listen, ask string
+		want        bool
+	}{
+		{"127.0.0.1:0", "127.0.0.1", true}, {"0.0.0.0:0", "127.0.0.1", true}, {"127.0.0.2:0", "127.0.0.1", false},
+		{"[::1]:0", "::1", true}, {"[::]:0", "::1", true},
+	} {
+		c, err := net.ListenPacket("udp", tt.listen)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		p := c.LocalAddr().(*net.UDPAddr).AddrPort().Port()
+		all, err := UDPListeners(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		uids := Accepting(all, netip.MustParseAddr(tt.ask))
+		if got := slices.Equal(uids, []uint32{me}); got != tt.want {
+			t.Errorf("%s, asked for %s: %v of %+v", tt.listen, tt.ask, uids, all)
+		}
+		if tcp, err := Listeners(p); err != nil || slices.ContainsFunc(tcp, func(l Listener) bool { return l.Addr == c.LocalAddr().(*net.UDPAddr).AddrPort() }) {
+			t.Errorf("%s is among the TCP listeners: %+v, %v", tt.listen, tcp, err)
+		}
+		client, err := net.Dial("udp", c.LocalAddr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		if all, err := UDPListeners(client.LocalAddr().(*net.UDPAddr).AddrPort().Port()); err != nil || len(all) > 0 {
+			t.Errorf("a connected socket is a listener: %+v, %v", all, err)
+		}
+	}
+}
