@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -267,24 +268,64 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
 
-// TestGuestAttributesDisabled: nothing but the channel is lost, and the serial port says so.
-func TestGuestAttributesDisabled(t *testing.T) {
+// TestPartsMissing: without ip6tables, guest attributes and the HTTP listener all the rest goes on, and the serial port names what is missing. It is taken up by itself
+// when it is there. (One box for all: each is asked for again every minute or two.)
+func TestPartsMissing(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{})
 	v.platform.Update(func(vm *platform.VM) { vm.GuestAttributesDisabled = true })
+	v.write("etc/default/service-proxy-agent", "SERVICE_PROXY_AGENT_LISTEN=\n", 0o644)
 	v.boot()
 	v.install()
 	v.waitFinished(90 * time.Second)
+	const files = "/usr/sbin/ip6tables* /etc/alternatives/ip6tables*"
+	v.run("sh", "-c", "tar -cPf /root/ip6tables.tar "+files+"; rm -f "+files+"; systemctl restart --no-block service-proxy-agent.service")
+	for _, word := range []string{"ip6tables", "enable-guest-attributes"} {
+		v.eventually(60*time.Second, "the serial port names "+word, func() error {
+			serial := v.Serial()
+			if i := strings.LastIndex(serial, " started"); i < 0 || !strings.Contains(serial[i:], word) {
+				return fmt.Errorf("it says\n%s", serial)
+			}
+			return nil
+		})
+	}
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-	v.eventually(60*time.Second, "the serial port names it", func() error {
-		if serial := v.Serial(); !strings.Contains(serial, "enable-guest-attributes") {
-			return fmt.Errorf("it says\n%s", serial)
+	if state := v.state(); state.Status != bootstrap.Finished {
+		t.Errorf("bootstrap is %q: %s", state.Status, state.Failure)
+	}
+
+	v.eventually(30*time.Second, "the target, by the agent's socket", func() error {
+		out, err := v.try("systemctl", "is-active", "service-proxy-ready.target")
+		if err != nil {
+			return fmt.Errorf("%w: %q", err, out)
 		}
 		return nil
 	})
+	if out, err := v.try("curl", "-s", "-m", "3", "http://127.0.0.1:15020/healthz"); err == nil {
+		t.Errorf("there is a listener: %s", out)
+	}
+	v.run("service-proxy-agent", "wait", "--listen", "", "--timeout", "10s")
+	out, err := v.try("setpriv", "--reuid=65534", "--clear-groups", "service-proxy-agent", "wait", "--listen", "", "--timeout", "10s")
+	if err == nil || !strings.Contains(out, "--listen") || !strings.Contains(out, "agent.sock") || !strings.Contains(out, "root") {
+		t.Errorf("another user is told %q, %v", out, err)
+	}
+
+	start := time.Now()
+	v.platform.Update(func(vm *platform.VM) { vm.GuestAttributesDisabled = false })
+	v.run("tar", "-xPf", "/root/ip6tables.tar")
+	v.eventually(80*time.Second, "IPv6 is in use again", func() error {
+		out, _ := v.try("service-proxy-agent", "status") // its exit code is of all findings
+		if !regexp.MustCompile(`(?m)^IPv6 +as wanted`).MatchString(out) {
+			return fmt.Errorf("the status is\n%s", out)
+		}
+		return nil
+	})
+	ipv6 := time.Since(start)
+	v.waitStatus(150*time.Second, bootstrap.Finished)
+	t.Logf("IPv6 was back after %.0f s, guest attributes after %.0f s", ipv6.Seconds(), time.Since(start).Seconds())
 }
 
-// TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in.
+// TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in, and the rotation's lets that rotate it.
 func TestAccessLogElsewhere(t *testing.T) {
 	t.Parallel()
 	const log = `/srv/my "100%" logs/access.log`
@@ -304,4 +345,19 @@ func TestAccessLogElsewhere(t *testing.T) {
 	if rejected := v.xds.Rejections(); len(rejected) > 0 {
 		t.Errorf("Envoy refused %v", rejected)
 	}
+	v.run("truncate", "-s", "65M", log)
+	v.run("systemctl", "start", "service-proxy-rotate.service")
+	if copied := v.run("stat", "-c", "%s", log+".1"); strings.TrimSpace(copied) != fmt.Sprint(65<<20) {
+		t.Errorf("the copy has %s bytes", copied)
+	}
+	if err := v.checkVIP(); err != nil {
+		t.Error(err)
+	}
+	v.eventually(30*time.Second, "a new line in the emptied access log", func() error {
+		info, err := os.Stat(filepath.Join(v.root, log))
+		if err != nil || info.Size() == 0 || info.Size() > 1<<20 {
+			return fmt.Errorf("%v, %v", info, err)
+		}
+		return nil
+	})
 }
