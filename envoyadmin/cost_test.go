@@ -277,13 +277,14 @@ func BenchmarkDumpOf10000(t *testing.B) {
 	}
 }
 
-// watcher is what the agent does with this package: log, detector, client.
+// watcher is what the agent does with this package (agent's envoyWatch), in the same rhythm: log, detector, Envoy's state
+// and its stream to the control plane.
 type watcher struct {
-	looks, dumps int
-	mu           sync.Mutex
-	seen         map[string]time.Time // change-N: when a dump had it
-	details      map[string]int       // of rejections, as the log told them
-	failed       error
+	looks, dumps, states, streams int
+	mu                            sync.Mutex
+	seen                          map[string]time.Time // change-N: when a dump had it
+	details                       map[string]int       // of rejections, as the log told them
+	failed                        error
 }
 
 func (w *watcher) run(ctx context.Context, e *envoy) {
@@ -294,11 +295,35 @@ func (w *watcher) run(ctx context.Context, e *envoy) {
 		for range log {
 		}
 	}()
-	var d Detector
+	const stateEvery, connectionEvery = time.Second, 15 * time.Second // as in package agent
+	var (
+		d               Detector
+		stats           Pace
+		asked, streamAt time.Time
+	)
+	failed := func(err error) {
+		if err != nil && ctx.Err() == nil {
+			w.failed = err
+		}
+	}
 	for ctx.Err() == nil {
 		began := time.Now()
 		switch action, wait := d.Next(began); action {
 		case Wait:
+			if began.Sub(asked) >= stateEvery {
+				asked = began
+				_, err := e.client.Ready(ctx)
+				failed(err)
+				w.states++
+			}
+			if now := time.Now(); now.Sub(streamAt) >= connectionEvery && stats.Due(now) {
+				streamAt = now
+				_, err := e.client.ControlPlane(ctx)
+				failed(err)
+				stats.Asked(now, time.Now())
+				w.streams++
+			}
+			wait = min(wait, stateEvery)
 			select {
 			case <-ctx.Done():
 			case event := <-log:
@@ -315,9 +340,7 @@ func (w *watcher) run(ctx context.Context, e *envoy) {
 		case Dump:
 			s, err := e.client.Listeners(ctx)
 			d.Dumped(began, time.Now(), s.Fingerprint, err)
-			if err != nil && ctx.Err() == nil {
-				w.failed = err
-			}
+			failed(err)
 			w.dumps++
 			w.mu.Lock()
 			for _, l := range s.Listeners {
@@ -328,6 +351,10 @@ func (w *watcher) run(ctx context.Context, e *envoy) {
 			w.mu.Unlock()
 		}
 	}
+}
+
+func (w *watcher) String() string {
+	return fmt.Sprintf("%d looks, %d dumps, %d times its state, %d its stream", w.looks, w.dumps, w.states, w.streams)
 }
 
 func (w *watcher) during(e *envoy, length time.Duration) {
@@ -419,8 +446,8 @@ func TestShareOfMainThread(t *testing.T) {
 				late = append(late, max(0, first.Sub(at)))
 			}
 			slices.Sort(late)
-			t.Logf("idle: %.2f %% alone, %.2f %% with us (%d looks, %d dumps); one change a second: %.1f %% alone, %.1f %% with us (%d looks, %d dumps); change to seen: median %v, worst %v",
-				alone, idleWith, idle.looks, idle.dumps, aloneChanging, withChanging, busy.looks, busy.dumps, late[len(late)/2].Round(time.Millisecond), late[len(late)-1].Round(time.Millisecond))
+			t.Logf("idle: %.2f %% alone, %.2f %% with us (%s); one change a second: %.1f %% alone, %.1f %% with us (%s); change to seen: median %v, worst %v",
+				alone, idleWith, idle.String(), aloneChanging, withChanging, busy.String(), late[len(late)/2].Round(time.Millisecond), late[len(late)-1].Round(time.Millisecond))
 			if cost := idleWith - alone; cost > 1 {
 				t.Errorf("idle, we cost %.2f %%", cost)
 			}
