@@ -9,6 +9,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"net/netip"
@@ -31,6 +32,14 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform/authority"
 )
+
+// Boxes wait more than they work: more of them at a time than two cores would have. (A -parallel on the command line wins: it is parsed in Run.)
+func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", "3"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
 
 // Addresses of Google's names, all in the lab's "service".
 const (
