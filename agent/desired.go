@@ -71,7 +71,7 @@ func Desired(in Inputs) Want {
 		}
 		want.InboundPort = redirectPort(inbound, family, DefaultInboundPort, true)
 		if want.InboundPort != 0 {
-			want.Serving = serving(inbound, family, in.Config.ServingPorts)
+			want.Serving = serving(inbound, family, want.InboundPort, in.Local, in.Config.ServingPorts)
 		}
 		if len(want.Serving) == 0 {
 			want.InboundPort = 0
@@ -83,7 +83,7 @@ func Desired(in Inputs) Want {
 		w.Families[i] = want
 	}
 	for _, l := range out {
-		if !slices.ContainsFunc(w.Families[:], func(f iptables.Interception) bool { return leadsTo(l, f.Family, f.OutboundPort) }) {
+		if !slices.ContainsFunc(w.Families[:], func(f iptables.Interception) bool { return leadsTo(l, f.Family, f.OutboundPort, false) }) {
 			for _, a := range l.Addresses {
 				g.note(l.Name, a.String(), "REDIRECT does not lead there: it wants a listener on the wildcard or loopback address, and one port for all")
 			}
@@ -155,9 +155,9 @@ func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expec
 	return first
 }
 
-// leadsTo says whether REDIRECT to port on OUTPUT ends at the listener.
-func leadsTo(l envoyadmin.Listener, family iptables.Family, port uint16) bool {
-	return port != 0 && slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool { return a.Port() == port && reachable(l, a.Addr(), family, false) })
+// leadsTo says whether REDIRECT to port, on OUTPUT or for inbound connections on PREROUTING, ends at the listener.
+func leadsTo(l envoyadmin.Listener, family iptables.Family, port uint16, inbound bool) bool {
+	return port != 0 && slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool { return a.Port() == port && reachable(l, a.Addr(), family, inbound) })
 }
 
 func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbound bool) bool {
@@ -181,7 +181,7 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g 
 			continue
 		}
 		switch {
-		case l.Bound && l.OriginalDst && leadsTo(l, family, port):
+		case l.Bound && l.OriginalDst && leadsTo(l, family, port, false):
 			for _, c := range l.Chains {
 				for _, p := range c.Prefixes {
 					if isFamily(p.Addr(), family) && g.prefix(l.Name, p) {
@@ -210,10 +210,13 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g 
 	return sortedPrefixes(prefixes), sortedPorts(ports)
 }
 
-// serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that Envoy's inbound listener has a
-// chain for, with the address where the chain has one.
-func serving(listeners []envoyadmin.Listener, family iptables.Family, ports []uint16) (rows []iptables.Serving) {
+// serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that the inbound listener at REDIRECT's
+// port has a chain for, with the address where the chain has one; of a wider prefix the VM's own addresses in it.
+func serving(listeners []envoyadmin.Listener, family iptables.Family, to uint16, local []netip.Addr, ports []uint16) (rows []iptables.Serving) {
 	for _, l := range listeners {
+		if !leadsTo(l, family, to, true) {
+			continue
+		}
 		for _, c := range chainsAndDefault(l) {
 			for _, port := range ports {
 				if c.Port != 0 && c.Port != port {
@@ -229,6 +232,12 @@ func serving(listeners []envoyadmin.Listener, family iptables.Family, ports []ui
 						rows = append(rows, iptables.Serving{Addr: p.Addr(), Port: port})
 					case p.Bits() == 0:
 						rows = append(rows, iptables.Serving{Port: port})
+					default:
+						for _, own := range local {
+							if p.Contains(own) {
+								rows = append(rows, iptables.Serving{Addr: own, Port: port})
+							}
+						}
 					}
 				}
 			}

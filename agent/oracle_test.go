@@ -306,9 +306,7 @@ func (r scenes) scene() scene {
 			s.behind = append(s.behind, l)
 		}
 	}
-	// One inbound listener, with chains for single addresses: Desired also takes the chains of inbound listeners that REDIRECT
-	// does not lead to, and leaves prefixes of several addresses out.
-	if !r.oneIn(3) {
+	for range r.IntN(3) {
 		l := r.listener(true, pick(r, []uint16{15006, 15006, 15206}))
 		l.OriginalDst = true
 		l.Chains = r.chains(true)
