@@ -350,9 +350,11 @@ func (a *Agent) watchOthers(ctx context.Context) error {
 		if err != nil {
 			a.log.Debug("could not look into the other iptables backend", zap.Error(err))
 		}
-		if others, err := a.kernel.Others(ctx); err == nil {
-			a.others.Put(others)
+		others, err := a.kernel.Others(ctx) // what could be seen, in any case
+		if err != nil {
+			a.log.Debug("could not look for other nat chains", zap.Error(err))
 		}
+		a.others.Put(others)
 	}
 	return nil
 }
