@@ -259,6 +259,14 @@ func (c *Client) do(ctx context.Context, method, path string, limit time.Duratio
 		return nil, err
 	}
 	res, err := c.http.Do(req)
+	// An agent that is killed while it forks leaves a child that holds the socket until its exec, some 30 ms (seen).
+	for range 10 {
+		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+		res, err = c.http.Do(req)
+	}
 	if err != nil {
 		return nil, c.explain(err)
 	}
