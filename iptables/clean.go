@@ -13,8 +13,9 @@ import (
 
 // Cleanup takes everything of ours out of both families' nat tables, in whichever backend it is, and says what it
 // removed, one thing a string. A family or backend that cannot be cleaned does not stop the others; the errors are
-// joined, and one that could not be looked into (ErrCouldNotLook) is one of them. Connections that are being redirected go on: NAT was decided at their first packet, as long as other NAT rules
-// keep conntrack on. A chain of ours that somebody else's rule leads to stays, empty.
+// joined, and one that could not be looked into (ErrCouldNotLook) is one of them. Connections that are being redirected go
+// on, since NAT was decided at their first packet, as long as a rule of anybody's that uses conntrack keeps it on. A chain
+// of ours that somebody else's rule leads to stays, empty.
 func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	var removed []string
 	var errs []error

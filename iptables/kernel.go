@@ -237,9 +237,13 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 	if t.backend == NFT {
 		limit = saveLimit
 	}
-	save, err := k.run(ctx, limit, nil, t.saving, "-t", "nat")
-	if err == nil && !bytes.Contains(save, []byte("is incompatible")) {
-		return k.parse(t, save)
+	save := saveBuffers.Get().(*bytes.Buffer)
+	err := runInto(ctx, limit, &k.own, nil, save, t.saving, "-t", "nat")
+	if err == nil && !bytes.Contains(save.Bytes(), []byte("is incompatible")) {
+		table, err := k.parse(t, save.Bytes())
+		save.Reset()
+		saveBuffers.Put(save)
+		return table, err
 	}
 	if t.backend != NFT || err != nil && !errors.Is(err, ErrCouldNotLook) {
 		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
@@ -258,6 +262,9 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 	}
 	return k.listChains(ctx, t, Table{family: t.family}, wanted, names)
 }
+
+// saveBuffers hold saves until they are parsed: of 10,000 rules on legacy a megabyte each 1.5 s.
+var saveBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // parse is Parse, or what it said of the same save before.
 func (k *Kernel) parse(t tool, save []byte) (Table, error) {
@@ -461,6 +468,15 @@ func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, nam
 }
 
 func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, name string, args ...string) ([]byte, error) {
+	var stdout bytes.Buffer
+	if err := runInto(ctx, limit, own, stdin, &stdout, name, args...); err != nil {
+		return nil, err
+	}
+	return stdout.Bytes(), nil
+}
+
+// runInto writes what the command said to stdout, which is not to be used again after an error: a copy may still go on.
+func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(limited, name, args...)
@@ -471,20 +487,20 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 		}
 	}
 	cmd.WaitDelay = waitDelay
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	var stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = stdout, &stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
-		return nil, fmt.Errorf("run %s: %w", name, err)
+		return fmt.Errorf("run %s: %w", name, err)
 	}
 	if err := cmd.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("%w: %w", ErrNoIPTables, err)
+			return fmt.Errorf("%w: %w", ErrNoIPTables, err)
 		}
 		if limited.Err() != nil { // the time was over before it began
-			return nil, fmt.Errorf("run %s: %w: %w", filepath.Base(name), ErrCouldNotLook, err)
+			return fmt.Errorf("run %s: %w: %w", filepath.Base(name), ErrCouldNotLook, err)
 		}
-		return nil, fmt.Errorf("run: %w", err)
+		return fmt.Errorf("run: %w", err)
 	}
 	own.started(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
 	defer own.ended(cmd.Process.Pid)
@@ -494,13 +510,13 @@ func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, n
 	command := strings.Join(append([]string{filepath.Base(name)}, args...), " ")
 	switch {
 	case err == nil:
-		return stdout.Bytes(), nil
+		return nil
 	case limited.Err() != nil:
-		return nil, fmt.Errorf("%s: %w: no end after %s: %w", command, ErrCouldNotLook, limit, limited.Err())
+		return fmt.Errorf("%s: %w: no end after %s: %w", command, ErrCouldNotLook, limit, limited.Err())
 	case cmd.ProcessState.Success(): // exec.ErrWaitDelay: what it said was not read to its end
-		return nil, fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)
+		return fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)
 	default:
-		return nil, classify(command, cmd.ProcessState.ExitCode(), stderr.String())
+		return classify(command, cmd.ProcessState.ExitCode(), stderr.String())
 	}
 }
 
