@@ -62,6 +62,17 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 		return len(s.Findings) == 0 && s.Ready && strings.Contains(s.LastFailure, "(over; ")
 	})
 	must(t, err)
+	if r.extras == 0 {
+		return
+	}
+	// The stream stands before what it brings is in the rules.
+	for ctx, newest := within(t, 20*time.Second), service(r.extras).Prefixes[0].String(); ; time.Sleep(10 * time.Millisecond) {
+		rules, err := r.Chains(ctx, "IPv4")
+		must(t, err)
+		if strings.Contains(rules, newest) {
+			return
+		}
+	}
 }
 
 // TestControlPlaneRefuses: whatever the control plane says no to is named with its next step, and it is over by itself once

@@ -141,7 +141,7 @@ func TestBadInput(t *testing.T) {
 		{"unknown command", []string{"frobnicate"}, "", 64, []string{"frobnicate", "--help"}},
 		{"an argument too many", []string{"status", "now"}, "", 64, []string{"now"}},
 		{"unreadable --config", []string{"run", "--config", m.Dir + "/none.json"}, "", 64, []string{"none.json", "--config"}},
-		{"malformed attribute", []string{"run", "--config", bad}, "", 1, []string{"bad.json", "proxy-port"}},
+		{"malformed attribute", []string{"run", "--config", bad}, "", 64, []string{"bad.json", "proxy-port"}},
 		{"bad policy", []string{"run", "--when-envoy-down", "panic"}, "", 64, []string{"panic", "keep or bypass"}},
 		{"bad environment twin", []string{"run"}, "SERVICE_PROXY_AGENT_WHEN_ENVOY_DOWN=panic", 64, []string{"panic"}},
 		{"bad admin address", []string{"run", "--envoy-admin", "15000"}, "", 64, []string{"--envoy-admin", "15000"}},
