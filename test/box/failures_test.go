@@ -99,104 +99,54 @@ func (v *VM) bootstrapAgain() {
 	v.run("systemctl", "restart", "--no-block", "service-proxy-bootstrap.service")
 }
 
-// TestFailures breaks one thing after the other on a VM whose archive brings no Envoy: the right line each time, nothing half installed, and recovery by itself
-// when the cause has gone.
-func TestFailures(t *testing.T) {
-	t.Parallel()
-	v := newVM(t, options{archive: packageRelease(t, "1.0.0", "none")})
-	good := envoyArchive(t)
-	sum := sha256.Sum256(good)
-	v.platform.PutObject(bucket, "good.tgz", good)
-	v.platform.PutObject(bucket, "sub dir/good.tgz", good)
-	v.boot()
-	v.install()
+// failure is one thing broken.
+type failure struct {
+	name      string
+	attribute string   // "": the good one
+	brk       func()   // before bootstrap starts
+	want      []string // words of the failure; none: it is to finish in spite of it
+	mend      func()   // nil: by the good attribute
+}
 
-	// Nothing to be had: seen from outside.
-	v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "there is no Envoy", "primary-source")
-	v.waitStatus(60*time.Second, bootstrap.Failed)
-	v.eventually(60*time.Second, "bootstrap-last-failure", func() error {
-		if have := v.guest(guestattr.BootstrapLastFailure); !strings.Contains(have, "there is no Envoy") {
-			return fmt.Errorf("it is %q", have)
-		}
-		return nil
-	})
-	primary := func(source string) string { return attributeWith(t, map[string]any{"primary-source": source}) }
-	goodSource := primary("gs://" + bucket + "/good.tgz#sha256=" + hex.EncodeToString(sum[:]))
-	v.platform.SetAttribute("gce-service-proxy", goodSource)
-	v.waitFinished(60 * time.Second)
+// sick is a VM whose archive brings no Envoy. Things are broken on it one after the other.
+type sick struct {
+	*VM
+	good      []byte // an archive with an Envoy
+	attribute string // names it, with its checksum
+}
 
-	setObject := func(name string, content []byte) string {
-		v.platform.PutObject(bucket, name, content)
-		return primary("gs://" + bucket + "/" + name)
-	}
-	script := func(text string) func() { return func() { v.run("sh", "-c", text) } }
-	fault := func(f platform.Fault) (brk, mend func()) {
-		var remove func()
-		return func() { remove = v.platform.Inject(f) }, func() { remove() }
-	}
-	const attributePath = "/computeMetadata/v1/instance/attributes/gce-service-proxy"
-	metadata403, mend403 := fault(platform.Fault{Prefix: attributePath, Status: 403})
-	metadata503, mend503 := fault(platform.Fault{Prefix: attributePath, Status: 503})
-	metadataHang, mendHang := fault(platform.Fault{Prefix: attributePath, Hang: true})
-	metadataSlow, mendSlow := fault(platform.Fault{Prefix: "/computeMetadata/v1/instance/", Delay: 2 * time.Second})
-	old := fakeEnvoy(t, "1.20.3")
-	refusing := fakeEnvoy(t, "1.33.0")
+func newSick(t *testing.T) sick {
+	t.Helper()
+	s := sick{VM: newVM(t, options{archive: packageRelease(t, "1.0.0", "none")}), good: envoyArchive(t)}
+	sum := sha256.Sum256(s.good)
+	s.platform.PutObject(bucket, "good.tgz", s.good)
+	s.attribute = primary(t, "good.tgz#sha256="+hex.EncodeToString(sum[:]))
+	return s
+}
 
-	for _, tt := range []struct {
-		name      string
-		attribute string   // "": the good one
-		brk       func()   // before bootstrap starts
-		want      []string // words of the failure; none: it is to finish in spite of it
-		mend      func()   // nil: by the good attribute
-	}{
-		{name: "primary dead, secondary fine", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "gs://" + bucket + "/sub dir/good.tgz"})},
-		{name: "both dead", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "https://storage.googleapis.com/" + bucket + "/none.tgz?sig=SECRET"}),
-			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 401"}},
-		{name: "truncated archive", attribute: setObject("truncated.tgz", good[:len(good)/2]), want: []string{bootstrap.StepEnvoy, "bad archive: it ends early"},
-			mend: func() { v.platform.PutObject(bucket, "truncated.tgz", good) }},
-		{name: "corrupt archive", attribute: setObject("corrupt.tgz", corrupt(good)), want: []string{bootstrap.StepEnvoy, "bad archive"}},
-		{name: "wrong checksum", attribute: primary("gs://" + bucket + "/good.tgz#sha256=" + strings.Repeat("0", 64)), want: []string{bootstrap.StepEnvoy, "wrong checksum"}},
-		{name: "checksum beside", attribute: func() string {
-			v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(strings.Repeat("a", 64)+"  beside.tgz\n"))
-			return setObject("beside.tgz", good)
-		}(), want: []string{bootstrap.StepEnvoy, "wrong checksum"},
-			mend: func() {
-				v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(hex.EncodeToString(sum[:])+"  beside.tgz\n"))
-			}},
-		{name: "archive that leaves its folder", attribute: setObject("dots.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/../../../etc/evil", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("x")})),
-			want: []string{bootstrap.StepEnvoy, "leaves its folder"}},
-		{name: "archive with an absolute link", attribute: setObject("link.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Linkname: "/bin/sh", Typeflag: tar.TypeSymlink}, nil})),
-			want: []string{bootstrap.StepEnvoy, "is a link"}},
-		{name: "setuid", attribute: setObject("setuid.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o4755, Typeflag: tar.TypeReg}, old})),
-			want: []string{bootstrap.StepEnvoy, "setuid"}},
-		{name: "too old in the archive", attribute: setObject("old.tgz", envoyTgz(t, old)), want: []string{bootstrap.StepEnvoy, "version 1.20.3 is too old"}},
-		{name: "too old on the image", attribute: attributeWith(t, map[string]any{}), brk: func() {
-			v.write("usr/local/bin/envoy", string(old), 0o755)
-		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: version 1.20.3 is too old, want 1.24.9"}},
-		{name: "refuses its configuration", attribute: setObject("refusing.tgz", envoyTgz(t, refusing)), want: []string{bootstrap.StepConfigure, "Envoy 1.33.0 refuses its configuration", "no such field"}},
-		{name: "disk full", brk: script("mkdir -p /usr/local/lib/service-proxy-agent; mount -t tmpfs -o size=4m tmpfs /usr/local/lib/service-proxy-agent"),
-			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"}, mend: script("umount -l /usr/local/lib/service-proxy-agent")},
-		{name: "read-only /usr/local", brk: script("mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"),
-			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"}, mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
-		{name: "no certificates and a broken repository", brk: script("rm /etc/ssl/certs/ca-certificates.crt; dpkg --purge --force-depends ca-certificates; mv /var/local/repo /var/local/repo.away"),
-			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "}, mend: script("mv /var/local/repo.away /var/local/repo")},
-		{name: "malformed JSON", attribute: `{"service": {`, want: []string{bootstrap.StepAttribute, "ends early"}},
-		{name: "wrong type", attribute: `{"service": {"serving-ports": ["80"]}}`, want: []string{bootstrap.StepAttribute, "service.serving-ports[0]", "want a whole number, have a string"}},
-		{name: "Anthos form", attribute: capture(t, "asm-managed"), want: []string{bootstrap.StepAttribute, "Anthos"}},
-		{name: "no attribute", brk: func() { v.platform.DeleteAttribute("gce-service-proxy") }, want: []string{bootstrap.StepAttribute, "no metadata attribute gce-service-proxy", "--service-proxy enabled"}},
-		{name: "metadata 403", brk: metadata403, want: []string{bootstrap.StepAttribute, "status 403"}, mend: mend403},
-		{name: "metadata 503", brk: metadata503, want: []string{bootstrap.StepAttribute, "status 503"}, mend: mend503},
-		{name: "metadata hangs", brk: metadataHang, want: []string{bootstrap.StepAttribute, "no answer within 10s"}, mend: mendHang},
-		{name: "metadata slow", brk: metadataSlow, mend: mendSlow},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			outer := v.t
+func primary(t *testing.T, object string) string {
+	t.Helper()
+	return attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/" + object})
+}
+
+// put makes an object, and the attribute that names it.
+func (s sick) put(name string, content []byte) string {
+	s.t.Helper()
+	s.platform.PutObject(bucket, name, content)
+	return primary(s.t, name)
+}
+
+// check shows of each failure the right line, nothing half installed, and recovery by itself when the cause has gone.
+func (s sick) check(failures []failure) {
+	v, whole := s.VM, s.t
+	for _, tt := range failures {
+		whole.Run(tt.name, func(t *testing.T) {
 			v.t = t
-			defer func() { v.t = outer }()
+			defer func() { v.t = whole }()
 			v.run("systemctl", "stop", "service-proxy-bootstrap.path") // the daemon shall not start it before all is broken
 			attribute := tt.attribute
 			if attribute == "" {
-				attribute = goodSource
+				attribute = s.attribute
 			}
 			v.platform.SetAttribute("gce-service-proxy", attribute)
 			v.forget()
@@ -214,7 +164,7 @@ func TestFailures(t *testing.T) {
 			case tt.mend != nil:
 				tt.mend()
 			default:
-				v.platform.SetAttribute("gce-service-proxy", goodSource)
+				v.platform.SetAttribute("gce-service-proxy", s.attribute)
 			}
 			start = time.Now()
 			v.waitFinished(90 * time.Second)
@@ -223,11 +173,99 @@ func TestFailures(t *testing.T) {
 				tt.mend()
 			}
 		})
-		if t.Failed() {
+		if whole.Failed() {
 			return // the next case would start from what this one left
 		}
 	}
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+}
+
+// TestEnvoyFailures: archives with no, a broken or an unfit Envoy.
+func TestEnvoyFailures(t *testing.T) {
+	t.Parallel()
+	v := newSick(t)
+	v.platform.PutObject(bucket, "sub dir/good.tgz", v.good)
+	v.boot()
+	v.install()
+
+	// Nothing to be had: seen from outside.
+	v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "there is no Envoy", "primary-source")
+	v.waitStatus(60*time.Second, bootstrap.Failed)
+	v.eventually(60*time.Second, "bootstrap-last-failure", func() error {
+		if have := v.guest(guestattr.BootstrapLastFailure); !strings.Contains(have, "there is no Envoy") {
+			return fmt.Errorf("it is %q", have)
+		}
+		return nil
+	})
+	v.platform.SetAttribute("gce-service-proxy", v.attribute)
+	v.waitFinished(60 * time.Second)
+
+	sum := sha256.Sum256(v.good)
+	old, refusing := fakeEnvoy(t, "1.20.3"), fakeEnvoy(t, "1.33.0")
+	v.check([]failure{
+		{name: "primary dead, secondary fine", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "gs://" + bucket + "/sub dir/good.tgz"})},
+		{name: "both dead", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "https://storage.googleapis.com/" + bucket + "/none.tgz?sig=SECRET"}),
+			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 401"}},
+		{name: "truncated archive", attribute: v.put("truncated.tgz", v.good[:len(v.good)/2]), want: []string{bootstrap.StepEnvoy, "bad archive: it ends early"},
+			mend: func() { v.platform.PutObject(bucket, "truncated.tgz", v.good) }},
+		{name: "corrupt archive", attribute: v.put("corrupt.tgz", corrupt(v.good)), want: []string{bootstrap.StepEnvoy, "bad archive"}},
+		{name: "wrong checksum", attribute: primary(t, "good.tgz#sha256="+strings.Repeat("0", 64)), want: []string{bootstrap.StepEnvoy, "wrong checksum"}},
+		{name: "checksum beside", attribute: func() string {
+			v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(strings.Repeat("a", 64)+"  beside.tgz\n"))
+			return v.put("beside.tgz", v.good)
+		}(), want: []string{bootstrap.StepEnvoy, "wrong checksum"},
+			mend: func() {
+				v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(hex.EncodeToString(sum[:])+"  beside.tgz\n"))
+			}},
+		{name: "archive that leaves its folder", attribute: v.put("dots.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/../../../etc/evil", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("x")})),
+			want: []string{bootstrap.StepEnvoy, "leaves its folder"}},
+		{name: "archive with an absolute link", attribute: v.put("link.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Linkname: "/bin/sh", Typeflag: tar.TypeSymlink}, nil})),
+			want: []string{bootstrap.StepEnvoy, "is a link"}},
+		{name: "setuid", attribute: v.put("setuid.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o4755, Typeflag: tar.TypeReg}, old})),
+			want: []string{bootstrap.StepEnvoy, "setuid"}},
+		{name: "too old in the archive", attribute: v.put("old.tgz", envoyTgz(t, old)), want: []string{bootstrap.StepEnvoy, "version 1.20.3 is too old"}},
+		{name: "too old on the image", attribute: attributeWith(t, map[string]any{}), brk: func() {
+			v.write("usr/local/bin/envoy", string(old), 0o755)
+		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: version 1.20.3 is too old, want 1.24.9"}},
+		{name: "refuses its configuration", attribute: v.put("refusing.tgz", envoyTgz(t, refusing)), want: []string{bootstrap.StepConfigure, "Envoy 1.33.0 refuses its configuration", "no such field"}},
+	})
+}
+
+// TestMachineFailures: what the VM, its attribute and the metadata server may have wrong.
+func TestMachineFailures(t *testing.T) {
+	t.Parallel()
+	v := newSick(t)
+	v.platform.SetAttribute("gce-service-proxy", v.attribute)
+	v.boot()
+	v.install()
+	v.waitFinished(90 * time.Second)
+
+	script := func(text string) func() { return func() { v.run("sh", "-c", text) } }
+	fault := func(f platform.Fault) (brk, mend func()) {
+		var remove func()
+		return func() { remove = v.platform.Inject(f) }, func() { remove() }
+	}
+	const attributePath = "/computeMetadata/v1/instance/attributes/gce-service-proxy"
+	metadata403, mend403 := fault(platform.Fault{Prefix: attributePath, Status: 403})
+	metadata503, mend503 := fault(platform.Fault{Prefix: attributePath, Status: 503})
+	metadataHang, mendHang := fault(platform.Fault{Prefix: attributePath, Hang: true})
+	metadataSlow, mendSlow := fault(platform.Fault{Prefix: "/computeMetadata/v1/instance/", Delay: 2 * time.Second})
+	v.check([]failure{
+		{name: "disk full", brk: script("mkdir -p /usr/local/lib/service-proxy-agent; mount -t tmpfs -o size=4m tmpfs /usr/local/lib/service-proxy-agent"),
+			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"}, mend: script("umount -l /usr/local/lib/service-proxy-agent")},
+		{name: "read-only /usr/local", brk: script("mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"),
+			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"}, mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
+		{name: "no certificates and a broken repository", brk: script("rm /etc/ssl/certs/ca-certificates.crt; dpkg --purge --force-depends ca-certificates; mv /var/local/repo /var/local/repo.away"),
+			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "}, mend: script("mv /var/local/repo.away /var/local/repo")},
+		{name: "malformed JSON", attribute: `{"service": {`, want: []string{bootstrap.StepAttribute, "ends early"}},
+		{name: "wrong type", attribute: `{"service": {"serving-ports": ["80"]}}`, want: []string{bootstrap.StepAttribute, "service.serving-ports[0]", "want a whole number, have a string"}},
+		{name: "Anthos form", attribute: capture(t, "asm-managed"), want: []string{bootstrap.StepAttribute, "Anthos"}},
+		{name: "no attribute", brk: func() { v.platform.DeleteAttribute("gce-service-proxy") }, want: []string{bootstrap.StepAttribute, "no metadata attribute gce-service-proxy", "--service-proxy enabled"}},
+		{name: "metadata 403", brk: metadata403, want: []string{bootstrap.StepAttribute, "status 403"}, mend: mend403},
+		{name: "metadata 503", brk: metadata503, want: []string{bootstrap.StepAttribute, "status 503"}, mend: mend503},
+		{name: "metadata hangs", brk: metadataHang, want: []string{bootstrap.StepAttribute, "no answer within 10s"}, mend: mendHang},
+		{name: "metadata slow", brk: metadataSlow, mend: mendSlow},
+	})
 }
 
 func corrupt(archive []byte) []byte {

@@ -35,7 +35,7 @@ import (
 
 // Boxes wait more than they work: more of them at a time than two cores would have. (A -parallel on the command line wins: it is parsed in Run.)
 func TestMain(m *testing.M) {
-	if err := flag.Set("test.parallel", "3"); err != nil {
+	if err := flag.Set("test.parallel", "5"); err != nil {
 		panic(err)
 	}
 	os.Exit(m.Run())
