@@ -372,6 +372,9 @@ func TestShareOfMainThread(t *testing.T) {
 	}
 	for _, n := range counts {
 		t.Run(fmt.Sprint(n, " services"), func(t *testing.T) {
+			if !soak {
+				t.Parallel() // the time is processor time
+			}
 			e, push := bigEnvoy(t, n)
 			changes := 0
 			// Each second for a while, and when.
@@ -389,32 +392,31 @@ func TestShareOfMainThread(t *testing.T) {
 				during()
 				return 100 * float64(e.mainThread()-before) / float64(time.Since(began))
 			}
-			var idle, busy watcher
-			var when map[string]time.Time
-			alone := share(func() { time.Sleep(length) })
-			// The first dump is not part of being idle.
-			idleWith := func() float64 {
-				idle.seen, idle.details = map[string]time.Time{}, map[string]int{}
+			// The first dump is not part of what is measured.
+			start := func(w *watcher) (stop func()) {
+				w.seen, w.details = map[string]time.Time{}, map[string]int{}
 				ctx, cancel := context.WithCancel(context.Background())
 				done := make(chan struct{})
-				go func() { defer close(done); idle.run(ctx, e) }()
+				go func() { defer close(done); w.run(ctx, e) }()
 				e.until(time.Minute, func() error {
-					idle.mu.Lock()
-					defer idle.mu.Unlock()
-					if len(idle.seen) == 0 {
+					w.mu.Lock()
+					defer w.mu.Unlock()
+					if len(w.seen) == 0 {
 						return errors.New("the first dump did not come")
 					}
 					return nil
 				})
 				time.Sleep(2 * time.Second) // Envoy tidies up after it
-				defer func() { cancel(); <-done }()
-				return share(func() { time.Sleep(length) })
-			}()
+				return func() { cancel(); <-done }
+			}
+			var idle, busy watcher
+			var when map[string]time.Time
+			alone := share(func() { time.Sleep(length) })
+			stop := start(&idle)
+			idleWith := share(func() { time.Sleep(length) })
+			stop()
 			aloneChanging := share(func() { changing() })
-			ctx, cancel := context.WithCancel(context.Background())
-			done := make(chan struct{})
-			busy.seen, busy.details = map[string]time.Time{}, map[string]int{}
-			go func() { defer close(done); busy.run(ctx, e) }()
+			stop = start(&busy)
 			withChanging := share(func() { when = changing() })
 			e.until(time.Minute, func() error { // the last change may have to wait for its dump
 				busy.mu.Lock()
@@ -424,8 +426,7 @@ func TestShareOfMainThread(t *testing.T) {
 				}
 				return nil
 			})
-			cancel()
-			<-done
+			stop()
 			if idle.failed != nil || busy.failed != nil {
 				t.Error(idle.failed, busy.failed)
 			}
@@ -451,7 +452,12 @@ func TestShareOfMainThread(t *testing.T) {
 			if cost := idleWith - alone; cost > 1 {
 				t.Errorf("idle, we cost %.2f %%", cost)
 			}
-			if cost := withChanging - aloneChanging; cost > 10 {
+			limit := 10.0
+			if !soak {
+				// Of so short a time one dump more than its share is more than noise: here one costs 100 ms at most.
+				limit += 100 * float64(100*time.Millisecond) / float64(length)
+			}
+			if cost := withChanging - aloneChanging; cost > limit {
 				t.Errorf("under one change a second, we cost %.1f %%", cost)
 			}
 		})
