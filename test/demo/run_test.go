@@ -116,6 +116,7 @@ func agentBinary(t *testing.T) string {
 
 // TestShow is one whole run with the prompt at its end.
 func TestShow(t *testing.T) {
+	t.Parallel()
 	s := start(t, build(t), agentBinary(t), "add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nadd twin 10.10.0.1\nlist\nremove twin\nnonsense\nquit\n", "-keep")
 	if code := s.wait(t); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, s.out)
@@ -137,6 +138,7 @@ func TestShow(t *testing.T) {
 
 // TestBackground is `make demo KEEP=1 &` in a shell with job control: asking the terminal for commands would stop the whole job.
 func TestBackground(t *testing.T) {
+	t.Parallel()
 	s := prepare(t, build(t), agentBinary(t), "-keep")
 	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -190,6 +192,7 @@ func TestBackground(t *testing.T) {
 
 // TestShowFails has agents that do not do their work: the step that does not hold is named.
 func TestShowFails(t *testing.T) {
+	t.Parallel()
 	binary, agent := build(t), agentBinary(t)
 	for name, script := range map[string]string{
 		"ends at once":  "exit 0",
@@ -197,6 +200,7 @@ func TestShowFails(t *testing.T) {
 		"never healthy": `[ "$1" = status ] && { ` + agent + ` "$@"; exit 1; }; exec ` + agent + ` "$@"`,
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			path := filepath.Join(t.TempDir(), "agent")
 			if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
 				t.Fatal(err)
@@ -214,6 +218,7 @@ func TestShowFails(t *testing.T) {
 
 // TestInterrupted ends demos at random moments, most of them in the first, busiest second.
 func TestInterrupted(t *testing.T) {
+	t.Parallel()
 	binary, agent := build(t), agentBinary(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
