@@ -13,10 +13,10 @@ export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
 export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 
 .DEFAULT_GOAL := help
-.PHONY: help build tools demo check test lint unit kernel lab box bench soak package install-hint clean FORCE
+.PHONY: help build release tools demo check test lint unit kernel lab box bench soak package clean FORCE
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: $(BUILD)/service-proxy-agent ## the binary for this machine, in build/
 
@@ -44,6 +44,9 @@ check: ## the quick inner loop: format, vet, unit tests with the race detector; 
 test: ## everything, each distinct case once; prints the seconds of each group
 	@test/run.sh
 
+lint unit kernel lab box: ## one group of `make test`
+	@test/run.sh $@
+
 bench: tools build ## figures, as ratios against a floor or a peer of the same run
 	@test/bench.sh
 
@@ -55,5 +58,5 @@ package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scri
 	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/package.sh
 
 clean: ## everything that was built; downloads are kept
-	rm -f $(BUILD)/service-proxy-agent* $(BUILD)/demo
+	rm -rf $(BUILD)/service-proxy-agent* $(BUILD)/demo dist
 FORCE:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make test: everything, each distinct case once, in groups; prints the seconds of each.
+# make test: everything, each distinct case once, in groups; prints the seconds of each. usage: run.sh [GROUP…]
 # Kernel, lab and box tests need root and network namespaces of their own: without them this fails, it does not skip.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,21 +30,24 @@ lint() {
 }
 unit()   { go test -race -timeout 5m ./...; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
-kernel() { go test -tags kernel -p 1 -count=1 -timeout 10m $(tagged kernel); }
-lab()    { go test -tags lab -p 1 -parallel 4 -count=1 -timeout 12m $(tagged lab); }
-box()    { go test -tags box -p 1 -count=1 -timeout 12m $(tagged box); }
-tagged() { # packages that hold a test with this build tag; none is an error of go test
-  git ls-files '*_test.go' | xargs grep -lE "^//go:build .*\b$1\b" | xargs -n1 dirname | sort -u | sed 's,^,./,'
+kernel() { tagged kernel -timeout 10m; }
+lab()    { tagged lab -timeout 12m -parallel 4; }
+box()    { tagged box -timeout 12m; }
+tagged() { # TAG FLAG…: the tests in files with this build tag. The others of their packages ran in unit.
+  local tag=$1 files tests; shift
+  files=$(git ls-files '*_test.go' | xargs grep -lE "^//go:build .*\b$tag\b") || { echo "no test with the tag $tag"; return 1; }
+  tests=$(sed -nE 's/^func ((Test|Fuzz|Example)[A-Za-z0-9_]*)\(.*/\1/p' $files | grep -vx TestMain | paste -sd '|')
+  go test -tags "$tag" -p 1 -count=1 -run "^($tests)\$" "$@" $(dirname $files | sort -u | sed 's,^,./,')
 }
+
+bench()  { test/bench.sh once; }
 
 group set-up setup
 if (( ! failed )); then
-  group lint lint
-  group unit unit
-  group kernel kernel
-  group lab lab
-  group box box
-  group bench test/bench.sh once
+  (( $# )) || set -- lint unit kernel lab box bench
+  for name; do
+    group "$name" "$name"
+  done
 fi
 
 printf '\n=== seconds\n'
