@@ -60,6 +60,7 @@ type familyState struct {
 	left      []iptables.RefusedError
 	leftAt    time.Time
 	installed installed
+	forgetDNS []time.Time // when DNS questions' entries are deleted again
 	applied   time.Time
 	applies   map[string]int // of this pass, by outcome
 	rows      int            // written in this pass
@@ -88,6 +89,10 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	}
 	if !a.usable(ctx, now, s) {
 		return tick
+	}
+	if len(s.forgetDNS) > 0 && !now.Before(s.forgetDNS[0]) {
+		s.forgetDNS = s.forgetDNS[1:]
+		a.forgetQuestions(ctx)
 	}
 	changed := false
 	if known {
@@ -288,6 +293,9 @@ func (a *Agent) adopt(now time.Time, s *familyState, known bool) {
 	if ours.Settling() {
 		s.settling = now.Add(settle)
 	}
+	if known && a.want.Families[s.index()].DNSPort != 0 { // the run before may have had no time for it
+		s.forgetDNS = []time.Time{now.Add(answersLate)}
+	}
 	if known {
 		s.compile(a.want.Families[s.index()], s.key.serial, now)
 	}
@@ -342,10 +350,14 @@ const conntrackLimit = time.Second
 // forgetOldPaths deletes the conntrack entries that would keep what the rules have just taken over on its old path:
 // connections to new services that are not answered yet, and DNS questions that always come from one port (facts).
 func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
-	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
-	defer cancel()
 	was, now := s.installed, s.installs()
 	s.installed = now
+	if now.dns != was.dns {
+		a.forgetQuestions(ctx)
+		s.forgetDNS = []time.Time{s.applied.Add(time.Second), s.applied.Add(answersLate)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+	defer cancel()
 	if added := missing(now.services, was.services); len(added) > 0 {
 		if n, err := conntrack.DeleteHalfOpen(ctx, added); err != nil {
 			a.log.Debug("half-open connections keep their path", zap.Error(err))
@@ -353,10 +365,17 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 			a.log.Info("half-open connections begin anew through Envoy", zap.Stringer("family", s.family), zap.Int("connections", n))
 		}
 	}
-	if now.dns != was.dns {
-		if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
-			a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
-		}
+}
+
+// answersLate is how long a question that was asked before its path changed may still be answered, and bring the old path
+// back with that (conntrack.DeleteUDP): a resolver's customary time-out is 5 s (resolv.conf(5)).
+const answersLate = 6 * time.Second
+
+func (a *Agent) forgetQuestions(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+	defer cancel()
+	if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
+		a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
 	}
 }
 

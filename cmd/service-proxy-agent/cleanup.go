@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -37,6 +40,12 @@ func cleanupCommand() *cobra.Command {
 			}
 			if err != nil {
 				return fmt.Errorf("cleanup: %w", err)
+			}
+			if slices.ContainsFunc(removed, func(r string) bool { return strings.Contains(r, "SERVICE_PROXY_DNS") }) {
+				// Programs that always ask from one port would ask Envoy for ever.
+				if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
+					return fmt.Errorf("cleanup: the rules are out, but DNS questions from a fixed port may still go to Envoy: %w", err)
+				}
 			}
 			if len(removed) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing of ours was there")

@@ -6,7 +6,7 @@
 //
 // It talks to the kernel by ctnetlink, so that the conntrack program need not be installed. It needs CAP_NET_ADMIN. It
 // never touches an established connection, and it does nothing else with conntrack. Package agent calls it after
-// iptables.Kernel.Apply has put the new rules in.
+// iptables.Kernel.Apply has put the new rules in, and the cleanup command after it has taken them out.
 package conntrack
 
 import (
@@ -36,6 +36,7 @@ const (
 	ctaIPv4Dst       = 2
 	ctaIPv6Dst       = 4
 	ctaProtoNum      = 1
+	ctaProtoSrcPort  = 2
 	ctaProtoDstPort  = 3
 	ctaProtoInfoTCP  = 1
 	ctaProtoTCPState = 1
@@ -46,8 +47,9 @@ const (
 	nfgenmsgLen = 4
 )
 
-// entry is what is looked at of a conntrack entry: where its first packet went.
+// entry is what is looked at of a conntrack entry: where its first packet came from and went.
 type entry struct {
+	srcPort  uint16
 	dst      netip.AddrPort
 	proto    uint8
 	tcpState uint8
@@ -66,9 +68,13 @@ func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	})
 }
 
-// DeleteUDP deletes the entries of UDP exchanges whose first packet went to the port, and returns how many.
+// DeleteUDP deletes the entries of UDP exchanges with the port, and returns how many. It is to be called once more when
+// no answer can be on its way any longer: one that comes after the entry has gone makes a new entry, from the port, in
+// which the next question is the reply and so keeps the old path.
 func DeleteUDP(ctx context.Context, port uint16) (int, error) {
-	return deleteEntries(ctx, func(e entry) bool { return e.proto == unix.IPPROTO_UDP && e.dst.Port() == port })
+	return deleteEntries(ctx, func(e entry) bool {
+		return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port)
+	})
 }
 
 // deleteEntries walks the tables of both families and deletes what matches. An entry that ends by itself in between is
@@ -173,6 +179,8 @@ func parse(data []byte) (e entry, name []byte, err error) {
 								switch proto.Type() {
 								case ctaProtoNum:
 									e.proto = proto.Uint8()
+								case ctaProtoSrcPort:
+									e.srcPort = proto.Uint16()
 								case ctaProtoDstPort:
 									port = proto.Uint16()
 								}

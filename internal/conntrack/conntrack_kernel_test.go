@@ -137,6 +137,16 @@ func TestUDPFromAFixedPortTakesTheNewPath(t *testing.T) {
 	if n, err := DeleteUDP(ctx, 53); n != 1 || err != nil {
 		t.Fatalf("deleted %d, %v", n, err)
 	}
+	// An answer that was on its way makes an entry of its own, in which the next question is the reply.
+	if _, err := resolver.WriteTo([]byte("a"), client.LocalAddr()); err != nil {
+		t.Fatal(err)
+	}
+	if !got(resolver) {
+		t.Fatal("the late answer did not bring the old path back: the test shows nothing")
+	}
+	if n, err := DeleteUDP(ctx, 53); n != 1 || err != nil {
+		t.Fatalf("after a late answer: deleted %d, %v", n, err)
+	}
 	if !got(envoy) {
 		t.Error("after its entry was deleted, the question still went the old way")
 	}

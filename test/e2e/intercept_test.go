@@ -341,6 +341,16 @@ func TestInterceptDNS(t *testing.T) {
 		})
 		past()
 		through(t, m, web4)
+
+		_, err = m.CP.Set(with)
+		must(t, err)
+		user.answered(t, servers[0], fromEnvoy)
+		_, stderr, code, err := a.Run(within(t, 20*time.Second), "cleanup")
+		must(t, err)
+		if code != 0 {
+			t.Fatalf("cleanup: exit code %d: %s", code, stderr)
+		}
+		past()
 	})
 }
 
