@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 func bootstrapCommand() *cobra.Command {
@@ -34,7 +35,13 @@ func bootstrapCommand() *cobra.Command {
 			}
 			switch {
 			case remove:
-				return say(bootstrap.Remove(ctx, opts))
+				return say(bootstrap.Remove(ctx, opts, func(ctx context.Context) ([]string, error) {
+					removed, err := clean(ctx)
+					if errors.Is(err, iptables.ErrNoIPTables) {
+						return removed, nil // where it never was, nothing of ours is
+					}
+					return removed, err
+				}))
 			case rollback:
 				return say(bootstrap.Rollback(ctx, opts))
 			case units:

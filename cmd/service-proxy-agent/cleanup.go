@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -30,22 +29,12 @@ func cleanupCommand() *cobra.Command {
 			case errors.Is(pauseErr, server.ErrNoAgent):
 				pauseErr = nil
 			}
-			kernel, err := iptables.Open(ctx, iptables.Options{})
-			if err != nil {
-				return fmt.Errorf("cleanup: %w", err)
-			}
-			removed, err := kernel.Cleanup(ctx)
+			removed, err := clean(ctx)
 			for _, r := range removed {
-				fmt.Fprintln(cmd.OutOrStdout(), "removed "+r)
+				fmt.Fprintln(cmd.OutOrStdout(), r)
 			}
 			if err != nil {
 				return fmt.Errorf("cleanup: %w", err)
-			}
-			if slices.ContainsFunc(removed, func(r string) bool { return strings.Contains(r, "SERVICE_PROXY_DNS") }) {
-				// Programs that always ask from one port would ask Envoy for ever.
-				if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
-					return fmt.Errorf("cleanup: the rules are out, but DNS questions from a fixed port may still go to Envoy: %w", err)
-				}
 			}
 			if len(removed) == 0 {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing of ours was there")
@@ -56,4 +45,25 @@ func cleanupCommand() *cobra.Command {
 			return nil
 		},
 	}
+}
+
+// clean takes everything of ours out of the kernel and says what it removed, a line each.
+func clean(ctx context.Context) (removed []string, err error) {
+	kernel, err := iptables.Open(ctx, iptables.Options{})
+	if err != nil {
+		return nil, err
+	}
+	removed, err = kernel.Cleanup(ctx)
+	dns := false
+	for i, r := range removed {
+		dns = dns || strings.Contains(r, "SERVICE_PROXY_DNS")
+		removed[i] = "removed " + r
+	}
+	if err == nil && dns {
+		// Programs that always ask from one port would ask Envoy for ever.
+		if _, err = conntrack.DeleteUDP(ctx, 53); err != nil {
+			err = fmt.Errorf("the rules are out, but DNS questions from a fixed port may still go to Envoy: %w", err)
+		}
+	}
+	return removed, err
 }

@@ -211,8 +211,9 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	return done, nil
 }
 
-// Remove takes everything of ours off the VM, the kernel's rules first, and returns what it did and what it left, one line each. It goes on after an error.
-func Remove(ctx context.Context, opts Options) (done []string, err error) {
+// Remove takes everything of ours off the VM and returns what it did and what it left, one line each. The kernel's rules go first, by clean; where that
+// fails Envoy is left running, since rules without it would cut the VM off. It goes on after any other error.
+func Remove(ctx context.Context, opts Options, clean func(context.Context) (removed []string, err error)) (done []string, err error) {
 	b := newBootstrapper(opts)
 	if b.Root == "" && os.Geteuid() != 0 {
 		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
@@ -234,10 +235,24 @@ func Remove(ctx context.Context, opts Options) (done []string, err error) {
 			units = append(units, unit)
 		}
 	}
-	// One by one, in this order: the rules go before Envoy does.
-	for _, unit := range units {
-		systemctl(2*time.Minute, "stop", unit)
+	// One by one, in this order. The rules go when nobody runs any longer who would put them back, and before Envoy does.
+	stop := func(these []string) {
+		for _, unit := range these {
+			systemctl(2*time.Minute, "stop", unit)
+		}
 	}
+	last := slices.IndexFunc(units, func(unit string) bool { return unit == systemd.InterceptionUnit || unit == systemd.EnvoyUnit })
+	if last < 0 {
+		last = len(units)
+	}
+	stop(units[:last])
+	// The interception unit's stop does this, too, but a stop whose command failed is a stop all the same (seen: status 219, no cgroup for the command).
+	removed, err := clean(ctx)
+	done = append(done, removed...)
+	if err != nil {
+		return done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: %w; try again", errors.Join(append(errs, err)...))
+	}
+	stop(units[last:])
 	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer, systemd.BootstrapUnit, systemd.AgentUnit, systemd.EnvoyUnit} {
 		for _, there := range units {
 			if unit == there {
@@ -245,7 +260,7 @@ func Remove(ctx context.Context, opts Options) (done []string, err error) {
 			}
 		}
 	}
-	removed, err := systemd.Remove(b.Root + "/")
+	removed, err = systemd.Remove(b.Root + "/")
 	for _, path := range removed {
 		done = append(done, "removed "+path)
 	}

@@ -186,6 +186,7 @@ func nodeMetadata(more map[string]any) map[string]any {
 // TestLiveAttribute changes the attribute of a running VM: what Envoy need not know takes effect without its restart, what it must know by a restart that
 // drains, within 2 s for new connections; a malformed one changes nothing. The captures of real gcloud go through it one after the other.
 func TestLiveAttribute(t *testing.T) {
+	t.Parallel()
 	v := ready(t, options{})
 	excluded := regexp.MustCompile(`-d 198\.51\.100\.0/24 .*-j RETURN`)
 	pid := v.envoyPID()
@@ -246,7 +247,7 @@ func TestLiveAttribute(t *testing.T) {
 			t.Fatal(err)
 		}
 		if name == "asm-managed" {
-			continue // refused: TestFailures
+			continue // refused: TestMachineFailures
 		}
 		id := "projects/123456789012/networks/default/nodes/vm-1.us-central1-a.10.128.0.2"
 		if name == "everything" {
@@ -345,6 +346,7 @@ func (l *load) stop() (total, failed int, gap time.Duration) {
 
 // TestUpgrade reinstalls, upgrades and rolls back under load, without a lost connection and with the same Envoy process; then reboots.
 func TestUpgrade(t *testing.T) {
+	t.Parallel()
 	v := ready(t, options{})
 	pid := v.envoyPID()
 	seconds := 3
@@ -523,6 +525,11 @@ func TestRemove(t *testing.T) {
 	v := ready(t, options{})
 	said := v.run("service-proxy-agent", "bootstrap", "--remove")
 	t.Log(said)
+	for _, rule := range []string{"jump -A OUTPUT", "SERVICE_PROXY_SERVICE_CIDRS"} {
+		if !strings.Contains(said, rule) {
+			t.Errorf("it does not say that it removed %s", rule)
+		}
+	}
 	for _, name := range []string{"/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent", "/etc/service-proxy-agent", "/usr/local/lib/service-proxy-agent",
 		"/var/lib/service-proxy-agent", "/var/log/envoy", "/run/service-proxy-agent", "/usr/local/lib/systemd/system/service-proxy-agent.service"} {
 		if out, err := v.try("test", "-e", name); err == nil {
