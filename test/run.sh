@@ -17,7 +17,7 @@ group() { # NAME COMMAND…
   local name=$1 start=$SECONDS status=ok; shift
   printf '\n=== %s\n' "$name"
   "$@" || { status=FAILED; failed=1; }
-  report+=("$(printf '%-8s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
+  report+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
 }
 
 setup() {
@@ -31,7 +31,7 @@ lint() {
 unit()   { go test -race -timeout 5m ./...; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { tagged kernel -timeout 10m; }
-lab()    { tagged lab -timeout 12m -parallel 4; }
+lab()    { tagged lab -timeout 12m -parallel 8; }
 box()    { tagged box -timeout 12m; }
 tagged() { # TAG FLAG…: the tests in files with this build tag. The others of their packages ran in unit.
   local tag=$1 files tests; shift
@@ -41,10 +41,19 @@ tagged() { # TAG FLAG…: the tests in files with this build tag. The others of 
 }
 
 bench()  { test/bench.sh once; }
+box+bench() { # Boxes mostly wait; whether a benchmark works can be seen meanwhile. (Its figures mean little here.)
+  local said ended=0
+  said=$(mktemp)
+  bench >"$said" 2>&1 &
+  box || ended=1
+  wait $! || ended=1
+  cat "$said"; rm -f "$said"
+  return $ended
+}
 
 group set-up setup
 if (( ! failed )); then
-  (( $# )) || set -- lint unit kernel lab box bench
+  (( $# )) || set -- lint unit kernel lab box+bench
   for name; do
     group "$name" "$name"
   done
