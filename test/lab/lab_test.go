@@ -204,8 +204,11 @@ func TestListenerShapes(t *testing.T) {
 	}
 	shapes := []controlplane.Config{{}}
 	for _, v6 := range []controlplane.IPv6{controlplane.IPv6Off, controlplane.IPv6Additional, controlplane.IPv6DualStack, controlplane.IPv6Separate} {
-		c := mesh(v6)
-		shapes = append(shapes, c)
+		if v6 == controlplane.IPv6Separate {
+			// The control plane sends listeners in no order, and Envoy refuses one whose address another still has.
+			shapes = append(shapes, controlplane.Config{})
+		}
+		shapes = append(shapes, mesh(v6))
 	}
 	full := mesh(controlplane.IPv6Additional)
 	full.TLSInspector, full.Passthrough = true, true
