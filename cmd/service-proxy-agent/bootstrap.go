@@ -81,6 +81,9 @@ func drainCommand() *cobra.Command {
 		Use:   "drain",
 		Short: "Send Envoy's clients away before it is stopped; what Envoy's unit runs",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < 0 {
+				return usage(fmt.Errorf("--limit is %s; use a time like 10s, or 0 not to wait", limit))
+			}
 			return bootstrap.Drain(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
 		},
 	}

@@ -16,7 +16,7 @@ func TestWrongUsage(t *testing.T) {
 	for _, args := range []string{
 		"", "nonsense", "run x", "run --nonsense", "run --log-level loud", "run --when-envoy-down maybe", "run --listen x",
 		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
-		"status -o yaml", "wait --listen x", "wait --timeout soon", "drain --limit x", "version x", "cleanup x",
+		"status -o yaml", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "cleanup x",
 	} {
 		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {
 			t.Errorf("%q: exit code %d, want %d", args, have, exitUsage)

@@ -120,6 +120,9 @@ func waitCommand() *cobra.Command {
 		Short: "Wait until the mesh is ready (/healthz/ready); exit code 0 ready, 1 not in time",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
+			if timeout < 0 {
+				return usage(fmt.Errorf("--timeout is %s; use a time like 2m, or 0 to wait for ever", timeout))
+			}
 			if timeout > 0 {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, timeout)
