@@ -105,29 +105,34 @@ func Remove(root string) (removed []string, err error) {
 			errs = append(errs, fmt.Errorf("remove %q: %w", file.Path, err))
 		}
 	}
-	dropIns := filepath.Join(ConfDir, EnvoyUnit+".d")
-	dropIn := filepath.Join(dropIns, accessLogDropIn)
-	if err := os.Remove(filepath.Join(root, dropIn)); err == nil {
-		removed = append(removed, dropIn)
-		_ = os.Remove(filepath.Join(root, dropIns)) // stays where the administrator has drop-ins too
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, fmt.Errorf("remove %q: %w", dropIn, err))
+	for _, unit := range []string{EnvoyUnit, RotateUnit} {
+		switch changed, err := SetWritable(root, unit, ""); {
+		case err != nil:
+			errs = append(errs, err)
+		case changed:
+			removed = append(removed, AccessLogDropIn(unit))
+		}
 	}
 	return removed, errors.Join(errs...)
 }
 
-const accessLogDropIn = "50-service-proxy-access-log.conf"
+// AccessLogDropIn is where SetWritable keeps a unit's right.
+func AccessLogDropIn(unit string) string {
+	return filepath.Join(ConfDir, unit+".d", "50-service-proxy-access-log.conf")
+}
 
-// SetWritable gives Envoy's unit the right to write in dir, for an access log outside /var/log/envoy, by a drop-in beneath root; "" takes the
-// drop-in away. It says whether anything changed. The path must be absolute and clean.
-func SetWritable(root, dir string) (changed bool, err error) {
-	path := filepath.Join(root, ConfDir, EnvoyUnit+".d", accessLogDropIn)
+// SetWritable gives a unit the right to write in dir, for an access log outside /var/log/envoy, by a drop-in beneath root; "" takes the drop-in
+// away. It says whether anything changed. The path must be absolute and clean.
+func SetWritable(root, unit, dir string) (changed bool, err error) {
+	path := filepath.Join(root, AccessLogDropIn(unit))
 	if dir == "" {
-		err := os.Remove(path)
-		if errors.Is(err, fs.ErrNotExist) {
+		if err := os.Remove(path); errors.Is(err, fs.ErrNotExist) {
 			return false, nil
+		} else if err != nil {
+			return false, fmt.Errorf("remove drop-in: %w", err)
 		}
-		return err == nil, err
+		_ = os.Remove(filepath.Dir(path)) // stays where the administrator has drop-ins too
+		return true, nil
 	}
 	quoted, err := quotePath(dir)
 	if err != nil {

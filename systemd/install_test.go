@@ -95,11 +95,13 @@ func TestInstallRemove(t *testing.T) {
 	if changed, err := Install(root); err != nil || len(changed) != 1 {
 		t.Errorf("after a change: %v, %v", changed, err)
 	}
-	if _, err := SetWritable(root, "/srv/logs"); err != nil {
-		t.Fatal(err)
+	for _, unit := range []string{EnvoyUnit, RotateUnit} {
+		if _, err := SetWritable(root, unit, "/srv/logs"); err != nil {
+			t.Fatal(err)
+		}
 	}
 	removed, err := Remove(root)
-	if err != nil || len(removed) != len(Files())+1 {
+	if err != nil || len(removed) != len(Files())+2 {
 		t.Errorf("removed %v, %v", removed, err)
 	}
 	if removed, err := Remove(root); err != nil || len(removed) != 0 {
@@ -118,16 +120,16 @@ func TestInstallRemove(t *testing.T) {
 
 func TestSetWritable(t *testing.T) {
 	root := t.TempDir()
-	path := filepath.Join(root, ConfDir, EnvoyUnit+".d", accessLogDropIn)
+	path := filepath.Join(root, AccessLogDropIn(EnvoyUnit))
 	for _, tt := range []struct{ dir, want string }{
 		{"/srv/logs", `ReadWritePaths="-/srv/logs"`},
 		{`/srv/100% "my" logs\`, `ReadWritePaths="-/srv/100%% \"my\" logs\\"`},
 	} {
-		changed, err := SetWritable(root, tt.dir)
+		changed, err := SetWritable(root, EnvoyUnit, tt.dir)
 		if err != nil || !changed {
 			t.Fatalf("%q: %v, %v", tt.dir, changed, err)
 		}
-		if changed, err := SetWritable(root, tt.dir); err != nil || changed {
+		if changed, err := SetWritable(root, EnvoyUnit, tt.dir); err != nil || changed {
 			t.Errorf("%q again: %v, %v", tt.dir, changed, err)
 		}
 		text, err := os.ReadFile(path)
@@ -136,14 +138,14 @@ func TestSetWritable(t *testing.T) {
 		}
 	}
 	for _, dir := range []string{"logs", "/srv/../etc", "/srv/a\nExecStart=/bin/evil"} {
-		if _, err := SetWritable(root, dir); err == nil {
+		if _, err := SetWritable(root, EnvoyUnit, dir); err == nil {
 			t.Errorf("%q is accepted", dir)
 		}
 	}
-	if changed, err := SetWritable(root, ""); err != nil || !changed {
+	if changed, err := SetWritable(root, EnvoyUnit, ""); err != nil || !changed {
 		t.Errorf("taking it away: %v, %v", changed, err)
 	}
-	if changed, err := SetWritable(root, ""); err != nil || changed {
+	if changed, err := SetWritable(root, EnvoyUnit, ""); err != nil || changed {
 		t.Errorf("taking it away again: %v, %v", changed, err)
 	}
 }

@@ -434,7 +434,7 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Fail
 			return f
 		}
 	}
-	changed, err := systemd.SetWritable(b.Root+"/", outside)
+	changed, err := systemd.SetWritable(b.Root+"/", systemd.EnvoyUnit, outside)
 	if err != nil {
 		return fail(err)
 	}
@@ -443,7 +443,7 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Fail
 			return fail(err)
 		}
 	}
-	rotation, err := b.letRotate()
+	rotation, err := systemd.SetWritable(b.Root+"/", systemd.RotateUnit, outside)
 	if err != nil {
 		return fail(err)
 	}
@@ -521,34 +521,6 @@ func (b *bootstrapper) giveToEnvoy(f *os.File) error {
 		return err
 	}
 	return f.Chown(uid, gid)
-}
-
-// rotateDropIn is, for the rotation's sandbox, what systemd.SetWritable's drop-in is for Envoy's.
-var rotateDropIn = filepath.Join(systemd.ConfDir, systemd.RotateUnit+".d", accessLogDropIn)
-
-const accessLogDropIn = "50-service-proxy-access-log.conf"
-
-// letRotate gives the rotation the right to write where Envoy has it.
-func (b *bootstrapper) letRotate() (changed bool, err error) {
-	target := b.path(rotateDropIn)
-	text, err := os.ReadFile(b.path(filepath.Join(systemd.ConfDir, systemd.EnvoyUnit+".d", accessLogDropIn)))
-	if errors.Is(err, fs.ErrNotExist) {
-		err := os.Remove(target)
-		if errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		}
-		return err == nil, err
-	}
-	if err != nil {
-		return false, err
-	}
-	if have, err := os.ReadFile(target); err == nil && bytes.Equal(have, text) {
-		return false, nil
-	}
-	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
-		return false, err
-	}
-	return true, atomicfile.Write(target, text, 0o644)
 }
 
 // startEnvoy starts Envoy's unit, or restarts it, draining, when what it runs with has changed, and waits for its admin interface.

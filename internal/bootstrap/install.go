@@ -268,7 +268,7 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 	if len(units) > 0 {
 		systemctl(time.Minute, "daemon-reload")
 	}
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, StateDir, RuntimeDir, rotateDropIn, restartFile, lockFile, AgentBinary}
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, StateDir, RuntimeDir, restartFile, lockFile, AgentBinary}
 	if state.PrimarySum != "" {
 		paths = append([]string{EnvoyBinary}, paths...)
 	} else if _, err := os.Stat(b.path(EnvoyBinary)); err == nil {
@@ -288,7 +288,6 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 		}
 		done = append(done, "removed "+path)
 	}
-	_ = os.Remove(b.path(filepath.Dir(rotateDropIn))) // stays where the administrator has drop-ins too
 	for _, user := range state.MadeUsers {
 		if out, err := b.exec(ctx, time.Minute, "userdel", user); err != nil {
 			errs = append(errs, said(err, out))

@@ -186,7 +186,7 @@ func TestAccessLogDropIns(t *testing.T) {
 			t.Errorf("%s: ran %q, want %d", tt.log, ran, tt.reloads)
 		}
 		for _, unit := range []string{systemd.EnvoyUnit, systemd.RotateUnit} {
-			text, err := os.ReadFile(b.path(filepath.Join(systemd.ConfDir, unit+".d", accessLogDropIn)))
+			text, err := os.ReadFile(b.path(systemd.AccessLogDropIn(unit)))
 			if have := err == nil && strings.Contains(string(text), `"-/srv/logs"`); have != tt.granted {
 				t.Errorf("%s: %s: granted: %v, want %v: %q, %v", tt.log, unit, have, tt.granted, text, err)
 			}
