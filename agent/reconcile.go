@@ -60,7 +60,7 @@ type familyState struct {
 	left      []iptables.RefusedError
 	leftAt    time.Time
 	installed installed
-	forgetDNS []time.Time // when DNS questions' entries are deleted again
+	forgetDNS []time.Time // when the entries of late DNS answers are deleted
 	applied   time.Time
 	applies   map[string]int // of this pass, by outcome
 	rows      int            // written in this pass
@@ -92,7 +92,7 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	}
 	if len(s.forgetDNS) > 0 && !now.Before(s.forgetDNS[0]) {
 		s.forgetDNS = s.forgetDNS[1:]
-		a.forgetQuestions(ctx)
+		a.forgetQuestions(ctx, conntrack.DeleteLateUDP)
 	}
 	changed := false
 	if known {
@@ -353,7 +353,7 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 	was, now := s.installed, s.installs()
 	s.installed = now
 	if now.dns != was.dns {
-		a.forgetQuestions(ctx)
+		a.forgetQuestions(ctx, conntrack.DeleteUDP)
 		s.forgetDNS = []time.Time{s.applied.Add(time.Second), s.applied.Add(answersLate)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
@@ -368,13 +368,13 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 }
 
 // answersLate is how long a question that was asked before its path changed may still be answered, and bring the old path
-// back with that (conntrack.DeleteUDP): a resolver's customary time-out is 5 s (resolv.conf(5)).
+// back with that (conntrack.DeleteLateUDP): a resolver's customary time-out is 5 s (resolv.conf(5)).
 const answersLate = 6 * time.Second
 
-func (a *Agent) forgetQuestions(ctx context.Context) {
+func (a *Agent) forgetQuestions(ctx context.Context, by func(ctx context.Context, port uint16) (int, error)) {
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()
-	if _, err := conntrack.DeleteUDP(ctx, 53); err != nil {
+	if _, err := by(ctx, 53); err != nil {
 		a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
 	}
 }

@@ -68,13 +68,18 @@ func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	})
 }
 
-// DeleteUDP deletes the entries of UDP exchanges with the port, and returns how many. It is to be called once more when
-// no answer can be on its way any longer: one that comes after the entry has gone makes a new entry, from the port, in
-// which the next question is the reply and so keeps the old path.
+// DeleteUDP deletes the entries of UDP exchanges with the port, and returns how many.
 func DeleteUDP(ctx context.Context, port uint16) (int, error) {
 	return deleteEntries(ctx, func(e entry) bool {
 		return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port)
 	})
+}
+
+// DeleteLateUDP is to be called when no answer can be on its way any longer since DeleteUDP. An answer that came after its
+// entry had gone made a new one, from the port, in which the next question is the reply and so keeps the old path. It
+// leaves the entries of newer questions alone, whose answers would find no way back.
+func DeleteLateUDP(ctx context.Context, port uint16) (int, error) {
+	return deleteEntries(ctx, func(e entry) bool { return e.proto == unix.IPPROTO_UDP && e.srcPort == port })
 }
 
 // deleteEntries walks the tables of both families and deletes what matches. An entry that ends by itself in between is

@@ -144,10 +144,13 @@ func TestUDPFromAFixedPortTakesTheNewPath(t *testing.T) {
 	if !got(resolver) {
 		t.Fatal("the late answer did not bring the old path back: the test shows nothing")
 	}
-	if n, err := DeleteUDP(ctx, 53); n != 1 || err != nil {
+	if n, err := DeleteLateUDP(ctx, 53); n != 1 || err != nil {
 		t.Fatalf("after a late answer: deleted %d, %v", n, err)
 	}
 	if !got(envoy) {
 		t.Error("after its entry was deleted, the question still went the old way")
+	}
+	if n, err := DeleteLateUDP(ctx, 53); n != 0 || err != nil {
+		t.Fatalf("of questions that go the new way: deleted %d, %v", n, err)
 	}
 }
