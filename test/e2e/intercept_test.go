@@ -11,7 +11,9 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -155,8 +157,9 @@ var (
 )
 
 // resolver is every DNS server of the world: it gives the same answer to every question, by UDP.
-func resolver(t *testing.T, m *mesh.Mesh) {
+func resolver(t *testing.T, m *mesh.Mesh) (answerLate func()) {
 	t.Helper()
+	late := make(chan struct{})
 	for network, addr := range map[string]string{"udp4": "0.0.0.0:53", "udp6": "[::]:53"} {
 		var conn *net.UDPConn
 		must(t, m.Service.Do(func() error {
@@ -167,12 +170,13 @@ func resolver(t *testing.T, m *mesh.Mesh) {
 			return err
 		}))
 		t.Cleanup(func() { conn.Close() })
-		answer(t, conn)
+		answer(t, conn, late)
 	}
+	return sync.OnceFunc(func() { close(late) })
 }
 
 // answer answers on a socket with the address that was asked as the source, which is none of the machine's own.
-func answer(t *testing.T, conn *net.UDPConn) {
+func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	must(t, err)
 	must(t, raw.Control(func(fd uintptr) {
@@ -195,12 +199,28 @@ func answer(t *testing.T, conn *net.UDPConn) {
 				Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
 				Body:   &dnsmessage.AResource{A: fromResolver.As4()},
 			}}
-			if reply, err := q.Pack(); err == nil {
-				conn.WriteMsgUDPAddrPort(reply, oob[:noob], from)
+			reply, err := q.Pack()
+			if err != nil {
+				continue
 			}
+			if q.Questions[0].Name.String() != lateName {
+				conn.WriteMsgUDPAddrPort(reply, oob[:noob], from)
+				continue
+			}
+			at := slices.Clone(oob[:noob])
+			go func() {
+				select {
+				case <-late:
+					conn.WriteMsgUDPAddrPort(reply, at, from)
+				case <-t.Context().Done():
+				}
+			}()
 		}
 	}()
 }
+
+// lateName is a name that the resolver answers for only when told to.
+const lateName = "late.test."
 
 // asker is a UDP socket of a user of the VM: one port for all its questions, as some resolvers have.
 type asker struct {
@@ -224,27 +244,33 @@ func newAsker(t *testing.T, m *mesh.Mesh, uid uint32) (a asker) {
 	return a
 }
 
-// ask asks a server for web.test.
-func (a asker) ask(server netip.AddrPort) (netip.Addr, error) {
+// question sends one and returns its ID.
+func (a asker) question(server netip.AddrPort, name string) (id uint16, err error) {
 	q := dnsmessage.Message{
 		Header:    dnsmessage.Header{ID: uint16(time.Now().UnixNano()), RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName("web.test."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
 	}
 	b, err := q.Pack()
+	if err == nil {
+		_, err = a.conn.WriteTo(b, net.UDPAddrFromAddrPort(server))
+	}
+	return q.ID, err
+}
+
+// ask asks a server for web.test.
+func (a asker) ask(server netip.AddrPort) (netip.Addr, error) {
+	id, err := a.question(server, "web.test.")
 	if err != nil {
 		return netip.Addr{}, err
 	}
-	if _, err := a.conn.WriteTo(b, net.UDPAddrFromAddrPort(server)); err != nil {
-		return netip.Addr{}, err
-	}
 	a.conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
-	for b = make([]byte, 1500); ; {
+	for b := make([]byte, 1500); ; {
 		n, from, err := a.conn.ReadFrom(b)
 		if err != nil {
 			return netip.Addr{}, err
 		}
 		var r dnsmessage.Message
-		if err := r.Unpack(b[:n]); err != nil || r.ID != q.ID {
+		if err := r.Unpack(b[:n]); err != nil || r.ID != id {
 			continue // an answer that came too late
 		}
 		if at := from.(*net.UDPAddr).AddrPort(); at.Addr().Unmap() != server.Addr() || at.Port() != server.Port() {
@@ -275,7 +301,7 @@ func TestInterceptDNS(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		without := services()
 		m, a := start(t, mesh.Options{Backend: backend, Config: without, Attribute: interception(`"intercept-dns":true`)})
-		resolver(t, m)
+		answerLate := resolver(t, m)
 		if _, err := m.Echo(m.Service, 53, lab.EchoOptions{Name: "resolver"}); err != nil {
 			t.Fatal(err)
 		}
@@ -312,8 +338,22 @@ func TestInterceptDNS(t *testing.T) {
 			Names:       map[string][]netip.Addr{"web.test": {fromEnvoy}},
 			TCPUpstream: netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort),
 		}
-		_, err := m.CP.Set(with)
+		// An answer that comes after the rules brings a new conntrack entry of the old path, which does not last.
+		patient := newAsker(t, m, 1000)
+		_, err := patient.question(servers[1], lateName)
 		must(t, err)
+		_, err = m.CP.Set(with)
+		must(t, err)
+		user.answered(t, servers[1], fromEnvoy)
+		answerLate()
+		patient.conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, _, err := patient.conn.ReadFrom(make([]byte, 1500)); err != nil {
+			t.Errorf("the late answer: %v", err)
+		}
+		if got, err := patient.ask(servers[1]); got != fromResolver {
+			t.Errorf("right after a late answer: %v, %v; then this shows nothing", got, err)
+		}
+		patient.answered(t, servers[1], fromEnvoy)
 		// 127.0.0.53 is where systemd-resolved listens, which is what /etc/resolv.conf names.
 		for _, server := range append(servers, netip.MustParseAddrPort("127.0.0.53:53")) {
 			user.answered(t, server, fromEnvoy)
