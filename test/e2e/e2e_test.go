@@ -52,6 +52,20 @@ func service(i int) controlplane.Service {
 	return controlplane.Service{Name: fmt.Sprintf("s%d", i), Prefixes: controlplane.VIPs(addr.String()), Port: 9000, Endpoints: endpoints()}
 }
 
+// metadataAnswers checks that the metadata server is reached from the VM.
+func metadataAnswers(t *testing.T, m *mesh.Mesh) {
+	t.Helper()
+	req, err := http.NewRequest(http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
+	must(t, err)
+	req.Header.Set("Metadata-Flavor", "Google")
+	resp, err := m.VM.HTTPAs(1000).Do(req)
+	must(t, err)
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Metadata-Flavor") != "Google" {
+		t.Errorf("metadata server from vm: %s", resp.Status)
+	}
+}
+
 // start makes a mesh with a running agent.
 func start(t testing.TB, opts mesh.Options, args ...string) (*mesh.Mesh, *mesh.Agent) {
 	t.Helper()
@@ -163,15 +177,7 @@ func TestVIPs(t *testing.T) {
 		if r, err := lab.HTTPProbe(t.Context(), m.VM, lab.EnvoyUID, web4); err != nil || !r.Escaped {
 			t.Errorf("as Envoy's user: %+v %v, want no redirection", r, err)
 		}
-		req, err := http.NewRequest(http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
-		must(t, err)
-		req.Header.Set("Metadata-Flavor", "Google")
-		resp, err := m.VM.HTTPAs(1000).Do(req)
-		must(t, err)
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK || resp.Header.Get("Metadata-Flavor") != "Google" {
-			t.Errorf("metadata server from vm: %s", resp.Status)
-		}
+		metadataAnswers(t, m)
 		s, err := a.Status(t.Context())
 		must(t, err)
 		if want := map[lab.Backend]string{lab.NFT: "nft", lab.Legacy: "legacy"}[backend]; s.Backend != want || !s.Healthy() || s.Mode != "intercepting" {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -115,15 +114,7 @@ func TestInterceptAll(t *testing.T) {
 		wantRelayed(t, m.VM, 0, false, others...)
 		wantRelayed(t, m.VM, lab.EnvoyUID, false, others...)
 		wantRelayed(t, m.VM, 1000, false, netip.MustParseAddrPort("127.0.0.1:8081"))
-		req, err := http.NewRequest(http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
-		must(t, err)
-		req.Header.Set("Metadata-Flavor", "Google")
-		resp, err := m.VM.HTTPAs(1000).Do(req)
-		must(t, err)
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			t.Errorf("metadata server: %s", resp.Status)
-		}
+		metadataAnswers(t, m)
 		if n := stat(t, m, "tcp.passthrough.downstream_cx_total") - passed; n != 0 {
 			t.Errorf("Envoy got %d connections that were to go past it", n)
 		}
