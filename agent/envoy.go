@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -31,7 +32,7 @@ type View struct {
 	Snapshot   envoyadmin.Snapshot
 	Rejected   []envoyadmin.Rejected // of the last look, news or not
 	Generation uint64                // counts Snapshots; 0: none yet
-	Configured bool                  // this Envoy process completed a listener update
+	Configured bool                  // Snapshot is of this Envoy process, which had completed a listener update
 	Stream     *symptom.Stream       // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool                  // Envoy has no stream, whether its log says why or not
 	LogErr     string                // why its log cannot be read; "": it can, or is not there yet
@@ -62,13 +63,17 @@ type envoyWatch struct {
 	process  uint64    // the Envoy that view.Info and view.Configured are of
 	asked    time.Time // when its state was last asked
 	probed   time.Time
-	targets  []envoyadmin.Target  // of its bootstrap; nil: not asked yet
-	since    time.Time            // when this Envoy was first seen
-	untaken  *envoyadmin.Snapshot // the last dump, while it is no news yet: looked at again without another dump
-	unitAt   time.Time            // when systemd was last asked
-	closed   int                  // ends of its stream since the control plane last spoke
-	apart    int                  // answers in a row that it has no stream
-	streamAt time.Time            // when it was last asked for its stream
+	targets  []envoyadmin.Target // of its bootstrap; nil: not asked yet
+	since    time.Time           // when this Envoy was first seen
+	// configured: this Envoy has completed a listener update, so that the sets read from now on count.
+	configured bool
+	// untaken is the last dump of an Envoy that was not seen to be configured. It tells when to dump again and never
+	// counts itself: the configuration may have come after it was read.
+	untaken  *envoyadmin.Snapshot
+	unitAt   time.Time // when systemd was last asked
+	closed   int       // ends of its stream since the control plane last spoke
+	apart    int       // answers in a row that it has no stream
+	streamAt time.Time // when it was last asked for its stream
 	stats    envoyadmin.Pace
 	dumpErr  error // of the last dump or masked dump
 	stateErr error // of the last question for its state
@@ -124,8 +129,9 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 				if away && w.stateErr == nil {
 					w.detector.Back(time.Now())
 				}
-				if w.untaken != nil {
-					w.take(ctx, *w.untaken)
+				if w.untaken != nil && w.becomesConfigured(ctx, *w.untaken) {
+					w.detector.Again()
+					continue
 				}
 			}
 			w.probe(ctx)
@@ -172,36 +178,39 @@ func (w *envoyWatch) askState(ctx context.Context) error {
 	return err
 }
 
-// take makes a new listener set the one that counts, unless it is the empty set of an Envoy that the control plane has
-// not told anything yet: it says nothing about what its clients need.
+// take makes a new listener set the one that counts, if Envoy had completed a listener update when the set was read.
+// Before that an empty set says nothing about what its clients need.
 func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
-	w.untaken = &s
 	w.view.Rejected = s.Rejected
 	if s.Fingerprint.Process != w.process {
 		info, err := w.client.ServerInfo(ctx)
 		if err != nil {
 			w.answered(&w.stateErr, err)
+			w.detector.Again()
 			return
 		}
 		if w.process != 0 && !info.SameProcess(w.view.Info) {
 			w.log.Info("envoy restarted", zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
 		}
 		w.since = time.Now()
-		w.process, w.view.Info, w.view.State, w.view.Configured = s.Fingerprint.Process, info, info.State, false
+		w.process, w.view.Info, w.view.State = s.Fingerprint.Process, info, info.State
+		w.configured, w.view.Configured = false, false
 		w.view.Stream, w.view.Probe, w.view.Apart, w.closed, w.apart = nil, nil, false, 0, 0
 		w.stats, w.targets = envoyadmin.Pace{}, nil
 	}
-	if !w.view.Configured {
-		configured, err := w.isConfigured(ctx, s)
-		if err != nil {
-			w.answered(&w.stateErr, err)
-		}
-		if !configured {
+	if !w.configured {
+		if !w.becomesConfigured(ctx, s) {
+			w.untaken = &s
 			return
 		}
-		w.view.Configured = true
+		// An active listener of the control plane's shows that the update came before the dump. Without one the update
+		// may have come between the dump and the answers that told of it.
+		if !hasDynamic(s) {
+			w.detector.Again()
+			return
+		}
 	}
-	w.untaken = nil
+	w.view.Configured = true
 	if s.Fingerprint == w.view.Snapshot.Fingerprint && w.view.Generation > 0 {
 		return
 	}
@@ -210,9 +219,27 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	w.log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)), zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took), zap.Uint64("generation", w.view.Generation))
 }
 
+// becomesConfigured notes whether this Envoy has completed a listener update by now; s is its last dump.
+func (w *envoyWatch) becomesConfigured(ctx context.Context, s envoyadmin.Snapshot) bool {
+	configured, err := w.isConfigured(ctx, s)
+	if err != nil {
+		w.answered(&w.stateErr, err)
+	}
+	if configured {
+		w.configured, w.untaken = true, nil
+	}
+	return configured
+}
+
+// hasDynamic says whether the set holds an active listener of the control plane's.
+func hasDynamic(s envoyadmin.Snapshot) bool {
+	return slices.ContainsFunc(s.Listeners, func(l envoyadmin.Listener) bool { return !l.Static })
+}
+
 // isConfigured says whether this Envoy has completed a listener update: it is live and has a listener from the control
-// plane, or has none and says that an update succeeded. The question goes through all its statistics, but one without
-// listeners and routes has few.
+// plane, or has none and says that an update succeeded, or takes no listeners from a control plane at all (it has no lds.*
+// statistic, which are made with lds_config, before Envoy is live). The question goes through all its statistics, but one
+// without listeners and routes has few.
 func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
 	if err := w.askState(ctx); err != nil || w.view.State == "PRE_INITIALIZING" || w.view.State == "INITIALIZING" {
 		return false, err
@@ -222,16 +249,14 @@ func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (b
 	if len(s.Warming) > 0 && time.Since(w.since) < warmLimit {
 		return false, nil
 	}
-	for _, l := range s.Listeners {
-		if !l.Static {
-			return true, nil
-		}
+	if hasDynamic(s) {
+		return true, nil
 	}
 	if !w.stats.Due(time.Now()) {
 		return false, nil
 	}
 	p, err := w.askControlPlane(ctx)
-	return err == nil && p.Successes > 0, err
+	return err == nil && (p.Successes > 0 || !p.Listeners), err
 }
 
 // askControlPlane asks for statistics, within their pace.

@@ -152,6 +152,9 @@ func (d *Detector) failed(began, ended time.Time) {
 	}
 }
 
+// Again says that the last dump does not count: another is due as soon as one may be asked for.
+func (d *Detector) Again() { d.known = false }
+
 // Back says that Envoy answers other questions again, which it did not either: the next look is due now.
 func (d *Detector) Back(now time.Time) { d.due = earlier(d.due, now) }
 

@@ -116,6 +116,7 @@ func (r *reader) host(h *ClusterHealth) error {
 type ControlPlane struct {
 	Streams                                 bool   // Envoy takes configuration by a stream at all
 	Connected                               bool   // one is open, or just being opened: it flaps to true at each attempt
+	Listeners                               bool   // Envoy takes listeners by LDS; else only its static ones exist
 	Attempts, Successes, Failures, Rejected uint64 // of listener updates
 	CreateFailures                          uint64 // listeners that were accepted and could not be bound, say
 }
@@ -127,6 +128,7 @@ func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	err := c.stats(ctx, `^(control_plane\.connected_state|listener_manager\.(lds\.update_(attempt|success|failure|rejected)|listener_create_failure))$`,
 		func(name string, value uint64) {
 			seen++
+			p.Listeners = p.Listeners || strings.HasPrefix(name, "listener_manager.lds.")
 			switch name {
 			case "control_plane.connected_state":
 				p.Streams, p.Connected = true, value != 0

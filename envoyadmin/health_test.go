@@ -73,7 +73,11 @@ func TestStats(t *testing.T) {
 	c := answering(t, "1.40.0", "control_plane.connected_state: 1\nlistener_manager.lds.update_attempt: 9\nlistener_manager.lds.update_success: 5\nlistener_manager.lds.update_failure: 3\n"+
 		"listener_manager.lds.update_rejected: 1\nlistener_manager.listener_create_failure: 2\nlistener_manager.lds.update_time: 1792\nlistener_manager.lds.version_text: \"1\"\n")
 	got, err := c.ControlPlane(t.Context())
-	if want := (ControlPlane{Streams: true, Connected: true, Attempts: 9, Successes: 5, Failures: 3, Rejected: 1, CreateFailures: 2}); err != nil || got != want {
+	if want := (ControlPlane{Streams: true, Connected: true, Listeners: true, Attempts: 9, Successes: 5, Failures: 3, Rejected: 1, CreateFailures: 2}); err != nil || got != want {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	c = answering(t, "1.40.0", "listener_manager.listener_create_failure: 0\n") // static listeners alone
+	if got, err = c.ControlPlane(t.Context()); err != nil || got != (ControlPlane{}) {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	c = answering(t, "1.40.0", "cluster.cloud-internal-1.lb_healthy_panic: 4\ncluster.a.b.lb_healthy_panic: 1\ncluster.calm.lb_healthy_panic: 0\n")

@@ -1,7 +1,7 @@
 // Package controlplane is an xDS control plane for tests, with listeners in Traffic Director's shape. A test says in the domain's words
 // what the mesh looks like (Config), pushes it (Set), reads who connected (Nodes) and what Envoy said to it (Accepted, Rejections), and
 // chooses how the control plane misbehaves: refuse streams with Traffic Director's own words (Refuse), go silent (Hang), go away and come back on the
-// same address (GoAway, ComeBack), send a refused listener again and again (Storm), or send a listener that Envoy refuses (RefusedListener).
+// same address (GoAway, ComeBack), stand still (Pause, Continue), send a refused listener again and again (Storm), or send a listener that Envoy refuses (RefusedListener).
 //
 // It serves ADS (state of the world) with CDS, LDS, RDS and RTDS, and LRS, whose reports it drops. It knows no incremental xDS, no EDS (endpoints
 // stand in the clusters), and gives every node the same answer. Streams are answered by go-control-plane's snapshot cache.
@@ -68,6 +68,7 @@ type Server struct {
 	sent     map[string]map[string]types.Resource
 	mode     mode
 	storm    bool
+	paused   chan struct{} // closed by Continue; nil: not paused
 	changed  chan struct{} // closed and replaced whenever mode, nodes, accepted or rejections change
 	nodes    []Node
 	accepted map[string]string // type URL -> version, as the last ACK had it
@@ -167,8 +168,78 @@ func (s *Server) ComeBack() error {
 	s.addr = ln.Addr()
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s.grpc, ads{s: s})
 	loadstatsv3.RegisterLoadReportingServiceServer(s.grpc, lrs{s: s})
-	go s.grpc.Serve(ln) // ends by Stop
+	go s.grpc.Serve(pausing{ln, s}) // ends by Stop
 	return nil
+}
+
+// Pause does to every connection, present and future, what SIGSTOP of the process would: the kernel goes on accepting and
+// acknowledging, and nothing is read or written. Continue undoes it.
+func (s *Server) Pause() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.paused == nil {
+		s.paused = make(chan struct{})
+	}
+}
+
+// Continue undoes Pause.
+func (s *Server) Continue() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.paused != nil {
+		close(s.paused)
+		s.paused = nil
+	}
+}
+
+// running blocks while the control plane is paused, or until gone is closed.
+func (s *Server) running(gone <-chan struct{}) {
+	s.mu.Lock()
+	paused := s.paused
+	s.mu.Unlock()
+	if paused != nil {
+		select {
+		case <-paused:
+		case <-gone:
+		}
+	}
+}
+
+// pausing is a listener whose connections stand still while the control plane is paused.
+type pausing struct {
+	net.Listener
+	s *Server
+}
+
+func (p pausing) Accept() (net.Conn, error) {
+	conn, err := p.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &pausingConn{Conn: conn, s: p.s, gone: make(chan struct{})}, nil
+}
+
+type pausingConn struct {
+	net.Conn
+	s    *Server
+	once sync.Once
+	gone chan struct{}
+}
+
+func (c *pausingConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.s.running(c.gone) // what came in the meantime is read when the process goes on
+	return n, err
+}
+
+func (c *pausingConn) Write(b []byte) (int, error) {
+	c.s.running(c.gone)
+	return c.Conn.Write(b)
+}
+
+func (c *pausingConn) Close() error {
+	c.once.Do(func() { close(c.gone) })
+	return c.Conn.Close()
 }
 
 // Push is what Set published.

@@ -5,10 +5,7 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
-	"os"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -22,15 +19,8 @@ import (
 // through Envoy, those that are gone not, the agent ready, no chain of an earlier configuration left. SEED repeats a run.
 func TestShuffle(t *testing.T) {
 	t.Parallel()
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("SEED"); s != "" {
-		var err error
-		seed, err = strconv.ParseUint(s, 10, 64)
-		must(t, err)
-	}
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
-		t.Logf("SEED=%d", seed)
-		random := rand.New(rand.NewPCG(seed, 0))
+		random := seeded(t)
 		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		var now []controlplane.Service

@@ -1,0 +1,102 @@
+//go:build lab
+
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+// seeded is a random source whose seed is logged; SEED repeats a run.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("SEED"); s != "" {
+		var err error
+		seed, err = strconv.ParseUint(s, 10, 64)
+		must(t, err)
+	}
+	t.Logf("SEED=%d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+// metric is the sum of a metric's series whose labels hold all of some words.
+func metric(t *testing.T, a *mesh.Agent, name string, labels ...string) (sum float64) {
+	t.Helper()
+	code, body, err := a.Get("/metrics")
+	if err != nil || code != http.StatusOK {
+		t.Fatalf("/metrics: %d %v", code, err)
+	}
+lines:
+	for line := range strings.Lines(body) {
+		series, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if series != name && !strings.HasPrefix(series, name+"{") {
+			continue
+		}
+		for _, l := range labels {
+			if !strings.Contains(series, l) {
+				continue lines
+			}
+		}
+		one, err := strconv.ParseFloat(value[strings.LastIndex(value, " ")+1:], 64)
+		must(t, err)
+		sum += one
+	}
+	return sum
+}
+
+// TestLateControlPlane: Envoy restarts while its control plane stands still, which answers some time later, and in every
+// second case just behind the agent's dump of an Envoy without listeners. Nothing that the new Envoy says before counts:
+// the rules are not touched, and no connection goes to the raw address.
+func TestLateControlPlane(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		random := seeded(t)
+		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		through(t, m, web6)
+		before, applies := chains(t, m), applied(t, a)
+		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+		restarts := soak(200, 5)
+		for i := range restarts {
+			const dumpReads = "service_proxy_agent_envoy_dump_reads_total"
+			dumps, delay := metric(t, a, dumpReads), time.Duration(300+random.IntN(2700))*time.Millisecond
+			m.CP.Pause()
+			must(t, m.Envoy.Restart())
+			if i%2 == 0 {
+				eventually(t, 10*time.Second, "a dump of the new Envoy", func() (bool, string) {
+					n := metric(t, a, dumpReads)
+					return n > dumps, fmt.Sprint(n)
+				})
+				delay = time.Duration(random.IntN(100)) * time.Millisecond
+			}
+			time.Sleep(delay)
+			m.CP.Continue()
+			must(t, a.WaitReady(within(t, 60*time.Second)))
+			through(t, m, web4)
+			if n := applied(t, a); n != applies {
+				t.Errorf("restart %d, control plane after %v: %d transactions were written, want none\n%s", i, delay, n-applies, chains(t, m))
+				applies = n
+			}
+		}
+		if after := chains(t, m); after != before {
+			t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
+		}
+		c := steady.Stop()
+		t.Logf("%d restarts: %d connections, %d refused while Envoy was away", restarts, c.Tried, c.Failed)
+		if c.Escaped != 0 || c.OK == 0 {
+			t.Errorf("connections: %v", c)
+		}
+	})
+}
