@@ -87,6 +87,7 @@ type Agent struct {
 	bootRead       time.Time
 	bootSaid       int // the last line of bootstrap's story that was told
 	paused         bool
+	marked         bool // an agent of this boot put jumps in (mark.go)
 	failures       Failures
 	sample         report.Sample // what happened in this pass
 	passes, undone uint64
@@ -139,6 +140,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		return nil, nextStep(err)
 	}
 	a.failures = loadFailures(s.StateDir)
+	a.marked = isMarked(server.Dir())
 	a.guest = guestattr.New(guestattr.Options{Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget")})
 	a.serial = report.NewSerial(s.SerialPort)
 	a.metrics = report.NewMetrics(report.Sources{Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State})

@@ -90,7 +90,7 @@ func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	a.sample = report.Sample{Drift: map[string]int{}, Errors: map[string]int{}}
 	facts := a.observe(now)
 	want, known := a.desired()
-	a.passGates(&facts, want, known)
+	a.passGates(now, &facts, want, known)
 	wake = tick
 	for i := range a.families {
 		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(a.families)))
@@ -148,23 +148,44 @@ func (a *Agent) desired() (want Want, known bool) {
 	return a.want, true
 }
 
-// passGates looks at who listens on each interception port and moves the Hold policy on.
-func (a *Agent) passGates(f *symptom.Facts, want Want, known bool) {
-	draining := a.view.State == "DRAINING" // until an Envoy answers otherwise, also when this one no longer answers
+// passGates looks at who listens on each interception port and moves the Hold policy on. Until Envoy has told its
+// listeners that goes by where the rules of an earlier run lead, if they intercept; else only a foreign owner of a usual
+// port counts.
+func (a *Agent) passGates(now time.Time, f *symptom.Facts, want Want, known bool) {
+	if a.userErr != nil {
+		known = false
+	}
 	for i := range a.families {
 		s := &a.families[i]
-		s.outboundPort, s.inboundPort, s.dnsPort = want.Families[i].OutboundPort, want.Families[i].InboundPort, want.Families[i].DNSPort
-		if !known && a.userErr == nil {
-			// An earlier run's jumps may be in, to ports that Envoy has not told yet: the usual ones.
-			s.outboundPort, s.inboundPort = a.config.ProxyPort, DefaultInboundPort
+		in := !known && a.userErr == nil && s.haveKnown && s.have.Ours().Intercepting()
+		switch {
+		case known:
+			s.outboundPort, s.inboundPort, s.dnsPort = want.Families[i].OutboundPort, want.Families[i].InboundPort, want.Families[i].DNSPort
+		case in:
+			s.outboundPort, s.inboundPort, s.dnsPort = s.have.Ours().Ports()
+		case a.userErr == nil:
+			s.outboundPort, s.inboundPort, s.dnsPort = a.config.ProxyPort, DefaultInboundPort, 0
+		default:
+			s.outboundPort, s.inboundPort, s.dnsPort = 0, 0, 0
 		}
-		s.outbound = a.passGate(f, s.outbound, a.lookAtPort(s.family, outboundPort, s.outboundPort, sockdiag.Listeners), known, draining)
-		s.inbound = a.passGate(f, s.inbound, a.lookAtPort(s.family, inboundPort, s.inboundPort, sockdiag.Listeners), known, draining)
+		pass := func(g gate, p symptom.Port) gate {
+			foreign := p.Listening && p.Owner != a.uid
+			if p.Addr.Port() == 0 || !known && !in && !foreign {
+				return g
+			}
+			if known || foreign { // until then a closed port is what Envoy's state tells better
+				f.Ports = append(f.Ports, p)
+			}
+			draining := a.view.State == "DRAINING" // until an Envoy answers otherwise, also when this one no longer answers
+			return g.next(now, p, a.uid, draining, a.settings.WhenEnvoyDown)
+		}
+		s.outbound = pass(s.outbound, a.lookAtPort(s.family, outboundPort, s.outboundPort, sockdiag.Listeners))
+		s.inbound = pass(s.inbound, a.lookAtPort(s.family, inboundPort, s.inboundPort, sockdiag.Listeners))
 		dns := a.lookAtPort(s.family, dnsListener, s.dnsPort, sockdiag.UDPListeners)
 		if dns.Err != nil { // a kernel without udp_diag: what Envoy says must do
 			dns = symptom.Port{Family: s.family, Addr: dns.Addr, Listening: true, Owner: a.uid}
 		}
-		s.dns = a.passGate(f, s.dns, dns, known, draining)
+		s.dns = pass(s.dns, dns)
 	}
 	var foreign *sockdiag.ForeignError
 	if errors.As(a.view.Err, &foreign) {
@@ -178,17 +199,6 @@ const (
 	inboundPort  = "inbound interception"
 	dnsListener  = "DNS"
 )
-
-func (a *Agent) passGate(f *symptom.Facts, g gate, p symptom.Port, known, draining bool) gate {
-	if p.Addr.Port() == 0 {
-		return g
-	}
-	if known || p.Listening && p.Owner != a.uid {
-		f.Ports = append(f.Ports, p)
-		g = g.next(p, a.uid, draining, a.settings.WhenEnvoyDown)
-	}
-	return g
-}
 
 // lookAtPort asks the kernel who would get what REDIRECT sends to this port: on OUTPUT it leads to loopback, on PREROUTING
 // (inbound, and outbound of containers) to an address of the interface that a packet came in by. A stranger on any of

@@ -12,26 +12,32 @@ type WhenEnvoyDown string
 const (
 	// Keep leaves the rules: connections to services are refused until Envoy is back, none goes around it.
 	Keep WhenEnvoyDown = "keep"
-	// Bypass takes the jumps out after bypassAfter failed looks: connections go to the raw addresses until Envoy is back.
+	// Bypass takes the jumps out after failed looks (bypassAfter, bypassTime): connections go to the raw addresses until
+	// Envoy is back.
 	Bypass WhenEnvoyDown = "bypass"
 )
 
-// bypassAfter is how many looks in a row must find the port closed: one look can fall into the 0.3 s of Envoy's start.
-const bypassAfter = 3
+// bypassAfter and bypassTime are how many looks in a row must find the port closed, and over how long: a look can fall
+// into the 0.3 s of Envoy's start, and events of others can cause many looks within milliseconds.
+const (
+	bypassAfter = 3
+	bypassTime  = 2 * time.Second
+)
 
 // gate is the Hold policy of one interception port: its jump goes in only once the proxy accepts there.
 type gate struct {
 	open   bool
-	denied bool // closed for a reason: somebody else's socket, or a planned stop. An adopted jump does not open it.
-	failed int  // looks in a row that found nobody listening
+	denied bool      // closed for a reason: somebody else's socket, or a planned stop. An adopted jump does not open it.
+	failed int       // looks in a row that found nobody listening
+	since  time.Time // the first of these
 }
 
 // accepts says whether the last look found the proxy accepting.
 func (g gate) accepts() bool { return g.open && g.failed == 0 }
 
-// next is the gate after one more look at the port. A port held by another user than the proxy's closes it at once: with
-// the jump in, that user would be handed every connection (facts: seen). A planned stop (Envoy drains) closes it too.
-func (g gate) next(p symptom.Port, proxyUID uint32, draining bool, policy WhenEnvoyDown) gate {
+// next is the gate after one more look at the port, at this time. A port held by another user than the proxy's closes it at once: with
+// the jump in, that user would be handed every connection. A planned stop (Envoy drains) closes it too.
+func (g gate) next(now time.Time, p symptom.Port, proxyUID uint32, draining bool, policy WhenEnvoyDown) gate {
 	switch {
 	case p.Err != nil:
 		return g // could not look: no news
@@ -42,8 +48,10 @@ func (g gate) next(p symptom.Port, proxyUID uint32, draining bool, policy WhenEn
 	case !g.open:
 		return g
 	}
-	g.failed++
-	if policy == Bypass && g.failed >= bypassAfter {
+	if g.failed++; g.failed == 1 {
+		g.since = now
+	}
+	if policy == Bypass && g.failed >= bypassAfter && now.Sub(g.since) >= bypassTime {
 		return gate{denied: true}
 	}
 	return g

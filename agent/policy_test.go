@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"testing"
 	"time"
@@ -20,26 +21,33 @@ func TestGate(t *testing.T) {
 		looks    []symptom.Port
 		draining bool // at the last look
 		want     bool
+		every    time.Duration // between looks; 0: a second
 	}{
-		{"nobody yet", Keep, []symptom.Port{closed}, false, false},
-		{"accepts", Keep, []symptom.Port{closed, ok}, false, true},
-		{"kept when Envoy dies", Keep, []symptom.Port{ok, closed, closed, closed, closed, closed}, false, true},
-		{"bypassed after three looks", Bypass, []symptom.Port{ok, closed, closed, closed}, false, false},
-		{"not before", Bypass, []symptom.Port{ok, closed, closed}, false, true},
-		{"one good look starts the count again", Bypass, []symptom.Port{ok, closed, closed, ok, closed, closed}, false, true},
-		{"back after a bypass", Bypass, []symptom.Port{ok, closed, closed, closed, ok}, false, true},
-		{"a stranger closes it at once", Keep, []symptom.Port{ok, foreign}, false, false},
-		{"and it stays closed until the proxy is back", Keep, []symptom.Port{ok, foreign, closed}, false, false},
-		{"the proxy is back", Keep, []symptom.Port{ok, foreign, closed, ok}, false, true},
-		{"could not look is no news", Keep, []symptom.Port{ok, unknown}, false, true},
-		{"could not look is no news at boot", Keep, []symptom.Port{unknown}, false, false},
-		{"a planned stop", Keep, []symptom.Port{ok, ok}, true, false},
+		{"nobody yet", Keep, []symptom.Port{closed}, false, false, 0},
+		{"accepts", Keep, []symptom.Port{closed, ok}, false, true, 0},
+		{"kept when Envoy dies", Keep, []symptom.Port{ok, closed, closed, closed, closed, closed}, false, true, 0},
+		{"bypassed after three looks", Bypass, []symptom.Port{ok, closed, closed, closed}, false, false, 0},
+		{"not within moments, however many events there are", Bypass,
+			[]symptom.Port{ok, closed, closed, closed, closed, closed, closed}, false, true, 300 * time.Millisecond},
+		{"but over two seconds of them", Bypass,
+			[]symptom.Port{ok, closed, closed, closed, closed, closed, closed, closed, closed}, false, false, 300 * time.Millisecond},
+		{"not before", Bypass, []symptom.Port{ok, closed, closed}, false, true, 0},
+		{"one good look starts the count again", Bypass, []symptom.Port{ok, closed, closed, ok, closed, closed}, false, true, 0},
+		{"back after a bypass", Bypass, []symptom.Port{ok, closed, closed, closed, ok}, false, true, 0},
+		{"a stranger closes it at once", Keep, []symptom.Port{ok, foreign}, false, false, 0},
+		{"and it stays closed until the proxy is back", Keep, []symptom.Port{ok, foreign, closed}, false, false, 0},
+		{"the proxy is back", Keep, []symptom.Port{ok, foreign, closed, ok}, false, true, 0},
+		{"could not look is no news", Keep, []symptom.Port{ok, unknown}, false, true, 0},
+		{"could not look is no news at boot", Keep, []symptom.Port{unknown}, false, false, 0},
+		{"a planned stop", Keep, []symptom.Port{ok, ok}, true, false, 0},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			var g gate
+			now := time.Unix(1e9, 0)
 			for i, look := range test.looks {
-				g = g.next(look, proxy, test.draining && i == len(test.looks)-1, test.policy)
+				now = now.Add(cmp.Or(test.every, time.Second))
+				g = g.next(now, look, proxy, test.draining && i == len(test.looks)-1, test.policy)
 			}
 			if g.open != test.want {
 				t.Errorf("open is %v, want %v", g.open, test.want)

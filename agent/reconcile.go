@@ -94,10 +94,19 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 		s.forgetDNS = s.forgetDNS[1:]
 		a.forgetQuestions(ctx, conntrack.DeleteLateUDP)
 	}
+	if !s.adopted {
+		if wait := s.retryAt.Sub(now); wait > 0 {
+			return wait
+		}
+		if err := a.adopt(ctx, now, s); err != nil {
+			return a.failed(ctx, now, s, err)
+		}
+		return 0 // the gates look first where these rules lead
+	}
 	changed := false
 	if known {
 		changed = s.compile(want, a.wantSerial, now)
-	} else if changed = s.strangers() || !s.adopted; !changed {
+	} else if changed = s.mustLeave(); !changed {
 		return tick // what an earlier run left stays until Envoy has told its listeners
 	}
 	if len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
@@ -113,22 +122,30 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 			return wait
 		}
 	}
-	if err := a.look(ctx, now, s, known, changed, due <= 0); err != nil && !errors.Is(ctx.Err(), context.Canceled) {
-		if s.err == nil || s.err.Error() != err.Error() {
-			a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
-		}
-		if errors.Is(err, iptables.ErrUnusable) {
-			s.unusable, s.probed = err, now
-		}
-		s.err, s.equal, s.dirty, s.touchedAll = err, false, true, true
-		s.retry = min(max(2*s.retry, retryFirst), retryLast)
-		s.retryAt = now.Add(s.retry)
-		return s.retry
+	if err := a.look(ctx, now, s, known, changed, due <= 0); err != nil {
+		return a.failed(ctx, now, s, err)
 	}
 	if s.fight.on() && !s.equal {
 		return s.fight.until.Sub(now)
 	}
 	return tick
+}
+
+// failed notes that a family could not be read or written, and says when it is tried again.
+func (a *Agent) failed(ctx context.Context, now time.Time, s *familyState, err error) (wake time.Duration) {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return tick // the agent is ending
+	}
+	if s.err == nil || s.err.Error() != err.Error() {
+		a.log.Error("rules not as wanted", zap.Stringer("family", s.family), zap.Error(err))
+	}
+	if errors.Is(err, iptables.ErrUnusable) {
+		s.unusable, s.probed = err, now
+	}
+	s.err, s.equal, s.dirty, s.touchedAll = err, false, true, true
+	s.retry = min(max(2*s.retry, retryFirst), retryLast)
+	s.retryAt = now.Add(s.retry)
+	return s.retry
 }
 
 // usable says whether the family can be used, and tries one that could not be again now and then.
@@ -178,13 +195,13 @@ func (s *familyState) compile(want iptables.Interception, serial uint64, now tim
 	return true
 }
 
-// strangers says whether jumps of an earlier run lead to a port that somebody else holds while Envoy has not told its
-// listeners; then they go, and nothing else is touched.
-func (s *familyState) strangers() bool {
-	if !s.haveKnown {
-		return s.outbound.denied || s.inbound.denied
-	}
-	return (s.outbound.denied || s.inbound.denied && s.have.Has(iptables.InboundRedirect)) && s.have.Ours().Intercepting()
+// mustLeave says whether the rules that an earlier run left must not intercept while Envoy has not told its listeners: a
+// gate of a port that they lead to is closed.
+func (s *familyState) mustLeave() bool {
+	ours := s.have.Ours()
+	outbound, inbound, dns := ours.Ports()
+	return s.haveKnown && ours.Intercepting() &&
+		(outbound != 0 && !s.outbound.open || inbound != 0 && !s.inbound.open || dns != 0 && !s.dns.open)
 }
 
 // look finds out what the kernel has, says what differs, and repairs it.
@@ -193,12 +210,8 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 	if err := a.read(ctx, now, s, due); err != nil {
 		return err
 	}
-	if !s.adopted {
-		s.adopted = true
-		a.adopt(now, s, known)
-	}
 	if !known {
-		if !s.strangers() {
+		if !s.mustLeave() { // somebody else took them away
 			s.jumpsIn = s.have.Ours().Intercepting()
 			return nil
 		}
@@ -216,6 +229,9 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 	if len(drift) == 0 {
 		s.by = "" // whoever wrote, wrote nothing of ours
 		s.settled(s.have, true)
+		if s.target.Intercepting() {
+			a.mark()
+		}
 		s.installed = s.installs() // adopted: an earlier run took care of what was older
 		return nil
 	}
@@ -280,28 +296,33 @@ func (s *familyState) settled(have iptables.Table, written bool) {
 	s.jumpsIn = s.target.Intercepting()
 }
 
-// adopt takes over what an earlier run, or nobody, left. Rules that let older connections through (a first install) go on
-// doing it for the whole time.
-func (a *Agent) adopt(now time.Time, s *familyState, known bool) {
+// adopt reads what an earlier run, somebody else or nobody left. The ports that rules of this agent's lead to were seen
+// ready, if it was in this boot: until one is known to be somebody else's or closed for good, that stands. Rules that
+// something else restored at boot wait for their ports (Hold). Rules that let older connections through (a first install)
+// go on doing it for the whole time.
+func (a *Agent) adopt(ctx context.Context, now time.Time, s *familyState) error {
+	if err := a.read(ctx, now, s, true); err != nil {
+		return err
+	}
+	s.adopted = true
 	ours := s.have.Ours()
-	if ours.Intercepting() {
-		// An earlier run saw the ports ready. Until one is known to be somebody else's, that stands.
-		s.outbound.open = !s.outbound.denied
-		s.inbound.open = !s.inbound.denied && (s.inbound.open || s.have.Has(iptables.InboundRedirect))
-		s.dns.open = !s.dns.denied
+	s.jumpsIn = ours.Intercepting()
+	if outbound, inbound, dns := ours.Ports(); s.jumpsIn && a.marked {
+		s.outbound.open = s.outbound.open || outbound != 0 && !s.outbound.denied
+		s.inbound.open = s.inbound.open || inbound != 0 && !s.inbound.denied
+		s.dns.open = s.dns.open || dns != 0 && !s.dns.denied
+		if dns != 0 { // the run before may have had no time for it
+			s.forgetDNS = []time.Time{now.Add(answersLate)}
+		}
 	}
 	if ours.Settling() {
 		s.settling = now.Add(settle)
 	}
-	if known && a.want.Families[s.index()].DNSPort != 0 { // the run before may have had no time for it
-		s.forgetDNS = []time.Time{now.Add(answersLate)}
-	}
-	if known {
-		s.compile(a.want.Families[s.index()], s.key.serial, now)
-	}
 	if !ours.Empty() {
-		a.log.Info("rules adopted", zap.Stringer("family", s.family), zap.Int("rules", ours.Len()), zap.Bool("jumps", ours.Intercepting()))
+		a.log.Info("rules adopted", zap.Stringer("family", s.family), zap.Int("rules", ours.Len()), zap.Bool("jumps", s.jumpsIn),
+			zap.Bool("of_this_boot", a.marked))
 	}
+	return nil
 }
 
 func (s *familyState) index() int {
@@ -316,6 +337,9 @@ func (a *Agent) apply(ctx context.Context, now time.Time, s *familyState) error 
 	plan := iptables.NewPlan(s.target, s.have)
 	if ce := a.log.Check(zap.DebugLevel, "plan"); ce != nil {
 		ce.Write(zap.Stringer("family", s.family), zap.Stringer("plan", plan))
+	}
+	if s.target.Intercepting() {
+		a.mark()
 	}
 	result, err := a.kernel.Apply(ctx, plan)
 	s.applies[outcome(err)]++

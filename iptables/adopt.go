@@ -1,9 +1,27 @@
 package iptables
 
-import "slices"
+import (
+	"slices"
+	"strconv"
+	"strings"
+)
 
-// InboundRedirect is the chain that redirects inbound connections: Table.Has says whether there are any.
-const InboundRedirect = chainInRedirect
+// Ports are where the ruleset redirects outbound connections, inbound ones and DNS questions to; 0: it does not.
+func (r Ruleset) Ports() (outbound, inbound, dns uint16) {
+	return r.redirect(chainRedirect), r.redirect(chainInRedirect), r.redirect(chainDNS)
+}
+
+// redirect is the port of the chain's first REDIRECT.
+func (r Ruleset) redirect(name string) uint16 {
+	rules, _ := r.chain(name)
+	for _, spec := range rules {
+		if _, to, ok := strings.Cut(spec, "-j REDIRECT --to-ports "); ok {
+			port, _ := strconv.ParseUint(to, 10, 16) // 0 where somebody made it a range
+			return uint16(port)
+		}
+	}
+	return 0
+}
 
 // Settling says whether the ruleset lets connections through that conntrack has not seen from their start (see
 // Interception.Settling).

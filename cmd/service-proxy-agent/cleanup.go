@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -58,6 +59,9 @@ func clean(ctx context.Context) (removed []string, err error) {
 	for i, r := range removed {
 		dns = dns || strings.Contains(r, "SERVICE_PROXY_DNS")
 		removed[i] = "removed " + r
+	}
+	if err == nil {
+		err = agent.Unmark()
 	}
 	if err == nil && dns {
 		// Programs that always ask from one port would ask Envoy for ever.

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -98,5 +99,62 @@ func TestLateControlPlane(t *testing.T) {
 		if c.Escaped != 0 || c.OK == 0 {
 			t.Errorf("connections: %v", c)
 		}
+	})
+}
+
+// TestStartWithoutEnvoy: the agent starts while Envoy is away and rules are in. Those of an agent of this boot stay, unless
+// bypass asks for the contrary; those that something else restored at boot wait until Envoy accepts.
+func TestStartWithoutEnvoy(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true}, "--when-envoy-down", "bypass")
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		through(t, m, web6)
+		a.Kill()
+		m.Envoy.Kill()
+		must(t, a.Start())
+		escapes(t, m, web4)
+		escapes(t, m, web6)
+		_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s agent.Status) bool { return s.Mode == "bypass" })
+		must(t, err)
+		must(t, m.Envoy.Start())
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		through(t, m, web6)
+
+		a.Kill()
+		keeps := m.NewAgent("--when-envoy-down", "keep")
+		before := chains(t, m)
+		// An agent that meets rules which are not of this boot, and an Envoy that accepts, takes nothing out.
+		must(t, keeps.Reboot())
+		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+		must(t, keeps.Start())
+		must(t, keeps.WaitReady(within(t, 20*time.Second)))
+		if c := steady.Stop(); c.Bad() != 0 || c.OK == 0 {
+			t.Errorf("connections over the start: %v", c)
+		}
+		if n := applied(t, keeps); n != 0 {
+			t.Errorf("%d transactions were written, want none", n)
+		}
+		keeps.Kill()
+		m.Envoy.Kill()
+		must(t, keeps.Start()) // the rules are of this boot, and kept
+		_, err = keeps.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool {
+			return strings.HasPrefix(s.LastFailure, "Envoy is not running") && s.Passes > 4
+		})
+		must(t, err)
+		if after := chains(t, m); after != before {
+			t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
+		}
+		keeps.Kill()
+		must(t, keeps.Reboot()) // and netfilter-persistent puts them back before Envoy is there
+		must(t, keeps.Start())
+		escapes(t, m, web4)
+		escapes(t, m, web6)
+		must(t, m.Envoy.Start())
+		must(t, keeps.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		through(t, m, web6)
 	})
 }

@@ -230,6 +230,11 @@ func (a *Agent) Start() error {
 	return nil
 }
 
+// Reboot empties the runtime folder, as a tmpfs is after a reboot. The agent must not run.
+func (a *Agent) Reboot() error {
+	return os.RemoveAll(filepath.Join(a.dir, "run"))
+}
+
 type lockedWriter struct{ a *Agent }
 
 func (w lockedWriter) Write(p []byte) (int, error) {
