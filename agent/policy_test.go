@@ -56,6 +56,26 @@ func TestGate(t *testing.T) {
 	}
 }
 
+// TestRepairsAtOnce: four repairs within 8 s are made at once and are no fight; the fifth begins one.
+func TestRepairsAtOnce(t *testing.T) {
+	var f fight
+	now := time.Unix(1e9, 0)
+	for n := 1; n <= 5; n++ {
+		if !f.mayRepair(now) || f.on() {
+			t.Fatalf("repair %d is put off until %v", n, f.until.Sub(now))
+		}
+		f.repaired(now)
+		now = now.Add(1900 * time.Millisecond)
+		f.calm(now)
+	}
+	if !f.on() {
+		t.Error("five repairs within 8 s are no fight")
+	}
+	if now = now.Add(-time.Second); f.mayRepair(now) {
+		t.Error("a sixth is made at once")
+	}
+}
+
 // TestFight plays a program that undoes every repair at once, for five minutes, and then ends.
 func TestFight(t *testing.T) {
 	var f fight
