@@ -44,19 +44,9 @@ var drifts = []struct {
 	{"shadowed", []string{"IPT -t nat -I OUTPUT 1 -p tcp -j ACCEPT"}},
 }
 
-// driftLimit is how long a repair may take. On nft the kernel's notification leads to it within milliseconds (make bench
-// has the figures), on legacy the poll of 1.5 s does. A repair is some calls of iptables, so on a machine that is so busy
-// that one of them takes long, the limit is ten of them; but always under what back-off would add, 1.5 s.
-func driftLimit(t *testing.T, m *mesh.Mesh) time.Duration {
-	t.Helper()
-	began := time.Now()
-	chains(t, m)
-	busy := min(10*time.Since(began), 1400*time.Millisecond)
-	if m.Backend == lab.NFT {
-		return max(500*time.Millisecond, busy)
-	}
-	return 2500*time.Millisecond + max(0, busy-500*time.Millisecond)
-}
+// driftLimit is how long a repair may take: the kernel's notification leads to it within milliseconds on nft (make bench
+// has the figures), the poll of 1.5 s does on legacy. Back-off adds 1.5 s at least.
+var driftLimit = map[lab.Backend]time.Duration{lab.NFT: 500 * time.Millisecond, lab.Legacy: 2500 * time.Millisecond}
 
 // TestDrift: every kind, both families, both backends, put right by the running agent at once: each kind in a lab of its own,
 // so that none meets the back-off that another began. Not beside other tests: the repairs are timed.
@@ -76,7 +66,14 @@ func TestDrift(t *testing.T) {
 					families = families[:1] // both at once
 				}
 				for _, family := range families {
-					drift(t, m, a, family, driftLimit(t, m), d.do)
+					// A busy machine only adds to what a repair takes, so the best of three counts; a fight begins at five.
+					took := drift(t, m, a, family, d.do)
+					for again := 0; again < 2 && took > driftLimit[backend]; again++ {
+						took = min(took, drift(t, m, a, family, d.do))
+					}
+					if took > driftLimit[backend] {
+						t.Errorf("%s repaired after %v, want at most %v", family, took, driftLimit[backend])
+					}
 				}
 				s, err := a.Status(t.Context())
 				must(t, err)
@@ -89,8 +86,8 @@ func TestDrift(t *testing.T) {
 	})
 }
 
-// drift does the damage and waits until the chains are what they were.
-func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, limit time.Duration, do []string) {
+// drift does the damage, waits until the chains are what they were, and says how long the repair took.
+func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, do []string) (took time.Duration) {
 	t.Helper()
 	program, vip, to := "iptables -w", "10.10.0.1/32", web4
 	if family == "IPv6" {
@@ -110,11 +107,8 @@ func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, limit time.
 	began := time.Now()
 	_, err = a.Wait(within(t, 10*time.Second), "repair", func(n agent.Status) bool { return n.Undone > s.Undone })
 	must(t, err)
-	took := time.Since(began).Round(time.Millisecond)
+	took = time.Since(began).Round(time.Millisecond)
 	t.Logf("%s repaired %v after the damage", family, took)
-	if took > limit {
-		t.Errorf("%s repaired after %v, want at most %v", family, took, limit)
-	}
 	eventually(t, 5*time.Second, "the chains as before", func() (bool, string) {
 		after := chains(t, m)
 		return after == before, after + "\nbefore\n" + before
@@ -123,6 +117,7 @@ func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, limit time.
 	if strings.HasSuffix(do[0], "-j ACCEPT") { // theirs to remove
 		run("IPT -t nat -D OUTPUT -p tcp -j ACCEPT")
 	}
+	return took
 }
 
 // chains are our chains of both families.
