@@ -217,18 +217,18 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 		}
 		s.target = s.have.Ours().WithoutJumps()
 	}
-	if s.have.Ours().Empty() && s.target.Intercepting() && !s.written && now.After(s.settling) {
-		s.settling = now.Add(settle) // a first install
+	if s.have.Ours().Empty() && s.target.Intercepting() && !s.written {
+		s.settling = now.Add(settle) // a first install, be it that all services had gone
 		s.compile(a.want.Families[s.index()], s.key.serial, now)
 	}
 	if !s.target.Intercepting() && s.have.Ours().Empty() {
-		s.settled(s.have, false) // Hold: chains without a jump are of no use to anybody
+		s.settled(s.have) // Hold: chains without a jump are of no use to anybody
 		return nil
 	}
 	drift := iptables.Diff(s.target, s.have)
 	if len(drift) == 0 {
 		s.by = "" // whoever wrote, wrote nothing of ours
-		s.settled(s.have, true)
+		s.settled(s.have)
 		if s.target.Intercepting() {
 			a.mark()
 		}
@@ -289,10 +289,11 @@ func (a *Agent) read(ctx context.Context, now time.Time, s *familyState, all boo
 	return err
 }
 
-// settled notes that the kernel has what is wanted.
-func (s *familyState) settled(have iptables.Table, written bool) {
+// settled notes that the kernel has what is wanted. Where that is nothing, the next rules are a first install.
+func (s *familyState) settled(have iptables.Table) {
 	s.have, s.haveKnown = have, true
-	s.equal, s.err, s.written, s.retry, s.retryAt = true, nil, written, 0, time.Time{}
+	s.written = s.target.Intercepting() || !have.Ours().Empty()
+	s.equal, s.err, s.retry, s.retryAt = true, nil, 0, time.Time{}
 	s.jumpsIn = s.target.Intercepting()
 }
 
@@ -360,7 +361,7 @@ func (a *Agent) apply(ctx context.Context, now time.Time, s *familyState) error 
 		return err
 	}
 	s.applied, s.rows = now, s.rows+plan.Len()
-	s.settled(result.Have, true)
+	s.settled(result.Have)
 	a.forgetOldPaths(ctx, s)
 	if len(result.Drift) > 0 { // somebody wrote in between
 		s.equal, s.dirty, s.touchedAll = false, true, true

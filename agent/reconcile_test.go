@@ -1,9 +1,13 @@
 package agent
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -54,6 +58,72 @@ func TestCompile(t *testing.T) {
 			if strings.Contains(text, line) {
 				t.Errorf("%s: %q in\n%s", step.name, line, text)
 			}
+		}
+	}
+}
+
+// fakeIPTables is a Kernel whose programs are scripts on the legacy backend, which is read by saves alone: a restore makes
+// the table what next was given. So a family goes through its passes without root and at any time of day.
+func fakeIPTables(t *testing.T) (k *iptables.Kernel, next func(iptables.Ruleset)) {
+	t.Helper()
+	dir := t.TempDir()
+	put := func(name, text string, mode os.FileMode) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	next = func(r iptables.Ruleset) { put("next", r.String(), 0o600) }
+	next(iptables.Ruleset{})
+	put("table", "", 0o600)
+	for _, name := range []string{"iptables-legacy", "ip6tables-legacy"} {
+		put(name, "#!/bin/sh\n[ \"$1\" != --version ] || echo \"iptables v1.8.9 (legacy)\"\n", 0o700)
+		put(name+"-save", "#!/bin/sh\ncat "+dir+"/table\n", 0o700)
+		put(name+"-restore", "#!/bin/sh\ncat >"+dir+"/payload && cp "+dir+"/next "+dir+"/table\n", 0o700)
+	}
+	k, err := iptables.Open(t.Context(), iptables.Options{Backend: iptables.Legacy, Path: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k, next
+}
+
+// TestSettlingAgain: when all services go, the last NAT rule goes, and with it connection tracking: when they come back it is
+// a first install again, whose older connections are let through for the whole time.
+func TestSettlingAgain(t *testing.T) {
+	want := iptables.Interception{Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001, ServicePorts: []uint16{80}}
+	rules := func(settling bool) iptables.Ruleset {
+		w := want
+		w.Jumps, w.Settling = true, settling
+		return w.Ruleset()
+	}
+	none := iptables.Interception{Family: iptables.IPv4}
+	k, next := fakeIPTables(t)
+	a := &Agent{kernel: k, log: zap.NewNop()}
+	s := &familyState{family: iptables.IPv4, outbound: gate{open: true}}
+	now := time.Unix(1e9, 0)
+	for _, step := range []struct {
+		name  string
+		after time.Duration
+		want  iptables.Interception
+		have  iptables.Ruleset
+	}{
+		{"a first install", 0, want, rules(true)},
+		{"older connections are taken over", settle, want, rules(false)},
+		{"all services go", time.Second, none, none.Ruleset()},
+		{"they come back at once", time.Second, want, rules(true)},
+		{"they go before older connections are taken over", settle - 10*time.Second, none, none.Ruleset()},
+		{"and come back", time.Second, want, rules(true)},
+		{"past the first time, and within theirs", settle - time.Second, want, rules(true)},
+		{"past theirs", time.Second, want, rules(false)},
+	} {
+		now = now.Add(step.after)
+		if a.wantSerial == 0 || a.want.Families[0].OutboundPort != step.want.OutboundPort {
+			a.want.Families[0], a.wantSerial = step.want, a.wantSerial+1
+		}
+		next(step.have)
+		a.reconcile(t.Context(), now, s, step.want, true)
+		if s.err != nil || s.target.String() != step.have.String() || !s.equal {
+			t.Errorf("%s: %v, equal %v; wanted\n%s\nwant\n%s", step.name, s.err, s.equal, s.target, step.have)
 		}
 	}
 }
