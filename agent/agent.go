@@ -134,8 +134,6 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		// Bootstrap installs it; until then somebody must publish how that goes.
 		log.Info("iptables is not installed yet, waiting for bootstrap")
 		a.withoutTools = true
-	case errors.Is(err, iptables.ErrLocked), errors.Is(err, iptables.ErrCouldNotLook):
-		log.Warn("iptables cannot be used yet", zap.Error(err)) // the loop tries again and says so
 	case err != nil:
 		return nil, nextStep(err)
 	}
@@ -339,7 +337,7 @@ func (a *Agent) watchOthers(ctx context.Context) error {
 	backend := a.kernel.Backend()
 	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
 		// Another Kernel: this one is the loop's.
-		if k, err := iptables.Open(ctx, iptables.Options{}); err == nil && k.Backend() != backend {
+		if k, err := iptables.Open(ctx, iptables.Options{}); err == nil && k.Backend() != "" && k.Backend() != backend {
 			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, k.Backend())
 		}
 		if s := a.status.Load(); s == nil || !s.Ready {

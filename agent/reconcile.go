@@ -148,21 +148,24 @@ func (a *Agent) failed(ctx context.Context, now time.Time, s *familyState, err e
 	return s.retry
 }
 
-// usable says whether the family can be used, and tries one that could not be again now and then.
+// usable says whether the family can be used, and tries one that could not be again now and then. A lock that is held just
+// then says nothing about the family.
 func (a *Agent) usable(ctx context.Context, now time.Time, s *familyState) bool {
-	if s.probed.IsZero() {
-		for _, f := range a.kernel.Families() {
-			if f.Family == s.family {
-				s.unusable = f.Why
-			}
-		}
-		s.probed = now
+	first := s.probed.IsZero()
+	if !first && (s.unusable == nil || now.Sub(s.probed) <= retryUnusable) {
+		return s.unusable == nil
 	}
-	if s.unusable != nil && now.Sub(s.probed) > retryUnusable {
-		s.probed = now
-		if s.unusable = a.kernel.Probe(ctx, s.family); s.unusable == nil {
-			a.log.Info("family usable again", zap.Stringer("family", s.family))
+	s.probed = now
+	if !first {
+		a.kernel.Probe(ctx, s.family) // Families has what came of it
+	}
+	for _, f := range a.kernel.Families() {
+		if f.Family == s.family {
+			s.unusable = f.Why
 		}
+	}
+	if !first && s.unusable == nil {
+		a.log.Info("family usable again", zap.Stringer("family", s.family))
 	}
 	return s.unusable == nil
 }

@@ -98,9 +98,10 @@ func TestSettlingAgain(t *testing.T) {
 	}
 	none := iptables.Interception{Family: iptables.IPv4}
 	k, next := fakeIPTables(t)
-	a := &Agent{kernel: k, log: zap.NewNop()}
+	a := &Agent{kernel: k, log: zap.NewNop(), marked: true}
 	s := &familyState{family: iptables.IPv4, outbound: gate{open: true}}
 	now := time.Unix(1e9, 0)
+	a.reconcile(t.Context(), now, s, none, true) // the first pass looks at what is there
 	for _, step := range []struct {
 		name  string
 		after time.Duration

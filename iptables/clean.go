@@ -20,7 +20,7 @@ func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	var removed []string
 	var errs []error
 	for _, f := range families {
-		t, err := k.tool(f)
+		t, err := k.tool(ctx, f)
 		if err != nil {
 			if !errors.Is(err, ErrNoTable) && !errors.Is(err, ErrNoIPTables) { // then nothing of ours can be there
 				errs = append(errs, err)

@@ -26,7 +26,7 @@ type Degraded struct {
 // If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at the same moment, and
 // trying again is the remedy.
 func (k *Kernel) ApplyDegraded(ctx context.Context, want Ruleset, have Table) (Degraded, error) {
-	t, err := k.tool(want.family)
+	t, err := k.tool(ctx, want.family)
 	if err != nil {
 		return Degraded{}, err
 	}

@@ -84,14 +84,16 @@ type FamilyState struct {
 var families = []Family{IPv4, IPv6}
 
 // Open finds the programs and tries each family once. It fails with ErrNoIPTables if there are none, and with the first
-// family's error if neither is usable (the Kernel is returned all the same: Probe tries again); one that is not usable is otherwise only noted (Families) and can be tried again (Probe).
+// family's error if neither is usable (the Kernel is returned all the same: Probe tries again); one that is not usable is
+// otherwise only noted (Families) and can be tried again (Probe). A held lock and a look that did not end make nothing
+// unusable: the next read or write meets them again, or does not.
 func Open(ctx context.Context, options Options) (*Kernel, error) {
 	k := &Kernel{options: options, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
 	var first error
 	usable := false
 	for _, f := range families {
 		err := k.Probe(ctx, f)
-		usable = usable || err == nil
+		usable = usable || err == nil || mayPass(err)
 		if first == nil {
 			first = err
 		}
@@ -102,14 +104,21 @@ func Open(ctx context.Context, options Options) (*Kernel, error) {
 	return k, nil
 }
 
-// Probe finds out anew whether the family is usable and returns why not.
+// Probe finds out anew whether the family is usable and returns why not. ErrLocked and ErrCouldNotLook are no answer: what
+// was known of it (Families) stands.
 func (k *Kernel) Probe(ctx context.Context, f Family) error {
 	err := k.probe(ctx, f)
+	if mayPass(err) {
+		return err
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.unusable[f] = err
 	return err
 }
+
+// mayPass says whether an error tells of the moment and not of the family.
+func mayPass(err error) bool { return errors.Is(err, ErrLocked) || errors.Is(err, ErrCouldNotLook) }
 
 func (k *Kernel) probe(ctx context.Context, f Family) error {
 	t, err := find(ctx, k.options, f, &k.own)
@@ -161,15 +170,26 @@ func (k *Kernel) any() tool {
 	return tool{}
 }
 
-// tool returns the programs of a usable family.
-func (k *Kernel) tool(f Family) (tool, error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	t, ok := k.tools[f]
-	if err := k.unusable[f]; err != nil || !ok {
-		return tool{}, fmt.Errorf("%s: %w: %w", f, ErrUnusable, err)
+// tool returns the programs of a usable family. Where they did not say their version in time yet, they are asked again.
+func (k *Kernel) tool(ctx context.Context, f Family) (tool, error) {
+	t, ok, unusable := k.known(f)
+	if !ok && unusable == nil {
+		err := k.Probe(ctx, f)
+		if t, ok, unusable = k.known(f); !ok && unusable == nil {
+			return tool{}, fmt.Errorf("find the %s programs: %w", f, err)
+		}
+	}
+	if unusable != nil {
+		return tool{}, fmt.Errorf("%s: %w: %w", f, ErrUnusable, unusable)
 	}
 	return t, nil
+}
+
+func (k *Kernel) known(f Family) (t tool, ok bool, unusable error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	t, ok = k.tools[f]
+	return t, ok, k.unusable[f]
 }
 
 var versionText = regexp.MustCompile(`v(\d+\.\d+\.\d+)(?: \((nf_tables|legacy)\))?`)
@@ -225,7 +245,7 @@ func lookPath(path, name string) (string, error) {
 // Read reads a family's whole nat table. On nft, a save that does not end within a second is given up and our chains
 // and the built-in ones are listed one by one, which ends under any storm. ErrCouldNotLook if that does not end either.
 func (k *Kernel) Read(ctx context.Context, f Family) (Table, error) {
-	t, err := k.tool(f)
+	t, err := k.tool(ctx, f)
 	if err != nil {
 		return Table{}, err
 	}
@@ -306,7 +326,7 @@ func sumOf(save []byte) uint64 {
 // Event or a write; what it does not read stays as it was in have. On legacy, where reading any chain copies the whole
 // table out of the kernel, it reads everything.
 func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (Table, error) {
-	t, err := k.tool(have.family)
+	t, err := k.tool(ctx, have.family)
 	if err != nil {
 		return Table{}, err
 	}
@@ -395,7 +415,7 @@ const attempts = 3
 // returns an error, but for ErrCouldNotLook, which says that a write was begun and could not be verified: read, and see. Errors: *RefusedError,
 // ErrLocked, ErrIncompatible, ErrNotRoot, ErrNoTable, ErrCouldNotLook, ErrUnusable, *CommandError.
 func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
-	t, err := k.tool(p.family)
+	t, err := k.tool(ctx, p.family)
 	if err != nil {
 		return Result{}, err
 	}

@@ -429,3 +429,34 @@ func TestLockHeld(t *testing.T) { // not parallel: the lock is one for the whole
 	_, err = a.Wait(within(t, 30*time.Second), "the failure over", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 	must(t, err)
 }
+
+// TestLockHeldAtStart: a lock that is held while the agent starts, for longer than iptables waits, makes no family unusable:
+// the rules are in as soon as it is free, and nobody is sent after kernel modules.
+func TestLockHeldAtStart(t *testing.T) {
+	t.Parallel()
+	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.Legacy, Config: services()})
+	must(t, err)
+	defer m.Close()
+	a := m.NewAgent()
+	path := m.Dir + "/xtables.lock" // of this lab alone
+	a.Setenv("XTABLES_LOCKFILE=" + path)
+	lock, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	must(t, err)
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	must(t, a.Start())
+	time.Sleep(7 * time.Second) // iptables -w 5 has given up once by then
+	lock.Close()
+	released := time.Now()
+	for _, family := range []string{"IPv4", "IPv6"} {
+		eventually(t, 5*time.Second, family+" rules", func() (bool, string) {
+			out, err := m.Chains(t.Context(), family)
+			return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out + "\n" + a.Log()
+		})
+	}
+	t.Logf("rules %v after the release", time.Since(released).Round(time.Millisecond))
+	must(t, a.WaitReady(within(t, 5*time.Second)))
+	through(t, m, web4)
+	if log := a.Log(); strings.Contains(log, "modprobe") || strings.Contains(log, string(symptom.FamilyUnusable)) {
+		t.Errorf("a family was given up:\n%s", log)
+	}
+}

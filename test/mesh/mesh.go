@@ -203,6 +203,9 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 	return a
 }
 
+// Setenv adds NAME=VALUE to the environment of the next start.
+func (a *Agent) Setenv(kv string) { a.env = append(a.env, kv) }
+
 // Start starts the process; it does not wait for it to do anything.
 func (a *Agent) Start() error {
 	binary, err := Binary()
