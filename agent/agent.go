@@ -58,6 +58,7 @@ type Agent struct {
 	others     *report.Mailbox[[]iptables.OtherChain]
 	reports    *report.Mailbox[Status]
 	history    *report.Mailbox[Failures]
+	keep       *report.Mailbox[*keptAttribute]
 	events     <-chan iptables.Event
 	pause      chan chan struct{}
 	status     atomic.Pointer[Status]
@@ -70,8 +71,9 @@ type Agent struct {
 	view           View
 	config         attribute.Config
 	haveConfig     bool
-	attributeText  []byte    // of the last well-formed attribute; nil: none yet, or from --config
-	requested      time.Time // when bootstrap was last asked to run
+	inForce        *goodAttribute // where config is from; nil: none yet, or --config
+	attributeText  []byte         // of the last attribute that this run read; nil: none yet, or from --config
+	requested      time.Time      // when bootstrap was last asked to run
 	attributeErr   error
 	sourceErr      error
 	uid, gid       uint32
@@ -109,7 +111,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
 		views: report.NewMailbox[View](), attributes: report.NewMailbox[attributeNews](), others: report.NewMailbox[[]iptables.OtherChain](),
-		reports: report.NewMailbox[Status](), history: report.NewMailbox[Failures](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
+		reports: report.NewMailbox[Status](), history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
 		families: []familyState{{family: iptables.IPv4}, {family: iptables.IPv6}},
 	}
 	var err error
@@ -294,18 +296,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	err = g.Wait()
 	a.log.Info("stopped; the rules stay in place")
 	return err
-}
-
-// watchAttribute passes on what the metadata server says of the attribute, sorted by what was wrong.
-func (a *Agent) watchAttribute(ctx context.Context) {
-	bootstrap.WatchAttribute(ctx, func(look bootstrap.Attribute) {
-		news := attributeNews{Config: look.Config, Text: look.Text, Err: look.Err}
-		var source *bootstrap.MetadataError
-		if errors.As(look.Err, &source) {
-			news.Source, news.Err = look.Err, nil
-		}
-		a.attributes.Put(news)
-	})
 }
 
 // readAccount asks once for the VM's service account, whose name belongs into the control plane's refusals.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -46,14 +47,6 @@ const (
 	retryLeft     = 5 * time.Minute
 	retryUnusable = time.Minute
 )
-
-// attributeNews is one answer of the attribute's source. With an error the last good Config stays in force.
-type attributeNews struct {
-	Config attribute.Config
-	Text   []byte
-	Err    error // the attribute itself is missing or malformed
-	Source error // the metadata server does not answer
-}
 
 // loop is the one goroutine that owns the kernel. Everything it learns comes to it as values over channels.
 func (a *Agent) loop(ctx context.Context) error {
@@ -114,7 +107,7 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 	}
 	a.readBootstrap(now)
 	f := symptom.Facts{
-		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Advice: a.config.Warnings, Metadata: a.sourceErr,
+		Now: now, ProxyUser: a.settings.ProxyUser, ProxyUID: a.uid, UserErr: a.userErr, Attribute: a.attributeErr, Advice: a.config.Warnings, Metadata: a.sourceErr, NoAttribute: !a.haveConfig,
 		Envoy: a.view.facts(a.settings.EnvoyAdmin), Others: a.otherChains,
 	}
 	if account := a.account.Load(); account != nil {
@@ -346,18 +339,31 @@ func (a *Agent) readBootstrap(now time.Time) {
 }
 
 func (a *Agent) takeAttribute(n attributeNews) {
-	first := !a.haveConfig
 	a.attributeErr, a.sourceErr = n.Err, n.Source
-	if n.Err != nil || n.Source != nil {
+	was, good := a.inForce, n.Good
+	if good == was {
 		return
 	}
-	a.config, a.haveConfig, a.wantStale = n.Config, true, true
-	a.attributeText, a.requested = n.Text, time.Time{}
-	if !first {
+	a.inForce = good
+	if good == nil { // it was another instance's
+		a.config, a.haveConfig, a.wantStale = attribute.Default(), false, true
+		return
+	}
+	if !good.Kept { // bootstrap reads for itself, and may have seen a newer one than an earlier run kept
+		a.attributeText, a.requested = good.Text, time.Time{}
+	}
+	if was != nil && bytes.Equal(was.Text, good.Text) {
+		return
+	}
+	a.config, a.haveConfig, a.wantStale = good.Config, true, true
+	switch {
+	case good.Kept:
+		a.log.Info("the attribute that an earlier run kept is in force", zap.Time("read", good.Read))
+	case was != nil:
 		a.log.Info("attribute changed")
 	}
-	if len(n.Config.Unknown) > 0 {
-		a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", n.Config.Unknown))
+	if len(good.Config.Unknown) > 0 {
+		a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", good.Config.Unknown))
 	}
 }
 

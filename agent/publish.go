@@ -36,6 +36,9 @@ func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 		Findings: findings, LastFailure: a.failures.String(), Backend: a.kernel.Backend(), ServingPorts: a.config.ServingPorts,
 		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: BootstrapStatus{Status: a.boot.Status, Failure: a.boot.FailureLine(), Done: a.boot.AttributeSum != ""},
 	}
+	if good := a.inForce; good != nil {
+		s.Attribute = &AttributeStatus{Read: good.Read, Kept: good.Kept}
+	}
 	v := a.view
 	s.Envoy = EnvoyStatus{
 		Admin: a.settings.EnvoyAdmin, State: v.State, Version: v.Info.Text, Configured: v.Configured, Listeners: len(v.Snapshot.Listeners), Rejected: len(v.Rejected), Node: v.Info.Node.ID,
@@ -156,19 +159,23 @@ func (a *Agent) sayFailures(was, is Failures) {
 	}
 }
 
-// runHistory keeps the failures for the next start, beside the loop: a disk may hang.
+// runHistory keeps the failures and the attribute for the next start, beside the loop: a disk may hang.
 func (a *Agent) runHistory(ctx context.Context) error {
-	said := false
+	said := map[string]bool{}
+	note := func(lost string, err error) {
+		if err != nil && !said[lost] {
+			a.log.Warn(lost, zap.Error(err))
+		}
+		said[lost] = err != nil
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case f := <-a.history.Get():
-			err := f.save(a.settings.StateDir)
-			if err != nil && !said {
-				a.log.Warn("history is not kept", zap.Error(err))
-			}
-			said = err != nil
+			note("history is not kept", f.save(a.settings.StateDir))
+		case k := <-a.keep.Get():
+			note("the attribute is not kept", saveKept(a.settings.StateDir, k))
 		}
 	}
 }

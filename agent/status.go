@@ -20,6 +20,7 @@ type Status struct {
 	Findings      []symptom.Finding `json:"findings,omitempty"`
 	LastFailure   string            `json:"last_failure,omitempty"`
 	Bootstrap     BootstrapStatus   `json:"bootstrap"`
+	Attribute     *AttributeStatus  `json:"attribute,omitempty"` // in force; nil: none yet, or --config
 	Envoy         EnvoyStatus       `json:"envoy"`
 	Backend       string            `json:"backend,omitempty"` // nft or legacy
 	Families      []FamilyStatus    `json:"families,omitempty"`
@@ -29,6 +30,12 @@ type Status struct {
 	Paused        bool              `json:"paused,omitempty"`
 	LastDriftBy   string            `json:"last_drift_by,omitempty"` // program and pid, where the kernel tells
 	LastDriftWhen time.Time         `json:"last_drift_when,omitzero"`
+}
+
+// AttributeStatus says where the attribute in force is from.
+type AttributeStatus struct {
+	Read time.Time `json:"read"`           // when the metadata server gave it, UTC
+	Kept bool      `json:"kept,omitempty"` // to an earlier run; this one has read none that can be used
 }
 
 // BootstrapStatus is what bootstrap reached, read from the state folder.

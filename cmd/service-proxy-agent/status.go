@@ -74,6 +74,13 @@ func printStatus(out io.Writer, s agent.Status) error {
 	if s.Bootstrap.Status != "" {
 		row("bootstrap", "%s %s", s.Bootstrap.Status, s.Bootstrap.Failure)
 	}
+	if at := s.Attribute; at != nil {
+		by := ""
+		if at.Kept {
+			by = " by an earlier run, and kept"
+		}
+		row("attribute", "read at %s%s", at.Read.Format(time.RFC3339), by)
+	}
 	envoy := "no answer"
 	if s.Envoy.State != "" {
 		envoy = s.Envoy.State + " " + s.Envoy.Version

@@ -39,6 +39,9 @@ const (
 	AgentPort        = 15020 // the agent's /metrics and /healthz
 )
 
+// ErrMissing is what a VM without the attribute gets; who reads the metadata server returns it, wrapped.
+var ErrMissing = errors.New("this VM has no metadata attribute " + Name)
+
 // ErrAnthos is returned for the attribute's Anthos Service Mesh form ("mode": "ON", "asm-config"), which another agent serves.
 var ErrAnthos = errors.New("the attribute has the Anthos Service Mesh form (mode, asm-config), which this agent does not serve; " +
 	"create the template with --service-proxy enabled and without --mesh")

@@ -20,8 +20,7 @@ import (
 const attributePath = "instance/attributes/" + attribute.Name
 
 // ErrNoAttribute is the error of a VM without the gce-service-proxy attribute.
-var ErrNoAttribute = fmt.Errorf("this VM has no metadata attribute %s; create its template with gcloud compute instance-templates create --service-proxy enabled",
-	attribute.Name)
+var ErrNoAttribute = fmt.Errorf("%w; create its template with gcloud compute instance-templates create --service-proxy enabled", attribute.ErrMissing)
 
 // MetadataError is a metadata server's answer other than 200 and 404, or none at all.
 type MetadataError struct {
@@ -129,6 +128,12 @@ func ReadAccount(ctx context.Context) (Account, error) {
 		return Account{}, err
 	}
 	return Account{Email: strings.TrimSpace(string(email)), Scopes: strings.Fields(string(scopes))}, nil
+}
+
+// ReadInstance asks the metadata server for the VM's id, which no other VM has or will have. Errors: *MetadataError.
+func ReadInstance(ctx context.Context) (string, error) {
+	id, _, err := getMetadata(ctx, "instance/id", "")
+	return strings.TrimSpace(string(id)), err
 }
 
 // metadataTransport never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses proxied requests.

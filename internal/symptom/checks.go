@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -262,7 +263,19 @@ func attributeBad(f Facts) []Finding {
 	if f.Attribute == nil {
 		return nil
 	}
-	return one(AttributeBad, 26, Error, "correct it; until then the last good one stays in force", "The gce-service-proxy attribute cannot be used: %v", f.Attribute)
+	next := "correct it"
+	if errors.Is(f.Attribute, attribute.ErrMissing) {
+		next = "or give this VM one (docs/attribute.md)"
+	}
+	return one(AttributeBad, 26, Error, next+"; until then "+inForce(f), "The gce-service-proxy attribute cannot be used: %v", f.Attribute)
+}
+
+// inForce says what holds while the attribute cannot be read.
+func inForce(f Facts) string {
+	if f.NoAttribute {
+		return "the rules stay as they are"
+	}
+	return "the last good one stays in force"
 }
 
 func bootstrapFailed(f Facts) []Finding {
@@ -276,7 +289,8 @@ func metadataServer(f Facts) []Finding {
 	if f.Metadata == nil {
 		return nil
 	}
-	return one(MetadataServer, 0, Error, "the last attribute stays in force; check that 169.254.169.254 is not blocked on the VM", "The metadata server does not answer: %v", f.Metadata)
+	return one(MetadataServer, 0, Error, "it is asked again, and until then "+inForce(f)+"; check that nothing on the VM blocks 169.254.169.254 or stands before it",
+		"The metadata server gives no usable answer about the attribute: %v", f.Metadata)
 }
 
 func portClosed(f Facts) (out []Finding) {

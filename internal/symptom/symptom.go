@@ -66,7 +66,7 @@ const (
 	EnvoyTooOld          ID = "envoy-too-old"             // row 25
 	Bootstrap            ID = "bootstrap-failed"          // row 26
 	AttributeBad         ID = "attribute-malformed"       // row 26: the attribute, read by the daemon
-	MetadataServer       ID = "metadata-server"           // the metadata server does not answer
+	MetadataServer       ID = "metadata-server"           // the metadata server gives no usable answer
 	GuestAttributesOff   ID = "guest-attributes-off"      // row 27
 	AdminUnreadable      ID = "envoy-admin-unreadable"    // an answer of the admin interface that cannot be used
 	ForeignOwner         ID = "port-foreign-owner"        // row 32
@@ -165,12 +165,14 @@ type Facts struct {
 
 	Attribute error    // the gce-service-proxy attribute could not be used
 	Advice    []string // what the attribute asks for and is advised against
-	Metadata  error    // the metadata server did not answer
+	Metadata  error    // the metadata server gave no usable answer
 	Account   string   // email of the VM's service account, "" when not known
 	Scopes    []string // of it, as URLs; nil when not known
 	GuestOff  bool     // guest attributes are disabled on this VM
 	ListenErr error
 	Bootstrap string // its last failure, "" when none
+	// NoAttribute: none is in force, so no earlier one stands in for what cannot be read.
+	NoAttribute bool
 	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables are then still to come.
 	Bootstrapping bool
 	Ports         []Port

@@ -114,7 +114,12 @@ var examples = []example{
 	{"Envoy is old", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 20} }), EnvoyTooOld},
 	{"bootstrap failed", live(func(f *Facts) { f.Bootstrap = "install Envoy: gs://b/envoy.tgz: status 403; tried again in 30 s" }), Bootstrap},
 	{"the attribute is malformed", live(func(f *Facts) { f.Attribute = malformed }), AttributeBad},
+	{"the attribute is missing", live(func(f *Facts) {
+		f.Attribute = fmt.Errorf("%w; create its template with --service-proxy enabled", attribute.ErrMissing)
+	}), AttributeBad},
+	{"the attribute is malformed, and there was none before", live(func(f *Facts) { f.Attribute, f.NoAttribute = malformed, true }), AttributeBad},
 	{"the metadata server is away", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }), MetadataServer},
+	{"the metadata server is away, and there was no attribute before", live(func(f *Facts) { f.Metadata, f.NoAttribute = errors.New("no answer within 10s"), true }), MetadataServer},
 	{"guest attributes are disabled", live(func(f *Facts) { f.GuestOff = true }), GuestAttributesOff},
 	{"a stranger on Envoy's port", live(func(f *Facts) {
 		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}

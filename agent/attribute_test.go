@@ -1,0 +1,196 @@
+package agent
+
+import (
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+)
+
+const keptText = `{"proxy-spec":{"proxy-port":15101}}`
+
+// TestAttributeSource: what is in force after each look of a run, with an attribute of an earlier run in the state folder.
+func TestAttributeSource(t *testing.T) {
+	var (
+		good = func(port string) bootstrap.Attribute {
+			text := []byte(`{"proxy-spec":{"proxy-port":` + port + `}}`)
+			config, err := attribute.Parse(text)
+			return bootstrap.Attribute{Config: config, Text: text, Err: err}
+		}
+		malformed = good(`"x"`)
+		missing   = bootstrap.Attribute{Err: bootstrap.ErrNoAttribute}
+		away      = bootstrap.Attribute{Err: &bootstrap.MetadataError{Path: "x", Code: http.StatusServiceUnavailable}}
+	)
+	const none, kept, own = 0, 15101, 15102
+	type look struct {
+		look     bootstrap.Attribute
+		instance string
+		want     uint16 // the port of the one in force
+		foreign  bool
+	}
+	for _, test := range []struct {
+		name     string
+		instance string // of the kept one
+		machine  string
+		looks    []look
+	}{
+		{"missing", "1", "", []look{{missing, "1", kept, false}, {malformed, "1", kept, false}}},
+		{"malformed", "1", "", []look{{malformed, "1", kept, false}}},
+		{"the server is away", "1", "m", []look{{away, "", kept, false}, {missing, "1", kept, false}, {away, "1", kept, false}}},
+		{"away, on another machine", "1", "other", []look{{away, "", none, false}, {away, "", none, false}}},
+		{"away, and nothing tells the machine", "1", "", []look{{away, "", none, false}}},
+		{"away, and the machine has got another name", "1", "other", []look{{away, "", none, false}, {missing, "1", kept, false}}},
+		{"a clone", "1", "other", []look{{missing, "2", none, true}, {missing, "2", none, false}, {good("15102"), "2", own, false}}},
+		{"a clone that looks the same", "1", "m", []look{{away, "", kept, false}, {missing, "2", none, true}, {away, "2", none, false}}},
+		{"a clone with an attribute", "1", "other", []look{{good("15102"), "2", own, false}, {missing, "2", own, false}}},
+		{"the id is not told", "1", "m", []look{{missing, "", kept, false}}},
+		{"the id was not told then", "", "m", []look{{missing, "1", kept, false}}},
+		{"the id was not told then, on another machine", "", "other", []look{{missing, "1", none, false}}},
+		{"a good one comes and goes", "1", "m", []look{{away, "", kept, false}, {good("15102"), "1", own, false}, {missing, "1", own, false}, {malformed, "1", own, false}, {away, "1", own, false}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			read := time.Unix(1e9, 0)
+			s := attributeSource{kept: &keptAttribute{Text: keptText, Read: read, Instance: test.instance, Machine: "m"}}
+			for i, l := range test.looks {
+				now := time.Unix(2e9+int64(i), 0)
+				news, foreign := s.next(l.look, l.instance, test.machine, now)
+				if foreign != l.foreign {
+					t.Errorf("look %d: foreign is %v", i, foreign)
+				}
+				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) || (news.Source != nil) != errors.As(l.look.Err, new(*bootstrap.MetadataError)) {
+					t.Errorf("look %d: %v and %v of %v", i, news.Err, news.Source, l.look.Err)
+				}
+				switch {
+				case news.Good == nil:
+					if l.want != none {
+						t.Errorf("look %d: none in force, want port %d", i, l.want)
+					}
+				case news.Good.Config.ProxyPort != l.want:
+					t.Errorf("look %d: port %d in force, want %d", i, news.Good.Config.ProxyPort, l.want)
+				case news.Good.Kept != (l.want == kept), news.Good.Kept != news.Good.Read.Equal(read):
+					t.Errorf("look %d: in force is %+v", i, news.Good)
+				}
+			}
+		})
+	}
+	if news, foreign := (&attributeSource{}).next(missing, "1", "m", time.Now()); news.Good != nil || foreign {
+		t.Errorf("nothing kept: %+v, foreign %v", news, foreign)
+	}
+}
+
+// TestKeptAttribute: what is kept comes back as it was, for nobody else to read; what cannot be used is not there.
+func TestKeptAttribute(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	path := filepath.Join(dir, keptFile)
+	if k, err := loadKept(dir); k != nil || err != nil {
+		t.Errorf("before the first: %v, %v", k, err)
+	}
+	want := keptAttribute{Text: keptText, Read: time.Date(2026, 11, 24, 21, 0, 0, 0, time.UTC), Instance: "4520031799277581759", Machine: "m"}
+	for range 2 {
+		if err := saveKept(dir, &want); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if k, err := loadKept(dir); err != nil || *k != want {
+		t.Errorf("have %+v, %v, want %+v", k, err, want)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	if all, err := os.ReadDir(dir); err != nil || len(all) != 1 {
+		t.Errorf("beside it: %v, %v", all, err)
+	}
+	for name, text := range map[string]string{"half of it": `{"text":"{}`, "a malformed attribute": `{"text":"{\"labels\":1}"}`, "nothing": ""} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if k, err := loadKept(dir); k != nil || err == nil || !strings.Contains(err.Error(), "kept by an earlier run") {
+			t.Errorf("%s: %v, %v", name, k, err)
+		}
+	}
+	for range 2 { // the second time it is gone already
+		if err := saveKept(dir, nil); err != nil {
+			t.Error(err)
+		}
+	}
+	if k, err := loadKept(dir); k != nil || err != nil {
+		t.Errorf("taken away: %v, %v", k, err)
+	}
+}
+
+// TestMachineSum: any of the files changes it, and without any there is none.
+func TestMachineSum(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	a, same, b, empty, absent := file("a", "1\n"), file("same", "1"), file("b", "2\n"), file("empty", "\n"), filepath.Join(dir, "absent")
+	sum := sumOfFiles(a, b)
+	if sum == "" || sum != sumOfFiles(same, b) {
+		t.Errorf("%q and %q", sum, sumOfFiles(same, b))
+	}
+	for _, other := range []string{sumOfFiles(a, a), sumOfFiles(b, a), sumOfFiles(a, absent), sumOfFiles(absent, b)} {
+		if other == sum || other == "" {
+			t.Errorf("another machine is %q, too", other)
+		}
+	}
+	if none := sumOfFiles(absent, empty); none != "" {
+		t.Errorf("nothing tells the machine, and it is %q", none)
+	}
+}
+
+// TestTakeAttribute: the loop goes by the attribute in force, whatever it hears of the newest, and asks for bootstrap only on
+// behalf of one that this run has read.
+func TestTakeAttribute(t *testing.T) {
+	config := func(port uint16) attribute.Config {
+		c := attribute.Default()
+		c.ProxyPort = port
+		return c
+	}
+	kept := &goodAttribute{Config: config(15101), Text: []byte("kept"), Kept: true}
+	own := &goodAttribute{Config: config(15101), Text: []byte("kept")}
+	next := &goodAttribute{Config: config(15102), Text: []byte("next")}
+	bad := errors.New("bad")
+	a := &Agent{log: zap.NewNop(), config: attribute.Default()}
+	for _, step := range []struct {
+		name  string
+		news  attributeNews
+		port  uint16 // 0: none in force
+		stale bool   // the want is to be made anew
+		text  string // that bootstrap is asked for
+	}{
+		{"the server is away", attributeNews{Source: bad}, 0, false, ""},
+		{"a kept one", attributeNews{Good: kept, Source: bad}, 15101, true, ""},
+		{"it stays", attributeNews{Good: kept, Err: bad}, 15101, false, ""},
+		{"the same is read", attributeNews{Good: own}, 15101, false, "kept"},
+		{"another, of which the loop hears once it is malformed", attributeNews{Good: next, Err: bad}, 15102, true, "next"},
+		{"the server is away again", attributeNews{Good: next, Source: bad}, 15102, false, "next"},
+	} {
+		a.wantStale = false
+		a.takeAttribute(step.news)
+		if a.haveConfig != (step.port != 0) || a.haveConfig && a.config.ProxyPort != step.port || a.wantStale != step.stale || string(a.attributeText) != step.text {
+			t.Errorf("%s: have %v, port %d, stale %v, text %q", step.name, a.haveConfig, a.config.ProxyPort, a.wantStale, a.attributeText)
+		}
+		if a.attributeErr != step.news.Err || a.sourceErr != step.news.Source {
+			t.Errorf("%s: %v, %v", step.name, a.attributeErr, a.sourceErr)
+		}
+	}
+	a = &Agent{log: zap.NewNop()}
+	a.takeAttribute(attributeNews{Good: kept, Source: bad})
+	a.takeAttribute(attributeNews{Err: bad})
+	if a.haveConfig || a.config.ProxyPort != attribute.DefaultProxyPort || a.inForce != nil {
+		t.Errorf("another instance's is still in force: %+v", a.config)
+	}
+}
