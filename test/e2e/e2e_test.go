@@ -506,18 +506,3 @@ func withoutComments(save string) string {
 	}
 	return b.String()
 }
-
-// TestAttribute: a change of the attribute takes effect without a restart; a malformed one changes nothing and is named.
-func TestAttribute(t *testing.T) {
-	m, a := start(t, mesh.Options{Config: services()})
-	must(t, a.WaitReady(within(t, 20*time.Second)))
-	m.Platform.SetAttribute("gce-service-proxy", `{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]}}`)
-	escapes(t, m, db4)
-	through(t, m, web4)
-	m.Platform.SetAttribute("gce-service-proxy", `{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":["eighty"]}}`)
-	_, err := a.Wait(within(t, 10*time.Second), "the malformed attribute named", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "serving-ports") })
-	must(t, err)
-	escapes(t, m, db4)
-	m.Platform.SetAttribute("gce-service-proxy", mesh.Attribute)
-	through(t, m, db4)
-}
