@@ -79,50 +79,60 @@ func TestParseCaptures(t *testing.T) {
 	}
 }
 
-// Every key with every type of JSON value that is not its own: each is refused with that key's path.
+// Every key with every type of JSON value that is not its own: each is refused with that key's path, what is wanted
+// and what is there.
 func TestParseWrongTypes(t *testing.T) {
-	values := map[string]string{"null": "null", "bool": "true", "number": "8080", "string": `"x"`, "list": `[{}]`, "object": `{"x": {}}`}
+	values := map[string]string{ // what it is called -> one
+		"null": "null", "true or false": "true", "a number": "8080", "a string": `"x"`, "a list": `[{}]`, "an object": `{"x": {}}`,
+	}
 	keys := map[string]string{ // path -> type
-		"api-version": "string", "service": "object", "traffic-interception": "object", "labels": "", "proxy-spec": "object",
-		"service.serving-ports": "", "traffic-interception.intercept-all-outbound": "bool",
-		"traffic-interception.exclude-outbound-ip-ranges": "", "traffic-interception.exclude-outbound-port-ranges": "",
-		"traffic-interception.intercept-dns": "bool",
-		"proxy-spec.proxy-port":              "number", "proxy-spec.tracing": "", "proxy-spec.access-log": "", "proxy-spec.network": "string",
-		"proxy-spec.scope": "string", "proxy-spec.mesh": "string", "proxy-spec.project-number": "", "proxy-spec.primary-source": "",
-		"proxy-spec.secondary-source": "", "proxy-spec.xds-version": "",
+		"api-version": "a string", "service": "an object", "traffic-interception": "an object", "labels": "an object",
+		"proxy-spec": "an object", "service.serving-ports": "a list",
+		"traffic-interception.intercept-all-outbound":       "true or false",
+		"traffic-interception.exclude-outbound-ip-ranges":   "a list",
+		"traffic-interception.exclude-outbound-port-ranges": "a list",
+		"traffic-interception.intercept-dns":                "true or false",
+		"proxy-spec.proxy-port":                             "a whole number", "proxy-spec.tracing": "a string",
+		"proxy-spec.access-log": "a string", "proxy-spec.network": "a string", "proxy-spec.scope": "a string",
+		"proxy-spec.mesh": "a string", "proxy-spec.project-number": "a string", "proxy-spec.primary-source": "a string",
+		"proxy-spec.secondary-source": "a string", "proxy-spec.xds-version": "a whole number",
 	}
 	for key, typ := range keys {
 		for name, value := range values {
-			if name == typ {
-				continue // "" has none among the values: even the right type holds something malformed
+			if name == typ || name == "a number" && typ == "a whole number" {
+				continue
 			}
 			doc := fmt.Sprintf(`{"api-version": "0.2", "labels": {}, %s}`, nest(key, value))
 			if key == "labels" || key == "api-version" {
 				doc = fmt.Sprintf(`{%q: %s}`, key, value)
 			}
 			_, err := Parse([]byte(doc))
-			var keyErr *KeyError
-			if !errors.As(err, &keyErr) {
-				t.Errorf("%s as %s: have %v, want a KeyError", key, name, err)
-				continue
-			}
-			if keyErr.Key != key && !strings.HasPrefix(keyErr.Key, key+"[") {
-				t.Errorf("%s as %s: the error names %s", key, name, keyErr.Key)
+			want := fmt.Sprintf("attribute gce-service-proxy: key %s: want %s, have %s", key, typ, name)
+			if err == nil || err.Error() != want {
+				t.Errorf("have %v\nwant %s", err, want)
 			}
 		}
 	}
 	for _, key := range []string{"service.serving-ports", "traffic-interception.exclude-outbound-ip-ranges", "traffic-interception.exclude-outbound-port-ranges"} {
 		for name, value := range values {
 			_, err := Parse([]byte("{" + nest(key, "["+value+"]") + "}"))
-			if name == "number" && key == "service.serving-ports" {
+			typ := "a string"
+			if key == "service.serving-ports" {
+				typ = "a whole number"
+			}
+			switch {
+			case name == "a number" && typ == "a whole number":
 				if err != nil {
 					t.Error(err)
 				}
 				continue
+			case name == "a string" && typ == name:
+				name = `"x"` // no address and no port
+				typ = map[bool]string{true: "an IP address or CIDR range", false: "a port or FIRST-LAST from 1 to 65535"}[strings.Contains(key, "-ip-")]
 			}
-			var keyErr *KeyError
-			if !errors.As(err, &keyErr) || keyErr.Key != key+"[0]" {
-				t.Errorf("%s[0] as %s: have %v", key, name, err)
+			want := fmt.Sprintf("attribute gce-service-proxy: key %s[0]: want %s, have %s", key, typ, name)
+			if err == nil || err.Error() != want {
+				t.Errorf("have %v\nwant %s", err, want)
 			}
 		}
 	}
@@ -168,11 +178,23 @@ func TestParseMalformed(t *testing.T) {
 		{`{"proxy-spec": {"access-log": "/var/log/envoy/../../../etc/passwd"}}`, "proxy-spec.access-log", "absolute path"},
 		{`{"proxy-spec": {"access-log": "/var/log/a\nReadWritePaths=/"}}`, "proxy-spec.access-log", "control characters"},
 		{`{"proxy-spec": {"access-log": "/var/log/a\u0000"}}`, "proxy-spec.access-log", "control characters"},
+		{`{"proxy-spec": {"access-log": "/var/log/a\u2028b"}}`, "proxy-spec.access-log", "control characters"},
+		{`{"proxy-spec": {"access-log": "/var/log/a\u2029b"}}`, "proxy-spec.access-log", "control characters"},
+		{`{"proxy-spec": {"access-log": "/var/log/a` + "\xff" + `b"}}`, "proxy-spec.access-log", "control characters"}, // no UTF-8
+		{`{"proxy-spec": {"access-log": "/var/log/./a"}}`, "proxy-spec.access-log", "without . and .."},
+		{`{"proxy-spec": {"scope": "a b"}}`, "proxy-spec.scope", `without slashes, spaces and control characters, have "a b"`},
+		{`{"proxy-spec": {"mesh": "é"}}`, "proxy-spec.mesh", `without slashes, spaces`},
+		{`{"proxy-spec": {"proxy-port": 15006}}`, "proxy-spec.proxy-port", "15006 is used by"},
+		{`{"proxy-spec": {"proxy-port": 15020}}`, "proxy-spec.proxy-port", "15020 is used by"},
 		{`{"proxy-spec": {"access-log": "/"}}`, "proxy-spec.access-log", "absolute path of a file"},
 		{`{"proxy-spec": {"primary-source": "http://h/e.tgz?sig=SECRET"}}`, "proxy-spec.primary-source", `have scheme "http"`},
 		{`{"proxy-spec": {"primary-source": "gs://bucket"}}`, "proxy-spec.primary-source", "names no file"},
 		{`{"proxy-spec": {"secondary-source": "%zz?sig=SECRET"}}`, "proxy-spec.secondary-source", "want a gs://"},
 		{`{"proxy-spec": {"primary-source": "file://host/x"}}`, "proxy-spec.primary-source", "names no file"},
+		{`{"proxy-spec": {"primary-source": "file://"}}`, "proxy-spec.primary-source", "names no file"},
+		{`{"proxy-spec": {"primary-source": "https:///e.tgz"}}`, "proxy-spec.primary-source", "names no file"},
+		{`{"proxy-spec": {"secondary-source": "https://h/"}}`, "proxy-spec.secondary-source", "names no file"},
+		{`{"proxy-spec": {"primary-source": "https://h/a\u2028b"}}`, "proxy-spec.primary-source", "want a gs://"},
 		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["10.0.0.1", "example.com"]}}`,
 			"traffic-interception.exclude-outbound-ip-ranges[1]", `want an IP address or CIDR range, have "example.com"`},
 		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["10.0.0.0/33"]}}`, "traffic-interception.exclude-outbound-ip-ranges[0]", "/33"},
@@ -236,6 +258,9 @@ func TestParseAccepts(t *testing.T) {
 			c.Unknown = []string{"new-key", `proxy-spec."a\nb"`, "service.x"}
 			c.Warnings = []string{`api-version: "0.3" is not the version this agent knows, 0.2`}
 		}},
+		{`{"` + strings.Repeat("k", 64) + `": 1, "` + strings.Repeat("l", 65) + `": 2}`, func(c *Config) { // logged: cut
+			c.Unknown = []string{`"` + strings.Repeat("l", 64) + `"`, strings.Repeat("k", 64)}
+		}},
 		{`{"labels": {"a\nb": "c\u0000\u001b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}}`, func(c *Config) {
 			c.Labels = map[string]string{"a\nb": "c\x00\x1b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}
 		}},
@@ -258,6 +283,62 @@ func TestParseAccepts(t *testing.T) {
 	}
 }
 
+// TestLimits: the limits that docs/attribute.md gives, each at its edge and one past it.
+func TestLimits(t *testing.T) {
+	x := strings.Repeat
+	list := func(values string) string { return "[" + values + "]" }
+	for _, tt := range []struct {
+		key         string
+		least, most string // are taken
+		under, over string // are refused; "": there is no such edge
+	}{
+		{"service.serving-ports", list(`1`), list(`65535`), list(`0`), list(`65536`)},
+		{"proxy-spec.proxy-port", `1025`, `65535`, `1024`, `65536`},
+		{"proxy-spec.xds-version", `2`, `3`, `1`, `4`},
+		{"proxy-spec.network", `""`, `"` + x("n", 255) + `"`, "", `"` + x("n", 256) + `"`},
+		{"proxy-spec.scope", `""`, `"` + x("n", 255) + `"`, "", `"` + x("n", 256) + `"`},
+		{"proxy-spec.mesh", `""`, `"` + x("n", 255) + `"`, "", `"` + x("n", 256) + `"`},
+		{"proxy-spec.project-number", `""`, `"` + x("9", 20) + `"`, "", `"` + x("9", 21) + `"`},
+		{"proxy-spec.access-log", `"/a"`, `"/` + x("a", 4094) + `"`, `"/"`, `"/` + x("a", 4095) + `"`},
+		{"proxy-spec.access-log", `""`, `"/` + x("é", 2047) + `"`, "", `"/` + x("é", 2048) + `"`}, // bytes, not letters
+		{"traffic-interception.exclude-outbound-port-ranges", list(`"1"`), list(`"65535"`), list(`"0"`), list(`"65536"`)},
+		{"traffic-interception.exclude-outbound-port-ranges", list(`"1-1"`), list(`"1-65535"`), list(`"0-1"`), list(`"1-65536"`)},
+		{"traffic-interception.exclude-outbound-port-ranges", list(`"2-1"`), list(`"65535-1"`), list(`"1-0"`), list(`"65536-1"`)},
+		// Past the end is no range the wrong way round: a port that wraps would exclude what nobody named.
+		{"traffic-interception.exclude-outbound-port-ranges", list(`"80-70"`), list(`"70-80"`), list(`"70000-80"`), list(`"80-70000"`)},
+		{"traffic-interception.exclude-outbound-port-ranges", list(`"1-2"`), list(`"1","2"`), list(`"1-2-3"`), list(`"-1"`)},
+		{"traffic-interception.exclude-outbound-ip-ranges", list(`"0.0.0.0/0"`), list(`"255.255.255.255/32"`), list(`"256.0.0.0"`), list(`"1.2.3.4/33"`)},
+		{"traffic-interception.exclude-outbound-ip-ranges", list(`"::/0"`), list(`"::1/128"`), list(`"1::2::3"`), list(`"::1/129"`)},
+		// IPv4 in IPv6's clothes has no more than IPv4's addresses.
+		{"traffic-interception.exclude-outbound-ip-ranges", list(`"::ffff:0.0.0.0/96"`), list(`"::ffff:1.2.3.4/128"`), list(`"::ffff:0.0.0.0/95"`), ""},
+	} {
+		for _, value := range []string{tt.least, tt.most} {
+			if _, err := Parse([]byte("{" + nest(tt.key, value) + "}")); err != nil {
+				t.Errorf("%s: %.20s…: %v", tt.key, value, err)
+			}
+		}
+		for _, value := range []string{tt.under, tt.over} {
+			var keyErr *KeyError
+			if _, err := Parse([]byte("{" + nest(tt.key, value) + "}")); value != "" && (!errors.As(err, &keyErr) || !strings.HasPrefix(keyErr.Key, tt.key)) {
+				t.Errorf("%s: %.20s… of %d bytes: have %v, want it refused", tt.key, value, len(value), err)
+			}
+		}
+	}
+	for text, want := range map[string]string{ // what a range excludes
+		"81": "81", "8080-8090": "8080:8090", "8090-8080": "8080:8090", "1-65535": "1:65535", "7-7": "7",
+	} {
+		cfg, err := Parse([]byte("{" + nest("traffic-interception.exclude-outbound-port-ranges", list(`"`+text+`"`)) + "}"))
+		if err != nil || len(cfg.ExcludeOutboundPortRanges) != 1 || cfg.ExcludeOutboundPortRanges[0].String() != want {
+			t.Errorf("%s: have %v, %v, want %s", text, cfg.ExcludeOutboundPortRanges, err, want)
+		}
+	}
+	for spaces, taken := range map[int]bool{MaxSize - 2: true, MaxSize - 1: false} {
+		if _, err := Parse([]byte(x(" ", spaces) + "{}")); (err == nil) != taken {
+			t.Errorf("%d bytes of text: %v", spaces+2, err)
+		}
+	}
+}
+
 // A quarter of a megabyte of labels, as much as one metadata entry may hold, is read whole.
 func TestParseManyLabels(t *testing.T) {
 	labels := map[string]string{}
@@ -274,9 +355,18 @@ func TestParseManyLabels(t *testing.T) {
 	}
 }
 
-func TestAnthosByMode(t *testing.T) {
-	if _, err := Parse([]byte(`{"mode": "ON", "proxy-spec": {}}`)); !errors.Is(err, ErrAnthos) {
-		t.Errorf("have %v, want ErrAnthos", err)
+func TestAnthos(t *testing.T) {
+	for doc, want := range map[string]error{
+		`{"mode": "ON", "proxy-spec": {}}`:                  ErrAnthos,
+		`{"asm-config": {}}`:                                ErrAnthos,
+		`{"asm-config": {}, "api-version": "0.2"}`:          ErrAnthos,
+		`{"mode": "ON", "asm-config": {}}`:                  ErrAnthos,
+		`{"mode": "ON", "api-version": "0.2", "labels":{}}`: nil, // some newer gcloud's key
+		`{"service": {"mode": "ON", "asm-config": {}}}`:     nil,
+	} {
+		if _, err := Parse([]byte(doc)); !errors.Is(err, want) {
+			t.Errorf("%s: have %v, want %v", doc, err, want)
+		}
 	}
 	checkLine(t, ErrAnthos)
 }
