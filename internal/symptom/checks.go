@@ -136,11 +136,14 @@ func controlPlane(f Facts) []Finding {
 		}
 		return one(PermissionDenied, 6, Error, "grant roles/trafficdirector.client to "+account, "%s: %s", cannotReach, orCode(s))
 	case s.Code == 5:
-		next := "check the mesh, scope or network name in the gce-service-proxy attribute"
+		next, row := "check the mesh, scope or network name in the gce-service-proxy attribute", 9
+		if strings.Contains(s.Message, "configuration was not found") {
+			row = 8
+		}
 		if m := networkRE.FindStringSubmatch(s.Message); m != nil {
 			next = fmt.Sprintf("create a forwarding rule (INTERNAL_SELF_MANAGED) or a mesh for network %q in project %q, or correct the attribute", m[1], m[2])
 		}
-		return one(ConfigNotFound, 8, Error, next, "%s: %s", cannotReach, orCode(s))
+		return one(ConfigNotFound, row, Error, next, "%s: %s", cannotReach, orCode(s))
 	case s.Message == "":
 		return one(ControlPlaneConnect, 4, Error, "a firewall may block TCP 443; see the warnings in /var/log/envoy/envoy.err.log",
 			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works", cannotReach, target(s), s.Code)
@@ -200,7 +203,7 @@ func families(f Facts) (out []Finding) {
 		case errors.Is(fam.Err, iptables.ErrCouldNotLook):
 			add(CouldNotLook, 17, Error, "it is tried again; look for a program that changes rules all the time", "The %v rules could not be read: %v", fam.Family, fam.Err)
 		case fam.Err != nil:
-			add(RuleRefused, 17, Error, nextForRules(fam.Err), "The %v rules could not be applied: %v", fam.Family, fam.Err)
+			add(RuleRefused, 17, Error, nextForRules(fam.Family, fam.Err), "The %v rules could not be applied: %v", fam.Family, fam.Err)
 		}
 		for i, left := range fam.Left {
 			if i > 0 && left.Rule == fam.Left[i-1].Rule {
@@ -230,12 +233,13 @@ func families(f Facts) (out []Finding) {
 	return out
 }
 
-func nextForRules(err error) string {
+func nextForRules(family iptables.Family, err error) string {
 	switch {
 	case errors.Is(err, iptables.ErrLocked):
 		return "it is tried again; `lsof /run/xtables.lock` names the program"
 	case errors.Is(err, iptables.ErrIncompatible):
-		return "a program made this table in a form iptables cannot read: `nft list table ip nat` shows it; remove those rules or use one backend"
+		nft := map[iptables.Family]string{iptables.IPv4: "ip", iptables.IPv6: "ip6"}[family]
+		return "a program made this table in a form iptables cannot read: `nft list table " + nft + " nat` shows it; remove those rules or use one backend"
 	case errors.Is(err, iptables.ErrNotRoot):
 		return "run as root or with CAP_NET_ADMIN and CAP_NET_RAW"
 	}

@@ -1,0 +1,391 @@
+package symptom
+
+import (
+	"encoding/json"
+	"errors"
+	"net/netip"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// says: text is pattern, in which … stands for anything.
+func says(text, pattern string) bool {
+	parts := strings.Split(pattern, "…")
+	for i, part := range parts {
+		at := strings.Index(text, part)
+		switch {
+		case i == len(parts)-1 && i > 0:
+			return strings.HasSuffix(text, part)
+		case at < 0, i == 0 && at > 0:
+			return false
+		}
+		text = text[at+len(part):]
+	}
+	return text == ""
+}
+
+// TestWords: what a person must be able to read of each failure, written by hand from the list of what users of such
+// systems meet, and not from the program. A finding is the first of its facts; cause and next step are what matters in
+// them, … the words in between.
+func TestWords(t *testing.T) {
+	const cannot = "Cannot reach the Traffic Director API server: "
+	port := func(purpose, addr string, owner uint32, name string) func(*Facts) {
+		return func(f *Facts) {
+			f.Ports = []Port{{Family: iptables.IPv4, Purpose: purpose, Addr: netip.MustParseAddrPort(addr), Owner: owner, OwnerName: name, Listening: true}}
+		}
+	}
+	with := func(f Facts, change func(*Facts)) Facts { change(&f); return f }
+	for _, tt := range []struct {
+		when        string
+		facts       Facts
+		id          ID
+		row         int
+		severity    Severity
+		cause, next string
+	}{
+		{"Envoy was stopped", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrRefused }),
+			"envoy-down", 1, Error, "Envoy is not running: nothing accepts on …127.0.0.1:15000", "…systemctl status service-proxy-envoy…envoy.err.log"},
+		{"Envoy crashes again and again", live(func(f *Facts) {
+			f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = envoyadmin.ErrRefused, now, "cannot bind '0.0.0.0:15001'"
+			f.Envoy.Unit = "activating, auto-restart, exit code 1, 12 restarts"
+		}), "envoy-down", 1, Error,
+			"Envoy is not running: …since 2026-01-02T03:04:05Z…exit code 1…12 restarts…cannot bind '0.0.0.0:15001'", "…systemctl status service-proxy-envoy…"},
+		{"no listener came", live(func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }),
+			"envoy-not-configured", 2, Error, "Envoy has not received its configuration…PRE_INITIALIZING…", "…gRPC config stream…envoy.err.log"},
+		{"the name does not resolve", live(func(f *Facts) {
+			f.Envoy.Stream = &Stream{Code: 13}
+			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp, Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
+		}), "control-plane-look-up", 3, Error, cannot + "look up trafficdirector.googleapis.com: no such host", "…resolv.conf…DNS"},
+		{"TCP 443 is blocked", live(func(f *Facts) {
+			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect, Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
+		}), "control-plane-unreachable", 4, Error, cannot + "connect trafficdirector.googleapis.com:443: i/o timeout", "…firewall…TCP 443…Private Google Access…Cloud NAT…"},
+		{"Envoy says nothing but that the stream ended", stream(13, ""),
+			"control-plane-unreachable", 4, Error, cannot + "…trafficdirector.googleapis.com:443…code 13…", "…firewall…443…envoy.err.log"},
+		{"nor to whom", with(stream(13, ""), func(f *Facts) { f.Envoy.Stream.Target = "" }),
+			"control-plane-unreachable", 4, Error, cannot + "Envoy's stream ended with gRPC code 13…", "…firewall…443…envoy.err.log"},
+		{"Envoy has no stream", live(func(f *Facts) { f.Envoy.Apart = true }),
+			"control-plane-unreachable", 4, Error, cannot + "Envoy has no stream…", "…envoy.err.log"},
+		{"the API is off", stream(7, "Traffic Director API has not been used in project 4711 before or it is disabled. Enable it by visiting https://console…"),
+			"api-not-enabled", 5, Error, cannot + "…not enabled in project 4711", "…gcloud services enable trafficdirector.googleapis.com --project=4711"},
+		{"no role", stream(7, "Permission denied on resource project 4711."),
+			"permission-denied", 6, Error, cannot + "Permission denied on resource project 4711…7…",
+			"grant roles/trafficdirector.client to web@my-project.iam.gserviceaccount.com"},
+		{"no role, and nobody knows whose", with(stream(7, "Permission denied"), func(f *Facts) { f.Account, f.Scopes = "", nil }),
+			"permission-denied", 6, Error, cannot + "Permission denied…", "grant roles/trafficdirector.client to …service account"},
+		{"no role, without a word", stream(7, ""), "permission-denied", 6, Error, cannot + "gRPC code 7", "grant roles/trafficdirector.client to web@…"},
+		{"no scope", with(stream(7, "Permission denied"), func(f *Facts) { f.Scopes = []string{} }),
+			"scope-missing", 7, Error, cannot + "…web@my-project.iam.gserviceaccount.com…scope cloud-platform", "stop the VM, …--scopes=https://www.googleapis.com/auth/cloud-platform"},
+		{"a network without a mesh", stream(5, `Traffic Director configuration was not found for network "prod" in project "4711".`),
+			"configuration-not-found", 8, Error, cannot + `…not found for network "prod" in project "4711"…5…`, `…forwarding rule (INTERNAL_SELF_MANAGED)…mesh…"prod"…"4711"…`},
+		{"the same by the product's new name", stream(5, `Cloud Service Mesh configuration was not found for network "prod" in project "4711".`),
+			"configuration-not-found", 8, Error, cannot + `Cloud Service Mesh…network "prod" in project "4711"…`, `…INTERNAL_SELF_MANAGED…"prod"…"4711"…`},
+		{"and without a network", stream(5, "Cloud Service Mesh configuration was not found."),
+			"configuration-not-found", 8, Error, cannot + "Cloud Service Mesh configuration was not found…", "check the mesh, scope or network name…"},
+		{"a wrong mesh", stream(5, "Requested entity was not found."),
+			"configuration-not-found", 9, Error, cannot + "Requested entity was not found…5…", "check the mesh, scope or network name…gce-service-proxy…"},
+		{"quota", stream(8, "Quota exceeded for quota metric"), "control-plane-refused", 0, Error, cannot + "Quota exceeded for quota metric…8…", "…envoy.err.log"},
+		{"a bad listener", live(func(f *Facts) {
+			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "front", Details: "duplicate address 0.0.0.0:15001"}}
+		}), "listener-rejected", 10, Error, "Envoy rejected listener front: duplicate address 0.0.0.0:15001; …new…not intercepted", "…control plane"},
+		{"an access log that cannot be written", live(func(f *Facts) {
+			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "front", Details: "unable to open file '/data/access.log': Permission denied"}}
+		}), "access-log-unwritable", 11, Error, "Envoy rejected listener front: …/data/access.log…Permission denied…new…not intercepted", "make /data/access.log writable by envoy …owns…"},
+		{"iptables -D", family(func(f *Family) {
+			f.By, f.Drift = "iptables (pid 4711)", []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}
+		}), "drift", 13, Warning, "IPv4 rules …by iptables (pid 4711): jump removed…OUTPUT…-p tcp -j SERVICE_PROXY_OUTPUT…", "repaired…"},
+		{"iptables -F, and the kernel does not tell who", family(func(f *Family) {
+			f.Family, f.Drift = iptables.IPv6, []iptables.Drift{{Kind: iptables.ChainRemoved, Chain: "SERVICE_PROXY_OUTPUT"}}
+		}), "drift", 13, Warning, "IPv6 rules were changed: chain removed (SERVICE_PROXY_OUTPUT)", "repaired…"},
+		{"no user envoy", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }),
+			"proxy-user", 15, Error, "No rules without the proxy's user…loop: …unknown user envoy", "create the user…--proxy-user"},
+		{"ip6tables' modules are missing", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }),
+			"family-unusable", 16, Warning, "IPv6 interception is off: …no nat table", "IPv4 goes on; `modprobe ip6table_nat` or a reboot…"},
+		{"iptables' modules are missing", family(func(f *Family) { f.Unusable = iptables.ErrNoTable }),
+			"family-unusable", 16, Error, "IPv4 interception is off: …no nat table", "`modprobe iptable_nat` or a reboot…"},
+		{"iptables -w", family(func(f *Family) { f.Err = iptables.ErrLocked }),
+			"rules-not-applied", 17, Error, "The IPv4 rules could not be applied: …lock", "…tried again…/run/xtables.lock…"},
+		{"nft wrote the table", family(func(f *Family) { f.Err = iptables.ErrIncompatible }),
+			"rules-not-applied", 17, Error, "The IPv4 rules could not be applied: …incompatible", "…`nft list table ip nat`…"},
+		{"nft wrote IPv6's table", family(func(f *Family) { f.Family, f.Err = iptables.IPv6, iptables.ErrIncompatible }),
+			"rules-not-applied", 17, Error, "The IPv6 rules could not be applied: …incompatible", "…`nft list table ip6 nat`…"},
+		{"no capability", family(func(f *Family) { f.Err = iptables.ErrNotRoot }),
+			"rules-not-applied", 17, Error, "The IPv4 rules could not be applied: not permitted…", "run as root or with CAP_NET_ADMIN and CAP_NET_RAW"},
+		{"anything else of iptables'", family(func(f *Family) {
+			f.Err = &iptables.RefusedError{Family: iptables.IPv4, Line: 7, Rule: "-A X -m owner", Stderr: "Couldn't load match `owner'"}
+		}), "rules-not-applied", 17, Error, "The IPv4 rules could not be applied: …-A X -m owner…Couldn't load match `owner'", "…tried again; `modprobe`…"},
+		{"a match is missing, the rest is in", family(func(f *Family) {
+			f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_INBOUND -m addrtype ! --dst-type LOCAL -j RETURN", Stderr: "Couldn't load match `addrtype'"}}
+		}), "rules-not-applied", 17, Error, "The kernel refuses the IPv4 rule …-m addrtype ! --dst-type LOCAL…Couldn't load match `addrtype'", "`modprobe`…everything else is in place…"},
+		{"comments are missing, and nothing else", family(func(f *Family) {
+			f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: iptables.CommentMatch, Stderr: "Couldn't load match `comment'"}}
+		}), "rules-not-applied", 17, Warning, "The kernel refuses the IPv4 rule …comment…", "`modprobe`…everything else is in place…"},
+		{"iptables-save does not end", family(func(f *Family) { f.Err = iptables.ErrCouldNotLook }),
+			"kernel-not-read", 17, Error, "The IPv4 rules could not be read: …", "…tried again…"},
+		{"Docker's rule comes first", family(func(f *Family) {
+			f.Shadow = []iptables.Drift{{Kind: iptables.Shadowed, Chain: "OUTPUT", Rule: "-p tcp -j DOCKER"}}
+		}), "jump-shadowed", 18, Error, "…jump in OUTPUT…never reached…-p tcp -j DOCKER …before it…IPv4…", "take that rule out…"},
+		{"firewalld fights", family(func(f *Family) {
+			f.Fighting, f.Undone, f.By = true, 12, "firewalld (pid 4711)"
+			f.Drift = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT"}}
+		}), "rules-undone", 18, Error, "The IPv4 …rules are undone again and again by firewalld (pid 4711)…12…", "stop that program…SERVICE_PROXY_*…"},
+		{"somebody fights", family(func(f *Family) { f.Fighting, f.Undone = true, 12 }),
+			"rules-undone", 18, Error, "The IPv4 …rules are undone again and again (12…", "stop that program…"},
+		{"a serving port of which Envoy knows nothing", live(func(f *Facts) { f.Uncovered = []uint16{8080} }),
+			"serving-port-not-inbound", 19, Warning, "Envoy has no inbound listener for port 8080 yet; …to the application directly", "…backend service…"},
+		{"MySQL", live(func(f *Facts) { f.ServerFirst = []uint16{3306} }),
+			"server-first-protocol", 22, Advice, "Port 3306 …server talks first…", "…exclude-outbound-port-ranges=3306"},
+		{"Envoy 1.9.0", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 9} }),
+			"envoy-too-old", 25, Error, "Envoy 1.9.0 is too old: 1.9.1…", "install Envoy 1.24.9 or newer"},
+		{"Envoy 1.9.1", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 9, Patch: 1} }),
+			"envoy-too-old", 25, Advice, "Envoy 1.9.1 is old", "install Envoy 1.24.9 or newer"},
+		{"Envoy 1.24.8", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 24, Patch: 8} }),
+			"envoy-too-old", 25, Advice, "Envoy 1.24.8 is old", "install Envoy 1.24.9 or newer"},
+		{"Envoy 1.24.9", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 24, Patch: 9} }), "", 0, 0, "", ""},
+		{"bootstrap failed", live(func(f *Facts) { f.Bootstrap = "install Envoy: no space left on device; make room on that disk" }),
+			"bootstrap-failed", 26, Error, "Bootstrap failed: install Envoy: no space left on device; make room on that disk", ""},
+		{"a slip in the attribute", live(func(f *Facts) { f.Attribute = malformed }),
+			"attribute-malformed", 26, Error, "The gce-service-proxy attribute cannot be used: …service.serving-ports[0]: want a whole number, have a string", "correct it; …last good one…"},
+		{"guest attributes are off", live(func(f *Facts) { f.GuestOff = true }),
+			"guest-attributes-off", 27, Warning, "Guest attributes are disabled…", "…enable-guest-attributes=TRUE…"},
+		{"another user on 15001", live(port("outbound interception", "127.0.0.1:15001", 4711, "mallory")),
+			"port-foreign-owner", 32, Error, "Port 15001 (outbound interception) is held by mallory (uid 4711), not by the proxy's user envoy (uid 107): interception is off…",
+			"…`ss -ltunp sport = :15001`…--proxy-user…"},
+		{"a user without a name on IPv6's", live(port("inbound interception", "[::1]:15006", 4711, "")),
+			"port-foreign-owner", 32, Error, "Port 15006 (inbound interception) is held by uid 4711, not…", "…sport = :15006…"},
+		{"root on 15001", live(port("outbound interception", "127.0.0.1:15001", 0, "root")),
+			"port-foreign-owner", 32, Error, "Port 15001 …root (uid 0), not…", "…"},
+		{"root on 15000", live(port("admin", "127.0.0.1:15000", 0, "root")), "", 0, 0, "", ""},
+		{"another user on 15000", live(port("admin", "127.0.0.1:15000", 4711, "")),
+			"port-foreign-owner", 32, Error, "Port 15000 (admin) is held by uid 4711, not…", "…"},
+		{"another user's admin socket", live(func(f *Facts) {
+			f.Envoy.Admin, f.Ports = "unix:///run/envoy.sock", []Port{{Purpose: "admin", Owner: 4711, OwnerName: "mallory", Listening: true}}
+			f.Envoy.Err = &sockdiag.ForeignError{UID: 4711} // the same thing, once
+		}), "port-foreign-owner", 32, Error, "Envoy's admin socket unix:///run/envoy.sock is held by mallory (uid 4711), not by the proxy's user envoy (uid 107)…", "…`ss -lxp`…--proxy-user…"},
+		{"Envoy on its own port", live(port("outbound interception", "127.0.0.1:15001", 107, "envoy")), "", 0, 0, "", ""},
+		{"Envoy's port does not accept", live(func(f *Facts) {
+			f.Ports = []Port{{Family: iptables.IPv6, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("[::1]:15001")}}
+		}), "interception-port-closed", 0, Error, "Envoy's outbound interception port 15001 does not accept IPv6 connections (nothing accepts there)", "…envoy.err.log…"},
+		{"nobody knows whether it does", live(func(f *Facts) {
+			f.Ports = []Port{{Family: iptables.IPv4, Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Err: errors.New("ask the kernel: no buffer")}}
+		}), "interception-port-closed", 0, Error, "Envoy's DNS port 15053 does not accept IPv4 connections (ask the kernel: no buffer)", "…"},
+		{"the admin port is closed, which envoy-down says", live(func(f *Facts) {
+			f.Ports = []Port{{Purpose: "admin", Addr: netip.MustParseAddrPort("127.0.0.1:15000")}}
+		}), "", 0, 0, "", ""},
+		{"half a dump", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }),
+			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …", "the rules stay as they are…envoy.err.log…"},
+		{"no answer", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrTimeout }),
+			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …in time", "…main thread…the rules stay as they are…"},
+		{"an answer without end", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrTooLarge }),
+			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …too large", "the rules stay as they are…"},
+		{"allow_paths", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }),
+			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …forbids…", "…/config_dump, /server_info, /ready and /stats…allow_paths…"},
+		{"an nft chain before ours", live(func(f *Facts) {
+			f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "mine", Chain: "out", Hook: iptables.Output, Priority: -110}}
+		}), "other-nat-chain", 34, Advice, "…inet mine out…output…-110", "…nft list ruleset…"},
+		{"a listener for the metadata server", live(func(f *Facts) {
+			f.Refused = []Refusal{{Listener: "front", Entry: "169.254.169.254/32", Reason: "it is link-local"}}
+		}), "listener-entry-refused", 0, Warning, "Listener front asks for 169.254.169.254/32, which is never intercepted: it is link-local", "…control plane"},
+		{"a listener on a pipe", live(func(f *Facts) {
+			f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "front", Reason: "its address is a pipe"}}
+		}),
+			"listener-not-intercepted", 0, Warning, "Listener front is not intercepted: its address is a pipe", ""},
+		{"503", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }),
+			"metadata-server", 0, Error, "The metadata server does not answer: status 503 Service Unavailable", "the last attribute stays in force…169.254.169.254…"},
+		{"chmod", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }),
+			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.err.log: permission denied", "make it readable…"},
+		{"serving port 22", live(func(f *Facts) { f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy"} }),
+			"attribute-advice", 0, Warning, "The gce-service-proxy attribute: service.serving-ports: 22 sends SSH through Envoy", "…docs/attribute.md"},
+		{"another program on 15020", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }),
+			"listen-address", 0, Warning, "/healthz and /metrics are not served: listen tcp :15020: address already in use", "…--listen…interception goes on"},
+	} {
+		findings := Check(tt.facts)
+		if tt.id == "" {
+			if len(findings) > 0 {
+				t.Errorf("%s: %+v, want nothing", tt.when, findings)
+			}
+			continue
+		}
+		// Envoy's missing configuration is listed under its cause; no other finding may come along.
+		if len(findings) == 0 || len(slices.DeleteFunc(slices.Clone(findings), func(f Finding) bool { return f.ExplainedBy != "" })) != 1 {
+			t.Errorf("%s: %+v, want one finding", tt.when, findings)
+			continue
+		}
+		f := findings[0]
+		if f.ID != tt.id || f.Row != tt.row || f.Severity != tt.severity || !says(f.Cause, tt.cause) || !says(f.Next, tt.next) {
+			t.Errorf("%s:\nhave %s, row %d, %v: %s; %s\nwant %s, row %d, %v: %s; %s", tt.when,
+				f.ID, f.Row, f.Severity, f.Cause, f.Next, tt.id, tt.row, tt.severity, tt.cause, tt.next)
+		}
+		if want := f.Cause + "; " + f.Next; f.Next != "" && f.Text() != want || f.Next == "" && f.Text() != f.Cause {
+			t.Errorf("%s: the line is %q", tt.when, f.Text())
+		}
+	}
+}
+
+// TestReadme: the README's table "When things go wrong" quotes what the agent says, and under which ID.
+func TestReadme(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(text), "## When things go wrong")
+	table, _, _ = strings.Cut(table, "\n## ")
+	quoted, id := regexp.MustCompile("`([^`]+)`"), regexp.MustCompile(`[a-z-]{6,}`)
+	seen := 0
+	for line := range strings.Lines(table) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 6 || !strings.Contains(cells[4], "finding{id=") {
+			continue
+		}
+		for _, quote := range quoted.FindAllStringSubmatch(cells[3], -1) {
+			said := func(e example) bool {
+				return len(Check(e.facts)) > 0 && slices.Contains(id.FindAllString(cells[4], -1), string(e.want)) &&
+					says(Check(e.facts)[0].Cause, strings.TrimSuffix(quote[1], "…")+"…")
+			}
+			if !slices.ContainsFunc(examples, said) {
+				t.Errorf("nothing says %q under %s", quote[1], cells[4])
+			}
+			seen++
+		}
+	}
+	if seen < 8 {
+		t.Errorf("%d sentences found in the README; has its table moved?", seen)
+	}
+}
+
+// TestSilentUntilBootstrapped: while bootstrap is under way, what it has not come to yet is no failure; the rest is.
+func TestSilentUntilBootstrapped(t *testing.T) {
+	awaited := []ID{"envoy-down", "proxy-user", "family-unusable", "envoy-not-configured"}
+	for _, e := range examples {
+		f := e.facts
+		f.Bootstrapping = true
+		found := slices.ContainsFunc(Check(f), func(f Finding) bool { return f.ID == e.want })
+		if e.want != "" && found == slices.Contains(awaited, e.want) {
+			t.Errorf("%s, while bootstrap is under way: %+v", e.when, Check(f))
+		}
+	}
+}
+
+// TestFollows: what follows from another finding is listed under it, and counted with it.
+func TestFollows(t *testing.T) {
+	closed := func(f *Facts) {
+		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")})
+	}
+	stranger := func(f *Facts) {
+		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "inbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15006"), Owner: 4711, Listening: true})
+	}
+	uncovered := func(f *Facts) { f.Uncovered = []uint16{8080} }
+	unconfigured := func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }
+	refused := func(code int, message string) func(*Facts) {
+		return func(f *Facts) { unconfigured(f); f.Envoy.Stream = &Stream{Code: code, Message: message} }
+	}
+	rejected := func(details string) func(*Facts) {
+		return func(f *Facts) { f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: details}} }
+	}
+	probe := func(step error) func(*Facts) {
+		return func(f *Facts) { f.Envoy.Probe = &envoyadmin.ProbeError{Step: step, Err: errors.New("no")} }
+	}
+	down := func(f *Facts) { f.Envoy.Err = envoyadmin.ErrRefused }
+	for _, tt := range []struct {
+		name  string
+		facts []func(*Facts)
+		want  string // finding<its reason, worst first
+	}{
+		{"Envoy is down", []func(*Facts){down, closed, uncovered}, "envoy-down interception-port-closed<envoy-down serving-port-not-inbound<envoy-down"},
+		{"a stranger came instead", []func(*Facts){stranger, closed, uncovered},
+			"port-foreign-owner interception-port-closed<port-foreign-owner serving-port-not-inbound<port-foreign-owner"},
+		{"a stranger, and Envoy is down", []func(*Facts){down, stranger, closed}, "port-foreign-owner envoy-down interception-port-closed<port-foreign-owner"},
+		{"nothing says why", []func(*Facts){unconfigured, closed, uncovered}, "envoy-not-configured interception-port-closed serving-port-not-inbound"},
+		{"DNS", []func(*Facts){unconfigured, probe(envoyadmin.ErrLookUp), closed},
+			"control-plane-look-up envoy-not-configured<control-plane-look-up interception-port-closed<control-plane-look-up"},
+		{"firewall", []func(*Facts){unconfigured, probe(envoyadmin.ErrConnect)}, "control-plane-unreachable envoy-not-configured<control-plane-unreachable"},
+		{"API", []func(*Facts){refused(7, "has not been used in project 1 before or it is disabled")}, "api-not-enabled envoy-not-configured<api-not-enabled"},
+		{"role", []func(*Facts){refused(7, "no"), uncovered},
+			"permission-denied envoy-not-configured<permission-denied serving-port-not-inbound<permission-denied"},
+		{"scope", []func(*Facts){refused(7, "no"), func(f *Facts) { f.Scopes = []string{} }}, "scope-missing envoy-not-configured<scope-missing"},
+		{"mesh", []func(*Facts){refused(5, "no")}, "configuration-not-found envoy-not-configured<configuration-not-found"},
+		{"quota", []func(*Facts){refused(8, "no")}, "control-plane-refused envoy-not-configured<control-plane-refused"},
+		{"a bad listener", []func(*Facts){unconfigured, rejected("no"), closed},
+			"listener-rejected envoy-not-configured<listener-rejected interception-port-closed<listener-rejected"},
+		{"access log", []func(*Facts){unconfigured, rejected("unable to open file '/a': no")}, "access-log-unwritable envoy-not-configured<access-log-unwritable"},
+		{"two reasons", []func(*Facts){refused(7, "no"), rejected("no")}, "permission-denied listener-rejected envoy-not-configured<permission-denied"},
+		// Without an answer of Envoy's, or while it drains, nothing is known of its configuration.
+		{"Envoy is down and was never configured", []func(*Facts){unconfigured, down}, "envoy-down"},
+		{"no answer yet", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "" }}, ""},
+		{"it drains", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "DRAINING" }}, ""},
+		{"without the proxy's user nobody is a stranger", []func(*Facts){stranger, func(f *Facts) { f.UserErr = errors.New("no") }}, "proxy-user"},
+		// An error that another explains is an error still; of one rank, the checks' order, the same each time.
+		{"worst first", []func(*Facts){down, closed, func(f *Facts) {
+			f.Uncovered, f.GuestOff, f.ServerFirst = []uint16{8080, 80}, true, []uint16{25, 21}
+		}}, "envoy-down interception-port-closed<envoy-down guest-attributes-off serving-port-not-inbound<envoy-down serving-port-not-inbound<envoy-down " +
+			"server-first-protocol server-first-protocol"},
+	} {
+		f := live(nil)
+		for _, change := range tt.facts {
+			change(&f)
+		}
+		var have []string
+		for _, found := range Check(f) {
+			have = append(have, strings.TrimSuffix(string(found.ID)+"<"+string(found.ExplainedBy), "<"))
+		}
+		if got := strings.Join(have, " "); got != tt.want {
+			t.Errorf("%s:\nhave %s\nwant %s", tt.name, got, tt.want)
+		}
+	}
+	var keys []string
+	for _, found := range Check(live(func(f *Facts) { f.Uncovered = []uint16{8080, 80} })) {
+		keys = append(keys, found.Key)
+	}
+	if got := strings.Join(keys, " "); got != "8080 80" {
+		t.Errorf("two of one kind come as %s, want them as they were found", got)
+	}
+}
+
+// TestLeftOut: of many rules that lack one match, one line is said; each other rule has its own.
+func TestLeftOut(t *testing.T) {
+	left := func(rules ...string) (texts []string) {
+		for _, f := range Check(family(func(f *Family) {
+			for _, rule := range rules {
+				f.Left = append(f.Left, iptables.RefusedError{Family: iptables.IPv4, Rule: rule, Stderr: "no"})
+			}
+		})) {
+			texts = append(texts, f.Severity.String()+" "+f.Cause)
+		}
+		return texts
+	}
+	for _, tt := range []struct {
+		rules []string
+		want  int
+	}{
+		{nil, 0},
+		{[]string{iptables.CommentMatch}, 1},
+		{[]string{iptables.CommentMatch, iptables.CommentMatch, iptables.CommentMatch}, 1},
+		{[]string{"-A A", "-A B"}, 2},
+		{[]string{"-A A", "-A B", iptables.CommentMatch, iptables.CommentMatch}, 3},
+	} {
+		if have := left(tt.rules...); len(have) != tt.want {
+			t.Errorf("%q: %q, want %d lines", tt.rules, have, tt.want)
+		}
+	}
+}
+
+// TestSeverityText: what `status -o json` writes, `status` reads.
+func TestSeverityText(t *testing.T) {
+	for severity, text := range map[Severity]string{Advice: `"advice"`, Warning: `"warning"`, Error: `"error"`} {
+		have, err := json.Marshal(severity)
+		back := (severity + 1) % 3
+		if err := errors.Join(err, json.Unmarshal([]byte(text), &back)); err != nil || string(have) != text || back != severity {
+			t.Errorf("%v: %s, back %v, %v", severity, have, back, err)
+		}
+	}
+	var f Finding
+	if err := json.Unmarshal([]byte(`{"id": "x", "severity": "fatal"}`), &f); err != nil || f.ID != "x" {
+		t.Errorf("a severity of a newer agent's: %+v, %v", f, err)
+	}
+}
