@@ -66,8 +66,8 @@ const (
 	maxBackOff     = 30 * time.Second // so that "within 60 s" holds once the server answers again
 )
 
-// order is who goes first among values never written before.
-var order = []string{BootstrapStatus, BootstrapLastFailure, AgentLastFailure, ProxyVersion}
+// order is who goes first among values never written before, after BootstrapStatus; see before.
+var order = []string{BootstrapLastFailure, AgentLastFailure, ProxyVersion}
 
 // Options say where and how to write. The zero value is right on a VM.
 type Options struct {
@@ -227,7 +227,7 @@ func (w *Writer) Run(ctx context.Context) error {
 		w.mu.Lock()
 		key, read, at := w.next(now)
 		w.mu.Unlock()
-		if wait := w.token(now); key != "" && at.Before(wait) {
+		if wait := w.token(now); at.Before(wait) {
 			at = wait
 		}
 		if key != "" && !at.After(now) && w.take(now) {
@@ -260,7 +260,7 @@ func (w *Writer) loadBudget(now time.Time) {
 	if w.budget == "" {
 		return
 	}
-	fi, err := os.Stat(w.budget)
+	fi, err := os.Lstat(w.budget) // as setTime: what a link leads to may look like the future for ever
 	if err != nil {
 		return // the first start, or take will say what is wrong
 	}
@@ -403,16 +403,13 @@ func (w *Writer) before(a, b string) bool {
 	if a == BootstrapStatus || b == BootstrapStatus {
 		return a == BootstrapStatus
 	}
-	if c := w.values[a].last.Compare(w.values[b].last); c != 0 {
-		return c < 0
-	}
 	rank := func(k string) int {
 		if i := slices.Index(order, k); i >= 0 {
 			return i
 		}
 		return len(order)
 	}
-	return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b)) < 0
+	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b)) < 0
 }
 
 func (w *Writer) pending(now time.Time) int {
@@ -592,7 +589,7 @@ func OneLine(s string, limit int) string {
 	}
 	const mark = "…"
 	end := limit - len(mark)
-	for end > 0 && !utf8.RuneStart(s[end]) {
+	for !utf8.RuneStart(s[end]) { // the first byte is one
 		end--
 	}
 	return s[:end] + mark

@@ -2,12 +2,14 @@ package guestattr
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,6 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 )
 
 // server is a metadata server on connections in memory, which synctest can see through.
@@ -30,6 +33,7 @@ type server struct {
 	mu      sync.Mutex
 	values  map[string]string
 	queries []time.Time
+	dials   int
 	log     []string                                               // "12s PUT key value"
 	handle  func(w http.ResponseWriter, r *http.Request) (ok bool) // nil or true: go on
 }
@@ -55,6 +59,9 @@ func (s *server) Addr() net.Addr { return &net.TCPAddr{} }
 
 func (s *server) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	a, b := net.Pipe()
+	s.mu.Lock()
+	s.dials++
+	s.mu.Unlock()
 	select {
 	case s.conns <- b:
 		return a, nil
@@ -126,12 +133,17 @@ func (s *server) seen() []string {
 	return l
 }
 
-// checkBudget fails when any minute saw more than six queries: three in the bucket and three that refill it.
+// checkBudget fails when any minute saw more than six queries, three in the bucket and three that refill it, or any second
+// more than three.
 func (s *server) checkBudget(t *testing.T) {
 	t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range s.queries {
+		if i+3 < len(s.queries) && s.queries[i+3].Sub(s.queries[i]) < time.Second {
+			t.Errorf("four queries within a second, at %v", s.queries[i].Sub(s.start))
+			return
+		}
 		if i+6 < len(s.queries) && s.queries[i+6].Sub(s.queries[i]) < time.Minute {
 			t.Errorf("seven queries within %v, at %v", s.queries[i+6].Sub(s.queries[i]), s.queries[i].Sub(s.start))
 			return
@@ -218,6 +230,9 @@ func TestSteady(t *testing.T) {
 		}
 		if st := w.State(); st.Pending != 0 || st.Failures != 0 || st.Lost+st.Changed != 0 || !st.Enabled {
 			t.Errorf("%+v", st)
+		}
+		if s.dials != len(s.queries) { // a connection kept for a minute would only be found dead
+			t.Errorf("%d connections for %d queries; want one each", s.dials, len(s.queries))
 		}
 	})
 }
@@ -415,6 +430,193 @@ func TestReadBack(t *testing.T) {
 	})
 }
 
+// TestNames: the keys by the names that people and gcloud ask for, and which of them goes first.
+func TestNames(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		for _, key := range []string{AgentHeartbeat, "other-b", "other-a", ProxyVersion, AgentLastFailure, BootstrapLastFailure, BootstrapStatus} {
+			w.Set(key, "v")
+		}
+		sleep(2 * time.Minute)
+		var keys []string
+		for _, l := range s.seen() {
+			keys = append(keys, strings.Fields(l)[2])
+		}
+		want := []string{"bootstrap-status", "bootstrap-last-failure", "agent-last-failure", "proxy-version", "other-a", "other-b", "agent-heartbeat"}
+		if len(keys) > 0 && keys[0] != want[0] { // Run may have found one before the rest was set
+			keys, want = keys[1:], slices.DeleteFunc(want, func(k string) bool { return k == keys[0] })
+		}
+		if d := cmp.Diff(want, keys); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
+		}
+	})
+}
+
+// TestOthersNoticed: what another process writes, or the platform loses, is said once for each time with the key, counted,
+// and written again; a value that is as it was is silent.
+func TestOthersNoticed(t *testing.T) {
+	for _, tt := range []struct {
+		name          string
+		do            func(s *server)
+		says          string
+		lost, changed uint64
+	}{
+		{"nothing", func(*server) {}, "", 0, 0},
+		{"overwritten", func(s *server) { s.set(BootstrapStatus, "FAILED") }, "guest attribute was changed by others, writing it again", 0, 1},
+		{"emptied", func(s *server) { s.set(BootstrapStatus, "") }, "guest attribute was changed by others, writing it again", 0, 1},
+		{"something added", func(s *server) { s.set(BootstrapStatus, "FINISHED ") }, "guest attribute was changed by others, writing it again", 0, 1},
+		{"deleted", func(s *server) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			delete(s.values, BootstrapStatus)
+		}, "guest attribute was lost, writing it again", 1, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+				w.Set(BootstrapStatus, "FINISHED")
+				sleep(time.Minute)
+				tt.do(s)
+				sleep(checkEvery)
+				if got := s.get(BootstrapStatus); got != "FINISHED" {
+					t.Errorf("it is %q after %v", got, checkEvery)
+				}
+				sleep(time.Hour) // and no more is made of it
+				st := w.State()
+				if st.Lost != tt.lost || st.Changed != tt.changed || st.Reads != 7 || st.Failures != 0 || !st.Enabled {
+					t.Errorf("%+v; want %d lost, %d changed, read back 7 times", st, tt.lost, tt.changed)
+				}
+				all := logs.All()
+				if tt.says == "" && len(all) == 0 {
+					return
+				}
+				if len(all) != 1 || all[0].Message != tt.says || all[0].ContextMap()["key"] != "bootstrap-status" {
+					t.Errorf("logged %v; want %q", all, tt.says)
+				}
+			})
+		})
+	}
+}
+
+// TestDisabled is a VM without enable-guest-attributes=TRUE for an hour: nothing but a question every two minutes, and one
+// line. What was Set meanwhile is there within two minutes of its being enabled.
+func TestDisabled(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+		s.answer(403, "Guest attributes endpoint access is disabled.")
+		w.Set(BootstrapStatus, "FINISHED")
+		for i := range 3600 {
+			w.Set(AgentHeartbeat, fmt.Sprintf("T%d", i))
+			w.Set(AgentLastFailure, fmt.Sprintf("failure %d", i))
+			sleep(time.Second)
+		}
+		if n := len(s.queries); n != 31 { // the last at its end
+			t.Errorf("%d questions in an hour; want 31", n)
+		}
+		if st := w.State(); st.Enabled || st.Pending != 3 || st.Writes != 0 || !st.Since.Equal(s.start) {
+			t.Errorf("%+v; want it off since the start", st)
+		}
+		if logs.Len() != 1 || !strings.Contains(logs.All()[0].Message, "set enable-guest-attributes=TRUE in the VM's metadata") {
+			t.Errorf("logged %v; want what to do, once", logs.All())
+		}
+		s.on(nil)
+		enabled := time.Now()
+		sleep(probeEvery)
+		if d := cmp.Diff(map[string]string{"bootstrap-status": "FINISHED", "agent-heartbeat": "T3599", "agent-last-failure": "failure 3599"}, s.values); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
+		}
+		if st := w.State(); !st.Enabled || st.LastError != "" || st.Pending != 0 || st.Since.Before(enabled) {
+			t.Errorf("%+v; want it on", st)
+		}
+		if logs.Len() != 2 || logs.All()[1].Message != "guest attributes are written again" {
+			t.Errorf("logged %v", logs.All())
+		}
+	})
+}
+
+// TestSince: when it last came to be as it is, which a time-out after a time-out or a success after a success does not move.
+func TestSince(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		if st := w.State(); !st.Since.IsZero() || !st.Enabled {
+			t.Errorf("before the first query: %+v", st)
+		}
+		tick := func(d time.Duration) { // a value each minute
+			for end := time.Now().Add(d); time.Now().Before(end); sleep(time.Minute) {
+				w.Set(ProxyVersion, time.Now().String())
+			}
+		}
+		for _, step := range []struct {
+			what  string
+			on    func()
+			moved bool
+		}{
+			{"written", func() { s.on(nil) }, true},
+			{"written again", func() { s.on(nil) }, false},
+			{"unavailable", func() { s.answer(503, "") }, true},
+			{"and for another reason", func() { s.answer(500, "") }, false},
+			{"disabled", func() { s.answer(403, "") }, true},
+			{"disabled, and unavailable", func() { s.answer(503, "") }, false},
+			{"written at last", func() { s.on(nil) }, true},
+			{"disabled", func() { s.answer(403, "") }, true},
+			{"written", func() { s.on(nil) }, true},
+			{"and again", func() { s.on(nil) }, false},
+		} {
+			step.on()
+			before := w.State().Since
+			tick(5 * time.Minute)
+			if moved := !w.State().Since.Equal(before); moved != step.moved {
+				t.Errorf("%s: since %v, before %v", step.what, w.State().Since.Sub(s.start), before.Sub(s.start))
+			}
+		}
+	})
+}
+
+// TestBackOffStartsAnew: after a recovery the next failure is tried again within seconds, not after the last pause.
+func TestBackOffStartsAnew(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		s.answer(503, "")
+		w.Set(ProxyVersion, "1")
+		sleep(5 * time.Minute)
+		s.on(nil)
+		sleep(time.Minute)
+		s.answer(503, "")
+		w.Set(ProxyVersion, "2")
+		sleep(time.Second)
+		s.on(nil)
+		sleep(firstBackOff)
+		if got := s.get(ProxyVersion); got != "2" {
+			t.Errorf("proxy-version is %q, three seconds after a write failed once; want it tried again after %v", got, firstBackOff)
+		}
+		// Nor does a pause outlast what it was for.
+		w.Set(ProxyVersion, "3")
+		sleep(0)
+		if got := s.get(ProxyVersion); got != "3" {
+			t.Errorf("proxy-version is %q, want 3 at once", got)
+		}
+	})
+}
+
+// TestPending: a heartbeat counts once its minute is over, anything else at once.
+func TestPending(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(AgentHeartbeat, "T0")
+		sleep(0)
+		s.answer(503, "")
+		w.Set(AgentHeartbeat, "T1")
+		for _, step := range []struct {
+			at   time.Duration
+			want int
+		}{{0, 0}, {59 * time.Second, 0}, {time.Minute, 1}, {2 * time.Minute, 1}} {
+			sleep(step.at - time.Since(s.start))
+			if st := w.State(); st.Pending != step.want {
+				t.Errorf("after %v: %d pending, want %d", step.at, st.Pending, step.want)
+			}
+		}
+		w.Set(ProxyVersion, "1")
+		w.Set(BootstrapStatus, "FINISHED")
+		if st := w.State(); st.Pending != 3 {
+			t.Errorf("%d pending, want 3", st.Pending)
+		}
+	})
+}
+
 // TestEnabledAgain: what was written before the channel was off may be gone.
 func TestEnabledAgain(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
@@ -533,14 +735,23 @@ func TestBudgetOfRoot(t *testing.T) {
 // TestBudgetFile: a file from the future (a clock step), one that cannot be made, one that is a link.
 func TestBudgetFile(t *testing.T) {
 	dir := t.TempDir()
-	link := filepath.Join(dir, "link")
-	if err := os.Symlink(filepath.Join(dir, "elsewhere"), link); err != nil {
+	link, dangling, fifo, elsewhere := filepath.Join(dir, "link"), filepath.Join(dir, "dangling"), filepath.Join(dir, "fifo"), filepath.Join(dir, "elsewhere")
+	future := time.Unix(2e9, 0) // by synctest's clock
+	if err := errors.Join(os.Symlink(elsewhere, link), os.Symlink(filepath.Join(dir, "nowhere"), dangling), unix.Mkfifo(fifo, 0o666),
+		os.WriteFile(elsewhere, nil, 0o600), os.Chtimes(elsewhere, future, future)); err != nil {
 		t.Fatal(err)
 	}
-	for name, path := range map[string]string{"future": filepath.Join(dir, "future"), "no folder": filepath.Join(dir, "no", "such"), "link": link} {
+	for name, path := range map[string]string{
+		"future": filepath.Join(dir, "future"), "no folder": filepath.Join(dir, "no", "such"), "link": link, "dangling": dangling, "fifo": fifo,
+	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				if name == "future" {
+				switch name {
+				case "link", "dangling", "fifo":
+					if err := setTime(path, time.Now()); err != nil {
+						t.Fatal(err)
+					}
+				case "future":
 					if err := os.WriteFile(path, nil, 0o600); err != nil {
 						t.Fatal(err)
 					}
@@ -562,15 +773,55 @@ func TestBudgetFile(t *testing.T) {
 				if first := s.queries[0].Sub(s.start); name == "future" && first < refill {
 					t.Errorf("first query after %v; want the bucket to be taken for empty", first)
 				}
-				if want := map[string]int{"future": 0, "no folder": 1, "link": 1}[name]; logs.Len() != want {
+				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1, "fifo": 1}[name]; logs.Len() != want {
 					t.Errorf("logged %v; want %d lines", logs.All(), want)
 				}
 			})
 		})
 	}
-	if _, err := os.Lstat(filepath.Join(dir, "elsewhere")); err == nil {
-		t.Error("the link was followed")
+	if fi, err := os.Lstat(elsewhere); err != nil || !fi.ModTime().Equal(future) {
+		t.Errorf("the link was followed: %v, %v", fi, err)
 	}
+	if _, err := os.Lstat(filepath.Join(dir, "nowhere")); err == nil {
+		t.Error("the dangling link was followed")
+	}
+}
+
+// TestBudgetHeld: while another program holds the budget's file, nothing is sent, and nobody waits for it in the kernel,
+// where the daemon's stop could not reach it.
+func TestBudgetHeld(t *testing.T) {
+	budget := filepath.Join(t.TempDir(), "budget")
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		held, err := os.Create(budget)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer held.Close()
+		if err := errors.Join(os.Chtimes(budget, time.Time{}, time.Now()), unix.Flock(int(held.Fd()), unix.LOCK_EX)); err != nil {
+			t.Fatal(err)
+		}
+		w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- w.Run(ctx) }()
+		w.Set(ProxyVersion, "1")
+		sleep(time.Second)
+		if n := len(s.seen()); n != 0 || w.State().Pending != 1 {
+			t.Errorf("%d queries while the file is held", n)
+		}
+		if err := unix.Flock(int(held.Fd()), unix.LOCK_UN); err != nil {
+			t.Fatal(err)
+		}
+		sleep(time.Second)
+		if got := s.get(ProxyVersion); got != "1" {
+			t.Errorf("proxy-version is %q once it is free", got)
+		}
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestAbsent: what was never said is not written; what was, can become empty.
@@ -632,6 +883,9 @@ func TestOneLine(t *testing.T) {
 		{"äääää", 8, "ää…"},
 		{"日本語日本語", 10, "日本…"},
 		{"bad \xff utf8", 20, "bad \uFFFD utf8"},
+		{"日本語", 4, "…"},
+		{"ab", 3, "ab"},
+		{"abcd", 3, "…"},
 	} {
 		if got := OneLine(tt.in, tt.limit); got != tt.want {
 			t.Errorf("OneLine(%q, %d) = %q; want %q", tt.in, tt.limit, got, tt.want)

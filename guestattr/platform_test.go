@@ -21,7 +21,11 @@ func TestPlatform(t *testing.T) {
 	}
 	vm := platform.New(platform.VM{})
 	vm.Serve(ln, nil)
-	t.Cleanup(vm.Close)
+	t.Cleanup(func() {
+		if err := vm.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Setenv("GCE_METADATA_HOST", ln.Addr().String())
 
 	w := guestattr.New(guestattr.Options{})
@@ -45,7 +49,8 @@ func TestPlatform(t *testing.T) {
 		t.Errorf("%+v; want %d queries within the budget", b, len(want))
 	}
 
-	// Switched off, the channel says so in the server's words.
+	// Switched off, the channel says so in the server's words. A minute later, as it were: this Writer's bucket is full.
+	vm.ResetBudget()
 	vm.Update(func(v *platform.VM) { v.GuestAttributesDisabled = true })
 	w2 := guestattr.New(guestattr.Options{})
 	go w2.Run(ctx)

@@ -174,7 +174,11 @@ func (v *VM) servers() {
 		t.Fatal(err)
 	}
 	v.platform = platform.New(platform.VM{IP: lab.VMAddr.String()})
-	t.Cleanup(v.platform.Close)
+	t.Cleanup(func() {
+		if err := v.platform.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	listen := func(addr string) net.Listener {
 		ln, err := v.lab.Service.Listen("tcp", addr)
 		if err != nil {

@@ -464,7 +464,7 @@ func TestCleanup(t *testing.T) {
 		ctx := within(t, 60*time.Second)
 		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})
 		must(t, err)
-		defer m.Close()
+		defer func() { must(t, m.Close()) }()
 		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.2")
 		must(t, err)
 		before, err := m.VM.Run(ctx, "iptables-save", "-t", "nat")

@@ -237,7 +237,7 @@ func TestNoGap(t *testing.T) {
 		ctx := within(t, 30*time.Minute)
 		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})
 		must(t, err)
-		defer m.Close()
+		defer func() { must(t, m.Close()) }()
 		n := soak(100, 10)
 		foreign := netip.MustParseAddrPort("192.0.2.9:81")
 		old := new(streams)

@@ -26,7 +26,7 @@ func TestSickAdmin(t *testing.T) {
 	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
 	must(t, err)
-	defer m.Close()
+	defer func() { must(t, m.Close()) }()
 
 	var sick atomic.Pointer[sickness]
 	envoy := m.VM.HTTP()
@@ -124,7 +124,7 @@ func TestSickAdmin(t *testing.T) {
 func TestBadInput(t *testing.T) {
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
 	must(t, err)
-	defer m.Close()
+	defer func() { must(t, m.Close()) }()
 	a := m.NewAgent()
 	bad := m.Dir + "/bad.json"
 	must(t, writeFile(bad, `{"api-version":"0.2","proxy-spec":{"proxy-port":"x"}}`))

@@ -21,7 +21,7 @@ func TestMetadataServer(t *testing.T) {
 			t.Parallel()
 			l := lab.T(t, lab.Options{})
 			e := platform.New(platform.VM{Name: name})
-			t.Cleanup(e.Close)
+			t.Cleanup(func() { must(t, e.Close()) })
 			for _, addr := range []netip.Addr{lab.MetadataAddr, lab.MetadataAddr6} {
 				ln, err := l.Listen(l.Service, netip.AddrPortFrom(addr, 80))
 				must(t, err)

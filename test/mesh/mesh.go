@@ -75,7 +75,6 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		opts.Attribute = Attribute
 	}
 	m.Platform = platform.New(platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute}})
-	m.ends = append(m.ends, m.Platform.Close)
 	for _, port := range []uint16{80} {
 		ln, err := m.Listen(m.Service, netip.AddrPortFrom(lab.MetadataAddr, port))
 		if err != nil {
@@ -145,13 +144,18 @@ func (m *Mesh) openSerial() error {
 	return nil
 }
 
-// Close ends everything, the agent before the folder that it writes to.
+// Close ends everything, the agent before the folder that it writes to. An error may be what the agent did: it exceeded the
+// budget of guest attributes.
 func (m *Mesh) Close() error {
 	for i := len(m.ends) - 1; i >= 0; i-- {
 		m.ends[i]()
 	}
 	m.ends = nil
-	return m.Lab.Close()
+	var err error
+	if m.Platform != nil {
+		err = m.Platform.Close()
+	}
+	return errors.Join(err, m.Lab.Close())
 }
 
 // Agent is the built binary, running in "vm" as root.

@@ -113,8 +113,9 @@ func (e *Emulator) Serve(ln net.Listener, certificate *tls.Certificate) {
 	go s.Serve(ln) // ends by Close
 }
 
-// Close ends every server, and with them what hangs or polls.
-func (e *Emulator) Close() {
+// Close ends every server, and with them what hangs or polls. It is an error of whoever ran on this VM if the budget of
+// guest attributes was exceeded, in any test: what the real one then does cannot be seen here.
+func (e *Emulator) Close() error {
 	e.mu.Lock()
 	servers := e.servers
 	e.servers = nil
@@ -122,6 +123,11 @@ func (e *Emulator) Close() {
 	for _, s := range servers {
 		s.Close()
 	}
+	if b := e.Budget(); !b.Kept() {
+		return fmt.Errorf("guest attributes: %d queries within a minute, %d within a second, %d of ours within a minute; the budget is %d, %d and %d",
+			b.PeakPerMinute, b.PeakPerSecond, b.OursPerMinute, BudgetPerMinute, BudgetPerSecond, OursPerMinute)
+	}
+	return nil
 }
 
 // Update changes the VM: attributes, scopes, guest attributes on or off. Long polls see it.
@@ -245,7 +251,7 @@ func (e *Emulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		At: time.Now(), Method: r.Method, Host: r.Host, Path: r.URL.Path, Query: r.URL.RawQuery, Authorization: r.Header.Get("Authorization") != "",
 	})
 	if strings.HasPrefix(r.URL.Path, guestPath) {
-		e.budget.count(time.Now()) // a query counts whatever becomes of it
+		e.budget.count(time.Now(), r.URL.Path) // a query counts whatever becomes of it
 	}
 	w.Header().Set("Date", time.Now().Add(e.offset).UTC().Format(http.TimeFormat))
 	e.mu.Unlock()

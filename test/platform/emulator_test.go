@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"cloud.google.com/go/compute/metadata"
@@ -29,8 +30,17 @@ func start(t *testing.T, vm platform.VM) (*platform.Emulator, string) {
 		t.Fatal(err)
 	}
 	e.Serve(ln, nil)
-	t.Cleanup(e.Close)
+	closed(t, e)
 	return e, "http://" + ln.Addr().String()
+}
+
+// closed closes e at the test's end.
+func closed(t *testing.T, e *platform.Emulator) {
+	t.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // reply is an answer, read.
@@ -134,6 +144,7 @@ func TestMetadataPaths(t *testing.T) {
 	if r := ask(t, "GET", base+v1+"/instance/id", "", append(flavor, "X-Forwarded-For", "10.0.0.1")...); r.status != 403 {
 		t.Errorf("with X-Forwarded-For: %d", r.status)
 	}
+	e.ResetBudget() // we asked faster than a VM may
 	if r := ask(t, "GET", base+"/", ""); r.status != 200 || r.header.Get("Metadata-Flavor") != "Google" {
 		t.Errorf("the root, by which clients find out that they are on GCE: %d %v", r.status, r.header)
 	}
@@ -232,26 +243,54 @@ func TestGuestAttributes(t *testing.T) {
 	if s := ask(t, "PUT", base+v1+"/instance/attributes/a", "v", flavor...).status; s != 405 {
 		t.Errorf("PUT of an attribute: %d", s)
 	}
-	if b := e.Budget(); b.Queries != 7 || b.PeakPerMinute != 7 || b.PeakPerSecond != 7 || b.Kept() {
+	if b := e.Budget(); b.Queries != 7 || b.PeakPerMinute != 7 || b.PeakPerSecond != 7 || b.OursPerMinute != 0 || b.Kept() {
 		t.Errorf("budget: %+v", b)
 	}
-
-	// Beyond the budget, writes are lost without a word.
 	e.ResetBudget()
-	e.EnforceBudget(true)
-	for range platform.BudgetPerSecond + 1 {
-		if s := put("ns/many", "v"); s != 200 {
-			t.Errorf("PUT beyond the budget: %d", s)
-		}
-	}
-	if v, ok := e.GuestAttributes("ns")["many"]; ok || e.Budget().Lost != 1 {
-		t.Errorf("beyond the budget: %q, %+v", v, e.Budget())
-	}
-
 	e.Update(func(v *platform.VM) { v.GuestAttributesDisabled = true })
 	r := ask(t, "PUT", base+guest+"ns/key", "v", flavor...)
 	if r.status != 403 || strings.TrimSpace(r.body) != "Guest attributes endpoint access is disabled." {
 		t.Errorf("disabled: %+v", r)
+	}
+}
+
+// TestBudget: whoever writes more than the VM's budget, or than our share of it, loses writes without a word, and the
+// test fails when the emulator is closed.
+func TestBudget(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		path    string
+		at      []time.Duration
+		lost    int
+		exceeds bool
+	}{
+		{"a start and its heartbeats", "gce-service-proxy/k", []time.Duration{0, 0, 0, 20e9, 40e9, 60e9, 80e9, 100e9}, 0, false},
+		{"four at once", "gce-service-proxy/k", []time.Duration{0, 0, 0, 999e6}, 1, true},
+		{"seven of ours in a minute", "gce-service-proxy/k", []time.Duration{0, 0, 10e9, 20e9, 30e9, 40e9, 59e9}, 0, true},
+		{"six in each", "gce-service-proxy/k", []time.Duration{0, 0, 10e9, 20e9, 30e9, 40e9, 60e9}, 0, false},
+		{"ten of others'", "guestInventory/k", []time.Duration{0, 0, 5e9, 10e9, 15e9, 20e9, 25e9, 30e9, 35e9, 40e9}, 0, false},
+		{"eleven", "guestInventory/k", []time.Duration{0, 0, 5e9, 10e9, 15e9, 20e9, 25e9, 30e9, 35e9, 40e9, 59e9}, 1, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				e, began := platform.New(platform.VM{}), time.Now()
+				for _, at := range c.at {
+					time.Sleep(at - time.Since(began))
+					w, r := httptest.NewRecorder(), httptest.NewRequest("PUT", guest+c.path, strings.NewReader("v"))
+					r.Header.Set("Metadata-Flavor", "Google")
+					if e.ServeHTTP(w, r); w.Code != 200 {
+						t.Errorf("after %v: %d", at, w.Code)
+					}
+				}
+				namespace, key, _ := strings.Cut(c.path, "/")
+				if _, kept := e.GuestAttributes(namespace)[key]; kept == (c.lost > 0) || e.Budget().Lost != c.lost {
+					t.Errorf("the value is there: %v, %+v", kept, e.Budget())
+				}
+				if err := e.Close(); (err != nil) != c.exceeds {
+					t.Errorf("Close: %v", err)
+				}
+			})
+		})
 	}
 }
 
@@ -306,7 +345,7 @@ func TestStorage(t *testing.T) {
 		t.Fatal(err)
 	}
 	e := platform.New(platform.VM{})
-	t.Cleanup(e.Close)
+	closed(t, e)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

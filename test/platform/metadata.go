@@ -21,26 +21,32 @@ const (
 	guestPath    = metadataPath + "/instance/guest-attributes/"
 )
 
-// The documented budget of guest attributes: "10 queries a minute per VM, bursts of 3 a second".
+// The budget of guest attributes: Compute Engine's documented one for a whole VM ("10 queries a minute per VM, bursts of
+// 3 a second"), which its own agents share, and what of it is this project's.
 const (
 	BudgetPerMinute = 10
 	BudgetPerSecond = 3
+	OursPerMinute   = 6
 )
 
 // budget counts queries of guest attributes.
 type budget struct {
-	at      []time.Time
-	enforce bool
-	lost    int
+	all, ours []time.Time
+	lost      int
 }
 
-func (b *budget) count(now time.Time) { b.at = append(b.at, now) }
+func (b *budget) count(now time.Time, path string) {
+	b.all = append(b.all, now)
+	if strings.HasPrefix(path, guestPath+"gce-service-proxy/") {
+		b.ours = append(b.ours, now)
+	}
+}
 
 // peak is the highest number of queries in any window of that length.
-func (b *budget) peak(window time.Duration) int {
+func peak(at []time.Time, window time.Duration) int {
 	most, first := 0, 0
-	for last := range b.at {
-		for b.at[last].Sub(b.at[first]) >= window {
+	for last := range at {
+		for at[last].Sub(at[first]) >= window {
 			first++
 		}
 		most = max(most, last-first+1)
@@ -48,13 +54,13 @@ func (b *budget) peak(window time.Duration) int {
 	return most
 }
 
-// exceeded says whether the newest query was beyond the budget.
+// exceeded says whether the newest query was beyond what the VM has.
 func (b *budget) exceeded() bool {
 	second, minute := 0, 0
-	now := b.at[len(b.at)-1]
-	for i := len(b.at) - 1; i >= 0 && now.Sub(b.at[i]) < time.Minute; i-- {
+	now := b.all[len(b.all)-1]
+	for i := len(b.all) - 1; i >= 0 && now.Sub(b.all[i]) < time.Minute; i-- {
 		minute++
-		if now.Sub(b.at[i]) < time.Second {
+		if now.Sub(b.all[i]) < time.Second {
 			second++
 		}
 	}
@@ -66,33 +72,29 @@ type Budget struct {
 	Queries       int
 	PeakPerMinute int // most in any 60 s; the budget is BudgetPerMinute
 	PeakPerSecond int // most in any second; the budget is BudgetPerSecond
-	Lost          int // writes that were dropped beyond the budget (EnforceBudget)
+	OursPerMinute int // most in any 60 s of the namespace gce-service-proxy; the budget is OursPerMinute
+	Lost          int // writes that were dropped beyond the VM's budget, answered 200: it "might arbitrarily remove" them then
 }
 
-// Kept says whether the documented budget was kept.
+// Kept says whether the budget was kept.
 func (b Budget) Kept() bool {
-	return b.PeakPerMinute <= BudgetPerMinute && b.PeakPerSecond <= BudgetPerSecond
+	return b.PeakPerMinute <= BudgetPerMinute && b.PeakPerSecond <= BudgetPerSecond && b.OursPerMinute <= OursPerMinute
 }
 
 // Budget is how guest attributes were queried since the start or ResetBudget.
 func (e *Emulator) Budget() Budget {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return Budget{Queries: len(e.budget.at), PeakPerMinute: e.budget.peak(time.Minute), PeakPerSecond: e.budget.peak(time.Second), Lost: e.budget.lost}
+	b := &e.budget
+	return Budget{Queries: len(b.all), PeakPerMinute: peak(b.all, time.Minute), PeakPerSecond: peak(b.all, time.Second),
+		OursPerMinute: peak(b.ours, time.Minute), Lost: b.lost}
 }
 
 // ResetBudget forgets the queries so far.
 func (e *Emulator) ResetBudget() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.budget.at, e.budget.lost = nil, 0
-}
-
-// EnforceBudget has writes beyond the budget lost, though they are answered 200: Compute Engine "might arbitrarily remove" attributes then.
-func (e *Emulator) EnforceBudget(on bool) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.budget.enforce = on
+	e.budget = budget{}
 }
 
 // GuestAttributes are the values of a namespace.
@@ -504,7 +506,7 @@ func (e *Emulator) writeGuest(w http.ResponseWriter, r *http.Request) {
 		}
 		delete(e.guest[namespace], key)
 		e.notify()
-	case e.budget.enforce && e.budget.exceeded():
+	case e.budget.exceeded():
 		e.budget.lost++
 		delete(e.guest[namespace], key)
 		e.notify()
