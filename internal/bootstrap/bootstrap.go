@@ -400,6 +400,7 @@ func newPublisher(ctx context.Context, log *zap.Logger) *publisher {
 // publish sets the guest attributes when the daemon is not there to do it, or cannot know (unread).
 func (p *publisher) publish(state State, unread bool) {
 	if !unread && daemonRuns() {
+		p.stop() // or what it has left to write would come after the daemon's
 		return
 	}
 	if p.writer == nil {
@@ -420,14 +421,25 @@ func (p *publisher) publish(state State, unread bool) {
 	}
 }
 
-// end waits a little for the last value to be written: within the budget a write takes milliseconds.
+// end waits for the last value to be written, which within the budget takes milliseconds and past it may take a token's 20 s.
 func (p *publisher) end() {
 	if p.writer == nil {
 		return
 	}
-	sleep(p.ctx, 3*time.Second)
-	p.cancel()
-	<-p.ended
+	ctx, stop := context.WithTimeout(p.ctx, 25*time.Second)
+	defer stop()
+	if err := p.writer.Flush(ctx); err != nil {
+		p.log.Warn("the status is not published", zap.Error(err))
+	}
+	p.stop()
+}
+
+func (p *publisher) stop() {
+	if p.writer != nil {
+		p.cancel()
+		<-p.ended
+		p.writer = nil
+	}
 }
 
 // daemonRuns asks the daemon's socket.
