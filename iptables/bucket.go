@@ -42,7 +42,7 @@ func (b *builder) addServices(services []netip.Prefix) {
 func (b *builder) addNode(chain string, set []netip.Prefix, from, depth int) {
 	if len(set) <= nodeRows || depth == nodeDepth {
 		for _, p := range set {
-			b.add(chain, serviceRow(p, chainRedirect))
+			b.add(chain, serviceRow(p))
 		}
 		return
 	}
@@ -51,7 +51,7 @@ func (b *builder) addNode(chain string, set []netip.Prefix, from, depth int) {
 	buckets := set[:0:0]
 	for _, p := range set {
 		if p.Bits() < bits {
-			b.add(chain, serviceRow(p, chainRedirect))
+			b.add(chain, serviceRow(p))
 		} else {
 			buckets = append(buckets, p)
 		}
@@ -63,22 +63,17 @@ func (b *builder) addNode(chain string, set []netip.Prefix, from, depth int) {
 			n++
 		}
 		name := bucketName(node)
-		b.add(chain, serviceRow(node, name))
+		b.add(chain, bucketRow(node, name))
 		b.add(name)
 		b.addNode(name, buckets[:n], bits, depth+1)
 		buckets = buckets[n:]
 	}
 }
 
-// serviceRow is the row for prefix. iptables-save prints no -d for a prefix of no bits.
-func serviceRow(p netip.Prefix, target string) string {
-	switch {
-	case target == chainRedirect && p.Bits() == 0:
-		return "-j " + target
-	case target == chainRedirect:
-		return "-d " + p.String() + " -j " + target
-	}
-	return "-d " + p.String() + " -m comment --comment bucket -j " + target
+func serviceRow(p netip.Prefix) string { return destination(p) + "-j " + chainRedirect }
+
+func bucketRow(p netip.Prefix, bucket string) string {
+	return destination(p) + "-m comment --comment bucket -j " + bucket
 }
 
 // commonBits is how many leading bits all prefixes of the sorted set share, at least from.

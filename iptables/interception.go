@@ -197,11 +197,11 @@ func (i Interception) Ruleset() Ruleset {
 			b.add(chainInbound, ruleSettling)
 		}
 		for _, name := range interfaces {
-			match := "-i " + name
+			match := inInterface(name)
 			if i.All { // what containers ask of this machine itself is inbound
-				match += " -m addrtype ! --dst-type LOCAL"
+				match += "-m addrtype ! --dst-type LOCAL "
 			}
-			b.add(chainInbound, match+" -j "+chainServiceCIDRs)
+			b.add(chainInbound, match+"-j "+chainServiceCIDRs)
 		}
 	}
 	if inbound {
@@ -227,16 +227,33 @@ func returnFor(n named) string {
 	return "-d " + n.cidr + " -m comment --comment " + n.comment + " -j RETURN"
 }
 
+// destination is the match for a masked prefix as a save prints it, with the blank that follows, and nothing for
+// "everywhere". The C library prints an IPv6 address of 96 zero bits as ::192.0.2.1, and netip does not.
+func destination(p netip.Prefix) string {
+	if p.Bits() == 0 {
+		return ""
+	}
+	a := p.Addr().As16()
+	if p.Addr().Is6() && [12]byte(a[:12]) == [12]byte{} && (a[12] != 0 || a[13] != 0) {
+		return fmt.Sprintf("-d ::%s/%d ", netip.AddrFrom4([4]byte(a[12:])), p.Bits())
+	}
+	return "-d " + p.String() + " "
+}
+
+// inInterface is the match for an interface as a save prints it, with the blank that follows, and nothing for "any".
+func inInterface(name string) string {
+	if name == "+" {
+		return ""
+	}
+	return "-i " + name + " "
+}
+
 // excludeRows are the RETURNs for what the attribute excludes. They count in both modes: an excluded address stays
 // excluded when a listener asks for it.
 func (i Interception) excludeRows() []string {
 	var rows []string
 	for _, p := range canonical(i.Family, i.ExcludePrefixes) {
-		if p.Bits() == 0 { // a save prints no -d for "everywhere"
-			rows = append(rows, "-m comment --comment excluded -j RETURN")
-			continue
-		}
-		rows = append(rows, "-d "+p.String()+" -m comment --comment excluded -j RETURN")
+		rows = append(rows, destination(p)+"-m comment --comment excluded -j RETURN")
 	}
 	ports := make([]PortRange, 0, len(i.ExcludePorts))
 	for _, r := range i.ExcludePorts {
@@ -276,7 +293,7 @@ func (i Interception) servingRows() []string {
 		row := fmt.Sprintf("-p tcp -m tcp --dport %d -j %s", s.Port, chainInRedirect)
 		if s.Addr.IsValid() {
 			addr := s.Addr.WithZone("")
-			row = "-d " + netip.PrefixFrom(addr, addr.BitLen()).String() + " " + row
+			row = destination(netip.PrefixFrom(addr, addr.BitLen())) + row
 		}
 		rows = append(rows, row)
 	}

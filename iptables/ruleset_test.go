@@ -20,7 +20,7 @@ func prefixes(s ...string) []netip.Prefix {
 	return p
 }
 
-// interceptions are the configurations whose rulesets stand as goldens in testdata; the kernel tests install them too.
+// interceptions are the configurations whose rulesets stand as goldens in testdata. TestGoldensAreReadBack installs them.
 func interceptions() map[string]Interception {
 	base := Interception{ProxyUID: 999, ProxyGID: 998, Jumps: true}
 	outbound := base
@@ -68,7 +68,22 @@ func interceptions() map[string]Interception {
 	buckets.Services = slices.Concat(randomPrefixes(IPv4, 400, 1), densePrefixes(IPv4, 300), prefixes("10.0.0.0/15"),
 		randomPrefixes(IPv6, 400, 1), densePrefixes(IPv6, 300), prefixes("fd70::/20"))
 
+	// What a save prints in another way than it was asked for, or not at all.
+	edges := base
+	edges.OutboundPort = 15001
+	edges.Services = prefixes("0.0.0.0/0", "::/0", "::102:304/128", "::a00:0/104", "::ffff/128", "::1:0/112")
+	edges.ServicePorts = []uint16{65535, 1}
+	edges.ExcludePrefixes = prefixes("0.0.0.0/0", "::/0", "::5:6/128", "::fffe:0:0/96")
+	edges.ExcludePorts = []PortRange{{1, 65535}, {0, 65535}, {0, 5}, {0, 0}, {65535, 65535}}
+	edges.Interfaces = []string{"br-+", "+"}
+	edges.InboundPort = 15006
+	edges.Serving = []Serving{{Port: 65535}, {Addr: netip.MustParseAddr("::7:8"), Port: 80}}
+
+	allEdges := edges
+	allEdges.All = true
+
 	return map[string]Interception{
+		"edges": edges, "all-edges": allEdges,
 		"nothing": base, "outbound": outbound, "held": held, "settling": settling, "inbound": inbound, "dns": dns, "dns-only": dnsOnly,
 		"all": all, "containers": containers, "all-containers": allContainers, "buckets": buckets,
 	}
