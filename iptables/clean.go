@@ -97,14 +97,14 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 		other = NFT
 	}
 	k.mu.Unlock()
-	has := hasNFTTable
+	has := k.hasNFTTable
 	if other == Legacy {
-		has = hasLegacyTable
+		has = k.machine.hasLegacy
 	}
 	if ok, err := has(f); err != nil || !ok {
 		return tool{}, false, err
 	}
-	t, err := find(ctx, Options{Backend: other, Path: k.options.Path}, f, &k.own)
+	t, err := k.find(ctx, other, f)
 	if err != nil {
 		return tool{}, false, fmt.Errorf("look into the %s backend: %w", other, err)
 	}
@@ -115,19 +115,19 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 // iptables-legacy-save and every one of its socket options do, makes it wherever its module is loaded. /proc names the
 // tables, in a file that is root's (0440, also for the group root); the agent, an ordinary user with capabilities, has to
 // go by the modules.
-func hasLegacyTable(f Family) (bool, error) {
+func hasLegacyTable(f Family, readFile func(string) ([]byte, error)) (bool, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if f == IPv6 {
 		file = "/proc/thread-self/net/ip6_tables_names"
 	}
-	names, err := os.ReadFile(file)
+	names, err := readFile(file)
 	switch {
 	case errors.Is(err, os.ErrNotExist): // ip_tables is not loaded
 		return false, nil
 	case err == nil:
 		return slices.Contains(strings.Fields(string(names)), "nat"), nil
 	}
-	if modules, err := os.ReadFile("/proc/modules"); err == nil {
+	if modules, err := readFile("/proc/modules"); err == nil {
 		if may, ok := legacyByModules(f, modules); ok {
 			return may, nil
 		}
@@ -156,8 +156,8 @@ func legacyByModules(f Family, modules []byte) (may, ok bool) {
 	return false, ok
 }
 
-func hasNFTTable(f Family) (bool, error) {
-	names, err := natChains(f)
+func (k *Kernel) hasNFTTable(f Family) (bool, error) {
+	names, err := k.machine.natChains(f)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
 		return false, nil // a kernel without nf_tables
 	}

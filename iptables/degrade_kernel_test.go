@@ -297,7 +297,7 @@ func TestTheOtherBackend(t *testing.T) {
 			if said, err := used.CleanOtherBackend(t.Context()); err != nil || len(said) > 0 {
 				t.Fatalf("nothing there: %q %v", said, err)
 			}
-			if has, err := hasLegacyTable(IPv4); err != nil || backends[0] == NFT && has {
+			if has, err := hasLegacyTable(IPv4, os.ReadFile); err != nil || backends[0] == NFT && has {
 				t.Fatalf("looking made the legacy table: %v", err)
 			}
 			old := open(t, other)
@@ -361,7 +361,7 @@ func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
 			loaded, byModules := legacyByModules(IPv4, modules(t))
 			if !asOrdinaryUser(t, test.groups...) { // root, after the copy has ended
 				for _, f := range families {
-					if has, err := hasLegacyTable(f); err != nil || has != test.ours && !loaded {
+					if has, err := hasLegacyTable(f, os.ReadFile); err != nil || has != test.ours && !loaded {
 						t.Errorf("%s: a legacy table: %v %v, want %v", f, has, err, test.ours)
 					}
 				}

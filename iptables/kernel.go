@@ -52,6 +52,7 @@ type Options struct {
 // plans for the same family made from the same Table conflict: let one goroutine own the kernel state.
 type Kernel struct {
 	options Options
+	machine machine
 	tools   map[Family]tool
 	own     ownPIDs
 
@@ -66,6 +67,16 @@ type lastSave struct {
 	sum   uint64
 	table Table
 }
+
+// machine is what a Kernel asks of the machine it runs on. The tests have one in memory (iptablestest).
+type machine struct {
+	lookPath  func(path, name string) (string, error)
+	run       func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error
+	natChains func(Family) ([]string, error) // of iptables-nft
+	hasLegacy func(Family) (bool, error)     // whether there is a legacy nat table, without making it
+}
+
+var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) { return hasLegacyTable(f, os.ReadFile) }}
 
 // tool are the programs of one family.
 type tool struct {
@@ -88,7 +99,11 @@ var families = []Family{IPv4, IPv6}
 // otherwise only noted (Families) and can be tried again (Probe). A held lock and a look that did not end make nothing
 // unusable: the next read or write meets them again, or does not.
 func Open(ctx context.Context, options Options) (*Kernel, error) {
-	k := &Kernel{options: options, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
+	return openOn(ctx, thisMachine, options)
+}
+
+func openOn(ctx context.Context, m machine, options Options) (*Kernel, error) {
+	k := &Kernel{options: options, machine: m, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
 	var first error
 	usable := false
 	for _, f := range families {
@@ -121,7 +136,7 @@ func (k *Kernel) Probe(ctx context.Context, f Family) error {
 func mayPass(err error) bool { return errors.Is(err, ErrLocked) || errors.Is(err, ErrCouldNotLook) }
 
 func (k *Kernel) probe(ctx context.Context, f Family) error {
-	t, err := find(ctx, k.options, f, &k.own)
+	t, err := k.find(ctx, k.options.Backend, f)
 	if err != nil {
 		return err
 	}
@@ -195,26 +210,26 @@ func (k *Kernel) known(f Family) (t tool, ok bool, unusable error) {
 var versionText = regexp.MustCompile(`v(\d+\.\d+\.\d+)(?: \((nf_tables|legacy)\))?`)
 
 // find looks up a family's three programs and asks their version.
-func find(ctx context.Context, options Options, f Family, own *ownPIDs) (tool, error) {
+func (k *Kernel) find(ctx context.Context, backend string, f Family) (tool, error) {
 	name := "iptables"
 	if f == IPv6 {
 		name = "ip6tables"
 	}
-	switch options.Backend {
+	switch backend {
 	case "":
 	case NFT, Legacy:
-		name += "-" + options.Backend
+		name += "-" + backend
 	default:
-		return tool{}, fmt.Errorf("backend %q: want nft or legacy", options.Backend)
+		return tool{}, fmt.Errorf("backend %q: want nft or legacy", backend)
 	}
 	t := tool{family: f}
 	for suffix, path := range map[string]*string{"": &t.list, "-restore": &t.restore, "-save": &t.saving} {
 		var err error
-		if *path, err = lookPath(options.Path, name+suffix); err != nil {
+		if *path, err = k.machine.lookPath(k.options.Path, name+suffix); err != nil {
 			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)", name+suffix, ErrNoIPTables)
 		}
 	}
-	out, err := run(ctx, readLimit, own, nil, t.list, "--version")
+	out, err := k.run(ctx, readLimit, nil, t.list, "--version")
 	if err != nil {
 		return tool{}, err
 	}
@@ -258,7 +273,7 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 		limit = saveLimit
 	}
 	save := saveBuffers.Get().(*bytes.Buffer)
-	err := runInto(ctx, limit, &k.own, nil, save, t.saving, "-t", "nat")
+	err := k.machine.run(ctx, limit, &k.own, nil, save, t.saving, "-t", "nat")
 	if err == nil && !bytes.Contains(save.Bytes(), []byte("is incompatible")) {
 		table, err := k.parse(t, save.Bytes())
 		save.Reset()
@@ -270,7 +285,7 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 	}
 	// Either others write too fast for a save, or somebody has put a chain into table nat that iptables cannot read:
 	// the chains that matter to us can still be listed.
-	names, err := natChains(t.family)
+	names, err := k.machine.natChains(t.family)
 	if err != nil {
 		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
 	}
@@ -333,7 +348,7 @@ func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (T
 	if t.backend != NFT || len(chains) > listLimit {
 		return k.read(ctx, t)
 	}
-	names, err := natChains(t.family)
+	names, err := k.machine.natChains(t.family)
 	if err != nil {
 		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
 	}
@@ -356,7 +371,7 @@ func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, exi
 		}
 		listing, err := k.run(ctx, readLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-S", name)
 		if err != nil {
-			if now, err := natChains(t.family); err == nil && !slices.Contains(now, name) {
+			if now, err := k.machine.natChains(t.family); err == nil && !slices.Contains(now, name) {
 				gone = append(gone, name) // deleted since
 				continue
 			}
@@ -464,7 +479,7 @@ func (k *Kernel) readBack(ctx context.Context, t tool, p Plan) (Table, error) {
 	if t.backend != NFT || len(p.touched) > listLimit {
 		return k.read(ctx, t)
 	}
-	names, err := natChains(t.family)
+	names, err := k.machine.natChains(t.family)
 	if err != nil {
 		return Table{}, err
 	}
@@ -484,12 +499,8 @@ func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
 
 // run runs one command within limit and remembers its pid, by which the kernel's notifications tell our writes.
 func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, name string, args ...string) ([]byte, error) {
-	return run(ctx, limit, &k.own, stdin, name, args...)
-}
-
-func run(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, name string, args ...string) ([]byte, error) {
 	var stdout bytes.Buffer
-	if err := runInto(ctx, limit, own, stdin, &stdout, name, args...); err != nil {
+	if err := k.machine.run(ctx, limit, &k.own, stdin, &stdout, name, args...); err != nil {
 		return nil, err
 	}
 	return stdout.Bytes(), nil

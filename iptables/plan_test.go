@@ -2,87 +2,24 @@ package iptables
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
 // restored is what iptables-restore --noflush makes of a table: all of the payload, or an error and nothing of it.
 func restored(have Table, payload string) (Table, error) {
-	chains := maps.Clone(have.chains)
-	if chains == nil {
-		chains = map[string][]string{}
-	}
-	for _, builtin := range []string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"} {
-		if _, ok := chains[builtin]; !ok {
-			chains[builtin] = nil
+	nat := iptablestest.New(have.chains)
+	if payload != "" {
+		if err := nat.Restore(payload, nil); err != nil {
+			return Table{}, err
 		}
 	}
-	for line := range strings.Lines(payload) {
-		line = strings.TrimSuffix(line, "\n")
-		if name, ok := strings.CutPrefix(line, ":"); ok {
-			name, _, _ = strings.Cut(name, " ")
-			chains[name] = nil
-			continue
-		}
-		words := strings.SplitN(line, " ", 3)
-		if len(words) < 2 {
-			continue // *nat, COMMIT
-		}
-		name := words[1]
-		rules, ok := chains[name]
-		if !ok {
-			return Table{}, fmt.Errorf("no chain %q for %q", name, line)
-		}
-		rules = slices.Clone(rules)
-		switch words[0] {
-		case "-A":
-			rules = append(rules, words[2])
-		case "-I":
-			place, spec, _ := strings.Cut(words[2], " ")
-			n, err := strconv.Atoi(place)
-			if err != nil || n < 1 || n > len(rules)+1 {
-				return Table{}, fmt.Errorf("no place for %q in %d rules", line, len(rules))
-			}
-			rules = slices.Insert(rules, n-1, spec)
-		case "-D":
-			i := slices.Index(rules, words[2])
-			if i < 0 {
-				return Table{}, fmt.Errorf("nothing to delete by %q", line)
-			}
-			rules = slices.Delete(rules, i, i+1)
-		case "-X":
-			if len(rules) > 0 {
-				return Table{}, fmt.Errorf("not empty: %q", line)
-			}
-			for other, specs := range chains {
-				for _, spec := range specs {
-					if target(spec) == name {
-						return Table{}, fmt.Errorf("%q is held by -A %s %s", line, other, spec)
-					}
-				}
-			}
-			delete(chains, name)
-			continue
-		default:
-			return Table{}, fmt.Errorf("unknown %q", line)
-		}
-		chains[name] = rules
-	}
-	for name, specs := range chains {
-		for _, spec := range specs {
-			if to := target(spec); isOurs(to) && chains[to] == nil {
-				if _, ok := chains[to]; !ok && isOurs(name) {
-					return Table{}, fmt.Errorf("-A %s %s leads nowhere", name, spec)
-				}
-			}
-		}
-	}
-	return Table{family: have.family, chains: chains}, nil
+	return Table{family: have.family, chains: nat.Chains()}, nil
 }
 
 // checkPlan applies the plan for want to have and says what is wrong with it.
