@@ -22,9 +22,15 @@ func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	for _, f := range families {
 		t, err := k.tool(ctx, f)
 		if err != nil {
-			if !errors.Is(err, ErrNoTable) && !errors.Is(err, ErrNoIPTables) { // then nothing of ours can be there
-				errs = append(errs, err)
+			if errors.Is(err, ErrNoTable) { // then nothing of ours can be there
+				continue
 			}
+			if errors.Is(err, ErrNoIPTables) { // on nft, what the programs made stays when they go
+				if names, _ := k.machine.natChains(f); !slices.ContainsFunc(names, isOurs) {
+					continue
+				}
+			}
+			errs = append(errs, err)
 			continue
 		}
 		said, err := k.clean(ctx, t)
@@ -59,34 +65,60 @@ func (k *Kernel) CleanOtherBackend(ctx context.Context) ([]string, error) {
 	return removed, errors.Join(errs...)
 }
 
-// clean removes what is ours from one table. It goes round again as long as others' writes leave something behind.
-func (k *Kernel) clean(ctx context.Context, t tool) ([]string, error) {
-	var removed []string
-	for range attempts {
-		have, err := k.read(ctx, t)
+// clean removes what is ours from one table. It goes round again as long as others' writes, or a write of which the end
+// was not seen, leave something behind. What it says was removed is what was there and is not there any more; without
+// an error nothing is left.
+func (k *Kernel) clean(ctx context.Context, t tool) (removed []string, err error) {
+	defer func() {
 		if err != nil {
-			return removed, fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
+			err = fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
+		}
+	}()
+	var before Table
+	for n := 0; ; n++ {
+		have, readErr := k.read(ctx, t)
+		if readErr != nil {
+			return removed, errors.Join(err, readErr)
+		}
+		for _, what := range gone(before, have) {
+			removed = append(removed, fmt.Sprintf("%s (%s) %s", t.family, t.backend, what))
 		}
 		plan := NewPlan(Ruleset{family: t.family}, have)
 		if plan.Empty() {
 			return removed, nil
 		}
-		if _, err := k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
-			return removed, fmt.Errorf("clean %s (%s): %w", t.family, t.backend, err)
-		}
-		ours, held := have.Ours(), have.heldByOthers()
-		for _, j := range ours.jumps {
-			removed = append(removed, fmt.Sprintf("%s (%s) jump -A %s %s", t.family, t.backend, j.chain, j.spec))
-		}
-		for _, c := range ours.chains {
-			what := fmt.Sprintf("%s (%s) chain %s with %d rules", t.family, t.backend, c.name, len(c.rules))
-			if by, ok := held[c.name]; ok {
-				what += fmt.Sprintf(", which stays empty because of another program's rule -A %s %s", by.chain, by.spec)
+		if n == attempts {
+			if err == nil {
+				err = fmt.Errorf("after %d times there is again %d lines to do, first %q: stop what puts it there and try again", n, plan.Len(), plan.line(2))
 			}
-			removed = append(removed, what)
+			return removed, err
+		}
+		if _, err = k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
+			return removed, err
+		}
+		before = have
+	}
+}
+
+// gone is what of ours was there before and is not there now, one thing a string.
+func gone(before, now Table) (what []string) {
+	was, is, held := before.Ours(), now.Ours(), now.heldByOthers()
+	for _, j := range was.jumps {
+		if !slices.Contains(is.jumps, j) {
+			what = append(what, fmt.Sprintf("jump -A %s %s", j.chain, j.spec))
 		}
 	}
-	return removed, nil
+	for _, c := range was.chains {
+		said := fmt.Sprintf("chain %s with %d rules", c.name, len(c.rules))
+		by, isHeld := held[c.name]
+		switch rules, ok := is.chain(c.name); {
+		case !ok:
+			what = append(what, said)
+		case isHeld && len(rules) == 0 && len(c.rules) > 0:
+			what = append(what, fmt.Sprintf("%s, which stays empty because of another program's rule -A %s %s", said, by.chain, by.spec))
+		}
+	}
+	return what
 }
 
 // otherBackend returns the programs of the backend that is not used, if that has a nat table for the family.

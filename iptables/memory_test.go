@@ -28,12 +28,18 @@ func inMemory(m *iptablestest.Machine) machine {
 			if exit == 0 {
 				return nil
 			}
+			if stderr == noEnd {
+				return fmt.Errorf("%s: %w: no end", name, ErrCouldNotLook)
+			}
 			return classify(strings.Join(append([]string{filepath.Base(name)}, args...), " "), exit, stderr)
 		},
 		natChains: func(f Family) ([]string, error) { return slices.Collect(maps.Keys(nat(f, NFT).Chains())), nil },
 		hasLegacy: func(f Family) (bool, error) { return nat(f, Legacy).Used(), nil },
 	}
 }
+
+// noEnd is what a program of a Machine says to stand for one that does not end in its time.
+const noEnd = "no end"
 
 // programOf is the name of a family's program for a backend, e.g. "ip6tables-legacy".
 func programOf(backend string, f Family) string {

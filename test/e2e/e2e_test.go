@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -458,7 +459,8 @@ func TestRuleDeleted(t *testing.T) {
 	})
 }
 
-// TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the byte.
+// TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the byte. Where the rules
+// cannot be taken out, the exit code says so: whoever stops Envoy after a 0 would cut the machine off.
 func TestCleanup(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		ctx := within(t, 60*time.Second)
@@ -472,7 +474,20 @@ func TestCleanup(t *testing.T) {
 		a := m.NewAgent()
 		must(t, a.Start())
 		must(t, a.WaitReady(ctx))
-		out, stderr, code, err := a.Run(ctx, "cleanup")
+		in := chains(t, m)
+		// A restore that refuses whatever it is given, in the words of iptables-legacy-restore 1.8.9.
+		refusing := t.TempDir()
+		for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
+			must(t, os.WriteFile(filepath.Join(refusing, name), []byte("#!/bin/sh\necho \"$0: line 2 failed\" >&2\nexit 1\n"), 0o755))
+		}
+		out, stderr, code, err := a.RunAs(ctx, 0, []string{"PATH=" + refusing + ":" + m.Lab.Shims() + ":" + os.Getenv("PATH")}, "cleanup")
+		if err != nil || code != 1 || strings.Contains(out, "removed") || !strings.Contains(stderr, "IPv4") || !strings.Contains(stderr, "IPv6") {
+			t.Errorf("cleanup by a restore that refuses: %d %v\n%s%s", code, err, out, stderr)
+		}
+		if now := chains(t, m); now != in {
+			t.Errorf("after a cleanup that was refused:\n%s\nbefore:\n%s", now, in)
+		}
+		out, stderr, code, err = a.Run(ctx, "cleanup")
 		if err != nil || code != 0 || !strings.Contains(out, "paused") || !strings.Contains(out, "removed") {
 			t.Errorf("cleanup: %d %v\n%s%s", code, err, out, stderr)
 		}
@@ -481,6 +496,9 @@ func TestCleanup(t *testing.T) {
 		must(t, err)
 		if withoutComments(after) != withoutComments(before) {
 			t.Errorf("after cleanup:\n%s\nbefore the install:\n%s", after, before)
+		}
+		if left := strings.TrimSpace(chains(t, m)); left != "" {
+			t.Errorf("after cleanup ours are\n%s", left)
 		}
 		if code, body, err := a.Get("/healthz/ready"); err != nil || code != http.StatusServiceUnavailable || !strings.Contains(body, "paused") {
 			t.Errorf("/healthz/ready: %d %q %v", code, body, err)
