@@ -104,12 +104,9 @@ func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []Refus
 			}
 		}
 	}
-	// A chain that cannot redirect or cannot tell whom to spare takes the jumps to it along, up to the built-in chain.
-	for range b.chains {
-		for name, specs := range b.chains {
-			kept := slices.DeleteFunc(slices.Clone(specs), func(spec string) bool { return broken[target(spec)] })
-			b.chains[name] = kept
-		}
+	// A chain that cannot redirect or cannot tell whom to spare takes the jumps to it along.
+	for name, specs := range b.chains {
+		b.chains[name] = slices.DeleteFunc(specs, func(spec string) bool { return broken[target(spec)] })
 	}
 	for _, j := range want.jumps {
 		verdict, err := ask(j.spec)
@@ -143,7 +140,7 @@ func kindOf(spec string) string {
 	words, _ := splitWords(spec)
 	for i := 1; i < len(words); i++ {
 		switch words[i-1] {
-		case "-d", "-s", "--dport", "--to-ports", "-i":
+		case "-d", "--dport", "--to-ports", "-i":
 			words[i] = "*"
 		case "-j":
 			if isOurs(words[i]) {

@@ -89,6 +89,24 @@ func interceptions() map[string]Interception {
 	}
 }
 
+// sample intercepts in every way there is, so that every chain of ours stands.
+func sample(f Family) Interception {
+	return Interception{
+		Family: f, ProxyUID: 999, ProxyGID: 998, Jumps: true,
+		OutboundPort: 15001,
+		Services: []netip.Prefix{
+			netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.1.2.4/32"), netip.MustParsePrefix("10.9.0.0/24"),
+			netip.MustParsePrefix("fd00::1/128"), netip.MustParsePrefix("fd00::2/128"), netip.MustParsePrefix("fd00:9::/64"),
+		},
+		ServicePorts:    []uint16{8080, 81},
+		ExcludePrefixes: []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("fd00:8::/32")},
+		ExcludePorts:    []PortRange{{90, 80}, {7, 7}},
+		DNSPort:         15053, ResolverUIDs: []uint32{101},
+		InboundPort: 15006,
+		Serving:     []Serving{{Port: 80}, {Addr: netip.MustParseAddr("10.0.0.9"), Port: 81}, {Addr: netip.MustParseAddr("fd00::9"), Port: 81}},
+	}
+}
+
 func TestRulesetGolden(t *testing.T) {
 	for name, i := range interceptions() {
 		for _, f := range families {
