@@ -85,11 +85,10 @@ type tool struct {
 	list, restore, saving string // paths
 }
 
-// FamilyState says whether a family can be used, and if not, why.
+// FamilyState says whether a family can be used.
 type FamilyState struct {
 	Family Family
-	Usable bool
-	Why    error // nil if usable
+	Why    error // why not; nil if it can
 }
 
 var families = []Family{IPv4, IPv6}
@@ -156,16 +155,9 @@ func (k *Kernel) Families() []FamilyState {
 	defer k.mu.Unlock()
 	var states []FamilyState
 	for _, f := range families {
-		states = append(states, FamilyState{Family: f, Usable: k.unusable[f] == nil, Why: k.unusable[f]})
+		states = append(states, FamilyState{Family: f, Why: k.unusable[f]})
 	}
 	return states
-}
-
-// Usable says whether the family was usable when it was last probed.
-func (k *Kernel) Usable(f Family) bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.unusable[f] == nil
 }
 
 // Backend is "nft" or "legacy": that of IPv4, or of IPv6 where IPv4 has no iptables.

@@ -24,7 +24,6 @@ const (
 	nftMsgNewRule  = 6
 	nftMsgDelRule  = 8
 	nftMsgNewGen   = 15
-	nftMsgGetGen   = 16
 
 	nfgenmsgLen = 4 // family, version, resource id
 
@@ -37,7 +36,6 @@ const (
 	nftaHookPriority  = 2
 	nftaRuleTable     = 1
 	nftaRuleChain     = 2
-	nftaGenID         = 1
 	nftaGenProcPID    = 2
 	nftaGenProcName   = 3
 	nfInetPreRouting  = 0
@@ -53,32 +51,6 @@ func (f Family) nfproto() byte {
 		return unix.NFPROTO_IPV6
 	}
 	return unix.NFPROTO_IPV4
-}
-
-// Generation is the id of the kernel's current nftables generation. It moves with every change of any nft table of the
-// network namespace, so an equal one says in some 20 µs that nothing changed on the nft backend.
-func (k *Kernel) Generation() (uint32, error) {
-	conn, err := dialNetfilter()
-	if err != nil {
-		return 0, fmt.Errorf("get nftables generation: %w", err)
-	}
-	defer conn.Close()
-	replies, err := conn.Execute(nftRequest(nftMsgGetGen, nfprotoUnspec, netlink.Request))
-	if err != nil {
-		return 0, fmt.Errorf("get nftables generation: %w", err)
-	}
-	for _, m := range replies {
-		attributes, err := nftAttributes(m)
-		if err != nil {
-			return 0, fmt.Errorf("get nftables generation: %w", err)
-		}
-		for attributes.Next() {
-			if attributes.Type() == nftaGenID {
-				return attributes.Uint32(), nil
-			}
-		}
-	}
-	return 0, errors.New("get nftables generation: the kernel's answer has none")
 }
 
 // nftChain is a chain as the kernel lists it, without its rules.
