@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
@@ -32,4 +34,33 @@ func TestHealthz(t *testing.T) {
 			t.Errorf("%s: %v, %q", test.name, ok, why)
 		}
 	}
+}
+
+// TestStuck: a loop that no longer ends its passes makes both answers fail once its newest pass is
+// older than five minutes, and not before: a pass may take its time limits.
+func TestStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &Agent{started: time.Now()}
+		check := func(when string, want bool, says string) {
+			t.Helper()
+			for name, ask := range map[string]func() (bool, string){"/healthz": a.healthz, "/healthz/ready": a.readyz} {
+				if ok, why := ask(); ok != want || !strings.Contains(why, says) {
+					t.Errorf("%s, %s: %v, %q; want %v, %q", when, name, ok, why, want, says)
+				}
+			}
+		}
+		pass := func() {
+			a.status.Store(&Status{Heartbeat: time.Now(), Ready: true, Envoy: EnvoyStatus{State: "LIVE"}})
+		}
+		check("no pass yet", false, "no pass yet")
+		pass()
+		check("a pass has ended", true, "")
+		last := time.Now()
+		time.Sleep(5 * time.Minute)
+		check("five minutes later", true, "")
+		time.Sleep(time.Second)
+		check("and a second", false, "stuck since "+last.Format(time.RFC3339))
+		pass()
+		check("the loop moves again", true, "")
+	})
 }
