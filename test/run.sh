@@ -20,6 +20,22 @@ group() { # NAME COMMAND…
   report+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
 }
 
+# What this machine itself does with packets. Looking changes nothing: iptables-legacy-save makes a
+# table that was not there, so only those that are there are asked for, and counters are left out.
+host() {
+  local family table
+  nft -s list ruleset
+  for family in ip ip6; do
+    for table in $(cat "/proc/net/${family}_tables_names" 2>/dev/null); do
+      "${family}tables-legacy-save" -t "$table" | sed -E '/^#/d; s/ \[[0-9]+:[0-9]+\]$//'
+    done
+  done
+  grep . /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
+}
+untouched() { # demo and tests have namespaces of their own; the machine's rules are nobody's business
+  diff "$before" <(host 2>&1) || { echo "make test: the rules of this machine itself changed (< before, > now)"; return 1; }
+}
+
 setup() {
   make --no-print-directory tools build release
 }
@@ -52,11 +68,17 @@ box+bench() { # Boxes mostly wait; whether a benchmark works can be seen meanwhi
 }
 
 group set-up setup
+command -v gcloud >/dev/null ||
+  report+=("NOT RUN: the real gcloud, which no registry has (https://cloud.google.com/sdk); TestGcloud made its requests")
+
 if (( ! failed )); then
   (( $# )) || set -- lint unit kernel lab box+bench
+  before=$(mktemp); host >"$before" 2>&1
   for name; do
     group "$name" "$name"
+    untouched || { report+=("after $name: the rules of this machine changed"); failed=1; }
   done
+  rm -f "$before"
 fi
 
 printf '\n=== seconds\n'

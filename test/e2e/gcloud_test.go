@@ -4,10 +4,11 @@ package e2e
 
 import (
 	"encoding/json"
-	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"slices"
@@ -21,8 +22,9 @@ import (
 func writeFile(path, text string) error { return os.WriteFile(path, []byte(text), 0o644) }
 func mkdir(path string) error           { return os.MkdirAll(path, 0o755) }
 
-// TestGcloud: unmodified gcloud reads what the agent wrote, all keys and one alone. Without gcloud on PATH the same API
-// calls are made by the test.
+// TestGcloud: what the agent wrote is read from outside, all keys and one alone: by the request that
+// gcloud 528 was seen to make and, where it is on PATH, by gcloud itself. It comes with Google's own
+// installer only, so `make test` says at its end when there was none.
 func TestGcloud(t *testing.T) {
 	m, a := start(t, mesh.Options{Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -49,43 +51,57 @@ func TestGcloud(t *testing.T) {
 	must(t, err)
 	m.Platform.Serve(ln, nil)
 	base := "http://" + ln.Addr().String()
-	read := func(query string) [][]string {
-		if _, err := exec.LookPath("gcloud"); err != nil {
-			fmt.Println("NOT RUN: gcloud is not on PATH; asking the API itself")
-			return askAPI(t, base, query)
-		}
-		cmd := exec.CommandContext(t.Context(), "gcloud", "compute", "instances", "get-guest-attributes", "vm-1", "--zone=us-central1-a", "--project=my-project", "--query-path="+query)
-		cmd.Env = m.Platform.GcloudEnv(base, t.TempDir(), os.Getenv("PATH"))
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("gcloud: %v\n%s", err, out)
-		}
-		var rows [][]string
-		for line := range strings.Lines(string(out)) {
-			rows = append(rows, strings.Fields(line))
-		}
-		return rows
+	readers := map[string]func(query string) [][]string{"by API": func(query string) [][]string { return askAPI(t, base, query) }}
+	if gcloud, err := exec.LookPath("gcloud"); err == nil {
+		readers["by gcloud"] = func(query string) [][]string { return askGcloud(t, m, gcloud, base, query) }
 	}
 	header := []string{"NAMESPACE", "KEY", "VALUE"}
 	want := [][]string{header, {"gce-service-proxy", "proxy-version", server.Version}}
-	if got := read("gce-service-proxy/proxy-version"); !slices.EqualFunc(got, want, slices.Equal) {
-		t.Errorf("one key: %q, want %q", got, want)
-	}
-	got := read("gce-service-proxy/")
 	attributes := m.Platform.GuestAttributes("gce-service-proxy")
-	if len(got) != len(attributes)+1 || !slices.Equal(got[0], header) {
-		t.Fatalf("all keys: %q, want %d rows", got, len(attributes))
-	}
-	for _, row := range got[1:] {
-		if row[0] != "gce-service-proxy" || strings.Join(row[2:], " ") != attributes[row[1]] {
-			t.Errorf("row %q, want value %q", row, attributes[row[1]])
+	for by, read := range readers {
+		if got := read("gce-service-proxy/proxy-version"); !slices.EqualFunc(got, want, slices.Equal) {
+			t.Errorf("%s: one key: %q, want %q", by, got, want)
+		}
+		got := read("gce-service-proxy/")
+		if len(got) != len(attributes)+1 || !slices.Equal(got[0], header) {
+			t.Fatalf("%s: all keys: %q, want %d rows", by, got, len(attributes))
+		}
+		for _, row := range got[1:] {
+			if row[0] != "gce-service-proxy" || strings.Join(row[2:], " ") != attributes[row[1]] {
+				t.Errorf("%s: row %q, want value %q", by, row, attributes[row[1]])
+			}
 		}
 	}
+	// Whoever asks, the request is the same to the letter.
+	asked := map[string]bool{}
+	for _, r := range m.Platform.Requests() {
+		if strings.HasSuffix(r.Path, "/getGuestAttributes") {
+			asked[r.Method+" "+r.Path+"?"+r.Query] = true
+		}
+	}
+	const vm = "GET /compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=gce-service-proxy%2F"
+	if len(asked) != 2 || !asked[vm] || !asked[vm+"proxy-version"] {
+		t.Errorf("requests %q, want %q and one with proxy-version at its end", slices.Collect(maps.Keys(asked)), vm)
+	}
+}
+
+// askGcloud has the real one print its table.
+func askGcloud(t *testing.T, m *mesh.Mesh, gcloud, base, query string) (rows [][]string) {
+	cmd := exec.CommandContext(t.Context(), gcloud, "compute", "instances", "get-guest-attributes", "vm-1", "--zone=us-central1-a", "--project=my-project", "--query-path="+query)
+	cmd.Env = m.Platform.GcloudEnv(base, t.TempDir(), os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("gcloud: %v\n%s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		rows = append(rows, strings.Fields(line))
+	}
+	return rows
 }
 
 // askAPI is the call that gcloud makes, as rows of its table.
 func askAPI(t *testing.T, base, query string) [][]string {
-	resp, err := http.Get(base + "/compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=" + query)
+	resp, err := http.Get(base + "/compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=" + url.QueryEscape(query))
 	must(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)

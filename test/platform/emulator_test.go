@@ -442,7 +442,9 @@ func TestLogging(t *testing.T) {
 	}
 }
 
-// TestGcloud reads the VM from outside: by the API calls, and where gcloud is on PATH, by the real one.
+// TestGcloud reads the VM from outside, by the requests that gcloud 528 was seen to make and, where it
+// is on PATH, by gcloud itself: it comes with Google's own installer only, so `make test` says at its
+// end when there was none.
 func TestGcloud(t *testing.T) {
 	e, base := start(t, platform.VM{})
 	e.SetGuestAttribute("gce-service-proxy", "proxy-version", "1.40.0")
@@ -459,7 +461,7 @@ func TestGcloud(t *testing.T) {
 	}{
 		{"/getGuestAttributes?alt=json&queryPath=gce-service-proxy%2F", 200,
 			`"items":[{"key":"bootstrap-status","namespace":"gce-service-proxy","value":"FINISHED"},{"key":"proxy-version","namespace":"gce-service-proxy","value":"1.40.0"}]`},
-		{"/getGuestAttributes?queryPath=gce-service-proxy%2Fproxy-version", 200, `"items":[{"key":"proxy-version",`},
+		{"/getGuestAttributes?alt=json&queryPath=gce-service-proxy%2Fproxy-version", 200, `"items":[{"key":"proxy-version",`},
 		{"/getGuestAttributes?queryPath=absent%2F", 404, "was not found"},
 		{"/serialPort?port=1&start=11", 200, `"contents":"second line\n"`},
 		{"", 200, `"status":"RUNNING"`},
@@ -472,7 +474,7 @@ func TestGcloud(t *testing.T) {
 
 	gcloud, err := exec.LookPath("gcloud")
 	if err != nil {
-		t.Logf("NOT RUN with the real gcloud: %v; the same API calls were made above", err)
+		t.Logf("NOT RUN with the real gcloud: %v", err)
 		return
 	}
 	const entry = `{"logName":"projects/my-project/logs/service-proxy-agent","resource":{"type":"gce_instance"},"entries":[{"severity":"INFO","jsonPayload":{"message":"Envoy Version: 1.40.0"}}]}`
