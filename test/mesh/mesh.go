@@ -164,6 +164,8 @@ type Agent struct {
 	args []string
 	env  []string
 	dir  string
+	// Under is a command that starts the agent by exec(2), in a mount namespace for one.
+	Under []string
 
 	mu   sync.Mutex
 	cmd  *exec.Cmd
@@ -223,7 +225,8 @@ func (a *Agent) Start() error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.cmd = a.mesh.VM.Command(context.Background(), binary, a.args...)
+	argv := slices.Concat(a.Under, []string{binary}, a.args)
+	a.cmd = a.mesh.VM.Command(context.Background(), argv[0], argv[1:]...)
 	a.cmd.Env = a.env
 	a.cmd.Stderr = lockedWriter{a}
 	if err := lab.Start(a.cmd); err != nil {
@@ -249,6 +252,9 @@ func (w lockedWriter) Write(p []byte) (int, error) {
 	defer w.a.mu.Unlock()
 	return w.a.log.Write(p)
 }
+
+// StateDir is where it keeps what it knows between starts.
+func (a *Agent) StateDir() string { return filepath.Join(a.dir, "state") }
 
 // PID of the process.
 func (a *Agent) PID() int { return a.cmd.Process.Pid }
