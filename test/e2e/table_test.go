@@ -213,7 +213,7 @@ func TestTable(t *testing.T) {
 		}
 	})
 
-	// A minute after the drift its warning goes, and with it the last thing to say.
+	// A fresh one, with nothing of the above left to tell.
 	t.Run("nothing happens", func(t *testing.T) {
 		a.Kill()
 		must(t, a.Start())

@@ -72,6 +72,10 @@ var Backends = []Backend{NFT, Legacy}
 // Options of a lab.
 type Options struct {
 	Backend Backend // empty: nft
+	// NoOwnerMatch makes "vm" the namespace of another user namespace. The kernel refuses every rule
+	// with `-m owner` there, from whoever is not in that one, root included (owner_check in
+	// net/netfilter/xt_owner.c), and takes all others.
+	NoOwnerMatch bool
 }
 
 // Lab is one running lab.
@@ -122,7 +126,7 @@ func New(opts Options) (l *Lab, err error) {
 		return nil, err
 	}
 	for i, p := range []**Namespace{&l.VM, &l.Client, &l.Service} {
-		if *p, err = l.namespace(names[i]); err != nil {
+		if *p, err = l.namespace(names[i], i == 0 && opts.NoOwnerMatch); err != nil {
 			return nil, err
 		}
 	}
@@ -224,8 +228,26 @@ func removeLeftovers() {
 	}
 }
 
-func (l *Lab) namespace(name string) (*Namespace, error) {
-	if out, err := exec.Command("ip", "netns", "add", name).CombinedOutput(); err != nil {
+func (l *Lab) namespace(name string, others bool) (*Namespace, error) {
+	add := []string{"ip", "netns", "add", name}
+	if others {
+		// attach gives a name to the network namespace of a process, which stays when that has ended.
+		holder := exec.Command("unshare", "--user", "--net", "sh", "-c", "echo; exec sleep infinity")
+		holder.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		out, err := holder.StdoutPipe()
+		if err != nil {
+			return nil, fmt.Errorf("make namespace %q: %w", name, err)
+		}
+		if err := Start(holder); err != nil {
+			return nil, fmt.Errorf("make namespace %q: %w", name, err)
+		}
+		defer func() { holder.Process.Kill(); holder.Wait() }()
+		if _, err := out.Read(make([]byte, 1)); err != nil {
+			return nil, fmt.Errorf("make namespace %q: %w (no user namespaces?)", name, ErrNoNamespaces)
+		}
+		add = []string{"ip", "netns", "attach", name, strconv.Itoa(holder.Process.Pid)}
+	}
+	if out, err := exec.Command(add[0], add[1:]...).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("make namespace %q: %w: %s", name, ErrNoNamespaces, strings.TrimSpace(string(out)))
 	}
 	path := "/run/netns/" + name

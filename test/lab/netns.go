@@ -34,7 +34,7 @@ func (e *MissingError) Error() string {
 
 // programs are what the lab runs, and Debian's packages that hold them.
 var programs = map[string]string{
-	"ip": "iproute2", "nsenter": "util-linux", "setpriv": "util-linux", "iptables-nft": "iptables", "iptables-legacy": "iptables",
+	"ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "setpriv": "util-linux", "iptables-nft": "iptables", "iptables-legacy": "iptables",
 }
 
 // look finds what the lab needs, before anything is made.

@@ -46,7 +46,9 @@ type Options struct {
 	Config    controlplane.Config
 	Attribute string // "": Attribute
 	NoEnvoy   bool   // the test starts it
-	NoRuntime bool   // Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
+	// NoOwnerMatch: the kernel refuses every rule with -m owner (lab.Options).
+	NoOwnerMatch bool
+	NoRuntime    bool // Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
 }
 
 // Mesh is one running node and what is around it.
@@ -63,7 +65,7 @@ type Mesh struct {
 // New starts everything but the agent.
 func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	m = &Mesh{CPAddr: netip.AddrPortFrom(lab.ControlPlaneAddr, 443)}
-	if m.Lab, err = lab.New(lab.Options{Backend: opts.Backend}); err != nil {
+	if m.Lab, err = lab.New(lab.Options{Backend: opts.Backend, NoOwnerMatch: opts.NoOwnerMatch}); err != nil {
 		return nil, err
 	}
 	defer func(m *Mesh) { // as it is now: a return of nil sets the result
