@@ -6,9 +6,13 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -98,4 +102,57 @@ func TestRuleRefused(t *testing.T) {
 			t.Errorf("after cleanup:\n%s", now)
 		}
 	})
+}
+
+// TestLocked: another program holds the xtables lock for longer than we wait. (A lock of the test's
+// own: the usual one is the whole machine's, and other labs would wait as well.)
+func TestLocked(t *testing.T) {
+	t.Parallel()
+	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.Legacy, Config: services()})
+	must(t, err)
+	lock, err := os.Create(filepath.Join(m.Dir, "xtables.lock"))
+	must(t, err)
+	defer lock.Close()
+	a := m.NewAgent()
+	a.Under = []string{"env", "XTABLES_LOCKFILE=" + lock.Name()}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("agent's log:\n%s", a.Log())
+		}
+		must(t, m.Close())
+	})
+	must(t, a.Start())
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	locked := func() (n float64) {
+		for _, family := range []string{"IPv4", "IPv6"} {
+			n += metric(t, a, fmt.Sprintf(`applies_total{family=%q,outcome="locked"}`, family))
+		}
+		return n
+	}
+	if n := locked(); n != 0 {
+		t.Errorf("%v applies were locked out", n)
+	}
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
+	_, err = m.CP.Set(services(service(7)))
+	must(t, err)
+	s, err := a.Wait(within(t, 30*time.Second), "the words", func(s agent.Status) bool {
+		return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: apply IPv4 rules: another program holds the iptables lock: ") &&
+			strings.Contains(s.LastFailure, "it is tried again; `lsof /run/xtables.lock` names the program")
+	})
+	must(t, err)
+	t.Log(s.LastFailure)
+	if n := metric(t, a, finding(symptom.RuleRefused)); n != 1 {
+		t.Errorf("finding rules-not-applied: %v", n)
+	}
+	if locked() == 0 {
+		t.Error("no apply counts as locked out")
+	}
+	through(t, m, web4) // what was in stays
+	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
+	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+	must(t, err)
+	through(t, m, netip.AddrPortFrom(service(7).Prefixes[0].Addr(), 9000))
+	if n := metric(t, a, finding(symptom.RuleRefused)); n != 0 {
+		t.Errorf("finding rules-not-applied when it is over: %v", n)
+	}
 }

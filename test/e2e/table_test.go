@@ -196,6 +196,32 @@ func TestTable(t *testing.T) {
 		says(t, a, 0, 0, []string{`^warning +IPv4 rules were changed by iptables \(pid \d+\): rule removed`}, "status")
 	})
 
+	t.Run("table incompatible", func(t *testing.T) {
+		out, err := m.VM.Run(t.Context(), "nft", "--echo", "--handle", "add", "rule", "ip", "nat", "OUTPUT", "jhash", "ip", "saddr", "mod", "2", "0")
+		must(t, err)
+		_, handle, ok := strings.Cut(strings.TrimSpace(out), "# handle ")
+		if !ok {
+			t.Fatalf("nft names no handle: %q", out)
+		}
+		handle, _, _ = strings.Cut(handle, "\n")
+		_, err = a.Wait(within(t, 10*time.Second), "the words", func(s agent.Status) bool {
+			return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: ") && strings.Contains(s.LastFailure, "table nat is incompatible") &&
+				strings.Contains(s.LastFailure, "`nft list table ip nat` shows it")
+		})
+		must(t, err)
+		if n := metric(t, a, finding(symptom.RuleRefused)); n != 1 {
+			t.Errorf("finding rules-not-applied: %v", n)
+		}
+		through(t, m, web4)
+		_, err = m.VM.Run(t.Context(), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle", handle)
+		must(t, err)
+		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		must(t, err)
+		if now := chains(t, m); now != before {
+			t.Errorf("not as before:\n%s", now)
+		}
+	})
+
 	// Who polls once a second sees one push a second at the most when each waits for the one before.
 	t.Run("a change is seen by its hint", func(t *testing.T) {
 		const pushes = 6
