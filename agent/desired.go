@@ -77,7 +77,7 @@ func Desired(in Inputs) Want {
 			want.InboundPort = 0
 		}
 		if in.Config.InterceptDNS {
-			want.DNSPort = dnsPort(in.Listeners, family)
+			want.DNSPort, want.DNSOverTCP = dnsPort(in.Listeners, family)
 			want.ResolverUIDs = in.ResolverUIDs
 		}
 		w.Families[i] = want
@@ -268,18 +268,21 @@ func uncovered(ports []uint16, families []iptables.Interception) (missing []uint
 }
 
 // dnsPort is the port of Envoy's DNS listener: UDP, bound, with the dns_filter. 0: there is none, nothing is redirected.
-func dnsPort(all []envoyadmin.Listener, family iptables.Family) uint16 {
+// The filter answers UDP alone: questions by TCP go there only where another listener takes them at the same port.
+func dnsPort(all []envoyadmin.Listener, family iptables.Family) (port uint16, overTCP bool) {
 	for _, l := range all {
 		if !l.UDP || !l.Bound || !l.DNS {
 			continue
 		}
 		for _, a := range l.Addresses {
 			if reachable(l, a.Addr(), family, false) {
-				return a.Port()
+				return a.Port(), slices.ContainsFunc(all, func(l envoyadmin.Listener) bool {
+					return l.Bound && !l.UDP && leadsTo(l, family, a.Port(), false)
+				})
 			}
 		}
 	}
-	return 0
+	return 0, false
 }
 
 func serverFirstPorts(all []envoyadmin.Listener) (ports []uint16) {

@@ -152,6 +152,11 @@ func TestDesired(t *testing.T) {
 			listeners: []envoyadmin.Listener{dns},
 			v4:        iptables.Interception{DNSPort: 15053},
 		},
+		{
+			name: "DNS by TCP only where Envoy takes it", config: with(func(c *attribute.Config) { c.InterceptDNS = true }),
+			listeners: []envoyadmin.Listener{dns, {Name: "dns-tcp", Bound: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:15053")}}},
+			v4:        iptables.Interception{DNSPort: 15053, DNSOverTCP: true},
+		},
 		{name: "no DNS interception unless asked for", config: none, listeners: []envoyadmin.Listener{dns}},
 	}
 	for _, test := range tests {

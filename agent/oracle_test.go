@@ -26,6 +26,7 @@ type scene struct {
 	behind    []envoyadmin.Listener // Istio's: unbound, reached through the outbound one
 	inbound   []envoyadmin.Listener
 	dns       []envoyadmin.Listener
+	dnsTCP    []envoyadmin.Listener // at the port of the DNS listener, for long answers
 	unrelated []envoyadmin.Listener // nothing may follow from them
 
 	attribute  attributeText
@@ -183,8 +184,18 @@ func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Actio
 	if s.attribute.Traffic.DNS && port == 53 && !slices.Contains(s.resolvers, p.UID) {
 		for _, l := range s.dns {
 			for _, a := range l.Addresses {
-				if takes(l, a, family) {
+				if !takes(l, a, family) {
+					continue
+				}
+				if p.Proto == iptables.UDP {
 					return iptables.Redirect, a.Port(), "DNS"
+				}
+				for _, l := range s.dnsTCP {
+					for _, b := range l.Addresses {
+						if takes(l, b, family) && a.Port() == b.Port() {
+							return iptables.Redirect, a.Port(), "DNS over TCP"
+						}
+					}
 				}
 			}
 		}
@@ -319,6 +330,11 @@ func (r scenes) scene() scene {
 		l := envoyadmin.Listener{Name: "dns", Bound: true, UDP: true, DNS: true, Ipv4Compat: r.oneIn(2)}
 		l.Addresses = pick(r, [][]netip.AddrPort{ports(15053, "127.0.0.1"), ports(15053, "127.0.0.1", "::1"), ports(15053, "::")})
 		s.dns = append(s.dns, l)
+		if r.oneIn(2) {
+			l := envoyadmin.Listener{Name: "dns-tcp", Bound: true, Ipv4Compat: r.oneIn(2)}
+			l.Addresses = pick(r, [][]netip.AddrPort{ports(15053, "127.0.0.1"), ports(15053, "::1"), ports(15053, "::"), ports(15055, "0.0.0.0", "::")})
+			s.dnsTCP = append(s.dnsTCP, l)
+		}
 	}
 	for range r.IntN(4) {
 		l := r.listener(r.oneIn(2), pick(r, scenePorts))
@@ -458,7 +474,7 @@ func TestDesiredMeansWhatTheListenersSay(t *testing.T) {
 		in := Inputs{
 			Config: config, ProxyUID: sceneUID, ProxyGID: sceneGID, Local: ownAddresses, Interfaces: s.interfaces,
 			ResolverUIDs: s.resolvers, OwnPorts: sceneOwnPorts,
-			Listeners: slices.Concat(s.outbound, s.behind, s.inbound, s.dns, s.unrelated),
+			Listeners: slices.Concat(s.outbound, s.behind, s.inbound, s.dns, s.dnsTCP, s.unrelated),
 		}
 		r.Shuffle(len(in.Listeners), func(i, j int) { in.Listeners[i], in.Listeners[j] = in.Listeners[j], in.Listeners[i] })
 		want := Desired(in)
@@ -479,7 +495,7 @@ func TestDesiredMeansWhatTheListenersSay(t *testing.T) {
 	t.Logf("seed %d: %d configurations, packets by reason: %v", seed, configurations, reasons)
 	for _, why := range []string{
 		"older than the first rule", "container's, everything", "container's, a service", "not served", "served by the default chain", "served by a chain",
-		"served, but Envoy does not take it", "the proxy's", "DNS", "no outbound listener", "never intercepted", "excluded", "root's",
+		"served, but Envoy does not take it", "the proxy's", "DNS", "DNS over TCP", "no outbound listener", "never intercepted", "excluded", "root's",
 		"everything", "a service's address", "a service's port", "no service",
 	} {
 		if reasons[why] == 0 {

@@ -58,6 +58,7 @@ type Interception struct {
 	Interfaces      []string // containers' interfaces, as -i takes them ("docker0", "br-+"); their outbound connections count too
 
 	DNSPort      uint16   // Envoy's DNS listener; 0: no DNS interception
+	DNSOverTCP   bool     // Envoy takes TCP at that port, too
 	ResolverUIDs []uint32 // users of the VM's own resolvers, whose questions must get out
 
 	InboundPort uint16 // where inbound connections are redirected to; 0: no inbound interception
@@ -77,7 +78,7 @@ type Interception struct {
 //	PREROUTING  -p tcp            -> SERVICE_PROXY_INBOUND
 //
 //	SERVICE_PROXY_OUTPUT ---RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
-//	  |-- tcp 53 -> SERVICE_PROXY_DNS              ---RETURN: proxy, resolvers; REDIRECT to Envoy's DNS listener
+//	  |-- (tcp 53 -> SERVICE_PROXY_DNS)            ---RETURN: proxy, resolvers; REDIRECT to Envoy's DNS listener
 //	  |-- SERVICE_PROXY_SERVICE_CIDRS              one row a service ------------------> SERVICE_PROXY_REDIRECT
 //	  |     `-- SERVICE_PROXY_B4_0A200000_12 ...   past 256 rows: one chain per 3 bits -> SERVICE_PROXY_REDIRECT
 //	  `-- SERVICE_PROXY_SERVICE_PORTS              one row a port ---------------------> SERVICE_PROXY_REDIRECT
@@ -143,7 +144,7 @@ func (i Interception) Ruleset() Ruleset {
 			b.add(chainOutput, ruleSettling)
 		}
 		b.add(chainOutput, proxy...)
-		if dns {
+		if dns && i.DNSOverTCP {
 			b.add(chainOutput, "-p tcp -m tcp --dport 53 -j "+chainDNS)
 		}
 	}
@@ -188,9 +189,10 @@ func (i Interception) Ruleset() Ruleset {
 		for _, uid := range slices.Compact(uids) {
 			b.add(chainDNS, fmt.Sprintf("-m owner --uid-owner %d -m comment --comment local-resolver -j RETURN", uid))
 		}
-		b.add(chainDNS,
-			fmt.Sprintf("-p udp -j REDIRECT --to-ports %d", i.DNSPort),
-			fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.DNSPort))
+		b.add(chainDNS, fmt.Sprintf("-p udp -j REDIRECT --to-ports %d", i.DNSPort))
+		if i.DNSOverTCP {
+			b.add(chainDNS, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.DNSPort))
+		}
 	}
 	if inbound || len(interfaces) > 0 {
 		if i.Settling {

@@ -51,7 +51,7 @@ func meant(i Interception, p Packet) (Action, uint16) {
 	if p.UID == i.ProxyUID || p.GID == i.ProxyGID {
 		return Pass, 0
 	}
-	if i.DNSPort != 0 && port == 53 && !slices.Contains(i.ResolverUIDs, p.UID) {
+	if i.DNSPort != 0 && (p.Proto == UDP || i.DNSOverTCP) && port == 53 && !slices.Contains(i.ResolverUIDs, p.UID) {
 		return Redirect, i.DNSPort
 	}
 	if p.Proto != TCP || i.OutboundPort == 0 || special || excluded {
@@ -125,7 +125,7 @@ func (w world) interception(r *rand.Rand) Interception {
 		}
 	}
 	if r.IntN(3) == 0 {
-		i.DNSPort = dnsPort
+		i.DNSPort, i.DNSOverTCP = dnsPort, r.IntN(2) == 0
 		if r.IntN(2) == 0 {
 			i.ResolverUIDs = []uint32{101}
 		}

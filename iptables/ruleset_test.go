@@ -44,7 +44,7 @@ func interceptions() map[string]Interception {
 	}
 
 	dns := outbound
-	dns.DNSPort, dns.ResolverUIDs = 15053, []uint32{105, 101, 105}
+	dns.DNSPort, dns.DNSOverTCP, dns.ResolverUIDs = 15053, true, []uint32{105, 101, 105}
 
 	dnsOnly := base
 	dnsOnly.DNSPort = 15053
@@ -101,7 +101,7 @@ func sample(f Family) Interception {
 		ServicePorts:    []uint16{8080, 81},
 		ExcludePrefixes: []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("fd00:8::/32")},
 		ExcludePorts:    []PortRange{{90, 80}, {7, 7}},
-		DNSPort:         15053, ResolverUIDs: []uint32{101},
+		DNSPort:         15053, DNSOverTCP: true, ResolverUIDs: []uint32{101},
 		InboundPort: 15006,
 		Serving:     []Serving{{Port: 80}, {Addr: netip.MustParseAddr("10.0.0.9"), Port: 81}, {Addr: netip.MustParseAddr("fd00::9"), Port: 81}},
 	}

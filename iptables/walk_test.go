@@ -50,6 +50,7 @@ func TestWalk(t *testing.T) {
 		{"all, excluded", "all-containers", to("8.8.8.8:443"), Pass, 0, ""},
 		{"DNS over UDP", "dns", with(to("8.8.8.8:53"), func(p *Packet) { p.Proto = UDP }), Redirect, 15053, chainDNS},
 		{"DNS over TCP to the stub resolver", "dns", to("127.0.0.53:53"), Redirect, 15053, chainDNS},
+		{"DNS over TCP that Envoy does not take", "dns-only", to("8.8.8.8:53"), Pass, 0, ""},
 		{"DNS to the metadata server", "dns", with(to("169.254.169.254:53"), func(p *Packet) { p.Proto = UDP }), Redirect, 15053, chainDNS},
 		{"the resolver's own DNS", "dns", with(to("8.8.8.8:53"), func(p *Packet) { p.Proto, p.UID = UDP, 101 }), Pass, 0, ""},
 		{"a serving port", "inbound", inbound("192.0.2.9:8443"), Redirect, 15006, chainInRedirect},
