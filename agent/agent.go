@@ -101,6 +101,8 @@ type Agent struct {
 	saidFindings map[string]bool
 	saidNotify   bool // of runReports
 	dumps        int
+
+	saidResolvers map[string]bool // users of --resolver-users that are not there
 }
 
 // New checks the settings and opens the kernel; nothing is changed there. Errors name the thing and the next step.

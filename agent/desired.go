@@ -42,6 +42,16 @@ type Want struct {
 	ServerFirst []uint16
 }
 
+// resolverUIDs are the users whose DNS questions the rules let out.
+func (w Want) resolverUIDs() []uint32 {
+	for _, f := range w.Families {
+		if f.DNSPort != 0 {
+			return f.ResolverUIDs
+		}
+	}
+	return nil
+}
+
 // serverFirst are the well-known ports of protocols in which the server speaks first: FTP, SMTP, POP3, IMAP, submission, MySQL.
 var serverFirst = []uint16{21, 25, 110, 143, 587, 3306}
 

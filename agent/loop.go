@@ -84,6 +84,7 @@ func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	facts := a.observe(now)
 	want, known := a.desired()
 	a.passGates(now, &facts, want, known)
+	a.lookAtResolvers(&facts, want)
 	wake = tick
 	for i := range a.families {
 		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(a.families)))
@@ -133,7 +134,7 @@ func (a *Agent) desired() (want Want, known bool) {
 	if a.wantStale || a.wantGeneration != a.view.Generation {
 		a.want = Desired(Inputs{
 			Config: a.config, Listeners: a.view.Snapshot.Listeners, ProxyUID: a.uid, ProxyGID: a.gid, Local: a.local,
-			Interfaces: a.settings.Interfaces, ResolverUIDs: resolverUIDs(), OwnPorts: a.ownPorts,
+			Interfaces: a.settings.Interfaces, ResolverUIDs: a.resolverUIDs(), OwnPorts: a.ownPorts,
 		})
 		a.wantStale, a.wantGeneration = false, a.view.Generation
 		a.wantSerial++
@@ -177,6 +178,11 @@ func (a *Agent) passGates(now time.Time, f *symptom.Facts, want Want, known bool
 		dns := a.lookAtPort(s.family, dnsListener, s.dnsPort, sockdiag.UDPListeners)
 		if dns.Err != nil { // a kernel without udp_diag: what Envoy says must do
 			dns = symptom.Port{Family: s.family, Addr: dns.Addr, Listening: true, Owner: a.uid}
+		}
+		if want.Families[i].DNSOverTCP {
+			if tcp := a.lookAtPort(s.family, dnsListener, s.dnsPort, sockdiag.Listeners); tcp.Listening && tcp.Owner != a.uid {
+				dns = tcp
+			}
 		}
 		s.dns = pass(s.dns, dns)
 	}

@@ -22,6 +22,7 @@ type Settings struct {
 	SerialPort    string        // "" turns it off
 	WhenEnvoyDown WhenEnvoyDown // keep or bypass
 	Interfaces    []string      // --intercept-interfaces
+	ResolverUsers []string      // names or uids of the VM's resolvers, whose DNS questions are never redirected
 	StateDir      string        // what is kept between starts
 	Version       string        // of this agent, for status and metrics
 	Commit        string
@@ -59,9 +60,18 @@ func validPort(s string) bool {
 
 func portString(p uint16) string { return strconv.Itoa(int(p)) }
 
-// proxyIDs resolves --proxy-user to numbers: rules with names would look them up in NSS in the middle of a change.
-// A bare uid need not have a passwd entry; its gid is then the same number.
+// proxyIDs resolves --proxy-user, which must not be root.
 func proxyIDs(name string) (uid, gid uint32, err error) {
+	uid, gid, err = userIDs(name)
+	if err == nil && uid == 0 {
+		return 0, 0, fmt.Errorf("look up user %q: it is root, whose traffic cannot be told from everybody else's", name)
+	}
+	return uid, gid, err
+}
+
+// userIDs resolves a user to numbers: rules with names would look them up in NSS in the middle of a change.
+// A bare uid need not have a passwd entry; its gid is then the same number.
+func userIDs(name string) (uid, gid uint32, err error) {
 	u, err := user.Lookup(name)
 	if err != nil {
 		if n, perr := strconv.ParseUint(name, 10, 32); perr == nil {
@@ -80,20 +90,7 @@ func proxyIDs(name string) (uid, gid uint32, err error) {
 	if err != nil {
 		return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
 	}
-	if n == 0 {
-		return 0, 0, fmt.Errorf("look up user %q: it is root, whose traffic cannot be told from everybody else's", name)
-	}
 	return uint32(n), uint32(m), nil
-}
-
-// resolverUIDs are the users whose DNS questions must leave the VM: systemd-resolved asks the real servers as this user.
-func resolverUIDs() (uids []uint32) {
-	for _, name := range []string{"systemd-resolve", "dnsmasq", "unbound"} {
-		if uid, _, err := proxyIDs(name); err == nil {
-			uids = append(uids, uid)
-		}
-	}
-	return uids
 }
 
 // sleep waits for d or until ctx ends, and says whether it slept.

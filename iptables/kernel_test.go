@@ -73,7 +73,7 @@ func TestProbeMeetsTheMoment(t *testing.T) {
 				k.Probe(t.Context(), IPv4)
 			}
 			state := k.Families()[0]
-			if !errors.Is(state.Why, test.unusable) || state.Usable != (test.unusable == nil) {
+			if !errors.Is(state.Why, test.unusable) || (state.Why == nil) != (test.unusable == nil) {
 				t.Errorf("%+v after %v, want %v", state, first, test.unusable)
 			}
 			if _, err := k.Read(patience(test.read == ErrCouldNotLook), IPv4); !errors.Is(err, test.read) {

@@ -17,7 +17,7 @@ import (
 func runCommand() *cobra.Command {
 	s := agent.Settings{Version: version, Commit: commit, StateDir: bootstrap.StateDir}
 	var level, whenDown string
-	var interfaces []string
+	var interfaces, resolvers []string
 	c := &cobra.Command{
 		Use:   "run",
 		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world how the VM is doing",
@@ -25,11 +25,7 @@ func runCommand() *cobra.Command {
 			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s.WhenEnvoyDown = agent.WhenEnvoyDown(whenDown)
-			for _, i := range interfaces {
-				if i = strings.TrimSpace(i); i != "" {
-					s.Interfaces = append(s.Interfaces, i)
-				}
-			}
+			s.Interfaces, s.ResolverUsers = words(interfaces), words(resolvers)
 			if dir := os.Getenv("STATE_DIRECTORY"); dir != "" {
 				s.StateDir = dir // systemd.exec(5), StateDirectory=
 			}
@@ -59,8 +55,19 @@ func runCommand() *cobra.Command {
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
 	f.StringVar(&whenDown, "when-envoy-down", string(agent.Keep), "what happens to the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
+	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers, "users that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their questions are not redirected, or they would loop")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	return c
+}
+
+// words are the entries of a list without the space around them.
+func words(list []string) (some []string) {
+	for _, w := range list {
+		if w = strings.TrimSpace(w); w != "" {
+			some = append(some, w)
+		}
+	}
+	return some
 }
 
 // logger writes to stderr; under systemd the journal adds the time.

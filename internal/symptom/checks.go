@@ -1,6 +1,7 @@
 package symptom
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"regexp"
@@ -43,6 +44,26 @@ func foreignOwner(f Facts) (out []Finding) {
 			Cause: fmt.Sprintf("Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and nothing from there is believed",
 				p.Addr.Port(), p.Purpose, p.owner(), f.ProxyUser, f.ProxyUID),
 			Next: fmt.Sprintf("find it with `ss -ltunp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that user", p.Addr.Port())})
+	}
+	return out
+}
+
+// resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver. Of a socket
+// of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they become another user.
+func resolverLoop(f Facts) (out []Finding) {
+	said := map[uint32]bool{f.ProxyUID: true}
+	for _, p := range f.Resolvers {
+		if said[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) || p.Owner == 0 && len(f.ResolverUIDs) > 0 {
+			continue
+		}
+		said[p.Owner] = true
+		name := cmp.Or(p.OwnerName, strconv.FormatUint(uint64(p.Owner), 10))
+		if p.Owner == 0 {
+			name = "the user it runs as"
+		}
+		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Error, Key: strconv.FormatUint(uint64(p.Owner), 10),
+			Cause: fmt.Sprintf("The resolver on %v of %s asks in a circle: intercept-dns leads its own questions to Envoy, which asks the VM's resolver", p.Addr, p.owner()),
+			Next:  fmt.Sprintf("add %s to --resolver-users", name)})
 	}
 	return out
 }

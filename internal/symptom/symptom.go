@@ -71,6 +71,7 @@ const (
 	AdminUnreadable      ID = "envoy-admin-unreadable"    // an answer of the admin interface that cannot be used
 	ForeignOwner         ID = "port-foreign-owner"        // row 32
 	OtherChain           ID = "other-nat-chain"           // row 34
+	ResolverLoop         ID = "resolver-loop"             // row 42
 	EntryRefused         ID = "listener-entry-refused"    // a guardrail of agent.Desired
 	ListenerSkipped      ID = "listener-not-intercepted"  // a listener of a shape that is not intercepted
 	LogUnreadable        ID = "envoy-log-unreadable"      // the agent cannot read Envoy's log
@@ -176,11 +177,15 @@ type Facts struct {
 	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables are then still to come.
 	Bootstrapping bool
 	Ports         []Port
-	Families      []Family
-	Refused       []Refusal
-	Uncovered     []uint16 // serving ports without a chain in Envoy's inbound listener
-	ServerFirst   []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
-	Others        []iptables.OtherChain
+	// Resolvers are the sockets that take DNS questions on this VM, while intercept-dns is in force, and
+	// ResolverUIDs the users whose own questions it lets out.
+	Resolvers    []Port
+	ResolverUIDs []uint32
+	Families     []Family
+	Refused      []Refusal
+	Uncovered    []uint16 // serving ports without a chain in Envoy's inbound listener
+	ServerFirst  []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
+	Others       []iptables.OtherChain
 }
 
 // Refusal is an entry of a listener that agent.Desired would not turn into a rule.
@@ -217,7 +222,7 @@ func rank(f Finding) int {
 }
 
 var checks = []func(Facts) []Finding{
-	foreignOwner, proxyUser, envoyDown, adminUnreadable, controlPlane, notConfigured, tooOld,
+	foreignOwner, resolverLoop, proxyUser, envoyDown, adminUnreadable, controlPlane, notConfigured, tooOld,
 	families, rejected, attributeBad, bootstrapFailed, metadataServer, portClosed,
 	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress, logUnreadable, attributeAdvice,
 }

@@ -124,6 +124,13 @@ var examples = []example{
 	{"a stranger on Envoy's port", live(func(f *Facts) {
 		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
 	}), ForeignOwner},
+	{"a resolver of the VM whose user is not exempt from intercept-dns", live(func(f *Facts) {
+		f.Resolvers = []Port{
+			{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true},
+			{Addr: netip.MustParseAddrPort("127.0.0.53:53"), Owner: 101, OwnerName: "systemd-resolve", Listening: true},
+		}
+		f.ResolverUIDs = []uint32{101}
+	}), ResolverLoop},
 	{"Envoy's port is closed", live(func(f *Facts) {
 		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
 	}), InterceptionNotReady},
@@ -223,6 +230,38 @@ func TestExplained(t *testing.T) {
 	})
 	if got := Check(down); len(got) != 2 || got[0].ID != EnvoyDown || got[1].ExplainedBy != EnvoyDown {
 		t.Errorf("Envoy down: %+v", got)
+	}
+}
+
+// TestResolverLoop: a resolver is named once, unless the rules let its questions out or it is Envoy. Who made a
+// socket as root and asks as another user cannot be told, so root counts only where nobody is let out.
+func TestResolverLoop(t *testing.T) {
+	at := func(addr string, uid uint32) Port {
+		return Port{Addr: netip.MustParseAddrPort(addr), Owner: uid, Listening: true}
+	}
+	for _, tt := range []struct {
+		name   string
+		have   []Port
+		exempt []uint32
+		want   []string
+	}{
+		{"nobody", nil, []uint32{101}, nil},
+		{"let out", []Port{at("127.0.0.53:53", 101)}, []uint32{100, 101}, nil},
+		{"Envoy", []Port{at("0.0.0.0:53", 107)}, nil, nil},
+		{"two sockets of one, and another", []Port{at("127.0.0.1:53", 110), at("[::1]:53", 110), at("127.0.0.2:53", 111)}, []uint32{101}, []string{"110", "111"}},
+		{"made by root", []Port{at("127.0.0.1:53", 0)}, []uint32{101}, nil},
+		{"made by root, nobody let out", []Port{at("127.0.0.1:53", 0)}, nil, []string{"0"}},
+	} {
+		var have []string
+		for _, f := range Check(live(func(f *Facts) { f.Resolvers, f.ResolverUIDs = tt.have, tt.exempt })) {
+			if f.ID != ResolverLoop || !strings.Contains(f.Next, "--resolver-users") {
+				t.Errorf("%s: %+v", tt.name, f)
+			}
+			have = append(have, f.Key)
+		}
+		if !slices.Equal(have, tt.want) {
+			t.Errorf("%s: %v, want %v", tt.name, have, tt.want)
+		}
 	}
 }
 

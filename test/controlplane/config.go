@@ -127,6 +127,7 @@ type Inbound struct {
 type DNS struct {
 	Port  uint16 // 0: 15053
 	Names map[string][]netip.Addr
+	IPv6  bool // listens on [::] beside 0.0.0.0
 	// TCPUpstream, when valid, adds a TCP listener on the same port that proxies to this resolver.
 	TCPUpstream netip.AddrPort
 }
@@ -406,6 +407,14 @@ func (b *builder) listener(name string, direction corev3.TrafficDirection, port 
 
 func (b *builder) dns(d DNS) {
 	port := or(d.Port, DefaultDNSPort)
+	type bound struct {
+		name string
+		addr netip.Addr
+	}
+	at := []bound{{DNSListener, netip.IPv4Unspecified()}}
+	if d.IPv6 {
+		at = append(at, bound{DNSListener + "_V6", netip.IPv6Unspecified()})
+	}
 	table := &dnstablev3.DnsTable{}
 	names := make([]string, 0, len(d.Names))
 	for name := range d.Names {
@@ -422,29 +431,34 @@ func (b *builder) dns(d DNS) {
 			Endpoint: &dnstablev3.DnsTable_DnsEndpoint{EndpointConfig: &dnstablev3.DnsTable_DnsEndpoint_AddressList{AddressList: list}},
 		})
 	}
-	b.listeners = append(b.listeners, &listenerv3.Listener{
-		Name:             DNSListener,
-		Address:          address(netip.IPv4Unspecified(), port, corev3.SocketAddress_UDP),
-		TrafficDirection: corev3.TrafficDirection_OUTBOUND,
-		UdpListenerConfig: &listenerv3.UdpListenerConfig{
-			DownstreamSocketConfig: &corev3.UdpSocketConfig{MaxRxDatagramSize: wrapperspb.UInt64(9000)},
-		},
-		ListenerFilters: []*listenerv3.ListenerFilter{{
-			Name: "envoy.filters.udp.dns_filter",
-			ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: b.any(&dnsfilterv3.DnsFilterConfig{
-				StatPrefix: "dns",
-				ServerConfig: &dnsfilterv3.DnsFilterConfig_ServerContextConfig{
-					ConfigSource: &dnsfilterv3.DnsFilterConfig_ServerContextConfig_InlineDnsTable{InlineDnsTable: table},
-				},
-			})},
-		}},
-	})
-	if d.TCPUpstream.IsValid() {
-		const upstream = "dns-upstream"
-		b.cluster(upstream, []netip.AddrPort{d.TCPUpstream}, nil)
+	for _, on := range at {
 		b.listeners = append(b.listeners, &listenerv3.Listener{
-			Name:             DNSListener + "_TCP",
-			Address:          address(netip.IPv4Unspecified(), port, corev3.SocketAddress_TCP),
+			Name:             on.name,
+			Address:          address(on.addr, port, corev3.SocketAddress_UDP),
+			TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+			UdpListenerConfig: &listenerv3.UdpListenerConfig{
+				DownstreamSocketConfig: &corev3.UdpSocketConfig{MaxRxDatagramSize: wrapperspb.UInt64(9000)},
+			},
+			ListenerFilters: []*listenerv3.ListenerFilter{{
+				Name: "envoy.filters.udp.dns_filter",
+				ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: b.any(&dnsfilterv3.DnsFilterConfig{
+					StatPrefix: "dns",
+					ServerConfig: &dnsfilterv3.DnsFilterConfig_ServerContextConfig{
+						ConfigSource: &dnsfilterv3.DnsFilterConfig_ServerContextConfig_InlineDnsTable{InlineDnsTable: table},
+					},
+				})},
+			}},
+		})
+	}
+	if !d.TCPUpstream.IsValid() {
+		return
+	}
+	const upstream = "dns-upstream"
+	b.cluster(upstream, []netip.AddrPort{d.TCPUpstream}, nil)
+	for _, on := range at {
+		b.listeners = append(b.listeners, &listenerv3.Listener{
+			Name:             on.name + "_TCP",
+			Address:          address(on.addr, port, corev3.SocketAddress_TCP),
 			TrafficDirection: corev3.TrafficDirection_OUTBOUND,
 			FilterChains:     []*listenerv3.FilterChain{{Name: upstream, Filters: []*listenerv3.Filter{b.tcp(upstream, upstream)}}},
 		})

@@ -19,6 +19,8 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -219,20 +221,25 @@ type asker struct {
 	conn net.PacketConn
 }
 
-func newAsker(t *testing.T, m *mesh.Mesh, uid uint32) (a asker) {
+func newAsker(t *testing.T, m *mesh.Mesh, uid uint32) asker {
 	t.Helper()
-	a.uid = uid
+	return asker{uid, listenUDPAs(t, m, uid, "[::]:0")}
+}
+
+// listenUDPAs makes a UDP socket of a user of the VM.
+func listenUDPAs(t *testing.T, m *mesh.Mesh, uid uint32, addr string) (conn net.PacketConn) {
+	t.Helper()
 	must(t, m.VM.Do(func() (err error) {
 		// A socket belongs to the fsuid that made it (lab.Namespace.DialAs does the same for TCP).
 		unix.SetfsgidRetGid(int(uid))
 		unix.SetfsuidRetUid(int(uid))
 		defer unix.SetfsgidRetGid(0)
 		defer unix.SetfsuidRetUid(0)
-		a.conn, err = net.ListenPacket("udp", "[::]:0")
+		conn, err = net.ListenPacket("udp", addr)
 		return err
 	}))
-	t.Cleanup(func() { a.conn.Close() })
-	return a
+	t.Cleanup(func() { conn.Close() })
+	return conn
 }
 
 // question sends one and returns its ID.
@@ -285,13 +292,16 @@ func (a asker) answered(t *testing.T, server netip.AddrPort, want netip.Addr) {
 	})
 }
 
-// TestInterceptDNS: while Envoy has a DNS listener it answers what the VM asks any resolver, by UDP and by TCP, but for what
-// Envoy asks itself. Sockets that asked before the rules came or went are taken along.
+// TestInterceptDNS: while Envoy has a DNS listener it answers what the VM asks any resolver, in each family and by TCP where
+// it listens there, but for what Envoy and the VM's resolvers ask. Sockets that asked before the rules came or went are
+// taken along. A resolver that is not let out is named.
 func TestInterceptDNS(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		without := services()
-		m, a := start(t, mesh.Options{Backend: backend, Config: without, Attribute: interception(`"intercept-dns":true`)})
+		const ownResolver, otherResolver = 4711, 4712
+		m, a := start(t, mesh.Options{Backend: backend, Config: without, Attribute: interception(`"intercept-dns":true`)},
+			"--resolver-users", fmt.Sprintf("%d, no-such-user", ownResolver))
 		answerLate := resolver(t, m)
 		if _, err := m.Echo(m.Service, 53, lab.EchoOptions{Name: "resolver"}); err != nil {
 			t.Fatal(err)
@@ -299,7 +309,7 @@ func TestInterceptDNS(t *testing.T) {
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
 
-		user, root, envoy := newAsker(t, m, 1000), newAsker(t, m, 0), newAsker(t, m, lab.EnvoyUID)
+		user, root, envoy, own := newAsker(t, m, 1000), newAsker(t, m, 0), newAsker(t, m, lab.EnvoyUID), newAsker(t, m, ownResolver)
 		servers := addrPorts("169.254.169.254:53", "198.51.100.53:53")
 		resolver6 := netip.MustParseAddrPort("[fd20:ce::254]:53")
 		tcp := func(uid uint32, server netip.AddrPort) string {
@@ -313,7 +323,7 @@ func TestInterceptDNS(t *testing.T) {
 		}
 		past := func() {
 			t.Helper()
-			for _, server := range append(servers, resolver6) {
+			for _, server := range append(servers[:2:2], resolver6) {
 				for _, who := range []asker{user, root, envoy} {
 					who.answered(t, server, fromResolver)
 				}
@@ -325,10 +335,7 @@ func TestInterceptDNS(t *testing.T) {
 		past() // no DNS listener yet
 
 		with := services()
-		with.DNS = &controlplane.DNS{
-			Names:       map[string][]netip.Addr{"web.test": {fromEnvoy}},
-			TCPUpstream: netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort),
-		}
+		with.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {fromEnvoy}}} // as Envoy's DNS filter is: UDP only
 		// An answer that comes after the rules brings a new conntrack entry of the old path, which does not last.
 		patient := newAsker(t, m, 1000)
 		_, err := patient.question(servers[1], lateName)
@@ -345,8 +352,26 @@ func TestInterceptDNS(t *testing.T) {
 			t.Errorf("right after a late answer: %v, %v; then this shows nothing", got, err)
 		}
 		patient.answered(t, servers[1], fromEnvoy)
+		user.answered(t, resolver6, fromResolver) // Envoy's listener is IPv4's only
+		for _, server := range append(servers[:2:2], resolver6) {
+			if by := tcp(1000, server); by != "resolver" {
+				t.Errorf("TCP to %v, which Envoy does not take: answered by %s, want the resolver", server, by)
+			}
+		}
+
+		full := services()
+		full.DNS = &controlplane.DNS{Names: with.DNS.Names, IPv6: true, TCPUpstream: netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort)}
+		_, err = m.CP.Set(full)
+		must(t, err)
+		servers = append(servers, resolver6)
+		for _, server := range servers {
+			eventually(t, 10*time.Second, fmt.Sprintf("TCP to %v by Envoy", server), func() (bool, string) {
+				by := tcp(1000, server)
+				return by == "endpoint", by
+			})
+		}
 		// 127.0.0.53 is where systemd-resolved listens, which is what /etc/resolv.conf names.
-		for _, server := range append(servers, netip.MustParseAddrPort("127.0.0.53:53")) {
+		for _, server := range append(servers[:3:3], netip.MustParseAddrPort("127.0.0.53:53")) {
 			user.answered(t, server, fromEnvoy)
 			root.answered(t, server, fromEnvoy)
 			for _, uid := range []uint32{0, 1000} {
@@ -357,12 +382,22 @@ func TestInterceptDNS(t *testing.T) {
 		}
 		for _, server := range servers {
 			envoy.answered(t, server, fromResolver)
+			own.answered(t, server, fromResolver)
 			if by := tcp(lab.EnvoyUID, server); by != "resolver" {
 				t.Errorf("as Envoy's user, TCP to %v: answered by %s, want the resolver", server, by)
 			}
 		}
-		user.answered(t, resolver6, fromResolver) // Envoy's listener is IPv4's only
 		must(t, a.WaitReady(within(t, 5*time.Second)))
+		listenUDPAs(t, m, ownResolver, "127.0.0.2:53")
+		looping := listenUDPAs(t, m, otherResolver, "127.0.0.1:53")
+		s, err := a.Wait(within(t, 5*time.Second), "the resolver that would loop", func(s agent.Status) bool { return hasFinding(s, symptom.ResolverLoop) })
+		must(t, err)
+		if !strings.Contains(s.LastFailure, "The resolver on 127.0.0.1:53 of uid 4712 ") {
+			t.Errorf("last failure %q, want it to name uid %d", s.LastFailure, otherResolver)
+		}
+		looping.Close()
+		_, err = a.Wait(within(t, 5*time.Second), "no resolver that would loop", func(s agent.Status) bool { return !hasFinding(s, symptom.ResolverLoop) })
+		must(t, err)
 
 		_, err = m.CP.Set(without)
 		must(t, err)
@@ -373,9 +408,10 @@ func TestInterceptDNS(t *testing.T) {
 		past()
 		through(t, m, web4)
 
-		_, err = m.CP.Set(with)
+		_, err = m.CP.Set(full)
 		must(t, err)
 		user.answered(t, servers[0], fromEnvoy)
+		user.answered(t, resolver6, fromEnvoy)
 		_, stderr, code, err := a.Run(within(t, 20*time.Second), "cleanup")
 		must(t, err)
 		if code != 0 {
