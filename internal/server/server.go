@@ -36,7 +36,7 @@ const (
 	writeLimit  = 15 * time.Second // a scrape takes milliseconds
 	maxHeader   = 8 << 10          // bytes
 	maxConns    = 256
-	maxPerHost  = 16 // of them from one IPv4 address or one IPv6 /64
+	maxPerHost  = 16 // of them from one IPv4 address, one IPv6 /64 or this machine
 	stopLimit   = 500 * time.Millisecond
 	retryFirst  = time.Second
 	retryLast   = 15 * time.Second
@@ -285,13 +285,18 @@ func (l *limiter) leave(h netip.Prefix) {
 	}
 }
 
-// host is the caller as far as limits go; a Unix socket's are all one.
+// host is the caller as far as limits go; a Unix socket's are all one, and so is this machine: its users may have any
+// address of 127.0.0.0/8 as their source, and any of its own.
 func host(a net.Addr) netip.Prefix {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.Prefix{}
 	}
-	ip := t.AddrPort().Addr().Unmap().WithZone("")
+	ip := t.AddrPort().Addr().Unmap()
+	if local(ip) {
+		ip = netip.IPv6Loopback()
+	}
+	ip = ip.WithZone("")
 	bits := 64
 	if ip.Is4() {
 		bits = 32
@@ -301,6 +306,20 @@ func host(a net.Addr) netip.Prefix {
 		return netip.Prefix{}
 	}
 	return p
+}
+
+// local says whether an address is one of this machine's. Those of an alias range are on no interface but only routes of
+// type local; a socket that is connected to any of them has it as its own address, too. No packet is sent.
+func local(a netip.Addr) bool {
+	if a.IsLoopback() {
+		return true
+	}
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 9)))
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	return c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap() == a
 }
 
 type limited struct {

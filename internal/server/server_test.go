@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -131,40 +132,98 @@ func TestPublicHugeHeader(t *testing.T) {
 	res.Body.Close()
 }
 
-// TestPublicSlowCaller: one address that holds its connections open is held to its share, and others are answered.
+// TestPublicSlowCaller: a caller that holds its connections open is held to its share, and is cut off. This machine is one
+// caller, whose users may have all of 127.0.0.0/8 as their source.
 func TestPublicSlowCaller(t *testing.T) {
-	p, _ := newPublic(t, "127.0.0.1:0", yes, yes)
-	addr := startPublic(t, p)
-	for range 2 * maxPerHost {
-		c, err := net.Dial("tcp", addr)
+	p, _ := newPublic(t, ":0", yes, yes)
+	_, port, err := net.SplitHostPort(startPublic(t, p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range 2 * maxPerHost {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(n+1))}}
+		c, err := d.Dial("tcp", "127.0.0.1:"+port)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
 		io.WriteString(c, "GET /healthz HTTP/1.1\r\n") // and never the rest
 	}
-	ask := func(from string) (*http.Response, error) {
-		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
-		c := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: d.DialContext}}
-		return c.Get("http://" + addr + "/healthz")
-	}
-	if res, err := ask("127.0.0.1"); err == nil {
-		res.Body.Close()
-		t.Errorf("the slow caller was answered %s above its %d connections", res.Status, maxPerHost)
-	}
-	res, err := ask("127.0.0.2")
-	if err != nil {
-		t.Fatalf("another caller: %v", err)
-	}
-	res.Body.Close()
-	// And the slow ones are cut off.
-	eventually(t, "the caller's share is free again", func() bool {
-		res, err := ask("127.0.0.1")
+	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	ask := func(at string) error {
+		res, err := client.Get("http://" + net.JoinHostPort(at, port) + "/healthz")
 		if err == nil {
 			res.Body.Close()
 		}
-		return err == nil
-	})
+		return err
+	}
+	for _, at := range []string{"127.0.0.1", "::1"} {
+		if ask(at) == nil {
+			t.Errorf("over %s the slow caller was answered above its %d connections", at, maxPerHost)
+		}
+	}
+	eventually(t, "the caller's share is free again", func() bool { return ask("127.0.0.1") == nil })
+}
+
+// TestLimiter: what one caller holds leaves room for others, and what it gives back is there again.
+func TestLimiter(t *testing.T) {
+	from := func(a string) netip.Prefix {
+		return host(&net.TCPAddr{IP: net.ParseIP(a), Port: 4711})
+	}
+	l := newLimiter(nil)
+	enter := func(n int, a string) (got int) {
+		for range n {
+			if l.enter(from(a)) {
+				got++
+			}
+		}
+		return got
+	}
+	own := []string{"127.0.0.1", "127.255.0.9", "::1", "::ffff:127.0.0.1"}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && !n.IP.IsLinkLocalUnicast() {
+			own = append(own, n.IP.String())
+		}
+	}
+	got := 0
+	for _, a := range own {
+		got += enter(maxConns, a)
+	}
+	if got != maxPerHost {
+		t.Errorf("this machine got %d connections, want %d", got, maxPerHost)
+	}
+	// Documentation addresses: 203.0.113.0/24, 2001:db8::/32.
+	for i, tt := range []struct {
+		from string
+		want int
+	}{
+		{"203.0.113.1", maxPerHost}, {"203.0.113.2", maxPerHost}, {"::ffff:203.0.113.1", 0},
+		{"2001:db8::1", maxPerHost}, {"2001:db8::2", 0}, {"2001:db8:0:1::2", maxPerHost},
+	} {
+		if got := enter(maxConns, tt.from); got != tt.want {
+			t.Errorf("%d: %s got %d connections, want %d", i, tt.from, got, tt.want)
+		}
+	}
+	l.leave(from("203.0.113.1"))
+	if got := enter(2, "203.0.113.1"); got != 1 {
+		t.Errorf("after one left, %d came in", got)
+	}
+	for range maxPerHost {
+		l.leave(from("203.0.113.2"))
+	}
+	if _, kept := l.hosts[from("203.0.113.2")]; kept {
+		t.Error("a caller without connections is remembered")
+	}
+	for n := range 256 {
+		enter(maxPerHost, fmt.Sprintf("203.0.113.%d", n))
+	}
+	if l.total != maxConns || enter(1, "198.51.100.1") != 0 {
+		t.Errorf("%d connections in all, want %d", l.total, maxConns)
+	}
 }
 
 // TestPublicOneRequest: a connection is not kept.
