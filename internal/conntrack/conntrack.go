@@ -61,25 +61,35 @@ func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	if len(to) == 0 {
 		return 0, nil
 	}
+	return deleteEntries(ctx, halfOpen(to))
+}
+
+func halfOpen(to []netip.Prefix) func(entry) bool {
 	// A few thousand added prefixes against a large table: look up by binary search, in disjoint ranges.
 	set := newSet(to)
-	return deleteEntries(ctx, func(e entry) bool {
+	return func(e entry) bool {
 		return e.proto == unix.IPPROTO_TCP && (e.tcpState == tcpSynSent || e.tcpState == tcpSynSent2) && set.contains(e.dst.Addr())
-	})
+	}
 }
 
 // DeleteUDP deletes the entries of UDP exchanges with the port, and returns how many.
 func DeleteUDP(ctx context.Context, port uint16) (int, error) {
-	return deleteEntries(ctx, func(e entry) bool {
-		return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port)
-	})
+	return deleteEntries(ctx, exchange(port))
+}
+
+func exchange(port uint16) func(entry) bool {
+	return func(e entry) bool { return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port) }
 }
 
 // DeleteLateUDP is to be called when no answer can be on its way any longer since DeleteUDP. An answer that came after its
 // entry had gone made a new one, from the port, in which the next question is the reply and so keeps the old path. It
 // leaves the entries of newer questions alone, whose answers would find no way back.
 func DeleteLateUDP(ctx context.Context, port uint16) (int, error) {
-	return deleteEntries(ctx, func(e entry) bool { return e.proto == unix.IPPROTO_UDP && e.srcPort == port })
+	return deleteEntries(ctx, lateAnswer(port))
+}
+
+func lateAnswer(port uint16) func(entry) bool {
+	return func(e entry) bool { return e.proto == unix.IPPROTO_UDP && e.srcPort == port }
 }
 
 // deleteEntries walks the tables of both families and deletes what matches. An entry that ends by itself in between is
@@ -106,8 +116,12 @@ func deleteFamily(ctx context.Context, family byte, match func(entry) bool) (int
 	if deadline, ok := ctx.Deadline(); ok {
 		conn.SetDeadline(deadline)
 	}
+	return deleteOn(ctx, conn, family, match)
+}
+
+func deleteOn(ctx context.Context, conn *netlink.Conn, family byte, match func(entry) bool) (int, error) {
 	var found [][]byte // the attributes that name each entry
-	_, err = conn.Send(request(msgGet, family, netlink.Request|netlink.Dump, nil))
+	_, err := conn.Send(request(msgGet, family, netlink.Request|netlink.Dump, nil))
 	if err != nil {
 		return 0, err
 	}

@@ -20,6 +20,10 @@ func TestSetContains(t *testing.T) {
 
 func FuzzParse(f *testing.F) {
 	f.Add([]byte{})
-	f.Add([]byte{52, 0, 1, 128, 20, 0, 1, 128, 8, 0, 1, 0, 10, 0, 0, 1, 8, 0, 2, 0, 10, 0, 0, 2, 28, 0, 2, 128, 5, 0, 1, 0, 6, 0, 0, 0, 6, 0, 2, 0, 1, 2, 0, 0, 6, 0, 3, 0, 1, 187, 0, 0})
+	for _, family := range families {
+		for _, m := range recording(f, family.file) {
+			f.Add(m.Data[nfgenmsgLen:])
+		}
+	}
 	f.Fuzz(func(t *testing.T, data []byte) { parse(data) })
 }
