@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -75,7 +76,7 @@ func TestStrangerOnDNSOverTCP(t *testing.T) {
 		a := &Agent{uid: uint32(os.Getuid()) + 1, families: []familyState{{family: iptables.IPv4, dns: gate{open: true}}}}
 		a.settings.WhenEnvoyDown = Keep
 		var f symptom.Facts
-		a.passGates(&f, Want{Families: [2]iptables.Interception{{DNSPort: port, DNSOverTCP: overTCP}}}, true)
+		a.passGates(time.Unix(1e9, 0), &f, Want{Families: [2]iptables.Interception{{DNSPort: port, DNSOverTCP: overTCP}}}, true)
 		if a.families[0].dns.denied != overTCP {
 			t.Errorf("over TCP %v: the gate is %+v", overTCP, a.families[0].dns)
 		}

@@ -55,7 +55,7 @@ func TestCleanup(t *testing.T) {
 		for _, b := range []string{backend, otherBackendOf(backend)} {
 			for _, f := range families {
 				for _, what := range []string{"jump -A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT", "jump -A OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS",
-					"chain SERVICE_PROXY_DNS with 4 rules", "chain SERVICE_PROXY_OUTPUT with 3 rules"} {
+					"chain SERVICE_PROXY_DNS with 3 rules", "chain SERVICE_PROXY_OUTPUT with 2 rules"} {
 					want = append(want, fmt.Sprintf("%s (%s) %s", f, b, what))
 				}
 			}
@@ -261,7 +261,8 @@ func TestCleanupOfAFamilyThatIsNotUsable(t *testing.T) {
 	}{
 		// ip6tables 1.8.7, as package errors has it.
 		{"no table", "ip6tables v1.8.7 (legacy): can't initialize ip6tables table `nat': Table does not exist (do you need to insmod?)\n", 3, nil},
-		{"a held lock", "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4, ErrLocked},
+		// That tells of the moment in which the family was tried, and not of the family.
+		{"a held lock", "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4, nil},
 	} {
 		m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
 			if strings.HasPrefix(program, "/usr/sbin/ip6tables") && slices.Contains(args, "-S") {

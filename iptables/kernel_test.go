@@ -59,7 +59,7 @@ func TestProbeMeetsTheMoment(t *testing.T) {
 				t.Cleanup(cancel)
 				return ctx
 			}
-			k := &Kernel{options: Options{Backend: Legacy, Path: dir}, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
+			k := &Kernel{options: Options{Backend: Legacy, Path: dir}, machine: thisMachine, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
 			first := k.Probe(patience(test.at == hangs), IPv4)
 			if first == nil {
 				t.Fatal("the first probe found nothing wrong")
@@ -101,7 +101,7 @@ func TestOpenWhileLocked(t *testing.T) {
 		t.Fatalf("%v, backend %q", err, k.Backend())
 	}
 	for _, f := range k.Families() {
-		if !f.Usable {
+		if f.Why != nil {
 			t.Errorf("%v is unusable: %v", f.Family, f.Why)
 		}
 	}

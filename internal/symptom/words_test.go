@@ -197,7 +197,7 @@ func TestWords(t *testing.T) {
 		}),
 			"listener-not-intercepted", 0, Warning, "Listener front is not intercepted: its address is a pipe", ""},
 		{"503", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }),
-			"metadata-server", 0, Error, "The metadata server does not answer: status 503 Service Unavailable", "the last attribute stays in force…169.254.169.254…"},
+			"metadata-server", 0, Error, "The metadata server gives no usable answer about the attribute: status 503 Service Unavailable", "…the last good one stays in force…169.254.169.254…"},
 		{"chmod", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }),
 			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.err.log: permission denied", "make it readable…"},
 		{"serving port 22", live(func(f *Facts) { f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy"} }),

@@ -5,7 +5,6 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"net/netip"
 	"os"
 	"strconv"
@@ -31,31 +30,6 @@ func seeded(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// metric is the sum of a metric's series whose labels hold all of some words.
-func metric(t *testing.T, a *mesh.Agent, name string, labels ...string) (sum float64) {
-	t.Helper()
-	code, body, err := a.Get("/metrics")
-	if err != nil || code != http.StatusOK {
-		t.Fatalf("/metrics: %d %v", code, err)
-	}
-lines:
-	for line := range strings.Lines(body) {
-		series, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		if series != name && !strings.HasPrefix(series, name+"{") {
-			continue
-		}
-		for _, l := range labels {
-			if !strings.Contains(series, l) {
-				continue lines
-			}
-		}
-		one, err := strconv.ParseFloat(value[strings.LastIndex(value, " ")+1:], 64)
-		must(t, err)
-		sum += one
-	}
-	return sum
-}
-
 // TestLateControlPlane: Envoy restarts while its control plane stands still, which answers some time later, and in every
 // second case just behind the agent's dump of an Envoy without listeners. Nothing that the new Envoy says before counts:
 // the rules are not touched, and no connection goes to the raw address.
@@ -71,7 +45,7 @@ func TestLateControlPlane(t *testing.T) {
 		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
 		restarts := soak(200, 5)
 		for i := range restarts {
-			const dumpReads = "service_proxy_agent_envoy_dump_reads_total"
+			const dumpReads = "envoy_dump_reads_total"
 			dumps, delay := metric(t, a, dumpReads), time.Duration(300+random.IntN(2700))*time.Millisecond
 			m.CP.Pause()
 			must(t, m.Envoy.Restart())
