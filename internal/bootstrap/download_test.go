@@ -215,8 +215,12 @@ func TestUnpackEnvoy(t *testing.T) {
 		{"fifo", pack(t, entry{tar.Header{Name: "fifo", Typeflag: tar.TypeFifo}, ""}), "neither a file nor a folder"},
 		{"setuid", pack(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o4755, Typeflag: tar.TypeReg}, "envoy"}), "setuid"},
 		{"bomb", pack(t, file("usr/local/bin/envoy", strings.Repeat("\x00", 64<<20))), "times its size"},
+		{"sparse, 0.1", packSparse(t, map[string]string{"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.numblocks": "1",
+			"GNU.sparse.map": "3221225472,0", "GNU.sparse.size": "3221225472", "GNU.sparse.name": "usr/local/bin/envoy"}, ""), "has holes"},
+		{"sparse, 1.0", packSparse(t, map[string]string{"GNU.sparse.major": "1", "GNU.sparse.minor": "0",
+			"GNU.sparse.realsize": "3221225472", "GNU.sparse.name": "usr/local/bin/envoy"}, "1\n3221225472\n0\n"+strings.Repeat("\x00", 512-15)), "has holes"},
 	} {
-		var into bytes.Buffer
+		into := limited{limit: 128 << 20}
 		err := unpackEnvoy(bytes.NewReader(tt.archive), &into)
 		if tt.fails == "" {
 			if err != nil || into.String() != "envoy" {
@@ -233,6 +237,59 @@ func TestUnpackEnvoy(t *testing.T) {
 	if err := unpackEnvoy(bytes.NewReader(good), failingWriter{full}); errors.Is(err, errArchive) || !errors.Is(err, full) {
 		t.Errorf("have %v, want the writer's own error", err)
 	}
+}
+
+// packSparse packs one file with the PAX records of GNU tar's sparse formats (info tar, "Sparse Formats"), which Go's writer refuses to write.
+func packSparse(t *testing.T, records map[string]string, content string) []byte {
+	t.Helper()
+	var pax strings.Builder
+	for key, value := range records {
+		size := len(key) + len(value) + 3 // space, =, newline, and the number itself
+		for size != len(key)+len(value)+3+len(fmt.Sprint(size)) {
+			size = len(key) + len(value) + 3 + len(fmt.Sprint(size))
+		}
+		fmt.Fprintf(&pax, "%d %s=%s\n", size, key, value)
+	}
+	var out bytes.Buffer
+	gz := gzip.NewWriter(&out)
+	block := func(name string, flag byte, content string) {
+		header := make([]byte, 512)
+		copy(header, name)
+		copy(header[100:], "0000755\x000000000\x000000000\x00")
+		copy(header[124:], fmt.Sprintf("%011o\x0000000000000\x00        ", len(content)))
+		header[156] = flag
+		copy(header[257:], "ustar\x0000")
+		sum := 0
+		for _, b := range header {
+			sum += int(b)
+		}
+		copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
+		_, _ = gz.Write(header)
+		_, _ = io.WriteString(gz, content+strings.Repeat("\x00", -len(content)&511))
+	}
+	block("PaxHeaders/envoy", 'x', pax.String())
+	block("usr/local/bin/envoy", '0', content)
+	_, _ = gz.Write(make([]byte, 1024))
+	if err := gz.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+// limited is a buffer that fails rather than fill the memory.
+type limited struct {
+	text  []byte
+	limit int
+}
+
+func (l *limited) String() string { return string(l.text) }
+
+func (l *limited) Write(p []byte) (int, error) {
+	if len(l.text)+len(p) > l.limit {
+		return 0, &os.PathError{Op: "write", Path: "x", Err: errors.New("the test's own limit")}
+	}
+	l.text = append(l.text, p...)
+	return len(p), nil
 }
 
 type failingWriter struct{ err error }

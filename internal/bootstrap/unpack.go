@@ -32,12 +32,13 @@ func unpackEnvoy(archive io.Reader, into io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errArchive, err)
 	}
-	unpacked := &counter{r: gz, check: func(n int64) error {
+	limit := func(n int64) error {
 		if n > maxUnpacked || n > 1<<20 && n > maxRatio*packed.n {
 			return fmt.Errorf("%w: it unpacks to more than %d MB or %d times its size", errArchive, maxUnpacked>>20, maxRatio)
 		}
 		return nil
-	}}
+	}
+	unpacked := &counter{r: gz, check: limit}
 	entries := tar.NewReader(unpacked)
 	found := false
 	for {
@@ -58,7 +59,8 @@ func unpackEnvoy(archive io.Reader, into io.Writer) error {
 			return fmt.Errorf("%w: it holds %s twice", errArchive, envoyInArchive)
 		}
 		found = true
-		if _, err := io.Copy(into, entries); err != nil {
+		// What is written has a limit of its own: a tar reader can give more than it reads (sparse entries).
+		if _, err := io.Copy(into, &counter{r: entries, check: limit}); err != nil {
 			return archiveError(err)
 		}
 	}
@@ -84,6 +86,11 @@ func checkEntry(header *tar.Header) error {
 		return fmt.Errorf("%w: entry %s is a link", errArchive, name)
 	default:
 		return fmt.Errorf("%w: entry %s is neither a file nor a folder", errArchive, name)
+	}
+	for key := range header.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return fmt.Errorf("%w: entry %s has holes (GNU sparse); pack it without --sparse", errArchive, name)
+		}
 	}
 	if header.Mode&0o6000 != 0 {
 		return fmt.Errorf("%w: entry %s is setuid or setgid", errArchive, name)
