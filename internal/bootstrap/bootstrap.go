@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -183,10 +182,12 @@ func (b *bootstrapper) waitForRetry(ctx context.Context, wait time.Duration, tri
 }
 
 func (b *bootstrapper) takeRequest() {
-	err := os.Remove(b.path(filepath.Join(RuntimeDir, RequestFile)))
-	if err == nil {
-		b.Log.Info("taking up the agent's request")
-	} else if !errors.Is(err, fs.ErrNotExist) {
+	request := b.path(filepath.Join(RuntimeDir, RequestFile))
+	if _, err := os.Lstat(request); err != nil {
+		return
+	}
+	b.Log.Info("taking up the agent's request")
+	if err := os.RemoveAll(request); err != nil { // all: the daemon's user may have made a folder of it
 		b.Log.Warn("cannot remove the request; it will start bootstrap again", zap.Error(err))
 	}
 }

@@ -131,15 +131,7 @@ func isAbsent(err error) bool {
 func (b *bootstrapper) open(ctx context.Context, u *url.URL) (io.ReadCloser, error) {
 	switch u.Scheme {
 	case "file":
-		f, err := os.Open(u.Path)
-		if err != nil {
-			return nil, err
-		}
-		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-			f.Close()
-			return nil, errors.Join(err, errors.New("not a regular file"))
-		}
-		return f, nil
+		return openRegular(u.Path, 0)
 	case "gs":
 		token, err := accessToken(ctx)
 		if err != nil {

@@ -576,7 +576,7 @@ func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) er
 }
 
 func (b *bootstrapper) lastLogLine() string {
-	f, err := os.OpenFile(b.path(LogDir+"/envoy.err.log"), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	f, err := openUntrusted(b.path(LogDir + "/envoy.err.log"))
 	if err != nil {
 		return "(none)"
 	}

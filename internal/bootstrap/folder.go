@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -81,4 +82,51 @@ func readLink(dir *os.File, name string) (target string, ok bool) {
 func oursAlone(dir *os.File) bool {
 	var info unix.Stat_t
 	return unix.Fstat(int(dir.Fd()), &info) == nil && int(info.Uid) == os.Geteuid() && info.Mode&0o022 == 0
+}
+
+// openRegular opens a file to read, if it is one: whatever else has its name, a FIFO above all, would be waited for.
+func openRegular(name string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, errors.Join(err, &fs.PathError{Op: "open", Path: name, Err: errNotRegular})
+	}
+	return f, nil
+}
+
+var errNotRegular = errors.New("not a regular file")
+
+// openUntrusted opens a file in a folder of another user, who may have put anything there: a link, or a second name
+// of a file that is not theirs, is not followed.
+func openUntrusted(name string) (*os.File, error) {
+	f, err := openRegular(name, unix.O_NOFOLLOW)
+	if err != nil {
+		return nil, err
+	}
+	var info unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &info); err != nil || info.Nlink != 1 {
+		f.Close()
+		return nil, errors.Join(err, &fs.PathError{Op: "open", Path: name, Err: errForeignLink})
+	}
+	return f, nil
+}
+
+// readUntrusted reads such a file, which is an error when it is larger than limit.
+func readUntrusted(name string, limit int64) ([]byte, error) {
+	f, err := openUntrusted(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(text)) > limit {
+		err = &fs.PathError{Op: "read", Path: name, Err: fmt.Errorf("larger than %d bytes", limit)}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return text, nil
 }

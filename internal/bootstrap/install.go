@@ -288,7 +288,10 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 		}
 		done = append(done, "removed "+path)
 	}
-	for _, user := range state.MadeUsers {
+	for _, user := range []string{AgentUser, EnvoyUser} {
+		if !slices.Contains(state.MadeUsers, user) { // no other name in that file, which the daemon's user may write
+			continue
+		}
 		if out, err := b.exec(ctx, time.Minute, "userdel", user); err != nil {
 			errs = append(errs, said(err, out))
 			continue

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -70,6 +69,9 @@ type Line struct {
 
 const maxStory = 64
 
+// maxState is far above what maxStory lines, each of at most 1 KB, come to.
+const maxState = 1 << 20
+
 // FailureLine is the value of the guest attribute bootstrap-last-failure: what failed, and what comes next while it still does. "" without a failure.
 func (s State) FailureLine() string {
 	switch {
@@ -88,10 +90,11 @@ func (s State) Stale(text []byte) bool {
 	return s.Status == Finished && s.AttributeSum != sourceSum(string(text))
 }
 
-// ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here.
+// ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here. The folder
+// belongs to the daemon's user: root reads what that user may have written, and must believe nothing that would harm.
 func ReadState(dir string) (State, error) {
 	var state State
-	text, err := os.ReadFile(filepath.Join(dir, StateFile))
+	text, err := readUntrusted(filepath.Join(dir, StateFile), maxState)
 	if errors.Is(err, fs.ErrNotExist) {
 		return state, nil
 	}

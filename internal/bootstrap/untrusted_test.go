@@ -1,0 +1,145 @@
+package bootstrap
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// plants are what the owner of a folder, who is not trusted, may put in a file's place there.
+var plants = map[string]func(t *testing.T, name string){
+	"link": func(t *testing.T, name string) {
+		target := filepath.Join(t.TempDir(), "target")
+		write(t, target, `{"status": "FINISHED", "made_users": ["envoy"], "primary_sum": "x"}`)
+		link(t, target, name)
+	},
+	"FIFO": func(t *testing.T, name string) {
+		if err := unix.Mkfifo(name, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	},
+	"FIFO with a writer": func(t *testing.T, name string) {
+		if err := unix.Mkfifo(name, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(name, os.O_RDWR, 0) // opens at once, and whoever reads waits for what it never writes
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+	},
+	"folder": func(t *testing.T, name string) { mkdir(t, filepath.Join(name, "full"), 0o755) },
+	"huge file": func(t *testing.T, name string) {
+		write(t, name, "")
+		if err := os.Truncate(name, 4<<30); err != nil {
+			t.Fatal(err)
+		}
+	},
+	"second name of another's file": func(t *testing.T, name string) {
+		target := filepath.Join(filepath.Dir(name), "another's")
+		write(t, target, `{"status": "FINISHED", "made_users": ["envoy"], "primary_sum": "x"}`)
+		if err := os.Link(target, name); err != nil {
+			t.Fatal(err)
+		}
+	},
+}
+
+// within fails the test, instead of hanging it, where do does not end.
+func within(t *testing.T, limit time.Duration, do func()) {
+	t.Helper()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		do()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(limit):
+		t.Fatal("it hangs")
+	}
+}
+
+// Root reads files that other users can replace: nothing they put there hangs it, fills its memory, or is believed.
+func TestPlantedFiles(t *testing.T) {
+	for what, plant := range plants {
+		t.Run(what, func(t *testing.T) {
+			b := newBootstrapper(Options{Root: t.TempDir()})
+			for _, dir := range []string{StateDir, RuntimeDir, LogDir, "/srv"} {
+				mkdir(t, b.path(dir), 0o755)
+			}
+			within(t, 10*time.Second, func() {
+				plant(t, b.path(StateDir+"/"+StateFile))
+				if state, err := ReadState(b.path(StateDir)); err == nil {
+					t.Errorf("the state is believed: %+v", state)
+				}
+				plant(t, b.path(LogDir+"/envoy.err.log"))
+				if have := b.lastLogLine(); strings.Contains(have, "made_users") {
+					t.Errorf("another's file is shown: %q", have)
+				}
+				if what != "link" && what != "second name of another's file" { // the attribute's word is the administrator's
+					plant(t, b.path("/srv/envoy.tgz"))
+					into, err := os.Create(filepath.Join(t.TempDir(), "into"))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer into.Close()
+					if err := b.download(t.Context(), "file://"+b.path("/srv/envoy.tgz"), into); err == nil {
+						t.Error("it is an archive")
+					}
+				}
+				plant(t, b.path(RuntimeDir+"/"+RequestFile))
+				b.takeRequest()
+				if _, err := os.Lstat(b.path(RuntimeDir + "/" + RequestFile)); err == nil {
+					t.Error("the request stays, and bootstrap never pauses")
+				}
+			})
+		})
+	}
+}
+
+// The state is in a folder of the daemon's user: what it names as users to remove can be anything.
+func TestRemoveUsers(t *testing.T) {
+	root := t.TempDir()
+	mkdir(t, filepath.Join(root, StateDir), 0o755)
+	text, err := json.Marshal(State{MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(root, StateDir, StateFile), string(text))
+	var ran []string
+	opts := Options{Root: root, command: func(_ context.Context, cmd *exec.Cmd) error {
+		ran = append(ran, strings.Join(cmd.Args, " "))
+		return nil
+	}}
+	if _, err := Remove(t.Context(), opts, func(context.Context) ([]string, error) { return nil, nil }); err != nil {
+		t.Error(err)
+	}
+	if have, want := strings.Join(ran, "; "), "userdel "+AgentUser+"; userdel "+EnvoyUser; have != want {
+		t.Errorf("ran %q, want %q", have, want)
+	}
+}
+
+// A file read with its limit is read whole.
+func TestReadUntrusted(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "file")
+	write(t, name, "12345")
+	if have, err := readUntrusted(name, 5); err != nil || string(have) != "12345" {
+		t.Errorf("have %q, %v", have, err)
+	}
+	if have, err := readUntrusted(name, 4); err == nil {
+		t.Errorf("beyond the limit: have %q", have)
+	}
+	if _, err := readUntrusted(name+".none", 4); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an absent file: %v", err)
+	}
+}
