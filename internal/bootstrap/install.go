@@ -26,17 +26,16 @@ func Install(ctx context.Context, opts Options, dir string) error {
 		b.state = state
 	}
 	b.state.Attempt = 1
+	retry := slices.ContainsFunc(retryDirs, func(path string) bool { return dir == b.path(path) })
 	failure := b.install(ctx, dir)
 	if failure == nil {
-		if dir == b.path(retryDir) {
-			_ = os.RemoveAll(dir) // a left-over copy does no harm, and is overwritten by the next
-		}
+		b.endRetry(ctx, retry)
 		return nil
 	}
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()
 	b.fail(failure, 15*time.Second)
-	if dir != b.path(retryDir) {
+	if !retry {
 		if err := b.installLater(ctx, dir); err != nil {
 			return fmt.Errorf("%w (and it is not tried again: %w)", failure, err)
 		}
@@ -44,31 +43,72 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	return failure
 }
 
-// retryDir holds the archive while its installation is tried again. In /run, because what fails is a disk.
-const retryDir = "/run/service-proxy-agent-archive"
+// retryDirs are where the archive may wait while its installation is tried again: the first that can
+// hold it and run what is in it. Not below /usr/local, which is what failed. /run is the last resort:
+// Debian and Ubuntu mount it noexec, with a tenth of the memory, which may not hold an Envoy.
+var retryDirs = []string{"/var/lib/service-proxy-agent-archive", "/run/service-proxy-agent-archive"}
+
+// retryUnit is the transient unit that tries again.
+const retryUnit = "service-proxy-install.service"
 
 func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
-	copied := b.path(retryDir)
-	if err := os.RemoveAll(copied); err != nil {
-		return err
+	var errs []error
+	for _, path := range retryDirs {
+		copied := b.path(path)
+		agent, err := b.copyArchive(ctx, dir, copied)
+		if err != nil {
+			errs = append(errs, err, os.RemoveAll(copied))
+			continue
+		}
+		out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect", "--unit="+retryUnit,
+			"--property=Restart=on-failure", "--property=RestartSec=15", "--property=StartLimitIntervalSec=0",
+			agent, "bootstrap", "--archive", copied)
+		if err != nil {
+			return said(err, out)
+		}
+		return nil
 	}
-	arch := filepath.Join(dir, runtime.GOARCH)
-	if err := os.MkdirAll(filepath.Join(copied, runtime.GOARCH), 0o700); err != nil {
-		return err
+	return errors.Join(errs...)
+}
+
+// copyArchive copies what Install needs of the archive in dir, and returns the agent of the copy, which runs there.
+func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (agent string, err error) {
+	if err := os.RemoveAll(copied); err != nil {
+		return "", err
+	}
+	from, to := filepath.Join(dir, runtime.GOARCH), filepath.Join(copied, runtime.GOARCH)
+	if err := os.MkdirAll(to, 0o700); err != nil {
+		return "", err
 	}
 	for _, name := range []string{"service-proxy-agent", "envoy"} {
-		err := copyFile(filepath.Join(arch, name), filepath.Join(copied, runtime.GOARCH, name), 0o755)
+		err := copyFile(filepath.Join(from, name), filepath.Join(to, name), 0o755)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+			return "", err
 		}
 	}
-	out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect", "--unit=service-proxy-install",
-		"--property=Restart=on-failure", "--property=RestartSec=15", "--property=StartLimitIntervalSec=0",
-		filepath.Join(copied, runtime.GOARCH, "service-proxy-agent"), "bootstrap", "--archive", copied)
-	if err != nil {
-		return said(err, out)
+	agent = filepath.Join(to, "service-proxy-agent")
+	// systemd would find out too late that the folder is mounted noexec.
+	if out, err := b.exec(ctx, time.Minute, agent, "version"); err != nil {
+		return "", said(err, out)
 	}
-	return nil
+	return agent, nil
+}
+
+// endRetry forgets the installation that was to be tried again, and returns what it removed, one line
+// each. self: that installation is the one that runs.
+func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) {
+	for _, path := range retryDirs {
+		if _, err := os.Lstat(b.path(path)); err != nil {
+			continue
+		}
+		if !self {
+			_, _ = b.exec(ctx, time.Minute, "systemctl", "stop", retryUnit) // not there after a reboot
+		}
+		if err := os.RemoveAll(b.path(path)); err == nil { // else: it does no harm, and the next overwrites it
+			done = append(done, "removed "+path)
+		}
+	}
+	return done
 }
 
 func (b *bootstrapper) install(ctx context.Context, dir string) *Failure {
@@ -219,6 +259,7 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
 	}
 	state, _ := ReadState(b.path(StateDir)) // without it a binary of ours is taken for the administrator's and left
+	done = b.endRetry(ctx, false)           // it would install all of it again
 	var errs []error
 	systemctl := func(limit time.Duration, args ...string) {
 		if out, err := b.exec(ctx, limit, "systemctl", args...); err != nil {

@@ -4,10 +4,91 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+
+	"go.uber.org/zap"
 )
+
+// A failed installation is tried again from the first folder that can run the archive, and leaves no
+// copy behind: not in a folder that cannot, and not once somebody's installation has succeeded.
+func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
+	t.Setenv("GCE_METADATA_HOST", "127.0.0.1:1") // refused: nobody is told
+	for _, tt := range []struct {
+		name   string
+		noexec []string
+		want   string // where it is tried again
+	}{
+		{"disk", nil, "/var/lib/service-proxy-agent-archive"},
+		{"noexec disk", []string{"/var/"}, "/run/service-proxy-agent-archive"},
+		{"both noexec", []string{"/var/", "/run/"}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				root, archive := t.TempDir(), t.TempDir()
+				write := func(path string) {
+					if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+						t.Fatal(err)
+					}
+					if err := os.WriteFile(path, nil, 0o755); err != nil {
+						t.Fatal(err)
+					}
+				}
+				write(filepath.Join(archive, runtime.GOARCH, "service-proxy-agent"))
+				write(filepath.Join(root, "usr/local/bin")) // a file where a folder must be: it cannot be installed
+				var ran []string
+				command := func(_ context.Context, cmd *exec.Cmd) error {
+					line := strings.ReplaceAll(strings.Join(cmd.Args, " "), root, "")
+					ran = append(ran, line)
+					if slices.ContainsFunc(tt.noexec, func(dir string) bool { return strings.HasPrefix(line, dir) }) {
+						return os.ErrPermission
+					}
+					return nil
+				}
+				install := func(dir string) error {
+					return Install(t.Context(), Options{Root: root, Log: zap.NewNop(), command: command}, dir)
+				}
+				err := install(archive)
+				if err == nil || strings.Contains(err.Error(), "not tried again") != (tt.want == "") {
+					t.Error(err)
+				}
+				started := slices.ContainsFunc(ran, func(line string) bool {
+					return strings.HasPrefix(line, "systemd-run ") &&
+						strings.HasSuffix(line, " "+filepath.Join(tt.want, runtime.GOARCH, "service-proxy-agent")+" bootstrap --archive "+tt.want)
+				})
+				if started != (tt.want != "") {
+					t.Errorf("ran %q, want it tried again in %q", ran, tt.want)
+				}
+				for _, path := range retryDirs {
+					if _, err := os.Stat(filepath.Join(root, path)); (err == nil) != (path == tt.want) {
+						t.Errorf("%s: %v", path, err)
+					}
+				}
+				// What is tried again and fails again keeps its copy.
+				if tt.want != "" {
+					if err := install(filepath.Join(root, tt.want)); err == nil {
+						t.Error("installed")
+					}
+					if _, err := os.Stat(filepath.Join(root, tt.want)); err != nil {
+						t.Error(err)
+					}
+				}
+				done, err := Remove(t.Context(), Options{Root: root, command: command}, func(context.Context) ([]string, error) { return nil, nil })
+				if err != nil || slices.Contains(done, "removed "+tt.want) != (tt.want != "") {
+					t.Errorf("removed %q, %v", done, err)
+				}
+				if tt.want != "" && !slices.Contains(ran, "systemctl stop "+retryUnit) {
+					t.Errorf("ran %q: nobody stopped what tries again", ran)
+				}
+			})
+		})
+	}
+}
 
 // Rules without an Envoy would cut the VM off: where they cannot be taken out, nothing else is.
 func TestRemoveLeavesAllWhereRulesStay(t *testing.T) {
