@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
 // Snapshot is what Envoy said at one time about its listeners.
@@ -24,7 +26,7 @@ type Snapshot struct {
 // Rejected is a listener that the control plane sent and Envoy refused. Another version of it may be active.
 type Rejected struct {
 	Name    string
-	Details string    // Envoy's own words
+	Details string    // Envoy's own words, without the configuration that it quotes (redaction.Text)
 	When    time.Time // of the last attempt; zero if Envoy does not say
 }
 
@@ -319,7 +321,11 @@ func (d *dump) dynamicListener(r *reader) error {
 		if e.name != "" {
 			failed.Name = e.name
 		}
-		failed.Details = strings.Clone(e.details[:min(len(e.details), maxDetailsBytes)])
+		if d.whole {
+			// What Envoy quotes goes first: the reason is behind it.
+			details := redaction.Text(e.details)
+			failed.Details = strings.Clone(details[:min(len(details), maxDetailsBytes)])
+		}
 		d.rejected = append(d.rejected, failed)
 	}
 	if active != nil {

@@ -41,6 +41,7 @@ func render(s Snapshot) string {
 			renderChain(&b, "default", *l.DefaultChain)
 		}
 	}
+	slices.SortFunc(s.Rejected, func(x, y Rejected) int { return cmp.Compare(x.Name, y.Name) })
 	for _, r := range s.Rejected {
 		fmt.Fprintf(&b, "rejected %q: %s\n", r.Name, r.Details)
 	}

@@ -441,6 +441,23 @@ func TestWarming(t *testing.T) {
 	}
 }
 
+// TestBootstrapRefused: why an Envoy does not start, without the configuration that it quotes.
+func TestBootstrapRefused(t *testing.T) {
+	for _, version := range envoyVersions {
+		e := prepare(t, version)
+		e.write("boot.yaml", `static_resources: {clusters: [{name: "", metadata: {filter_metadata: {a: {authorization: "Bearer s3cr3t"}}}}]}`)
+		said, err := exec.Command("unshare", "-n", binary(t, version), "-c", e.path("boot.yaml"), "--disable-hot-restart").CombinedOutput()
+		if err == nil || !bytes.Contains(said, []byte("s3cr3t")) {
+			t.Fatalf("%s: %v\n%s", version, err, said)
+		}
+		e.write("envoy.err.log", string(said))
+		const want = "Proto constraint validation failed (Bootstrap.StaticResources.Clusters[0].Name: value length must be at least 1 characters)"
+		if got, err := LastError(e.path("envoy.err.log")); got != want || err != nil {
+			t.Errorf("%s: got %q, %v", version, got, err)
+		}
+	}
+}
+
 // TestForbidden asks an Envoy that allows few paths (1.37 and later).
 func TestForbidden(t *testing.T) {
 	e := prepare(t, newest)

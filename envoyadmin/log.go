@@ -13,6 +13,8 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
 // LogKind tells what a line of Envoy's log is about.
@@ -30,7 +32,8 @@ func (k LogKind) String() string {
 	return [...]string{"other", "listener changed", "listener rejected", "stream closed", "log unreadable"}[k]
 }
 
-// LogEvent is what a line of the log says, or many equal lines.
+// LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a configuration
+// that Envoy quotes (redaction.Text).
 type LogEvent struct {
 	Kind     LogKind
 	Listener string // by name
@@ -189,7 +192,7 @@ func (f *follower) run(ctx context.Context) {
 		var out chan<- LogEvent
 		var next LogEvent
 		if len(f.queue) > 0 {
-			out, next = f.out, f.queue[0]
+			out, next = f.out, redacted(f.queue[0])
 			next.Dropped = f.dropped
 		}
 		listen, listenErrs := events, errs
@@ -400,14 +403,21 @@ func (f *follower) repeat(now time.Time) {
 	}
 }
 
+// redacted is an event as it may be told. It is not made of each line: in a storm there are thousands
+// a second, and few different ones.
+func redacted(e LogEvent) LogEvent {
+	e.Details, e.Message, e.Target = redaction.Text(e.Details), redaction.Text(e.Message), redaction.Text(e.Target)
+	return e
+}
+
 // same is an event without its counts.
 func same(e LogEvent) LogEvent {
 	e.Count, e.Dropped = 0, 0
 	return e
 }
 
-// LastError returns the last line of level error or critical in the log's last 64 KiB, without its time and source: what Envoy said before it ended.
-// It is empty if there is none.
+// LastError returns the last entry of level error or critical in the log's last 64 KiB, without its time and source: what Envoy said before it ended.
+// It is empty if there is none. An entry may have many lines; what is told of it is redaction.Text.
 func LastError(path string) (string, error) {
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -428,12 +438,23 @@ func LastError(path string) (string, error) {
 	}
 	lines := bytes.Split(tail[:n], []byte("\n"))
 	for i := len(lines) - 1; i >= 0; i-- {
-		if m := errorLine.FindSubmatch(lines[i]); m != nil {
-			return string(m[1][:min(len(m[1]), 1<<10)]), nil
+		m := errorLine.FindSubmatch(lines[i])
+		if m == nil {
+			continue
 		}
+		entry := [][]byte{m[1]}
+		for _, line := range lines[i+1:] {
+			if entryStart.Match(line) {
+				break
+			}
+			entry = append(entry, line)
+		}
+		text := redaction.Text(string(bytes.Join(entry, []byte("\n"))))
+		return text[:min(len(text), 1<<10)], nil
 	}
 	return "", nil
 }
 
 // "[2026-01-02 03:04:05.678][123][critical][main] [source/server/server.cc:127] error initializing configuration …"
+var entryStart = regexp.MustCompile(`^\[[^]]*\]\[\d+\]\[\w+\]`)
 var errorLine = regexp.MustCompile(`^\[[^]]*\]\[\d+\]\[(?:error|critical)\]\[[^]]*\] (?:\[[^]]*\] )?(.*)$`)

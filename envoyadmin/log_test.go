@@ -330,6 +330,37 @@ func TestLastError(t *testing.T) {
 	if _, err := LastError(l.path + "x"); !os.IsNotExist(err) {
 		t.Errorf("got %v", err)
 	}
+	// An entry has many lines, and the reason is behind the message (a capture of Envoy 1.40.0).
+	l.write(stamp+"[critical][main] [source/server/server.cc:449] error `goo.gle/debugproto   \nnode {\n  id: \"s3cr3t\"\n}\n"+
+		": Proto constraint validation failed (BootstrapValidationError.Node: value is required)` initializing config 'goo.gle/debugproto   \n  b.yaml'\n",
+		stamp+"[info][main] [source/server/server.cc:977] : Proto constraint validation failed (of another entry)\n")
+	if got, err := LastError(l.path); got != "Proto constraint validation failed (Bootstrap.Node: value is required)" || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// What Envoy or the control plane quotes in a line does not leave this package.
+func TestLogQuotes(t *testing.T) {
+	l := logFile{t, filepath.Join(t.TempDir(), "log")}
+	l.write("")
+	events := FollowLog(t.Context(), l.path)
+	const s = "s3cr3t"
+	for _, test := range []struct {
+		line string
+		want LogEvent
+	}{
+		{rejected("a", "goo.gle/debugonly    "), LogEvent{Kind: ListenerRejected, Listener: "a", Details: "[...]", Count: 1}},
+		{rejected("a", `value: "`+s+`"`), LogEvent{Kind: ListenerRejected, Listener: "a", Details: `value: "[...]"`, Count: 1}},
+		{stamp + "[warning][config] [x.cc:81] delta config for T rejected: Incorrect configuration: " + s + " % x. Couldn't find valid command at position 7\n",
+			LogEvent{Kind: Other, Message: "T", Details: "Incorrect configuration: [...]. Couldn't find valid command at position 7", Count: 1}},
+		{stamp + "[warning][config] [x.h:1] StreamAggregatedResources gRPC config stream to https://td/?k=" + s + " closed: 7, no Bearer " + s + "\n",
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "https://td/", Code: 7, Message: "no Bearer [...]", Count: 1}},
+	} {
+		l.write(test.line)
+		if diff := cmp.Diff(test.want, next(t, events, 5*time.Second)); diff != "" {
+			t.Error(diff)
+		}
+	}
 }
 
 func FuzzLog(f *testing.F) {

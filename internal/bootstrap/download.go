@@ -18,6 +18,8 @@ import (
 	"os"
 	"strings"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
 // maxArchive is the most bytes of an archive that are downloaded; Envoy's are 30 to 60 MB.
@@ -33,7 +35,9 @@ type downloadError struct {
 	permanent bool
 }
 
-func (e *downloadError) Error() string { return fmt.Sprintf("download %s: %v", e.source, e.err) }
+func (e *downloadError) Error() string {
+	return fmt.Sprintf("download %s: %s", e.source, redaction.Text(e.err.Error()))
+}
 func (e *downloadError) Unwrap() error { return e.err }
 
 var errChecksum = errors.New("wrong checksum")

@@ -60,6 +60,10 @@ func TestDownload(t *testing.T) {
 	mux.HandleFunc("/plain.tgz", func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, "http://127.0.0.1:1/x", http.StatusFound)
 	})
+	mux.HandleFunc("/lost.tgz", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", "/x%zz?sig=SECRET") // net/http quotes what it cannot follow
+		w.WriteHeader(http.StatusFound)
+	})
 	mux.HandleFunc("/short.tgz", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Length", "1000")
 		_, _ = w.Write(content)
@@ -90,6 +94,7 @@ func TestDownload(t *testing.T) {
 		{srv.URL + "/busy.tgz?sig=SECRET", "status 503", false},
 		{srv.URL + "/gone.tgz?sig=SECRET", "status 404", true},
 		{srv.URL + "/plain.tgz", "redirected away from https", false},
+		{srv.URL + "/lost.tgz", "invalid URL escape", false},
 		{srv.URL + "/short.tgz", "unexpected EOF", false},
 		{"https://127.0.0.1:1/x.tgz?sig=SECRET", "refused", false},
 		{"file://" + local + "#sha256=" + hexSum, "", false},

@@ -7,7 +7,14 @@ import (
 	"testing"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -96,6 +103,65 @@ func TestControlPlaneRefuses(t *testing.T) {
 		_, err := r.CP.Set(bad)
 		must(t, err)
 	}, speak, symptom.AccessLogUnwritable, "Envoy rejected listener bad", "/root/access.log")
+	// Envoy's reason holds the whole message.
+	const secret = "s3cr3t"
+	r.check(t, func() {
+		bad := services(service(r.extras))
+		bad.Listeners = append(bad.Listeners, quotedListener(t, "quoted", 16002, "Bearer "+secret))
+		_, err := r.CP.Set(bad)
+		must(t, err)
+		must(t, r.CP.WaitRejected(within(t, 10*time.Second), 2))
+		if n := r.CP.Rejections(); !strings.Contains(n[len(n)-1].Details, secret) {
+			t.Errorf("Envoy says %q, which holds no header", n[len(n)-1].Details)
+		}
+		_, err = r.agent.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "quoted") })
+		must(t, err)
+		r.quiet(t, secret)
+	}, speak, symptom.ListenerRejected,
+		"Envoy rejected listener quoted: Proto constraint validation failed (HttpConnectionManager.RouteConfig.VirtualHosts[0].Routes[0].RequestHeadersToAdd[0].AppendAction: value must be one of the defined enum values); services")
+	r.quiet(t, secret)
+}
+
+// quiet checks that nothing that leaves the VM holds the secret, nor the agent's own log.
+func (r *refusals) quiet(t *testing.T, secret string) {
+	t.Helper()
+	status, _, _, err := r.agent.Run(t.Context(), "status", "-o", "json")
+	must(t, err)
+	for what, text := range map[string]string{
+		"status -o json": status, "agent-last-failure": r.Platform.GuestAttributes("gce-service-proxy")["agent-last-failure"],
+		"serial": r.Platform.Serial(), "the agent's log": r.agent.Log(),
+	} {
+		if text == "" || strings.Contains(text, secret) {
+			t.Errorf("%s holds the secret, or nothing at all:\n%s", what, text)
+		}
+	}
+}
+
+// quotedListener is a listener that Envoy refuses for a header that it adds, whose value it quotes.
+func quotedListener(t *testing.T, name string, port uint16, value string) *listenerv3.Listener {
+	pack := func(m proto.Message) *anypb.Any {
+		packed, err := anypb.New(m)
+		must(t, err)
+		return packed
+	}
+	route := &routev3.Route{
+		Match:  &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+		Action: &routev3.Route_Route{Route: &routev3.RouteAction{ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: "cluster-web"}}},
+		RequestHeadersToAdd: []*corev3.HeaderValueOption{{
+			Header: &corev3.HeaderValue{Key: "authorization", Value: value}, AppendAction: 99,
+		}},
+	}
+	l := controlplane.RefusedListener(name, port, "")
+	l.FilterChains = []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
+		Name: "http", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(&hcmv3.HttpConnectionManager{
+			StatPrefix:  "x",
+			HttpFilters: []*hcmv3.HttpFilter{{Name: "router", ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(&routerv3.Router{})}}},
+			RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
+				Name: "r", VirtualHosts: []*routev3.VirtualHost{{Name: "v", Domains: []string{"*"}, Routes: []*routev3.Route{route}}},
+			}},
+		})},
+	}}}}
+	return l
 }
 
 // TestControlPlaneBusy: Envoy logs an end of its stream that it hopes will pass only after 30 s.

@@ -1,0 +1,96 @@
+// Package redaction takes out of other people's words what must not leave the VM.
+//
+// Envoy gives its reason for a refused configuration together with the configuration: a header's
+// value, a token, a signed URL. The control plane may send the same back, and net/http quotes a
+// redirect that it cannot follow. Everything of that kind goes through Text where it comes in
+// (packages envoyadmin and internal/bootstrap), so that reports, logs and `status` need not care.
+//
+// It knows the forms in which Envoy 1.36.4 and 1.40.0 were seen to quote a configuration (see the
+// tests), not what is secret: a service's name or address stays.
+package redaction
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// Mark stands for what was left out.
+const Mark = "[...]"
+
+// A message that breaks a constraint: the message, in protobuf's text format, with
+// "goo.gle/debugonly" or the like before it in newer Envoys, and then in a line of its own
+//
+//	: Proto constraint validation failed (A: embedded message failed validation | caused by B: WHY)
+//
+// Up to about 1.30 it was "Proto constraint validation failed (…): MESSAGE". A quote before these
+// words means that they are a value of the message, where line breaks are escaped.
+var (
+	constraint = regexp.MustCompile(`(?m)^(?:[^"\n]*: )?(Proto constraint validation failed \(.*)$`)
+	embedded   = regexp.MustCompile(`: embedded message failed validation \| caused by \w+?ValidationError\.`)
+	validation = regexp.MustCompile(`(\w)ValidationError\.`)
+)
+
+type rule struct {
+	what *regexp.Regexp
+	by   string
+}
+
+// quoting are the other sentences in which Envoy quotes a configuration.
+var quoting = []rule{
+	{regexp.MustCompile(`goo\.gle/debug.*$`), Mark},
+	{regexp.MustCompile(`\b[\w.]+ \{\s*$`), Mark}, // KEY {
+	{regexp.MustCompile(`([:=]) *(?:\{|\[ *["{]).*$`), "${1} " + Mark},
+	{regexp.MustCompile(`(Field '[^']*' is missing in:) .*$`), "${1} " + Mark},
+	{regexp.MustCompile(`(script load error:) .*$`), "${1} " + Mark}, // Lua's reason begins with the script
+	// RE2's reasons end in the expression or a part of it.
+	{regexp.MustCompile(`((?:^|: )(?:missing [\])]|unexpected \)|trailing \\|bad repetition operator|no argument for repetition operator|` +
+		`invalid (?:escape sequence|character class(?: range)?|repetition size|perl operator|UTF-8|named capture group)):) .*$`), "${1} " + Mark},
+	// A header's value with a % that is no command.
+	{regexp.MustCompile(`(Incorrect configuration: ).*?(\. Couldn't find valid command at position \d+)?$`), "${1}" + Mark + "${2}"},
+	// KEY: "VALUE"; but not: network "default".
+	{regexp.MustCompile(`([:=,({[] *)"(?:[^"\\]|\\.)*(?:"|\\?$)`), `${1}"` + Mark + `"`},
+}
+
+// anywhere are what is secret in any text.
+var anywhere = []rule{
+	{regexp.MustCompile("(?i)\\b(bearer) +[^\\s\"'`]+"), "${1} " + Mark},
+	{regexp.MustCompile(`\b(?:ya29\.|eyJ)[\w.~+/=-]+`), Mark}, // Google's access tokens, JSON Web Tokens
+	{regexp.MustCompile(`://[^\s"'<>]*@`), "://"},             // the user and password of a URL
+	{regexp.MustCompile(`(://[^\s"'<>?#]*)[?#][^\s"'<>]*`), "${1}"},
+	{regexp.MustCompile(`\?[^\s"'<>=]*=[^\s"'<>]*`), ""}, // the query of a URL that is relative
+}
+
+// Text returns what may be told of text: one line without a message, a quoted value, a token, or
+// the user and query of a URL. Of a message that breaks a constraint it keeps the path of the field
+// and the constraint.
+func Text(text string) string {
+	if broken := constraint.FindAllStringSubmatch(text, -1); broken != nil {
+		var all []string
+		for _, b := range broken {
+			all = append(all, short(b[1]))
+		}
+		text = strings.Join(slices.Compact(all), "; ")
+	} else {
+		text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+		text = apply(quoting, text)
+	}
+	return strings.TrimSpace(apply(anywhere, text))
+}
+
+// short is a broken constraint without the message behind it, and with the path of the field as one
+// name: the reason is at its end, and a guest attribute is cut there.
+func short(text string) string {
+	if i := strings.Index(text, "): "); i >= 0 {
+		text = text[:i+1]
+	}
+	text = text[:strings.LastIndexByte(text, ')')+1]
+	return validation.ReplaceAllString(embedded.ReplaceAllString(text, "."), "${1}.")
+}
+
+func apply(rules []rule, text string) string {
+	for _, r := range rules {
+		text = r.what.ReplaceAllString(text, r.by)
+	}
+	return text
+}
