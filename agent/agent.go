@@ -99,7 +99,8 @@ type Agent struct {
 	saidMode     string
 	saidReady    bool
 	saidFindings map[string]bool
-	saidNotify   bool // of runReports
+	saidUnknown  []string // sets of unknown keys
+	saidNotify   bool     // of runReports
 	dumps        int
 
 	saidResolvers map[string]bool // users of --resolver-users that are not there

@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -368,9 +369,17 @@ func (a *Agent) takeAttribute(n attributeNews) {
 	case was != nil:
 		a.log.Info("attribute changed")
 	}
-	if len(good.Config.Unknown) > 0 {
-		a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", good.Config.Unknown))
+	a.sayUnknown(good.Config.Unknown)
+}
+
+// sayUnknown logs the attribute's unknown keys, the same ones once.
+func (a *Agent) sayUnknown(keys []string) {
+	set := strings.Join(keys, " ")
+	if set == "" || slices.Contains(a.saidUnknown, set) {
+		return
 	}
+	a.saidUnknown = append(a.saidUnknown, set)
+	a.log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", keys))
 }
 
 // requestEvery is how often bootstrap is asked for while it does not come.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -225,37 +224,6 @@ func TestWords(t *testing.T) {
 		if want := f.Cause + "; " + f.Next; f.Next != "" && f.Text() != want || f.Next == "" && f.Text() != f.Cause {
 			t.Errorf("%s: the line is %q", tt.when, f.Text())
 		}
-	}
-}
-
-// TestReadme: the README's table "When things go wrong" quotes what the agent says, and under which ID.
-func TestReadme(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, table, _ := strings.Cut(string(text), "## When things go wrong")
-	table, _, _ = strings.Cut(table, "\n## ")
-	quoted, id := regexp.MustCompile("`([^`]+)`"), regexp.MustCompile(`[a-z-]{6,}`)
-	seen := 0
-	for line := range strings.Lines(table) {
-		cells := strings.Split(line, "|")
-		if len(cells) < 6 || !strings.Contains(cells[4], "finding{id=") {
-			continue
-		}
-		for _, quote := range quoted.FindAllStringSubmatch(cells[3], -1) {
-			said := func(e example) bool {
-				return len(Check(e.facts)) > 0 && slices.Contains(id.FindAllString(cells[4], -1), string(e.want)) &&
-					says(Check(e.facts)[0].Cause, strings.TrimSuffix(quote[1], "…")+"…")
-			}
-			if !slices.ContainsFunc(examples, said) {
-				t.Errorf("nothing says %q under %s", quote[1], cells[4])
-			}
-			seen++
-		}
-	}
-	if seen < 8 {
-		t.Errorf("%d sentences found in the README; has its table moved?", seen)
 	}
 }
 
