@@ -66,7 +66,7 @@ const (
 	maxBackOff     = 30 * time.Second // so that "within 60 s" holds once the server answers again
 )
 
-// order is who goes first among values never written before, after BootstrapStatus; see before.
+// order is who goes first among values never written before, after BootstrapStatus; see compare.
 var order = []string{BootstrapLastFailure, AgentLastFailure, ProxyVersion}
 
 // Options say where and how to write. The zero value is right on a VM.
@@ -273,9 +273,9 @@ func (w *Writer) loadBudget(now time.Time) {
 	if w.full.After(now) {
 		known = w.full
 	}
-	if missing := full.Sub(known); missing > 0 {
-		w.full = known.Add(missing)
-		w.tokens.ReserveN(now, int((missing+refill-1)/refill))
+	if full.After(known) {
+		w.full = full
+		w.tokens.ReserveN(now, int((full.Sub(known)+refill-1)/refill))
 	}
 }
 
@@ -361,10 +361,14 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 	}
 	// How bootstrap stands goes first: it changes a few times in a VM's life, and everybody waits for it. Else the value not written
 	// for longest; of those never written, by order. So one that changes all the time starves no other.
+	var dirty []string
 	for k, v := range w.values {
-		if k != AgentHeartbeat && v.dirty() && (key == "" || w.before(k, key)) {
-			key = k
+		if k != AgentHeartbeat && v.dirty() {
+			dirty = append(dirty, k)
 		}
+	}
+	if len(dirty) > 0 {
+		key = slices.MinFunc(dirty, w.compare)
 	}
 	beat := w.values[AgentHeartbeat]
 	if beat != nil && beat.dirty() {
@@ -398,10 +402,13 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 	return key, false, later(at)
 }
 
-// before says whether to write key a before b.
-func (w *Writer) before(a, b string) bool {
-	if a == BootstrapStatus || b == BootstrapStatus {
-		return a == BootstrapStatus
+// compare is less than 0 when key a is to be written before b.
+func (w *Writer) compare(a, b string) int {
+	switch BootstrapStatus {
+	case a:
+		return -1
+	case b:
+		return 1
 	}
 	rank := func(k string) int {
 		if i := slices.Index(order, k); i >= 0 {
@@ -409,7 +416,7 @@ func (w *Writer) before(a, b string) bool {
 		}
 		return len(order)
 	}
-	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b)) < 0
+	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b))
 }
 
 func (w *Writer) pending(now time.Time) int {

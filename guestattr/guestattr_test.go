@@ -593,6 +593,46 @@ func TestBackOffStartsAnew(t *testing.T) {
 	})
 }
 
+// TestBackOff: a failure is tried again after 2 s, 4 s, 8 s and so on, as far as there are tokens, and never later than half
+// a minute.
+func TestBackOff(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		s.answer(503, "")
+		w.Set(ProxyVersion, "1")
+		sleep(5 * time.Minute)
+		var at []string
+		for _, q := range s.queries {
+			at = append(at, q.Sub(s.start).Round(time.Second).String())
+		}
+		want := "0s 2s 6s 20s 40s 1m10s 1m40s 2m10s 2m40s 3m10s 3m40s 4m10s 4m40s"
+		if got := strings.Join(at, " "); got != want {
+			t.Errorf("tried at %s; want %s", got, want)
+		}
+	})
+}
+
+// TestLongValue: the longest value is written whole, and known again when read back; one byte more is not it.
+func TestLongValue(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		long := strings.Repeat("x", MaxValue)
+		w.Set(AgentLastFailure, long)
+		sleep(checkEvery + time.Minute)
+		if st := w.State(); s.get(AgentLastFailure) != long || st.Reads != 1 || st.Changed != 0 {
+			t.Errorf("%d bytes are there, %+v", len(s.get(AgentLastFailure)), st)
+		}
+		s.set(AgentLastFailure, long+"x")
+		sleep(checkEvery)
+		if st := w.State(); s.get(AgentLastFailure) != long || st.Reads != 2 || st.Changed != 1 {
+			t.Errorf("%d bytes are there, %+v", len(s.get(AgentLastFailure)), st)
+		}
+		w.Set(AgentLastFailure, long+"x")
+		sleep(time.Minute)
+		if got := s.get(AgentLastFailure); len(got) != MaxValue || !strings.HasSuffix(got, "x…") {
+			t.Errorf("%d bytes are there, %.10q", len(got), got[len(got)-8:])
+		}
+	})
+}
+
 // TestPending: a heartbeat counts once its minute is over, anything else at once.
 func TestPending(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
