@@ -118,6 +118,28 @@ func TestMetricsScrape(t *testing.T) {
 	}
 }
 
+// TestMetricsGuestAttributes: a VM that refuses guest attributes is told from one whose metadata server fails.
+func TestMetricsGuestAttributes(t *testing.T) {
+	for _, tt := range []struct {
+		state       guestattr.State
+		enabled, up string
+	}{
+		{guestattr.State{Enabled: true}, "1", "1"},
+		{guestattr.State{Enabled: true, LastError: "503 Service Unavailable"}, "1", "0"},
+		{guestattr.State{LastError: "403 Guest attributes endpoint access is disabled."}, "0", "0"},
+	} {
+		m := NewMetrics(Sources{GuestAttributes: func() guestattr.State { return tt.state }})
+		s := httptest.NewServer(m.Handler())
+		body := scrape(t, s.URL)
+		s.Close()
+		for name, want := range map[string]string{"guest_attributes_enabled": tt.enabled, "guest_attributes_up": tt.up} {
+			if !strings.Contains(body, "\n"+Prefix+name+" "+want+"\n") {
+				t.Errorf("%+v: no %s %s", tt.state, name, want)
+			}
+		}
+	}
+}
+
 // TestMetricsDriftKinds fails when iptables gets a kind of drift that would not begin at 0.
 func TestMetricsDriftKinds(t *testing.T) {
 	for k := iptables.RuleRemoved; k <= iptables.JumpLeft+1; k++ {
