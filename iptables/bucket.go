@@ -32,21 +32,21 @@ func (b *builder) addServices(services []netip.Prefix) {
 	if len(set) > nodeRows {
 		set = aggregate(set)
 	}
-	b.addNode(chainServiceCIDRs, set, 0, 0)
+	b.addNode(chainServiceCIDRs, set, 0)
 }
 
-// addNode writes one node of the trie to chain. All prefixes of set lie in one prefix of from bits. A node of more than
-// nodeRows skips the bits that all of its prefixes have in common and then becomes one chain for each value of the next
-// nodeBits. Bits are skipped in whole steps of nodeBits so that a node's name and content do not depend on its
-// neighbours: an address elsewhere can put another level above a bucket, and the bucket stays as it is.
-func (b *builder) addNode(chain string, set []netip.Prefix, from, depth int) {
+// addNode writes one node of the trie to chain. A node of more than nodeRows skips the bits that all of its prefixes
+// share and then becomes one chain for each value of the next nodeBits. Bits are skipped in whole steps of nodeBits so
+// that a node's name and content do not depend on its neighbours: an address elsewhere can put another level above a
+// bucket, and the bucket stays as it is.
+func (b *builder) addNode(chain string, set []netip.Prefix, depth int) {
 	if len(set) <= nodeRows || depth == nodeDepth {
 		for _, p := range set {
 			b.add(chain, serviceRow(p))
 		}
 		return
 	}
-	bits := commonBits(set, from)/nodeBits*nodeBits + nodeBits
+	bits := commonBits(set)/nodeBits*nodeBits + nodeBits
 	// Plain rows first: the prefixes that are too short for any bucket.
 	buckets := set[:0:0]
 	for _, p := range set {
@@ -65,7 +65,7 @@ func (b *builder) addNode(chain string, set []netip.Prefix, from, depth int) {
 		name := bucketName(node)
 		b.add(chain, bucketRow(node, name))
 		b.add(name)
-		b.addNode(name, buckets[:n], bits, depth+1)
+		b.addNode(name, buckets[:n], depth+1)
 		buckets = buckets[n:]
 	}
 }
@@ -76,20 +76,19 @@ func bucketRow(p netip.Prefix, bucket string) string {
 	return destination(p) + "-m comment --comment bucket -j " + bucket
 }
 
-// commonBits is how many leading bits all prefixes of the sorted set share, at least from.
-func commonBits(set []netip.Prefix, from int) int {
+// commonBits is how many leading bits all prefixes of the sorted set share.
+func commonBits(set []netip.Prefix) int {
 	// Sorted by address: what the first and the last share, all share. The prefixes of a set this long are disjoint
 	// (aggregate), so this is less than the length of an address and the trie ends.
-	first, last := set[0].Addr().As16(), set[len(set)-1].Addr().As16()
-	offset := 128 - set[0].Addr().BitLen()
+	first, last := set[0].Addr().AsSlice(), set[len(set)-1].Addr().AsSlice()
 	n := 0
-	for n < 128-offset && bit(first, offset+n) == bit(last, offset+n) {
+	for bit(first, n) == bit(last, n) {
 		n++
 	}
-	return max(n, from)
+	return n
 }
 
-func bit(a [16]byte, i int) byte { return a[i/8] >> (7 - i%8) & 1 }
+func bit(a []byte, i int) byte { return a[i/8] >> (7 - i%8) & 1 }
 
 // bucketName names the chain of a bucket within iptables' 28 characters: an IPv4 prefix in hexadecimal, an IPv6 prefix
 // by a hash of 55 bits (its digits do not fit). Two prefixes of one hash would share a chain, which redirects exactly
@@ -135,11 +134,8 @@ func aggregate(set []netip.Prefix) []netip.Prefix {
 			continue // sorted by address, shorter first: whatever covers p stands before it
 		}
 		out = append(out, p)
-		for len(out) > 1 {
+		for len(out) > 1 { // of two, neither is "everywhere", which would cover the other
 			a, b := out[len(out)-2], out[len(out)-1]
-			if a.Bits() != b.Bits() || a.Bits() == 0 {
-				break
-			}
 			parent := netip.PrefixFrom(a.Addr(), a.Bits()-1).Masked()
 			if parent != netip.PrefixFrom(b.Addr(), b.Bits()-1).Masked() {
 				break

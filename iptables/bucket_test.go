@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -117,6 +118,105 @@ func TestUpTo256ServicesStandAsTheyAre(t *testing.T) {
 	}
 }
 
+// At exactly 256 the rows stand as they were given, adjacent ones too; with one more they are merged, and where that
+// leaves more than 256, cut into buckets.
+func TestTheLastPlainRow(t *testing.T) {
+	for _, f := range families {
+		next := netip.MustParseAddr("10.0.0.0")
+		if f == IPv6 {
+			next = netip.MustParseAddr("fd00::")
+		}
+		var row, apart []netip.Prefix // one after the other, and every second one
+		for range 257 {
+			row = append(row, netip.PrefixFrom(next, next.BitLen()))
+			next = next.Next()
+		}
+		for range 257 {
+			apart = append(apart, netip.PrefixFrom(next, next.BitLen()))
+			next = next.Next().Next()
+		}
+		for _, test := range []struct {
+			name         string
+			services     []netip.Prefix
+			rows, chains int // rows of SERVICE_PROXY_SERVICE_CIDRS, buckets
+		}{
+			{"256 in a row", row[:256], 256, 0},
+			{"257 in a row", row, 2, 0},
+			{"256 apart", apart[:256], 256, 0},
+			{"257 apart", apart, 3, 3},
+			{"257 of which two merge", slices.Concat(apart[:255], row[:2]), 256, 0},
+		} {
+			r := serviceSet(f, test.services)
+			chains := slices.DeleteFunc(r.Chains(), func(name string) bool { return !strings.HasPrefix(name, "SERVICE_PROXY_B") })
+			if rows := len(r.Rules(chainServiceCIDRs)); rows != test.rows || len(chains) != test.chains {
+				t.Errorf("%s %s: %d rows and %d buckets, want %d and %d", f, test.name, rows, len(chains), test.rows, test.chains)
+			}
+		}
+	}
+}
+
+// What buckets are for: a packet meets few rows, a write few chains. The figures are those that nodeBits was chosen by;
+// TestNestedBuckets shows that the kernel takes the deepest.
+func TestBucketsAreFewAndShort(t *testing.T) {
+	for _, f := range families {
+		for _, test := range []struct {
+			services          []netip.Prefix
+			chains, rows, way int // at most: buckets, rows on the way of a packet, buckets on it
+		}{
+			{randomPrefixes(f, 300, 1), 2, 161, 1},
+			{randomPrefixes(f, 10000, 1), 146, 111, 3},
+			{nestedPrefixes(f), 38, 392, 10},
+		} {
+			r := serviceSet(f, test.services)
+			var walk func(chain string) (rows, way int)
+			walk = func(chain string) (rows, way int) {
+				specs := r.Rules(chain)
+				rows = len(specs)
+				for n, spec := range specs {
+					if to := target(spec); strings.HasPrefix(to, "SERVICE_PROXY_B") {
+						inRows, inWay := walk(to)
+						rows, way = max(rows, n+1+inRows), max(way, 1+inWay)
+					}
+				}
+				return rows, way
+			}
+			rows, way := walk(chainServiceCIDRs)
+			chains := len(r.Chains()) - len(serviceSet(f, nil).Chains())
+			t.Logf("%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet", f, len(test.services), chains, rows, way)
+			if chains > test.chains || rows > test.rows || way > test.way {
+				t.Errorf("%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet, want at most %d, %d and %d", f, len(test.services), chains, rows, way,
+					test.chains, test.rows, test.way)
+			}
+		}
+	}
+}
+
+// Plain rows come first: they are the wider ones, and no bucket's row stands before them.
+func TestPlainRowsComeBeforeBuckets(t *testing.T) {
+	rules := serviceSet(IPv4, slices.Concat(randomPrefixes(IPv4, 1000, 1), prefixes("10.0.0.0/9", "10.240.0.0/13", "64.0.0.0/2"))).Rules(chainServiceCIDRs)
+	bucket := false
+	for _, spec := range rules {
+		isBucket := strings.Contains(spec, "--comment bucket")
+		if bucket && !isBucket {
+			t.Errorf("%q stands behind a bucket in %q", spec, rules)
+		}
+		bucket = bucket || isBucket
+	}
+	if !bucket || !slices.Contains(rules, "-d 64.0.0.0/2 -j SERVICE_PROXY_REDIRECT") {
+		t.Errorf("rows %q", rules)
+	}
+}
+
+func TestCanonical(t *testing.T) {
+	in := prefixes("10.0.0.7/24", "10.0.0.0/24", "10.0.0.0/16", "10.0.0.0/32", "9.0.0.0/8", "fd00::1/64", "::ffff:10.0.0.9/128", "fd00::/64")
+	in = append(in, netip.Prefix{})
+	for f, want := range map[Family]string{IPv4: "[9.0.0.0/8 10.0.0.0/16 10.0.0.0/24 10.0.0.0/32]", IPv6: "[fd00::/64]"} {
+		if got := fmt.Sprint(canonical(f, in)); got != want {
+			t.Errorf("%s: got %s, want %s", f, got, want)
+		}
+	}
+}
+
 // One address more touches one bucket, wherever it is, unless a node crosses 256.
 func TestOneMoreAddressTouchesOneBucket(t *testing.T) {
 	for _, f := range families {
@@ -152,6 +252,9 @@ func TestAggregateIsExact(t *testing.T) {
 		{[]string{"10.0.0.0/32", "10.0.0.1/32", "10.0.0.2/31", "10.0.0.4/30"}, []string{"10.0.0.0/29"}},
 		{[]string{"10.0.0.0/8", "10.1.0.0/16", "10.255.255.255/32"}, []string{"10.0.0.0/8"}},
 		{[]string{"0.0.0.0/1", "128.0.0.0/1"}, []string{"0.0.0.0/0"}},
+		{[]string{"0.0.0.0/0", "10.0.0.0/8"}, []string{"0.0.0.0/0"}},
+		{[]string{"10.0.0.0/24", "10.0.1.0/25"}, []string{"10.0.0.0/24", "10.0.1.0/25"}},
+		{[]string{"10.0.0.0/25", "10.0.1.0/24"}, []string{"10.0.0.0/25", "10.0.1.0/24"}},
 		{[]string{"fd00::/128", "fd00::1/128"}, []string{"fd00::/127"}},
 	} {
 		f := IPv4

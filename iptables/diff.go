@@ -89,7 +89,7 @@ func leftOver(want Ruleset, have Table) []string {
 			names = append(names, name)
 		}
 	}
-	if len(names) == 0 {
+	if len(names) == 0 { // as always but after a change: what others hold need not be looked for
 		return nil
 	}
 	slices.Sort(names)
@@ -100,12 +100,7 @@ func leftOver(want Ruleset, have Table) []string {
 	})
 }
 
-func tableFlushed(want Ruleset, have Table) bool {
-	if want.Len() == 0 {
-		return false
-	}
-	return have.Ours().Len() == 0
-}
+func tableFlushed(want Ruleset, have Table) bool { return want.Len() > 0 && have.Ours().Len() == 0 }
 
 func diffJumps(builtin string, want []string, have Table) []Drift {
 	rules := have.chains[builtin]
@@ -177,14 +172,13 @@ func diffRules(name string, want, have []string) []Drift {
 	}
 	var drift []Drift
 	// A rule that is missing where another stands in its place was changed.
-	for i, spec := range want {
-		if i >= len(have) || len(want) != len(have) {
-			break
-		}
-		m, e := slices.Index(missing, spec), slices.Index(extra, have[i])
-		if m >= 0 && e >= 0 {
-			drift = append(drift, Drift{RuleChanged, name, have[i]})
-			missing, extra = slices.Delete(missing, m, m+1), slices.Delete(extra, e, e+1)
+	if len(want) == len(have) {
+		for i, spec := range want {
+			m, e := slices.Index(missing, spec), slices.Index(extra, have[i])
+			if m >= 0 && e >= 0 {
+				drift = append(drift, Drift{RuleChanged, name, have[i]})
+				missing, extra = slices.Delete(missing, m, m+1), slices.Delete(extra, e, e+1)
+			}
 		}
 	}
 	for _, spec := range missing {

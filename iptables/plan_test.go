@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -129,10 +130,118 @@ func TestPlanText(t *testing.T) {
 			return Table{family: IPv4, chains: map[string][]string{"FOREIGN": {"-j SERVICE_PROXY_REDIRECT"}, "SERVICE_PROXY_REDIRECT": {"-p tcp -j REDIRECT --to-ports 1"}, "SERVICE_PROXY_DNS": nil}}
 		}, ":SERVICE_PROXY_DNS - [0:0]\n:SERVICE_PROXY_REDIRECT - [0:0]\n-X SERVICE_PROXY_DNS\n"},
 	}
+	many := func(n int) Ruleset { // n services, of which the first two are those of want
+		services := prefixes("10.0.0.1/32", "10.0.0.3/32")
+		for len(services) < n {
+			services = append(services, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(2*len(services) + 1)}), 32))
+		}
+		return serviceSet(IPv4, services)
+	}
+	rows := func(n int) (text string) {
+		for _, spec := range many(n).Rules(chainServiceCIDRs) {
+			text += "-A SERVICE_PROXY_SERVICE_CIDRS " + spec + "\n"
+		}
+		return text
+	}
+	inserted := func(n int) (text string) { // all but the first two
+		rules := many(n).Rules(chainServiceCIDRs)
+		for i := 2; i < n-1; i++ {
+			text += fmt.Sprintf("-I SERVICE_PROXY_SERVICE_CIDRS %d %s\n", i+1, rules[i])
+		}
+		return text + "-A SERVICE_PROXY_SERVICE_CIDRS " + rules[n-1] + "\n"
+	}
+	same := func(t Table) Table { return t }
+	tests = append(tests, []struct {
+		name string
+		want Ruleset
+		have func(Table) Table
+		plan string
+	}{
+		{"as many services more as are inserted", many(10), same, inserted(10)},
+		{"one more than that", many(11), same, ":SERVICE_PROXY_SERVICE_CIDRS - [0:0]\n" + rows(11)},
+		{"one service more at the head", serviceSet(IPv4, prefixes("10.0.0.0/32", "10.0.0.1/32", "10.0.0.3/32")), same,
+			"-I SERVICE_PROXY_SERVICE_CIDRS 1 -d 10.0.0.0/32 -j SERVICE_PROXY_REDIRECT\n"},
+		{"at the head, in between and at the end", serviceSet(IPv4, prefixes("10.0.0.0/32", "10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32", "10.0.0.4/32")), same,
+			"-I SERVICE_PROXY_SERVICE_CIDRS 1 -d 10.0.0.0/32 -j SERVICE_PROXY_REDIRECT\n-I SERVICE_PROXY_SERVICE_CIDRS 3 -d 10.0.0.2/32 -j SERVICE_PROXY_REDIRECT\n" +
+				"-A SERVICE_PROXY_SERVICE_CIDRS -d 10.0.0.4/32 -j SERVICE_PROXY_REDIRECT\n"},
+		{"a chain that is not there and wants no row", want, func(t Table) Table { return t.with(nil, []string{chainServicePorts}) },
+			":SERVICE_PROXY_SERVICE_PORTS - [0:0]\n"},
+		{"a jump behind others'", want, func(t Table) Table { return t.with(map[string][]string{"OUTPUT": {"-j DOCKER", jumpOutput}}, nil) },
+			"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
+		{"a jump too many behind ours", want, func(t Table) Table {
+			return t.with(map[string][]string{"OUTPUT": {jumpOutput, "-j DOCKER", jumpDNS}}, nil)
+		}, "-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-D OUTPUT " + jumpDNS + "\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
+		{"nothing any more", Ruleset{family: IPv4}, same,
+			":SERVICE_PROXY_OUTPUT - [0:0]\n:SERVICE_PROXY_REDIRECT - [0:0]\n:SERVICE_PROXY_SERVICE_CIDRS - [0:0]\n:SERVICE_PROXY_SERVICE_PORTS - [0:0]\n" +
+				"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-X SERVICE_PROXY_OUTPUT\n-X SERVICE_PROXY_REDIRECT\n-X SERVICE_PROXY_SERVICE_CIDRS\n-X SERVICE_PROXY_SERVICE_PORTS\n"},
+	}...)
 	for _, test := range tests {
 		got := strings.TrimSuffix(strings.TrimPrefix(NewPlan(test.want, test.have(table)).String(), "*nat\n"), "COMMIT\n")
 		if got != test.plan {
 			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, test.plan)
+		}
+	}
+}
+
+// What a plan touches is read back after it, and nothing else: on nft by listing those chains.
+func TestPlanNamesWhatItTouches(t *testing.T) {
+	want := serviceSet(IPv4, prefixes("10.0.0.1/32"))
+	more := serviceSet(IPv4, prefixes("10.0.0.1/32", "10.0.0.2/32"))
+	for _, test := range []struct {
+		name       string
+		from, want Ruleset
+		chains     []string
+		lines      int
+	}{
+		{"nothing", want, want, nil, 0},
+		{"a row more", want, more, []string{chainServiceCIDRs}, 1},
+		{"a row less", more, want, []string{chainServiceCIDRs}, 2},
+		{"the jumps out", want, want.WithoutJumps(), []string{builtinOutput}, 1},
+		{"all out", want, Ruleset{family: IPv4}, []string{builtinOutput, chainOutput, chainRedirect, chainServiceCIDRs, chainServicePorts}, 9},
+	} {
+		plan := NewPlan(test.want, changed(t, test.from))
+		if !slices.Equal(plan.Chains(), test.chains) || plan.Len() != test.lines || plan.Empty() != (test.lines == 0) || plan.Family() != IPv4 {
+			t.Errorf("%s: chains %q, %d lines, %s:\n%s", test.name, plan.Chains(), plan.Len(), plan.Family(), plan)
+		}
+	}
+	// Where nothing is wanted, not even a family, it is that of what is there.
+	if plan := NewPlan(Ruleset{}, changed(t, want)); plan.Family() != IPv4 || plan.Empty() {
+		t.Errorf("nothing wanted: %s:\n%s", plan.Family(), plan)
+	}
+}
+
+// On legacy many new chains are made before the plan that fills them. Nothing leads to them until it is done.
+func TestNewChainsAreMadeFirst(t *testing.T) {
+	few, many := serviceSet(IPv4, randomPrefixes(IPv4, 1000, 1)), serviceSet(IPv4, randomPrefixes(IPv4, 10000, 1))
+	before := changed(t, few)
+	chains := NewPlan(many, before).newChains()
+	var want []string
+	for _, name := range many.Chains() {
+		if !before.Has(name) {
+			want = append(want, ":"+name+" - [0:0]")
+		}
+	}
+	if len(want) < manyChains || !slices.Equal(chains.lines, want) || chains.Family() != IPv4 {
+		t.Errorf("%s:\n%s", chains.Family(), chains)
+	}
+	if chains := NewPlan(serviceSet(IPv4, nil), changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")))).newChains(); !chains.Empty() {
+		t.Errorf("no new chains:\n%s", chains)
+	}
+	for f, backend := range map[Family]string{IPv4: Legacy, IPv6: NFT} {
+		m := &iptablestest.Machine{Backend: backend}
+		k := openInMemory(t, m)
+		var payloads []string
+		restores(m, f, func(_ int, payload string) (string, int) {
+			payloads = append(payloads, payload)
+			return "", 0
+		})
+		want := serviceSet(f, randomPrefixes(f, 10000, 1))
+		result, err := k.Apply(t.Context(), NewPlan(want, Table{family: f}))
+		if err != nil || len(result.Drift) > 0 || !holds(m, backend, f).Equal(want) {
+			t.Fatalf("%s: %v %v", backend, err, result.Drift)
+		}
+		if first := strings.Contains(payloads[0], "\n-"); first != (backend == NFT) || (len(payloads) == 1) != (backend == NFT) {
+			t.Errorf("%s: %d restores, the first with rules: %v", backend, len(payloads), first)
 		}
 	}
 }

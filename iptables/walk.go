@@ -169,10 +169,10 @@ func letsPass(target string) bool {
 	return false
 }
 
-// isTerminal says whether a target is known to end a packet's way through the table.
+// isTerminal says whether a target of others' is known to end a packet's way through the table.
 func isTerminal(target string) bool {
 	switch target {
-	case "ACCEPT", "DROP", "REJECT", "REDIRECT", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "QUEUE", "NFQUEUE", "TPROXY":
+	case "DROP", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "QUEUE", "NFQUEUE": // those that table nat takes
 		return true
 	}
 	return false

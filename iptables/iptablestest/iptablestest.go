@@ -126,6 +126,9 @@ const (
 
 // line does one line of a payload and says why it cannot.
 func (n *NAT) line(line string) (why string, late bool) {
+	if line == "" || strings.HasPrefix(line, "#") {
+		return "", false
+	}
 	if name, ok := strings.CutPrefix(line, ":"); ok {
 		name, _, _ = strings.Cut(name, " ")
 		if isBuiltin(name) {
