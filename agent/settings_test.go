@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// TestProxyIDs: a name of /etc/passwd, or a uid that needs no entry there. Never root, by whatever name: its traffic is
-// everybody's.
+// TestProxyIDs: a name of /etc/passwd, or a uid that needs no entry there. Never root, by whatever
+// name: its traffic is everybody's.
 func TestProxyIDs(t *testing.T) {
 	named, err := user.LookupId("1") // daemon or bin, with a group of the same number
 	if err != nil {
