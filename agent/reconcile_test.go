@@ -128,3 +128,62 @@ func TestSettlingAgain(t *testing.T) {
 		}
 	}
 }
+
+// TestUsable: a family that could not be used is tried each minute, and what is known of it stands while a lock is held.
+func TestUsable(t *testing.T) {
+	dir := t.TempDir()
+	put := func(name, script string) {
+		t.Helper()
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file+".new", []byte("#!/bin/sh\n"+script+"\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const (
+		works   = "[ \"$1\" != --version ] || echo 'iptables v1.8.9 (legacy)'"
+		fails   = "[ \"$1\" = --version ] && { echo 'iptables v1.8.9 (legacy)'; exit; }; echo "
+		locked  = fails + "'Another app is currently holding the xtables lock.' >&2; exit 4"
+		noTable = fails + "'Table does not exist (do you need to insmod?)' >&2; exit 3"
+	)
+	for _, name := range []string{"iptables-legacy", "ip6tables-legacy"} {
+		put(name, works)
+		put(name+"-save", "")
+		put(name+"-restore", "")
+	}
+	for _, test := range []struct {
+		name  string
+		start string
+		steps []string // what it is a minute later, and so on
+		want  []bool
+	}{
+		{"a lock held at the start", locked, []string{works}, []bool{true, true}},
+		{"no table, then a lock, then all is well", noTable, []string{locked, works, noTable}, []bool{false, false, true, true}},
+	} {
+		put("ip6tables-legacy", test.start)
+		k, err := iptables.Open(t.Context(), iptables.Options{Backend: iptables.Legacy, Path: dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &Agent{kernel: k, log: zap.NewNop()}
+		s := &familyState{family: iptables.IPv6}
+		now := time.Unix(1e9, 0)
+		for i, want := range test.want {
+			if i > 0 {
+				if a.usable(t.Context(), now.Add(retryUnusable), s) != test.want[i-1] {
+					t.Errorf("%s: tried again within a minute", test.name)
+				}
+				put("ip6tables-legacy", test.steps[i-1])
+				now = now.Add(retryUnusable + time.Second)
+			}
+			if have := a.usable(t.Context(), now, s); have != want || (s.unusable == nil) != want {
+				t.Errorf("%s: step %d: usable is %v: %v", test.name, i, have, s.unusable)
+			}
+		}
+		if len(test.want) == 4 && s.unusable != nil {
+			t.Errorf("%s: a family that works is not probed again: %v", test.name, s.unusable)
+		}
+	}
+}

@@ -4,6 +4,7 @@ package box
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -203,7 +204,20 @@ func TestLiveAttribute(t *testing.T) {
 	})
 	t.Logf("an exclude took effect in %.1f s", time.Since(start).Seconds())
 	v.platform.SetAttribute("gce-service-proxy", `{"labels": {"app": 5}}`)
-	time.Sleep(5 * time.Second)
+	time.Sleep(3 * time.Second)
+	// Over a restart, too: the agent's own user has kept the last good one.
+	v.run("systemctl", "restart", "service-proxy-agent.service")
+	v.eventually(15*time.Second, "the kept attribute is in force", func() error {
+		status := v.run("sh", "-c", "service-proxy-agent status; stat -c '%a %U' /var/lib/service-proxy-agent/attribute.json")
+		if !strings.Contains(status, "by an earlier run, and kept") || !strings.Contains(status, "600 service-proxy-agent\n") {
+			return errors.New(status)
+		}
+		return nil
+	})
+	if kept := v.run("cat", "/var/lib/service-proxy-agent/attribute.json"); !strings.Contains(kept, `"machine":"`) || !strings.Contains(kept, `"instance":"`) {
+		t.Errorf("it does not say whose it is: %s", kept)
+	}
+	agent = strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
 	if rules := v.run("iptables-save", "-t", "nat"); !excluded.MatchString(rules) {
 		t.Errorf("a malformed attribute changed the rules:\n%s", rules)
 	}
