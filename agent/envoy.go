@@ -139,7 +139,9 @@ func (w *envoyWatch) look(ctx context.Context) (wait time.Duration) {
 			return min(wait, stateEvery)
 		case envoyadmin.Look:
 			f, err := w.client.Fingerprint(ctx)
-			w.detector.Looked(began, time.Now(), f, err)
+			if w.detector.Looked(began, time.Now(), f, err) {
+				w.client.Redial()
+			}
 			w.answered(&w.dumpErr, err)
 		case envoyadmin.Dump:
 			s, err := w.client.Listeners(ctx)

@@ -443,6 +443,74 @@ func TestProcess(t *testing.T) {
 	}
 }
 
+// A process that was young when it was asked, and is known to have gone on since then, is not another after a new connection.
+func TestProcessGrowsOld(t *testing.T) {
+	e := new(envoys)
+	e.version.Store("x/1.40.0/Clean")
+	server := httptest.NewServer(e)
+	defer server.Close()
+	c, err := New(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := c.Fingerprint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.info.Asked = c.info.Asked.Add(-time.Minute) // that was a minute ago
+	e.uptime.Store(60)
+	if _, err := c.Fingerprint(t.Context()); err != nil || e.infos.Load() != 1 {
+		t.Errorf("asked %d times who it is, %v", e.infos.Load(), err)
+	}
+	c.Redial()
+	if again, err := c.Fingerprint(t.Context()); err != nil || again != first || e.infos.Load() != 2 {
+		t.Errorf("%+v, then %+v, %v; asked %d times who it is", first, again, err, e.infos.Load())
+	}
+}
+
+// The Envoy of before goes on answering on its connections after a hot restart, which took its port (seen with Envoy 1.40.0:
+// TestHotRestart of test/e2e). A new connection leads to the new one.
+func TestRedial(t *testing.T) {
+	for name, redial := range map[string]func(*Client){
+		"asked for": func(c *Client) { c.Redial() },
+		"by age":    func(c *Client) { c.redials = c.redials.Add(-connectionAge) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var e [2]envoys
+			for i := range e {
+				e[i].version.Store("x/1.40.0/Clean")
+			}
+			e[0].uptime.Store(1000)
+			old := httptest.NewServer(&e[0])
+			defer old.Close()
+			addr := old.Listener.Addr().String()
+			c, err := New(addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before, err := c.Fingerprint(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			old.Listener.Close()
+			l, err := net.Listen("tcp", addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			server := &http.Server{Handler: &e[1]}
+			go server.Serve(l)
+			defer server.Close()
+			if f, err := c.Fingerprint(t.Context()); err != nil || f != before || e[1].infos.Load() != 0 {
+				t.Fatalf("%+v, %v: the connection of before is gone", f, err)
+			}
+			redial(c)
+			if f, err := c.Fingerprint(t.Context()); err != nil || f.Process != before.Process+1 {
+				t.Errorf("got %+v, %v", f, err)
+			}
+		})
+	}
+}
+
 func TestVersions(t *testing.T) {
 	for text, want := range map[string]Version{
 		"9e55/1.40.0/Clean/RELEASE/BoringSSL": {1, 40, 0}, "9e55/1.19.0-dev/Modified/DEBUG/BoringSSL": {1, 19, 0}, "1.9.1": {1, 9, 1},

@@ -39,7 +39,7 @@ func (a Action) String() string { return [...]string{"wait", "look", "dump"}[a] 
 //		action, wait := d.Next(time.Now())
 //		switch action {
 //		case Wait: sleep, or until the log has news: d.Hint(time.Now())
-//		case Look: f, err := client.Fingerprint(ctx); d.Looked(began, time.Now(), f, err)
+//		case Look: f, err := client.Fingerprint(ctx); if d.Looked(began, time.Now(), f, err) { client.Redial() }
 //		case Dump: s, err := client.Listeners(ctx);   d.Dumped(began, time.Now(), s.Fingerprint, err)
 //		}
 //	}
@@ -54,6 +54,8 @@ type Detector struct {
 	due     time.Time       // the next look that nothing asks for
 	dumpNot time.Time       // no full dump before
 	resync  time.Time
+
+	redialed bool // since something moved, or since a look without a hint
 
 	hinted  bool
 	hint    time.Time     // the last hint
@@ -91,17 +93,22 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 	return Look, 0
 }
 
-// Looked takes in the answer of a look.
-func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) {
+// Looked takes in the answer of a look. It says whether the next shall go over a new connection: a hint that moves nothing may be of
+// an Envoy that has taken over from the one that answers (see Client.Redial). That look comes soon, and only once as long as hints go on.
+func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (redial bool) {
 	if err != nil {
 		d.failed(began, ended)
-		return
+		return false
 	}
 	d.costs = append(d.costs, ended.Sub(began))
 	d.costs = d.costs[max(0, len(d.costs)-4):]
 	moved := f != d.last
+	redial = d.hinted && !moved && !d.redialed
+	d.redialed = d.hinted && !moved
 	d.asked(began, ended, f, moved)
 	d.moved = d.moved || moved
+	d.hinted = d.hinted || redial
+	return redial
 }
 
 // Dumped takes in the answer of a full dump.

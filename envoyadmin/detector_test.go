@@ -16,7 +16,10 @@ type world struct {
 	look, dump time.Duration
 	fail       error
 
+	next Fingerprint // of the Envoy that a new connection leads to, after a hot restart
+
 	looks, dumps int
+	redials      int
 	spent        time.Duration
 	lastDump     time.Time
 	longestAfter time.Duration // from a change to a dump that holds it
@@ -45,7 +48,12 @@ func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) 
 			f := w.now()
 			time.Sleep(w.look)
 			w.looks++
-			d.Looked(began, time.Now(), f, w.fail)
+			if d.Looked(began, time.Now(), f, w.fail) {
+				w.redials++
+				if w.next != (Fingerprint{}) {
+					w.state = w.next
+				}
+			}
 		case Dump:
 			f := w.now()
 			time.Sleep(w.dump)
@@ -224,8 +232,8 @@ func TestDetectorStorm(t *testing.T) {
 			}
 		}()
 		w.drive(d, time.Minute, hints)
-		if w.looks > 70 || w.dumps > 0 {
-			t.Errorf("%d looks and %d dumps in a minute of hints", w.looks, w.dumps)
+		if w.looks > 70 || w.dumps > 0 || w.redials != 1 {
+			t.Errorf("%d looks, %d dumps and %d new connections in a minute of hints", w.looks, w.dumps, w.redials)
 		}
 		for range 60_000 { // let the other end
 			select {
@@ -243,6 +251,35 @@ func TestDetectorStorm(t *testing.T) {
 			t.Errorf("after the storm a change was seen after %v", w.longestAfter)
 		}
 	})
+}
+
+// After a hot restart the Envoy of before still answers, and the hint is of the new one.
+func TestDetectorHotRestart(t *testing.T) {
+	for name, cost := range costs {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1}}
+				d := new(Detector)
+				w.drive(d, 3*time.Minute, nil)
+				for process := range uint64(3) {
+					w.next = Fingerprint{Process: process + 2}
+					w.changed, w.longestAfter = time.Now(), 0
+					d.Hint(time.Now())
+					w.drive(d, 3*time.Minute, nil)
+					if limit := 2*cost[0] + max(soon, soonShare*cost[0]) + cost[1]; w.seen != w.next || w.longestAfter > limit {
+						t.Errorf("process %d: seen %+v after %v, want at most %v", process+2, w.seen, w.longestAfter, limit)
+					}
+				}
+				if w.redials != 3 {
+					t.Errorf("%d new connections", w.redials)
+				}
+				w.drive(d, 10*time.Minute, nil)
+				if w.redials != 3 {
+					t.Errorf("%d new connections without a hint", w.redials-3)
+				}
+			})
+		})
+	}
 }
 
 // A listener becomes active without a line in the log: while one is warming, the detector looks again soon, but not for ever.

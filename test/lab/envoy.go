@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -74,6 +75,8 @@ type EnvoyOptions struct {
 	// Bootstrap, when set, is the whole configuration, and of the above only Binary, UID and LogLevel count.
 	Bootstrap []byte
 	Args      []string // more arguments
+	// HotRestart lets Envoy.HotRestart start the next one beside it.
+	HotRestart bool
 }
 
 // Envoy is an Envoy in "vm". One after the other may run under the same value (Start, Kill, Start).
@@ -87,6 +90,7 @@ type Envoy struct {
 	mu     sync.Mutex
 	cmd    *exec.Cmd // nil: not running
 	exited chan struct{}
+	epoch  int
 }
 
 // StartEnvoy writes a bootstrap and starts an Envoy; it ends with the lab. It does not wait: see WaitReady.
@@ -119,8 +123,14 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	}
 	e := &Envoy{
 		LogPath: filepath.Join(l.Dir, "envoy.err.log"), UID: opts.UID, lab: l,
-		argv:  append([]string{opts.Binary, "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", opts.LogLevel}, opts.Args...),
+		argv:  append([]string{opts.Binary, "-c", config, "--concurrency", "1", "-l", opts.LogLevel}, opts.Args...),
 		admin: l.VM.HTTP(),
+	}
+	if opts.HotRestart {
+		// The id names shared memory of the whole machine.
+		e.argv = append(e.argv, "--base-id", fmt.Sprint(os.Getpid()), "--drain-time-s", "1", "--parent-shutdown-time-s", "60")
+	} else {
+		e.argv = append(e.argv, "--disable-hot-restart")
 	}
 	l.atEnd(func() { e.Kill() })
 	return e, e.Start()
@@ -180,6 +190,20 @@ func (e *Envoy) Start() error {
 		close(exited)
 	}()
 	return nil
+}
+
+// HotRestart starts the next Envoy beside the running one, which hands its listeners over and ends a minute later, or with the lab.
+// From now on e is the new one.
+func (e *Envoy) HotRestart() error {
+	e.mu.Lock()
+	old := *e.cmd
+	exited := e.exited
+	e.cmd = nil
+	e.epoch++
+	e.argv = append(slices.Clip(e.argv), "--restart-epoch", fmt.Sprint(e.epoch))
+	e.mu.Unlock()
+	e.lab.atEnd(func() { old.Process.Kill(); <-exited })
+	return e.Start()
 }
 
 // PID is Envoy's process, or 0.
