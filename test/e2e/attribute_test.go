@@ -88,7 +88,7 @@ func TestAttribute(t *testing.T) {
 			if !strings.Contains(text, "read at "+read.Format(time.RFC3339)) || strings.Contains(text, "by an earlier run, and kept") == row.running {
 				t.Errorf("status: %s", text)
 			}
-			eventually(t, 5*time.Second, "a new service", func() (bool, string) {
+			eventually(t, 15*time.Second, "a new service", func() (bool, string) {
 				out, err := m.Chains(t.Context(), "IPv4")
 				return err == nil && strings.Contains(out, "-d "+service(i).Prefixes[0].String()+" "), out
 			})
