@@ -517,7 +517,7 @@ func (w *Writer) succeeded(now time.Time) {
 			}
 		}
 	}
-	if !w.state.Enabled || w.state.LastError != "" || w.state.Since.IsZero() {
+	if w.state.LastError != "" || w.state.Since.IsZero() {
 		w.state.Since = now
 	}
 	w.state.Enabled, w.state.LastError = true, ""

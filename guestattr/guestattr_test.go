@@ -554,6 +554,8 @@ func TestSince(t *testing.T) {
 			{"disabled", func() { s.answer(403, "") }, true},
 			{"disabled, and unavailable", func() { s.answer(503, "") }, false},
 			{"written at last", func() { s.on(nil) }, true},
+			{"unavailable", func() { s.answer(503, "") }, true},
+			{"written", func() { s.on(nil) }, true},
 			{"disabled", func() { s.answer(403, "") }, true},
 			{"written", func() { s.on(nil) }, true},
 			{"and again", func() { s.on(nil) }, false},
@@ -633,6 +635,41 @@ func TestLongValue(t *testing.T) {
 	})
 }
 
+// TestHeartbeatAlone: a heartbeat that came too early is written when its minute is over, though nobody says another word.
+func TestHeartbeatAlone(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(AgentHeartbeat, "T0")
+		sleep(10 * time.Second)
+		w.Set(AgentHeartbeat, "T10")
+		sleep(10 * time.Minute)
+		if d := cmp.Diff([]string{"0s PUT agent-heartbeat T0", "1m0s PUT agent-heartbeat T10"}, s.seen()); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
+		}
+	})
+}
+
+// TestWaitingIsFree: values that wait for tokens, day and night, cost next to no CPU: who waits sleeps.
+func TestWaitingIsFree(t *testing.T) {
+	used := func() time.Duration {
+		var r unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+			t.Fatal(err)
+		}
+		return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+	}
+	before := used()
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		for range 60 {
+			w.Set(ProxyVersion, time.Now().String())
+			w.Set(AgentLastFailure, time.Now().String())
+			sleep(time.Minute)
+		}
+	})
+	if d := used() - before; d > 2*time.Second {
+		t.Errorf("an hour took %v of CPU", d)
+	}
+}
+
 // TestPending: a heartbeat counts once its minute is over, anything else at once.
 func TestPending(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
@@ -693,6 +730,19 @@ func TestFlush(t *testing.T) {
 		w.Set("k0", "w")
 		if err := w.Flush(t.Context()); err == nil || !strings.Contains(err.Error(), "disabled") {
 			t.Errorf("Flush while disabled = %v", err)
+		}
+	})
+	// A server that fails may answer the next time: it is waited for, and its words are the reason.
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		s.answer(503, "")
+		w.Set("k0", "v")
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if err := w.Flush(ctx); err == nil || !strings.HasPrefix(err.Error(), "write 1 guest attributes: ") || !strings.Contains(err.Error(), "503") {
+			t.Errorf("Flush of a server that fails = %v", err)
+		}
+		if d := time.Since(s.start); d != 5*time.Second {
+			t.Errorf("Flush ended after %v", d)
 		}
 	})
 }
@@ -813,7 +863,8 @@ func TestBudgetFile(t *testing.T) {
 				if first := s.queries[0].Sub(s.start); name == "future" && first < refill {
 					t.Errorf("first query after %v; want the bucket to be taken for empty", first)
 				}
-				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1, "fifo": 1}[name]; logs.Len() != want {
+				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1, "fifo": 1}[name]; logs.Len() != want ||
+					want == 1 && logs.All()[0].Message != "guest attribute budget is not kept for the next start" {
 					t.Errorf("logged %v; want %d lines", logs.All(), want)
 				}
 			})

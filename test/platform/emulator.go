@@ -124,8 +124,14 @@ func (e *Emulator) Close() error {
 		s.Close()
 	}
 	if b := e.Budget(); !b.Kept() {
-		return fmt.Errorf("guest attributes: %d queries within a minute, %d within a second, %d of ours within a minute; the budget is %d, %d and %d",
-			b.PeakPerMinute, b.PeakPerSecond, b.OursPerMinute, BudgetPerMinute, BudgetPerSecond, OursPerMinute)
+		var all []string
+		for _, r := range e.Requests() {
+			if key, ok := strings.CutPrefix(r.Path, guestPath); ok {
+				all = append(all, fmt.Sprintf("%s %s %s", r.At.UTC().Format("15:04:05.000"), r.Method, key))
+			}
+		}
+		return fmt.Errorf("guest attributes: %d queries within a minute, %d within a second, %d of ours within a minute; the budget is %d, %d and %d: %s",
+			b.PeakPerMinute, b.PeakPerSecond, b.OursPerMinute, BudgetPerMinute, BudgetPerSecond, OursPerMinute, strings.Join(all, ", "))
 	}
 	return nil
 }
