@@ -660,8 +660,10 @@ func TestWaitingIsFree(t *testing.T) {
 	before := used()
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		for range 60 {
-			w.Set(ProxyVersion, time.Now().String())
-			w.Set(AgentLastFailure, time.Now().String())
+			for _, key := range order { // with the next one more than a minute's tokens
+				w.Set(key, time.Now().String())
+			}
+			w.Set(BootstrapStatus, time.Now().String())
 			sleep(time.Minute)
 		}
 	})

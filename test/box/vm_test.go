@@ -345,6 +345,7 @@ func (v *VM) Serial() string {
 func (v *VM) boot() {
 	t := v.t
 	t.Helper()
+	v.platform.Rebooted()
 	name := fmt.Sprintf("spa-box-%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
 	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no", "--keep-unit", "--machine="+name,
 		"--network-namespace-path=/run/netns/"+v.lab.VM.Name, "--bind="+v.pts+":/dev/ttyS0", "--resolv-conf=off", "--timezone=off", "--link-journal=no",

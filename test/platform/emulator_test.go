@@ -286,12 +286,39 @@ func TestBudget(t *testing.T) {
 				if _, kept := e.GuestAttributes(namespace)[key]; kept == (c.lost > 0) || e.Budget().Lost != c.lost {
 					t.Errorf("the value is there: %v, %+v", kept, e.Budget())
 				}
+				e.Rebooted() // which makes up for nothing
 				if err := e.Close(); (err != nil) != c.exceeds {
 					t.Errorf("Close: %v", err)
 				}
 			})
 		})
 	}
+}
+
+// TestBudgetOfAReboot: a VM that starts anew has a bucket of its own again, and the VM's budget still.
+func TestBudgetOfAReboot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := platform.New(platform.VM{})
+		put := func(n int) {
+			for range n {
+				w, r := httptest.NewRecorder(), httptest.NewRequest("PUT", guest+"gce-service-proxy/k", strings.NewReader("v"))
+				r.Header.Set("Metadata-Flavor", "Google")
+				e.ServeHTTP(w, r)
+				time.Sleep(time.Second)
+			}
+		}
+		put(5)
+		e.Rebooted()
+		put(5)
+		if b := e.Budget(); !b.Kept() || b.OursPerMinute != 5 || b.PeakPerMinute != 10 {
+			t.Errorf("%+v", b)
+		}
+		e.Rebooted()
+		put(1)
+		if b := e.Budget(); b.Kept() || b.Lost != 1 {
+			t.Errorf("%+v", b)
+		}
+	})
 }
 
 func TestFaults(t *testing.T) {

@@ -31,8 +31,9 @@ const (
 
 // budget counts queries of guest attributes.
 type budget struct {
-	all, ours []time.Time
-	lost      int
+	all, ours  []time.Time
+	oursBefore int // the peak of ours, before the last start of the VM
+	lost       int
 }
 
 func (b *budget) count(now time.Time, path string) {
@@ -87,7 +88,7 @@ func (e *Emulator) Budget() Budget {
 	defer e.mu.Unlock()
 	b := &e.budget
 	return Budget{Queries: len(b.all), PeakPerMinute: peak(b.all, time.Minute), PeakPerSecond: peak(b.all, time.Second),
-		OursPerMinute: peak(b.ours, time.Minute), Lost: b.lost}
+		OursPerMinute: max(b.oursBefore, peak(b.ours, time.Minute)), Lost: b.lost}
 }
 
 // ResetBudget forgets the queries so far.
@@ -95,6 +96,15 @@ func (e *Emulator) ResetBudget() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.budget = budget{}
+}
+
+// Rebooted says that the VM starts anew: it has forgotten what it spent of its own share, which it notes in /run. The VM's
+// budget goes on.
+func (e *Emulator) Rebooted() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.budget.oursBefore = max(e.budget.oursBefore, peak(e.budget.ours, time.Minute))
+	e.budget.ours = nil
 }
 
 // GuestAttributes are the values of a namespace.
