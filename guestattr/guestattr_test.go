@@ -496,6 +496,28 @@ func TestOthersNoticed(t *testing.T) {
 	}
 }
 
+// TestReadCutShort: half an answer is no value of somebody else's.
+func TestReadCutShort(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
+		w.Set(BootstrapStatus, "FINISHED")
+		sleep(time.Minute)
+		s.on(func(w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Content-Length", "8")
+			io.WriteString(w, "FINI")
+			return false
+		})
+		sleep(checkEvery)
+		s.on(nil)
+		sleep(time.Minute)
+		if st := w.State(); st.Changed != 0 || st.Failures == 0 || st.Writes != 1 || st.LastError != "" {
+			t.Errorf("%+v; want failures and no change, and nothing written again", st)
+		}
+		if logs.Len() != 2 || logs.All()[0].Message != "guest attributes cannot be written" {
+			t.Errorf("logged %v", logs.All())
+		}
+	})
+}
+
 // TestDisabled is a VM without enable-guest-attributes=TRUE for an hour: nothing but a question every two minutes, and one
 // line. What was Set meanwhile is there within two minutes of its being enabled.
 func TestDisabled(t *testing.T) {
