@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"errors"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -151,6 +152,25 @@ func TestARefusedRuleIsLeftOutAndNamed(t *testing.T) {
 				test.check(t, openInMemory(t, m), f)
 			})
 		})
+	}
+}
+
+// Without the comment match every configuration is installed as it is but for the comments.
+func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
+	comment := regexp.MustCompile(` -m comment --comment [a-z-]+`)
+	for name, i := range interceptions() {
+		for _, f := range families {
+			i.Family = f
+			m := &iptablestest.Machine{Backend: NFT, Refuse: func(rule string) bool { return strings.Contains(rule, "-m comment") }}
+			degraded, err := openInMemory(t, m).ApplyDegraded(t.Context(), i.Ruleset(), Table{family: f})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := comment.ReplaceAllString(i.Ruleset().String(), "")
+			if got := holds(m, NFT, f).String(); got != want || len(degraded.Left) > 1 || len(degraded.Left) == 1 && degraded.Left[0].Rule != CommentMatch {
+				t.Errorf("%s %s: left out %v, installed\n%s\nwant\n%s", name, f, degraded.Left, got, want)
+			}
+		}
 	}
 }
 

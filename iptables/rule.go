@@ -158,9 +158,9 @@ func (p *parsed) ports(s string, not bool) {
 		}
 		a, err1 := strconv.ParseUint(first, 10, 16)
 		b, err2 := strconv.ParseUint(last, 10, 16)
-		if err1 != nil || err2 != nil {
-			p.unknown = true
-			continue
+		if err1 != nil || err2 != nil { // a name
+			p.unknown, p.hasDports, p.dports = true, false, nil
+			return
 		}
 		p.dports = append(p.dports, PortRange{uint16(a), uint16(b)})
 	}

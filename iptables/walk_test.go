@@ -2,6 +2,8 @@ package iptables
 
 import (
 	"net/netip"
+	"runtime/debug"
+	"strings"
 	"testing"
 )
 
@@ -70,6 +72,7 @@ func TestWalk(t *testing.T) {
 }
 
 func TestWalkAmongOthersRules(t *testing.T) {
+	debug.SetMaxStack(32 << 20) // a walk in a circle without an end is to fail soon
 	for _, test := range []struct {
 		name   string
 		output []string
@@ -93,6 +96,15 @@ func TestWalkAmongOthersRules(t *testing.T) {
 		{"not that user", []string{"-m owner ! --uid-owner 1000 -j ACCEPT", jumpOutput}, nil, Redirect},
 		{"another interface's", []string{"! -i eth0 -j ACCEPT", jumpOutput}, nil, Pass},
 		{"out of an interface", []string{"-o lo -j ACCEPT", jumpOutput}, nil, CannotTell},
+		{"an end of a chain that is gone to from another", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-g B", "-j DROP"}, "B": {"-p udp -j DROP"}}, Redirect},
+		{"a chain gone to that takes", []string{"-g A", jumpOutput}, map[string][]string{"A": {"-j DROP"}}, Taken},
+		{"a chain gone to that returns", []string{"-g A", jumpOutput}, map[string][]string{"A": {"-j RETURN", "-j DROP"}}, Pass},
+		{"an ACCEPT in a chain", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-j ACCEPT"}}, Pass},
+		{"a chain into which it may or may not go", []string{"-m set --match-set x dst -j A", jumpOutput}, map[string][]string{"A": {"-j DROP"}}, CannotTell},
+		{"a chain of others' that leads to ours", []string{"-j A"}, map[string][]string{"A": {"-j SERVICE_PROXY_OUTPUT"}}, Redirect},
+		{"a chain that was not read", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-j B"}}, CannotTell},
+		{"others' own redirect", []string{"-p tcp -j REDIRECT --to-ports 15001", jumpOutput}, nil, Taken},
+		{"nothing", nil, nil, Pass},
 	} {
 		r := serviceSet(IPv4, prefixes("10.0.0.1/32"))
 		table, err := Parse(IPv4, []byte(r.String()))
@@ -124,6 +136,11 @@ func TestShadowIsNamed(t *testing.T) {
 		{"a chain that takes", "-j A", map[string][]string{"A": {"-j B"}, "B": {"-p tcp -j DNAT --to-destination 1.1.1.1"}}, true},
 		{"gone for good", "-g A", map[string][]string{"A": nil}, true},
 		{"an unknown target", "-j WHAT", nil, true},
+		{"a chain that goes to another for good and comes back", "-j A", map[string][]string{"A": {"-g B"}, "B": {"-p udp -j DROP"}}, false},
+		{"a chain in a circle", "-j A", map[string][]string{"A": {"-j A"}}, true},
+		{"a chain that was not read", "-j A", map[string][]string{"A": {"-j B"}}, true},
+		{"all but some ports", "-p tcp -m tcp ! --dport 80 -j ACCEPT", nil, true},
+		{"any protocol", "-p all -j ACCEPT", nil, true},
 	} {
 		want := serviceSet(IPv4, prefixes("10.0.0.1/32"))
 		table, err := Parse(IPv4, []byte(want.String()))
@@ -138,6 +155,117 @@ func TestShadowIsNamed(t *testing.T) {
 		}
 		if len(drift) != 1 || drift[0] != (Drift{kind, "OUTPUT", rule}) {
 			t.Errorf("%s: got %v", test.name, drift)
+		}
+	}
+}
+
+// The jump for DNS takes UDP to port 53 alone: what stands before it and takes other packets does not shadow it.
+func TestDNSIsShadowedByWhatTakesDNS(t *testing.T) {
+	for before, shadows := range map[string]bool{
+		"-p udp -m udp --dport 53 -j ACCEPT":                true,
+		"-p udp -j ACCEPT":                                  true,
+		"-p tcp -m tcp --dport 53 -j ACCEPT":                false,
+		"-p udp -m udp --dport 54 -j ACCEPT":                false,
+		"-p udp -m udp --dport 52 -j ACCEPT":                false,
+		"-p udp -m udp --dport 1:52 -j ACCEPT":              false,
+		"-p udp -m udp --dport 1:53 -j ACCEPT":              true,
+		"-p udp -m udp --dport 53:99 -j ACCEPT":             true,
+		"-p udp -m udp --dport 54:99 -j ACCEPT":             false,
+		"-p udp -m multiport --dports 1,53 -j ACCEPT":       true,
+		"-p udp -m multiport --dports 1,54 -j ACCEPT":       false,
+		"-p udp -m udp ! --dport 54 -j ACCEPT":              true,
+		"-p udp -m udp ! --dport 53 -j ACCEPT":              true, // errs on the safe side
+		"-p tcp -j ACCEPT":                                  false,
+		"-p udp -m udp --dport 53 -j LOG":                   false,
+		"-d 10.0.0.1/32 -p udp -m udp --dport 53 -j RETURN": true,
+	} {
+		i := Interception{Family: IPv4, ProxyUID: 999, ProxyGID: 999, Jumps: true, DNSPort: 15053}
+		table := changed(t, i.Ruleset(), "-I OUTPUT 2 "+before)
+		want := Drift{JumpMoved, builtinOutput, jumpDNS}
+		if shadows {
+			want = Drift{Shadowed, builtinOutput, before}
+		}
+		if drift := Diff(i.Ruleset(), table); len(drift) != 1 || drift[0] != want {
+			t.Errorf("%s: got %v, want %v", before, drift, want)
+		}
+	}
+}
+
+// What others match a packet by, on the way to our jump. The answers are the man page's (iptables-extensions(8)).
+func TestMatches(t *testing.T) {
+	from := Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"), Dst: netip.MustParseAddrPort("10.0.0.1:443"), Proto: TCP, UID: 1000, GID: 100, Syn: true}
+	mid := from
+	mid.Syn = false
+	udp := from
+	udp.Proto, udp.Syn = UDP, false
+	in := from
+	in.Hook, in.InInterface, in.DstLocal, in.UID, in.GID = Prerouting, "eth0", true, 0, 0
+	through := in
+	through.DstLocal = false
+	for _, test := range []struct {
+		match  string
+		packet Packet
+		answer match
+	}{
+		{"", from, yes},
+		{"-p tcp", from, yes}, {"-p tcp", udp, no}, {"-p udp", udp, yes}, {"! -p tcp", from, no}, {"! -p tcp", udp, yes},
+		{"-p 6", from, yes}, {"-p 17", udp, yes}, {"-p 17", from, no}, {"-p icmp", from, no}, {"! -p icmp", from, yes},
+		{"-p all", from, yes}, {"-p 0", from, yes}, {"! -p all", from, maybe},
+		{"-s 10.0.0.9/32", from, yes}, {"-s 10.0.0.8/32", from, no}, {"! -s 10.0.0.9/32", from, no}, {"! -s 10.0.0.8/32", from, yes}, {"-s 10.0.0.9", from, yes},
+		{"-d 10.0.0.0/8", from, yes}, {"-d 11.0.0.0/8", from, no}, {"! -d 10.0.0.0/8", from, no}, {"! -d 11.0.0.0/8", from, yes}, {"-d fd00::/8", from, no},
+		{"-d 10.0.0.0/255.0.0.0", from, maybe}, {"-d example.com", from, maybe},
+		{"-i eth0", in, yes}, {"-i eth1", in, no}, {"! -i eth0", in, no}, {"! -i eth1", in, yes}, {"-i eth+", in, yes}, {"-i +", in, yes}, {"-i wlan+", in, no},
+		{"-i eth0", from, no}, {"! -i eth0", from, yes}, {"-i +", from, yes}, {"-o eth0", from, maybe},
+		{"-p tcp -m tcp --dport 443", from, yes}, {"-p tcp -m tcp --dport 444", from, no}, {"-p tcp -m tcp --dport 442", from, no},
+		{"-p tcp -m tcp ! --dport 443", from, no}, {"-p tcp -m tcp ! --dport 444", from, yes},
+		{"-p tcp -m tcp --dport 443:500", from, yes}, {"-p tcp -m tcp --dport 400:443", from, yes}, {"-p tcp -m tcp --dport 444:500", from, no}, {"-p tcp -m tcp --dport 1:442", from, no},
+		{"-p tcp -m tcp --dport :443", from, yes}, {"-p tcp -m tcp --dport 443:", from, yes}, {"-p tcp -m tcp --dport :442", from, no}, {"-p tcp -m tcp --dport 444:", from, no},
+		{"-p tcp -m tcp --dport https", from, maybe},
+		{"-p tcp -m multiport --dports 80,443", from, yes}, {"-p tcp -m multiport --dports 80,440:442", from, no}, {"-p tcp -m multiport ! --dports 80,443", from, no},
+		{"-p tcp -m tcp --syn", from, yes}, {"-p tcp -m tcp --syn", mid, no}, {"-p tcp -m tcp ! --syn", from, no}, {"-p tcp -m tcp ! --syn", mid, yes},
+		{"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN", from, yes}, {"-p tcp -m tcp --tcp-flags SYN,RST SYN", from, maybe},
+		{"-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN", udp, no},
+		{"-m owner --uid-owner 1000", from, yes}, {"-m owner --uid-owner 1001", from, no}, {"-m owner ! --uid-owner 1000", from, no}, {"-m owner ! --uid-owner 1001", from, yes},
+		{"-m owner --uid-owner 1000-2000", from, yes}, {"-m owner --uid-owner 1-1000", from, yes}, {"-m owner --uid-owner 1-999", from, no}, {"-m owner --uid-owner 1001-2000", from, no},
+		{"-m owner --gid-owner 100", from, yes}, {"-m owner --gid-owner 1000", from, no}, {"-m owner ! --gid-owner 100", from, no},
+		{"-m owner --uid-owner 0", in, no}, {"-m owner ! --uid-owner 1000", in, no}, {"-m owner --uid-owner root", from, maybe},
+		{"-m addrtype --dst-type LOCAL", in, yes}, {"-m addrtype --dst-type LOCAL", through, no}, {"-m addrtype ! --dst-type LOCAL", in, no}, {"-m addrtype ! --dst-type LOCAL", through, yes},
+		{"-m addrtype --dst-type BROADCAST", in, maybe}, {"-m conntrack --ctstate NEW", from, maybe}, {"-m set --match-set x dst", from, maybe},
+		{"-m set --match-set x dst -p udp", from, no}, // no, whatever the set says
+		{`-m comment --comment "a -p udp"`, from, yes},
+	} {
+		hook := map[Hook]string{Output: builtinOutput, Prerouting: builtinPrerouting}[test.packet.Hook]
+		table := Table{family: IPv4, chains: map[string][]string{hook: {strings.TrimSpace(test.match + " -j DROP")}}}
+		want := map[match]Action{no: Pass, maybe: CannotTell, yes: Taken}[test.answer]
+		if v := table.Walk(test.packet); v.Action != want {
+			t.Errorf("%q: %+v: got %v, want %v", test.match, test.packet, v.Action, want)
+		}
+	}
+}
+
+// Which targets end a packet's way through table nat, and which do not. Every target of iptables-extensions(8) that a nat
+// table takes, and those of netfilter itself.
+func TestTargets(t *testing.T) {
+	for action, targets := range map[Action][]string{
+		Redirect: {"", "-j LOG", "-j NFLOG --nflog-group 1", "-j ULOG", "-j MARK --set-mark 1", "-j CONNMARK --save-mark", "-j TRACE", "-j SET --add-set x src",
+			"-j CONNSECMARK --save", "-j SECMARK --selctx x", "-j AUDIT --type accept"},
+		Taken: {"-j DROP", "-j DNAT --to-destination 10.9.9.9", "-j SNAT --to-source 10.9.9.9", "-j MASQUERADE", "-j NETMAP --to 10.9.0.0/16", "-j QUEUE", "-j NFQUEUE --queue-num 1",
+			"-j REDIRECT --to-ports 15001", "-j REDIRECT"},
+		Pass:       {"-j ACCEPT", "-j RETURN"},
+		CannotTell: {"-j WHAT", "-g WHAT"},
+	} {
+		for _, target := range targets {
+			table := changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")))
+			rule := strings.TrimSpace("-p tcp " + target)
+			table = table.with(map[string][]string{"OUTPUT": {rule, jumpOutput}}, nil)
+			v := table.Walk(to("10.0.0.1:443"))
+			if v.Action != action || action != Redirect && target != "-j RETURN" && v.Rule != rule {
+				t.Errorf("%q: got %v by %q, want %v", target, v.Action, v.Rule, action)
+			}
+			drift := Diff(serviceSet(IPv4, prefixes("10.0.0.1/32")), table)
+			if shadowed := len(drift) == 1 && drift[0].Kind == Shadowed; shadowed != (action != Redirect) {
+				t.Errorf("%q: %v", target, drift)
+			}
 		}
 	}
 }
