@@ -105,7 +105,6 @@ func TestErrorsHaveClasses(t *testing.T) {
 	if !inNetns(t) {
 		return
 	}
-	want := sample(IPv4).Ruleset()
 	for _, test := range []struct {
 		name, restore string
 		is            error
@@ -119,8 +118,10 @@ func TestErrorsHaveClasses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := k.Apply(t.Context(), NewPlan(want, read(t, k, IPv4))); !errors.Is(err, test.is) {
-			t.Errorf("%s: %v", test.name, err)
+		for _, f := range families {
+			if _, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f))); !errors.Is(err, test.is) {
+				t.Errorf("%s: %s: %v", test.name, f, err)
+			}
 		}
 	}
 
@@ -216,23 +217,27 @@ func TestAnIncompatibleChainBesideOurs(t *testing.T) {
 		return
 	}
 	k := open(t, NFT)
-	want := sample(IPv4).Ruleset()
-	apply(t, k, want)
-	sh(t, "nft", "add", "chain", "ip", "nat", "theirs")
-	sh(t, "nft", "add", "rule", "ip", "nat", "theirs", "jhash", "ip", "saddr", "mod", "2", "0")
-	if save := sh(t, "iptables-nft-save", "-t", "nat"); !strings.Contains(save, "incompatible") {
-		t.Fatalf("the save is compatible:\n%s", save)
+	for f, table := range map[Family]string{IPv4: "ip", IPv6: "ip6"} {
+		want := sample(f).Ruleset()
+		apply(t, k, want)
+		sh(t, "nft", "add", "chain", table, "nat", "theirs")
+		sh(t, "nft", "add", "rule", table, "nat", "theirs", "jhash", table, "saddr", "mod", "2", "0")
+		if save := sh(t, command(NFT, f, "-save"), "-t", "nat"); !strings.Contains(save, "incompatible") {
+			t.Fatalf("%s: the save is compatible:\n%s", f, save)
+		}
+		if d := Diff(want, read(t, k, f)); len(d) > 0 {
+			t.Errorf("%s: equal rules differ: %v", f, d)
+		}
+		sh(t, command(NFT, f, ""), "-t", "nat", "-F", chainServiceCIDRs)
+		apply(t, k, want)
 	}
-	if d := Diff(want, read(t, k, IPv4)); len(d) > 0 {
-		t.Errorf("equal rules differ: %v", d)
-	}
-	sh(t, "iptables-nft", "-t", "nat", "-F", chainServiceCIDRs)
-	apply(t, k, want)
 	if _, err := k.Cleanup(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if left := sh(t, "nft", "list", "table", "ip", "nat"); strings.Contains(left, "SERVICE_PROXY") || !strings.Contains(left, "jhash") {
-		t.Errorf("after cleanup:\n%s", left)
+	for _, table := range []string{"ip", "ip6"} {
+		if left := sh(t, "nft", "list", "table", table, "nat"); strings.Contains(left, "SERVICE_PROXY") || !strings.Contains(left, "jhash") {
+			t.Errorf("after cleanup:\n%s", left)
+		}
 	}
 }
 
@@ -256,7 +261,7 @@ func TestTheOtherBackend(t *testing.T) {
 				apply(t, old, sample(f).Ruleset())
 				apply(t, used, sample(f).Ruleset())
 			}
-			before := others(t, other, IPv4)
+			before := others(t, other, IPv4) + others(t, other, IPv6)
 			found, err := used.Others(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -270,7 +275,7 @@ func TestTheOtherBackend(t *testing.T) {
 			if err != nil || len(said) == 0 {
 				t.Fatalf("%q %v", said, err)
 			}
-			if now := others(t, other, IPv4); now != before {
+			if now := others(t, other, IPv4) + others(t, other, IPv6); now != before {
 				t.Errorf("foreign rules were\n%s\nand are\n%s", before, now)
 			}
 			for _, f := range families {
