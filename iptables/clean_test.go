@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -301,6 +302,48 @@ func TestCleanupWithoutPrograms(t *testing.T) {
 		}
 		if !holds(m, NFT, IPv4).Empty() {
 			t.Error("IPv4's rules are left")
+		}
+	}
+}
+
+// What is ours in the other backend stays without its programs, and that is said.
+func TestCleanupWithoutTheOtherBackendsPrograms(t *testing.T) {
+	for _, backend := range []string{NFT, Legacy} {
+		m := &iptablestest.Machine{Backend: backend}
+		install(t, m, otherBackendOf(backend), "outbound")
+		machine := inMemory(m)
+		machine.lookPath = func(_, name string) (string, error) {
+			if strings.Contains(name, otherBackendOf(backend)) {
+				return "", fs.ErrNotExist
+			}
+			return name, nil
+		}
+		k, err := openOn(t.Context(), machine, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, clean := range map[string]func(context.Context) ([]string, error){"Cleanup": k.Cleanup, "CleanOtherBackend": k.CleanOtherBackend} {
+			if removed, err := clean(t.Context()); !errors.Is(err, ErrNoIPTables) || len(removed) > 0 {
+				t.Errorf("%s: %s: removed %q, %v", backend, name, removed, err)
+			}
+		}
+	}
+}
+
+// Only what is in the other backend goes where only that is asked for.
+func TestCleanOtherBackend(t *testing.T) {
+	for _, backend := range []string{NFT, Legacy} {
+		m := &iptablestest.Machine{Backend: backend}
+		install(t, m, NFT, "outbound")
+		install(t, m, Legacy, "outbound")
+		removed, err := openInMemory(t, m).CleanOtherBackend(t.Context())
+		if err != nil || len(removed) == 0 {
+			t.Errorf("%s: removed %q, %v", backend, removed, err)
+		}
+		for _, f := range families {
+			if holds(m, backend, f).Empty() || !holds(m, otherBackendOf(backend), f).Empty() {
+				t.Errorf("%s %s: left %v in it and %v in the other", backend, f, holds(m, backend, f), holds(m, otherBackendOf(backend), f))
+			}
 		}
 	}
 }
