@@ -89,7 +89,8 @@ func (k *Kernel) clean(ctx context.Context, t tool) (removed []string, err error
 		}
 		if n == attempts {
 			if err == nil {
-				err = fmt.Errorf("after %d times there is again %d lines to do, first %q: stop what puts it there and try again", n, plan.Len(), plan.line(2))
+				drift := Diff(Ruleset{family: t.family}, have)
+				err = fmt.Errorf("removed %d times, and there is again %q: stop what puts it there, then clean up again", n, drift[0])
 			}
 			return removed, err
 		}

@@ -123,7 +123,7 @@ func TestCleanupThatFailsSaysSo(t *testing.T) {
 				}
 				return "", 0
 			}
-		}, nil, "stop what puts it there"},
+		}, nil, `removed 3 times, and there is again "jump left over: -A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT": stop what puts it there`},
 	} {
 		for _, backend := range []string{NFT, Legacy} {
 			t.Run(test.name+"/"+backend, func(t *testing.T) {

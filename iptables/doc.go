@@ -18,6 +18,8 @@
 // (package agent's reconcile loop), or put errors into words for people (internal/symptom). It never names a chain
 // that is not ours but for the jumps in PREROUTING and OUTPUT, and it keeps no state that the kernel does not have.
 //
+// Package iptablestest is a machine's iptables in memory: the unit tests run a Kernel on it.
+//
 // Commands are run by this package itself and not through coreos/go-iptables: that one takes no context, so a start
 // could hang for ever in an iptables that waits (istio/istio#29249), and it has no restore.
 package iptables
