@@ -17,7 +17,8 @@ func write(t testing.TB, m *iptablestest.Machine, f Family, lines ...string) {
 	}
 }
 
-// A plan that is overtaken, because somebody wrote between the read and the restore, is made anew and taken.
+// A plan that is overtaken, because somebody wrote between the read and the restore, is made anew
+// and taken.
 func TestApplyMakesAPlanThatIsOvertakenAnew(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -84,7 +85,8 @@ func TestApplyGivesUp(t *testing.T) {
 	})
 }
 
-// A rule that the kernel does not take is asked for once on nft, which names it; legacy names only COMMIT.
+// A rule that the kernel does not take is asked for once on nft, which names it; legacy names only
+// COMMIT.
 func TestApplyOfARefusedRule(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }

@@ -278,8 +278,8 @@ func benchConnect(b *testing.B, k *Kernel) {
 	b.ReportMetric(float64(o)/float64(t), "ratio(max1.1)")
 }
 
-// benchIdle is what looking costs when nothing happens: a read each 1.5 s on legacy, and each five minutes on nft, where
-// the kernel tells of changes (package agent, legacyPoll and resync).
+// benchIdle is what looking costs when nothing happens: a read each 1.5 s on legacy, and each five
+// minutes on nft, where the kernel tells of changes (package agent, legacyPoll and resync).
 func benchIdle(b *testing.B, k *Kernel) {
 	want := serviceSet(IPv4, randomPrefixes(IPv4, scale, 1))
 	apply(b, k, want)

@@ -35,10 +35,11 @@ func (b *builder) addServices(services []netip.Prefix) {
 	b.addNode(chainServiceCIDRs, set, 0)
 }
 
-// addNode writes one node of the trie to chain. A node of more than nodeRows skips the bits that all of its prefixes
-// share and then becomes one chain for each value of the next nodeBits. Bits are skipped in whole steps of nodeBits so
-// that a node's name and content do not depend on its neighbours: an address elsewhere can put another level above a
-// bucket, and the bucket stays as it is.
+// addNode writes one node of the trie to chain. A node of more than nodeRows skips the bits that
+// all of its prefixes share and then becomes one chain for each value of the next nodeBits. Bits
+// are skipped in whole steps of nodeBits so that a node's name and content do not depend on its
+// neighbours: an address elsewhere can put another level above a bucket, and the bucket stays as it
+// is.
 func (b *builder) addNode(chain string, set []netip.Prefix, depth int) {
 	if len(set) <= nodeRows || depth == nodeDepth {
 		for _, p := range set {

@@ -118,8 +118,8 @@ func TestUpTo256ServicesStandAsTheyAre(t *testing.T) {
 	}
 }
 
-// At exactly 256 the rows stand as they were given, adjacent ones too; with one more they are merged, and where that
-// leaves more than 256, cut into buckets.
+// At exactly 256 the rows stand as they were given, adjacent ones too; with one more they are
+// merged, and where that leaves more than 256, cut into buckets.
 func TestTheLastPlainRow(t *testing.T) {
 	for _, f := range families {
 		next := netip.MustParseAddr("10.0.0.0")
@@ -155,8 +155,8 @@ func TestTheLastPlainRow(t *testing.T) {
 	}
 }
 
-// What buckets are for: a packet meets few rows, a write few chains. The figures are those that nodeBits was chosen by;
-// TestNestedBuckets shows that the kernel takes the deepest.
+// What buckets are for: a packet meets few rows, a write few chains. The figures are those that
+// nodeBits was chosen by; TestNestedBuckets shows that the kernel takes the deepest.
 func TestBucketsAreFewAndShort(t *testing.T) {
 	for _, f := range families {
 		for _, test := range []struct {

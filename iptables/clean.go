@@ -65,9 +65,9 @@ func (k *Kernel) CleanOtherBackend(ctx context.Context) ([]string, error) {
 	return removed, errors.Join(errs...)
 }
 
-// clean removes what is ours from one table. It goes round again as long as others' writes, or a write of which the end
-// was not seen, leave something behind. What it says was removed is what was there and is not there any more; without
-// an error nothing is left.
+// clean removes what is ours from one table. It goes round again as long as others' writes, or a
+// write of which the end was not seen, leave something behind. What it says was removed is what was
+// there and is not there any more; without an error nothing is left.
 func (k *Kernel) clean(ctx context.Context, t tool) (removed []string, err error) {
 	defer func() {
 		if err != nil {

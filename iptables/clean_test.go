@@ -14,7 +14,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
-// install puts rulesets into a machine's tables, of both families, as another run of the agent would have.
+// install puts rulesets into a machine's tables, of both families, as another run of the agent
+// would have.
 func install(t testing.TB, m *iptablestest.Machine, backend, name string) {
 	t.Helper()
 	for _, f := range families {
@@ -33,7 +34,8 @@ func otherBackendOf(backend string) string {
 	return NFT
 }
 
-// Everything of ours goes, in both families and both backends, and is named; nothing of others' does.
+// Everything of ours goes, in both families and both backends, and is named; nothing of others'
+// does.
 func TestCleanup(t *testing.T) {
 	for _, backend := range []string{NFT, Legacy} {
 		m := &iptablestest.Machine{Backend: backend}
@@ -96,8 +98,8 @@ func TestCleanupMakesNoTable(t *testing.T) {
 	}
 }
 
-// Whatever keeps the rules in, cleanup says so, and says of nothing that it was removed that is still there: whoever
-// stops Envoy after it would cut the machine off.
+// Whatever keeps the rules in, cleanup says so, and says of nothing that it was removed that is
+// still there: whoever stops Envoy after it would cut the machine off.
 func TestCleanupThatFailsSaysSo(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -105,14 +107,16 @@ func TestCleanupThatFailsSaysSo(t *testing.T) {
 		is     error  // nil: any
 		says   string // in the error
 	}{
-		// The words are those of iptables-nft-restore 1.8.9 when a chain is still led to, and of legacy for anything.
+		// The words are those of iptables-nft-restore 1.8.9 when a chain is still led to, and of
+		// legacy for anything.
 		{"a restore that refuses, nft", fails("-restore", "iptables-restore v1.8.9 (nf_tables): \nline 2: CHAIN_DEL failed (Device or resource busy): chain SERVICE_PROXY_DNS\n", 4), nil, "CHAIN_DEL failed"},
 		{"a restore that refuses, legacy", fails("-restore", "iptables-restore: line 9 failed\n", 1), nil, "line 9 failed"},
 		// iptables-legacy-restore 1.8.9 under a held lock.
 		{"a held lock", fails("-restore", "Another app is currently holding the xtables lock; still 1s 0us time ahead to have a chance to grab the lock...\nAnother app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4), ErrLocked, ""},
 		{"no right to write", fails("-restore", "iptables-restore v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n", 4), ErrNotRoot, ""},
 		{"no way to look", fails("-save", "iptables-save v1.8.9 (nf_tables): Could not fetch rule set generation id: Permission denied (you must be root)\n", 4), ErrNotRoot, ""},
-		// Not of iptables: what a restore that is killed after its time leaves Kernel with (see lostWrites).
+		// Not of iptables: what a restore that is killed after its time leaves Kernel with (see
+		// lostWrites).
 		{"a restore without an end", lostWrites, ErrCouldNotLook, "no end"},
 		{"somebody who puts the jump back each time", func(m *iptablestest.Machine) func(string, []string, string) (string, int) {
 			return func(program string, _ []string, _ string) (string, int) {
@@ -230,21 +234,23 @@ func TestCleanupLooksAgainAfterALostWrite(t *testing.T) {
 	})
 }
 
-// A chain that another program's rule leads to cannot be deleted. It is emptied, that is said once, and no error.
+// A chain that another program's rule leads to cannot be deleted. It is emptied, that is said once,
+// and no error.
 func TestCleanupOfAChainThatOthersHold(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		install(t, m, m.Backend, "outbound")
 		n := m.NAT(programOf(m.Backend, f))
-		if err := n.Restore("*nat\n:FOREIGN - [0:0]\n-A FOREIGN -j SERVICE_PROXY_REDIRECT\nCOMMIT\n", nil); err != nil {
+		empty := ":SERVICE_PROXY_B4_0A000000_3 - [0:0]\n-A FOREIGN -j SERVICE_PROXY_B4_0A000000_3\n" // of an earlier cleanup
+		if err := n.Restore("*nat\n:FOREIGN - [0:0]\n-A FOREIGN -j SERVICE_PROXY_REDIRECT\n"+empty+"COMMIT\n", nil); err != nil {
 			t.Fatal(err)
 		}
 		k := openInMemory(t, m)
 		removed, err := k.Cleanup(t.Context())
 		want := fmt.Sprintf("%s (%s) chain SERVICE_PROXY_REDIRECT with 1 rules, which stays empty because of another program's rule -A FOREIGN -j SERVICE_PROXY_REDIRECT", f, m.Backend)
-		if err != nil || !slices.Contains(removed, want) {
-			t.Errorf("%v, removed %q, want %q", err, removed, want)
+		if err != nil || !slices.Contains(removed, want) || strings.Contains(strings.Join(removed, "\n"), "SERVICE_PROXY_B4_") {
+			t.Errorf("%v, removed %q, want %q and nothing of what was empty", err, removed, want)
 		}
-		if left := holds(m, m.Backend, f); !slices.Equal(left.Chains(), []string{chainRedirect}) || left.Len() != 0 {
+		if left := holds(m, m.Backend, f); !slices.Equal(left.Chains(), []string{"SERVICE_PROXY_B4_0A000000_3", chainRedirect}) || left.Len() != 0 {
 			t.Errorf("left %s", left)
 		}
 		if removed, err := k.Cleanup(t.Context()); err != nil || len(removed) > 0 {
@@ -253,7 +259,8 @@ func TestCleanupOfAChainThatOthersHold(t *testing.T) {
 	})
 }
 
-// A family without programs or without a table has nothing of ours; one that could not be opened for another reason may.
+// A family without programs or without a table has nothing of ours; one that could not be opened
+// for another reason may.
 func TestCleanupOfAFamilyThatIsNotUsable(t *testing.T) {
 	for _, test := range []struct {
 		name, stderr string

@@ -44,7 +44,8 @@ echo "line $n: RULE_APPEND failed (No such file or directory): rule in chain X" 
 return 4`, match)
 }
 
-// As in memory, with the real programs behind one that refuses; those that differ in more than in which rule it is.
+// As in memory, with the real programs behind one that refuses; those that differ in more than in
+// which rule it is.
 func TestARefusedRuleIsLeftOutByTheRealPrograms(t *testing.T) {
 	for _, test := range refusals[:3] {
 		t.Run(strings.NewReplacer(" ", "-", ":", "").Replace(test.name), func(t *testing.T) {

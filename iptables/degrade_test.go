@@ -11,8 +11,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
-// refusal is a kernel that lacks something, and what can be installed of sample's ruleset all the same. Addresses are
-// IPv4's and stand for sample's of the other family.
+// refusal is a kernel that lacks something, and what can be installed of sample's ruleset all the
+// same. Addresses are IPv4's and stand for sample's of the other family.
 type refusal struct {
 	name   string
 	refuse []string // rules with one of these in them
@@ -174,7 +174,8 @@ func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
 	}
 }
 
-// restores counts those of a family, and says what else is to come of the n-th, counted from 1: "" lets it do its work.
+// restores counts those of a family, and says what else is to come of the n-th, counted from 1: ""
+// lets it do its work.
 func restores(m *iptablestest.Machine, f Family, answer func(n int, payload string) (stderr string, exit int)) *int {
 	n := new(int)
 	m.Before = func(program string, _ []string, stdin string) (string, int) {
@@ -187,7 +188,8 @@ func restores(m *iptablestest.Machine, f Family, answer func(n int, payload stri
 	return n
 }
 
-// The kernel is asked about each kind of rule once, whatever addresses, ports and interfaces there are.
+// The kernel is asked about each kind of rule once, whatever addresses, ports and interfaces there
+// are.
 func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		asked := func(refuse string, i Interception) int {
@@ -233,7 +235,8 @@ func TestApplyDegradedOfAKernelThatTakesEverything(t *testing.T) {
 	})
 }
 
-// When it cannot be found out what is refused, that is an error, and no part of the ruleset is installed.
+// When it cannot be found out what is refused, that is an error, and no part of the ruleset is
+// installed.
 func TestApplyDegradedThatFails(t *testing.T) {
 	const (
 		refusedLine = "iptables-restore: line 12 failed\n" // of what no kind of rule is

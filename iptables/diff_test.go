@@ -117,7 +117,8 @@ func TestDiffNamesTheDrift(t *testing.T) {
 	}
 }
 
-// Nothing wanted and nothing there is no drift; nothing wanted and something there is not a flush but what is left over.
+// Nothing wanted and nothing there is no drift; nothing wanted and something there is not a flush
+// but what is left over.
 func TestDiffOfNothing(t *testing.T) {
 	nothing := Ruleset{family: IPv4}
 	if drift := Diff(nothing, Table{family: IPv4}); len(drift) > 0 {

@@ -231,8 +231,8 @@ func (e *editor) end() int {
 	return e.edits
 }
 
-// A process with another lock file is kept apart by the kernel alone: legacy then refuses a restore as a whole. Apply makes
-// its plan anew, and when it gives up after three times, all is as it was.
+// A process with another lock file is kept apart by the kernel alone: legacy then refuses a restore
+// as a whole. Apply makes its plan anew, and when it gives up after three times, all is as it was.
 func TestLegacyWithAnotherLockFile(t *testing.T) {
 	if !inNetns(t) {
 		return

@@ -229,8 +229,9 @@ func returnFor(n named) string {
 	return "-d " + n.cidr + " -m comment --comment " + n.comment + " -j RETURN"
 }
 
-// destination is the match for a masked prefix as a save prints it, with the blank that follows, and nothing for
-// "everywhere". The C library prints an IPv6 address of 96 zero bits as ::192.0.2.1, and netip does not.
+// destination is the match for a masked prefix as a save prints it, with the blank that follows,
+// and nothing for "everywhere". The C library prints an IPv6 address of 96 zero bits as
+// ::192.0.2.1, and netip does not.
 func destination(p netip.Prefix) string {
 	if p.Bits() == 0 {
 		return ""
@@ -242,7 +243,8 @@ func destination(p netip.Prefix) string {
 	return "-d " + p.String() + " "
 }
 
-// inInterface is the match for an interface as a save prints it, with the blank that follows, and nothing for "any".
+// inInterface is the match for an interface as a save prints it, with the blank that follows, and
+// nothing for "any".
 func inInterface(name string) string {
 	if name == "+" {
 		return ""

@@ -68,7 +68,8 @@ type lastSave struct {
 	table Table
 }
 
-// machine is what a Kernel asks of the machine it runs on. The tests have one in memory (iptablestest).
+// machine is what a Kernel asks of the machine it runs on. The tests have one in memory
+// (iptablestest).
 type machine struct {
 	lookPath  func(path, name string) (string, error)
 	run       func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error

@@ -12,8 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
-// Payloads of every kind that a plan is made of, good and bad, leave the same in both and are refused in the same words
-// by both, apart from the folder and the time.
+// Payloads of every kind that a plan is made of, good and bad, leave the same in both and are
+// refused in the same words by both, apart from the folder and the time.
 func TestTheMachineInMemoryDoesAsTheRealOne(t *testing.T) {
 	payloads := []string{
 		"*nat\n:F - [0:0]\n:SERVICE_PROXY_DNS - [0:0]\n-A F -j SERVICE_PROXY_DNS\n-A SERVICE_PROXY_DNS -p tcp -j RETURN\nCOMMIT\n",

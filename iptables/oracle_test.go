@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// meant says what shall become of a packet, from the interception alone: the expectation is written in the words of the
-// domain and knows of no chain.
+// meant says what shall become of a packet, from the interception alone: the expectation is written
+// in the words of the domain and knows of no chain.
 func meant(i Interception, p Packet) (Action, uint16) {
 	dst, port := p.Dst.Addr(), p.Dst.Port()
 	in := func(list []netip.Prefix) bool {
@@ -152,8 +152,8 @@ func (w world) packet(r *rand.Rand, hook Hook) Packet {
 	return p
 }
 
-// Random packets through random configurations go where they are meant to, by the ruleset and by the table that it makes.
-// TestTheKernelAgrees plays the same on the kernel.
+// Random packets through random configurations go where they are meant to, by the ruleset and by
+// the table that it makes. TestTheKernelAgrees plays the same on the kernel.
 func TestPacketsGoWhereTheyAreMeantTo(t *testing.T) {
 	for _, f := range families {
 		w := newWorld(f)

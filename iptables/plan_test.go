@@ -210,7 +210,8 @@ func TestPlanNamesWhatItTouches(t *testing.T) {
 	}
 }
 
-// On legacy many new chains are made before the plan that fills them. Nothing leads to them until it is done.
+// On legacy many new chains are made before the plan that fills them. Nothing leads to them until
+// it is done.
 func TestNewChainsAreMadeFirst(t *testing.T) {
 	few, many := serviceSet(IPv4, randomPrefixes(IPv4, 1000, 1)), serviceSet(IPv4, randomPrefixes(IPv4, 10000, 1))
 	before := changed(t, few)

@@ -11,8 +11,8 @@ import (
 	"testing"
 )
 
-// A golden says what a save prints, so a save must print it: a rule that comes back in other words is drift for ever.
-// Each is installed over the one before.
+// A golden says what a save prints, so a save must print it: a rule that comes back in other words
+// is drift for ever. Each is installed over the one before.
 func TestGoldensAreReadBack(t *testing.T) {
 	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
 		for _, name := range slices.Sorted(maps.Keys(interceptions())) {

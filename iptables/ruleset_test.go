@@ -20,7 +20,8 @@ func prefixes(s ...string) []netip.Prefix {
 	return p
 }
 
-// interceptions are the configurations whose rulesets stand as goldens in testdata. TestGoldensAreReadBack installs them.
+// interceptions are the configurations whose rulesets stand as goldens in testdata.
+// TestGoldensAreReadBack installs them.
 func interceptions() map[string]Interception {
 	base := Interception{ProxyUID: 999, ProxyGID: 998, Jumps: true}
 	outbound := base

@@ -159,7 +159,8 @@ func TestShadowIsNamed(t *testing.T) {
 	}
 }
 
-// The jump for DNS takes UDP to port 53 alone: what stands before it and takes other packets does not shadow it.
+// The jump for DNS takes UDP to port 53 alone: what stands before it and takes other packets does
+// not shadow it.
 func TestDNSIsShadowedByWhatTakesDNS(t *testing.T) {
 	for before, shadows := range map[string]bool{
 		"-p udp -m udp --dport 53 -j ACCEPT":                true,
@@ -191,7 +192,8 @@ func TestDNSIsShadowedByWhatTakesDNS(t *testing.T) {
 	}
 }
 
-// What others match a packet by, on the way to our jump. The answers are the man page's (iptables-extensions(8)).
+// What others match a packet by, on the way to our jump. The answers are the man page's
+// (iptables-extensions(8)).
 func TestMatches(t *testing.T) {
 	from := Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"), Dst: netip.MustParseAddrPort("10.0.0.1:443"), Proto: TCP, UID: 1000, GID: 100, Syn: true}
 	mid := from
@@ -243,8 +245,8 @@ func TestMatches(t *testing.T) {
 	}
 }
 
-// Which targets end a packet's way through table nat, and which do not. Every target of iptables-extensions(8) that a nat
-// table takes, and those of netfilter itself.
+// Which targets end a packet's way through table nat, and which do not. Every target of
+// iptables-extensions(8) that a nat table takes, and those of netfilter itself.
 func TestTargets(t *testing.T) {
 	for action, targets := range map[Action][]string{
 		Redirect: {"", "-j LOG", "-j NFLOG --nflog-group 1", "-j ULOG", "-j MARK --set-mark 1", "-j CONNMARK --save-mark", "-j TRACE", "-j SET --add-set x src",

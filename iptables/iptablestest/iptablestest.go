@@ -1,9 +1,9 @@
-// Package iptablestest is a machine's iptables in memory: nat tables, and the programs that read and
-// write them, so that what runs iptables can be tested without root and without a kernel.
+// Package iptablestest is a machine's iptables in memory: nat tables, and the programs that read
+// and write them, so that what runs iptables can be tested without root and without a kernel.
 //
 // What it prints and what it exits with is what iptables 1.8.9 printed and exited with for the same
-// input, on both backends, on Linux 6.18; TestTheMachineInMemoryDoesAsTheRealOne of package iptables
-// plays the same payloads on both. What it cannot know:
+// input, on both backends, on Linux 6.18; TestTheMachineInMemoryDoesAsTheRealOne of package
+// iptables plays the same payloads on both. What it cannot know:
 //
 //   - A rule is kept word for word. The real programs print it in their own form; that the rules
 //     of package iptables are in that form is shown on the kernel, by TestGoldensAreReadBack.
@@ -87,15 +87,16 @@ type LineError struct {
 	Line int
 	Text string // the line
 	Why  string // in the words of iptables-nft-restore
-	// late says that not the program but the kernel refused: legacy then names COMMIT, which is line commit.
+	// late says that not the program but the kernel refused: legacy then names COMMIT, which is
+	// line commit.
 	late   bool
 	commit int
 }
 
 func (e *LineError) Error() string { return fmt.Sprintf("line %d %q: %s", e.Line, e.Text, e.Why) }
 
-// Restore is `iptables-restore --noflush`: all of the payload is done, or nothing and the error is a
-// *LineError. refuse says which rules ("-A CHAIN ...") the kernel does not take; it may be nil.
+// Restore is `iptables-restore --noflush`: all of the payload is done, or nothing and the error is
+// a *LineError. refuse says which rules ("-A CHAIN ...") the kernel does not take; it may be nil.
 func (n *NAT) Restore(payload string, refuse func(rule string) bool) error {
 	n.use()
 	now := &NAT{chains: maps.Clone(n.chains)}

@@ -459,8 +459,9 @@ func TestRuleDeleted(t *testing.T) {
 	})
 }
 
-// TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the byte. Where the rules
-// cannot be taken out, the exit code says so: whoever stops Envoy after a 0 would cut the machine off.
+// TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the
+// byte. Where the rules cannot be taken out, the exit code says so: whoever stops Envoy after a 0
+// would cut the machine off.
 func TestCleanup(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		ctx := within(t, 60*time.Second)
@@ -475,7 +476,8 @@ func TestCleanup(t *testing.T) {
 		must(t, a.Start())
 		must(t, a.WaitReady(ctx))
 		in := chains(t, m)
-		// A restore that refuses whatever it is given, in the words of iptables-legacy-restore 1.8.9.
+		// A restore that refuses whatever it is given, in the words of iptables-legacy-restore
+		// 1.8.9.
 		refusing := t.TempDir()
 		for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
 			must(t, os.WriteFile(filepath.Join(refusing, name), []byte("#!/bin/sh\necho \"$0: line 2 failed\" >&2\nexit 1\n"), 0o755))
