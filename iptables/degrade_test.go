@@ -301,6 +301,39 @@ func TestApplyDegradedThatFails(t *testing.T) {
 	}
 }
 
+// When what is there cannot be seen after the asking, nothing is said to be installed.
+func TestApplyDegradedThatCannotLook(t *testing.T) {
+	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
+		k := openInMemory(t, m)
+		m.Refuse = func(rule string) bool { return strings.Contains(rule, "proxy-group") }
+		asked := false
+		m.Before = func(program string, _ []string, stdin string) (string, int) {
+			asked = asked || strings.Contains(stdin, chainProbe)
+			if asked && strings.HasSuffix(program, "-save") {
+				return "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4
+			}
+			return "", 0
+		}
+		degraded, err := k.ApplyDegraded(t.Context(), sample(f).Ruleset(), Table{family: f})
+		if !errors.Is(err, ErrLocked) || !degraded.Ruleset.Empty() || !holds(m, m.Backend, f).Empty() {
+			t.Errorf("%v, installed\n%s", err, degraded.Ruleset)
+		}
+	})
+}
+
+// A family that is not usable is said to be so, before anything is asked.
+func TestApplyDegradedOfAFamilyThatIsNotUsable(t *testing.T) {
+	m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
+		if strings.Contains(program, "ip6tables") && slices.Contains(args, "-S") {
+			return "ip6tables v1.8.7 (legacy): can't initialize ip6tables table `nat': Table does not exist (do you need to insmod?)\n", 3
+		}
+		return "", 0
+	}}
+	if _, err := openInMemory(t, m).ApplyDegraded(t.Context(), sample(IPv6).Ruleset(), Table{family: IPv6}); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoTable) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // A line that is refused is named by its words, which is how people find it.
 func TestTheRefusedLineIsNamed(t *testing.T) {
 	plan := NewPlan(serviceSet(IPv4, nil), Table{family: IPv4})

@@ -100,6 +100,7 @@ func TestWalkAmongOthersRules(t *testing.T) {
 		{"a chain gone to that takes", []string{"-g A", jumpOutput}, map[string][]string{"A": {"-j DROP"}}, Taken},
 		{"a chain gone to that returns", []string{"-g A", jumpOutput}, map[string][]string{"A": {"-j RETURN", "-j DROP"}}, Pass},
 		{"an ACCEPT in a chain", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-j ACCEPT"}}, Pass},
+		{"an ACCEPT two chains deep", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-j B"}, "B": {"-j ACCEPT"}}, Pass},
 		{"a chain into which it may or may not go", []string{"-m set --match-set x dst -j A", jumpOutput}, map[string][]string{"A": {"-j DROP"}}, CannotTell},
 		{"a chain of others' that leads to ours", []string{"-j A"}, map[string][]string{"A": {"-j SERVICE_PROXY_OUTPUT"}}, Redirect},
 		{"a chain that was not read", []string{"-j A", jumpOutput}, map[string][]string{"A": {"-j B"}}, CannotTell},
@@ -156,6 +157,25 @@ func TestShadowIsNamed(t *testing.T) {
 		if len(drift) != 1 || drift[0] != (Drift{kind, "OUTPUT", rule}) {
 			t.Errorf("%s: got %v", test.name, drift)
 		}
+	}
+}
+
+// The verdict names the rule that decides, which is what explain shows, and not the one that led to its chain.
+func TestWalkNamesTheRule(t *testing.T) {
+	have := changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")), ":A - [0:0]", ":B - [0:0]", "-A A -j B", "-A B -p tcp -m tcp --dport 443 -j DROP",
+		"-A B -p tcp -m tcp --dport 444 -j ACCEPT", "-A B -m set --match-set x dst -p tcp -m tcp --dport 445 -j DROP", "-I OUTPUT 1 -j A")
+	for port, want := range map[string]Verdict{
+		"443": {Action: Taken, Chain: "B", Rule: "-p tcp -m tcp --dport 443 -j DROP"},
+		"444": {Action: Pass, Chain: "B", Rule: "-p tcp -m tcp --dport 444 -j ACCEPT"},
+		"445": {Action: CannotTell, Chain: "B", Rule: "-m set --match-set x dst -p tcp -m tcp --dport 445 -j DROP"},
+		"446": {Action: Redirect, Port: 15001, Chain: chainRedirect, Rule: "-p tcp -j REDIRECT --to-ports 15001"},
+	} {
+		if got := have.Walk(to("10.0.0.1:" + port)); got != want {
+			t.Errorf("port %s: got %+v, want %+v", port, got, want)
+		}
+	}
+	if got := have.Walk(to("10.0.0.2:446")); got != (Verdict{Action: Pass}) {
+		t.Errorf("no service: %+v", got)
 	}
 }
 
