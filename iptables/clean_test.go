@@ -343,6 +343,28 @@ func TestCleanupWithoutTheOtherBackendsPrograms(t *testing.T) {
 	}
 }
 
+// What is ours in a backend that cannot be looked into may still be there.
+func TestCleanupThatCannotLookIntoTheOtherBackend(t *testing.T) {
+	for _, backend := range []string{NFT, Legacy} {
+		m := &iptablestest.Machine{Backend: backend}
+		install(t, m, backend, "outbound")
+		machine := inMemory(m)
+		if backend == NFT {
+			machine.hasLegacy = func(Family) (bool, error) { return false, ErrCouldNotLook }
+		} else {
+			machine.natChains = func(Family) ([]string, error) { return nil, ErrCouldNotLook }
+		}
+		k, err := openOn(t.Context(), machine, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		removed, err := k.Cleanup(t.Context())
+		if !errors.Is(err, ErrCouldNotLook) || len(removed) == 0 || !holds(m, backend, IPv4).Empty() || !holds(m, backend, IPv6).Empty() {
+			t.Errorf("%s: removed %q, %v", backend, removed, err)
+		}
+	}
+}
+
 // Only what is in the other backend goes where only that is asked for.
 func TestCleanOtherBackend(t *testing.T) {
 	for _, backend := range []string{NFT, Legacy} {
