@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"context"
 	"errors"
+	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,9 +13,11 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 )
 
 const keptText = `{"proxy-spec":{"proxy-port":15101}}`
@@ -192,5 +197,179 @@ func TestTakeAttribute(t *testing.T) {
 	a.takeAttribute(attributeNews{Err: bad})
 	if a.haveConfig || a.config.ProxyPort != attribute.DefaultProxyPort || a.inForce != nil {
 		t.Errorf("another instance's is still in force: %+v", a.config)
+	}
+}
+
+// TestWatchAttribute: what the loop hears, and what is kept for the next start, for each answer of the metadata server that a
+// run may begin with.
+func TestWatchAttribute(t *testing.T) {
+	const own = "4520031799277581759"
+	kept := func(instance, machine string) *keptAttribute {
+		return &keptAttribute{Text: keptText, Read: time.Unix(1e9, 0).UTC(), Instance: instance, Machine: machine}
+	}
+	machine, here := machineSum(), uint16(15101)
+	if machine == "" { // a container without a machine-id: nothing tells that it is the same
+		here = 0
+	}
+	for _, test := range []struct {
+		name  string
+		state *keptAttribute // in the state folder
+		bad   string         // instead of it
+		code  int            // of the attribute
+		text  string
+		asks  int    // for the VM's id
+		port  uint16 // of the one in force; 0: none
+		keeps string // the text that is kept anew; "-": nothing is any more
+		logs  string
+	}{
+		{name: "a good one", code: 200, text: `{"proxy-spec":{"proxy-port":15102}}`, asks: 1, port: 15102, keeps: `{"proxy-spec":{"proxy-port":15102}}`},
+		{name: "a good one after another's", state: kept("1", "m"), code: 200, text: `{}`, asks: 1, port: 15001, keeps: `{}`},
+		{name: "missing, with nothing kept", code: 404},
+		{name: "missing", state: kept(own, "m"), code: 404, asks: 1, port: 15101},
+		{name: "malformed", state: kept(own, "m"), code: 200, text: `{"labels":1}`, asks: 1, port: 15101},
+		{name: "missing on a clone", state: kept("1", machine), code: 404, asks: 1, keeps: "-", logs: "is another instance's and is discarded"},
+		{name: "the server refuses", state: kept("1", machine), code: 403, port: here},
+		{name: "the server refuses on another machine", state: kept(own, "m"), code: 403},
+		{name: "what is kept cannot be read", bad: `{"text"`, code: 404, logs: "no attribute of an earlier run"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if test.state != nil {
+				if err := saveKept(dir, test.state); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if test.bad != "" {
+				if err := os.WriteFile(filepath.Join(dir, keptFile), []byte(test.bad), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			asks := 0
+			again := make(chan struct{}, 1) // the second look at the attribute has begun
+			looks := 0
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("ETag", "e")
+				if strings.HasSuffix(r.URL.Path, "/instance/id") { // one request at a time: the watch waits for each
+					asks++
+					io.WriteString(w, own)
+					return
+				}
+				if looks++; looks > 1 && test.code == 200 {
+					again <- struct{}{}
+					<-r.Context().Done()
+					return
+				}
+				w.WriteHeader(test.code)
+				io.WriteString(w, test.text)
+			}))
+			defer server.Close()
+			t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
+			core, logs := observer.New(zap.InfoLevel)
+			a := &Agent{
+				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: report.NewMailbox[attributeNews](), keep: report.NewMailbox[*keptAttribute](),
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan struct{})
+			go func() { defer close(ended); a.watchAttribute(ctx) }()
+			news := <-a.attributes.Get()
+			var keep *keptAttribute
+			if test.keeps != "" {
+				keep = <-a.keep.Get()
+			}
+			if test.code == 200 {
+				<-again
+			}
+			cancel()
+			<-ended
+			switch {
+			case news.Good == nil:
+				if test.port != 0 {
+					t.Errorf("none in force: %v, %v", news.Err, news.Source)
+				}
+			case news.Good.Config.ProxyPort != test.port || news.Good.Kept != (test.keeps == ""):
+				t.Errorf("in force: port %d, kept %v", news.Good.Config.ProxyPort, news.Good.Kept)
+			}
+			switch {
+			case test.keeps == "":
+				select {
+				case keep = <-a.keep.Get():
+					t.Errorf("kept: %+v", keep)
+				default:
+				}
+			case test.keeps == "-":
+				if keep != nil {
+					t.Errorf("kept: %+v, want nothing", keep)
+				}
+			case keep == nil || *keep != keptAttribute{Text: test.keeps, Read: news.Good.Read, Instance: own, Machine: machine}:
+				t.Errorf("kept: %+v", keep)
+			}
+			if asks != test.asks {
+				t.Errorf("the VM's id was asked for %d times, want %d", asks, test.asks)
+			}
+			all := logs.All()
+			if test.logs == "" && len(all) > 0 || test.logs != "" && (len(all) != 1 || !strings.Contains(all[0].Message, test.logs)) {
+				t.Errorf("logged: %v", all)
+			}
+		})
+	}
+}
+
+// TestRunHistory: what the loop and the watch leave there is in the state folder soon, and one that cannot be written
+// is said once.
+func TestRunHistory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	core, logs := observer.New(zap.InfoLevel)
+	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir}, history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute]()}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); a.runHistory(ctx) }()
+	put := func(k *keptAttribute) {
+		a.keep.Put(k)
+		a.history.Put(Failures{Over: Failure{Text: "x", First: time.Unix(1e9, 0).UTC()}})
+	}
+	wait := func(what string, holds func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(10 * time.Second); !holds(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+		}
+	}
+	put(&keptAttribute{Text: keptText})
+	wait("nothing is kept", func() bool {
+		k, err := loadKept(dir)
+		return err == nil && k != nil && k.Text == keptText && loadFailures(dir).Over.Text == "x"
+	})
+	put(nil)
+	wait("it is still kept", func() bool { k, err := loadKept(dir); return k == nil && err == nil })
+	if logs.Len() != 0 {
+		t.Errorf("logged: %v", logs.All())
+	}
+	cancel()
+	<-ended
+
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []*keptAttribute{{Text: keptText}, nil} {
+		if err := saveKept(filepath.Join(file, "state"), k); err == nil {
+			t.Errorf("no error of a folder that cannot be made: %v", k)
+		}
+	}
+	a.settings.StateDir = filepath.Join(file, "state")
+	ctx, cancel = context.WithCancel(t.Context())
+	ended = make(chan struct{})
+	go func() { defer close(ended); a.runHistory(ctx) }()
+	taken := func() bool { return len(a.keep.Get()) == 0 && len(a.history.Get()) == 0 }
+	for range 3 {
+		put(&keptAttribute{Text: keptText})
+		wait("it is not taken", taken)
+	}
+	wait("nothing is said", func() bool { return logs.Len() >= 2 })
+	cancel()
+	<-ended
+	if logs.Len() != 2 || logs.FilterMessage("the attribute is not kept").Len() != 1 || logs.FilterMessage("history is not kept").Len() != 1 {
+		t.Errorf("logged: %v", logs.All())
 	}
 }
