@@ -18,7 +18,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -208,23 +207,6 @@ func (e *envoy) fetch(path string) []byte {
 		e.t.Fatal(err)
 	}
 	return body
-}
-
-// mainThread is the CPU time of Envoy's main thread. The kernel counts it in ticks of 10 ms.
-func (e *envoy) mainThread() time.Duration {
-	e.t.Helper()
-	pid := e.cmd.Process.Pid
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", pid, pid))
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	user, _ := strconv.Atoi(fields[11])
-	system, err := strconv.Atoi(fields[12])
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
 // TestShapes pushes each shape to each Envoy and reads it back. The golden files say what is in the pushed YAML. With -update the answers of the

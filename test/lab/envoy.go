@@ -127,8 +127,10 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 		admin: l.VM.HTTP(),
 	}
 	if opts.HotRestart {
-		// The id names shared memory of the whole machine.
-		e.argv = append(e.argv, "--base-id", fmt.Sprint(os.Getpid()), "--drain-time-s", "1", "--parent-shutdown-time-s", "60")
+		// The id names shared memory of the whole machine, ten times the id, which stays there.
+		id := os.Getpid()
+		l.atEnd(func() { os.Remove(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", 10*id)) })
+		e.argv = append(e.argv, "--base-id", fmt.Sprint(id), "--drain-time-s", "1", "--parent-shutdown-time-s", "60")
 	} else {
 		e.argv = append(e.argv, "--disable-hot-restart")
 	}
