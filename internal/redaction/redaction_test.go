@@ -33,6 +33,7 @@ route_config {
 		{"1.40, another run", "goo.gle/debugproto   \n" + message + ": " + why, short},
 		{"1.36", message + ": " + why, short},
 		{"older", why + ": " + message, short},
+		{"older, a value in its first line", why + `: value: "s3cr3t) s3cr3t)"`, short},
 		{"two listeners", "Error adding/updating listener(s) a: goo.gle/debugonly    \n" + message + ": " + why + "\nb: goo.gle/debugonly    \n" + message +
 			": Proto constraint validation failed (HttpConnectionManagerValidationError.StatPrefix: value length must be at least 1 characters)",
 			short + "; Proto constraint validation failed (HttpConnectionManager.StatPrefix: value length must be at least 1 characters)"},
@@ -116,7 +117,7 @@ func FuzzText(f *testing.F) {
 		const why = "Proto constraint validation failed (AValidationError.B: value must be x)"
 		format := strings.NewReplacer("\n", "", "\r", "").Replace(value) // a header's value has none
 		texts := []string{
-			"goo.gle/debugonly  \n" + message + ": " + why, message + ": " + why, why + ": " + message,
+			"goo.gle/debugonly  \n" + message + ": " + why, message + ": " + why, why + ": " + message, why + ": value: \"" + quoted + "\"\n",
 			"Error adding/updating listener(s) l: " + message + ": " + why, "value: \"" + quoted + "\"\n" + message + ": " + why,
 			"goo.gle/debugonly  ", "value: \"" + quoted + "\"", "l: value: \"" + quoted, "Field 'f' is missing in: " + message,
 			"Incorrect configuration: " + format + secret + format + ". Couldn't find valid command at position 4",
