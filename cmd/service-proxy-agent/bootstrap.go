@@ -61,7 +61,7 @@ func bootstrapCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringVar(&opts.Config, "config", "", "`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
 	flags.StringVar(&level, "log-level", "info", "debug, info, warn or error")
-	flags.BoolVar(&rollback, "rollback", false, "bring back the Envoy and the agent before their last upgrade")
+	flags.BoolVar(&rollback, "rollback", false, "undo the last upgrade, the agent's or Envoy's, until something newer comes")
 	flags.BoolVar(&remove, "remove", false, "take everything of ours off this VM and say what was removed")
 	// For the archive's script, for --rollback and for service-proxy-rotate.service.
 	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")

@@ -32,9 +32,12 @@ const (
 
 	libDir      = "/usr/local/lib/service-proxy-agent"
 	archiveDir  = libDir + "/archive"  // the Envoy that came with the agent, if one did
-	previousDir = libDir + "/previous" // the binaries before the last upgrade, for Rollback
+	previousDir = libDir + "/previous" // the binaries that the last upgrade has replaced, for Rollback
+
+	rolledBackFile = libDir + "/rolled-back.json" // what Rollback has taken out
 
 	lockFile    = "/run/service-proxy-bootstrap.lock"
+	installLock = "/run/service-proxy-install.lock"
 	restartFile = "/run/service-proxy-envoy-restart" // Envoy has to be restarted; gone after a reboot, when it was anyway
 )
 
@@ -230,7 +233,8 @@ func (b *bootstrapper) attempt(ctx context.Context, attr Attribute) *Failure {
 		return failure
 	}
 	b.begin(StepEnvoy)
-	if failure := b.installEnvoy(ctx, cfg); failure != nil {
+	wish, failure := b.installEnvoy(ctx, cfg)
+	if failure != nil {
 		return failure
 	}
 	b.begin(StepLogs)
@@ -242,7 +246,10 @@ func (b *bootstrapper) attempt(ctx context.Context, attr Attribute) *Failure {
 		return failure
 	}
 	b.begin(StepStart)
-	return b.startEnvoy(ctx)
+	if failure := b.startEnvoy(ctx); failure != nil {
+		return failure
+	}
+	return wish
 }
 
 func attributeFailure(err error) *Failure {

@@ -12,12 +12,15 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"strings"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
@@ -27,6 +30,9 @@ const maxArchive = 512 << 20
 
 // stallLimit ends a download that sends nothing for so long. There is no limit on the whole: slow is not dead.
 var stallLimit = 30 * time.Second
+
+// retryPauses are waited before a download that failed for a reason that may pass is tried again.
+var retryPauses = []time.Duration{time.Second, 2 * time.Second, 4 * time.Second}
 
 // downloadError is a source that gave no archive. Its text never holds a URL's query or user, which may be secrets.
 type downloadError struct {
@@ -40,7 +46,24 @@ func (e *downloadError) Error() string {
 }
 func (e *downloadError) Unwrap() error { return e.err }
 
-var errChecksum = errors.New("wrong checksum")
+var (
+	errChecksum  = errors.New("wrong checksum")
+	errScheme    = errors.New("is none of gs, https, file")
+	errRedirect  = errors.New("redirected away from https, or more than 5 times")
+	errNoAccount = errors.New("the VM has no service account to read Cloud Storage with")
+)
+
+// isPermanent says of an error of open that somebody must mend it. Of a status, 408, 429 and all of 5xx may pass
+// (https://cloud.google.com/storage/docs/retry-strategy), and so may whatever the network does.
+func isPermanent(err error) bool {
+	for _, permanent := range []error{fs.ErrNotExist, errNotRegular, errScheme, errRedirect, errNoAccount} {
+		if errors.Is(err, permanent) {
+			return true
+		}
+	}
+	var status *statusError
+	return errors.As(err, &status) && status.code/100 == 4 && status.code != http.StatusRequestTimeout && status.code != http.StatusTooManyRequests
+}
 
 // redact is the URL without user, query and fragment.
 func redact(source string) string {
@@ -51,9 +74,34 @@ func redact(source string) string {
 	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).Redacted()
 }
 
-// download streams source, a gs://, https:// or file:// URL, into the file into, and checks it against #sha256=HEX on the
-// URL, else against the first word of URL.sha256 where that exists.
+// download gets source into the file into, and tries again where that may help.
 func (b *bootstrapper) download(ctx context.Context, source string, into *os.File) error {
+	for _, pause := range retryPauses {
+		err := b.downloadOnce(ctx, source, into)
+		var failed *downloadError
+		var disk *fs.PathError
+		if !errors.As(err, &failed) || failed.permanent || errors.As(err, &disk) {
+			return err
+		}
+		b.Log.Info("a download is tried again", zap.Error(err), zap.Duration("pause", pause))
+		if !sleep(ctx, pause+rand.N(pause/4)) { // a fleet that was started at once does not come back at once
+			return err
+		}
+		if err := errors.Join(into.Truncate(0), seekStart(into)); err != nil {
+			return err
+		}
+	}
+	return b.downloadOnce(ctx, source, into)
+}
+
+func seekStart(f *os.File) error {
+	_, err := f.Seek(0, io.SeekStart)
+	return err
+}
+
+// downloadOnce streams source, a gs://, https:// or file:// URL, into the file into, and checks it against #sha256=HEX on
+// the URL, else against the first word of URL.sha256 where that exists.
+func (b *bootstrapper) downloadOnce(ctx context.Context, source string, into *os.File) error {
 	fail := func(err error, permanent bool) error { return &downloadError{redact(source), err, permanent} }
 	u, err := url.Parse(source)
 	if err != nil {
@@ -88,14 +136,12 @@ func (b *bootstrapper) download(ctx context.Context, source string, into *os.Fil
 			}
 		case isAbsent(err): // nothing to check against
 		default:
-			return fail(fmt.Errorf("read its .sha256: %w", err), false)
+			return fail(fmt.Errorf("read its .sha256: %w", err), isPermanent(err))
 		}
 	}
 	body, err := b.open(ctx, u)
 	if err != nil {
-		var status *statusError
-		permanent := errors.Is(err, fs.ErrNotExist) || errors.As(err, &status) && status.code/100 == 4 && status.code != 408 && status.code != 429
-		return fail(err, permanent)
+		return fail(err, isPermanent(err))
 	}
 	defer body.Close()
 	hash := sha256.New()
@@ -109,7 +155,7 @@ func (b *bootstrapper) download(ctx context.Context, source string, into *os.Fil
 	if have := hex.EncodeToString(hash.Sum(nil)); want != "" && have != want {
 		return fail(fmt.Errorf("%w: sha256 %s, want %s", errChecksum, have, want), true)
 	}
-	if _, err := into.Seek(0, io.SeekStart); err != nil {
+	if err := seekStart(into); err != nil {
 		return fail(err, false)
 	}
 	return nil
@@ -146,7 +192,7 @@ func (b *bootstrapper) open(ctx context.Context, u *url.URL) (io.ReadCloser, err
 	case "https":
 		return b.get(ctx, u, "")
 	}
-	return nil, fmt.Errorf("scheme %q is none of gs, https, file", u.Scheme)
+	return nil, fmt.Errorf("scheme %q %w", u.Scheme, errScheme)
 }
 
 // accessToken is the token of the VM's service account.
@@ -155,7 +201,7 @@ func accessToken(ctx context.Context) (string, error) {
 	if err != nil {
 		var status *MetadataError
 		if errors.As(err, &status) && status.Code == http.StatusNotFound {
-			return "", errors.New("the VM has no service account to read Cloud Storage with")
+			return "", errNoAccount
 		}
 		return "", err
 	}
@@ -190,7 +236,7 @@ func (b *bootstrapper) get(ctx context.Context, u *url.URL, token string) (io.Re
 	}
 	client := &http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
 		if req.URL.Scheme != "https" || len(via) > 5 {
-			return errors.New("redirected away from https, or more than 5 times")
+			return errRedirect
 		}
 		return nil
 	}}

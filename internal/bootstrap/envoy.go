@@ -32,58 +32,76 @@ var MinimumEnvoy = [3]int{1, 24, 9}
 
 const envoyAdvice = "give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, or install Envoy 1.24.9 or later as " + EnvoyBinary
 
-// installEnvoy sees to a good binary at EnvoyBinary: the one there, else from primary-source, else from secondary-source, else the one that came
-// with the agent.
-func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) *Failure {
+// archiveSource is the Envoy that came with the agent, as a source.
+const archiveSource = "the agent's archive"
+
+// installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and from another source than
+// primary-source: then it gives way to that, and to nothing else. Where none works the sources are tried in turn:
+// primary-source, secondary-source, what came with the agent.
+//
+// wish is why the wanted Envoy could not be installed although another works, so that the VM goes on with what it has.
+func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (wish, failure *Failure) {
 	b.removeTemps()
-	primary := sourceSum(cfg.PrimarySource)
+	sources := []struct{ name, url string }{
+		{"primary-source", cfg.PrimarySource},
+		{"secondary-source", cfg.SecondarySource},
+		{archiveSource, b.path(filepath.Join(archiveDir, "envoy"))},
+	}
 	var refused []string
 	version, err := b.envoyVersion(ctx, EnvoyBinary)
+	works := err == nil
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		refused = append(refused, fmt.Sprintf("%s: %v", EnvoyBinary, err))
-	case b.state.PrimarySum != "" && primary != "" && b.state.PrimarySum != primary:
-		// We put it there, from what primary-source was then: another one now is a wish for that Envoy.
-		b.say("INFO", "primary-source has changed; installing Envoy from it")
-	default:
+	case works:
 		b.state.EnvoyVersion = version
-		return nil
+		left, err := b.wasRolledBack(ctx, cfg.PrimarySource)
+		if err != nil {
+			return nil, diskFailure(StepEnvoy, err)
+		}
+		if cfg.PrimarySource == "" || b.state.PrimarySum == "" || b.state.installedFrom(cfg.PrimarySource) || left {
+			return nil, nil
+		}
+		b.say("INFO", "installing Envoy from primary-source; the one here is from "+b.state.EnvoySource)
+		sources = sources[:1]
+	case !errors.Is(err, fs.ErrNotExist):
+		refused = append(refused, fmt.Sprintf("%s: %v", EnvoyBinary, err))
 	}
 
 	permanent := true
 	var last error
-	for _, source := range []struct{ name, url string }{
-		{"primary-source", cfg.PrimarySource},
-		{"secondary-source", cfg.SecondarySource},
-		{"the agent's archive", b.path(filepath.Join(archiveDir, "envoy"))},
-	} {
+	for _, source := range sources {
 		if source.url == "" {
 			continue
 		}
-		fromArchive := source.name == "the agent's archive"
-		from := redact(source.url)
+		fromArchive := source.name == archiveSource
+		from, sum := redact(source.url), sourceSum(source.url)
 		if fromArchive {
 			if _, err := os.Lstat(source.url); err != nil {
 				continue
 			}
-			from = source.name
+			from, sum = archiveSource, sourceSum(archiveSource)
 		}
 		version, err := b.installEnvoyFrom(ctx, source.url, fromArchive)
 		if err == nil {
-			b.state.EnvoyVersion, b.state.EnvoySource, b.state.PrimarySum = version, from, primary
-			if primary == "" {
-				b.state.PrimarySum = sourceSum(from)
+			if works {
+				b.state.PreviousSource, b.state.PreviousSum = b.state.EnvoySource, b.state.PrimarySum
 			}
+			b.state.EnvoyVersion, b.state.EnvoySource, b.state.PrimarySum = version, from, sum
 			b.say("INFO", fmt.Sprintf("installed Envoy %s from %s", version, from))
-			return nil
+			if cfg.PrimarySource != "" && source.name != "primary-source" {
+				b.noteFallback(strings.Join(refused, "; "))
+			}
+			return nil, nil
 		}
 		if ctx.Err() != nil {
-			return &Failure{Step: StepEnvoy, Err: ctx.Err()}
+			return nil, &Failure{Step: StepEnvoy, Err: ctx.Err()}
 		}
 		var download *downloadError
 		if !errors.As(err, &download) && !errors.Is(err, errArchive) && !errors.Is(err, errBinary) {
-			return diskFailure(StepEnvoy, err) // the disk's failure is not the source's
+			failure := diskFailure(StepEnvoy, err) // the disk's failure is not the source's
+			if works {
+				return failure, nil
+			}
+			return nil, failure
 		}
 		if errors.As(err, &download) && !download.permanent {
 			permanent = false
@@ -95,17 +113,31 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) *
 		last = err
 	}
 	if len(refused) == 0 {
-		return &Failure{Step: StepEnvoy, Err: errors.New("there is no Envoy: none on this VM, no primary-source, and none came with the agent"),
+		return nil, &Failure{Step: StepEnvoy, Err: errors.New("there is no Envoy: none on this VM, no primary-source, and none came with the agent"),
 			Advice: envoyAdvice, Permanent: true}
 	}
 	f := &Failure{Step: StepEnvoy, Err: errors.New(strings.Join(refused, "; ")), Permanent: permanent, Advice: envoyAdvice}
-	if last != nil {
+	switch {
+	case works && (b.state.installedFrom(cfg.SecondarySource) || b.state.EnvoySource == archiveSource):
+		b.noteFallback(strings.Join(refused, "; ")) // as at the first boot
+		return nil, nil
+	case works:
+		f.Advice = fmt.Sprintf("Envoy %s from %s goes on meanwhile; mend that source", b.state.EnvoyVersion, b.state.EnvoySource)
+		return f, nil
+	case last != nil:
 		f.Advice = "mend that source, or " + envoyAdvice
 		if errors.Is(last, errNoSpace) {
 			f.Advice = "make room on that disk"
 		}
 	}
-	return f
+	return nil, f
+}
+
+// noteFallback leaves a line for bootstrap-last-failure: a VM whose Envoy is not from primary-source shall be found.
+func (b *bootstrapper) noteFallback(why string) {
+	b.state.Failure = oneLine(fmt.Sprintf("%s: %s; Envoy %s from %s is used instead, and primary-source tried again at the next boot",
+		StepEnvoy, why, b.state.EnvoyVersion, b.state.EnvoySource))
+	b.state.FailureTime = time.Now()
 }
 
 var (
@@ -204,10 +236,18 @@ func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source string, from
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errBinary, err)
 	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
 	if err := b.markRestart(); err != nil {
 		return "", err
 	}
-	return version, b.replace(b.newEnvoy(), EnvoyBinary)
+	if err := b.upgrade(b.newEnvoy(), EnvoyBinary); err != nil {
+		return "", err
+	}
+	return version, nil
 }
 
 // writeNew makes a new file with this text, on the disk when it returns.
@@ -244,33 +284,6 @@ func create(path string, mode fs.FileMode) (*os.File, error) {
 		return nil, err
 	}
 	return f, f.Chmod(mode)
-}
-
-// replace moves the new file to the installed path, and what was there to previousDir.
-func (b *bootstrapper) replace(fresh, installed string) error {
-	target := b.path(installed)
-	if _, err := os.Lstat(target); err == nil {
-		previous := b.path(filepath.Join(previousDir, filepath.Base(installed)))
-		if err := os.MkdirAll(filepath.Dir(previous), 0o755); err != nil {
-			return err
-		}
-		temp := previous + ".new"
-		_ = os.Remove(temp)
-		if err := linkOrCopy(target, temp); err != nil {
-			return err
-		}
-		if err := os.Rename(temp, previous); err != nil {
-			return err
-		}
-	}
-	if err := os.Rename(fresh, target); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(target))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // linkOrCopy makes to another name of the file from, or a copy where they are on different disks. Binaries are only ever replaced, never written

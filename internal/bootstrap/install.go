@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -121,11 +122,34 @@ func (b *bootstrapper) install(ctx context.Context, dir string) *Failure {
 	if _, err := os.Stat(agent); err != nil {
 		return fail(err)
 	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	defer unlock()
+	back, err := b.readRolledBack()
+	if err != nil {
+		return fail(err)
+	}
+	sum, err := fileSum(agent)
+	if err != nil {
+		return fail(err)
+	}
+	if _, err := os.Stat(b.path(AgentBinary)); err == nil && back.Agent == hex.EncodeToString(sum[:]) {
+		b.Log.Warn("this archive's agent was rolled back on this VM, so nothing is installed; a newer archive will be, or run bootstrap --rollback again")
+		return nil
+	}
 	b.say("INFO", StepInstall)
 	// Units before the binary they run would start what is not there; the binary alone does nothing.
 	newAgent, err := b.place(agent, AgentBinary)
 	if err != nil {
 		return fail(err)
+	}
+	if back.Agent != "" {
+		back.Agent = "" // another archive has come
+		if err := b.writeRolledBack(back); err != nil {
+			return fail(err)
+		}
 	}
 	if _, err := os.Stat(filepath.Join(arch, "envoy")); err == nil {
 		if _, err := b.place(filepath.Join(arch, "envoy"), filepath.Join(archiveDir, "envoy")); err != nil {
@@ -171,15 +195,17 @@ func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
 	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
 		return false, err
 	}
-	temp := filepath.Join(filepath.Dir(target), "."+filepath.Base(target)+".new")
-	_ = os.Remove(temp)
+	temp, err := b.temp(installed)
+	if err != nil {
+		return false, err
+	}
 	if err := copyFile(from, temp, 0o755); err != nil {
 		return false, err
 	}
 	if strings.HasPrefix(installed, archiveDir) { // a source, not something installed: nothing to go back to
 		return true, os.Rename(temp, target)
 	}
-	return true, b.replace(temp, installed)
+	return true, b.upgrade(temp, installed)
 }
 
 // sameFile compares contents; an absent b is different.
@@ -209,48 +235,6 @@ func InstallUnits(ctx context.Context, opts Options) error {
 	return nil
 }
 
-// Rollback swaps agent and Envoy with those before their last upgrade, restarts what was swapped (Envoy draining), and returns what it
-// did, one line each. A second Rollback goes back.
-func Rollback(ctx context.Context, opts Options) (done []string, err error) {
-	b := newBootstrapper(opts)
-	swapped := map[string]bool{}
-	for _, installed := range []string{AgentBinary, EnvoyBinary} {
-		previous := b.path(filepath.Join(previousDir, filepath.Base(installed)))
-		if _, err := os.Stat(previous); errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		temp := b.path(filepath.Join(filepath.Dir(installed), "."+filepath.Base(installed)+".new"))
-		_ = os.Remove(temp)
-		if err := linkOrCopy(previous, temp); err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		if err := b.replace(temp, installed); err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		swapped[installed] = true
-		done = append(done, "brought back the previous "+installed)
-	}
-	if len(swapped) == 0 {
-		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
-	}
-	if swapped[AgentBinary] {
-		if out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units"); err != nil {
-			return done, fmt.Errorf("install the previous units: %w", said(err, out))
-		}
-		if out, err := b.exec(ctx, time.Minute, "systemctl", "restart", systemd.AgentUnit); err != nil {
-			return done, fmt.Errorf("roll back: %w", said(err, out))
-		}
-		done = append(done, "restarted "+systemd.AgentUnit)
-	}
-	if swapped[EnvoyBinary] {
-		if out, err := b.exec(ctx, 2*time.Minute, "systemctl", "try-restart", systemd.EnvoyUnit); err != nil {
-			return done, fmt.Errorf("roll back: %w", said(err, out))
-		}
-		done = append(done, "restarted "+systemd.EnvoyUnit+", draining its connections")
-	}
-	return done, nil
-}
-
 // Remove takes everything of ours off the VM and returns what it did and what it left, one line each. The kernel's rules go first, by clean; where that
 // fails Envoy is left running, since rules without it would cut the VM off. It goes on after any other error.
 func Remove(ctx context.Context, opts Options, clean func(context.Context) (removed []string, err error)) (done []string, err error) {
@@ -258,6 +242,14 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 	if b.Root == "" && os.Geteuid() != 0 {
 		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
 	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("remove: %w", err)
+	}
+	defer func() {
+		_ = os.Remove(b.path(installLock)) // made by this very run, at the latest
+		unlock()
+	}()
 	state, _ := ReadState(b.path(StateDir)) // without it a binary of ours is taken for the administrator's and left
 	done = b.endRetry(ctx, false)           // it would install all of it again
 	var errs []error

@@ -93,6 +93,7 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 // Rules without an Envoy would cut the VM off: where they cannot be taken out, nothing else is.
 func TestRemoveLeavesAllWhereRulesStay(t *testing.T) {
 	root := t.TempDir()
+	mkdir(t, filepath.Join(root, "run"), 0o755)
 	paths := []string{EnvoyConfig, AgentBinary}
 	for _, path := range paths {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755); err != nil {

@@ -48,7 +48,12 @@ type State struct {
 
 	EnvoyVersion string `json:"envoy_version,omitempty"` // of the installed binary
 	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
-	PrimarySum   string `json:"primary_sum,omitempty"`   // stands for what primary-source was then; "" when the binary is not ours
+	// PrimarySum stands for the source that the binary is really from; "" when it is not ours. (Earlier versions wrote
+	// primary-source's here even when the binary came from a fallback, but never in EnvoySource: see installedFrom.)
+	PrimarySum string `json:"primary_sum,omitempty"`
+	// The same of the binary that the last upgrade replaced, for Rollback.
+	PreviousSource string `json:"previous_source,omitempty"`
+	PreviousSum    string `json:"previous_sum,omitempty"`
 
 	// AttributeSum stands for the attribute's text that a finished bootstrap has brought about; see Stale.
 	AttributeSum string `json:"attribute_sum,omitempty"`
@@ -88,6 +93,11 @@ func (s State) FailureLine() string {
 // text is well-formed. (A bootstrap that has not finished watches the attribute itself.)
 func (s State) Stale(text []byte) bool {
 	return s.Status == Finished && s.AttributeSum != sourceSum(string(text))
+}
+
+// installedFrom says that the installed Envoy is from this source, a URL.
+func (s State) installedFrom(source string) bool {
+	return source != "" && s.PrimarySum == sourceSum(source) && s.EnvoySource == redact(source)
 }
 
 // ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here. The folder

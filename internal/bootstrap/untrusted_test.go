@@ -85,7 +85,7 @@ func TestPlantedFiles(t *testing.T) {
 				if have := b.lastLogLine(); strings.Contains(have, "made_users") {
 					t.Errorf("another's file is shown: %q", have)
 				}
-				if what != "link" && what != "second name of another's file" { // the attribute's word is the administrator's
+				if strings.HasPrefix(what, "FIFO") || what == "folder" { // the rest is as the attribute wants it
 					plant(t, b.path("/srv/envoy.tgz"))
 					into, err := os.Create(filepath.Join(t.TempDir(), "into"))
 					if err != nil {
@@ -110,6 +110,7 @@ func TestPlantedFiles(t *testing.T) {
 // The state is in a folder of the daemon's user: what it names as users to remove can be anything.
 func TestRemoveUsers(t *testing.T) {
 	root := t.TempDir()
+	mkdir(t, filepath.Join(root, "run"), 0o755)
 	mkdir(t, filepath.Join(root, StateDir), 0o755)
 	text, err := json.Marshal(State{MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
 	if err != nil {

@@ -377,6 +377,7 @@ func TestUpgrade(t *testing.T) {
 			v.install()
 		}},
 		{"rollback", "1.0.0", func() { t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback")) }},
+		{"a startup-script with the archive that was rolled back", "1.0.0", func() { v.install() }},
 	} {
 		load := v.startLoad(200)
 		time.Sleep(time.Second)

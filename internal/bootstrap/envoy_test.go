@@ -1,0 +1,292 @@
+package bootstrap
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+)
+
+// fakeBinary is a program for this machine as far as its header tells, and beyond that its version.
+func fakeBinary(t *testing.T, version string) string {
+	t.Helper()
+	header := elf.Header64{Type: uint16(elf.ET_EXEC), Version: uint32(elf.EV_CURRENT), Ehsize: 64,
+		Machine: uint16(map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[runtime.GOARCH])}
+	copy(header.Ident[:], elf.ELFMAG)
+	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] = byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)
+	var out bytes.Buffer
+	if err := binary.Write(&out, binary.LittleEndian, header); err != nil {
+		t.Fatal(err)
+	}
+	return out.String() + version
+}
+
+// fakeVM is a root folder with bootstrap's commands played: `envoy --version` says what fakeBinary put into the file, everything else succeeds.
+type fakeVM struct {
+	*testing.T
+	root string
+	ran  []string
+}
+
+func newFakeVM(t *testing.T) *fakeVM {
+	v := &fakeVM{T: t, root: t.TempDir()}
+	mkdir(t, filepath.Join(v.root, "run"), 0o755)
+	return v
+}
+
+func (v *fakeVM) options() Options {
+	return Options{Root: v.root, command: func(_ context.Context, cmd *exec.Cmd) error {
+		v.ran = append(v.ran, strings.Join(append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...), " "))
+		switch {
+		case len(cmd.Args) == 2 && cmd.Args[1] == "--version":
+			fmt.Fprintf(cmd.Stdout, "envoy  version: abc/%s/Clean/RELEASE/BoringSSL\n", version(v.T, cmd.Path))
+		case len(cmd.Args) > 1 && cmd.Args[1] == "is-enabled":
+			fmt.Fprintln(cmd.Stdout, "enabled")
+		}
+		return nil
+	}}
+}
+
+// version is what fakeBinary put into the file.
+func version(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return "none"
+	}
+	if err != nil || len(text) < 64 {
+		t.Fatal(name, len(text), err)
+	}
+	return string(text[64:])
+}
+
+func (v *fakeVM) put(name, text string) {
+	v.Helper()
+	mkdir(v.T, filepath.Dir(filepath.Join(v.root, name)), 0o755)
+	_ = os.Remove(filepath.Join(v.root, name)) // binaries may be linked to, and are replaced, never written to
+	if err := os.WriteFile(filepath.Join(v.root, name), []byte(text), 0o755); err != nil {
+		v.Fatal(err)
+	}
+}
+
+// bootstrap is one run as far as Envoy's binary: a boot, or a change of the attribute. A run's state is on the disk afterwards.
+func (v *fakeVM) bootstrap(cfg attribute.Config) *Failure {
+	v.Helper()
+	b := newBootstrapper(v.options())
+	state, err := ReadState(b.path(StateDir))
+	if err != nil {
+		v.Fatal(err)
+	}
+	b.state = state
+	b.state.Attempt = 1
+	wish, failure := b.installEnvoy(v.Context(), cfg)
+	b.save()
+	if failure == nil {
+		failure = wish
+	}
+	return failure
+}
+
+func (v *fakeVM) state() State {
+	v.Helper()
+	state, err := ReadState(filepath.Join(v.root, StateDir))
+	if err != nil {
+		v.Fatal(err)
+	}
+	return state
+}
+
+// sources is an https server of Envoy archives, which fails as it is told.
+type sources struct {
+	*httptest.Server
+	mu    sync.Mutex
+	fails map[string][]http.HandlerFunc // the next answers of a path, instead of its archive
+	asked map[string]int
+}
+
+// newSources serves /VERSION.tgz, an archive with that Envoy, to the VM, which trusts it.
+func newSources(t *testing.T, v *fakeVM) *sources {
+	t.Helper()
+	s := &sources{fails: map[string][]http.HandlerFunc{}, asked: map[string]int{}}
+	s.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".sha256") {
+			http.NotFound(w, r)
+			return
+		}
+		s.mu.Lock()
+		s.asked[r.URL.Path]++
+		var fail http.HandlerFunc
+		if next := s.fails[r.URL.Path]; len(next) > 0 {
+			fail, s.fails[r.URL.Path] = next[0], next[1:]
+		}
+		s.mu.Unlock()
+		if fail != nil {
+			fail(w, r)
+			return
+		}
+		name := strings.TrimSuffix(strings.TrimPrefix(r.URL.Path, "/"), ".tgz")
+		_, _ = w.Write(pack(t, file("usr/local/bin/envoy", fakeBinary(t, name))))
+	}))
+	t.Cleanup(s.Close)
+	ca, err := os.ReadFile(filepath.Join(tlsRoot(t, s.Server), caFiles[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.put(caFiles[0], string(ca))
+	quickRetries(t)
+	return s
+}
+
+// fail has the next n answers of an archive be these, in turn.
+func (s *sources) fail(name string, n int, with ...http.HandlerFunc) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fails["/"+name+".tgz"] = nil
+	for i := range n {
+		s.fails["/"+name+".tgz"] = append(s.fails["/"+name+".tgz"], with[i%len(with)])
+	}
+}
+
+// requests are how often an archive was asked for since the last call.
+func (s *sources) requests(name string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := s.asked["/"+name+".tgz"]
+	delete(s.asked, "/"+name+".tgz")
+	return n
+}
+
+func status(code int) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) }
+}
+
+// reset ends the connection in the middle of the answer.
+func reset(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Length", "1000")
+	_, _ = w.Write([]byte("half"))
+	panic(http.ErrAbortHandler)
+}
+
+const always = 1000
+
+func (s *sources) config(primary, secondary string) attribute.Config {
+	cfg := attribute.Default()
+	if primary != "" {
+		cfg.PrimarySource = s.URL + "/" + primary + ".tgz"
+	}
+	if secondary != "" {
+		cfg.SecondarySource = s.URL + "/" + secondary + ".tgz"
+	}
+	return cfg
+}
+
+// What may pass is tried again before anything else is taken; what somebody must mend is not.
+func TestDownloadRetries(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		fails int
+		with  []http.HandlerFunc
+		want  string // the Envoy
+		asked int
+	}{
+		{"429, 503, a reset, then the archive", 3, []http.HandlerFunc{status(429), status(503), reset}, "1.30.1", 4},
+		{"408 and 500", 2, []http.HandlerFunc{status(408), status(500)}, "1.30.1", 3},
+		{"503 without end", always, []http.HandlerFunc{status(503)}, "1.30.2", 4},
+		{"404", always, []http.HandlerFunc{status(404)}, "1.30.2", 1},
+		{"403", always, []http.HandlerFunc{status(403)}, "1.30.2", 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			v := newFakeVM(t)
+			s := newSources(t, v)
+			s.fail("1.30.1", tt.fails, tt.with...)
+			if f := v.bootstrap(s.config("1.30.1", "1.30.2")); f != nil {
+				t.Fatal(f)
+			}
+			if have, asked := version(t, filepath.Join(v.root, EnvoyBinary)), s.requests("1.30.1"); have != tt.want || asked != tt.asked {
+				t.Errorf("Envoy %s after %d requests, want %s after %d", have, asked, tt.want, tt.asked)
+			}
+		})
+	}
+}
+
+// A working Envoy is replaced by the wanted one only, whatever the sources do, and what is said to be installed is.
+func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
+	v := newFakeVM(t)
+	s := newSources(t, v)
+	v.put(archiveDir+"/envoy", fakeBinary(t, "1.30.9"))
+	const dead = "1.30.8" // a source that fails
+	s.fail(dead, always, status(503))
+	for i, step := range []struct {
+		name, primary, secondary string
+		brk                      func()
+		want, source             string
+		fails                    bool
+	}{
+		{"first boot, all is well", "1.30.1", "", nil, "1.30.1", "/1.30.1.tgz", false},
+		{"the wanted one cannot be had", "1.30.2", "1.30.3", func() { s.fail("1.30.2", always, status(503)) }, "1.30.1", "/1.30.1.tgz", true},
+		{"nor later", "1.30.2", "1.30.3", func() { s.fail("1.30.2", always, status(404)) }, "1.30.1", "/1.30.1.tgz", true},
+		{"it can", "1.30.2", "1.30.3", func() { s.fail("1.30.2", 0) }, "1.30.2", "/1.30.2.tgz", false},
+		{"and stays", "1.30.2", "1.30.3", func() { s.fail("1.30.2", always, status(503)) }, "1.30.2", "/1.30.2.tgz", false},
+		{"Envoy is lost, and its source away", "1.30.2", dead, func() { os.Remove(filepath.Join(v.root, EnvoyBinary)) }, "1.30.9", "the agent's archive", false},
+		{"still away: the fallback runs on", "1.30.2", dead, nil, "1.30.9", "the agent's archive", false},
+		{"a new archive is no source for a working Envoy", "1.30.2", dead, func() { v.put(archiveDir+"/envoy", fakeBinary(t, "1.31.0")) }, "1.30.9", "the agent's archive", false},
+		{"the next boot finds the source back", "1.30.2", dead, func() { s.fail("1.30.2", 0) }, "1.30.2", "/1.30.2.tgz", false},
+		{"no source is wanted any more", "", "", nil, "1.30.2", "/1.30.2.tgz", false},
+	} {
+		if step.brk != nil {
+			step.brk()
+		}
+		f := v.bootstrap(s.config(step.primary, step.secondary))
+		if (f != nil) != step.fails {
+			t.Errorf("%d %s: %v", i, step.name, f)
+		}
+		state := v.state()
+		if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != step.want || state.EnvoyVersion != step.want || !strings.HasSuffix(state.EnvoySource, step.source) {
+			t.Errorf("%d %s: Envoy %s, said to be %s from %s; want %s from %s", i, step.name, have, state.EnvoyVersion, state.EnvoySource, step.want, step.source)
+		}
+	}
+}
+
+// A state of an earlier version booked the primary source when a fallback was installed: its own other word is believed.
+func TestFallbackOfEarlierVersion(t *testing.T) {
+	v := newFakeVM(t)
+	s := newSources(t, v)
+	cfg := s.config("1.30.1", "")
+	v.put(EnvoyBinary, fakeBinary(t, "1.30.9"))
+	mkdir(t, filepath.Join(v.root, StateDir), 0o755)
+	if err := writeState(filepath.Join(v.root, StateDir), State{PrimarySum: sourceSum(cfg.PrimarySource), EnvoySource: "the agent's archive"}); err != nil {
+		t.Fatal(err)
+	}
+	if f := v.bootstrap(cfg); f != nil {
+		t.Fatal(f)
+	}
+	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.1" {
+		t.Errorf("have %s", have)
+	}
+}
+
+// An Envoy that is the administrator's is never replaced while it runs.
+func TestEnvoyOfOthersStays(t *testing.T) {
+	v := newFakeVM(t)
+	s := newSources(t, v)
+	v.put(EnvoyBinary, fakeBinary(t, "1.30.9"))
+	if f := v.bootstrap(s.config("1.30.1", "")); f != nil {
+		t.Fatal(f)
+	}
+	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.9" || v.state().PrimarySum != "" {
+		t.Errorf("have %s, %+v", have, v.state())
+	}
+}
