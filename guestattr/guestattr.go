@@ -37,6 +37,8 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
 // Namespace is the namespace of all keys, the one the closed agent used and gcloud's documents name.
@@ -71,7 +73,7 @@ var order = []string{BootstrapLastFailure, AgentLastFailure, ProxyVersion}
 
 // Options say where and how to write. The zero value is right on a VM.
 type Options struct {
-	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else 169.254.169.254
+	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else the real one, by IPv4 or IPv6
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
 	// Budget is a file, best below /run, whose modification time carries the budget over to the next start and to other programs that
 	// write: else an agent that crashes every two seconds would spend three tokens at each start.
@@ -130,7 +132,7 @@ func (v *value) dirty() bool { return !v.sure || v.want != v.written }
 
 // New returns a Writer. Nothing is sent before [Writer.Run].
 func New(o Options) *Writer {
-	host := cmp.Or(o.Host, os.Getenv("GCE_METADATA_HOST"), "169.254.169.254")
+	host := cmp.Or(o.Host, os.Getenv(metadata.HostEnv), metadata.IPv4)
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
@@ -142,7 +144,7 @@ func New(o Options) *Writer {
 		client: &http.Client{
 			// No proxy from the environment, no redirect: the metadata server is a neighbour. A query a minute gains nothing from a kept
 			// connection, which would only be found dead.
-			Transport:     &http.Transport{DialContext: o.dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10},
+			Transport:     metadata.Transport{Base: &http.Transport{DialContext: o.dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10}},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			Timeout:       queryLimit,
 		},

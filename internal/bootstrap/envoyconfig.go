@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net/http"
+	"net/netip"
 	"path"
 	"strconv"
 	"strings"
@@ -27,7 +30,7 @@ const accessLogKey = "TRAFFICDIRECTOR_ACCESS_LOG_PATH"
 // VM is what Envoy's node says of the machine.
 type VM struct {
 	Name, Zone    string // zone as in europe-west1-b
-	IP            string // of the first NIC
+	IP            string // of the first NIC; IPv6 where it has no IPv4
 	Network       string // name of the first NIC's VPC network
 	ProjectNumber string
 }
@@ -41,7 +44,6 @@ func readVM(ctx context.Context) (VM, error) {
 	}{
 		{"instance/name", &vm.Name},
 		{"instance/zone", &vm.Zone},                            // projects/N/zones/Z
-		{"instance/network-interfaces/0/ip", &vm.IP},           //
 		{"instance/network-interfaces/0/network", &vm.Network}, // projects/N/networks/X
 		{"project/numeric-project-id", &vm.ProjectNumber},
 	} {
@@ -50,8 +52,38 @@ func readVM(ctx context.Context) (VM, error) {
 			return VM{}, err
 		}
 		*want.into = path.Base(strings.TrimSpace(string(text)))
+		if *want.into == "." || *want.into == "/" {
+			return VM{}, fmt.Errorf("read %q from the metadata server: it is empty", want.path)
+		}
 	}
-	return vm, nil
+	var err error
+	vm.IP, err = readAddress(ctx)
+	return vm, err
+}
+
+// readAddress asks for the first interface's address: the IPv4 one, or else, on an IPv6-only interface, the first IPv6 one.
+func readAddress(ctx context.Context) (string, error) {
+	const ipPath, ipv6Path = "instance/network-interfaces/0/ip", "instance/network-interfaces/0/ipv6s"
+	for _, path := range []string{ipPath, ipv6Path} {
+		text, _, err := getMetadata(ctx, path, "")
+		var status *MetadataError
+		if errors.As(err, &status) && status.Code == http.StatusNotFound {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		lines := strings.Fields(string(text))
+		if len(lines) == 0 {
+			continue
+		}
+		addr, err := netip.ParseAddr(lines[0])
+		if err != nil {
+			return "", fmt.Errorf("read %q from the metadata server: %w", path, err)
+		}
+		return addr.String(), nil
+	}
+	return "", fmt.Errorf("the VM has no address: the metadata server has neither %q nor %q", ipPath, ipv6Path)
 }
 
 // envoyConfig is Envoy's configuration in Traffic Director's form, as JSON: the same bytes for the same input, so that a

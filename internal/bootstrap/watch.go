@@ -14,6 +14,7 @@ import (
 	"cloud.google.com/go/compute/metadata"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	metadatahost "github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
 // attributePath is the attribute's, relative to computeMetadata/v1/.
@@ -147,7 +148,7 @@ var metadataTransport = &http.Transport{
 type metadataAnswer struct{ etag string }
 
 func (a *metadataAnswer) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := metadataTransport.RoundTrip(req)
+	resp, err := metadatahost.Transport{Base: metadataTransport}.RoundTrip(req)
 	if err == nil {
 		a.etag = resp.Header.Get("ETag")
 		resp.Body = struct {
@@ -161,6 +162,9 @@ func (a *metadataAnswer) RoundTrip(req *http.Request) (*http.Response, error) {
 // getMetadata reads path, relative to computeMetadata/v1/. With an etag it waits up to a minute for another value. What
 // may pass (5xx, 429, a refused connection) is tried again five times within 3 s.
 func getMetadata(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
+	if err := metadatahost.CheckHost(); err != nil {
+		return nil, "", &MetadataError{Path: path, Err: err}
+	}
 	limit := 10 * time.Second
 	query := ""
 	if etag != "" {

@@ -35,7 +35,7 @@ type VM struct {
 	Name           string   // [vm-1]
 	ID             uint64   // [4520031799277581759]
 	Network        string   // [default]
-	IP, IPv6       string   // of the first interface [10.128.0.2, none]
+	IP, IPv6       string   // of the first interface [10.128.0.2, none]; "none": no IPv4
 	ServiceAccount string   // e-mail [123456789012-compute@developer.gserviceaccount.com]; "none": the VM has no account
 	Scopes         []string // [cloud-platform]
 	// Attributes are the instance's; gce-service-proxy is one of them. Project attributes are not emulated but as an empty folder.

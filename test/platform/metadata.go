@@ -154,6 +154,11 @@ func (e *Emulator) tree() folder {
 		"ip": v.IP, "mac": "42:01:0a:80:00:02", "mtu": int64(1460), "network": project + "/networks/" + v.Network,
 		"gateway": "10.128.0.1", "subnetmask": "255.255.240.0", "dns-servers": []string{"169.254.169.254"},
 	}
+	if v.IP == "none" { // an IPv6-only interface; whether the real server leaves it out or empty is not documented
+		delete(nic, "ip")
+		delete(nic, "gateway")
+		delete(nic, "subnetmask")
+	}
 	if v.IPv6 != "" {
 		nic["ipv6s"] = []string{v.IPv6}
 	}
