@@ -262,8 +262,11 @@ func (b *bootstrapper) get(ctx context.Context, u *url.URL, token string) (io.Re
 		resp.Body.Close()
 		cancel(nil)
 		hint := ""
-		if token != "" && (resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusUnauthorized) {
+		switch refused := resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusUnauthorized; {
+		case refused && token != "":
 			hint = ": grant the VM's service account roles/storage.objectViewer on the bucket"
+		case refused:
+			hint = ": it is not public, or not there; a private object of Cloud Storage is gs://BUCKET/OBJECT"
 		}
 		return nil, &statusError{resp.StatusCode, hint}
 	}

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
 // tlsRoot is a root folder whose CA file trusts the server.
@@ -134,6 +136,30 @@ func TestDownload(t *testing.T) {
 			t.Errorf("%s: the error shows the query: %v", tt.source, err)
 		}
 		into.Close()
+	}
+}
+
+// An https:// source that is private in Cloud Storage: refused with 403, its .sha256 too, which for a public one means that there is none.
+func TestDownloadPrivate(t *testing.T) {
+	quickRetries(t)
+	cloud := platform.New(platform.VM{})
+	cloud.PutObject("private", "x.tgz", []byte("the archive"))
+	cloud.PutObject("public", "x.tgz", []byte("the archive"))
+	cloud.MakePublic("public")
+	srv := httptest.NewTLSServer(cloud)
+	defer srv.Close()
+	b := newBootstrapper(Options{Root: tlsRoot(t, srv)})
+	for path, want := range map[string]string{"/public/x.tgz": "", "/private/x.tgz": "status 403 Forbidden: it is not public, or not there; a private object of Cloud Storage is gs://BUCKET/OBJECT"} {
+		into, err := os.Create(filepath.Join(t.TempDir(), "into"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer into.Close()
+		err = b.download(t.Context(), srv.URL+path, into)
+		var download *downloadError
+		if want == "" && err != nil || want != "" && (!errors.As(err, &download) || !download.permanent || !strings.HasSuffix(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", path, err, want)
+		}
 	}
 }
 

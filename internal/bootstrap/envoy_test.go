@@ -34,7 +34,9 @@ func fakeBinary(t *testing.T, version string) string {
 	return out.String() + version
 }
 
-// fakeVM is a root folder with bootstrap's commands played: `envoy --version` says what fakeBinary put into the file, everything else succeeds.
+// fakeVM is a root folder with bootstrap's commands played: `envoy --version` says what fakeBinary put into the file, in the words of the
+// real one (1.40.0 and 1.36.4, run), `systemctl is-enabled` says enabled, everything else succeeds. What the real commands do with the units
+// is the box's to show.
 type fakeVM struct {
 	*testing.T
 	root string

@@ -205,7 +205,7 @@ func TestEnvoyFailures(t *testing.T) {
 	v.check([]failure{
 		{name: "primary dead, secondary fine", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "gs://" + bucket + "/sub dir/good.tgz"})},
 		{name: "both dead", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "https://storage.googleapis.com/" + bucket + "/none.tgz?sig=SECRET"}),
-			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 401"}},
+			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 403"}},
 		{name: "truncated archive", attribute: v.put("truncated.tgz", v.good[:len(v.good)/2]), want: []string{bootstrap.StepEnvoy, "bad archive: it ends early"},
 			mend: func() { v.platform.PutObject(bucket, "truncated.tgz", v.good) }},
 		{name: "corrupt archive", attribute: v.put("corrupt.tgz", corrupt(v.good)), want: []string{bootstrap.StepEnvoy, "bad archive"}},

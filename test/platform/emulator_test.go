@@ -381,6 +381,8 @@ func TestStorage(t *testing.T) {
 	e.PutObject("b", "dir/x.tgz", []byte("content"))
 	e.PutObject("open", "y", []byte("for all"))
 	e.MakePublic("open")
+	e.PutObject("denied", "y", []byte("for others"))
+	e.Deny("denied")
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: ca.ClientConfig("storage.googleapis.com")}}
 	for _, c := range []struct {
 		path, token string
@@ -393,6 +395,10 @@ func TestStorage(t *testing.T) {
 		{"/b/dir/x.tgz", e.Token(), 200, "content"},
 		{"/b/dir/x.tgz", "another", 401, ""},
 		{"/storage/v1/b/b/o/dir%2Fx.tgz?alt=media", "", 401, ""},
+		{"/b/dir/x.tgz", "", 403, ""},
+		{"/b/absent", "", 403, ""},
+		{"/denied/y", e.Token(), 403, ""},
+		{"/storage/v1/b/denied/o/y?alt=media", e.Token(), 403, ""},
 		{"/storage/v1/b/b/o/absent?alt=media", e.Token(), 404, ""},
 		{"/open/y", "", 200, "for all"},
 		{"/open", "", 404, ""},

@@ -18,6 +18,7 @@ const storageHost = "storage.googleapis.com"
 
 type bucket struct {
 	public  bool
+	denied  bool
 	objects map[string][]byte
 }
 
@@ -42,6 +43,21 @@ func (e *Emulator) MakePublic(bucketName string) {
 	e.bucket(bucketName).public = true
 }
 
+// Deny takes the right to read a bucket from the VM's service account.
+func (e *Emulator) Deny(bucketName string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.bucket(bucketName).denied = true
+}
+
+// accessDenied is the XML form's refusal.
+func accessDenied(w http.ResponseWriter, who string) {
+	w.Header().Set("Content-Type", "application/xml; charset=UTF-8")
+	w.WriteHeader(http.StatusForbidden)
+	fmt.Fprintf(w, "<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access denied.</Message><Details>%s does not have "+
+		"storage.objects.get access to the Google Cloud Storage object. Permission 'storage.objects.get' denied on resource (or it may not exist).</Details></Error>", who)
+}
+
 func (e *Emulator) bucket(name string) *bucket {
 	if e.buckets[name] == nil {
 		e.buckets[name] = &bucket{objects: make(map[string][]byte)}
@@ -51,6 +67,15 @@ func (e *Emulator) bucket(name string) *bucket {
 
 // storage is Cloud Storage for readers: GET /storage/v1/b/BUCKET/o/OBJECT (with ?alt=media the content, else what is known of it), the same under
 // /download, and the XML form GET /BUCKET/OBJECT. A private bucket wants the VM's token. Ranges work.
+//
+// What the real one says to those who may not read, there or not there ("or it may not exist"):
+//   - XML form, no token: 403, <Code>AccessDenied</Code>, "Anonymous caller does not have storage.objects.get access"
+//     (seen by many, kubernetes/test-infra#6986 and openai/glow#60 among them; the code's status is in Cloud Storage's
+//     documentation of XML errors);
+//   - JSON form, no token: 401 with the same words (GoogleCloudPlatform/gsutil#817, "ServiceException: 401 Anonymous caller");
+//   - a token without the right: 403 in both (Superbalist/laravel-google-cloud-storage#14, reason "forbidden");
+//   - a token that is none: 401 in both (documented as authError; not seen for the XML form);
+//   - an object that is not there, to a reader who may not list the bucket (roles/storage.objectViewer may, so 404 is usual): 403, documented.
 func (e *Emulator) storage(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		apiError(w, http.StatusMethodNotAllowed, "method not allowed")
@@ -68,10 +93,23 @@ func (e *Emulator) storage(w http.ResponseWriter, r *http.Request) {
 	if b != nil {
 		content, found = b.objects[name]
 	}
-	public := b != nil && b.public
+	public, denied, account := b != nil && b.public, b != nil && b.denied, e.vm.ServiceAccount
 	e.mu.Unlock()
-	if !public && !e.authorized(w, r) {
-		return
+	if !public {
+		isJSON := strings.HasPrefix(strings.TrimPrefix(r.URL.Path, "/download"), "/storage/v1/")
+		switch {
+		case r.Header.Get("Authorization") == "" && !isJSON:
+			accessDenied(w, "Anonymous caller")
+			return
+		case !e.authorized(w, r):
+			return
+		case denied && isJSON:
+			apiError(w, http.StatusForbidden, account+" does not have storage.objects.get access to the Google Cloud Storage object.")
+			return
+		case denied:
+			accessDenied(w, account)
+			return
+		}
 	}
 	switch {
 	case !found:
