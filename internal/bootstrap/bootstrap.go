@@ -341,7 +341,7 @@ func (b *bootstrapper) save() {
 	}
 }
 
-// lock keeps a second run out until the first has ended; it waits, since the first may be the one before an upgrade.
+// lock keeps a second run out until the first has ended. It does not wait: the first may be trying for days.
 func (b *bootstrapper) lock() (unlock func(), err error) {
 	f, err := os.OpenFile(b.path(lockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {

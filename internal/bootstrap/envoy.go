@@ -60,7 +60,9 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 		if cfg.PrimarySource == "" || b.state.PrimarySum == "" || b.state.installedFrom(cfg.PrimarySource) || left {
 			return nil, nil
 		}
-		b.say("INFO", "installing Envoy from primary-source; the one here is from "+b.state.EnvoySource)
+		if b.state.Attempt == 1 {
+			b.say("INFO", "installing Envoy from primary-source; the one here is from "+b.state.EnvoySource)
+		}
 		sources = sources[:1]
 	case !errors.Is(err, fs.ErrNotExist):
 		refused = append(refused, fmt.Sprintf("%s: %v", EnvoyBinary, err))

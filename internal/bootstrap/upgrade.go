@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -245,7 +246,10 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 		}
 		done = append(done, "restarted "+systemd.AgentUnit)
 	}
-	// It looks whether all is as the attribute wants it for this version.
+	// It looks whether all is as the attribute wants it for this version; where the administrator lets it.
+	if out, _ := b.exec(ctx, time.Minute, "systemctl", "is-enabled", systemd.BootstrapUnit); strings.HasPrefix(out, "masked") {
+		return done, nil
+	}
 	return done, systemctl(time.Minute, "start", "--no-block", systemd.BootstrapUnit)
 }
 
