@@ -18,6 +18,7 @@ import (
 	"testing"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
 // fakeBinary is a program for this machine as far as its header tells, and beyond that its version.
@@ -290,5 +291,33 @@ func TestEnvoyOfOthersStays(t *testing.T) {
 	}
 	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.9" || v.state().PrimarySum != "" {
 		t.Errorf("have %s, %+v", have, v.state())
+	}
+}
+
+// The wanted Envoy is one thing, the rest of what the attribute says another: it is done with the Envoy that works.
+func TestWishDoesNotStopTheRest(t *testing.T) {
+	v := newFakeVM(t)
+	s := newSources(t, v)
+	server := httptest.NewServer(platform.New(platform.VM{}))
+	defer server.Close()
+	t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
+	t.Setenv("PATH", t.TempDir()) // no systemctl: the last step is where it ends
+	for _, program := range []string{"iptables", "iptables-restore"} {
+		v.put("/usr/sbin/"+program, "x")
+	}
+	mkdir(t, filepath.Join(v.root, LogDir), 0o770)
+	if f := v.bootstrap(s.config("1.30.1", "")); f != nil {
+		t.Fatal(f)
+	}
+	s.fail("1.30.2", always, status(503))
+	b := newBootstrapper(v.options())
+	b.state = v.state()
+	cfg := s.config("1.30.2", "")
+	cfg.Labels = map[string]string{"app": "new"}
+	if f := b.attempt(t.Context(), Attribute{Config: cfg}); f == nil || f.Step != StepStart {
+		t.Errorf("it ended with %v", f)
+	}
+	if have := read(t, filepath.Join(v.root, EnvoyConfig)); !strings.Contains(have, `"app": "new"`) {
+		t.Errorf("Envoy's configuration: %s", have)
 	}
 }

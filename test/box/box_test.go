@@ -419,6 +419,11 @@ func TestEnvoyUpgrade(t *testing.T) {
 		{"upgrade", "1.36.4", func() {
 			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
 		}},
+		{"a source that is not there", "1.36.4", func() {
+			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz"}))
+			v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "status 404", "Envoy 1.36.4 from gs://"+bucket+"/other.tgz goes on meanwhile")
+			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
+		}},
 		{"rollback", "1.40.0", func() {
 			t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback"))
 			v.bootstrapAgain()
