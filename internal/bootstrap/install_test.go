@@ -40,6 +40,7 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 					}
 				}
 				write(filepath.Join(archive, runtime.GOARCH, "service-proxy-agent"))
+				mkdir(t, filepath.Join(root, "run"), 0o755)
 				write(filepath.Join(root, "usr/local/bin")) // a file where a folder must be: it cannot be installed
 				var ran []string
 				command := func(_ context.Context, cmd *exec.Cmd) error {
