@@ -65,6 +65,7 @@ var anywhere = []rule{
 // the user and query of a URL. Of a message that breaks a constraint it keeps the path of the field
 // and the constraint.
 func Text(text string) string {
+	text = strings.TrimSpace(text)
 	if broken := constraint.FindAllStringSubmatch(text, -1); broken != nil {
 		var all []string
 		for _, b := range broken {
@@ -72,7 +73,7 @@ func Text(text string) string {
 		}
 		text = strings.Join(slices.Compact(all), "; ")
 	} else {
-		text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+		text, _, _ = strings.Cut(text, "\n")
 		text = apply(quoting, text)
 	}
 	return strings.TrimSpace(apply(anywhere, text))
@@ -84,7 +85,9 @@ func short(text string) string {
 	if i := strings.Index(text, "): "); i >= 0 {
 		text = text[:i+1]
 	}
-	text = text[:strings.LastIndexByte(text, ')')+1]
+	if i := strings.LastIndexByte(text, ')'); i >= 0 { // none in a line that was cut
+		text = text[:i+1]
+	}
 	return validation.ReplaceAllString(embedded.ReplaceAllString(text, "."), "${1}.")
 }
 

@@ -39,6 +39,7 @@ route_config {
 			short + "; Proto constraint validation failed (HttpConnectionManager.StatPrefix: value length must be at least 1 characters)"},
 		// Said twice: by the log and, at the end, to standard error.
 		{"the bootstrap, 1.40", "error `goo.gle/debugproto   \n" + message + ": " + why + "` initializing config 'goo.gle/debugproto   \n  boot.yaml'\ngoo.gle/debugproto   \n" + message + ": " + why, short},
+		{"a line that was cut", "Proto constraint validation failed (AValidationError.B: embedded message", "Proto constraint validation failed (A.B: embedded message"},
 		{"an expression", ": Proto constraint validation failed (HeaderValueValidationError.Key: value does not match regex pattern \"^[^\\x00\\n\\r]*$\")",
 			"Proto constraint validation failed (HeaderValue.Key: value does not match regex pattern \"^[^\\x00\\n\\r]*$\")"},
 		{"the log's line, 1.40", "goo.gle/debugonly    ", "[...]"},
