@@ -139,7 +139,7 @@ func (c *Client) Redial() {
 func (c *Client) answered() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if now := time.Now(); c.process > 0 && c.asOf == c.dials.Load() {
+	if now := time.Now(); c.asOf == c.dials.Load() {
 		c.info.Uptime += now.Sub(c.info.Asked)
 		c.info.Asked = now
 	}

@@ -263,8 +263,9 @@ func TestDetectorHotRestart(t *testing.T) {
 				w.drive(d, 3*time.Minute, nil)
 				for process := range uint64(3) {
 					w.next = Fingerprint{Process: process + 2}
-					w.changed, w.longestAfter = time.Now(), 0
 					d.Hint(time.Now())
+					time.Sleep(time.Millisecond) // until it is taken
+					w.changed, w.longestAfter = time.Now(), 0
 					w.drive(d, 3*time.Minute, nil)
 					if limit := 2*cost[0] + max(soon, soonShare*cost[0]) + cost[1]; w.seen != w.next || w.longestAfter > limit {
 						t.Errorf("process %d: seen %+v after %v, want at most %v", process+2, w.seen, w.longestAfter, limit)
@@ -320,8 +321,8 @@ func TestDetectorRestartAndFailure(t *testing.T) {
 		w.drive(d, time.Minute, nil)
 		w.looks, w.fail = 0, ErrRefused
 		w.drive(d, time.Minute, nil)
-		if w.looks < 55 || w.looks > 65 {
-			t.Errorf("%d questions in a minute to an Envoy that is down, want one a second", w.looks)
+		if w.looks < 55 || w.looks > 65 || w.redials > 0 {
+			t.Errorf("%d questions in a minute to an Envoy that is down, want one a second, and %d new connections beside those that fail", w.looks, w.redials)
 		}
 		w.fail = nil
 		w.state.Process = 2
