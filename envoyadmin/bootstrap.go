@@ -232,7 +232,6 @@ func (r *reader) into(v any) error {
 	if !errors.As(err, &semantic) {
 		return err
 	}
-	semantic.JSONValue = nil // it would be quoted
 	// The decoder may stand within the value. Read on to its end.
 	for r.StackDepth() > depth {
 		if _, err := r.open(); err != nil {

@@ -170,7 +170,6 @@ func unmarshal(body io.Reader, v any) error {
 		err := json.UnmarshalDecode(r.Decoder, v)
 		var semantic *json.SemanticError
 		if errors.As(err, &semantic) {
-			semantic.JSONValue = nil // it would be quoted
 			return fmt.Errorf("%w: %w", ErrNotJSON, err)
 		}
 		return err
