@@ -341,7 +341,8 @@ func (b *bootstrapper) save() {
 	}
 }
 
-// lock keeps a second run out until the first has ended. It does not wait: the first may be trying for days.
+// lock keeps a second run out until the first has ended. It does not wait: the first may be trying
+// for days.
 func (b *bootstrapper) lock() (unlock func(), err error) {
 	f, err := os.OpenFile(b.path(lockFile), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {

@@ -53,8 +53,9 @@ var (
 	errNoAccount = errors.New("the VM has no service account to read Cloud Storage with")
 )
 
-// isPermanent says of an error of open that somebody must mend it. Of a status, 408, 429 and all of 5xx may pass
-// (https://cloud.google.com/storage/docs/retry-strategy), and so may whatever the network does.
+// isPermanent says of an error of open that somebody must mend it. Of a status, 408, 429 and all of
+// 5xx may pass (https://cloud.google.com/storage/docs/retry-strategy), and so may whatever the
+// network does.
 func isPermanent(err error) bool {
 	for _, permanent := range []error{fs.ErrNotExist, errNotRegular, errScheme, errRedirect, errNoAccount} {
 		if errors.Is(err, permanent) {
@@ -99,8 +100,8 @@ func seekStart(f *os.File) error {
 	return err
 }
 
-// downloadOnce streams source, a gs://, https:// or file:// URL, into the file into, and checks it against #sha256=HEX on
-// the URL, else against the first word of URL.sha256 where that exists.
+// downloadOnce streams source, a gs://, https:// or file:// URL, into the file into, and checks it
+// against #sha256=HEX on the URL, else against the first word of URL.sha256 where that exists.
 func (b *bootstrapper) downloadOnce(ctx context.Context, source string, into *os.File) error {
 	fail := func(err error, permanent bool) error { return &downloadError{redact(source), err, permanent} }
 	u, err := url.Parse(source)

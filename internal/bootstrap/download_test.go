@@ -139,7 +139,8 @@ func TestDownload(t *testing.T) {
 	}
 }
 
-// An https:// source that is private in Cloud Storage: refused with 403, its .sha256 too, which for a public one means that there is none.
+// An https:// source that is private in Cloud Storage: refused with 403, its .sha256 too, which for
+// a public one means that there is none.
 func TestDownloadPrivate(t *testing.T) {
 	quickRetries(t)
 	cloud := platform.New(platform.VM{})
@@ -283,7 +284,8 @@ func TestUnpackEnvoy(t *testing.T) {
 	}
 }
 
-// packSparse packs one file with the PAX records of GNU tar's sparse formats (info tar, "Sparse Formats"), which Go's writer refuses to write.
+// packSparse packs one file with the PAX records of GNU tar's sparse formats (info tar, "Sparse
+// Formats"), which Go's writer refuses to write.
 func packSparse(t *testing.T, records map[string]string, content string) []byte {
 	t.Helper()
 	var pax strings.Builder

@@ -35,11 +35,13 @@ const envoyAdvice = "give primary-source=gs://BUCKET/OBJECT.tgz in --service-pro
 // archiveSource is the Envoy that came with the agent, as a source.
 const archiveSource = "the agent's archive"
 
-// installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and from another source than
-// primary-source: then it gives way to that, and to nothing else. Where none works the sources are tried in turn:
-// primary-source, secondary-source, what came with the agent.
+// installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and
+// from another source than primary-source: then it gives way to that, and to nothing else. Where
+// none works the sources are tried in turn: primary-source, secondary-source, what came with the
+// agent.
 //
-// wish is why the wanted Envoy could not be installed although another works, so that the VM goes on with what it has.
+// wish is why the wanted Envoy could not be installed although another works, so that the VM goes
+// on with what it has.
 func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (wish, failure *Failure) {
 	b.removeTemps()
 	sources := []struct{ name, url string }{
@@ -135,7 +137,8 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 	return nil, f
 }
 
-// noteFallback leaves a line for bootstrap-last-failure: a VM whose Envoy is not from primary-source shall be found.
+// noteFallback leaves a line for bootstrap-last-failure: a VM whose Envoy is not from
+// primary-source shall be found.
 func (b *bootstrapper) noteFallback(why string) {
 	b.state.Failure = oneLine(fmt.Sprintf("%s: %s; Envoy %s from %s is used instead, and primary-source tried again at the next boot",
 		StepEnvoy, why, b.state.EnvoyVersion, b.state.EnvoySource))

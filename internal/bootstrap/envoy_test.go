@@ -35,9 +35,10 @@ func fakeBinary(t *testing.T, version string) string {
 	return out.String() + version
 }
 
-// fakeVM is a root folder with bootstrap's commands played: `envoy --version` says what fakeBinary put into the file, in the words of the
-// real one (1.40.0 and 1.36.4, run), `systemctl is-enabled` says enabled, everything else succeeds. What the real commands do with the units
-// is the box's to show.
+// fakeVM is a root folder with bootstrap's commands played: `envoy --version` says what fakeBinary
+// put into the file, in the words of the real one (1.40.0 and 1.36.4, run), `systemctl is-enabled`
+// says enabled, everything else succeeds. What the real commands do with the units is the box's to
+// show.
 type fakeVM struct {
 	*testing.T
 	root string
@@ -85,7 +86,8 @@ func (v *fakeVM) put(name, text string) {
 	}
 }
 
-// bootstrap is one run as far as Envoy's binary: a boot, or a change of the attribute. A run's state is on the disk afterwards.
+// bootstrap is one run as far as Envoy's binary: a boot, or a change of the attribute. A run's
+// state is on the disk afterwards.
 func (v *fakeVM) bootstrap(cfg attribute.Config) *Failure {
 	v.Helper()
 	b := newBootstrapper(v.options())
@@ -225,7 +227,8 @@ func TestDownloadRetries(t *testing.T) {
 	}
 }
 
-// A working Envoy is replaced by the wanted one only, whatever the sources do, and what is said to be installed is.
+// A working Envoy is replaced by the wanted one only, whatever the sources do, and what is said to
+// be installed is.
 func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
 	v := newFakeVM(t)
 	s := newSources(t, v)
@@ -263,7 +266,8 @@ func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
 	}
 }
 
-// A state of an earlier version booked the primary source when a fallback was installed: its own other word is believed.
+// A state of an earlier version booked the primary source when a fallback was installed: its own
+// other word is believed.
 func TestFallbackOfEarlierVersion(t *testing.T) {
 	v := newFakeVM(t)
 	s := newSources(t, v)
@@ -294,7 +298,8 @@ func TestEnvoyOfOthersStays(t *testing.T) {
 	}
 }
 
-// The wanted Envoy is one thing, the rest of what the attribute says another: it is done with the Envoy that works.
+// The wanted Envoy is one thing, the rest of what the attribute says another: it is done with the
+// Envoy that works.
 func TestWishDoesNotStopTheRest(t *testing.T) {
 	v := newFakeVM(t)
 	s := newSources(t, v)

@@ -61,7 +61,8 @@ func readVM(ctx context.Context) (VM, error) {
 	return vm, err
 }
 
-// readAddress asks for the first interface's address: the IPv4 one, or else, on an IPv6-only interface, the first IPv6 one.
+// readAddress asks for the first interface's address: the IPv4 one, or else, on an IPv6-only
+// interface, the first IPv6 one.
 func readAddress(ctx context.Context) (string, error) {
 	const ipPath, ipv6Path = "instance/network-interfaces/0/ip", "instance/network-interfaces/0/ipv6s"
 	for _, path := range []string{ipPath, ipv6Path} {

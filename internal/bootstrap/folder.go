@@ -84,7 +84,8 @@ func oursAlone(dir *os.File) bool {
 	return unix.Fstat(int(dir.Fd()), &info) == nil && int(info.Uid) == os.Geteuid() && info.Mode&0o022 == 0
 }
 
-// openRegular opens a file to read, if it is one: whatever else has its name, a FIFO above all, would be waited for.
+// openRegular opens a file to read, if it is one: whatever else has its name, a FIFO above all,
+// would be waited for.
 func openRegular(name string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC|flags, 0)
 	if err != nil {
@@ -99,8 +100,8 @@ func openRegular(name string, flags int) (*os.File, error) {
 
 var errNotRegular = errors.New("not a regular file")
 
-// openUntrusted opens a file in a folder of another user, who may have put anything there: a link, or a second name
-// of a file that is not theirs, is not followed.
+// openUntrusted opens a file in a folder of another user, who may have put anything there: a link,
+// or a second name of a file that is not theirs, is not followed.
 func openUntrusted(name string) (*os.File, error) {
 	f, err := openRegular(name, unix.O_NOFOLLOW)
 	if err != nil {

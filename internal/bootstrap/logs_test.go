@@ -225,8 +225,8 @@ func link(t *testing.T, target, name string) {
 	}
 }
 
-// fakeAdmin is Envoy's admin interface as far as drain asks it; the names of the statistics are as Envoy 1.40 prints them (the box's
-// TestPlannedStop has the real one).
+// fakeAdmin is Envoy's admin interface as far as drain asks it; the names of the statistics are as
+// Envoy 1.40 prints them (the box's TestPlannedStop has the real one).
 type fakeAdmin struct {
 	mu     sync.Mutex
 	posted []string

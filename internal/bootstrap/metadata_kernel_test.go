@@ -14,8 +14,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// On a machine without IPv4 the attribute is read, the VM found and a guest attribute written at fd20:ce::254: with the kernel's own
-// refusal of 169.254.169.254, in a network namespace of its own, which the test enters by running itself there.
+// On a machine without IPv4 the attribute is read, the VM found and a guest attribute written at
+// fd20:ce::254: with the kernel's own refusal of 169.254.169.254, in a network namespace of its
+// own, which the test enters by running itself there.
 func TestIPv6OnlyVM(t *testing.T) {
 	if os.Getenv("IPV6_ONLY_VM") == "" {
 		cmd := exec.Command("unshare", "--net", os.Args[0], "-test.run=^TestIPv6OnlyVM$", "-test.count=1")

@@ -24,8 +24,9 @@ func vmMetadata(t *testing.T, values map[string]string) *httptest.Server {
 	return srv
 }
 
-// The VM's address is the first interface's, IPv6 where it has no IPv4; a VM whose metadata lacks something is refused by name, and not called ".".
-// ipv6s is read as one address a line, as gRPC reads it (xds/googledirectpath: "instance/network-interfaces/0/ipv6s"). Whether an IPv6-only
+// The VM's address is the first interface's, IPv6 where it has no IPv4; a VM whose metadata lacks
+// something is refused by name, and not called ".". ipv6s is read as one address a line, as gRPC
+// reads it (xds/googledirectpath: "instance/network-interfaces/0/ipv6s"). Whether an IPv6-only
 // interface has an empty ip or none is not documented: both are here.
 func TestReadVM(t *testing.T) {
 	const zone, network = "projects/987654321/zones/europe-west1-b", "projects/987654321/networks/default"

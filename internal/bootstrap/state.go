@@ -48,8 +48,9 @@ type State struct {
 
 	EnvoyVersion string `json:"envoy_version,omitempty"` // of the installed binary
 	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
-	// PrimarySum stands for the source that the binary is really from; "" when it is not ours. (Earlier versions wrote
-	// primary-source's here even when the binary came from a fallback, but never in EnvoySource: see installedFrom.)
+	// PrimarySum stands for the source that the binary is really from; "" when it is not ours.
+	// (Earlier versions wrote primary-source's here even when the binary came from a fallback, but
+	// never in EnvoySource: see installedFrom.)
 	PrimarySum string `json:"primary_sum,omitempty"`
 	// The same of the binary that the last upgrade replaced, for Rollback.
 	PreviousSource string `json:"previous_source,omitempty"`
@@ -100,8 +101,9 @@ func (s State) installedFrom(source string) bool {
 	return source != "" && s.PrimarySum == sourceSum(source) && s.EnvoySource == redact(source)
 }
 
-// ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never started here. The folder
-// belongs to the daemon's user: root reads what that user may have written, and must believe nothing that would harm.
+// ReadState reads the state from dir. Without a file it is the zero State: bootstrap was never
+// started here. The folder belongs to the daemon's user: root reads what that user may have
+// written, and must believe nothing that would harm.
 func ReadState(dir string) (State, error) {
 	var state State
 	text, err := readUntrusted(filepath.Join(dir, StateFile), maxState)

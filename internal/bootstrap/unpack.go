@@ -59,7 +59,8 @@ func unpackEnvoy(archive io.Reader, into io.Writer) error {
 			return fmt.Errorf("%w: it holds %s twice", errArchive, envoyInArchive)
 		}
 		found = true
-		// What is written has a limit of its own: a tar reader can give more than it reads (sparse entries).
+		// What is written has a limit of its own: a tar reader can give more than it reads (sparse
+		// entries).
 		if _, err := io.Copy(into, &counter{r: entries, check: limit}); err != nil {
 			return archiveError(err)
 		}

@@ -68,7 +68,8 @@ func within(t *testing.T, limit time.Duration, do func()) {
 	}
 }
 
-// Root reads files that other users can replace: nothing they put there hangs it, fills its memory, or is believed.
+// Root reads files that other users can replace: nothing they put there hangs it, fills its memory,
+// or is believed.
 func TestPlantedFiles(t *testing.T) {
 	for what, plant := range plants {
 		t.Run(what, func(t *testing.T) {

@@ -22,9 +22,10 @@ import (
 // installWait is how long an installation waits for another one, which takes seconds.
 var installWait = 3 * time.Minute
 
-// lockInstall keeps others from putting binaries into place meanwhile: OS Config's recipe, a startup-script, a rollback
-// and bootstrap itself may come at the same time. It is apart from bootstrap's own lock, which is held for as long as
-// bootstrap tries: a new archive may be what it waits for.
+// lockInstall keeps others from putting binaries into place meanwhile: OS Config's recipe, a
+// startup-script, a rollback and bootstrap itself may come at the same time. It is apart from
+// bootstrap's own lock, which is held for as long as bootstrap tries: a new archive may be what it
+// waits for.
 func (b *bootstrapper) lockInstall(ctx context.Context) (unlock func(), err error) {
 	deadline := time.Now().Add(installWait)
 	name := b.path(installLock)
@@ -59,8 +60,9 @@ func isStill(f *os.File, name string) bool {
 	return errF == nil && errN == nil && os.SameFile(open, named)
 }
 
-// rolledBack is what Rollback has taken out, and what is not installed again: a startup-script brings the same archive
-// at every boot, and bootstrap looks at primary-source. It is not in the state, which may be lost.
+// rolledBack is what Rollback has taken out, and what is not installed again: a startup-script
+// brings the same archive at every boot, and bootstrap looks at primary-source. It is not in the
+// state, which may be lost.
 type rolledBack struct {
 	Agent       string `json:"agent,omitempty"`        // the binary's SHA-256
 	EnvoySource string `json:"envoy_source,omitempty"` // State.PrimarySum
@@ -88,8 +90,8 @@ func (b *bootstrapper) writeRolledBack(back rolledBack) error {
 	return atomicfile.Write(b.path(rolledBackFile), append(text, '\n'), 0o644)
 }
 
-// wasRolledBack says that the Envoy of this source was taken out by Rollback. Once another source is wanted that is
-// forgotten: to want this one again is a new wish.
+// wasRolledBack says that the Envoy of this source was taken out by Rollback. Once another source
+// is wanted that is forgotten: to want this one again is a new wish.
 func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, error) {
 	back, err := b.readRolledBack()
 	if err != nil || source == "" || back.EnvoySource == "" || back.EnvoySource == sourceSum(source) {
@@ -107,8 +109,9 @@ func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, 
 	return false, b.writeRolledBack(back)
 }
 
-// upgrade moves the new file to the installed path, and what was there to previousDir, which holds what one upgrade has
-// replaced and nothing older: a rollback shall not bring back what an upgrade of long ago has replaced.
+// upgrade moves the new file to the installed path, and what was there to previousDir, which holds
+// what one upgrade has replaced and nothing older: a rollback shall not bring back what an upgrade
+// of long ago has replaced.
 func (b *bootstrapper) upgrade(fresh, installed string) error {
 	_, err := os.Lstat(b.path(installed))
 	if err := b.replace(fresh, installed); err != nil {
@@ -160,8 +163,10 @@ func (b *bootstrapper) replace(fresh, installed string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// Rollback swaps agent or Envoy, whichever the last upgrade has replaced, with what was there before, restarts it (Envoy draining), and returns
-// what it did, one line each. What it has taken out is not installed again until another archive or primary-source comes. A second Rollback goes back.
+// Rollback swaps agent or Envoy, whichever the last upgrade has replaced, with what was there
+// before, restarts it (Envoy draining), and returns what it did, one line each. What it has taken
+// out is not installed again until another archive or primary-source comes. A second Rollback goes
+// back.
 func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	b := newBootstrapper(opts)
 	if b.Root == "" && os.Geteuid() != 0 {
@@ -187,7 +192,8 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 		}
 		return nil
 	}
-	// A bootstrap under way would write its own state over this one, or install what it is just downloading.
+	// A bootstrap under way would write its own state over this one, or install what it is just
+	// downloading.
 	if err := systemctl(time.Minute, "stop", systemd.BootstrapUnit); err != nil {
 		return nil, err
 	}
@@ -246,14 +252,16 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 		}
 		done = append(done, "restarted "+systemd.AgentUnit)
 	}
-	// It looks whether all is as the attribute wants it for this version; where the administrator lets it.
+	// It looks whether all is as the attribute wants it for this version; where the administrator
+	// lets it.
 	if out, _ := b.exec(ctx, time.Minute, "systemctl", "is-enabled", systemd.BootstrapUnit); strings.HasPrefix(out, "masked") {
 		return done, nil
 	}
 	return done, systemctl(time.Minute, "start", "--no-block", systemd.BootstrapUnit)
 }
 
-// temp is a new name beside the installed path. What others have left there, cut short, goes: the lock is held.
+// temp is a new name beside the installed path. What others have left there, cut short, goes: the
+// lock is held.
 func (b *bootstrapper) temp(installed string) (string, error) {
 	dir, prefix := filepath.Split(b.path(installed))
 	prefix = "." + prefix + ".new-"

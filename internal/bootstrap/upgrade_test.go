@@ -56,7 +56,8 @@ func (v *fakeVM) want(when, agent, envoy string) {
 	}
 }
 
-// One upgrade is one generation: a rollback brings back what the last one has replaced, and nothing that was replaced long before.
+// One upgrade is one generation: a rollback brings back what the last one has replaced, and nothing
+// that was replaced long before.
 func TestRollbackIsOneGeneration(t *testing.T) {
 	v := newFakeVM(t)
 	s := newSources(t, v)
@@ -164,7 +165,8 @@ func TestRollbackOfEnvoyIsForgotten(t *testing.T) {
 	}
 }
 
-// Two installations at once come one after the other: OS Config's recipe and a startup-script start at the same boot.
+// Two installations at once come one after the other: OS Config's recipe and a startup-script start
+// at the same boot.
 func TestInstallWaits(t *testing.T) {
 	v := newFakeVM(t)
 	first, second := v.archive("1.0.0", "1.30.1"), v.archive("2.0.0", "1.30.2")

@@ -14,10 +14,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 )
 
-// fakeAttribute is a metadata server that serves the attribute alone, with the real one's long poll: wait_for_change with last_etag
-// and timeout_sec, 403 without Metadata-Flavor (https://cloud.google.com/compute/docs/metadata/querying-metadata), a missing key's 404
-// at once even with wait_for_change (cloud.google.com/go/compute/metadata, SubscribeWithContext, gives up there). That a long poll
-// answers 404 when the key is deleted meanwhile is an assumption: no document says so.
+// fakeAttribute is a metadata server that serves the attribute alone, with the real one's long
+// poll: wait_for_change with last_etag and timeout_sec, 403 without Metadata-Flavor
+// (https://cloud.google.com/compute/docs/metadata/querying-metadata), a missing key's 404 at once
+// even with wait_for_change (cloud.google.com/go/compute/metadata, SubscribeWithContext, gives up
+// there). That a long poll answers 404 when the key is deleted meanwhile is an assumption: no
+// document says so.
 type fakeAttribute struct {
 	mu      sync.Mutex
 	text    string

@@ -84,8 +84,9 @@ func changed(before, after map[string]string) []string {
 	return paths
 }
 
-// Bootstrap writes what the README lists and nothing else, and --remove leaves the VM as it was but for settings. What the commands it
-// runs would write (systemctl enable, systemd-sysusers, systemd-tmpfiles, the package manager) is played here and not written.
+// Bootstrap writes what the README lists and nothing else, and --remove leaves the VM as it was but
+// for settings. What the commands it runs would write (systemctl enable, systemd-sysusers,
+// systemd-tmpfiles, the package manager) is played here and not written.
 func TestWritesOnlyWhatIsListed(t *testing.T) {
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package metadata finds the VM's metadata server, also where there is no IPv4. What is asked there, and what the answers
-// mean, is for bootstrap and guestattr, which are next in the flow.
+// Package metadata finds the VM's metadata server, also where there is no IPv4. What is asked
+// there, and what the answers mean, is for bootstrap and guestattr, which are next in the flow.
 package metadata
 
 import (
@@ -11,8 +11,9 @@ import (
 	"syscall"
 )
 
-// Where the metadata server is: https://cloud.google.com/compute/docs/metadata/querying-metadata. The Go library
-// cloud.google.com/go/compute/metadata (v0.9.0, metadata.go) knows the first alone, and asks it by number.
+// Where the metadata server is: https://cloud.google.com/compute/docs/metadata/querying-metadata.
+// The Go library cloud.google.com/go/compute/metadata (v0.9.0, metadata.go) knows the first alone,
+// and asks it by number.
 const (
 	IPv4 = "169.254.169.254"
 	IPv6 = "[fd20:ce::254]"
@@ -30,8 +31,8 @@ func CheckHost() error {
 	return nil
 }
 
-// Transport asks Base. Where there is no route to IPv4's metadata server, as on an IPv6-only VM, it asks IPv6's: there the kernel
-// says so at once, so each request may find out anew.
+// Transport asks Base. Where there is no route to IPv4's metadata server, as on an IPv6-only VM, it
+// asks IPv6's: there the kernel says so at once, so each request may find out anew.
 type Transport struct{ Base http.RoundTripper }
 
 // RoundTrip implements http.RoundTripper.
@@ -56,7 +57,8 @@ func (t Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// noRoute is what connect(2) says on a machine that has no IPv4 address (seen: ENETUNREACH, Linux 6).
+// noRoute is what connect(2) says on a machine that has no IPv4 address (seen: ENETUNREACH, Linux
+// 6).
 func noRoute(err error) bool {
 	return errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.EAFNOSUPPORT)
 }

@@ -13,8 +13,9 @@ import (
 	"testing"
 )
 
-// machine is a machine's network as far as dialling the metadata server goes. The error stands as the kernel's: of a network
-// namespace without IPv4 addresses connect(2) to 169.254.169.254 says ENETUNREACH at once.
+// machine is a machine's network as far as dialling the metadata server goes. The error stands as
+// the kernel's: of a network namespace without IPv4 addresses connect(2) to 169.254.169.254 says
+// ENETUNREACH at once.
 func machine(t *testing.T, ipv4, ipv6 error) (Transport, *[]string) {
 	t.Helper()
 	hosts := &[]string{}

@@ -9,15 +9,18 @@
 // one http.Handler, since the paths of the services do not overlap: give it as many listeners as there are addresses to stand for (Serve), with TLS
 // where the real one has it (package authority, below this one).
 //
-// What each part does is as its real one was seen or is documented, and says where; what is not known of the real one
-// is said there too:
+// What each part does is as its real one was seen or is documented, and says where; what is not
+// known of the real one is said there too:
 //
-//   - metadata server: https://cloud.google.com/compute/docs/metadata/querying-metadata and .../predefined-metadata-keys for paths, headers,
-//     wait_for_change, last_etag, timeout_sec, recursive, alt; the words of its errors are made up but for guest attributes' 403
+//   - metadata server: https://cloud.google.com/compute/docs/metadata/querying-metadata and
+//     .../predefined-metadata-keys for paths, headers, wait_for_change, last_etag, timeout_sec,
+//     recursive, alt; the words of its errors are made up but for guest attributes' 403
 //     (GoogleCloudPlatform/osconfig#411). ETags there are opaque, here a hash;
-//   - guest attributes: https://cloud.google.com/compute/docs/metadata/manage-guest-attributes, its budget too. Which write is lost beyond
-//     the budget, and how large a value may be, is not documented;
-//   - Compute API, Cloud Logging: what unmodified gcloud was seen to send and print (TestGcloud), and the reference pages of the methods;
+//   - guest attributes: https://cloud.google.com/compute/docs/metadata/manage-guest-attributes, its
+//     budget too. Which write is lost beyond the budget, and how large a value may be, is not
+//     documented;
+//   - Compute API, Cloud Logging: what unmodified gcloud was seen to send and print (TestGcloud),
+//     and the reference pages of the methods;
 //   - Cloud Storage: see storage.
 //
 // Faults are the test's to choose (Inject). What nobody asks for is not here: an unknown path is a 404 in the service's own words, an unknown filter of

@@ -69,13 +69,16 @@ func (e *Emulator) bucket(name string) *bucket {
 // /download, and the XML form GET /BUCKET/OBJECT. A private bucket wants the VM's token. Ranges work.
 //
 // What the real one says to those who may not read, there or not there ("or it may not exist"):
-//   - XML form, no token: 403, <Code>AccessDenied</Code>, "Anonymous caller does not have storage.objects.get access"
-//     (seen by many, kubernetes/test-infra#6986 and openai/glow#60 among them; the code's status is in Cloud Storage's
-//     documentation of XML errors);
-//   - JSON form, no token: 401 with the same words (GoogleCloudPlatform/gsutil#817, "ServiceException: 401 Anonymous caller");
-//   - a token without the right: 403 in both (Superbalist/laravel-google-cloud-storage#14, reason "forbidden");
+//   - XML form, no token: 403, <Code>AccessDenied</Code>, "Anonymous caller does not have
+//     storage.objects.get access" (seen by many, kubernetes/test-infra#6986 and openai/glow#60
+//     among them; the code's status is in Cloud Storage's documentation of XML errors);
+//   - JSON form, no token: 401 with the same words (GoogleCloudPlatform/gsutil#817,
+//     "ServiceException: 401 Anonymous caller");
+//   - a token without the right: 403 in both (Superbalist/laravel-google-cloud-storage#14, reason
+//     "forbidden");
 //   - a token that is none: 401 in both (documented as authError; not seen for the XML form);
-//   - an object that is not there, to a reader who may not list the bucket (roles/storage.objectViewer may, so 404 is usual): 403, documented.
+//   - an object that is not there, to a reader who may not list the bucket
+//     (roles/storage.objectViewer may, so 404 is usual): 403, documented.
 func (e *Emulator) storage(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		apiError(w, http.StatusMethodNotAllowed, "method not allowed")
