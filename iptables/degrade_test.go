@@ -72,6 +72,14 @@ var refusals = []refusal{
 	}, []string{jumpInbound, jumpOutput}, map[string][]string{
 		chainServiceCIDRs: {}, chainServicePorts: {}, chainInbound: {ruleRouted}, chainRedirect: {}, chainInRedirect: {}, chainDNS: {uidOf999, gidOf998, uidOf101},
 	}},
+	{"no tcp match: what has no port goes on", []string{"-m tcp"}, []string{
+		"-A SERVICE_PROXY_INBOUND -p tcp -m tcp --dport 80 -j SERVICE_PROXY_IN_REDIRECT",
+		"-A SERVICE_PROXY_INBOUND -d 10.0.0.9/32 -p tcp -m tcp --dport 81 -j SERVICE_PROXY_IN_REDIRECT",
+		"-A SERVICE_PROXY_OUTPUT " + tcpDNS, "-A SERVICE_PROXY_OUTPUT " + sampleOutput[4], "-A SERVICE_PROXY_OUTPUT " + sampleOutput[5],
+		"-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 81 -j SERVICE_PROXY_REDIRECT", "-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 8080 -j SERVICE_PROXY_REDIRECT",
+	}, []string{jumpInbound, jumpOutput, jumpDNS}, map[string][]string{
+		chainInbound: {ruleRouted}, chainServicePorts: {}, chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput[:4], sampleOutput[6:]),
+	}},
 	{"a jump", []string{"-p udp -m udp --dport 53"}, []string{"-A OUTPUT " + jumpDNS}, []string{jumpInbound, jumpOutput}, map[string][]string{
 		chainOutput: slices.Concat([]string{uidOf999, gidOf998, tcpDNS}, sampleOutput),
 	}},
@@ -82,7 +90,7 @@ func inFamily(f Family, text string) string {
 	if f == IPv4 {
 		return text
 	}
-	return strings.NewReplacer("8.8.8.8/32", "fd00:8::/32", "-d 8.8.8.8", "-d fd00:8::", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
+	return strings.NewReplacer("8.8.8.8/32", "fd00:8::/32", "-d 8.8.8.8", "-d fd00:8::", "10.0.0.9/32", "fd00::9/128", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
 		"169.254.169.254/32", "fd20:ce::254/128").Replace(text)
 }
 
@@ -267,6 +275,18 @@ func TestApplyDegradedThatFails(t *testing.T) {
 			}
 			return refusedLine, 1
 		}, true, ErrLocked, "remove probe"},
+		{"a held lock when a jump is asked about", func(_ int, payload string) (string, int) {
+			if asksFor(payload) && strings.Contains(payload, "proxy-group") {
+				return "iptables-restore: line 3 failed\n", 1
+			}
+			if asksFor(payload) && strings.Contains(payload, " -p tcp -j RETURN\n") { // the last
+				return locked, 4
+			}
+			if isProbe(payload) {
+				return "", 0
+			}
+			return refusedLine, 1
+		}, true, ErrLocked, "could not find out which rule"},
 		// Somebody else wrote at the same moment.
 		{"each rule by itself is taken", func(_ int, payload string) (string, int) {
 			if isProbe(payload) {

@@ -131,10 +131,16 @@ func TestRulesetGolden(t *testing.T) {
 }
 
 func TestNothingToInterceptIsEmpty(t *testing.T) {
-	for _, f := range families {
-		r := Interception{Family: f, ProxyUID: 1, Jumps: true, Services: prefixes("10.0.0.1/32"), Serving: []Serving{{Port: 1}}, Interfaces: []string{"x"}}.Ruleset()
-		if !r.Empty() || r.String() != "" {
-			t.Errorf("%s: %s", f, r)
+	for name, i := range map[string]Interception{
+		"no port of Envoy's": {ProxyUID: 1, Jumps: true, Services: prefixes("10.0.0.1/32"), Serving: []Serving{{Port: 1}}, Interfaces: []string{"x"}},
+		"no serving port":    {Jumps: true, InboundPort: 15006, Serving: []Serving{{}}},
+		"of no family":       {Jumps: true, InboundPort: 15006, Serving: []Serving{{Addr: netip.MustParseAddr("::ffff:10.0.0.1"), Port: 80}}},
+	} {
+		for _, f := range families {
+			i.Family = f
+			if r := i.Ruleset(); !r.Empty() || r.String() != "" {
+				t.Errorf("%s: %s: %s", name, f, r)
+			}
 		}
 	}
 }
