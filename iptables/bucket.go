@@ -65,7 +65,6 @@ func (b *builder) addNode(chain string, set []netip.Prefix, depth int) {
 		}
 		name := bucketName(node)
 		b.add(chain, bucketRow(node, name))
-		b.add(name)
 		b.addNode(name, buckets[:n], depth+1)
 		buckets = buckets[n:]
 	}

@@ -19,6 +19,17 @@ func redirects(r Ruleset, a netip.Addr) bool {
 	return v.Action == Redirect
 }
 
+// The order that the buckets are cut by; without it they have no end, so this comes first.
+func TestCanonical(t *testing.T) {
+	in := prefixes("10.0.0.7/24", "10.0.0.0/24", "10.0.0.0/16", "10.0.0.0/32", "9.0.0.0/8", "fd00::1/64", "::ffff:10.0.0.9/128", "fd00::/64")
+	in = append(in, netip.Prefix{})
+	for f, want := range map[Family]string{IPv4: "[9.0.0.0/8 10.0.0.0/16 10.0.0.0/24 10.0.0.0/32]", IPv6: "[fd00::/64]"} {
+		if got := fmt.Sprint(canonical(f, in)); got != want {
+			t.Errorf("%s: got %s, want %s", f, got, want)
+		}
+	}
+}
+
 // Whatever the buckets look like: exactly the listed addresses are redirected, never one more.
 func TestBucketsCoverExactlyTheServices(t *testing.T) {
 	for _, f := range families {
@@ -204,16 +215,6 @@ func TestPlainRowsComeBeforeBuckets(t *testing.T) {
 	}
 	if !bucket || !slices.Contains(rules, "-d 64.0.0.0/2 -j SERVICE_PROXY_REDIRECT") {
 		t.Errorf("rows %q", rules)
-	}
-}
-
-func TestCanonical(t *testing.T) {
-	in := prefixes("10.0.0.7/24", "10.0.0.0/24", "10.0.0.0/16", "10.0.0.0/32", "9.0.0.0/8", "fd00::1/64", "::ffff:10.0.0.9/128", "fd00::/64")
-	in = append(in, netip.Prefix{})
-	for f, want := range map[Family]string{IPv4: "[9.0.0.0/8 10.0.0.0/16 10.0.0.0/24 10.0.0.0/32]", IPv6: "[fd00::/64]"} {
-		if got := fmt.Sprint(canonical(f, in)); got != want {
-			t.Errorf("%s: got %s, want %s", f, got, want)
-		}
 	}
 }
 
