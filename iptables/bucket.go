@@ -49,7 +49,7 @@ func (b *builder) addNode(chain string, set []netip.Prefix, depth int) {
 	}
 	bits := commonBits(set)/nodeBits*nodeBits + nodeBits
 	// Plain rows first: the prefixes that are too short for any bucket.
-	buckets := set[:0:0]
+	var buckets []netip.Prefix
 	for _, p := range set {
 		if p.Bits() < bits {
 			b.add(chain, serviceRow(p))
