@@ -66,7 +66,9 @@ func TestRetryLeft(t *testing.T) {
 					if step.lacks {
 						t.Setenv("XTABLES_LIBDIR", without)
 					}
-					a.reconcile(t.Context(), now, s, a.want.Families[i], true)
+					for a.reconcile(t.Context(), now, s, a.want.Families[i], true) == 0 {
+						// A pass that only adopts what is there asks for the next at once.
+					}
 					if s.err != nil || !s.equal || !s.jumpsIn {
 						t.Fatalf("%v, %s: equal %v, jumps in %v: %v", s.family, step.name, s.equal, s.jumpsIn, s.err)
 					}
