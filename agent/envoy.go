@@ -26,6 +26,7 @@ import (
 type View struct {
 	Err   error     // why the last look told nothing; the rest is then of earlier looks
 	Since time.Time // since when Err
+	Asked time.Time // when what gave Err was last asked
 	State string    // LIVE, PRE_INITIALIZING, …
 	Info  envoyadmin.ServerInfo
 	// Snapshot is the last one that is news: not that of an Envoy which has just started and got no listeners yet.
@@ -166,6 +167,9 @@ func (w *envoyWatch) answered(question *error, err error) {
 	if now != nil && w.view.Err == nil {
 		w.view.Since = time.Now()
 		w.view.LastError = w.lastError()
+	}
+	if err != nil && (question == &w.dumpErr || w.dumpErr == nil) {
+		w.view.Asked = time.Now()
 	}
 	w.view.Err = now
 }

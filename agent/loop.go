@@ -119,11 +119,25 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 	if a.public != nil {
 		f.ListenErr = a.public.Err()
 	}
-	f.Bootstrapping = a.boot.Status == bootstrap.InProgress || a.awaitBootstrap && a.boot.Status == ""
+	f.Bootstrapping = bootstrapping(a.boot, a.awaitBootstrap, a.view)
 	if a.boot.Status == bootstrap.Failed {
 		f.Bootstrap = a.boot.FailureLine()
 	}
 	return f
+}
+
+// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
+// was asked before that tells nothing of the Envoy which it started.
+func bootstrapping(boot bootstrap.State, await bool, envoy View) bool {
+	switch boot.Status {
+	case bootstrap.InProgress:
+		return true
+	case bootstrap.Finished:
+		return envoy.Err != nil && envoy.Asked.Before(boot.Time)
+	case "":
+		return await
+	}
+	return false
 }
 
 // desired is Desired of the newest inputs, computed only when one of them changed: at 10,000 services it is no matter
