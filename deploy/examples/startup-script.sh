@@ -3,7 +3,10 @@
 # (JSON: docs/attribute.md) and enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still running while this does.
 set -eu
 archive=gs://BUCKET/service-proxy-agent-VERSION.tgz
-dir=$(mktemp -d)
+# Not in /tmp: what is run from there would fail where that is mounted noexec.
+dir=/var/lib/service-proxy-agent-download
+rm -rf "$dir"
+mkdir -m 700 "$dir"
 trap 'rm -rf "$dir"' EXIT
 gsutil -q cp "$archive" "$dir/a.tgz"
 tar -xzf "$dir/a.tgz" -C "$dir"

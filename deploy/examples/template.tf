@@ -18,7 +18,14 @@ resource "google_compute_instance_template" "mesh" {
     startup-script = replace(file("${path.module}/startup-script.sh"), "gs://BUCKET/service-proxy-agent-VERSION.tgz", var.archive)
   }
   disk { source_image = "debian-cloud/debian-12" }
-  network_interface { network = "default" }
+  network_interface {
+    network = "default"
+    # The way out: to the bucket, trafficdirector.googleapis.com and, where the image lacks iptables or
+    # ca-certificates, the distribution's packages. Without an external address the subnet needs Cloud
+    # NAT, or Private Google Access and an image that has both packages; with neither, autohealing would
+    # recreate the VMs for ever.
+    access_config {}
+  }
   service_account {
     email  = var.service_account
     scopes = ["cloud-platform"]
