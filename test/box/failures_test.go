@@ -290,6 +290,9 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{})
 	v.boot()
+	if have := v.run("findmnt", "-no", "OPTIONS", "/run"); !strings.Contains(have, "noexec") {
+		t.Fatalf("/run is %q", have)
+	}
 	v.run("sh", "-c", "mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local")
 	out, err := v.try("osconfig-recipe")
 	if err == nil {
@@ -301,9 +304,19 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	if !strings.Contains(have, bootstrap.StepInstall) || !strings.Contains(have, "read-only file system") {
 		t.Errorf("bootstrap-last-failure %q", have)
 	}
+	const copied = "/var/lib/service-proxy-agent-archive"
+	if have := v.run("stat", "-c", "%a %U %G", copied); have != "700 root root\n" {
+		t.Errorf("%s is %q", copied, have)
+	}
 	v.run("sh", "-c", "mount -o remount,bind,rw /usr/local; umount -l /usr/local")
 	v.waitFinished(90 * time.Second)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	if out, err := v.try("test", "-e", copied); err == nil {
+		t.Errorf("left behind: %s %s", copied, out)
+	}
+	if have := v.property("service-proxy-install.service", "ActiveState"); have != "inactive" {
+		t.Errorf("what tried again is still %s", have)
+	}
 }
 
 // TestPartsMissing: without ip6tables, guest attributes and the HTTP listener all the rest goes on, and the serial port names what is missing. It is taken up by itself
@@ -348,6 +361,9 @@ func TestPartsMissing(t *testing.T) {
 		t.Errorf("another user is told %q, %v", out, err)
 	}
 
+	// A log that has grown too big: this box runs long enough for the timer to see it by itself.
+	v.run("truncate", "-s", "65M", "/var/log/envoy/envoy.out.log")
+
 	start := time.Now()
 	v.platform.Update(func(vm *platform.VM) { vm.GuestAttributesDisabled = false })
 	v.run("tar", "-xPf", "/root/ip6tables.tar")
@@ -360,6 +376,13 @@ func TestPartsMissing(t *testing.T) {
 	})
 	ipv6 := time.Since(start)
 	v.waitStatus(150*time.Second, bootstrap.Finished)
+	v.eventually(80*time.Second, "the timer has the log rotated", func() error {
+		sizes, err := v.try("stat", "-c", "%s", "/var/log/envoy/envoy.out.log", "/var/log/envoy/envoy.out.log.1")
+		if want := fmt.Sprintf("0\n%d\n", 65<<20); err != nil || sizes != want {
+			return fmt.Errorf("sizes %q, want %q; the timer's last was at %q", sizes, want, v.property("service-proxy-rotate.timer", "LastTriggerUSec"))
+		}
+		return nil
+	})
 	t.Logf("IPv6 was back after %.0f s, guest attributes after %.0f s", ipv6.Seconds(), time.Since(start).Seconds())
 }
 

@@ -66,6 +66,7 @@ type VM struct {
 	platform *platform.Emulator
 	xds      *controlplane.Server
 	root     string // where the overlay is mounted
+	upper    string // what the box has written on its disk
 	release  string
 
 	mu     sync.Mutex
@@ -127,7 +128,7 @@ func newVM(t *testing.T, opts options) *VM {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(work) })
-	v.root = filepath.Join(work, "root")
+	v.root, v.upper = filepath.Join(work, "root"), filepath.Join(work, "upper")
 	for _, dir := range []string{"upper", "work", "root"} {
 		if err := os.Mkdir(filepath.Join(work, dir), 0o755); err != nil {
 			t.Fatal(err)
@@ -252,48 +253,88 @@ func (v *VM) write(name, text string, mode os.FileMode) {
 	}
 }
 
-// gsutil is Google's image's part: `gsutil cp gs://BUCKET/OBJECT FILE`, with the VM's token.
+// gsutil is Google's image's part: `gsutil [-q] cp gs://BUCKET/OBJECT DEST`, with the VM's token. That
+// -q stands before the command, and that a DEST which is a folder gets a file of the object's name, is
+// from `gsutil help` and `gsutil help cp`; that it exits with 1 when it fails, from gslib/__main__.py.
+// The real one asks the JSON API; what it says on the wire is not seen here.
 const gsutil = `#!/bin/sh
 set -eu
-[ "$1" = cp ]
+[ "$1" != -q ] || shift
+[ "$1" = cp ] && [ $# = 3 ] || { echo "CommandException: $*" >&2; exit 1; }
 token=$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/service-accounts/default/token | sed 's/.*"access_token": *"\([^"]*\)".*/\1/')
 dest=$3
 [ ! -d "$dest" ] || dest=$dest/$(basename "$2")
-curl -sSf --cacert /usr/local/share/ca-certificates/test.crt -H "Authorization: Bearer $token" -o "$dest" "https://storage.googleapis.com/${2#gs://}"
+curl -sSf --cacert /usr/local/share/ca-certificates/test.crt -H "Authorization: Bearer $token" -o "$dest" "https://storage.googleapis.com/${2#gs://}" || exit 1
 `
 
-// recipe is the script step of gcloud's software recipe, with what the OS Config agent does around it: a temporary folder that is deleted
-// afterwards, and waiting for stdout to close.
-const recipe = `#!/bin/bash
-set -e
+// recipe is the script step of gcloud's software recipe, word for word as gcloud writes it into
+// gce-software-declaration, with what the OS Config agent does around it: a temporary folder that is
+// deleted afterwards, and waiting for stdout to close. (The archive's folder gcloud leaves; here it
+// goes, too, as it does at a boot.)
+const recipe = `#! /bin/bash
 cd "$(mktemp -d)"
-SERVICE_PROXY_AGENT_DIRECTORY=$(mktemp -d)
-export SERVICE_PROXY_AGENT_DIRECTORY
 trap 'rm -rf "$SERVICE_PROXY_AGENT_DIRECTORY" "$PWD"' EXIT
-gsutil cp gs://` + bucket + "/" + archive + ` "${SERVICE_PROXY_AGENT_DIRECTORY}"
-tar -xzf "${SERVICE_PROXY_AGENT_DIRECTORY}"/` + archive + ` -C "${SERVICE_PROXY_AGENT_DIRECTORY}"
-"${SERVICE_PROXY_AGENT_DIRECTORY}"/service-proxy-agent/service-proxy-agent-bootstrap.sh
+export SERVICE_PROXY_AGENT_DIRECTORY=$(mktemp -d)
+sudo gsutil cp gs://` + bucket + "/" + archive + ` ${SERVICE_PROXY_AGENT_DIRECTORY}
+ARCHIVE_NAME=$(ls ${SERVICE_PROXY_AGENT_DIRECTORY})
+sudo tar -xzf ${SERVICE_PROXY_AGENT_DIRECTORY}/${ARCHIVE_NAME} -C ${SERVICE_PROXY_AGENT_DIRECTORY}
+${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstrap.sh
 `
 
-// application is the VM's own service, written as the documents advise: it starts when the mesh is ready.
-const application = `[Unit]
-Description=The application
-After=service-proxy-ready.target
-[Service]
-ExecStart=/usr/bin/nc -lk -p 8081
-ExecStop=/bin/sh -c 'echo application stopped > /dev/ttyS0'
-Restart=always
-[Install]
-WantedBy=service-proxy-ready.target
+// startupScripts stands for Google's guest agent: it writes the attribute startup-script to a file of
+// a new folder below run_dir and has a shell run that, at each boot (google_metadata_script_runner/main.go
+// and google-startup-scripts.service in GoogleCloudPlatform/guest-agent). run_dir, in
+// /etc/default/instance_configs.cfg, is /tmp where nothing is set; a VM with a noexec /tmp must set it.
+const (
+	startupScripts = `#!/bin/sh
+set -eu
+dir=$(mktemp -d /var/lib/metadata-scriptsXXXXXX)
+trap 'rm -rf "$dir"' EXIT
+curl -sSf -H Metadata-Flavor:Google -o "$dir/startup-script" http://metadata.google.internal/computeMetadata/v1/instance/attributes/startup-script
+chmod 755 "$dir/startup-script"
+/bin/bash -c "$dir/startup-script"
 `
+	startupUnit = `[Unit]
+Wants=network-online.target
+After=network-online.target
+[Service]
+Type=oneshot
+ExecStartPre=/bin/mount -o remount,noexec /tmp
+ExecStart=/usr/bin/google_metadata_script_runner
+KillMode=process
+[Install]
+WantedBy=multi-user.target
+`
+)
+
+// fstab has /run as Debian's and Ubuntu's initramfs mounts it (`mount -t tmpfs -o
+// "nodev,noexec,nosuid,size=${RUNSIZE:-10%},mode=0755" tmpfs /run` in initramfs-tools' init), on a VM
+// with 1 GB, an e2-micro. systemd-remount-fs.service gives it to the box, which has no initramfs.
+const fstab = "tmpfs /run tmpfs nodev,noexec,nosuid,size=100m,mode=0755 0 0\n"
+
+// application is what the unit of deploy/examples starts.
+const application = "#!/bin/sh\nexec nc -lk -p 8081\n"
+
+// example is a file of deploy/examples, as it stands.
+func (v *VM) example(name string) string {
+	v.t.Helper()
+	text, err := os.ReadFile(filepath.Join(moduleRoot(v.t), "deploy", "examples", name))
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	return string(text)
+}
 
 func (v *VM) files() {
 	v.write("usr/bin/gsutil", gsutil, 0o755)
 	v.write("usr/bin/osconfig-recipe", recipe, 0o755)
-	v.write("etc/systemd/system/application.service", application, 0o644)
+	v.write("usr/bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
+	v.write("usr/local/bin/application", application, 0o755)
+	v.write("etc/systemd/system/application.service", v.example("application.service"), 0o644)
 	v.write("etc/hosts", "127.0.0.1 localhost\n169.254.169.254 metadata.google.internal metadata.google.internal. metadata\n", 0o644)
 	v.write("etc/resolv.conf", "nameserver 169.254.169.254\n", 0o644)
 	v.write("etc/hostname", "vm-1\n", 0o644)
+	v.write("etc/fstab", fstab, 0o644)
 }
 
 // openSerial makes the pty that stands for /dev/ttyS0 and copies it to the test and to the platform.
@@ -350,7 +391,7 @@ func (v *VM) boot() {
 	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no", "--keep-unit", "--machine="+name,
 		"--network-namespace-path=/run/netns/"+v.lab.VM.Name, "--bind="+v.pts+":/dev/ttyS0", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
 		"--console=pipe",
-		"--capability=CAP_NET_ADMIN") // nspawn gives it by itself only with a namespace of its own making
+		"--capability=CAP_NET_ADMIN,CAP_SYS_MODULE") // the one nspawn gives only with a namespace of its own making, the other modprobe@.service wants
 	v.nspawn.Stdout, v.nspawn.Stderr = v.log, v.log
 	v.nspawn.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := lab.Start(v.nspawn); err != nil {
@@ -417,7 +458,7 @@ func (v *VM) power() {
 		return nil
 	})
 	// The kernel's rules live in the network namespace, which outlives the box but not a real VM.
-	for _, family := range []string{"iptables-nft", "ip6tables-nft"} {
+	for _, family := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"} {
 		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-F")
 		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-X")
 	}
