@@ -79,7 +79,7 @@ var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 	// "What it writes on your VM".
 	`/var/lib/service-proxy-agent/.*`, `/run/service-proxy-agent/.*`, `/usr/local/bin/(service-proxy-agent|envoy)`,
 	`/usr/local/lib/(service-proxy-agent|systemd/system|tmpfiles\.d|sysusers\.d)/.*`, `/etc/service-proxy-agent/.*`, `/var/log/envoy/.*`,
-	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-bootstrap\.lock`,
+	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-[a-z-]+(\.lock)?`,
 	// The users.
 	`/etc/\.?(passwd|shadow|group|gshadow)(-|\.lock|\.pwd\.lock)?`, `/etc/\.pwd\.lock`,
 	// apt and dpkg, beside the files of the packages themselves; certificates are made at installation.
