@@ -640,6 +640,25 @@ func (v *VM) checkNoRules() {
 	}
 }
 
+// TestIPv6Only installs on a VM that has no IPv4: its metadata server is fd20:ce::254, its node's
+// address an IPv6 one, and the service is reached by IPv6.
+func TestIPv6Only(t *testing.T) {
+	t.Parallel()
+	v := ready(t, options{ipv6: true})
+	if out := v.run("ip", "-4", "-o", "addr", "show", "scope", "global"); out != "" {
+		t.Fatalf("the VM has IPv4: %s", out)
+	}
+	v.waitStatus(60*time.Second, bootstrap.Finished)
+	want := "projects/123456789012/networks/default/nodes/vm-1.us-central1-a." + lab.VMAddr6.String()
+	v.waitNode(10*time.Second, func(n controlplane.Node) string {
+		return cmp.Diff(want, n.ID) + cmp.Diff(any(lab.VMAddr6.String()), n.Metadata["INSTANCE_IP"])
+	})
+	if rules := v.run("ip6tables-save", "-t", "nat"); !strings.Contains(rules, "-d "+vip6.Addr().String()+"/128") {
+		t.Errorf("the rules are\n%s", rules)
+	}
+	v.checkQuiet(t)
+}
+
 // TestRemove takes everything away again.
 func TestRemove(t *testing.T) {
 	t.Parallel()

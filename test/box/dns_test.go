@@ -32,7 +32,12 @@ func serveDNS(conn net.PacketConn, hosts map[string]string) {
 		switch {
 		case !known:
 			answer.RCode = dnsmessage.RCodeNameError
-		case q.Type == dnsmessage.TypeA:
+		case q.Type == dnsmessage.TypeAAAA && netip.MustParseAddr(host).Is6():
+			answer.Answers = []dnsmessage.Resource{{
+				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 60},
+				Body:   &dnsmessage.AAAAResource{AAAA: netip.MustParseAddr(host).As16()},
+			}}
+		case q.Type == dnsmessage.TypeA && netip.MustParseAddr(host).Is4():
 			answer.Answers = []dnsmessage.Resource{{
 				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 60},
 				Body:   &dnsmessage.AResource{A: netip.MustParseAddr(host).As4()},

@@ -43,8 +43,10 @@ func TestMain(m *testing.M) {
 
 // Addresses of Google's names, all in the lab's "service".
 const (
-	controlPlaneAddr = "10.131.0.1"
-	storageAddr      = "10.131.0.2" // and logging
+	controlPlaneAddr  = "10.131.0.1"
+	storageAddr       = "10.131.0.2" // and logging
+	controlPlaneAddr6 = "fd31::1"
+	storageAddr6      = "fd31::2"
 )
 
 const (
@@ -55,6 +57,7 @@ const (
 // The one service of the mesh, and the VM's own application.
 var (
 	vip          = netip.MustParseAddrPort("10.77.0.1:80")
+	vip6         = netip.MustParseAddrPort("[fd77::1]:80")
 	servingPort  = uint16(8080)
 	endpointPort = uint16(8000) // 80 is the metadata server's
 )
@@ -68,6 +71,7 @@ type VM struct {
 	root     string // where the overlay is mounted
 	upper    string // what the box has written on its disk
 	release  string
+	ipv6     bool // has no IPv4
 
 	mu     sync.Mutex
 	serial bytes.Buffer
@@ -80,6 +84,7 @@ type VM struct {
 
 type options struct {
 	release   string // bookworm
+	ipv6      bool   // a VM without IPv4
 	attribute string
 	archive   []byte            // the release archive; nil: with Envoy
 	prepare   func(root string) // changes the root filesystem before the first boot
@@ -120,8 +125,18 @@ func newVM(t *testing.T, opts options) *VM {
 	if err != nil {
 		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, out)
 	}
-	v := &VM{t: t, release: opts.release}
+	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6}
 	v.lab = lab.T(t, lab.Options{})
+	if v.ipv6 {
+		if out, err := v.lab.VM.Run(context.Background(), "ip", "-4", "addr", "flush", "dev", "eth0"); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		for _, addr := range []string{controlPlaneAddr6, storageAddr6} {
+			if out, err := v.lab.Service.Run(context.Background(), "ip", "addr", "add", addr+"/128", "dev", "lo", "nodad"); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+		}
+	}
 
 	work, err := os.MkdirTemp(base, "run-")
 	if err != nil {
@@ -174,7 +189,13 @@ func (v *VM) servers() {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.platform = platform.New(platform.VM{IP: lab.VMAddr.String()})
+	vm := platform.VM{IP: lab.VMAddr.String()}
+	metadata, controlPlane, storage := lab.MetadataAddr.String(), controlPlaneAddr, storageAddr
+	if v.ipv6 {
+		vm = platform.VM{IP: "none", IPv6: lab.VMAddr6.String()}
+		metadata, controlPlane, storage = lab.MetadataAddr6.String(), controlPlaneAddr6, storageAddr6
+	}
+	v.platform = platform.New(vm)
 	t.Cleanup(func() {
 		if err := v.platform.Close(); err != nil {
 			t.Error(err)
@@ -187,28 +208,30 @@ func (v *VM) servers() {
 		}
 		return ln
 	}
-	v.platform.Serve(listen(lab.MetadataAddr.String()+":80"), nil)
-	dns, err := v.lab.Service.ListenPacket("udp", lab.MetadataAddr.String()+":53")
+	v.platform.Serve(listen(net.JoinHostPort(metadata, "80")), nil)
+	dns, err := v.lab.Service.ListenPacket("udp", net.JoinHostPort(metadata, "53"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { dns.Close() })
 	go serveDNS(dns, map[string]string{
-		"metadata.google.internal": lab.MetadataAddr.String(), "trafficdirector.googleapis.com": controlPlaneAddr,
-		"storage.googleapis.com": storageAddr, "logging.googleapis.com": storageAddr,
+		"metadata.google.internal": metadata, "trafficdirector.googleapis.com": controlPlane,
+		"storage.googleapis.com": storage, "logging.googleapis.com": storage,
 	})
 	cert, err := ca.Certificate("storage.googleapis.com", "logging.googleapis.com")
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.platform.Serve(listen(storageAddr+":443"), &cert)
+	v.platform.Serve(listen(net.JoinHostPort(storage, "443")), &cert)
 
 	cert, err = ca.Certificate("trafficdirector.googleapis.com")
 	if err != nil {
 		t.Fatal(err)
 	}
 	v.xds = controlplane.New(controlplane.Options{
-		Listen:      func() (net.Listener, error) { return v.lab.Service.Listen("tcp", controlPlaneAddr+":443") },
+		Listen: func() (net.Listener, error) {
+			return v.lab.Service.Listen("tcp", net.JoinHostPort(controlPlane, "443"))
+		},
 		Certificate: &cert,
 	})
 	if err := v.xds.Start(); err != nil {
@@ -226,17 +249,29 @@ func (v *VM) servers() {
 	v.write("usr/local/share/ca-certificates/test.crt", string(ca.PEM()), 0o644)
 }
 
+// vip is the service's address.
+func (v *VM) vip() netip.AddrPort {
+	if v.ipv6 {
+		return vip6
+	}
+	return vip
+}
+
 // push gives the control plane the mesh.
 func (v *VM) push() { v.pushWith("") }
 
 // pushWith is push with an access log.
 func (v *VM) pushWith(accessLog string) {
 	v.t.Helper()
+	own, endpoint, families := lab.VMAddr, lab.EndpointAddr(1), controlplane.IPv6Off
+	if v.ipv6 {
+		own, endpoint, families = lab.VMAddr6, lab.EndpointAddr6(1), controlplane.IPv6Additional
+	}
 	_, err := v.xds.Set(controlplane.Config{
-		TLSInspector: true, AccessLog: accessLog,
-		Services: []controlplane.Service{{Name: "web", Prefixes: controlplane.VIPs(vip.Addr().String()), Port: vip.Port(), HTTP: true,
-			Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}}},
-		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: servingPort, HTTP: true}},
+		TLSInspector: true, AccessLog: accessLog, IPv6: families,
+		Services: []controlplane.Service{{Name: "web", Prefixes: controlplane.VIPs(v.vip().Addr().String()), Port: vip.Port(), HTTP: true,
+			Endpoints: []netip.AddrPort{netip.AddrPortFrom(endpoint, endpointPort)}}},
+		Inbound: []controlplane.Inbound{{Addr: own, Port: servingPort, HTTP: true}},
 	})
 	if err != nil {
 		v.t.Fatal(err)
@@ -331,8 +366,12 @@ func (v *VM) files() {
 	v.write("usr/bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
 	v.write("usr/local/bin/application", application, 0o755)
 	v.write("etc/systemd/system/application.service", v.example("application.service"), 0o644)
-	v.write("etc/hosts", "127.0.0.1 localhost\n169.254.169.254 metadata.google.internal metadata.google.internal. metadata\n", 0o644)
-	v.write("etc/resolv.conf", "nameserver 169.254.169.254\n", 0o644)
+	metadata := lab.MetadataAddr.String()
+	if v.ipv6 {
+		metadata = lab.MetadataAddr6.String()
+	}
+	v.write("etc/hosts", "127.0.0.1 localhost\n"+metadata+" metadata.google.internal metadata.google.internal. metadata\n", 0o644)
+	v.write("etc/resolv.conf", "nameserver "+metadata+"\n", 0o644)
 	v.write("etc/hostname", "vm-1\n", 0o644)
 	v.write("etc/fstab", fstab, 0o644)
 }
@@ -537,7 +576,7 @@ func (v *VM) state() bootstrap.State {
 
 // checkVIP says whether the service's address answers through Envoy, from inside.
 func (v *VM) checkVIP() error {
-	out, err := v.try("curl", "-s", "-m", "3", "-D", "-", "-o", "/dev/null", "http://"+vip.String()+"/")
+	out, err := v.try("curl", "-s", "-m", "3", "-D", "-", "-o", "/dev/null", "http://"+v.vip().String()+"/")
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
