@@ -74,7 +74,16 @@ const timeLimit = time.Second
 //
 //	uid, err := sockdiag.Owner(netip.MustParseAddrPort("127.0.0.1:15001"))
 func Owner(addr netip.AddrPort) (uint32, error) {
-	uids, err := owners(addr)
+	c, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	return owner(c, addr)
+}
+
+func owner(c *netlink.Conn, addr netip.AddrPort) (uint32, error) {
+	uids, err := owners(c, addr)
 	if err != nil {
 		return 0, err
 	}
@@ -87,7 +96,12 @@ func Owner(addr netip.AddrPort) (uint32, error) {
 // OwnedBy is nil when every socket that could accept a connection to addr belongs to one of the uids. Otherwise the error is
 // [ErrNoListener], a *[ForeignError] with a uid that is not among them, or that the kernel could not be asked.
 func OwnedBy(addr netip.AddrPort, uids ...uint32) error {
-	have, err := owners(addr)
+	c, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	have, err := owners(c, addr)
 	if err != nil {
 		return err
 	}
@@ -99,25 +113,23 @@ func OwnedBy(addr netip.AddrPort, uids ...uint32) error {
 	return nil
 }
 
-// Listening says whether any TCP socket listens on port, on whatever address.
-func Listening(port uint16) (bool, error) {
-	l, err := Listeners(port)
-	return len(l) > 0, err
-}
-
 // Listeners are the TCP sockets that listen on port, of both families. None is not an error.
-func Listeners(port uint16) ([]Listener, error) { return list(unix.IPPROTO_TCP, tcpListen, port) }
+func Listeners(port uint16) ([]Listener, error) { return dialList(unix.IPPROTO_TCP, tcpListen, port) }
 
 // UDPListeners are the unconnected UDP sockets bound to port, of both families. None is not an error; a kernel without the
 // module udp_diag is.
-func UDPListeners(port uint16) ([]Listener, error) { return list(unix.IPPROTO_UDP, tcpClose, port) }
+func UDPListeners(port uint16) ([]Listener, error) { return dialList(unix.IPPROTO_UDP, tcpClose, port) }
 
-func list(protocol, state uint8, port uint16) ([]Listener, error) {
+func dialList(protocol, state uint8, port uint16) ([]Listener, error) {
 	c, err := dial()
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
+	return list(c, protocol, state, port)
+}
+
+func list(c *netlink.Conn, protocol, state uint8, port uint16) ([]Listener, error) {
 	var all []Listener
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		q := request{protocol: protocol, family: family, states: 1 << state, id: sockID{localPort: port}}
@@ -160,6 +172,10 @@ func PeerOwner(c net.Conn) (uint32, error) {
 		return 0, err
 	}
 	defer nl.Close()
+	return peerOwner(nl, local, remote)
+}
+
+func peerOwner(nl *netlink.Conn, local, remote netip.AddrPort) (uint32, error) {
 	s, err := established(nl, remote, local)
 	if err != nil {
 		return 0, err
@@ -167,7 +183,7 @@ func PeerOwner(c net.Conn) (uint32, error) {
 	if s.inode != 0 {
 		return s.uid, nil
 	}
-	uid, err := Owner(remote)
+	uid, err := owner(nl, remote)
 	if err != nil {
 		return 0, err
 	}
@@ -218,8 +234,8 @@ func established(c *netlink.Conn, local, remote netip.AddrPort) (socket, error) 
 }
 
 // owners are the distinct uids, ascending and never none, of the sockets that would accept a connection to addr.
-func owners(addr netip.AddrPort) ([]uint32, error) {
-	l, err := Listeners(addr.Port())
+func owners(c *netlink.Conn, addr netip.AddrPort) ([]uint32, error) {
+	l, err := list(c, unix.IPPROTO_TCP, tcpListen, addr.Port())
 	if err != nil {
 		return nil, err
 	}

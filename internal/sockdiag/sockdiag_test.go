@@ -57,12 +57,12 @@ func TestOwner(t *testing.T) {
 func TestOwnerClosed(t *testing.T) {
 	l := listen(t, "tcp4", "127.0.0.1:0")
 	p := port(l)
-	if ok, err := Listening(p); !ok || err != nil {
-		t.Fatalf("Listening(%d) = %v, %v; want true", p, ok, err)
+	if all, err := Listeners(p); len(all) != 1 || err != nil {
+		t.Fatalf("Listeners(%d) = %v, %v; want the one", p, all, err)
 	}
 	l.Close()
-	if ok, err := Listening(p); ok || err != nil {
-		t.Errorf("Listening(%d) = %v, %v after Close; want false", p, ok, err)
+	if all, err := Listeners(p); len(all) > 0 || err != nil {
+		t.Errorf("Listeners(%d) = %v, %v after Close; want none", p, all, err)
 	}
 	if err := OwnedBy(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p), 0); !errors.Is(err, ErrNoListener) {
 		t.Errorf("OwnedBy after Close: %v; want ErrNoListener", err)
