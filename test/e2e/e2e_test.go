@@ -470,8 +470,17 @@ func TestCleanup(t *testing.T) {
 		defer func() { must(t, m.Close()) }()
 		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.2")
 		must(t, err)
-		before, err := m.VM.Run(ctx, "iptables-save", "-t", "nat")
+		_, err = m.VM.Run(ctx, "ip6tables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "2001:db8::1/128", "-p", "tcp", "-j", "DNAT", "--to-destination", "2001:db8::2")
 		must(t, err)
+		save := func() (both string) {
+			for _, program := range []string{"iptables-save", "ip6tables-save"} {
+				out, err := m.VM.Run(ctx, program, "-t", "nat")
+				must(t, err)
+				both += out
+			}
+			return both
+		}
+		before := save()
 		a := m.NewAgent()
 		must(t, a.Start())
 		must(t, a.WaitReady(ctx))
@@ -494,8 +503,7 @@ func TestCleanup(t *testing.T) {
 			t.Errorf("cleanup: %d %v\n%s%s", code, err, out, stderr)
 		}
 		time.Sleep(3 * time.Second) // the agent must not put anything back
-		after, err := m.VM.Run(ctx, "iptables-save", "-t", "nat")
-		must(t, err)
+		after := save()
 		if withoutComments(after) != withoutComments(before) {
 			t.Errorf("after cleanup:\n%s\nbefore the install:\n%s", after, before)
 		}
