@@ -415,8 +415,8 @@ func (p *publisher) publish(state State, unread bool) {
 	if p.writer == nil {
 		ctx, cancel := context.WithCancel(p.ctx)
 		opts := guestattr.Options{Log: p.log}
-		if _, err := os.Lstat(RuntimeDir); err == nil {
-			opts.Budget = filepath.Join(RuntimeDir, budgetFile) // the daemon may be about to write, too
+		if haveRuntimeDir() {
+			opts.Budget = filepath.Join(RuntimeDir, budgetFile) // the daemon may be about to write, or this be the next try
 		}
 		p.writer, p.cancel, p.ended = guestattr.New(opts), cancel, make(chan struct{})
 		go func() {
@@ -428,6 +428,16 @@ func (p *publisher) publish(state State, unread bool) {
 	if line := state.FailureLine(); line != "" {
 		p.writer.Set(guestattr.BootstrapLastFailure, line)
 	}
+}
+
+// haveRuntimeDir says whether the daemon's folder is there. Before its first start this makes it, where systemd gives it to
+// the daemon's user then (RuntimeDirectory=, systemd.exec(5)); sd_booted(3) tells whether there is a systemd.
+func haveRuntimeDir() bool {
+	if _, err := os.Lstat(RuntimeDir); err == nil {
+		return true
+	}
+	_, err := os.Lstat("/run/systemd/system")
+	return err == nil && os.Mkdir(RuntimeDir, 0o755) == nil
 }
 
 // end waits for the last value to be written, which within the budget takes milliseconds and past it may take a token's 20 s.
