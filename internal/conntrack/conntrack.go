@@ -165,6 +165,8 @@ func request(kind, family byte, flags netlink.HeaderFlags, attributes []byte) ne
 	}
 }
 
+var errNameless = errors.New("read conntrack entry: it has no destination or no id")
+
 // parse reads an entry. name holds the attributes by which the kernel finds exactly this entry again: its id, so that a
 // new connection with the same addresses and ports is not deleted in its place.
 func parse(data []byte) (e entry, name []byte, err error) {
@@ -176,6 +178,7 @@ func parse(data []byte) (e entry, name []byte, err error) {
 	named := netlink.NewAttributeEncoder()
 	var dst netip.Addr
 	var port uint16
+	hasID := false
 	for d.Next() {
 		switch d.Type() {
 		case ctaTupleOrig:
@@ -228,12 +231,18 @@ func parse(data []byte) (e entry, name []byte, err error) {
 			})
 		case ctaID:
 			named.Bytes(ctaID, d.Bytes())
+			hasID = true
 		case ctaZone:
 			named.Bytes(ctaZone, d.Bytes())
 		}
 	}
 	if err := d.Err(); err != nil {
 		return entry{}, nil, err
+	}
+	// Every kernel sends both. To delete without a tuple is to empty the whole table, without an id to take what came in
+	// the entry's place.
+	if !dst.IsValid() || !hasID {
+		return entry{}, nil, errNameless
 	}
 	e.dst = netip.AddrPortFrom(dst, port)
 	name, err = named.Encode()

@@ -1,7 +1,9 @@
 package conntrack
 
 import (
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -14,6 +16,38 @@ func TestSetContains(t *testing.T) {
 	} {
 		if got := s.contains(netip.MustParseAddr(a)); got != want {
 			t.Errorf("%s: got %v", a, got)
+		}
+	}
+}
+
+// TestSetContainsAtRandom: what a search one by one finds, the set has, however the prefixes are ordered, nested and
+// repeated; so few addresses that most are near some prefix's edge.
+func TestSetContainsAtRandom(t *testing.T) {
+	seed := rand.Uint64()
+	random := rand.New(rand.NewPCG(seed, 0))
+	address := func() netip.Addr {
+		low := byte(random.IntN(32))
+		if random.IntN(2) == 0 {
+			return netip.AddrFrom4([4]byte{10, 3: low})
+		}
+		return netip.AddrFrom16([16]byte{0: 0xfd, 15: low})
+	}
+	for range 2000 {
+		var prefixes []netip.Prefix
+		for range random.IntN(12) {
+			a := address()
+			prefixes = append(prefixes, netip.PrefixFrom(a, a.BitLen()-random.IntN(6)))
+		}
+		if random.IntN(8) == 0 {
+			prefixes = append(prefixes, netip.Prefix{})
+		}
+		s := newSet(prefixes)
+		for range 20 {
+			a := address()
+			want := slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+			if got := s.contains(a); got != want {
+				t.Fatalf("seed %d: %v in the set of %v: %v, want %v; it is %v", seed, a, prefixes, got, want, s)
+			}
 		}
 	}
 }

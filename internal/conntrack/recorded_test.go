@@ -187,12 +187,90 @@ func TestParseCut(t *testing.T) {
 	}
 }
 
+// TestParseNameless: to delete by a name without a tuple empties the whole table (ctnetlink_del_conntrack), and by one
+// without an id takes what has come in an entry's place. Such an entry is an error, and nothing is asked.
+func TestParseNameless(t *testing.T) {
+	for _, f := range families {
+		for _, missing := range []uint16{ctaTupleOrig, ctaID} {
+			k := newTable(t, f)
+			k.msgs = k.msgs[:1]
+			k.msgs[0].Data = without(t, k.msgs[0].Data, missing)
+			if e, name, err := parse(k.msgs[0].Data[nfgenmsgLen:]); err == nil || name != nil || e != (entry{}) {
+				t.Errorf("%s: without attribute %d: %+v, %v, %v", f.name, missing, e, name, err)
+			}
+			if n, err := k.delete(t.Context(), func(entry) bool { return true }); n != 0 || err == nil || k.asked != 0 {
+				t.Errorf("%s: without attribute %d: %d, %v, %d deletions asked", f.name, missing, n, err, k.asked)
+			}
+		}
+		m := recording(t, f.file)[0]
+		all, err := netlink.UnmarshalAttributes(m.Data[nfgenmsgLen:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range all {
+			if all[i].Type&^unix.NLA_F_NESTED == ctaTupleOrig {
+				all[i].Data = nil
+			}
+		}
+		if e, name, err := parse(marshal(t, all)); err == nil || name != nil || e != (entry{}) {
+			t.Errorf("%s: with an empty tuple: %+v, %v, %v", f.name, e, name, err)
+		}
+	}
+}
+
+// TestParseHarmed: what is wrong within an attribute of an entry is as much an error as what is wrong around it.
+func TestParseHarmed(t *testing.T) {
+	for _, f := range families {
+		m := recording(t, f.file)[0]
+		all, err := netlink.UnmarshalAttributes(m.Data[nfgenmsgLen:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range all {
+			if kind := all[i].Type &^ unix.NLA_F_NESTED; kind != ctaTupleOrig && kind != ctaProtoInfo {
+				continue
+			}
+			whole := all[i].Data
+			// The first attribute within is longer than all.
+			all[i].Data = append(binary.NativeEndian.AppendUint16(nil, uint16(len(whole)+1)), whole[2:]...)
+			if e, name, err := parse(marshal(t, all)); err == nil || name != nil || e != (entry{}) {
+				t.Errorf("%s: harmed within attribute %d: %+v, %v, %v", f.name, all[i].Type, e, name, err)
+			}
+			all[i].Data = whole
+		}
+	}
+}
+
+func marshal(t *testing.T, attributes []netlink.Attribute) []byte {
+	t.Helper()
+	b, err := netlink.MarshalAttributes(attributes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// without is a message's data without an attribute.
+func without(t *testing.T, data []byte, kind uint16) []byte {
+	t.Helper()
+	all, err := netlink.UnmarshalAttributes(data[nfgenmsgLen:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	some := slices.DeleteFunc(slices.Clone(all), func(a netlink.Attribute) bool { return a.Type&^unix.NLA_F_NESTED == kind })
+	if len(some) != len(all)-1 {
+		t.Fatalf("%d of %d attributes are another than %d", len(some), len(all), kind)
+	}
+	return append(slices.Clone(data[:nfgenmsgLen]), marshal(t, some)...)
+}
+
 // table is a kernel that lists a recording and is asked to delete of it.
 type table struct {
 	t       *testing.T
 	family  family
 	msgs    []netlink.Message
 	deleted []string
+	asked   int             // deletions
 	answer  func(n int) int // errno for the n-th deletion, 0: done
 	dump    error
 }
@@ -214,6 +292,7 @@ func (k *table) ask(reqs []netlink.Message) ([]netlink.Message, error) {
 		if h.Flags != netlink.Request|netlink.Acknowledge {
 			k.t.Errorf("%s: deletion with flags %v", k.family.name, h.Flags)
 		}
+		k.asked++
 		name := reqs[0].Data[nfgenmsgLen:]
 		for _, m := range k.msgs {
 			if len(m.Data) < nfgenmsgLen {
@@ -304,6 +383,10 @@ func TestDeleteGone(t *testing.T) {
 	k.msgs = append(k.msgs[:1:1], netlink.Message{Header: k.msgs[0].Header, Data: []byte{unix.AF_INET, 0, 0}}) // no entry
 	if n, err := k.delete(t.Context(), all); n != 1 || err != nil {
 		t.Errorf("a message that is too short: %d, %v", n, err)
+	}
+	k.msgs[1].Data = []byte{unix.AF_INET, 0, 0, 0} // nothing of an entry
+	if n, err := k.delete(t.Context(), all); n != 0 || err == nil || len(k.deleted) != 1 {
+		t.Errorf("an empty entry: %d, %v, deleted %v", n, err, k.deleted)
 	}
 	k.msgs[1].Data = []byte{unix.AF_INET, 0, 0, 0, 9, 0, 1, 0, 1}
 	if n, err := k.delete(t.Context(), all); n != 0 || err == nil || len(k.deleted) != 1 { // none more
