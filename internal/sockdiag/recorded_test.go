@@ -275,6 +275,14 @@ func TestKernelAnswersAnother(t *testing.T) {
 	}
 }
 
+// TestNoTimeLimit: nobody is asked without one. (A netlink socket takes one; nltest's does not.)
+func TestNoTimeLimit(t *testing.T) {
+	asked := nltest.Dial(func([]netlink.Message) ([]netlink.Message, error) { return nil, nil })
+	if c, err := limited(asked); c != nil || err == nil {
+		t.Errorf("a socket that takes no time limit: %v, %v", c, err)
+	}
+}
+
 // TestErrorsSay: what users read of it.
 func TestErrorsSay(t *testing.T) {
 	for want, err := range map[string]error{

@@ -379,6 +379,11 @@ func dial() (*netlink.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open sock_diag: %w", err)
 	}
+	return limited(c)
+}
+
+// limited is c, whose questions end in time, or an error: one that might last for ever is closed.
+func limited(c *netlink.Conn) (*netlink.Conn, error) {
 	if err := c.SetDeadline(time.Now().Add(timeLimit)); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("open sock_diag: %w", err)

@@ -173,6 +173,49 @@ func TestPeerOwnerNotTCP(t *testing.T) {
 	if uid, err := PeerOwner(a); err == nil {
 		t.Errorf("PeerOwner of a pipe = %d; want an error", uid)
 	}
+	// A connection that knows its own end alone.
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	if uid, err := PeerOwner(half{Conn: dialPort(t, "127.0.0.1", port(l)), remote: a.RemoteAddr()}); err == nil || uid != 0 {
+		t.Errorf("PeerOwner without a peer's address = %d, %v; want an error", uid, err)
+	}
+}
+
+type half struct {
+	net.Conn
+	remote net.Addr
+}
+
+func (h half) RemoteAddr() net.Addr { return h.remote }
+
+// TestNoSocketToAskBy: without a netlink socket nobody is the owner, least of all root, whose uid is 0.
+func TestNoSocketToAskBy(t *testing.T) {
+	l := listen(t, "tcp4", "127.0.0.1:0")
+	c := dialPort(t, "127.0.0.1", port(l))
+	addr := netip.MustParseAddrPort(l.Addr().String())
+	var before unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+		t.Fatal(err)
+	}
+	// No file descriptor is left.
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: before.Max}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	for name, ask := range map[string]func() error{
+		"Owner":        func() error { _, err := Owner(addr); return err },
+		"OwnedBy":      func() error { return OwnedBy(addr, 0, uint32(os.Getuid())) },
+		"Listeners":    func() error { _, err := Listeners(addr.Port()); return err },
+		"UDPListeners": func() error { _, err := UDPListeners(addr.Port()); return err },
+		"PeerOwner":    func() error { _, err := PeerOwner(c); return err },
+	} {
+		if err := ask(); !errors.Is(err, unix.EMFILE) {
+			t.Errorf("%s: %v; want %v", name, err, unix.EMFILE)
+		}
+	}
 }
 
 func FuzzUnmarshal(f *testing.F) {
