@@ -61,6 +61,7 @@ type familyState struct {
 	leftAt    time.Time
 	installed installed
 	forgetDNS []time.Time // when the entries of late DNS answers are deleted
+	questions bool        // those of DNS questions on the old path are still to be deleted
 	applied   time.Time
 	applies   map[string]int // of this pass, by outcome
 	rows      int            // written in this pass
@@ -92,7 +93,7 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	}
 	if len(s.forgetDNS) > 0 && !now.Before(s.forgetDNS[0]) {
 		s.forgetDNS = s.forgetDNS[1:]
-		a.forgetQuestions(ctx, conntrack.DeleteLateUDP)
+		a.forgetQuestions(ctx, s)
 	}
 	if !s.adopted {
 		if wait := s.retryAt.Sub(now); wait > 0 {
@@ -381,7 +382,8 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 	was, now := s.installed, s.installs()
 	s.installed = now
 	if now.dns != was.dns {
-		a.forgetQuestions(ctx, conntrack.DeleteUDP)
+		s.questions = true
+		a.forgetQuestions(ctx, s)
 		s.forgetDNS = []time.Time{s.applied.Add(time.Second), s.applied.Add(answersLate)}
 	}
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
@@ -399,12 +401,20 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 // back with that (conntrack.DeleteLateUDP): a resolver's customary time-out is 5 s (resolv.conf(5)).
 const answersLate = 6 * time.Second
 
-func (a *Agent) forgetQuestions(ctx context.Context, by func(ctx context.Context, port uint16) (int, error)) {
+// forgetQuestions deletes the entries of all DNS questions, and once that is done only those that late answers make: a
+// question that was asked since needs its own.
+func (a *Agent) forgetQuestions(ctx context.Context, s *familyState) {
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()
-	if _, err := by(ctx, 53); err != nil {
-		a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
+	forget := conntrack.DeleteLateUDP
+	if s.questions {
+		forget = conntrack.DeleteUDP
 	}
+	if _, err := forget(ctx, 53); err != nil {
+		a.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
+		return
+	}
+	s.questions = false
 }
 
 // installs is what the target redirects.

@@ -134,7 +134,7 @@ func entryOf(t *testing.T, family byte, to net.Addr) (h held) {
 		if h.name != "" {
 			t.Fatalf("two connections to %v", to)
 		}
-		h = held{name: string(name), state: e.tcpState}
+		h = held{name: fmt.Sprintf("%x", name), state: e.tcpState}
 		attributes, err := netlink.UnmarshalAttributes(m.Data[nfgenmsgLen:])
 		if err != nil {
 			t.Fatal(err)
