@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -51,6 +52,13 @@ func endpoints() []netip.AddrPort {
 func service(i int) controlplane.Service {
 	addr := netip.AddrFrom4([4]byte{10, 20, byte(i >> 8), byte(i)})
 	return controlplane.Service{Name: fmt.Sprintf("s%d", i), Prefixes: controlplane.VIPs(addr.String()), Port: 9000, Endpoints: endpoints()}
+}
+
+// both is one more TCP service, with an address in each family.
+func both(i int) controlplane.Service {
+	s := service(i)
+	s.Prefixes = append(s.Prefixes, controlplane.VIPs(netip.AddrFrom16([16]byte{0xfd, 0x20, 14: byte(i >> 8), 15: byte(i)}).String())...)
+	return s
 }
 
 // metadataAnswers checks that the metadata server is reached from the VM.
@@ -190,13 +198,12 @@ func TestVIPs(t *testing.T) {
 		if code == 0 || !strings.Contains(stderr, fmt.Sprint(a.PID())) {
 			t.Errorf("a second agent: exit code %d, %q; want it to name pid %d", code, stderr, a.PID())
 		}
-		before, err := m.Chains(t.Context(), "IPv4")
-		must(t, err)
+		before := chains(t, m)
 		if took, err := a.Stop(); err != nil || took > 2*time.Second {
 			t.Errorf("SIGTERM: ended after %v, %v", took, err)
 		}
-		if after, err := m.Chains(t.Context(), "IPv4"); err != nil || after != before {
-			t.Errorf("the rules did not stay in place: %v\n%s", err, after)
+		if after := chains(t, m); after != before {
+			t.Errorf("the rules did not stay in place:\n%s\nbefore:\n%s", after, before)
 		}
 	})
 }
@@ -205,13 +212,14 @@ func TestVIPs(t *testing.T) {
 func TestServingPort(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		config := services()
-		inbound := config.Inbound
+		inbound := append(config.Inbound, controlplane.Inbound{Addr: lab.VMAddr6, Port: mesh.AppPort, HTTP: true})
 		config.Inbound = nil
 		m, a := start(t, mesh.Options{Backend: backend, Config: config})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
-		app := "http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/"
-		served := func() string {
-			resp, err := m.Client.HTTP().Get(app)
+		own := []netip.Addr{lab.VMAddr, lab.VMAddr6}
+		app := func(own netip.Addr) string { return "http://" + netip.AddrPortFrom(own, mesh.AppPort).String() + "/" }
+		served := func(own netip.Addr) string {
+			resp, err := m.Client.HTTP().Get(app(own))
 			must(t, err)
 			resp.Body.Close()
 			if resp.Header.Get(lab.NameHeader) != "app" {
@@ -219,8 +227,10 @@ func TestServingPort(t *testing.T) {
 			}
 			return resp.Header.Get(controlplane.ServedByHeader)
 		}
-		if by := served(); by != "" {
-			t.Errorf("without an inbound listener served by %q, want the application directly", by)
+		for _, own := range own {
+			if by := served(own); by != "" {
+				t.Errorf("%v: without an inbound listener served by %q, want the application directly", own, by)
+			}
 		}
 		s, err := a.Status(t.Context())
 		must(t, err)
@@ -230,18 +240,31 @@ func TestServingPort(t *testing.T) {
 		config.Inbound = inbound
 		_, err = m.CP.Set(config)
 		must(t, err)
-		eventually(t, 5*time.Second, "inbound through Envoy", func() (bool, string) { by := served(); return strings.HasPrefix(by, "inbound-8081"), by })
+		for _, own := range own {
+			eventually(t, 5*time.Second, "inbound through Envoy", func() (bool, string) {
+				by := served(own)
+				return by == "inbound-8081-"+own.String(), by
+			})
+			if row := "-A SERVICE_PROXY_INBOUND -d " + netip.PrefixFrom(own, own.BitLen()).String() + " -p tcp"; strings.Count(chains(t, m), row) != 1 {
+				t.Errorf("want one %q in\n%s", row, chains(t, m))
+			}
+		}
 		config.Inbound = nil
 		_, err = m.CP.Set(config)
 		must(t, err)
-		eventually(t, 5*time.Second, "inbound past Envoy again", func() (bool, string) {
-			resp, err := m.Client.HTTP().Get(app)
-			if err != nil {
-				return false, err.Error() // while Envoy has closed its listener and the rule is still there
-			}
-			resp.Body.Close()
-			return resp.Header.Get(controlplane.ServedByHeader) == "", resp.Status
-		})
+		for _, own := range own {
+			eventually(t, 5*time.Second, "inbound past Envoy again", func() (bool, string) {
+				resp, err := m.Client.HTTP().Get(app(own))
+				if err != nil {
+					return false, err.Error() // while Envoy has closed its listener and the rule is still there
+				}
+				resp.Body.Close()
+				return resp.Header.Get(controlplane.ServedByHeader) == "", resp.Status
+			})
+		}
+		if out := chains(t, m); strings.Contains(out, "SERVICE_PROXY_INBOUND") {
+			t.Errorf("without an inbound listener:\n%s", out)
+		}
 	})
 }
 
@@ -264,17 +287,19 @@ func TestKill(t *testing.T) {
 		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
 		changes := soak(50, 8)
 		for i := range changes {
-			_, err := m.CP.Set(services(service(i), service(1000+i/2)))
+			_, err := m.CP.Set(services(both(i), both(1000+i/2)))
 			must(t, err)
 			time.Sleep(time.Duration(5+13*i%60) * time.Millisecond) // anywhere in the change
 			a.Kill()
 			must(t, a.Start())
-			vip := service(i).Prefixes[0]
 			eventually(t, 10*time.Second, "convergence after kill -9", func() (bool, string) {
-				out, err := m.Chains(t.Context(), "IPv4")
-				must(t, err)
-				gone := i == 0 || !strings.Contains(out, "-d "+service(i - 1).Prefixes[0].String()+" ")
-				return strings.Contains(out, "-d "+vip.String()+" ") && gone, out
+				out := chains(t, m)
+				for family, vip := range both(i).Prefixes {
+					if !strings.Contains(out, "-d "+vip.String()+" ") || i > 0 && strings.Contains(out, "-d "+both(i - 1).Prefixes[family].String()+" ") {
+						return false, out
+					}
+				}
+				return true, out
 			})
 		}
 		if c := steady.Stop(); c.Bad() != 0 || c.OK < 5*changes {
@@ -330,11 +355,10 @@ func TestControlPlaneAway(t *testing.T) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
-		before, err := m.Chains(t.Context(), "IPv4")
-		must(t, err)
+		before := chains(t, m)
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
-		_, err = a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s agent.Status) bool {
+		_, err := a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s agent.Status) bool {
 			return s.Envoy.State != "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
 		})
 		must(t, err)
@@ -345,8 +369,8 @@ func TestControlPlaneAway(t *testing.T) {
 			must(t, err)
 		}
 		time.Sleep(2 * time.Second)
-		if after, err := m.Chains(t.Context(), "IPv4"); err != nil || after != before {
-			t.Errorf("the rules changed: %v\n%s\nbefore:\n%s", err, after, before)
+		if after := chains(t, m); after != before {
+			t.Errorf("the rules changed:\n%s\nbefore:\n%s", after, before)
 		}
 		must(t, m.CP.ComeBack())
 		must(t, a.WaitReady(within(t, 60*time.Second)))
@@ -355,8 +379,8 @@ func TestControlPlaneAway(t *testing.T) {
 		_, err = m.CP.Set(controlplane.Config{})
 		must(t, err)
 		eventually(t, 10*time.Second, "rules gone with the services", func() (bool, string) {
-			out, err := m.Chains(t.Context(), "IPv4")
-			return err == nil && out == "", out
+			out := chains(t, m)
+			return strings.TrimSpace(out) == "", out
 		})
 		must(t, a.WaitReady(within(t, 10*time.Second))) // an empty want counts
 	})
@@ -370,7 +394,7 @@ func TestStranger(t *testing.T) {
 		through(t, m, web4)
 		m.Envoy.Kill()
 		const stranger = 4711
-		ln, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15001")
+		ln6, err := m.VM.ListenAs(stranger, "tcp", "[::1]:15001")
 		must(t, err)
 		admin, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15000")
 		must(t, err)
@@ -379,25 +403,50 @@ func TestStranger(t *testing.T) {
 			fmt.Fprint(w, `{"configs":[]}`)
 		})}
 		go lies.Serve(admin)
-		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named", func(s agent.Status) bool {
-			return strings.Contains(s.LastFailure, "uid 4711") || hasFinding(s, symptom.ForeignOwner)
+		named := func(s agent.Status, addr string) bool {
+			return slices.ContainsFunc(s.Findings, func(f symptom.Finding) bool {
+				return f.ID == symptom.ForeignOwner && f.Key == addr && strings.Contains(f.Cause, "is held by uid 4711, ")
+			})
+		}
+		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named in IPv6", func(s agent.Status) bool {
+			return named(s, "[::1]:15001") && strings.Contains(s.LastFailure, "uid 4711")
 		})
 		must(t, err)
+		escapes(t, m, web6)
+		if s.Ready {
+			t.Error("ready with a stranger on the interception port of IPv6")
+		}
+		// IPv4 waits for Envoy, whose port is closed there.
+		if out, err := m.Chains(t.Context(), "IPv4"); err != nil || strings.Count(out, "-A OUTPUT") != 1 {
+			t.Errorf("IPv4, where there is no stranger: %v\n%s", err, out)
+		}
+		ln4, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15001")
+		must(t, err)
+		both := func(s agent.Status) bool { return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001") }
+		s, err = a.Wait(within(t, 10*time.Second), "the stranger is named", both)
+		must(t, err)
 		escapes(t, m, web4)
+		escapes(t, m, web6)
+		if out := chains(t, m); strings.Contains(out, "-A OUTPUT") {
+			t.Errorf("with a stranger on both ports:\n%s", out)
+		}
 		if s.Ready {
 			t.Error("ready with a stranger on the interception port")
 		}
 		// An agent started now adopts nothing that leads to the stranger.
 		a.Kill()
 		must(t, a.Start())
-		_, err = a.Wait(within(t, 10*time.Second), "the stranger is named after a restart", func(s agent.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+		_, err = a.Wait(within(t, 10*time.Second), "the stranger is named after a restart", both)
 		must(t, err)
 		escapes(t, m, web4)
+		escapes(t, m, web6)
 		lies.Close()
-		ln.Close()
+		ln4.Close()
+		ln6.Close()
 		must(t, m.Envoy.Start())
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
+		through(t, m, web6)
 	})
 }
 
@@ -431,10 +480,13 @@ func TestStrangerAfterRestart(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	a.Kill()
 	m.Envoy.Kill()
-	_, err := m.VM.ListenAs(4711, "tcp", "127.0.0.1:15001")
-	must(t, err)
+	for _, addr := range []string{"127.0.0.1:15001", "[::1]:15001"} {
+		_, err := m.VM.ListenAs(4711, "tcp", addr)
+		must(t, err)
+	}
 	must(t, a.Start())
 	escapes(t, m, web4)
+	escapes(t, m, web6)
 }
 
 // TestRuleDeleted: a rule deleted by hand is back within the poll interval, at once where the kernel notifies, and who did

@@ -48,10 +48,9 @@ func (r *refusals) speak(t *testing.T) {
 // and what goes through them stay.
 func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ...string) {
 	t.Helper()
-	before, err := r.Chains(t.Context(), "IPv4")
-	must(t, err)
+	before := chains(t, r.Mesh)
 	refuse()
-	_, err = r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s agent.Status) bool {
+	_, err := r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s agent.Status) bool {
 		for _, text := range want {
 			if !strings.Contains(s.LastFailure, text) {
 				return false
@@ -60,8 +59,8 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 		return hasFinding(s, id) && strings.Contains(s.LastFailure, "(since ")
 	})
 	must(t, err)
-	if now, err := r.Chains(t.Context(), "IPv4"); err != nil || now != before {
-		t.Errorf("the rules changed (%v):\n%s\nbefore:\n%s", err, now, before)
+	if now := chains(t, r.Mesh); now != before {
+		t.Errorf("the rules changed:\n%s\nbefore:\n%s", now, before)
 	}
 	through(t, r.Mesh, web4)
 	ok()

@@ -405,31 +405,6 @@ func TestBackendSwitched(t *testing.T) {
 	}
 }
 
-// TestLockHeld: another program holds the xtables lock for longer than we wait. It is said, IPv4 and the heartbeat go on as
-// they can, and the change is made once the lock is free.
-func TestLockHeld(t *testing.T) { // not parallel: the lock is one for the whole machine
-	m, a := start(t, mesh.Options{Backend: lab.Legacy, Config: services()})
-	must(t, a.WaitReady(within(t, 20*time.Second)))
-	lock, err := os.OpenFile("/run/xtables.lock", os.O_RDWR|os.O_CREATE, 0o600)
-	must(t, err)
-	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
-	release := sync.OnceFunc(func() { lock.Close() })
-	defer release()
-	_, err = m.CP.Set(services(service(7)))
-	must(t, err)
-	s, err := a.Wait(within(t, 30*time.Second), "the lock named", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "xtables") })
-	must(t, err)
-	t.Log(s.LastFailure)
-	release()
-	eventually(t, 40*time.Second, "the new service in the chains", func() (bool, string) {
-		out, err := m.Chains(t.Context(), "IPv4")
-		return err == nil && strings.Contains(out, "-d "+service(7).Prefixes[0].String()), out
-	})
-	through(t, m, netip.AddrPortFrom(service(7).Prefixes[0].Addr(), 9000))
-	_, err = a.Wait(within(t, 30*time.Second), "the failure over", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
-	must(t, err)
-}
-
 // TestLockHeldAtStart: a lock that is held while the agent starts, for longer than iptables waits, makes no family unusable:
 // the rules are in as soon as it is free, and nobody is sent after kernel modules.
 func TestLockHeldAtStart(t *testing.T) {

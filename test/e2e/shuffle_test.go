@@ -36,7 +36,7 @@ func TestShuffle(t *testing.T) {
 			{"change services", func() {
 				now = now[:0]
 				for range random.IntN(5) {
-					now = append(now, service(random.IntN(20)))
+					now = append(now, both(random.IntN(20)))
 				}
 				now = distinct(now)
 				_, err := m.CP.Set(services(now...))
@@ -45,7 +45,7 @@ func TestShuffle(t *testing.T) {
 			{"many services", func() { // enough for bucket chains
 				now = now[:0]
 				for i := range 300 + random.IntN(100) {
-					s := service(i * 7)
+					s := both(i * 7)
 					s.Cluster = "many"
 					now = append(now, s)
 				}
@@ -90,31 +90,35 @@ func TestShuffle(t *testing.T) {
 // converged waits until the node is as the services ask.
 func converged(t *testing.T, m *mesh.Mesh, a *mesh.Agent, now []controlplane.Service) {
 	t.Helper()
-	want := map[string]bool{"10.10.0.1/32": true, "10.10.0.2/32": true}
-	for _, s := range now {
-		want[s.Prefixes[0].String()] = true
+	for i, family := range []string{"IPv4", "IPv6"} {
+		want := []map[string]bool{{"10.10.0.1/32": true, "10.10.0.2/32": true}, {"fd10::1/128": true}}[i]
+		for _, s := range now {
+			want[s.Prefixes[i].String()] = true
+		}
+		eventually(t, 30*time.Second, "convergence in "+family, func() (bool, string) {
+			out, err := m.Chains(t.Context(), family)
+			must(t, err)
+			have := map[string]bool{}
+			for line := range strings.Lines(out) {
+				if f := strings.Fields(line); len(f) == 6 && f[2] == "-d" && f[5] == "SERVICE_PROXY_REDIRECT" {
+					have[f[3]] = true
+				}
+			}
+			for p := range want {
+				if !have[p] {
+					return false, fmt.Sprintf("%s is missing of %d in\n%.2000s", p, len(want), out)
+				}
+			}
+			return len(have) == len(want) && !strings.Contains(out, "SERVICE_PROXY_DNS") && strings.Count(out, "-A OUTPUT") == 1,
+				fmt.Sprintf("want %d services, have %d in\n%.2000s", len(want), len(have), out)
+		})
 	}
-	eventually(t, 30*time.Second, "convergence", func() (bool, string) {
-		out, err := m.Chains(t.Context(), "IPv4")
-		must(t, err)
-		have := map[string]bool{}
-		for line := range strings.Lines(out) {
-			if f := strings.Fields(line); len(f) == 6 && f[2] == "-d" && f[5] == "SERVICE_PROXY_REDIRECT" {
-				have[f[3]] = true
-			}
-		}
-		for p := range want {
-			if !have[p] {
-				return false, fmt.Sprintf("%s is missing of %d in\n%.2000s", p, len(want), out)
-			}
-		}
-		return len(have) == len(want) && !strings.Contains(out, "SERVICE_PROXY_DNS") && strings.Count(out, "-A OUTPUT") == 1,
-			fmt.Sprintf("want %d services, have %d in\n%.2000s", len(want), len(have), out)
-	})
 	must(t, a.WaitReady(within(t, 30*time.Second)))
 	through(t, m, web4)
 	through(t, m, web6)
 	if len(now) > 0 {
-		through(t, m, netip.AddrPortFrom(now[len(now)-1].Prefixes[0].Addr(), 9000))
+		for _, p := range now[len(now)-1].Prefixes {
+			through(t, m, netip.AddrPortFrom(p.Addr(), 9000))
+		}
 	}
 }

@@ -61,8 +61,7 @@ func TestSickAdmin(t *testing.T) {
 	must(t, a.Start())
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	through(t, m, web4)
-	before, err := m.Chains(t.Context(), "IPv4")
-	must(t, err)
+	before := chains(t, m)
 
 	tests := []struct {
 		name string
@@ -106,8 +105,8 @@ func TestSickAdmin(t *testing.T) {
 			if _, err := a.Wait(within(t, 5*time.Second), "more passes", func(s agent.Status) bool { return s.Passes > passes+2 }); err != nil {
 				t.Error(err)
 			}
-			if after, err := m.Chains(t.Context(), "IPv4"); err != nil || after != before {
-				t.Errorf("the rules changed: %v\n%s", err, after)
+			if after := chains(t, m); after != before {
+				t.Errorf("the rules changed:\n%s\nbefore:\n%s", after, before)
 			}
 			through(t, m, web4)
 			if code, body, err := a.Get("/healthz"); code != http.StatusOK {
