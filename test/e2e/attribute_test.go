@@ -70,7 +70,7 @@ func TestAttribute(t *testing.T) {
 			if !row.running {
 				must(t, a.Start())
 			}
-			_, err := m.CP.Set(services(service(i)))
+			_, err := m.CP.Set(services(both(i)))
 			must(t, err)
 			s, err := a.Wait(within(t, 20*time.Second), "the failure", func(s agent.Status) bool {
 				return hasFinding(s, row.id) && strings.Contains(s.LastFailure, row.says) && s.Ready
@@ -89,8 +89,13 @@ func TestAttribute(t *testing.T) {
 				t.Errorf("status: %s", text)
 			}
 			eventually(t, 15*time.Second, "a new service", func() (bool, string) {
-				out, err := m.Chains(t.Context(), "IPv4")
-				return err == nil && strings.Contains(out, "-d "+service(i).Prefixes[0].String()+" "), out
+				out := chains(t, m)
+				for _, vip := range both(i).Prefixes {
+					if !strings.Contains(out, "-d "+vip.String()+" ") {
+						return false, out
+					}
+				}
+				return true, out
 			})
 			_, err = m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
 			must(t, err)

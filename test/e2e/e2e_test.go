@@ -495,18 +495,20 @@ func TestRuleDeleted(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
-		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
-		must(t, err)
-		start := time.Now()
-		eventually(t, 5*time.Second, "the jump back", func() (bool, string) {
-			out, err := m.Chains(t.Context(), "IPv4")
-			return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
-		})
-		t.Logf("back after %v (looking included)", time.Since(start).Round(time.Millisecond))
-		s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s agent.Status) bool { return s.Undone == 1 })
-		must(t, err)
-		if backend == lab.NFT && !strings.Contains(s.LastDriftBy, "iptables") {
-			t.Errorf("done by %q, want the program named", s.LastDriftBy)
+		for i, family := range []struct{ name, program string }{{"IPv4", "iptables"}, {"IPv6", "ip6tables"}} {
+			_, err := m.VM.Run(t.Context(), family.program, "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+			must(t, err)
+			start := time.Now()
+			eventually(t, 5*time.Second, "the jump back in "+family.name, func() (bool, string) {
+				out, err := m.Chains(t.Context(), family.name)
+				return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
+			})
+			t.Logf("%s: back after %v (looking included)", family.name, time.Since(start).Round(time.Millisecond))
+			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s agent.Status) bool { return s.Undone == uint64(i+1) })
+			must(t, err)
+			if backend == lab.NFT && !strings.Contains(s.LastDriftBy, family.program) {
+				t.Errorf("%s: done by %q, want the program named", family.name, s.LastDriftBy)
+			}
 		}
 	})
 }
