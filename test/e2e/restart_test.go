@@ -132,3 +132,35 @@ func TestStartWithoutEnvoy(t *testing.T) {
 		through(t, m, web6)
 	})
 }
+
+// staticEnvoy is the whole configuration of an Envoy without a control plane, for VIP 10.10.0.2 and its TCP port 9000.
+var staticEnvoy = fmt.Sprintf(`{
+"node": {"id": "static", "cluster": "static"},
+"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 15000}}},
+"static_resources": {
+ "clusters": [{"name": "db", "type": "STATIC", "connect_timeout": "2s", "load_assignment": {"cluster_name": "db", "endpoints": [{"lb_endpoints": [
+  {"endpoint": {"address": {"socket_address": {"address": %q, "port_value": %d}}}}]}]}}],
+ "listeners": [{"name": "outbound", "address": {"socket_address": {"address": "0.0.0.0", "port_value": 15001}},
+  "listener_filters": [{"name": "envoy.filters.listener.original_dst",
+   "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst"}}],
+  "filter_chains": [{"filter_chain_match": {"prefix_ranges": [{"address_prefix": "10.10.0.2", "prefix_len": 32}], "destination_port": 9000},
+   "filters": [{"name": "envoy.filters.network.tcp_proxy",
+    "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": "db", "cluster": "db"}}]}]}]}}`,
+	lab.EndpointAddr(1), mesh.EndpointPort)
+
+// TestStaticEnvoy: an Envoy that takes no listeners from a control plane is configured once it is live.
+func TestStaticEnvoy(t *testing.T) {
+	t.Parallel()
+	m, a := start(t, mesh.Options{Backend: lab.NFT, NoEnvoy: true})
+	envoy, err := m.StartEnvoy(lab.EnvoyOptions{Bootstrap: []byte(staticEnvoy)})
+	must(t, err)
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	through(t, m, db4)
+	before := chains(t, m)
+	must(t, envoy.Restart())
+	must(t, a.WaitReady(within(t, 20*time.Second)))
+	through(t, m, db4)
+	if after := chains(t, m); after != before {
+		t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
+	}
+}
