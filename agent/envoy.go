@@ -66,7 +66,8 @@ type envoyWatch struct {
 	probed   time.Time
 	targets  []envoyadmin.Target // of its bootstrap; nil: not asked yet
 	since    time.Time           // when this Envoy was first seen
-	// configured: this Envoy has completed a listener update, so that the sets read from now on count.
+	// configured: Envoy was seen to have completed a listener update, so that an empty set read from now on counts. That is
+	// asked anew once it has had listeners: it may be another process by then.
 	configured bool
 	// untaken is the last dump of an Envoy that was not seen to be configured. It tells when to dump again and never
 	// counts itself: the configuration may have come after it was read.
@@ -204,18 +205,23 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		w.view.Stream, w.view.Probe, w.view.Apart, w.closed, w.apart = nil, nil, false, 0, 0
 		w.stats, w.targets = envoyadmin.Pace{}, nil
 	}
-	if !w.configured {
+	// An active listener of the control plane's shows that an update came before the dump. Without one the update may have
+	// come between the dump and the answers that tell of it.
+	empty := !hasDynamic(s)
+	if !w.configured && (empty || !w.view.Configured) {
+		if w.untaken == nil && w.view.Configured {
+			w.stats = envoyadmin.Pace{} // it had listeners until now: one question at once
+		}
 		if !w.becomesConfigured(ctx, s) {
 			w.untaken = &s
 			return
 		}
-		// An active listener of the control plane's shows that the update came before the dump. Without one the update
-		// may have come between the dump and the answers that told of it.
-		if !hasDynamic(s) {
+		if empty {
 			w.detector.Again()
 			return
 		}
 	}
+	w.configured, w.untaken = w.configured && empty, nil
 	w.view.Configured = true
 	if s.Fingerprint == w.view.Snapshot.Fingerprint && w.view.Generation > 0 {
 		return
@@ -225,7 +231,7 @@ func (w *envoyWatch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	w.log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)), zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took), zap.Uint64("generation", w.view.Generation))
 }
 
-// becomesConfigured notes whether this Envoy has completed a listener update by now; s is its last dump.
+// becomesConfigured notes whether Envoy has completed a listener update by now; s is its last dump.
 func (w *envoyWatch) becomesConfigured(ctx context.Context, s envoyadmin.Snapshot) bool {
 	configured, err := w.isConfigured(ctx, s)
 	if err != nil {

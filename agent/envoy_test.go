@@ -174,6 +174,25 @@ func TestStaleDumpWithin(t *testing.T) {
 	until(t, w, "[10.10.0.2]", false)
 }
 
+// TestStaleDumpOfUnseenRestart: a restart that is not seen as one, since uptimes are of whole seconds, must not have the
+// empty set of the new Envoy counted either.
+func TestStaleDumpOfUnseenRestart(t *testing.T) {
+	envoy := &admin{state: "LIVE", uptime: 100, lds: 1, dynamic: "10.10.0.1"}
+	w, _ := watching(t, envoy)
+	until(t, w, "[10.10.0.1]", true)
+	envoy.set(func() { envoy.state, envoy.lds, envoy.dynamic = "PRE_INITIALIZING", 0, "" })
+	for w.view.State != "PRE_INITIALIZING" || w.untaken == nil {
+		time.Sleep(min(w.look(t.Context()), 10*time.Millisecond))
+		if len(vips(w.view)) == 0 {
+			t.Fatal("an empty set counts")
+		}
+	}
+	envoy.set(func() { envoy.state, envoy.lds, envoy.dynamic = "LIVE", 1, "10.10.0.2" })
+	until(t, w, "[10.10.0.2]", false)
+	envoy.set(func() { envoy.dynamic = "" }) // the control plane takes all away
+	until(t, w, "[]", true)
+}
+
 // TestEmptySetIsNews: an Envoy that its control plane told that there is nothing has no listeners, and that counts.
 func TestEmptySetIsNews(t *testing.T) {
 	envoy := &admin{state: "LIVE", uptime: 100, lds: 1, dynamic: "10.10.0.1"}

@@ -446,6 +446,35 @@ func TestProcess(t *testing.T) {
 	}
 }
 
+// One that ended a moment after it had answered, and another that is as old as it would be: seen with an Envoy that is
+// restarted every one or two seconds. Its uptime may be a second more than it has been there.
+func TestProcessRestartedQuickly(t *testing.T) {
+	e := new(envoys)
+	e.version.Store("x/1.40.0/Clean")
+	server := httptest.NewServer(e)
+	defer server.Close()
+	c, err := New(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range []struct {
+		lived  time.Duration // that the known one has answered for
+		uptime int64         // of the one that is met next
+	}{{1500 * time.Millisecond, 0}, {1500 * time.Millisecond, 1}, {2500 * time.Millisecond, 1}, {5 * time.Second, 1}, {time.Hour, 0}} {
+		before, err := c.Fingerprint(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.info.Asked = c.info.Asked.Add(-step.lived)
+		c.answered()
+		server.CloseClientConnections()
+		e.uptime.Store(step.uptime)
+		if after, err := c.Fingerprint(t.Context()); err != nil || after.Process != before.Process+1 {
+			t.Errorf("after %v, uptime %d: %+v, then %+v, %v", step.lived, step.uptime, before, after, err)
+		}
+	}
+}
+
 // A process that was young when it was asked, and is known to have gone on since then, is not another after a new connection.
 func TestProcessGrowsOld(t *testing.T) {
 	e := new(envoys)

@@ -184,8 +184,11 @@ func (c *Client) observe(info ServerInfo, dials uint64) {
 	// The connections of before are open still: a process ends with its connections, so this is the same.
 	same := c.process > 0 && now == c.asOf
 	if !same {
-		// A process so young that the next could have its age is taken for another: that costs one dump too many.
-		same = c.process > 0 && info.SameProcess(c.info) && c.info.Uptime > 2*time.Second
+		// One that ran already when the known one last answered (answered) is that one, since only one has the address.
+		// Uptimes are of whole seconds at both ends, so one that is in doubt is taken for another: that costs a dump too
+		// many, and the contrary would cost the rules of all that it has not been told yet.
+		started := info.Asked.Add(time.Second - info.Uptime)
+		same = c.process > 0 && info.SameProcess(c.info) && started.Before(c.info.Asked)
 	}
 	if !same {
 		c.process++
