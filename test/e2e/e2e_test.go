@@ -481,8 +481,9 @@ func TestStrangerAfterRestart(t *testing.T) {
 	a.Kill()
 	m.Envoy.Kill()
 	for _, addr := range []string{"127.0.0.1:15001", "[::1]:15001"} {
-		_, err := m.VM.ListenAs(4711, "tcp", addr)
+		ln, err := m.VM.ListenAs(4711, "tcp", addr)
 		must(t, err)
+		defer ln.Close() // held until then
 	}
 	must(t, a.Start())
 	escapes(t, m, web4)
