@@ -286,11 +286,10 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 // States of include/net/tcp_states.h.
 const (
 	tcpEstablished = 1
-	tcpSynRecv     = 3
+	tcpSynRecv     = 3 // of a request socket, too, whose own state is TCP_NEW_SYN_RECV (tcp_req_diag_fill)
 	tcpClose       = 7 // of UDP: not connected
 	tcpCloseWait   = 8
 	tcpListen      = 10
-	tcpNewSynRecv  = 12
 )
 
 const (
@@ -355,9 +354,6 @@ func unmarshal(b []byte) (socket, error) {
 		device: binary.NativeEndian.Uint32(b[40:]),
 		uid:    binary.NativeEndian.Uint32(b[64:]),
 		inode:  binary.NativeEndian.Uint32(b[68:]),
-	}
-	if s.state == tcpNewSynRecv {
-		s.state = tcpSynRecv
 	}
 	ad, err := netlink.NewAttributeDecoder(b[messageLen:])
 	if err != nil {
