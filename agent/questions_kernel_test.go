@@ -16,8 +16,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// TestQuestionsForgottenLater: where there was no time to delete the entries of DNS questions when their path changed, a
-// later pass does it. Else a resolver that always asks from one port keeps the old path as long as it asks.
+// TestQuestionsForgottenLater: where there was no time to delete the entries of DNS questions when
+// their path changed, a later pass does it. Else a resolver that always asks from one port keeps
+// the old path as long as it asks.
 func TestQuestionsForgottenLater(t *testing.T) {
 	runtime.LockOSThread() // and never unlocked: the thread ends with its namespace
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {

@@ -401,8 +401,8 @@ func (a *Agent) forgetOldPaths(ctx context.Context, s *familyState) {
 // back with that (conntrack.DeleteLateUDP): a resolver's customary time-out is 5 s (resolv.conf(5)).
 const answersLate = 6 * time.Second
 
-// forgetQuestions deletes the entries of all DNS questions, and once that is done only those that late answers make: a
-// question that was asked since needs its own.
+// forgetQuestions deletes the entries of all DNS questions, and once that is done only those that
+// late answers make: a question that was asked since needs its own.
 func (a *Agent) forgetQuestions(ctx context.Context, s *familyState) {
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()

@@ -239,8 +239,8 @@ func parse(data []byte) (e entry, name []byte, err error) {
 	if err := d.Err(); err != nil {
 		return entry{}, nil, err
 	}
-	// Every kernel sends both. To delete without a tuple is to empty the whole table, without an id to take what came in
-	// the entry's place.
+	// Every kernel sends both. To delete without a tuple is to empty the whole table, without an id
+	// to take what came in the entry's place.
 	if !dst.IsValid() || !hasID {
 		return entry{}, nil, errNameless
 	}

@@ -20,8 +20,8 @@ func TestSetContains(t *testing.T) {
 	}
 }
 
-// TestSetContainsAtRandom: what a search one by one finds, the set has, however the prefixes are ordered, nested and
-// repeated; so few addresses that most are near some prefix's edge.
+// TestSetContainsAtRandom: what a search one by one finds, the set has, however the prefixes are
+// ordered, nested and repeated; so few addresses that most are near some prefix's edge.
 func TestSetContainsAtRandom(t *testing.T) {
 	seed := rand.Uint64()
 	random := rand.New(rand.NewPCG(seed, 0))

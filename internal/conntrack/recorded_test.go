@@ -189,8 +189,9 @@ func TestParseCut(t *testing.T) {
 	}
 }
 
-// TestParseNameless: to delete by a name without a tuple empties the whole table (ctnetlink_del_conntrack), and by one
-// without an id takes what has come in an entry's place. Such an entry is an error, and nothing is asked.
+// TestParseNameless: to delete by a name without a tuple empties the whole table
+// (ctnetlink_del_conntrack), and by one without an id takes what has come in an entry's place. Such
+// an entry is an error, and nothing is asked.
 func TestParseNameless(t *testing.T) {
 	for _, f := range families {
 		for _, missing := range []uint16{ctaTupleOrig, ctaID} {
@@ -220,7 +221,8 @@ func TestParseNameless(t *testing.T) {
 	}
 }
 
-// TestParseHarmed: what is wrong within an attribute of an entry is as much an error as what is wrong around it.
+// TestParseHarmed: what is wrong within an attribute of an entry is as much an error as what is
+// wrong around it.
 func TestParseHarmed(t *testing.T) {
 	for _, f := range families {
 		m := recording(t, f.file)[0]

@@ -15,9 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestEstablishedStreamKeepsItsPath: a stream that was there before the rules of its destination still speaks after the
-// half-open connections to it have been deleted, by the very entry that it had. Without its entry its next packet would be
-// the first of a redirected connection, to a port where nobody listens.
+// TestEstablishedStreamKeepsItsPath: a stream that was there before the rules of its destination
+// still speaks after the half-open connections to it have been deleted, by the very entry that it
+// had. Without its entry its next packet would be the first of a redirected connection, to a port
+// where nobody listens.
 func TestEstablishedStreamKeepsItsPath(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -27,15 +28,16 @@ func TestEstablishedStreamKeepsItsPath(t *testing.T) {
 		af                            byte
 		ip, iptables, network, prefix string
 		server, nobody, own, gateway  string
+		nodad                         string
 	}{
-		{unix.AF_INET, "-4", "iptables", "tcp4", "10.1.2.0/24", "10.1.2.3", "10.1.2.4", "10.0.0.1/24", "10.0.0.2"},
-		{unix.AF_INET6, "-6", "ip6tables", "tcp6", "fd01::/64", "fd01::3", "fd01::4", "fd00::1/64 nodad", "fd00::2"},
+		{unix.AF_INET, "-4", "iptables", "tcp4", "10.1.2.0/24", "10.1.2.3", "10.1.2.4", "10.0.0.1/24", "10.0.0.2", ""},
+		{unix.AF_INET6, "-6", "ip6tables", "tcp6", "fd01::/64", "fd01::3", "fd01::4", "fd00::1/64", "fd00::2", "nodad"},
 	} {
 		t.Run(family.network, func(t *testing.T) {
 			prefix := netip.MustParsePrefix(family.prefix)
 			// One server here, and one address to which SYNs go that nobody answers.
-			sh(t, fmt.Sprintf("ip %[1]s address add %[2]s/%[3]d dev lo; ip %[1]s address add %[4]s dev v0; ip %[1]s neigh add %[5]s lladdr 02:00:00:00:00:99 dev v0; ip %[1]s route add %[6]s/%[3]d via %[5]s",
-				family.ip, family.server, prefix.Addr().BitLen(), family.own, family.gateway, family.nobody))
+			sh(t, fmt.Sprintf("ip %[1]s address add %[2]s/%[3]d dev lo %[7]s; ip %[1]s address add %[4]s dev v0 %[7]s; ip %[1]s neigh add %[5]s lladdr 02:00:00:00:00:99 dev v0; ip %[1]s route add %[6]s/%[3]d via %[5]s",
+				family.ip, family.server, prefix.Addr().BitLen(), family.own, family.gateway, family.nobody, family.nodad))
 			// A NAT rule starts conntrack, and the mark shows an entry that was made anew.
 			sh(t, fmt.Sprintf("%[1]s -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE; %[1]s -t mangle -A OUTPUT -p tcp --syn -j CONNMARK --set-mark 4711", family.iptables))
 			l, err := net.Listen(family.network, net.JoinHostPort(family.server, "443"))

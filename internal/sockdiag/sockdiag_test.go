@@ -187,7 +187,8 @@ type half struct {
 
 func (h half) RemoteAddr() net.Addr { return h.remote }
 
-// TestNoSocketToAskBy: without a netlink socket nobody is the owner, least of all root, whose uid is 0.
+// TestNoSocketToAskBy: without a netlink socket nobody is the owner, least of all root, whose uid
+// is 0.
 func TestNoSocketToAskBy(t *testing.T) {
 	l := listen(t, "tcp4", "127.0.0.1:0")
 	c := dialPort(t, "127.0.0.1", port(l))
