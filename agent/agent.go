@@ -327,10 +327,10 @@ var errSwitched = errors.New("the iptables backend was switched")
 
 // watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left in the other backend.
 func (a *Agent) watchOthers(ctx context.Context) error {
-	backend := a.kernel.Backend()
 	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
 		// Another Kernel: this one is the loop's.
-		if k, err := iptables.Open(ctx, iptables.Options{}); err == nil && k.Backend() != "" && k.Backend() != backend {
+		backend := a.kernel.Backend() // "" until the programs have told their version
+		if k, err := iptables.Open(ctx, iptables.Options{}); err == nil && backend != "" && k.Backend() != "" && k.Backend() != backend {
 			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, k.Backend())
 		}
 		if s := a.status.Load(); s == nil || !s.Ready {

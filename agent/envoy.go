@@ -249,9 +249,10 @@ func hasDynamic(s envoyadmin.Snapshot) bool {
 }
 
 // isConfigured says whether this Envoy has completed a listener update: it is live and has a listener from the control
-// plane, or has none and says that an update succeeded, or takes no listeners from a control plane at all (it has no lds.*
-// statistic, which are made with lds_config, before Envoy is live). The question goes through all its statistics, but one
-// without listeners and routes has few.
+// plane, or has none and tells the version of an update that it took as a whole, or takes no listeners from a control plane
+// at all. The counters of updates do not tell: after a hot restart they begin with the other process's. Where statistics are
+// filtered out, nothing does, and an empty set never counts. The questions go through all statistics and all of the
+// configuration, but an Envoy without listeners and routes has few.
 func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
 	if err := w.askState(ctx); err != nil || w.view.State == "PRE_INITIALIZING" || w.view.State == "INITIALIZING" {
 		return false, err
@@ -268,7 +269,13 @@ func (w *envoyWatch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (b
 		return false, nil
 	}
 	p, err := w.askControlPlane(ctx)
-	return err == nil && (p.Successes > 0 || !p.Listeners), err
+	if err != nil || p.Version != 0 {
+		return err == nil, err
+	}
+	began := time.Now()
+	bootstrap, err := w.client.Bootstrap(ctx)
+	w.stats.Asked(began, time.Now())
+	return err == nil && !bootstrap.LDS, err
 }
 
 // askControlPlane asks for statistics, within their pace.

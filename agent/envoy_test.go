@@ -18,12 +18,13 @@ import (
 
 // admin is an Envoy's admin interface as far as an envoyWatch asks it. What each answer looks like was taken from Envoy 1.40.0:
 // /ready says PRE_INITIALIZING until the first clusters and listeners came; the dump of an Envoy that has no listeners is {};
-// lds.* statistics exist from the start where there is an lds_config, and not at all where there is none.
+// lds.version is 0 until an update was taken as a whole; after a hot restart update_success begins with the parent's last.
 type admin struct {
 	mu       sync.Mutex
 	state    string
 	uptime   int
-	lds      int    // listener_manager.lds.update_success; -1: no lds_config
+	lds      int    // listener_manager.lds.version; -1: no lds_config
+	filtered bool   // its stats_matcher leaves lds.* out
 	dynamic  string // the VIP of its dynamic listener; "": none
 	static   string // the VIP of its static listener
 	warming  bool   // a second listener waits for its routes
@@ -57,8 +58,8 @@ func (a *admin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		body = fmt.Sprintf(`{"version":"x/1.40.0/Clean/RELEASE/BoringSSL","state":%q,"uptime_current_epoch":"%ds"}`, a.state, a.uptime)
 	case "/stats":
 		body = "listener_manager.listener_create_failure: 0\n"
-		if a.lds >= 0 {
-			body += fmt.Sprintf("listener_manager.lds.update_attempt: 1\nlistener_manager.lds.update_success: %d\n", a.lds)
+		if a.lds >= 0 && !a.filtered {
+			body += fmt.Sprintf("listener_manager.lds.update_attempt: 3\nlistener_manager.lds.update_success: 2\nlistener_manager.lds.version: %d\n", a.lds)
 		}
 	case "/config_dump":
 		switch r.URL.Query().Get("resource") {
@@ -66,6 +67,11 @@ func (a *admin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			body = "{}"
 			if a.static != "" {
 				body = `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v3.ListenersConfigDump.StaticListener","listener":` + listenerJSON(a.static) + `}]}`
+			}
+		case "":
+			body = `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v3.BootstrapConfigDump","bootstrap":{"node":{"id":"n"},"dynamic_resources":{}}}]}`
+			if a.lds >= 0 {
+				body = strings.Replace(body, `"dynamic_resources":{}`, `"dynamic_resources":{"lds_config":{"ads":{}}}`, 1)
 			}
 		default:
 			body = `{"configs":[`
@@ -210,8 +216,16 @@ func TestStaticListeners(t *testing.T) {
 	w, _ := watching(t, envoy)
 	until(t, w, "[10.10.0.7]", true)
 
-	waiting := &admin{state: "LIVE", uptime: 100, lds: 0, static: "10.10.0.7"}
-	w, _ = watching(t, waiting)
+	for _, waiting := range []*admin{
+		{state: "LIVE", uptime: 100, lds: 0, static: "10.10.0.7"},
+		{state: "LIVE", uptime: 100, lds: 0, static: "10.10.0.7", filtered: true},
+	} {
+		staysUnconfigured(t, waiting)
+	}
+}
+
+func staysUnconfigured(t *testing.T, waiting *admin) {
+	w, _ := watching(t, waiting)
 	for asked := 0; asked < 3; asked++ { // after the dump, and in two looks more
 		w.look(t.Context())
 	}

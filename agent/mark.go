@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // markName is the file in the runtime folder that says which rules a start may adopt: an agent of this boot put jumps in,
@@ -24,9 +25,14 @@ func bootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// isMarked says whether an agent of this boot put jumps in.
+// isMarked says whether an agent of this boot put jumps in. Where there is no mark, but an agent was ready in this boot, it
+// was of a version that made none, and this one comes by an upgrade.
 func isMarked(dir string) bool {
 	id, err := os.ReadFile(filepath.Join(dir, markName))
+	if errors.Is(err, fs.ErrNotExist) {
+		_, err := os.Lstat(filepath.Join(dir, systemd.ReadyFile))
+		return err == nil
+	}
 	return err == nil && strings.TrimSpace(string(id)) == bootID()
 }
 
@@ -41,9 +47,11 @@ func (a *Agent) mark() {
 	}
 }
 
-// Unmark takes the mark away. Call it when the rules were taken out: what is there later was put there by somebody else.
+// Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later was put there by
+// somebody else.
 func Unmark() error {
-	if err := os.Remove(filepath.Join(server.Dir(), markName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := os.WriteFile(filepath.Join(server.Dir(), markName), []byte("none\n"), 0o600)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // no agent has run
 		return fmt.Errorf("forget that the rules are ours: %w", err)
 	}
 	return nil

@@ -107,17 +107,17 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	changed := false
 	if known {
 		changed = s.compile(want, a.wantSerial, now)
-	} else if changed = s.mustLeave(); !changed {
-		return tick // what an earlier run left stays until Envoy has told its listeners
+	} else {
+		changed = s.mustLeave() // else they stay until Envoy has told its listeners
 	}
-	if len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
+	if known && len(s.left) > 0 && now.Sub(s.leftAt) > retryLeft {
 		s.target, s.left, changed = s.want, nil, true
 	}
 	due := s.readAt.Add(a.pollInterval()).Sub(now)
 	if !changed && !s.dirty && due > 0 {
 		return due
 	}
-	if !changed {
+	if !changed || !known {
 		// Under a storm of other programs' changes reads keep to their share of time; a new want does not wait.
 		if wait := max(s.readEnded.Add(readShare*s.readTook).Sub(now), s.retryAt.Sub(now)); wait > 0 {
 			return wait
@@ -125,6 +125,9 @@ func (a *Agent) reconcile(ctx context.Context, now time.Time, s *familyState, wa
 	}
 	if err := a.look(ctx, now, s, known, changed, due <= 0); err != nil {
 		return a.failed(ctx, now, s, err)
+	}
+	if !known && !changed {
+		return 0 // something may have put rules of ours in: the gates look first where they lead
 	}
 	if s.fight.on() && !s.equal {
 		return s.fight.until.Sub(now)
@@ -215,7 +218,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 		return err
 	}
 	if !known {
-		if !s.mustLeave() { // somebody else took them away
+		if !changed || !s.mustLeave() { // somebody else put them in, or took them away
 			s.jumpsIn = s.have.Ours().Intercepting()
 			return nil
 		}

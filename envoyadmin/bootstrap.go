@@ -20,6 +20,7 @@ type Bootstrap struct {
 	Node    Node
 	Targets []Target // control planes, in Envoy's order, each once
 	Admin   string   // "127.0.0.1:15000", or "unix:///path"
+	LDS     bool     // it takes listeners from a control plane or a file; else its static ones are all there are
 }
 
 // Target is a control plane as Envoy reaches it.
@@ -37,13 +38,15 @@ const bootstrapPath = "/config_dump?mask=bootstrap"
 // bootstrapJSON holds the fields of config.bootstrap.v3.Bootstrap that are read. The package of its type would bring in a great many others.
 type (
 	dynamicJSON struct {
-		ADS apiJSON `json:"ads_config"`
-		LDS struct {
-			API apiJSON `json:"api_config_source"`
-		} `json:"lds_config"`
-		CDS struct {
+		ADS     apiJSON  `json:"ads_config"`
+		LDS     *ldsJSON `json:"lds_config"`
+		Locator string   `json:"lds_resources_locator"` // of xdstp; instead of lds_config
+		CDS     struct {
 			API apiJSON `json:"api_config_source"`
 		} `json:"cds_config"`
+	}
+	ldsJSON struct {
+		API apiJSON `json:"api_config_source"`
 	}
 	apiJSON struct {
 		Services []struct {
@@ -180,13 +183,14 @@ func (r *reader) bootstrap() (*Bootstrap, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Bootstrap{Node: node.node(), Admin: admin.Address.String()}
+	b := &Bootstrap{Node: node.node(), Admin: admin.Address.String(), LDS: dynamic.LDS != nil || dynamic.Locator != ""}
+	lds := cmp.Or(dynamic.LDS, &ldsJSON{})
 	add := func(t Target) {
 		if t.Address != "" && !slices.Contains(b.Targets, t) {
 			b.Targets = append(b.Targets, t)
 		}
 	}
-	for _, api := range []apiJSON{dynamic.ADS, dynamic.LDS.API, dynamic.CDS.API} {
+	for _, api := range []apiJSON{dynamic.ADS, lds.API, dynamic.CDS.API} {
 		names := slices.Clone(api.Clusters)
 		for _, service := range api.Services {
 			if google := service.Google; google.Target != "" {

@@ -116,22 +116,27 @@ func (r *reader) host(h *ClusterHealth) error {
 type ControlPlane struct {
 	Streams                                 bool   // Envoy takes configuration by a stream at all
 	Connected                               bool   // one is open, or just being opened: it flaps to true at each attempt
-	Listeners                               bool   // Envoy takes listeners by LDS; else only its static ones exist
 	Attempts, Successes, Failures, Rejected uint64 // of listener updates
 	CreateFailures                          uint64 // listeners that were accepted and could not be bound, say
+	// Version is a hash of the version of the last listener update that this process took as a whole; 0: none yet. After a
+	// hot restart the counters above begin with what the process before counted in its last seconds, and this does not
+	// (Envoy's gauge lds.version is NeverImport).
+	Version uint64
 }
 
-// ControlPlane asks for stats. Successes > 0 means that an LDS update was completed: before, an Envoy without listeners just has not heard of any.
+// ControlPlane asks for stats. A Version means that an LDS update was completed: before, an Envoy without listeners just has
+// not heard of any.
 func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	var p ControlPlane
 	seen := 0
-	err := c.stats(ctx, `^(control_plane\.connected_state|listener_manager\.(lds\.update_(attempt|success|failure|rejected)|listener_create_failure))$`,
+	err := c.stats(ctx, `^(control_plane\.connected_state|listener_manager\.(lds\.(version|update_(attempt|success|failure|rejected))|listener_create_failure))$`,
 		func(name string, value uint64) {
 			seen++
-			p.Listeners = p.Listeners || strings.HasPrefix(name, "listener_manager.lds.")
 			switch name {
 			case "control_plane.connected_state":
 				p.Streams, p.Connected = true, value != 0
+			case "listener_manager.lds.version":
+				p.Version = value
 			case "listener_manager.lds.update_attempt":
 				p.Attempts = value
 			case "listener_manager.lds.update_success":

@@ -73,9 +73,9 @@ func TestClusters(t *testing.T) {
 
 func TestStats(t *testing.T) {
 	c := answering(t, "1.40.0", "control_plane.connected_state: 1\nlistener_manager.lds.update_attempt: 9\nlistener_manager.lds.update_success: 5\nlistener_manager.lds.update_failure: 3\n"+
-		"listener_manager.lds.update_rejected: 1\nlistener_manager.listener_create_failure: 2\nlistener_manager.lds.update_time: 1792\nlistener_manager.lds.version_text: \"1\"\n")
+		"listener_manager.lds.update_rejected: 1\nlistener_manager.listener_create_failure: 2\nlistener_manager.lds.update_time: 1792\nlistener_manager.lds.version: 17241709254077376921\nlistener_manager.lds.version_text: \"1\"\n")
 	got, err := c.ControlPlane(t.Context())
-	if want := (ControlPlane{Streams: true, Connected: true, Listeners: true, Attempts: 9, Successes: 5, Failures: 3, Rejected: 1, CreateFailures: 2}); err != nil || got != want {
+	if want := (ControlPlane{Streams: true, Connected: true, Attempts: 9, Successes: 5, Failures: 3, Rejected: 1, CreateFailures: 2, Version: 17241709254077376921}); err != nil || got != want {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	c = answering(t, "1.40.0", "listener_manager.listener_create_failure: 0\n") // static listeners alone
@@ -111,7 +111,7 @@ func TestBootstrap(t *testing.T) {
 	want := &Bootstrap{
 		Node: Node{ID: "projects/1/networks/default/nodes/x", Cluster: "c", Zone: "europe-west1-b",
 			Metadata: map[string]string{"TRAFFICDIRECTOR_NETWORK_NAME": "default", "TRAFFICDIRECTOR_GCP_PROJECT_NUMBER": "1", "INTERCEPTION_PORT": "15001", "on": "true"}},
-		Admin: "127.0.0.1:15000",
+		Admin: "127.0.0.1:15000", LDS: true,
 		Targets: []Target{
 			{Address: "trafficdirector.googleapis.com:443", TLS: true, RootCAFile: "/etc/ssl/certs/ca-certificates.crt"},
 			{Address: "xds.example:8443", TLS: true, ServerName: "xds.example", RootCAFile: "/etc/ca.pem", Cluster: "xds"},

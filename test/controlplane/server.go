@@ -133,6 +133,7 @@ func (s *Server) Addr() net.Addr {
 // Close ends every stream and stops for good.
 func (s *Server) Close() {
 	s.stop()
+	s.Continue()
 	s.GoAway()
 }
 

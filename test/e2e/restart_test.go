@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -163,4 +164,101 @@ func TestStaticEnvoy(t *testing.T) {
 	if after := chains(t, m); after != before {
 		t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
 	}
+}
+
+// TestEmptyEnvoyWithoutControlPlane: an Envoy that gave up waiting for its control plane is live and has no listeners. That
+// counts for nothing, whatever its statistics say or leave out: connections are refused, and none goes around it.
+func TestEmptyEnvoyWithoutControlPlane(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name    string
+		options lab.EnvoyOptions
+		restart func(e *lab.Envoy) error
+	}{
+		{"restarted", lab.EnvoyOptions{}, (*lab.Envoy).Restart},
+		// An Envoy of one's own may have a stats_matcher.
+		{"without LDS statistics", lab.EnvoyOptions{Args: []string{"--config-yaml",
+			"stats_config: {stats_matcher: {exclusion_list: {patterns: [{prefix: listener_manager.lds.}]}}}"}}, (*lab.Envoy).Restart},
+		// The new process begins with the counters that moved in the last seconds of the one before.
+		{"hot restarted", lab.EnvoyOptions{HotRestart: true}, (*lab.Envoy).HotRestart},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			m, a := start(t, mesh.Options{Config: services(), NoEnvoy: true})
+			test.options.ControlPlane, test.options.FetchTimeout = m.CPAddr, time.Second
+			var err error
+			m.Envoy, err = m.StartEnvoy(test.options)
+			must(t, err)
+			must(t, a.WaitReady(within(t, 20*time.Second)))
+			_, err = m.CP.Set(services(service(1)))
+			must(t, err)
+			eventually(t, 5*time.Second, "the new service in the rules", func() (bool, string) {
+				out := chains(t, m)
+				return strings.Contains(out, "-d "+service(1).Prefixes[0].String()), out
+			})
+			before := chains(t, m)
+			m.CP.Pause()
+			must(t, test.restart(m.Envoy))
+			eventually(t, 20*time.Second, "a live Envoy without listeners", func() (bool, string) {
+				state, err := m.Envoy.Admin(t.Context(), "/ready")
+				listeners, err2 := m.Envoy.Admin(t.Context(), "/listeners")
+				return err == nil && err2 == nil && strings.TrimSpace(state) == "LIVE" && listeners == "", fmt.Sprint(state, listeners, err, err2)
+			})
+			s, err := a.Status(t.Context())
+			must(t, err)
+			// The connection to an Envoy that was hot restarted may be 30 s old before the agent dials anew.
+			_, err = a.Wait(within(t, 50*time.Second), "more passes", func(n agent.Status) bool { return n.Passes > s.Passes+4 && !n.Envoy.Configured })
+			must(t, err)
+			if after := chains(t, m); after != before {
+				t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
+			}
+			m.CP.Continue()
+			must(t, a.WaitReady(within(t, 60*time.Second)))
+			through(t, m, web4)
+			_, err = m.CP.Set(controlplane.Config{}) // an empty set that the control plane did send
+			must(t, err)
+			if !strings.Contains(test.name, "without") {
+				eventually(t, 20*time.Second, "rules gone with the services", func() (bool, string) {
+					out := chains(t, m)
+					return strings.TrimSpace(out) == "", out
+				})
+			}
+		})
+	}
+}
+
+// TestRestoredAfterStart: what restores rules at boot may come after the agent's start. They wait for Envoy all the same.
+func TestRestoredAfterStart(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true})
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		saved := map[string]string{}
+		for _, program := range []string{"iptables", "ip6tables"} {
+			text, err := m.VM.Run(t.Context(), program+"-save", "-t", "nat")
+			must(t, err)
+			saved[program] = text
+		}
+		a.Kill()
+		m.Envoy.Kill()
+		for program := range saved {
+			_, err := m.VM.Run(t.Context(), "sh", "-c", program+" -w -t nat -F && "+program+" -w -t nat -X")
+			must(t, err)
+		}
+		must(t, a.Reboot())
+		must(t, a.Start())
+		_, err := a.Wait(within(t, 10*time.Second), "some passes", func(s agent.Status) bool { return s.Passes > 3 })
+		must(t, err)
+		for program, text := range saved {
+			_, err := m.VM.RunInput(t.Context(), text, program+"-restore")
+			must(t, err)
+		}
+		escapes(t, m, web4)
+		escapes(t, m, web6)
+		must(t, m.Envoy.Start())
+		must(t, a.WaitReady(within(t, 20*time.Second)))
+		through(t, m, web4)
+		through(t, m, web6)
+	})
 }

@@ -72,6 +72,7 @@ type EnvoyOptions struct {
 	Metadata     map[string]any // node metadata
 	Runtime      bool           // an RTDS layer traffic_director_runtime: until it is answered, or 15 s long, Envoy is PRE_INITIALIZING
 	LogLevel     string         // empty: info
+	FetchTimeout time.Duration  // initial_fetch_timeout of clusters and listeners: until then Envoy waits for each; 0: Envoy's 15 s
 	// Bootstrap, when set, is the whole configuration, and of the above only Binary, UID and LogLevel count.
 	Bootstrap []byte
 	Args      []string // more arguments
@@ -319,6 +320,9 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 	}
 	const xds = "xds"
 	ads := &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3, ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}}}
+	if opts.FetchTimeout > 0 {
+		ads.InitialFetchTimeout = durationpb.New(opts.FetchTimeout)
+	}
 	cluster := &clusterv3.Cluster{
 		Name:                 xds,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},

@@ -1,0 +1,47 @@
+package agent
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// TestMark: rules may be adopted once an agent of this boot had its jumps in, and not after they were taken out.
+func TestMark(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	t.Setenv("RUNTIME_DIRECTORY", dir)
+	if err := Unmark(); err != nil || isMarked(dir) {
+		t.Errorf("without a folder: %v", err)
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if isMarked(dir) {
+		t.Error("marked after a reboot")
+	}
+	if err := os.WriteFile(filepath.Join(dir, systemd.ReadyFile), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if !isMarked(dir) {
+		t.Error("not marked after a version that made no mark was ready")
+	}
+	a := &Agent{log: zap.NewNop()}
+	a.mark()
+	if !a.marked || !isMarked(dir) {
+		t.Error("not marked")
+	}
+	if err := Unmark(); err != nil || isMarked(dir) {
+		t.Errorf("marked after the rules were taken out: %v", err)
+	}
+	a = &Agent{log: zap.NewNop()}
+	if a.mark(); !isMarked(dir) {
+		t.Error("not marked anew")
+	}
+	if err := os.WriteFile(filepath.Join(dir, markName), []byte("another-boot\n"), 0o600); err != nil || isMarked(dir) {
+		t.Errorf("marked by another boot: %v", err)
+	}
+}
