@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"os/user"
 	"path/filepath"
 	"regexp"
@@ -38,7 +39,7 @@ const archiveSource = "the agent's archive"
 // installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and
 // from another source than primary-source: then it gives way to that, and to nothing else. Where
 // none works the sources are tried in turn: primary-source, secondary-source, what came with the
-// agent.
+// agent. Where it cannot be told whether it works nothing is replaced: it may run the traffic.
 //
 // wish is why the wanted Envoy could not be installed although another works, so that the VM goes
 // on with what it has.
@@ -50,6 +51,7 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 		{archiveSource, b.path(filepath.Join(archiveDir, "envoy"))},
 	}
 	var refused []string
+	inPlaceOf := ""
 	version, err := b.envoyVersion(ctx, EnvoyBinary)
 	works := err == nil
 	switch {
@@ -66,8 +68,12 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 			b.say("INFO", "installing Envoy from primary-source; the one here is from "+b.state.EnvoySource)
 		}
 		sources = sources[:1]
-	case !errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, errBinary):
 		refused = append(refused, fmt.Sprintf("%s: %v", EnvoyBinary, err))
+		inPlaceOf = " in place of " + refused[0] // which may be the administrator's
+	case !errors.Is(err, fs.ErrNotExist):
+		return nil, &Failure{Step: StepEnvoy, Err: fmt.Errorf("%s: %w", EnvoyBinary, err),
+			Advice: "it stays as it is; if this lasts, mend it, or remove it and another is installed"}
 	}
 
 	permanent := true
@@ -90,7 +96,7 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 				b.state.PreviousSource, b.state.PreviousSum = b.state.EnvoySource, b.state.PrimarySum
 			}
 			b.state.EnvoyVersion, b.state.EnvoySource, b.state.PrimarySum = version, from, sum
-			b.say("INFO", fmt.Sprintf("installed Envoy %s from %s", version, from))
+			b.say("INFO", fmt.Sprintf("installed Envoy %s from %s%s", version, from, inPlaceOf))
 			if cfg.PrimarySource != "" && source.name != "primary-source" {
 				b.noteFallback(strings.Join(refused, "; "))
 			}
@@ -100,14 +106,14 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 			return nil, &Failure{Step: StepEnvoy, Err: ctx.Err()}
 		}
 		var download *downloadError
-		if !errors.As(err, &download) && !errors.Is(err, errArchive) && !errors.Is(err, errBinary) {
+		if !errors.As(err, &download) && !errors.Is(err, errArchive) && !errors.Is(err, errBinary) && !errors.Is(err, errUntold) {
 			failure := diskFailure(StepEnvoy, err) // the disk's failure is not the source's
 			if works {
 				return failure, nil
 			}
 			return nil, failure
 		}
-		if errors.As(err, &download) && !download.permanent {
+		if errors.As(err, &download) && !download.permanent || errors.Is(err, errUntold) {
 			permanent = false
 		}
 		refused = append(refused, source.name+": "+err.Error())
@@ -147,6 +153,7 @@ func (b *bootstrapper) noteFallback(why string) {
 
 var (
 	errBinary  = errors.New("bad Envoy")
+	errUntold  = errors.New("cannot tell whether this Envoy works")
 	errNoSpace = syscall.ENOSPC
 )
 
@@ -239,7 +246,7 @@ func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source string, from
 	}
 	version, err = b.envoyVersion(ctx, filepath.Join(filepath.Dir(EnvoyBinary), ".envoy.new"))
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errBinary, err)
+		return "", err
 	}
 	unlock, err := b.lockInstall(ctx)
 	if err != nil {
@@ -323,7 +330,9 @@ func copyFile(from, to string, mode fs.FileMode) error {
 
 var versionForm = regexp.MustCompile(`/(\d+)\.(\d+)\.(\d+)[-/]`)
 
-// envoyVersion runs the binary, as Envoy's user, and returns its version: fs.ErrNotExist when there is none, another error when it does not run or is too old.
+// envoyVersion runs the binary, as Envoy's user, and returns its version: fs.ErrNotExist when there
+// is none, errBinary when it is no Envoy that can be used, and errUntold when it was not let run to
+// its end.
 func (b *bootstrapper) envoyVersion(ctx context.Context, binary string) (string, error) {
 	if _, err := os.Stat(b.path(binary)); err != nil {
 		return "", err
@@ -334,23 +343,44 @@ func (b *bootstrapper) envoyVersion(ctx context.Context, binary string) (string,
 	}
 	out, err := b.execAs(ctx, 20*time.Second, as, b.path(binary), "--version")
 	if err != nil {
-		return "", said(err, out)
+		kind := errUntold
+		if failedByItself(err) {
+			kind = errBinary
+		}
+		return "", fmt.Errorf("%w: %w", kind, said(err, out))
 	}
 	m := versionForm.FindStringSubmatch(out)
 	if m == nil {
-		return "", fmt.Errorf("it does not say its version: %.80q", out)
+		return "", fmt.Errorf("%w: it does not say its version: %.80q", errBinary, out)
 	}
 	version := strings.Join(m[1:4], ".")
 	for i, part := range m[1:4] {
 		n, err := strconv.Atoi(part)
 		if err != nil || n < MinimumEnvoy[i] {
-			return version, fmt.Errorf("version %s is too old, want %d.%d.%d or later", version, MinimumEnvoy[0], MinimumEnvoy[1], MinimumEnvoy[2])
+			return version, fmt.Errorf("%w: version %s is too old, want %d.%d.%d or later", errBinary, version,
+				MinimumEnvoy[0], MinimumEnvoy[1], MinimumEnvoy[2])
 		}
 		if n > MinimumEnvoy[i] {
 			break
 		}
 	}
 	return version, nil
+}
+
+// failedByItself says that a command failed for what it is, and will again: the kernel cannot run it
+// (ENOENT: the loader it names is not there), or it gave up. A time-out, a signal and a fork that
+// failed say more of the VM: a slow disk, no memory.
+func failedByItself(err error) bool {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return exit.Exited()
+	}
+	for _, errno := range []syscall.Errno{syscall.ENOEXEC, syscall.EACCES, syscall.ENOENT, syscall.ELIBBAD} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // envoyCredential is Envoy's user, for what is run in its place; nil beneath another root, where nothing is owned.

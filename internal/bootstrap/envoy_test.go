@@ -13,9 +13,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
@@ -263,6 +266,119 @@ func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
 		if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != step.want || state.EnvoyVersion != step.want || !strings.HasSuffix(state.EnvoySource, step.source) {
 			t.Errorf("%d %s: Envoy %s, said to be %s from %s; want %s from %s", i, step.name, have, state.EnvoyVersion, state.EnvoySource, step.want, step.source)
 		}
+	}
+}
+
+// An `envoy --version` that was not let run to its end (memory short, a slow disk at boot) says
+// nothing about the binary, so it stays, and is asked again; one that fails by itself is replaced.
+// The wanted one cannot be had meanwhile.
+func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
+	// As the kernel and os/exec say it: the command that is run instead.
+	shell := func(script string) func(context.Context) *exec.Cmd {
+		return func(ctx context.Context) *exec.Cmd { return exec.CommandContext(ctx, "/bin/sh", "-c", script) }
+	}
+	program := func(text string, mode os.FileMode) func(context.Context) *exec.Cmd {
+		name := filepath.Join(t.TempDir(), "envoy")
+		if err := os.WriteFile(name, []byte(text), mode); err != nil {
+			t.Fatal(err)
+		}
+		return func(ctx context.Context) *exec.Cmd { return exec.CommandContext(ctx, name) }
+	}
+	fails := func(err error) func(context.Context) *exec.Cmd {
+		return func(context.Context) *exec.Cmd { return &exec.Cmd{Err: err} }
+	}
+	for _, tt := range []struct {
+		name    string
+		command func(context.Context) *exec.Cmd
+		replace bool
+		says    string
+	}{
+		{"killed", shell("kill -9 $$"), false, "signal: killed"},
+		{"crashed", shell("kill -SEGV $$"), false, "signal: segmentation fault"},
+		{"no process", fails(&os.PathError{Op: "fork/exec", Path: "envoy", Err: syscall.EAGAIN}), false, "resource temporarily unavailable"},
+		{"no memory", fails(&os.PathError{Op: "fork/exec", Path: "envoy", Err: syscall.ENOMEM}), false, "cannot allocate memory"},
+		{"being written", fails(&os.PathError{Op: "fork/exec", Path: "envoy", Err: syscall.ETXTBSY}), false, "text file busy"},
+		{"gives up", shell("echo no such library; exit 127"), true, "exit status 127: no such library"},
+		{"no program", program("\x00", 0o755), true, "exec format error"},
+		{"not executable", program("\x00", 0o644), true, "permission denied"},
+		{"its loader is not there", program("#!/nonexistent/loader", 0o755), true, "no such file"},
+		{"another program", shell("echo I am not Envoy"), true, "does not say its version"},
+		{"too old", shell("echo envoy version: abc/1.24.8/Clean"), true, "version 1.24.8 is too old"},
+	} {
+		for _, own := range []bool{false, true} { // own: it is the administrator's
+			v := newFakeVM(t)
+			s := newSources(t, v)
+			v.put(archiveDir+"/envoy", fakeBinary(t, "1.30.9"))
+			if own {
+				v.put(EnvoyBinary, fakeBinary(t, "1.30.1"))
+			}
+			if f := v.bootstrap(s.config("1.30.1", "")); f != nil {
+				t.Fatal(f)
+			}
+			s.fail("1.30.1", always, status(404))
+			opts := v.options()
+			play, failed := opts.command, false
+			opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
+				if failed || !slices.Contains(cmd.Args, "--version") {
+					return play(ctx, cmd)
+				}
+				failed = true
+				instead := tt.command(ctx)
+				instead.Stdout, instead.Stderr = cmd.Stdout, cmd.Stderr
+				return instead.Run()
+			}
+			b := newBootstrapper(opts)
+			b.state = v.state()
+			b.state.Attempt = 1
+			wish, failure := b.installEnvoy(t.Context(), s.config("1.30.1", ""))
+			have := version(t, v.root+EnvoyBinary)
+			if tt.replace {
+				told := slices.ContainsFunc(b.state.Story, func(l Line) bool {
+					return strings.Contains(l.Text, "archive in place of "+EnvoyBinary) && strings.Contains(l.Text, tt.says)
+				})
+				if have != "1.30.9" || wish != nil || failure != nil || !told {
+					t.Errorf("%s, own %v: have %s, %v, %v, told %+v", tt.name, own, have, wish, failure, b.state.Story)
+				}
+				continue
+			}
+			if have != "1.30.1" || failure == nil || failure.Permanent || !strings.Contains(failure.Error(), tt.says) {
+				t.Errorf("%s, own %v: have %s from %s, %v", tt.name, own, have, b.state.EnvoySource, failure)
+			}
+			if wish, failure := b.installEnvoy(t.Context(), s.config("1.30.1", "")); wish != nil || failure != nil {
+				t.Errorf("%s, own %v, asked again: %v, %v", tt.name, own, wish, failure)
+			}
+		}
+	}
+}
+
+// Nor does one that has run out of time.
+func TestVersionTimesOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBootstrapper(Options{Root: t.TempDir(), command: func(ctx context.Context, _ *exec.Cmd) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}})
+		mkdir(t, b.path(filepath.Dir(EnvoyBinary)), 0o755)
+		write(t, b.path(EnvoyBinary), fakeBinary(t, "1.30.1"))
+		_, f := b.installEnvoy(t.Context(), attribute.Default())
+		if f == nil || f.Permanent || !strings.Contains(f.Error(), "no end after 20s") {
+			t.Errorf("have %v", f)
+		}
+	})
+}
+
+// A downloaded Envoy that was not let say its version makes way for the next source where there is
+// none, and is tried again.
+func TestDownloadedEnvoyIsKilled(t *testing.T) {
+	v := newFakeVM(t)
+	s := newSources(t, v)
+	opts := v.options()
+	opts.command = func(_ context.Context, cmd *exec.Cmd) error {
+		return exec.Command("/bin/sh", "-c", "kill -9 $$").Run()
+	}
+	b := newBootstrapper(opts)
+	if _, f := b.installEnvoy(t.Context(), s.config("1.30.1", "1.30.2")); f == nil || f.Permanent || strings.Count(f.Error(), "signal: killed") != 2 {
+		t.Errorf("have %v", f)
 	}
 }
 
