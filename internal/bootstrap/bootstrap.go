@@ -18,6 +18,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -380,18 +381,30 @@ func (b *bootstrapper) execAs(ctx context.Context, limit time.Duration, as *sysc
 }
 
 // tail keeps the last bytes written.
-type tail struct{ buf []byte }
+type tail struct {
+	buf []byte
+	cut bool
+}
+
+const maxTail = 16 << 10
 
 func (t *tail) Write(p []byte) (int, error) {
-	const most = 16 << 10
 	t.buf = append(t.buf, p...)
-	if len(t.buf) > most {
-		t.buf = append(t.buf[:0], t.buf[len(t.buf)-most:]...)
+	if len(t.buf) > maxTail {
+		t.buf, t.cut = append(t.buf[:0], t.buf[len(t.buf)-maxTail:]...), true
 	}
 	return len(p), nil
 }
 
-func (t *tail) String() string { return string(t.buf) }
+// String is without a line whose beginning was not kept: it may be a quoted value's second half,
+// which package redaction could not tell from other text.
+func (t *tail) String() string {
+	text := string(t.buf)
+	if t.cut {
+		_, text, _ = strings.Cut(text, "\n")
+	}
+	return text
+}
 
 // publisher writes the status itself where no daemon does.
 type publisher struct {
@@ -555,11 +568,16 @@ func (b *bootstrapper) makeUsers(ctx context.Context) error {
 	return nil
 }
 
-// said adds a command's own words, the last line that is not empty, to its error.
+// said adds a command's own words, its last line, to its error.
 func said(err error, out string) error {
-	lines := strings.Split(strings.TrimSpace(out), "\n")
-	if last := strings.TrimSpace(lines[len(lines)-1]); last != "" {
+	if last := lastLine(out); last != "" {
 		return fmt.Errorf("%w: %s", err, last)
 	}
 	return err
+}
+
+// lastLine is what may be told of the last line that is not empty: Envoy quotes its configuration.
+func lastLine(text string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return redaction.Text(lines[len(lines)-1])
 }

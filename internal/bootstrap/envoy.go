@@ -2,6 +2,7 @@ package bootstrap
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -629,10 +630,10 @@ func (b *bootstrapper) lastLogLine() string {
 		return "(none)"
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err == nil && info.Size() > 4096 {
-		_, _ = f.Seek(-4096, io.SeekEnd)
+	end := &tail{}
+	if info, err := f.Stat(); err == nil && info.Size() > maxTail {
+		_, _ = f.Seek(-maxTail-1, io.SeekEnd) // more than it keeps: it sees that this is not all
 	}
-	text, _ := io.ReadAll(io.LimitReader(f, 4096))
-	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-	return fmt.Sprintf("%.300s", lines[len(lines)-1])
+	_, _ = io.Copy(end, io.LimitReader(f, maxTail+1))
+	return fmt.Sprintf("%.300s", cmp.Or(lastLine(end.String()), "(none)"))
 }

@@ -1,6 +1,7 @@
 package bootstrap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -191,6 +192,52 @@ func TestAccessLogDropIns(t *testing.T) {
 				t.Errorf("%s: %s: granted: %v, want %v: %q, %v", tt.log, unit, have, tt.granted, text, err)
 			}
 		}
+	}
+}
+
+// Envoy quotes its configuration in its log and in what it refuses, a package manager its
+// repository's URL: nothing of that goes into bootstrap-last-failure.
+func TestLastLogLineRedacted(t *testing.T) {
+	const secret = "s3cr3t"
+	const refused = "Proto constraint validation failed (HeaderValueOptionValidationError.AppendAction: value must be one of the defined enum values): " +
+		`key: "authorization" value: "Bearer ` + secret + `"`
+	const short = "Proto constraint validation failed (HeaderValueOption.AppendAction: value must be one of the defined enum values)"
+	const stamp = "[2026-11-24 22:00:00.000][1][warning][config] [x.cc:1] "
+	// One line that is longer than what is kept: its beginning, and with it what it is, is lost.
+	long := `value: "` + strings.Repeat("x", maxTail) + secret + `"`
+	for _, tt := range []struct{ name, text, want string }{
+		{"a constraint", stamp + "delta config rejected: listener a: " + refused + "\n", short},
+		{"a value", "x\n" + `  value: "` + secret + "\"\n\n", `value: "[...]"`},
+		{"a token", stamp + "no: Bearer " + secret, stamp + "no: Bearer [...]"},
+		{"what people need", stamp + "cannot bind '127.0.0.1:15001': Address already in use\n", stamp + "cannot bind '127.0.0.1:15001': Address already in use"},
+		{"cut at its beginning", long, ""},
+		{"and another line", long + "\nthe end\n", "the end"},
+		{"nothing", "", ""},
+		{"as much as is kept", strings.Repeat("x\n", maxTail/2-1) + "y\n", "y"},
+	} {
+		b := newBootstrapper(Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
+			for rest := tt.text; rest != ""; rest = rest[min(len(rest), 4096):] {
+				_, _ = cmd.Stdout.Write([]byte(rest[:min(len(rest), 4096)]))
+			}
+			return errors.New("exit status 1")
+		}})
+		mkdir(t, b.path(LogDir), 0o755)
+		write(t, b.path(LogDir+"/envoy.err.log"), tt.text)
+		if got, want := b.lastLogLine(), cmp.Or(tt.want, "(none)"); got != want {
+			t.Errorf("%s, in the log:\n got %s\nwant %s", tt.name, got, want)
+		}
+		want := "exit status 1"
+		if tt.want != "" {
+			want += ": " + tt.want
+		}
+		f := b.configureEnvoy(t.Context(), attribute.Default(), VM{})
+		if f == nil || !strings.HasSuffix(f.Err.Error(), want) || strings.Contains(f.Error(), secret) {
+			t.Errorf("%s, of envoy --mode validate:\n got %v\nwant …%s", tt.name, f, want)
+		}
+	}
+	if got := complaint("x\nE: Failed to fetch https://user:" + secret + "@apt.example.com/dists/x  403  Forbidden\n"); got !=
+		"E: Failed to fetch https://apt.example.com/dists/x  403  Forbidden" {
+		t.Errorf("got %s", got)
 	}
 }
 

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
 // manager is a package manager and how it is asked, without questions, to install.
@@ -93,12 +95,13 @@ func (b *bootstrapper) installPackages(ctx context.Context) *Failure {
 	return fail(errors.New("no package manager found (apt-get, dnf, yum, zypper)"))
 }
 
-// complaint is the package manager's own words: its first two error lines, else its last line.
+// complaint is what may be told of the package manager's own words: its first two error lines, else
+// its last line. The URL of a private repository holds a password.
 func complaint(out string) string {
 	var errs []string
 	last := ""
 	for line := range strings.Lines(out) {
-		line = strings.TrimSpace(line)
+		line = redaction.Text(line)
 		if line == "" {
 			continue
 		}
