@@ -5,8 +5,8 @@
 // redirect that it cannot follow. Everything of that kind goes through Text where it comes in
 // (packages envoyadmin and internal/bootstrap), so that reports, logs and `status` need not care.
 //
-// It knows the forms in which Envoy 1.36.4 and 1.40.0 were seen to quote a configuration (see the
-// tests), not what is secret: a service's name or address stays.
+// It knows the forms in which Envoy 1.36.4 and 1.40.0 were seen to quote a configuration, and those
+// in the source of older ones from 1.24.9 (see the tests), not what is secret: a service's name or address stays.
 package redaction
 
 import (
@@ -48,6 +48,10 @@ var quoting = []rule{
 		`invalid (?:escape sequence|character class(?: range)?|repetition size|perl operator|UTF-8|named capture group)):) .*$`), "${1} " + Mark},
 	// A header's value with a % that is no command.
 	{regexp.MustCompile(`(Incorrect configuration: ).*?(\. Couldn't find valid command at position \d+)?$`), "${1}" + Mark + "${2}"},
+	// The same of Envoys before 1.27, which give their own part of it in quotes or brackets, too.
+	{regexp.MustCompile(`(Invalid header configuration\. [\w %-]*)['"(].*$`), "${1}" + Mark},
+	{regexp.MustCompile(`(field )'.*'( not supported as custom header)`), "${1}" + Mark + "${2}"},
+	{regexp.MustCompile(`(Not supported field in StreamInfo: ).*$`), "${1}" + Mark},
 	// KEY: "VALUE"; but not: network "default".
 	{regexp.MustCompile(`([:=,({[] *)"(?:[^"\\]|\\.)*(?:"|\\?$)`), `${1}"` + Mark + `"`},
 }

@@ -9,7 +9,8 @@ import (
 
 // The texts of Envoy are captures: error_state.details, or the line of its log, of Envoy 1.40.0
 // and 1.36.4 with these values in a header, a route's expression or a script. What older Envoys
-// say is from their source (source/common/protobuf/utility.cc up to 1.30).
+// say is from their source (source/common/protobuf/utility.cc up to 1.30,
+// source/common/router/header_parser.cc and header_formatter.cc up to 1.26).
 func TestText(t *testing.T) {
 	const message = `stat_prefix: "x"
 route_config {
@@ -48,6 +49,7 @@ route_config {
 		{"the log's line, a message within", "route_config {", "[...]"},
 		{"a missing field, older", "Field 'cluster' is missing in: value: \"s3cr3t\"\nkey: \"s3cr3t\"\n", "Field 'cluster' is missing in: [...]"},
 		{"a header's format", "Incorrect configuration: s3cr3t % x. Couldn't find valid command at position 14", "Incorrect configuration: [...]. Couldn't find valid command at position 14"},
+		{"a header's variable", "Not supported field in StreamInfo: s3cr3t", "Not supported field in StreamInfo: [...]"},
 		{"a script", `script load error: [string "function x( 's3cr3t'"]:1: <name> or '...' expected near ''s3cr3t''`, "script load error: [...]"},
 		{"an expression of a route", "missing ): /s3cr3t*(", "missing ): [...]"},
 		{"an expression of a query", "missing ]: [s3cr3t", "missing ]: [...]"},
@@ -74,11 +76,36 @@ route_config {
 		`Traffic Director configuration was not found for network "default" in project "123".`,
 		"error adding listener: 'b' has duplicate address '127.0.0.1:15033' as existing listener", "malformed IP address: not-an-address",
 		"Didn't find a registered implementation for 'http' with type URL: 'envoy.config.core.v3.HeaderValue'", "connect: [fd20:ce::254]:443: refused",
+		"Invalid header configuration. Un-escaped % at position 7", "Invalid header configuration. Format string contains newline.",
 		"basic auth: unsupported htpasswd format: please use {SHA}", "is it there? yes",
 	} {
 		if got := Text(text); got != text {
 			t.Errorf("got %q of %q", got, text)
 		}
+	}
+}
+
+// Envoy up to 1.26 (the agent takes 1.24.9 and later) quotes a header's value whose % is no command
+// in these words: of "Bearer %s3cr3t", "Bearer %s3cr3t(x" and the like.
+func TestHeaderValueOlderEnvoy(t *testing.T) {
+	for text, want := range map[string]string{
+		"Un-terminated variable expression 's3cr3t'":                                                                      "Un-terminated variable expression [...]",
+		"Un-terminated variable expression 's3cr3t isn't here'":                                                           "Un-terminated variable expression [...]",
+		"Expecting '%' or whitespace after 's3cr3t(x)', but found 'y'":                                                    "Expecting [...]",
+		"Expecting ')' or whitespace after 's3cr3t([\"x\"]', but found 'y'":                                               "Expecting [...]",
+		`Expecting ',', ']', or whitespace after 's3cr3t(["x"', but found 'y'`:                                            "Expecting [...]",
+		`Expecting '"' or whitespace after 's3cr3t([', but found 'y'`:                                                     "Expecting [...]",
+		"Un-terminated backslash in JSON string after 's3cr3t(x'":                                                         "Un-terminated backslash in JSON string after [...]",
+		"Expected format REQ(<header-name>), actual format REQs3cr3t":                                                     "Expected format REQ[...]",
+		`Expected format UPSTREAM_METADATA(["namespace", "k", ...]), actual format UPSTREAM_METADATA(s3cr3t), because no`: "Expected format UPSTREAM_METADATA[...]",
+	} {
+		const start = "Error adding/updating listener(s) l: Invalid header configuration. "
+		if got := Text(start + text); got != start+want {
+			t.Errorf("got %s\nwant %s", got, start+want)
+		}
+	}
+	if got := Text("field 's3cr3t' not supported as custom header"); got != "field [...] not supported as custom header" {
+		t.Errorf("got %s", got)
 	}
 }
 
@@ -111,6 +138,7 @@ func FuzzText(f *testing.F) {
 	f.Add("\n: Proto constraint validation failed (x")
 	f.Add(`" Proto constraint validation failed (): \`)
 	f.Add(". Couldn't find valid command at position 1 ")
+	f.Add("' not supported as custom header")
 	f.Fuzz(func(t *testing.T, value string) {
 		const secret = "s3cr3t"
 		quoted := escape(value + secret + value)
@@ -122,6 +150,10 @@ func FuzzText(f *testing.F) {
 			"Error adding/updating listener(s) l: " + message + ": " + why, "value: \"" + quoted + "\"\n" + message + ": " + why,
 			"goo.gle/debugonly  ", "value: \"" + quoted + "\"", "l: value: \"" + quoted, "Field 'f' is missing in: " + message,
 			"Incorrect configuration: " + format + secret + format + ". Couldn't find valid command at position 4",
+			"Invalid header configuration. Un-terminated variable expression '" + format + secret + format + "'",
+			"Invalid header configuration. Expecting '%' or whitespace after '" + format + secret + format + "', but found 'x'",
+			"l: field '" + format + secret + format + "' not supported as custom header",
+			"Not supported field in StreamInfo: " + format + secret + format,
 			"Unable to parse JSON as proto (why): {\"a\":\"" + quoted + "\"}",
 		}
 		for _, text := range texts {
