@@ -28,9 +28,8 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	}
 	b.state.Attempt = 1
 	retry := slices.ContainsFunc(retryDirs, func(path string) bool { return dir == b.path(path) })
-	failure := b.install(ctx, dir)
+	failure := b.install(ctx, dir, retry)
 	if failure == nil {
-		b.endRetry(ctx, retry)
 		return nil
 	}
 	b.pub = newPublisher(ctx, b.Log)
@@ -53,6 +52,7 @@ var retryDirs = []string{"/var/lib/service-proxy-agent-archive", "/run/service-p
 const retryUnit = "service-proxy-install.service"
 
 func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
+	b.stopRetry(ctx) // another archive's, which would run this copy, and whose unit keeps this one out
 	var errs []error
 	for _, path := range retryDirs {
 		copied := b.path(path)
@@ -95,15 +95,21 @@ func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (age
 	return agent, nil
 }
 
+// stopRetry stops the installation that is tried again, if there is one: mostly there is not.
+func (b *bootstrapper) stopRetry(ctx context.Context) {
+	_, _ = b.exec(ctx, time.Minute, "systemctl", "stop", retryUnit)
+}
+
 // endRetry forgets the installation that was to be tried again, and returns what it removed, one line
-// each. self: that installation is the one that runs.
+// each. self: that installation is the one that runs. The lock is held, which the other may be
+// waiting for with an older archive.
 func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) {
 	for _, path := range retryDirs {
 		if _, err := os.Lstat(b.path(path)); err != nil {
 			continue
 		}
 		if !self {
-			_, _ = b.exec(ctx, time.Minute, "systemctl", "stop", retryUnit) // not there after a reboot
+			b.stopRetry(ctx)
 		}
 		if err := os.RemoveAll(b.path(path)); err == nil { // else: it does no harm, and the next overwrites it
 			done = append(done, "removed "+path)
@@ -112,7 +118,8 @@ func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) 
 	return done
 }
 
-func (b *bootstrapper) install(ctx context.Context, dir string) *Failure {
+// install is one installation. retry: it is the one that was to be tried again.
+func (b *bootstrapper) install(ctx context.Context, dir string, retry bool) (failure *Failure) {
 	fail := func(err error) *Failure { return diskFailure(StepInstall, err) }
 	if b.Root == "" && os.Geteuid() != 0 {
 		return fail(fs.ErrPermission)
@@ -127,6 +134,11 @@ func (b *bootstrapper) install(ctx context.Context, dir string) *Failure {
 		return fail(err)
 	}
 	defer unlock()
+	defer func() {
+		if failure == nil {
+			b.endRetry(ctx, retry)
+		}
+	}()
 	back, err := b.readRolledBack()
 	if err != nil {
 		return fail(err)

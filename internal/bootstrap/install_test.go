@@ -43,11 +43,22 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 				mkdir(t, filepath.Join(root, "run"), 0o755)
 				write(filepath.Join(root, "usr/local/bin")) // a file where a folder must be: it cannot be installed
 				var ran []string
+				loaded := false // the unit that tries again
 				command := func(_ context.Context, cmd *exec.Cmd) error {
 					line := strings.ReplaceAll(strings.Join(cmd.Args, " "), root, "")
 					ran = append(ran, line)
 					if slices.ContainsFunc(tt.noexec, func(dir string) bool { return strings.HasPrefix(line, dir) }) {
 						return os.ErrPermission
+					}
+					switch {
+					case line == "systemctl stop "+retryUnit:
+						loaded = false
+					case strings.HasPrefix(line, "systemd-run ") && loaded:
+						return errors.New("exit status 1") // as systemd-run: "was already loaded"
+					case strings.HasPrefix(line, "systemd-run "):
+						loaded = true
+					case strings.HasSuffix(line, "/service-proxy-agent version") && loaded:
+						t.Errorf("%q, while what tries again runs it", line)
 					}
 					return nil
 				}
@@ -69,6 +80,10 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 					if _, err := os.Stat(filepath.Join(root, path)); (err == nil) != (path == tt.want) {
 						t.Errorf("%s: %v", path, err)
 					}
+				}
+				// Another archive that fails takes its place.
+				if err := install(archive); err == nil || strings.Contains(err.Error(), "not tried again") != (tt.want == "") {
+					t.Error(err)
 				}
 				// What is tried again and fails again keeps its copy.
 				if tt.want != "" {

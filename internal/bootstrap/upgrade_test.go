@@ -226,6 +226,33 @@ func TestInstallGivesUpWaiting(t *testing.T) {
 	}
 }
 
+// An older archive whose installation failed, and is tried again, is stopped before the lock is given
+// back: it waits for that, and would go over the newer one.
+func TestOlderRetryCannotTakeTheLock(t *testing.T) {
+	v := newFakeVM(t)
+	v.install("1.0.0", "")
+	v.put(filepath.Join(retryDirs[0], runtime.GOARCH, "service-proxy-agent"), fakeBinary(t, "1.5.0"))
+	opts := v.options()
+	play, stopped := opts.command, false
+	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
+		if slices.Equal(cmd.Args, []string{"systemctl", "stop", retryUnit}) {
+			stopped = true
+			if f := newBootstrapper(v.options()).install(t.Context(), v.root+retryDirs[0], true); f == nil { // it runs still
+				t.Error("the older one has taken the lock")
+			}
+		}
+		return play(ctx, cmd)
+	}
+	defer func(d time.Duration) { installWait = d }(installWait)
+	installWait = 0
+	if err := Install(t.Context(), opts, v.archive("2.0.0", "")); err != nil {
+		t.Fatal(err)
+	}
+	if have := version(t, v.root+AgentBinary); have != "2.0.0" || !stopped {
+		t.Errorf("after the newer archive's installation: agent %s; stopped: %v", have, stopped)
+	}
+}
+
 // A lock file that Remove has taken away keeps nobody out, so whoever has it takes the new one.
 func TestInstallLockOfRemovedFile(t *testing.T) {
 	v := newFakeVM(t)

@@ -299,6 +299,10 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 		t.Errorf("the recipe succeeded: %s", out)
 	}
 	t.Log(strings.TrimSpace(out))
+	// Another one takes its place, while systemd has its unit.
+	if out, err := v.try("osconfig-recipe"); err == nil || strings.Contains(out, "not tried again") {
+		t.Errorf("the second recipe: %v, %s", err, out)
+	}
 	v.waitStatus(30*time.Second, bootstrap.Failed)
 	have := v.guest(guestattr.BootstrapLastFailure)
 	if !strings.Contains(have, bootstrap.StepInstall) || !strings.Contains(have, "read-only file system") {
