@@ -48,7 +48,8 @@ func foreignOwner(f Facts) (out []Finding) {
 	return out
 }
 
-// resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver. Of a socket
+// resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver. Whether it
+// asks anybody (an authoritative server does not), and whether Envoy asks it, is not known. Of a socket
 // of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they become another user.
 func resolverLoop(f Facts) (out []Finding) {
 	said := map[uint32]bool{f.ProxyUID: true}
@@ -61,9 +62,10 @@ func resolverLoop(f Facts) (out []Finding) {
 		if p.Owner == 0 {
 			name = "the user it runs as"
 		}
-		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Error, Key: strconv.FormatUint(uint64(p.Owner), 10),
-			Cause: fmt.Sprintf("The resolver on %v of %s asks in a circle: intercept-dns leads its own questions to Envoy, which asks the VM's resolver", p.Addr, p.owner()),
-			Next:  fmt.Sprintf("add %s to --resolver-users", name)})
+		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Warning, Key: strconv.FormatUint(uint64(p.Owner), 10),
+			Cause: fmt.Sprintf("Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
+				"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()),
+			Next: fmt.Sprintf("then add %s to --resolver-users", name)})
 	}
 	return out
 }

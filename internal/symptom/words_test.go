@@ -185,6 +185,9 @@ func TestWords(t *testing.T) {
 			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …too large", "the rules stay as they are…"},
 		{"allow_paths", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }),
 			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …forbids…", "…/config_dump, /server_info, /ready and /stats…allow_paths…"},
+		{"named as bind", live(func(f *Facts) {
+			f.Resolvers = []Port{{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true}}
+		}), "resolver-loop", 42, Warning, "…127.0.0.1:53 of bind (uid 110) go to Envoy's DNS listener…if …in a circle", "then add bind to --resolver-users"},
 		{"an nft chain before ours", live(func(f *Facts) {
 			f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "mine", Chain: "out", Hook: iptables.Output, Priority: -110}}
 		}), "other-nat-chain", 34, Advice, "…inet mine out…output…-110", "…nft list ruleset…"},
