@@ -226,7 +226,7 @@ func TestEnvoyFailures(t *testing.T) {
 		{name: "too old in the archive", attribute: v.put("old.tgz", envoyTgz(t, old)), want: []string{bootstrap.StepEnvoy, "version 1.20.3 is too old"}},
 		{name: "too old on the image", attribute: attributeWith(t, map[string]any{}), brk: func() {
 			v.write("usr/local/bin/envoy", string(old), 0o755)
-		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: version 1.20.3 is too old, want 1.24.9"}},
+		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: bad Envoy: version 1.20.3 is too old, want 1.24.9"}},
 		{name: "refuses its configuration", attribute: v.put("refusing.tgz", envoyTgz(t, refusing)), want: []string{bootstrap.StepConfigure, "Envoy 1.33.0 refuses its configuration", "no such field"}},
 	})
 }
