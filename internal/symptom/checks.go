@@ -48,9 +48,10 @@ func foreignOwner(f Facts) (out []Finding) {
 	return out
 }
 
-// resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver. Whether it
-// asks anybody (an authoritative server does not), and whether Envoy asks it, is not known. Of a socket
-// of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they become another user.
+// resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver.
+// Whether it asks anybody (an authoritative server does not), and whether Envoy asks it, is not known.
+// Of a socket of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they
+// become another user.
 func resolverLoop(f Facts) (out []Finding) {
 	said := map[uint32]bool{f.ProxyUID: true}
 	for _, p := range f.Resolvers {
