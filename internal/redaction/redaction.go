@@ -6,7 +6,8 @@
 // (packages envoyadmin and internal/bootstrap), so that reports, logs and `status` need not care.
 //
 // It knows the forms in which Envoy 1.36.4 and 1.40.0 were seen to quote a configuration, and those
-// in the source of older ones from 1.24.9 (see the tests), not what is secret: a service's name or address stays.
+// in the source of older ones from 1.24.9 (see the tests), not what is secret: a service's name or
+// address stays.
 package redaction
 
 import (
