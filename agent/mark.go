@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -42,15 +43,21 @@ func (a *Agent) mark() {
 		return
 	}
 	a.marked = true // the folder is a tmpfs: what fails once fails again
-	if err := os.WriteFile(filepath.Join(server.Dir(), markName), []byte(bootID()+"\n"), 0o600); err != nil {
+	if err := writeMark(bootID()); err != nil {
 		a.log.Warn("a restart while Envoy is away will take the jumps out", zap.Error(err))
 	}
+}
+
+// writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user: links are not followed, and
+// that user can replace it again.
+func writeMark(boot string) error {
+	return atomicfile.Write(filepath.Join(server.Dir(), markName), []byte(boot+"\n"), 0o644)
 }
 
 // Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later was put there by
 // somebody else.
 func Unmark() error {
-	err := os.WriteFile(filepath.Join(server.Dir(), markName), []byte("none\n"), 0o600)
+	err := writeMark("none")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // no agent has run
 		return fmt.Errorf("forget that the rules are ours: %w", err)
 	}

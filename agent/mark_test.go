@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -36,6 +37,16 @@ func TestMark(t *testing.T) {
 	}
 	if err := Unmark(); err != nil || isMarked(dir) {
 		t.Errorf("marked after the rules were taken out: %v", err)
+	}
+	victim := filepath.Join(t.TempDir(), "victim") // of a link that the folder's owner planted for root
+	if err := os.WriteFile(victim, []byte("kept"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(dir, markName)), os.Symlink(victim, filepath.Join(dir, markName)), Unmark()); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(victim); err != nil || string(text) != "kept" || isMarked(dir) {
+		t.Errorf("what a planted link leads to holds %q, %v", text, err)
 	}
 	a = &Agent{log: zap.NewNop()}
 	if a.mark(); !isMarked(dir) {
