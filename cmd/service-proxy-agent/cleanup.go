@@ -61,7 +61,9 @@ func clean(ctx context.Context) (removed []string, err error) {
 		removed[i] = "removed " + r
 	}
 	if err == nil {
-		err = agent.Unmark()
+		if err := agent.Unmark(); err != nil { // the rules are out all the same, and that is what counts
+			removed = append(removed, err.Error())
+		}
 	}
 	if err == nil && dns {
 		// Programs that always ask from one port would ask Envoy for ever.

@@ -600,6 +600,19 @@ func TestShutdown(t *testing.T) {
 		_, err := v.try("systemctl", "is-active", "application.service")
 		return err
 	})
+	// A stop by hand takes the rules out, and what is there from then on is not the agent's.
+	v.run("systemctl", "stop", "service-proxy-interception.service")
+	if have := v.property("service-proxy-interception.service", "Result"); have != "success" {
+		t.Errorf("the stop of the interception: %s", have)
+	}
+	if have := v.run("cat", "/run/service-proxy-agent/intercepting"); have != "none\n" {
+		t.Errorf("the mark of rules of this boot holds %q", have)
+	}
+	if err := v.checkRows("iptables-legacy-save", false); err != nil {
+		t.Error(err)
+	}
+	v.run("systemctl", "start", "service-proxy-agent.service")
+	v.eventually(30*time.Second, "the rules are back", func() error { return v.checkRows("iptables-legacy-save", true) })
 	start := time.Now()
 	v.shutdown()
 	t.Logf("the shutdown took %.1f s", time.Since(start).Seconds())
