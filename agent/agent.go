@@ -36,6 +36,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -56,12 +57,12 @@ type Agent struct {
 	views      *report.Mailbox[View]
 	attributes *report.Mailbox[attributeNews]
 	others     *report.Mailbox[[]iptables.OtherChain]
-	reports    *report.Mailbox[Status]
+	reports    *report.Mailbox[status.Status]
 	history    *report.Mailbox[Failures]
 	keep       *report.Mailbox[*keptAttribute]
 	events     <-chan iptables.Event
 	pause      chan chan struct{}
-	status     atomic.Pointer[Status]
+	status     atomic.Pointer[status.Status]
 	// awaitBootstrap: that unit is enabled, so a VM without its result is not finished yet.
 	awaitBootstrap bool
 	withoutTools   bool                              // iptables was not installed when the agent started
@@ -114,7 +115,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
 		views: report.NewMailbox[View](), attributes: report.NewMailbox[attributeNews](), others: report.NewMailbox[[]iptables.OtherChain](),
-		reports: report.NewMailbox[Status](), history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
+		reports: report.NewMailbox[status.Status](), history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
 		families: []familyState{{family: iptables.IPv4}, {family: iptables.IPv6}},
 	}
 	var err error

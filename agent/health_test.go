@@ -7,29 +7,30 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
 // TestHealthz: autohealing recreates a VM for what a new one would mend, and for nothing that hits the whole fleet at once.
 func TestHealthz(t *testing.T) {
-	live := EnvoyStatus{State: "LIVE"}
+	live := status.Envoy{State: "LIVE"}
 	for _, test := range []struct {
 		name  string
-		boot  BootstrapStatus
-		envoy EnvoyStatus
+		boot  status.Bootstrap
+		envoy status.Envoy
 		want  bool
 	}{
-		{"bootstrap has not begun", BootstrapStatus{}, EnvoyStatus{}, false},
-		{"a first bootstrap is under way", BootstrapStatus{Status: bootstrap.InProgress}, live, false},
-		{"it failed", BootstrapStatus{Status: bootstrap.Failed}, EnvoyStatus{}, false},
-		{"it is finished", BootstrapStatus{Status: bootstrap.Finished, Done: true}, live, true},
-		{"the attribute changed, and bootstrap runs again", BootstrapStatus{Status: bootstrap.InProgress, Done: true}, live, true},
-		{"and fails", BootstrapStatus{Status: bootstrap.Failed, Done: true}, live, true},
-		{"a later bootstrap, and Envoy is gone", BootstrapStatus{Status: bootstrap.InProgress, Done: true}, EnvoyStatus{}, false},
-		{"Envoy restarts", BootstrapStatus{Status: bootstrap.Finished, Done: true}, EnvoyStatus{Down: time.Now()}, true},
-		{"Envoy is down for long", BootstrapStatus{Status: bootstrap.Finished, Done: true}, EnvoyStatus{Down: time.Now().Add(-time.Hour)}, false},
+		{"bootstrap has not begun", status.Bootstrap{}, status.Envoy{}, false},
+		{"a first bootstrap is under way", status.Bootstrap{Status: bootstrap.InProgress}, live, false},
+		{"it failed", status.Bootstrap{Status: bootstrap.Failed}, status.Envoy{}, false},
+		{"it is finished", status.Bootstrap{Status: bootstrap.Finished, Done: true}, live, true},
+		{"the attribute changed, and bootstrap runs again", status.Bootstrap{Status: bootstrap.InProgress, Done: true}, live, true},
+		{"and fails", status.Bootstrap{Status: bootstrap.Failed, Done: true}, live, true},
+		{"a later bootstrap, and Envoy is gone", status.Bootstrap{Status: bootstrap.InProgress, Done: true}, status.Envoy{}, false},
+		{"Envoy restarts", status.Bootstrap{Status: bootstrap.Finished, Done: true}, status.Envoy{Down: time.Now()}, true},
+		{"Envoy is down for long", status.Bootstrap{Status: bootstrap.Finished, Done: true}, status.Envoy{Down: time.Now().Add(-time.Hour)}, false},
 	} {
 		a := &Agent{awaitBootstrap: true, started: time.Now()}
-		a.status.Store(&Status{Heartbeat: time.Now(), Bootstrap: test.boot, Envoy: test.envoy})
+		a.status.Store(&status.Status{Heartbeat: time.Now(), Bootstrap: test.boot, Envoy: test.envoy})
 		if ok, why := a.healthz(); ok != test.want {
 			t.Errorf("%s: %v, %q", test.name, ok, why)
 		}
@@ -50,7 +51,7 @@ func TestStuck(t *testing.T) {
 			}
 		}
 		pass := func() {
-			a.status.Store(&Status{Heartbeat: time.Now(), Ready: true, Envoy: EnvoyStatus{State: "LIVE"}})
+			a.status.Store(&status.Status{Heartbeat: time.Now(), Ready: true, Envoy: status.Envoy{State: "LIVE"}})
 		}
 		check("no pass yet", false, "no pass yet")
 		pass()

@@ -16,6 +16,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -31,16 +32,16 @@ func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 	}
 	a.sayFindings(findings)
 
-	s := Status{
+	s := status.Status{
 		Version: a.settings.Version, Heartbeat: time.Now().UTC(), Started: a.started.UTC(), Passes: a.passes, Undone: a.undone, Paused: a.paused,
 		Findings: findings, LastFailure: a.failures.String(), Backend: a.kernel.Backend(), ServingPorts: a.config.ServingPorts,
-		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: BootstrapStatus{Status: a.boot.Status, Failure: a.boot.FailureLine(), Done: a.boot.AttributeSum != ""},
+		LastDriftBy: a.lastBy, LastDriftWhen: a.lastByAt.UTC(), Bootstrap: status.Bootstrap{Status: a.boot.Status, Failure: a.boot.FailureLine(), Done: a.boot.AttributeSum != ""},
 	}
 	if good := a.inForce; good != nil {
-		s.Attribute = &AttributeStatus{Read: good.Read, Kept: good.Kept}
+		s.Attribute = &status.Attribute{Read: good.Read, Kept: good.Kept}
 	}
 	v := a.view
-	s.Envoy = EnvoyStatus{
+	s.Envoy = status.Envoy{
 		Admin: a.settings.EnvoyAdmin, State: v.State, Version: v.Info.Text, Configured: v.Configured, Listeners: len(v.Snapshot.Listeners), Rejected: len(v.Rejected), Node: v.Info.Node.ID,
 	}
 	if v.Err != nil {
@@ -69,8 +70,8 @@ func (a *Agent) publish(now time.Time, findings []symptom.Finding, known bool) {
 }
 
 // status is the family as Status shows it.
-func (s *familyState) status() FamilyStatus {
-	f := FamilyStatus{
+func (s *familyState) status() status.Family {
+	f := status.Family{
 		Family: s.family.String(), Usable: s.unusable == nil, Equal: s.equal, Jumps: s.jumpsIn, Services: len(s.services), ServicePorts: s.ports,
 		OutboundPort: s.outboundPort, InboundPort: s.inboundPort, DNSPort: s.dnsPort, Rules: s.target.Len(), Applied: s.applied.UTC(),
 	}
@@ -199,7 +200,7 @@ func (a *Agent) sayFindings(findings []symptom.Finding) {
 	a.saidFindings = now
 }
 
-func (a *Agent) sayReady(s Status) {
+func (a *Agent) sayReady(s status.Status) {
 	if s.Ready == a.saidReady {
 		return
 	}
@@ -218,7 +219,7 @@ func (a *Agent) sayReady(s Status) {
 }
 
 // setAttributes hands the values of contract 1 to the guest-attribute writer, which writes what changed within its budget.
-func setAttributes(w *guestattr.Writer, s Status) {
+func setAttributes(w *guestattr.Writer, s status.Status) {
 	w.Set(guestattr.AgentHeartbeat, s.Heartbeat.Format(time.RFC3339))
 	w.Set(guestattr.AgentLastFailure, s.LastFailure)
 	if s.Envoy.Version != "" {
@@ -247,7 +248,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 
 // notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is /healthz/ready), the watchdog
 // at each one, so that a loop that hangs is ended with its stack in the journal.
-func (a *Agent) notify(s Status) {
+func (a *Agent) notify(s status.Status) {
 	text := s.Mode
 	if !s.Ready {
 		text += "; not ready: " + s.NotReady
@@ -261,7 +262,7 @@ func (a *Agent) notify(s Status) {
 }
 
 // measure is the sample of a pass for /metrics.
-func (a *Agent) measure(s Status, dumps int) {
+func (a *Agent) measure(s status.Status, dumps int) {
 	m := a.sample
 	m.End, m.Mode, m.Ready, m.DumpReads = s.Heartbeat, s.Mode, s.Ready, dumps
 	m.Envoy = report.Envoy{State: s.Envoy.State, Listeners: s.Envoy.Listeners, Rejected: s.Envoy.Rejected}
@@ -295,7 +296,7 @@ func (a *Agent) statusNow() any {
 	if s := a.status.Load(); s != nil {
 		return s
 	}
-	return &Status{Version: a.settings.Version, Started: a.started.UTC(), Mode: "starting", NotReady: "no pass yet", Findings: []symptom.Finding{{
+	return &status.Status{Version: a.settings.Version, Started: a.started.UTC(), Mode: "starting", NotReady: "no pass yet", Findings: []symptom.Finding{{
 		ID: symptom.Starting, Severity: symptom.Error, Cause: "The agent is only just starting", Next: "ask again in a second"}}}
 }
 
@@ -306,7 +307,7 @@ const stuck = 5 * time.Minute
 const envoyDead = 5 * time.Minute
 
 // moving is the newest Status, and why the loop does not move if it does not.
-func (a *Agent) moving() (s *Status, why string) {
+func (a *Agent) moving() (s *status.Status, why string) {
 	s = a.status.Load()
 	switch {
 	case s == nil:

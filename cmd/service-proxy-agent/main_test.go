@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
 // Wrong usage is 64 with every command, before anything is done (and what is here would do no harm to this machine if it were).
@@ -42,29 +42,29 @@ func TestWaitWithoutListener(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var status atomic.Value
+	var newest atomic.Value
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = socket.Serve(ctx, server.Answers{Status: status.Load}, nil)
+		_ = socket.Serve(ctx, server.Answers{Status: newest.Load}, nil)
 	}()
 	defer func() { stop(); <-ended }()
 	for name, tt := range map[string]struct {
-		status agent.Status
+		status status.Status
 		want   int
 	}{
-		"ready":     {agent.Status{Ready: true, Heartbeat: time.Now()}, 0},
-		"not ready": {agent.Status{NotReady: "no pass yet"}, exitNo},
-		"stuck":     {agent.Status{Ready: true, Heartbeat: time.Now().Add(-6 * time.Minute)}, exitNo},
+		"ready":     {status.Status{Ready: true, Heartbeat: time.Now()}, 0},
+		"not ready": {status.Status{NotReady: "no pass yet"}, exitNo},
+		"stuck":     {status.Status{Ready: true, Heartbeat: time.Now().Add(-6 * time.Minute)}, exitNo},
 	} {
-		status.Store(tt.status)
+		newest.Store(tt.status)
 		if have := wait(300 * time.Millisecond); have != tt.want {
 			t.Errorf("%s: exit code %d, want %d", name, have, tt.want)
 		}
 	}
-	status.Store(agent.Status{})
-	time.AfterFunc(100*time.Millisecond, func() { status.Store(agent.Status{Ready: true, Heartbeat: time.Now()}) })
+	newest.Store(status.Status{})
+	time.AfterFunc(100*time.Millisecond, func() { newest.Store(status.Status{Ready: true, Heartbeat: time.Now()}) })
 	if have := wait(5 * time.Second); have != 0 {
 		t.Errorf("ready in time: exit code %d", have)
 	}

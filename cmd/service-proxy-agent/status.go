@@ -18,8 +18,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
 func statusCommand() *cobra.Command {
@@ -51,7 +51,7 @@ func statusCommand() *cobra.Command {
 }
 
 // askStatus asks the daemon's socket; body is the answer as it came.
-func askStatus(ctx context.Context) (body []byte, s agent.Status, err error) {
+func askStatus(ctx context.Context) (body []byte, s status.Status, err error) {
 	body, err = server.Dial(server.Dir()).Get(ctx, "/status")
 	if err != nil {
 		return nil, s, err
@@ -62,7 +62,7 @@ func askStatus(ctx context.Context) (body []byte, s agent.Status, err error) {
 	return body, s, err
 }
 
-func printStatus(out io.Writer, s agent.Status) error {
+func printStatus(out io.Writer, s status.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
 	ready := "yes"

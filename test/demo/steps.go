@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -204,7 +204,7 @@ func (d *demo) serviceAppears(ctx context.Context) error {
 // ruleDeleted deletes a rule by hand and waits for it.
 func (d *demo) ruleDeleted(ctx context.Context) error {
 	// Once the agent has ended its own write: who writes in the middle of that is repaired too, but is not always named.
-	before, err := d.agent.Wait(ctx, "both services in its status", func(s agent.Status) bool {
+	before, err := d.agent.Wait(ctx, "both services in its status", func(s status.Status) bool {
 		return len(s.Families) > 0 && s.Families[0].Services == len(d.services) && s.Families[0].Equal
 	})
 	if err != nil {
@@ -228,7 +228,7 @@ func (d *demo) ruleDeleted(ctx context.Context) error {
 	back := time.Since(deleted)
 	d.ok("the rule is back, at most %s after `iptables -D` had ended (which is how long it took to look)", ms(back))
 	by := fmt.Sprintf("iptables (pid %d)", deletion.pid())
-	after, err := d.agent.Wait(ctx, "the repair in its status", func(s agent.Status) bool { return s.Undone > before.Undone })
+	after, err := d.agent.Wait(ctx, "the repair in its status", func(s status.Status) bool { return s.Undone > before.Undone })
 	if err != nil {
 		return err
 	}

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
@@ -28,7 +28,7 @@ func TestAttribute(t *testing.T) {
 	m.Platform.SetAttribute(name, `{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]}}`)
 	escapes(t, m, db4)
 	through(t, m, web4)
-	s, err := a.Wait(within(t, 5*time.Second), "the attribute in force", func(s agent.Status) bool {
+	s, err := a.Wait(within(t, 5*time.Second), "the attribute in force", func(s status.Status) bool {
 		return s.Attribute != nil && !s.Attribute.Kept && s.Attribute.Read.After(changed)
 	})
 	must(t, err)
@@ -72,7 +72,7 @@ func TestAttribute(t *testing.T) {
 			}
 			_, err := m.CP.Set(services(both(i)))
 			must(t, err)
-			s, err := a.Wait(within(t, 20*time.Second), "the failure", func(s agent.Status) bool {
+			s, err := a.Wait(within(t, 20*time.Second), "the failure", func(s status.Status) bool {
 				return hasFinding(s, row.id) && strings.Contains(s.LastFailure, row.says) && s.Ready
 			})
 			must(t, err)
@@ -113,7 +113,7 @@ func TestAttribute(t *testing.T) {
 	}
 	m.Platform.SetAttribute(name, mesh.Attribute)
 	through(t, m, db4)
-	s, err = a.Wait(within(t, 5*time.Second), "the end of the failure", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "(over; ") })
+	s, err = a.Wait(within(t, 5*time.Second), "the end of the failure", func(s status.Status) bool { return strings.Contains(s.LastFailure, "(over; ") })
 	must(t, err)
 	if s.Attribute.Kept || !s.Attribute.Read.After(read) {
 		t.Errorf("attribute in force: %+v", s.Attribute)
@@ -126,7 +126,7 @@ func TestAttribute(t *testing.T) {
 	const discarded = "is another instance's and is discarded"
 	for range 2 { // said once
 		must(t, a.Start())
-		s, err := a.Wait(within(t, 10*time.Second), "the failure on a clone", func(s agent.Status) bool {
+		s, err := a.Wait(within(t, 10*time.Second), "the failure on a clone", func(s status.Status) bool {
 			return hasFinding(s, symptom.AttributeBad) && strings.Contains(s.LastFailure, "until then the rules stay as they are")
 		})
 		must(t, err)

@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -171,7 +171,7 @@ func BenchmarkRepair(b *testing.B) {
 					}
 				}
 				took = append(took, time.Since(begin))
-				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n agent.Status) bool { return n.Undone > s.Undone })
+				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n status.Status) bool { return n.Undone > s.Undone })
 				must(b, err)
 				time.Sleep(2500 * time.Millisecond) // more often is a fight, which is met with back-off
 			}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -268,7 +269,7 @@ func TestServingPort(t *testing.T) {
 	})
 }
 
-func hasFinding(s agent.Status, id symptom.ID) bool {
+func hasFinding(s status.Status, id symptom.ID) bool {
 	for _, f := range s.Findings {
 		if f.ID == id {
 			return true
@@ -320,7 +321,7 @@ func TestEnvoyDown(t *testing.T) {
 				must(t, a.WaitReady(within(t, 20*time.Second)))
 				through(t, m, web4)
 				m.Envoy.Kill()
-				_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool {
+				_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
 					return !s.Ready && strings.HasPrefix(s.LastFailure, "Envoy is not running")
 				})
 				must(t, err)
@@ -331,7 +332,7 @@ func TestEnvoyDown(t *testing.T) {
 					}
 				} else {
 					escapes(t, m, web4)
-					_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s agent.Status) bool { return s.Mode == "bypass" })
+					_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool { return s.Mode == "bypass" })
 					must(t, err)
 				}
 				must(t, m.Envoy.Start())
@@ -358,12 +359,12 @@ func TestControlPlaneAway(t *testing.T) {
 		before := chains(t, m)
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
-		_, err := a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s agent.Status) bool {
+		_, err := a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s status.Status) bool {
 			return s.Envoy.State != "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
 		})
 		must(t, err)
 		if backend == lab.NFT { // Envoy waits 15 s for its clusters and 15 s for its listeners, and is LIVE then, with none
-			_, err = a.Wait(within(t, 60*time.Second), "Envoy live without listeners", func(s agent.Status) bool {
+			_, err = a.Wait(within(t, 60*time.Second), "Envoy live without listeners", func(s status.Status) bool {
 				return s.Envoy.State == "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
 			})
 			must(t, err)
@@ -403,12 +404,12 @@ func TestStranger(t *testing.T) {
 			fmt.Fprint(w, `{"configs":[]}`)
 		})}
 		go lies.Serve(admin)
-		named := func(s agent.Status, addr string) bool {
+		named := func(s status.Status, addr string) bool {
 			return slices.ContainsFunc(s.Findings, func(f symptom.Finding) bool {
 				return f.ID == symptom.ForeignOwner && f.Key == addr && strings.Contains(f.Cause, "is held by uid 4711, ")
 			})
 		}
-		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named in IPv6", func(s agent.Status) bool {
+		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named in IPv6", func(s status.Status) bool {
 			return named(s, "[::1]:15001") && strings.Contains(s.LastFailure, "uid 4711")
 		})
 		must(t, err)
@@ -422,7 +423,7 @@ func TestStranger(t *testing.T) {
 		}
 		ln4, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15001")
 		must(t, err)
-		both := func(s agent.Status) bool { return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001") }
+		both := func(s status.Status) bool { return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001") }
 		s, err = a.Wait(within(t, 10*time.Second), "the stranger is named", both)
 		must(t, err)
 		escapes(t, m, web4)
@@ -459,7 +460,7 @@ func TestStrangerInbound(t *testing.T) {
 	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, agent.DefaultInboundPort).String())
 	must(t, err)
 	defer ln.Close()
-	_, err = a.Wait(within(t, 10*time.Second), "the stranger is named", func(s agent.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+	_, err = a.Wait(within(t, 10*time.Second), "the stranger is named", func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
 	must(t, err)
 	eventually(t, 5*time.Second, "the inbound jump is out", func() (bool, string) {
 		out, err := m.Chains(t.Context(), "IPv4")
@@ -505,7 +506,7 @@ func TestRuleDeleted(t *testing.T) {
 				return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
 			})
 			t.Logf("%s: back after %v (looking included)", family.name, time.Since(start).Round(time.Millisecond))
-			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s agent.Status) bool { return s.Undone == uint64(i+1) })
+			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s status.Status) bool { return s.Undone == uint64(i+1) })
 			must(t, err)
 			if backend == lab.NFT && !strings.Contains(s.LastDriftBy, family.program) {
 				t.Errorf("%s: done by %q, want the program named", family.name, s.LastDriftBy)

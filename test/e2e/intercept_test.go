@@ -19,7 +19,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 	"golang.org/x/sys/unix"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -390,7 +390,7 @@ func TestInterceptDNS(t *testing.T) {
 		must(t, a.WaitReady(within(t, 5*time.Second)))
 		listenUDPAs(t, m, ownResolver, "127.0.0.2:53")
 		looping := listenUDPAs(t, m, otherResolver, "127.0.0.1:53")
-		s, err := a.Wait(within(t, 5*time.Second), "the resolver that would loop", func(s agent.Status) bool { return hasFinding(s, symptom.ResolverLoop) })
+		s, err := a.Wait(within(t, 5*time.Second), "the resolver that would loop", func(s status.Status) bool { return hasFinding(s, symptom.ResolverLoop) })
 		must(t, err)
 		named := slices.ContainsFunc(s.Findings, func(f symptom.Finding) bool {
 			return f.ID == symptom.ResolverLoop && f.Severity == symptom.Warning && strings.Contains(f.Cause, "resolver on 127.0.0.1:53 of uid 4712 ")
@@ -400,7 +400,7 @@ func TestInterceptDNS(t *testing.T) {
 			t.Errorf("findings %+v, last failure %q: want a warning that names uid %d", s.Findings, s.LastFailure, otherResolver)
 		}
 		looping.Close()
-		_, err = a.Wait(within(t, 5*time.Second), "no resolver that would loop", func(s agent.Status) bool { return !hasFinding(s, symptom.ResolverLoop) })
+		_, err = a.Wait(within(t, 5*time.Second), "no resolver that would loop", func(s status.Status) bool { return !hasFinding(s, symptom.ResolverLoop) })
 		must(t, err)
 
 		_, err = m.CP.Set(without)

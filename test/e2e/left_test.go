@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -31,7 +31,7 @@ func TestRuleRefused(t *testing.T) {
 		left := func(family string) string {
 			return fmt.Sprintf(`The kernel refuses the %s rule "-A SERVICE_PROXY_OUTPUT -m owner --uid-owner %d -m comment --comment proxy-user -j RETURN": `, family, lab.EnvoyUID)
 		}
-		s, err := a.Wait(within(t, 20*time.Second), "the refused rules named", func(s agent.Status) bool {
+		s, err := a.Wait(within(t, 20*time.Second), "the refused rules named", func(s status.Status) bool {
 			said := 0
 			for _, f := range s.Findings {
 				if f.ID == symptom.RuleRefused && (strings.HasPrefix(f.Cause, left("IPv4")) || strings.HasPrefix(f.Cause, left("IPv6"))) {
@@ -135,7 +135,7 @@ func TestLocked(t *testing.T) {
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
 	_, err = m.CP.Set(services(service(7)))
 	must(t, err)
-	s, err := a.Wait(within(t, 30*time.Second), "the words", func(s agent.Status) bool {
+	s, err := a.Wait(within(t, 30*time.Second), "the words", func(s status.Status) bool {
 		return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: apply IPv4 rules: another program holds the iptables lock: ") &&
 			strings.Contains(s.LastFailure, "it is tried again; `lsof /run/xtables.lock` names the program")
 	})
@@ -149,7 +149,7 @@ func TestLocked(t *testing.T) {
 	}
 	through(t, m, web4) // what was in stays
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
-	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 	must(t, err)
 	through(t, m, netip.AddrPortFrom(service(7).Prefixes[0].Addr(), 9000))
 	if n := metric(t, a, finding(symptom.RuleRefused)); n != 0 {

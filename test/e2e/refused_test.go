@@ -16,7 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -50,7 +50,7 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 	t.Helper()
 	before := chains(t, r.Mesh)
 	refuse()
-	_, err := r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s agent.Status) bool {
+	_, err := r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s status.Status) bool {
 		for _, text := range want {
 			if !strings.Contains(s.LastFailure, text) {
 				return false
@@ -64,7 +64,7 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 	}
 	through(t, r.Mesh, web4)
 	ok()
-	_, err = r.agent.Wait(within(t, 60*time.Second), "it is over", func(s agent.Status) bool { // Envoy's own back-off is up to 30 s
+	_, err = r.agent.Wait(within(t, 60*time.Second), "it is over", func(s status.Status) bool { // Envoy's own back-off is up to 30 s
 		return len(s.Findings) == 0 && s.Ready && strings.Contains(s.LastFailure, "(over; ")
 	})
 	must(t, err)
@@ -113,7 +113,7 @@ func TestControlPlaneRefuses(t *testing.T) {
 		if n := r.CP.Rejections(); !strings.Contains(n[len(n)-1].Details, secret) {
 			t.Errorf("Envoy says %q, which holds no header", n[len(n)-1].Details)
 		}
-		_, err = r.agent.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool { return strings.Contains(s.LastFailure, "quoted") })
+		_, err = r.agent.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool { return strings.Contains(s.LastFailure, "quoted") })
 		must(t, err)
 		r.quiet(t, secret)
 	}, speak, symptom.ListenerRejected,

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -91,7 +91,7 @@ func TestStartWithoutEnvoy(t *testing.T) {
 		must(t, a.Start())
 		escapes(t, m, web4)
 		escapes(t, m, web6)
-		_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s agent.Status) bool { return s.Mode == "bypass" })
+		_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool { return s.Mode == "bypass" })
 		must(t, err)
 		must(t, m.Envoy.Start())
 		must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -115,7 +115,7 @@ func TestStartWithoutEnvoy(t *testing.T) {
 		keeps.Kill()
 		m.Envoy.Kill()
 		must(t, keeps.Start()) // the rules are of this boot, and kept
-		_, err = keeps.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool {
+		_, err = keeps.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
 			return strings.HasPrefix(s.LastFailure, "Envoy is not running") && s.Passes > 4
 		})
 		must(t, err)
@@ -207,7 +207,7 @@ func TestEmptyEnvoyWithoutControlPlane(t *testing.T) {
 			s, err := a.Status(t.Context())
 			must(t, err)
 			// The connection to an Envoy that was hot restarted may be 30 s old before the agent dials anew.
-			_, err = a.Wait(within(t, 50*time.Second), "more passes", func(n agent.Status) bool { return n.Passes > s.Passes+4 && !n.Envoy.Configured })
+			_, err = a.Wait(within(t, 50*time.Second), "more passes", func(n status.Status) bool { return n.Passes > s.Passes+4 && !n.Envoy.Configured })
 			must(t, err)
 			if after := chains(t, m); after != before {
 				t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
@@ -248,7 +248,7 @@ func TestRestoredAfterStart(t *testing.T) {
 		}
 		must(t, a.Reboot())
 		must(t, a.Start())
-		_, err := a.Wait(within(t, 10*time.Second), "some passes", func(s agent.Status) bool { return s.Passes > 3 })
+		_, err := a.Wait(within(t, 10*time.Second), "some passes", func(s status.Status) bool { return s.Passes > 3 })
 		must(t, err)
 		for program, text := range saved {
 			_, err := m.VM.RunInput(t.Context(), text, program+"-restore")

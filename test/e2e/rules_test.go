@@ -20,7 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -105,7 +105,7 @@ func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, do []string
 		run(line)
 	}
 	began := time.Now()
-	_, err = a.Wait(within(t, 10*time.Second), "repair", func(n agent.Status) bool { return n.Undone > s.Undone })
+	_, err = a.Wait(within(t, 10*time.Second), "repair", func(n status.Status) bool { return n.Undone > s.Undone })
 	must(t, err)
 	took = time.Since(began).Round(time.Millisecond)
 	t.Logf("%s repaired %v after the damage", family, took)
@@ -151,7 +151,7 @@ func TestFight(t *testing.T) {
 			}
 		}()
 		defer func() { stop(); <-done }()
-		s, err := a.Wait(within(t, 30*time.Second), "the fight named", func(s agent.Status) bool {
+		s, err := a.Wait(within(t, 30*time.Second), "the fight named", func(s status.Status) bool {
 			return hasFinding(s, symptom.Fight) && strings.HasPrefix(s.LastFailure, "The IPv4 interception rules are undone again and again")
 		})
 		must(t, err)
@@ -171,7 +171,7 @@ func TestFight(t *testing.T) {
 		<-done
 		must(t, a.WaitReady(within(t, 15*time.Second)))
 		through(t, m, web4)
-		_, err = a.Wait(within(t, 60*time.Second), "the end of the fight", func(s agent.Status) bool {
+		_, err = a.Wait(within(t, 60*time.Second), "the end of the fight", func(s status.Status) bool {
 			return !hasFinding(s, symptom.Fight) && strings.Contains(s.LastFailure, "(over; ")
 		})
 		must(t, err)
@@ -393,7 +393,7 @@ func TestBackendSwitched(t *testing.T) {
 	a.Kill()
 	must(t, m.SetBackend(lab.Legacy))
 	must(t, a.Start())
-	s, err := a.Wait(within(t, 20*time.Second), "ready on legacy", func(s agent.Status) bool { return s.Ready && s.Backend == "legacy" })
+	s, err := a.Wait(within(t, 20*time.Second), "ready on legacy", func(s status.Status) bool { return s.Ready && s.Backend == "legacy" })
 	must(t, err)
 	eventually(t, 40*time.Second, "ours gone from nft", func() (bool, string) {
 		out, err := m.VM.Run(t.Context(), "iptables-nft-save", "-t", "nat")

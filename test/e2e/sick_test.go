@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -92,7 +92,7 @@ func TestSickAdmin(t *testing.T) {
 			first, err := a.Status(t.Context())
 			must(t, err)
 			sick.Store(&test.sick)
-			s, err := a.Wait(within(t, test.wait), "the failure", func(s agent.Status) bool {
+			s, err := a.Wait(within(t, test.wait), "the failure", func(s status.Status) bool {
 				return strings.HasPrefix(s.LastFailure, "Envoy's admin interface on 127.0.0.1:15100 gives no usable answer: ") &&
 					strings.Contains(s.LastFailure, test.says) && strings.Contains(s.LastFailure, "(since ")
 			})
@@ -102,7 +102,7 @@ func TestSickAdmin(t *testing.T) {
 				t.Error("the heartbeat stands still")
 			}
 			passes := s.Passes
-			if _, err := a.Wait(within(t, 5*time.Second), "more passes", func(s agent.Status) bool { return s.Passes > passes+2 }); err != nil {
+			if _, err := a.Wait(within(t, 5*time.Second), "more passes", func(s status.Status) bool { return s.Passes > passes+2 }); err != nil {
 				t.Error(err)
 			}
 			if after := chains(t, m); after != before {
@@ -113,7 +113,7 @@ func TestSickAdmin(t *testing.T) {
 				t.Errorf("/healthz: %d %q %v: a new VM would not mend this", code, body, err)
 			}
 			sick.Store(nil)
-			_, err = a.Wait(within(t, 40*time.Second), "recovery", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+			_, err = a.Wait(within(t, 40*time.Second), "recovery", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 			must(t, err)
 		})
 	}

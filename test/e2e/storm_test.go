@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -34,7 +34,7 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	m.CP.Storm(true)
 	_, err := m.CP.Set(bad)
 	must(t, err)
-	s, err := a.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool { return s.LastFailure != "" })
+	s, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool { return s.LastFailure != "" })
 	must(t, err)
 	first := s.LastFailure
 	t.Log(first)
@@ -78,7 +78,7 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	m.CP.Storm(false)
 	_, err = m.CP.Set(services(service(1)))
 	must(t, err)
-	_, err = a.Wait(within(t, 20*time.Second), "the end", func(s agent.Status) bool {
+	_, err = a.Wait(within(t, 20*time.Second), "the end", func(s status.Status) bool {
 		return len(s.Findings) == 0 && strings.Contains(s.LastFailure, "(over; ") && strings.Contains(s.LastFailure, ", 1 time)")
 	})
 	must(t, err)

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -114,7 +114,7 @@ func TestTable(t *testing.T) {
 
 	t.Run("Envoy is down, disk full", func(t *testing.T) {
 		m.Envoy.Kill()
-		_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s agent.Status) bool {
+		_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
 			return strings.HasPrefix(s.LastFailure, "Envoy is not running: nothing accepts on its admin address 127.0.0.1:15000")
 		})
 		must(t, err)
@@ -128,7 +128,7 @@ func TestTable(t *testing.T) {
 		}
 		says(t, a, 0, 1, []string{`^ready +no: Envoy: `, `^envoy +no answer at 127\.0\.0\.1:15000`, `^error +Envoy is not running`, `^last failure +Envoy is not running`}, "status")
 		must(t, m.Envoy.Start())
-		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 		must(t, err)
 		if n := metric(t, a, finding(symptom.EnvoyDown)); n != 0 {
 			t.Errorf("finding envoy-down when it is over: %v", n)
@@ -156,7 +156,7 @@ func TestTable(t *testing.T) {
 		makeRoom()
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
-		_, err := a.Wait(within(t, 10*time.Second), "the words", func(s agent.Status) bool {
+		_, err := a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
 			return strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") && strings.Contains(s.LastFailure, "connection refused")
 		})
 		must(t, err)
@@ -167,7 +167,7 @@ func TestTable(t *testing.T) {
 			t.Errorf("the rules changed:\n%s", now)
 		}
 		must(t, m.CP.ComeBack())
-		_, err = a.Wait(within(t, 45*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 45*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 		must(t, err)
 		if n := metric(t, a, finding(symptom.ControlPlaneConnect)); n != 0 {
 			t.Errorf("finding control-plane-unreachable when it is over: %v", n)
@@ -175,7 +175,7 @@ func TestTable(t *testing.T) {
 		// With room on the disk a restart forgets nothing.
 		a.Kill()
 		must(t, a.Start())
-		s, err := a.Wait(within(t, 10*time.Second), "ready", func(s agent.Status) bool { return s.Ready })
+		s, err := a.Wait(within(t, 10*time.Second), "ready", func(s status.Status) bool { return s.Ready })
 		must(t, err)
 		if !strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") {
 			t.Errorf("remembered %q", s.LastFailure)
@@ -204,7 +204,7 @@ func TestTable(t *testing.T) {
 			t.Fatalf("nft names no handle: %q", out)
 		}
 		handle, _, _ = strings.Cut(handle, "\n")
-		_, err = a.Wait(within(t, 10*time.Second), "the words", func(s agent.Status) bool {
+		_, err = a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
 			return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: ") && strings.Contains(s.LastFailure, "table nat is incompatible") &&
 				strings.Contains(s.LastFailure, "`nft list table ip nat` shows it")
 		})
@@ -215,7 +215,7 @@ func TestTable(t *testing.T) {
 		through(t, m, web4)
 		_, err = m.VM.Run(t.Context(), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle", handle)
 		must(t, err)
-		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s agent.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
 		must(t, err)
 		if now := chains(t, m); now != before {
 			t.Errorf("not as before:\n%s", now)
@@ -334,7 +334,7 @@ func TestOwnEnvoy(t *testing.T) {
 	// Root's traffic is everybody's.
 	a := m.NewAgent("--config", "none", "--proxy-user", "root")
 	must(t, a.Start())
-	_, err = a.Wait(within(t, 10*time.Second), "root refused", func(s agent.Status) bool {
+	_, err = a.Wait(within(t, 10*time.Second), "root refused", func(s status.Status) bool {
 		return !s.Ready && strings.Contains(s.LastFailure, "it is root, whose traffic cannot be told from everybody else's")
 	})
 	must(t, err)

@@ -25,7 +25,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
@@ -322,7 +322,7 @@ func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string, args ...str
 }
 
 // Status asks the running agent.
-func (a *Agent) Status(ctx context.Context) (s agent.Status, err error) {
+func (a *Agent) Status(ctx context.Context) (s status.Status, err error) {
 	out, stderr, _, err := a.Run(ctx, "status", "-o", "json")
 	if err != nil {
 		return s, err
@@ -334,7 +334,7 @@ func (a *Agent) Status(ctx context.Context) (s agent.Status, err error) {
 }
 
 // Wait asks for the status until holds.
-func (a *Agent) Wait(ctx context.Context, what string, holds func(agent.Status) bool) (agent.Status, error) {
+func (a *Agent) Wait(ctx context.Context, what string, holds func(status.Status) bool) (status.Status, error) {
 	for {
 		s, err := a.Status(ctx)
 		if err == nil && holds(s) {
@@ -353,7 +353,7 @@ func (a *Agent) Wait(ctx context.Context, what string, holds func(agent.Status) 
 
 // WaitReady waits until the agent says that the mesh is ready.
 func (a *Agent) WaitReady(ctx context.Context) error {
-	_, err := a.Wait(ctx, "ready", func(s agent.Status) bool { return s.Ready })
+	_, err := a.Wait(ctx, "ready", func(s status.Status) bool { return s.Ready })
 	return err
 }
 

@@ -1,4 +1,7 @@
-package agent
+// Package status is what the agent knows after a pass, as one value that every reporter reads. It
+// decides nothing: package agent fills it in, and metrics, the socket, the guest attributes and the
+// commands are next in the flow.
+package status
 
 import (
 	"time"
@@ -6,24 +9,24 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// Status is what the agent knows after a pass: a value, copied out to every reporter. Its JSON is what
-// `status -o json` prints; fields are added, never renamed.
+// Status is what the agent knows after a pass: a value, copied out to every reporter. Its JSON is
+// what `status -o json` prints; fields are added, never renamed.
 type Status struct {
 	Version   string    `json:"version"`   // of this agent
 	Heartbeat time.Time `json:"heartbeat"` // when the last pass ran to its end, UTC
 	Started   time.Time `json:"started"`
-	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop), "bypass" (Envoy is down),
-	// "paused" (cleanup was called).
+	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop),
+	// "bypass" (Envoy is down), "paused" (cleanup was called).
 	Mode          string            `json:"mode"`
 	Ready         bool              `json:"ready"`
 	NotReady      string            `json:"not_ready,omitempty"` // why
 	Findings      []symptom.Finding `json:"findings,omitempty"`
 	LastFailure   string            `json:"last_failure,omitempty"`
-	Bootstrap     BootstrapStatus   `json:"bootstrap"`
-	Attribute     *AttributeStatus  `json:"attribute,omitempty"` // in force; nil: none yet, or --config
-	Envoy         EnvoyStatus       `json:"envoy"`
+	Bootstrap     Bootstrap         `json:"bootstrap"`
+	Attribute     *Attribute        `json:"attribute,omitempty"` // in force; nil: none yet, or --config
+	Envoy         Envoy             `json:"envoy"`
 	Backend       string            `json:"backend,omitempty"` // nft or legacy
-	Families      []FamilyStatus    `json:"families,omitempty"`
+	Families      []Family          `json:"families,omitempty"`
 	ServingPorts  []uint16          `json:"serving_ports,omitempty"`
 	Passes        uint64            `json:"passes"`
 	Undone        uint64            `json:"drift_repaired"`
@@ -32,21 +35,21 @@ type Status struct {
 	LastDriftWhen time.Time         `json:"last_drift_when,omitzero"`
 }
 
-// AttributeStatus says where the attribute in force is from.
-type AttributeStatus struct {
+// Attribute says where the attribute in force is from.
+type Attribute struct {
 	Read time.Time `json:"read"`           // when the metadata server gave it, UTC
 	Kept bool      `json:"kept,omitempty"` // to an earlier run; this one has read none that can be used
 }
 
-// BootstrapStatus is what bootstrap reached, read from the state folder.
-type BootstrapStatus struct {
+// Bootstrap is what bootstrap reached, read from the state folder.
+type Bootstrap struct {
 	Status  string `json:"status,omitempty"`
 	Failure string `json:"failure,omitempty"`
 	Done    bool   `json:"done,omitempty"` // an earlier run, or this one, has finished
 }
 
-// EnvoyStatus is Envoy as the admin interface tells.
-type EnvoyStatus struct {
+// Envoy is Envoy as the admin interface tells.
+type Envoy struct {
 	Admin      string    `json:"admin"`
 	State      string    `json:"state,omitempty"`
 	Version    string    `json:"version,omitempty"`
@@ -57,8 +60,8 @@ type EnvoyStatus struct {
 	Node       string    `json:"node,omitempty"`
 }
 
-// FamilyStatus is one family's rules.
-type FamilyStatus struct {
+// Family is one family's rules.
+type Family struct {
 	Family       string    `json:"family"`
 	Usable       bool      `json:"usable"`
 	Equal        bool      `json:"equal"` // the kernel has what it should have
