@@ -33,6 +33,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -54,12 +55,12 @@ type Agent struct {
 	started  time.Time
 	ownPorts []uint16
 
-	views      *report.Mailbox[View]
-	attributes *report.Mailbox[attributeNews]
-	others     *report.Mailbox[[]iptables.OtherChain]
-	reports    *report.Mailbox[status.Status]
-	history    *report.Mailbox[Failures]
-	keep       *report.Mailbox[*keptAttribute]
+	views      *mailbox.Box[View]
+	attributes *mailbox.Box[attributeNews]
+	others     *mailbox.Box[[]iptables.OtherChain]
+	reports    *mailbox.Box[status.Status]
+	history    *mailbox.Box[Failures]
+	keep       *mailbox.Box[*keptAttribute]
 	events     <-chan iptables.Event
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status]
@@ -114,8 +115,8 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	}
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
-		views: report.NewMailbox[View](), attributes: report.NewMailbox[attributeNews](), others: report.NewMailbox[[]iptables.OtherChain](),
-		reports: report.NewMailbox[status.Status](), history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
+		views: mailbox.New[View](), attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
+		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}), ownPorts: ownPorts(s),
 		families: []familyState{{family: iptables.IPv4}, {family: iptables.IPv6}},
 	}
 	var err error

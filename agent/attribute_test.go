@@ -17,7 +17,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 )
 
 const keptText = `{"proxy-spec":{"proxy-port":15101}}`
@@ -266,7 +266,7 @@ func TestWatchAttribute(t *testing.T) {
 			t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
 			core, logs := observer.New(zap.InfoLevel)
 			a := &Agent{
-				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: report.NewMailbox[attributeNews](), keep: report.NewMailbox[*keptAttribute](),
+				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: mailbox.New[attributeNews](), keep: mailbox.New[*keptAttribute](),
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := make(chan struct{})
@@ -319,7 +319,7 @@ func TestWatchAttribute(t *testing.T) {
 func TestRunHistory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	core, logs := observer.New(zap.InfoLevel)
-	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir}, history: report.NewMailbox[Failures](), keep: report.NewMailbox[*keptAttribute]()}
+	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir}, history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute]()}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); a.runHistory(ctx) }()

@@ -16,7 +16,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -56,7 +56,7 @@ type envoyWatch struct {
 	logged  <-chan envoyadmin.LogEvent // nil: no log to follow
 	logPath string
 	probes  chan probed
-	views   *report.Mailbox[View]
+	views   *mailbox.Box[View]
 	log     *zap.Logger
 
 	detector envoyadmin.Detector
