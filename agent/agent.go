@@ -34,6 +34,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -66,9 +67,9 @@ type Agent struct {
 	status     atomic.Pointer[status.Status]
 	// awaitBootstrap: that unit is enabled, so a VM without its result is not finished yet.
 	awaitBootstrap bool
-	withoutTools   bool                              // iptables was not installed when the agent started
-	account        atomic.Pointer[bootstrap.Account] // nil: not read yet
-	proxyUID       atomic.Int64                      // for trust, which runs in the client's goroutine; -1: no such user
+	withoutTools   bool                             // iptables was not installed when the agent started
+	account        atomic.Pointer[metadata.Account] // nil: not read yet
+	proxyUID       atomic.Int64                     // for trust, which runs in the client's goroutine; -1: no such user
 
 	view           View
 	config         attribute.Config
@@ -306,7 +307,7 @@ func (a *Agent) Run(ctx context.Context) error {
 // readAccount asks once for the VM's service account, whose name belongs into the control plane's refusals.
 func (a *Agent) readAccount(ctx context.Context) {
 	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
-		if account, err := bootstrap.ReadAccount(ctx); err == nil {
+		if account, err := metadata.ReadAccount(ctx); err == nil {
 			a.account.Store(&account)
 			return
 		}

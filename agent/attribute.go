@@ -17,7 +17,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
 // goodAttribute is a well-formed attribute. It is a value that nobody changes.
@@ -112,7 +112,7 @@ type attributeSource struct {
 
 // next is what a look makes of it. instance is the VM's id, "" while the metadata server has not told it: then the machine
 // must do. foreign: what was kept is another instance's, and is dropped.
-func (s *attributeSource) next(look bootstrap.Attribute, instance, machine string, now time.Time) (news attributeNews, foreign bool) {
+func (s *attributeSource) next(look metadata.Attribute, instance, machine string, now time.Time) (news attributeNews, foreign bool) {
 	if look.Err == nil {
 		s.kept, s.good = nil, &goodAttribute{Config: look.Config, Text: look.Text, Read: now}
 		return attributeNews{Good: s.good}, false
@@ -131,7 +131,7 @@ func (s *attributeSource) next(look bootstrap.Attribute, instance, machine strin
 		}
 	}
 	news = attributeNews{Good: s.good, Err: look.Err}
-	var source *bootstrap.MetadataError
+	var source *metadata.Error
 	if errors.As(look.Err, &source) {
 		news.Source, news.Err = look.Err, nil
 	}
@@ -145,10 +145,10 @@ func (a *Agent) watchAttribute(ctx context.Context) {
 		a.log.Warn("no attribute of an earlier run", zap.Error(err))
 	}
 	source, machine, instance := attributeSource{kept: kept}, machineSum(), ""
-	bootstrap.WatchAttribute(ctx, func(look bootstrap.Attribute) {
-		away := new(bootstrap.MetadataError)
+	metadata.Watch(ctx, func(look metadata.Attribute) {
+		away := new(metadata.Error)
 		if source.kept != nil && look.Err != nil && instance == "" && !errors.As(look.Err, &away) {
-			instance, _ = bootstrap.ReadInstance(ctx) // whom the kept one must belong to
+			instance, _ = metadata.ReadInstance(ctx) // whom the kept one must belong to
 		}
 		news, foreign := source.next(look, instance, machine, time.Now().UTC())
 		a.attributes.Put(news)
@@ -159,7 +159,7 @@ func (a *Agent) watchAttribute(ctx context.Context) {
 			a.keep.Put(nil)
 		case look.Err == nil:
 			if instance == "" {
-				instance, _ = bootstrap.ReadInstance(ctx) // without it, the machine tells whose it is
+				instance, _ = metadata.ReadInstance(ctx) // without it, the machine tells whose it is
 			}
 			a.keep.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance, Machine: machine})
 		}

@@ -16,8 +16,8 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
 const keptText = `{"proxy-spec":{"proxy-port":15101}}`
@@ -25,18 +25,18 @@ const keptText = `{"proxy-spec":{"proxy-port":15101}}`
 // TestAttributeSource: what is in force after each look of a run, with an attribute of an earlier run in the state folder.
 func TestAttributeSource(t *testing.T) {
 	var (
-		good = func(port string) bootstrap.Attribute {
+		good = func(port string) metadata.Attribute {
 			text := []byte(`{"proxy-spec":{"proxy-port":` + port + `}}`)
 			config, err := attribute.Parse(text)
-			return bootstrap.Attribute{Config: config, Text: text, Err: err}
+			return metadata.Attribute{Config: config, Text: text, Err: err}
 		}
 		malformed = good(`"x"`)
-		missing   = bootstrap.Attribute{Err: bootstrap.ErrNoAttribute}
-		away      = bootstrap.Attribute{Err: &bootstrap.MetadataError{Path: "x", Code: http.StatusServiceUnavailable}}
+		missing   = metadata.Attribute{Err: metadata.ErrNoAttribute}
+		away      = metadata.Attribute{Err: &metadata.Error{Path: "x", Code: http.StatusServiceUnavailable}}
 	)
 	const none, kept, own = 0, 15101, 15102
 	type look struct {
-		look     bootstrap.Attribute
+		look     metadata.Attribute
 		instance string
 		want     uint16 // the port of the one in force
 		foreign  bool
@@ -70,7 +70,7 @@ func TestAttributeSource(t *testing.T) {
 				if foreign != l.foreign {
 					t.Errorf("look %d: foreign is %v", i, foreign)
 				}
-				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) || (news.Source != nil) != errors.As(l.look.Err, new(*bootstrap.MetadataError)) {
+				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) || (news.Source != nil) != errors.As(l.look.Err, new(*metadata.Error)) {
 					t.Errorf("look %d: %v and %v of %v", i, news.Err, news.Source, l.look.Err)
 				}
 				switch {

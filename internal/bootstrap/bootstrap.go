@@ -18,6 +18,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -165,11 +166,11 @@ func backoff(attempt int, permanent bool) time.Duration {
 }
 
 // waitForRetry returns when it is time, when the daemon asks, or when the attribute is another than the failed attempt saw.
-func (b *bootstrapper) waitForRetry(ctx context.Context, wait time.Duration, tried Attribute) {
+func (b *bootstrapper) waitForRetry(ctx context.Context, wait time.Duration, tried metadata.Attribute) {
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	if b.Config == "" {
-		go WatchAttribute(ctx, func(a Attribute) {
+		go metadata.Watch(ctx, func(a metadata.Attribute) {
 			if string(a.Text) != string(tried.Text) || a.Err == nil && tried.Err != nil {
 				cancel()
 			}
@@ -196,24 +197,24 @@ func (b *bootstrapper) takeRequest() {
 	}
 }
 
-func (b *bootstrapper) readAttribute(ctx context.Context) Attribute {
+func (b *bootstrapper) readAttribute(ctx context.Context) metadata.Attribute {
 	switch b.Config {
 	case "":
-		return ReadAttribute(ctx)
+		return metadata.ReadAttribute(ctx)
 	case "none":
-		return Attribute{Config: attribute.Default()}
+		return metadata.Attribute{Config: attribute.Default()}
 	}
 	text, err := os.ReadFile(b.Config)
 	if err != nil {
-		return Attribute{Err: fmt.Errorf("read --config: %w", err)}
+		return metadata.Attribute{Err: fmt.Errorf("read --config: %w", err)}
 	}
-	a := Attribute{Text: text}
+	a := metadata.Attribute{Text: text}
 	a.Config, a.Err = attribute.Parse(text)
 	return a
 }
 
 // attempt goes through the steps. Each looks first and changes what differs.
-func (b *bootstrapper) attempt(ctx context.Context, attr Attribute) *Failure {
+func (b *bootstrapper) attempt(ctx context.Context, attr metadata.Attribute) *Failure {
 	b.begin(StepAttribute)
 	if attr.Err != nil {
 		return attributeFailure(attr.Err)
@@ -259,7 +260,7 @@ func attributeFailure(err error) *Failure {
 	switch {
 	case errors.As(err, &keyErr):
 		f.Permanent, f.Advice = true, "correct it in the VM's metadata"
-	case errors.Is(err, ErrNoAttribute), errors.Is(err, attribute.ErrAnthos):
+	case errors.Is(err, metadata.ErrNoAttribute), errors.Is(err, attribute.ErrAnthos):
 		f.Permanent = true
 	}
 	return f
@@ -307,7 +308,7 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 	b.Log.Error("bootstrap failed", zap.String("step", f.Step), zap.Error(f), zap.Duration("retry", wait))
 }
 
-func (b *bootstrapper) finish(attr Attribute) {
+func (b *bootstrapper) finish(attr metadata.Attribute) {
 	b.state.AttributeSum = sourceSum(string(attr.Text))
 	b.state.Status, b.state.Step, b.state.Next, b.state.Retry, b.state.Permanent = Finished, "", "", time.Time{}, false
 	b.say("INFO", "finished: Envoy "+b.state.EnvoyVersion+" runs")

@@ -22,6 +22,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
@@ -198,9 +199,9 @@ func (b *bootstrapper) open(ctx context.Context, u *url.URL) (io.ReadCloser, err
 
 // accessToken is the token of the VM's service account.
 func accessToken(ctx context.Context) (string, error) {
-	text, _, err := getMetadata(ctx, "instance/service-accounts/default/token", "")
+	text, err := metadata.Read(ctx, "instance/service-accounts/default/token")
 	if err != nil {
-		var status *MetadataError
+		var status *metadata.Error
 		if errors.As(err, &status) && status.Code == http.StatusNotFound {
 			return "", errNoAccount
 		}

@@ -21,6 +21,7 @@ import (
 	"testing/synctest"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -435,7 +436,7 @@ func TestWishDoesNotStopTheRest(t *testing.T) {
 	b.state = v.state()
 	cfg := s.config("1.30.2", "")
 	cfg.Labels = map[string]string{"app": "new"}
-	if f := b.attempt(t.Context(), Attribute{Config: cfg}); f == nil || f.Step != StepStart {
+	if f := b.attempt(t.Context(), metadata.Attribute{Config: cfg}); f == nil || f.Step != StepStart {
 		t.Errorf("it ended with %v", f)
 	}
 	if have := read(t, filepath.Join(v.root, EnvoyConfig)); !strings.Contains(have, `"app": "new"`) {

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
 // trafficDirector is the control plane's address.
@@ -47,7 +48,7 @@ func readVM(ctx context.Context) (VM, error) {
 		{"instance/network-interfaces/0/network", &vm.Network}, // projects/N/networks/X
 		{"project/numeric-project-id", &vm.ProjectNumber},
 	} {
-		text, _, err := getMetadata(ctx, want.path, "")
+		text, err := metadata.Read(ctx, want.path)
 		if err != nil {
 			return VM{}, err
 		}
@@ -66,8 +67,8 @@ func readVM(ctx context.Context) (VM, error) {
 func readAddress(ctx context.Context) (string, error) {
 	const ipPath, ipv6Path = "instance/network-interfaces/0/ip", "instance/network-interfaces/0/ipv6s"
 	for _, path := range []string{ipPath, ipv6Path} {
-		text, _, err := getMetadata(ctx, path, "")
-		var status *MetadataError
+		text, err := metadata.Read(ctx, path)
+		var status *metadata.Error
 		if errors.As(err, &status) && status.Code == http.StatusNotFound {
 			continue
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -40,13 +41,13 @@ func TestIPv6OnlyVM(t *testing.T) {
 	}
 	server.Serve(ln, nil)
 
-	if a := ReadAttribute(t.Context()); a.Err != nil || a.Config.Labels["a"] != "b" {
+	if a := metadata.ReadAttribute(t.Context()); a.Err != nil || a.Config.Labels["a"] != "b" {
 		t.Errorf("the attribute: %+v", a)
 	}
 	if vm, err := readVM(t.Context()); err != nil || vm.IP != address {
 		t.Errorf("the VM: %+v, %v", vm, err)
 	}
-	if account, err := ReadAccount(t.Context()); err != nil || account.Email == "" {
+	if account, err := metadata.ReadAccount(t.Context()); err != nil || account.Email == "" {
 		t.Errorf("the account: %+v, %v", account, err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -138,7 +139,7 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 		cfg.AccessLog = step.accessLog
 		b := newBootstrapper(v.options())
 		b.state = v.state()
-		f := b.attempt(t.Context(), Attribute{Config: cfg})
+		f := b.attempt(t.Context(), metadata.Attribute{Config: cfg})
 		if f == nil || f.Step != step.want {
 			t.Fatalf("%+v", f)
 		}

@@ -1,5 +1,8 @@
-// Package metadata finds the VM's metadata server, also where there is no IPv4. What is asked
-// there, and what the answers mean, is for bootstrap and guestattr, which are next in the flow.
+// Package metadata asks the VM's metadata server: it finds the server, also where there is no IPv4,
+// reads what the daemon and bootstrap need of the VM, and watches the gce-service-proxy attribute.
+//
+// It does not decide what is made of an answer or of its absence: that is for bootstrap and agent,
+// which are next in the flow. guestattr writes with its Transport.
 package metadata
 
 import (
@@ -26,7 +29,8 @@ const HostEnv = "GCE_METADATA_HOST"
 func CheckHost() error {
 	host := os.Getenv(HostEnv)
 	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() {
-		return fmt.Errorf("%s is %q; write [%s], since a URL has an IPv6 address in brackets", HostEnv, host, host)
+		return fmt.Errorf("%s is %q; write [%s], since a URL has an IPv6 address in brackets",
+			HostEnv, host, host)
 	}
 	return nil
 }
@@ -57,8 +61,9 @@ func (t Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// noRoute is what connect(2) says on a machine that has no IPv4 address (seen: ENETUNREACH, Linux
-// 6).
+// noRoute is what connect(2) says on a machine that has no IPv4 address (seen: ENETUNREACH,
+// Linux 6).
 func noRoute(err error) bool {
-	return errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EHOSTUNREACH) || errors.Is(err, syscall.EAFNOSUPPORT)
+	return errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EHOSTUNREACH) ||
+		errors.Is(err, syscall.EAFNOSUPPORT)
 }

@@ -1,4 +1,4 @@
-package bootstrap
+package metadata
 
 import (
 	"context"
@@ -61,7 +61,7 @@ func (f *fakeAttribute) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write([]byte(f.text))
 }
 
-func TestWatchAttribute(t *testing.T) {
+func TestWatch(t *testing.T) {
 	fake := &fakeAttribute{changed: make(chan struct{})}
 	fake.set(200, `{"labels": {"a": "1"}}`)
 	srv := httptest.NewServer(fake)
@@ -71,7 +71,7 @@ func TestWatchAttribute(t *testing.T) {
 	got, ended := make(chan Attribute, 10), make(chan struct{})
 	go func() {
 		defer close(ended)
-		WatchAttribute(ctx, func(a Attribute) { got <- a })
+		Watch(ctx, func(a Attribute) { got <- a })
 	}()
 	next := func() Attribute {
 		t.Helper()
@@ -118,7 +118,7 @@ func TestWatchAttribute(t *testing.T) {
 }
 
 // A server that fails is said once, and the value again when it is back.
-func TestWatchAttributeErrors(t *testing.T) {
+func TestWatchErrors(t *testing.T) {
 	fake := &fakeAttribute{changed: make(chan struct{})}
 	fake.set(503, "busy")
 	srv := httptest.NewServer(fake)
@@ -127,8 +127,8 @@ func TestWatchAttributeErrors(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	got := make(chan Attribute, 10)
-	go WatchAttribute(ctx, func(a Attribute) { got <- a })
-	var metaErr *MetadataError
+	go Watch(ctx, func(a Attribute) { got <- a })
+	var metaErr *Error
 	if a := <-got; !errors.As(a.Err, &metaErr) || metaErr.Code != 503 {
 		t.Fatalf("have %v", a.Err)
 	}

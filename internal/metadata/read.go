@@ -1,0 +1,142 @@
+package metadata
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	gce "cloud.google.com/go/compute/metadata"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+)
+
+// Error is a metadata server's answer other than 200, or none at all.
+type Error struct {
+	Path string
+	Code int // 0: no answer
+	Err  error
+}
+
+func (e *Error) Error() string {
+	if e.Code != 0 {
+		return fmt.Sprintf("read %q from the metadata server: status %d %s", e.Path, e.Code,
+			http.StatusText(e.Code))
+	}
+	return fmt.Sprintf("read %q from the metadata server: %v", e.Path, e.Err)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Read asks for path, relative to computeMetadata/v1/. What may pass (5xx, 429, a refused
+// connection) is tried again five times within 3 s. Errors: [*Error].
+func Read(ctx context.Context, path string) ([]byte, error) {
+	text, _, err := get(ctx, path, "")
+	return text, err
+}
+
+// Account is the VM's service account, with which Envoy presents itself to the control plane. It
+// cannot change while the VM runs.
+type Account struct {
+	Email  string   // "": the VM has none
+	Scopes []string // URLs
+}
+
+// ReadAccount asks for the VM's service account. Errors: [*Error].
+func ReadAccount(ctx context.Context) (Account, error) {
+	const path = "instance/service-accounts/default/"
+	email, err := Read(ctx, path+"email")
+	var status *Error
+	if errors.As(err, &status) && status.Code == http.StatusNotFound {
+		return Account{}, nil
+	}
+	if err != nil {
+		return Account{}, err
+	}
+	scopes, err := Read(ctx, path+"scopes")
+	if err != nil {
+		return Account{}, err
+	}
+	return Account{
+		Email:  strings.TrimSpace(string(email)),
+		Scopes: strings.Fields(string(scopes)),
+	}, nil
+}
+
+// ReadInstance asks for the VM's id, which no other VM has or will have. Errors: [*Error].
+func ReadInstance(ctx context.Context) (string, error) {
+	id, err := Read(ctx, "instance/id")
+	return strings.TrimSpace(string(id)), err
+}
+
+// direct never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses
+// proxied requests.
+var direct = &http.Transport{
+	DialContext:           (&net.Dialer{Timeout: 3 * time.Second}).DialContext,
+	ResponseHeaderTimeout: 70 * time.Second, // longer than a long poll
+	IdleConnTimeout:       90 * time.Second,
+}
+
+// answer notes what gce.Client does not hand on of an answer, its ETag, and bounds what it reads.
+type answer struct{ etag string }
+
+func (a *answer) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := Transport{Base: direct}.RoundTrip(req)
+	if err == nil {
+		a.etag = resp.Header.Get("ETag")
+		// One more than allowed: Parse says that it is too long.
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, attribute.MaxSize+1), resp.Body}
+	}
+	return resp, err
+}
+
+// get is Read. With an etag it waits up to a minute for another value.
+func get(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
+	if err := CheckHost(); err != nil {
+		return nil, "", &Error{Path: path, Err: err}
+	}
+	limit := 10 * time.Second
+	query := ""
+	if etag != "" {
+		limit = 80 * time.Second
+		query = "?" + url.Values{
+			"wait_for_change": {"true"}, "timeout_sec": {"60"}, "last_etag": {etag},
+		}.Encode()
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	answer := &answer{}
+	client := gce.NewClient(&http.Client{
+		Transport:     answer,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	})
+	value, err := client.GetWithContext(ctx, path+query)
+	var (
+		missing gce.NotDefinedError
+		status  *gce.Error
+		urlErr  *url.Error
+	)
+	switch {
+	case err == nil:
+		return []byte(value), answer.etag, nil
+	case errors.As(err, &missing) && path == attributePath:
+		return nil, "", ErrNoAttribute
+	case errors.As(err, &missing):
+		return nil, "", &Error{Path: path, Code: http.StatusNotFound, Err: err}
+	case errors.As(err, &status):
+		return nil, "", &Error{Path: path, Code: status.Code, Err: err}
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fmt.Errorf("no answer within %v", limit)
+	case errors.As(err, &urlErr):
+		err = urlErr.Err // the address is said by Error
+	}
+	return nil, "", &Error{Path: path, Err: err}
+}
