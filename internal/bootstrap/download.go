@@ -24,6 +24,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 // maxArchive is the most bytes of an archive that are downloaded; Envoy's are 30 to 60 MB.
@@ -58,7 +59,7 @@ var (
 // 5xx may pass (https://cloud.google.com/storage/docs/retry-strategy), and so may whatever the
 // network does.
 func isPermanent(err error) bool {
-	for _, permanent := range []error{fs.ErrNotExist, errNotRegular, errScheme, errRedirect, errNoAccount} {
+	for _, permanent := range []error{fs.ErrNotExist, untrusted.ErrNotRegular, errScheme, errRedirect, errNoAccount} {
 		if errors.Is(err, permanent) {
 			return true
 		}
@@ -183,7 +184,7 @@ func isAbsent(err error) bool {
 func (b *bootstrapper) open(ctx context.Context, u *url.URL) (io.ReadCloser, error) {
 	switch u.Scheme {
 	case "file":
-		return openRegular(u.Path, 0)
+		return untrusted.OpenRegular(u.Path)
 	case "gs":
 		token, err := accessToken(ctx)
 		if err != nil {

@@ -26,6 +26,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -477,7 +478,7 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Fail
 		}
 		if err := b.makeAccessLog(name); err != nil {
 			f := fail(fmt.Errorf("make the access log: %w", err))
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errForeignLink) {
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, untrusted.ErrLink) {
 				f.Advice = "give access-log a path in a folder that exists, " + LogDir + " for instance"
 			}
 			return f
@@ -517,7 +518,7 @@ func (b *bootstrapper) makeAccessLog(name string) error {
 	if inLogDir(name) {
 		return nil
 	}
-	file, err := openIn(dir, filepath.Base(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+	file, err := untrusted.OpenIn(dir, filepath.Base(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
 	if errors.Is(err, fs.ErrExist) {
 		return nil
 	}
@@ -534,7 +535,7 @@ func (b *bootstrapper) makeLogFolder(name string) (dir *os.File, err error) {
 	if up := filepath.Dir(name); inLogDir(up) {
 		parent, err = b.makeLogFolder(up)
 	} else {
-		parent, err = openFolder(b.Root, up)
+		parent, err = untrusted.OpenFolder(b.Root, up)
 	}
 	if err != nil {
 		return nil, err
@@ -543,14 +544,11 @@ func (b *bootstrapper) makeLogFolder(name string) (dir *os.File, err error) {
 	err = unix.Mkdirat(int(parent.Fd()), filepath.Base(name), 0o750)
 	switch {
 	case errors.Is(err, fs.ErrExist) && !inLogDir(name):
-		return openFolder(b.Root, name) // somebody else's, it may be
+		return untrusted.OpenFolder(b.Root, name) // somebody else's, it may be
 	case err != nil && !errors.Is(err, fs.ErrExist):
 		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
 	}
-	if dir, err = openIn(parent, filepath.Base(name), unix.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
-		if _, link := readLink(parent, filepath.Base(name)); link {
-			err = errForeignLink // LogDir is Envoy's, too
-		}
+	if dir, err = untrusted.OpenFolderIn(parent, filepath.Base(name)); err != nil { // LogDir is Envoy's, too
 		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 	}
 	if err := b.giveToEnvoy(dir); err != nil {
@@ -625,7 +623,7 @@ func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) er
 }
 
 func (b *bootstrapper) lastLogLine() string {
-	f, err := openUntrusted(b.path(LogDir + "/envoy.err.log"))
+	f, err := untrusted.Open(b.path(LogDir + "/envoy.err.log"))
 	if err != nil {
 		return "(none)"
 	}

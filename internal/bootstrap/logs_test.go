@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -105,7 +106,7 @@ func TestRotateAccessLog(t *testing.T) {
 			t.Errorf("%s: a link: %v", name, err)
 		}
 		link(t, b.path("/elsewhere"), b.path(filepath.Dir(name))) // its folder
-		if err := b.rotateAccessLog(100); !errors.Is(err, errForeignLink) {
+		if err := b.rotateAccessLog(100); !errors.Is(err, untrusted.ErrLink) {
 			t.Errorf("%s: a link for its folder: %v", name, err)
 		}
 		if have := read(t, b.path("/elsewhere/"+filepath.Base(name))); have != big {
@@ -138,10 +139,10 @@ func TestMakeAccessLog(t *testing.T) {
 		{"/srv/also/other.log", nil, "/data/other.log"},
 		{"/srv/envoys/sub/access.log", nil, "/srv/envoys/sub/access.log"},
 		{"/srv/no/such/access.log", fs.ErrNotExist, ""},
-		{LogDir + "/planted/access.log", errForeignLink, ""},
-		{LogDir + "/planted/sub/access.log", errForeignLink, ""},
-		{"/srv/envoys/planted/access.log", errForeignLink, ""},
-		{"/srv/envoys/planted/sub/access.log", errForeignLink, ""},
+		{LogDir + "/planted/access.log", untrusted.ErrLink, ""},
+		{LogDir + "/planted/sub/access.log", untrusted.ErrLink, ""},
+		{"/srv/envoys/planted/access.log", untrusted.ErrLink, ""},
+		{"/srv/envoys/planted/sub/access.log", untrusted.ErrLink, ""},
 		{"/data/loop/access.log", unix.ELOOP, ""},
 	} {
 		for range 2 { // as every run of bootstrap

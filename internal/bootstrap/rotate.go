@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 // maxLog is the size at which a log is rotated; with one old copy kept, and a minute between looks, a log's share of the disk is
@@ -45,7 +47,7 @@ func (b *bootstrapper) rotateAccessLog(limit int64) error {
 	if !ok || filepath.Dir(name) == "/dev" {
 		return nil
 	}
-	dir, err := openFolder(b.Root, filepath.Dir(name))
+	dir, err := untrusted.OpenFolder(b.Root, filepath.Dir(name))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // Envoy may still make it
 	}

@@ -11,6 +11,7 @@ import (
 	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 // Where bootstrap and the daemon meet.
@@ -106,7 +107,7 @@ func (s State) installedFrom(source string) bool {
 // written, and must believe nothing that would harm.
 func ReadState(dir string) (State, error) {
 	var state State
-	text, err := readUntrusted(filepath.Join(dir, StateFile), maxState)
+	text, err := untrusted.ReadFile(filepath.Join(dir, StateFile), maxState)
 	if errors.Is(err, fs.ErrNotExist) {
 		return state, nil
 	}

@@ -3,8 +3,6 @@ package bootstrap
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -128,20 +126,5 @@ func TestRemoveUsers(t *testing.T) {
 	}
 	if have, want := strings.Join(ran, "; "), "userdel "+AgentUser+"; userdel "+EnvoyUser; have != want {
 		t.Errorf("ran %q, want %q", have, want)
-	}
-}
-
-// A file read with its limit is read whole.
-func TestReadUntrusted(t *testing.T) {
-	name := filepath.Join(t.TempDir(), "file")
-	write(t, name, "12345")
-	if have, err := readUntrusted(name, 5); err != nil || string(have) != "12345" {
-		t.Errorf("have %q, %v", have, err)
-	}
-	if have, err := readUntrusted(name, 4); err == nil {
-		t.Errorf("beyond the limit: have %q", have)
-	}
-	if _, err := readUntrusted(name+".none", 4); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("an absent file: %v", err)
 	}
 }
