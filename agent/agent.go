@@ -32,9 +32,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -88,7 +88,7 @@ type Agent struct {
 	wantSerial     uint64 // counts Wants
 	families       []familyState
 	otherChains    []iptables.OtherChain
-	boot           bootstrap.State
+	boot           progress.State
 	bootRead       time.Time
 	bootSaid       int // the last line of bootstrap's story that was told
 	paused         bool

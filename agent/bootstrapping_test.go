@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // A first boot at which all goes well must not say "Envoy is not running": neither while bootstrap
@@ -15,18 +15,18 @@ func TestBootstrapping(t *testing.T) {
 	refused := func(at time.Time) View { return View{Err: errors.New("connection refused"), Asked: at} }
 	for _, tt := range []struct {
 		name  string
-		boot  bootstrap.State
+		boot  progress.State
 		await bool
 		envoy View
 		want  bool
 	}{
-		{"not begun", bootstrap.State{}, true, refused(start), true},
-		{"no bootstrap here", bootstrap.State{}, false, refused(start), false},
-		{"in progress", bootstrap.State{Status: bootstrap.InProgress, Time: start}, true, refused(start.Add(time.Hour)), true},
-		{"just finished, last refused before", bootstrap.State{Status: bootstrap.Finished, Time: start}, true, refused(start.Add(-time.Millisecond)), true},
-		{"finished, refused since", bootstrap.State{Status: bootstrap.Finished, Time: start}, true, refused(start.Add(time.Second)), false},
-		{"finished, answers", bootstrap.State{Status: bootstrap.Finished, Time: start}, true, View{Asked: start.Add(-time.Minute)}, false},
-		{"failed", bootstrap.State{Status: bootstrap.Failed, Time: start}, true, refused(start.Add(-time.Second)), false},
+		{"not begun", progress.State{}, true, refused(start), true},
+		{"no bootstrap here", progress.State{}, false, refused(start), false},
+		{"in progress", progress.State{Status: progress.InProgress, Time: start}, true, refused(start.Add(time.Hour)), true},
+		{"just finished, last refused before", progress.State{Status: progress.Finished, Time: start}, true, refused(start.Add(-time.Millisecond)), true},
+		{"finished, refused since", progress.State{Status: progress.Finished, Time: start}, true, refused(start.Add(time.Second)), false},
+		{"finished, answers", progress.State{Status: progress.Finished, Time: start}, true, View{Asked: start.Add(-time.Minute)}, false},
+		{"failed", progress.State{Status: progress.Failed, Time: start}, true, refused(start.Add(-time.Second)), false},
 	} {
 		if have := bootstrapping(tt.boot, tt.await, tt.envoy); have != tt.want {
 			t.Errorf("%s: %v, want %v", tt.name, have, tt.want)

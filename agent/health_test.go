@@ -6,7 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
@@ -20,14 +20,14 @@ func TestHealthz(t *testing.T) {
 		want  bool
 	}{
 		{"bootstrap has not begun", status.Bootstrap{}, status.Envoy{}, false},
-		{"a first bootstrap is under way", status.Bootstrap{Status: bootstrap.InProgress}, live, false},
-		{"it failed", status.Bootstrap{Status: bootstrap.Failed}, status.Envoy{}, false},
-		{"it is finished", status.Bootstrap{Status: bootstrap.Finished, Done: true}, live, true},
-		{"the attribute changed, and bootstrap runs again", status.Bootstrap{Status: bootstrap.InProgress, Done: true}, live, true},
-		{"and fails", status.Bootstrap{Status: bootstrap.Failed, Done: true}, live, true},
-		{"a later bootstrap, and Envoy is gone", status.Bootstrap{Status: bootstrap.InProgress, Done: true}, status.Envoy{}, false},
-		{"Envoy restarts", status.Bootstrap{Status: bootstrap.Finished, Done: true}, status.Envoy{Down: time.Now()}, true},
-		{"Envoy is down for long", status.Bootstrap{Status: bootstrap.Finished, Done: true}, status.Envoy{Down: time.Now().Add(-time.Hour)}, false},
+		{"a first bootstrap is under way", status.Bootstrap{Status: progress.InProgress}, live, false},
+		{"it failed", status.Bootstrap{Status: progress.Failed}, status.Envoy{}, false},
+		{"it is finished", status.Bootstrap{Status: progress.Finished, Done: true}, live, true},
+		{"the attribute changed, and bootstrap runs again", status.Bootstrap{Status: progress.InProgress, Done: true}, live, true},
+		{"and fails", status.Bootstrap{Status: progress.Failed, Done: true}, live, true},
+		{"a later bootstrap, and Envoy is gone", status.Bootstrap{Status: progress.InProgress, Done: true}, status.Envoy{}, false},
+		{"Envoy restarts", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now()}, true},
+		{"Envoy is down for long", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now().Add(-time.Hour)}, false},
 	} {
 		a := &Agent{awaitBootstrap: true, started: time.Now()}
 		a.status.Store(&status.Status{Heartbeat: time.Now(), Bootstrap: test.boot, Envoy: test.envoy})

@@ -16,7 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -120,7 +120,7 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 		f.ListenErr = a.public.Err()
 	}
 	f.Bootstrapping = bootstrapping(a.boot, a.awaitBootstrap, a.view)
-	if a.boot.Status == bootstrap.Failed {
+	if a.boot.Status == progress.Failed {
 		f.Bootstrap = a.boot.FailureLine()
 	}
 	return f
@@ -128,11 +128,11 @@ func (a *Agent) observe(now time.Time) symptom.Facts {
 
 // bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
 // was asked before that tells nothing of the Envoy which it started.
-func bootstrapping(boot bootstrap.State, await bool, envoy View) bool {
+func bootstrapping(boot progress.State, await bool, envoy View) bool {
 	switch boot.Status {
-	case bootstrap.InProgress:
+	case progress.InProgress:
 		return true
-	case bootstrap.Finished:
+	case progress.Finished:
 		return envoy.Err != nil && envoy.Asked.Before(boot.Time)
 	case "":
 		return await
@@ -343,7 +343,7 @@ func (a *Agent) readBootstrap(now time.Time) {
 		return
 	}
 	a.bootRead = now
-	b, err := bootstrap.ReadState(a.settings.StateDir)
+	b, err := progress.Read(a.settings.StateDir)
 	if err != nil {
 		return // half of nothing: bootstrap writes it anew at its next step
 	}
@@ -406,7 +406,7 @@ func (a *Agent) requestBootstrap(now time.Time) {
 		return
 	}
 	a.requested = now
-	if err := bootstrap.Request(server.Dir(), "the attribute has changed"); err != nil {
+	if err := progress.Request(server.Dir(), "the attribute has changed"); err != nil {
 		a.log.Warn("cannot ask for bootstrap", zap.Error(err))
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -329,8 +329,8 @@ func (a *Agent) healthz() (ok bool, why string) {
 		return false, why
 	case a.awaitBootstrap && s.Bootstrap.Status == "":
 		return false, "bootstrap has not begun"
-	case s.Bootstrap.Status == bootstrap.InProgress && !s.Bootstrap.Done,
-		s.Bootstrap.Status == bootstrap.InProgress && s.Envoy.State == "", s.Bootstrap.Status == bootstrap.Failed && s.Envoy.State == "":
+	case s.Bootstrap.Status == progress.InProgress && !s.Bootstrap.Done,
+		s.Bootstrap.Status == progress.InProgress && s.Envoy.State == "", s.Bootstrap.Status == progress.Failed && s.Envoy.State == "":
 		return false, "bootstrap: " + s.Bootstrap.Status + " " + s.Bootstrap.Failure
 	case !s.Envoy.Down.IsZero() && time.Since(s.Envoy.Down) > envoyDead:
 		return false, "Envoy is down since " + s.Envoy.Down.Format(time.RFC3339)

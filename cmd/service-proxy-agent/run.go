@@ -11,11 +11,11 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 func runCommand() *cobra.Command {
-	s := agent.Settings{Version: version, Commit: commit, StateDir: bootstrap.StateDir}
+	s := agent.Settings{Version: version, Commit: commit, StateDir: progress.StateDir}
 	var level, whenDown string
 	var interfaces, resolvers []string
 	c := &cobra.Command{

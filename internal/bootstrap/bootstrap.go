@@ -19,6 +19,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -40,7 +41,8 @@ const (
 
 	lockFile    = "/run/service-proxy-bootstrap.lock"
 	installLock = "/run/service-proxy-install.lock"
-	restartFile = "/run/service-proxy-envoy-restart" // Envoy has to be restarted; gone after a reboot, when it was anyway
+	budgetFile  = progress.RuntimeDir + "/guest-attributes.budget" // the daemon's: guestattr.Options.Budget
+	restartFile = "/run/service-proxy-envoy-restart"               // Envoy has to be restarted; gone after a reboot, when it was anyway
 )
 
 // The steps, as State.Step and the failure lines name them.
@@ -90,7 +92,7 @@ func (f *Failure) Unwrap() error { return f.Err }
 
 type bootstrapper struct {
 	Options
-	state State
+	state progress.State
 	pub   *publisher
 
 	again  bool     // this VM was finished before: a look at it is told by what it changes, not step by step
@@ -119,7 +121,7 @@ func Run(ctx context.Context, opts Options) error {
 		return err
 	}
 	defer unlock()
-	state, err := ReadState(b.path(StateDir))
+	state, err := progress.Read(b.path(progress.StateDir))
 	if err != nil {
 		b.Log.Warn("starting without history", zap.Error(err)) // losing it loses nothing but history
 	}
@@ -127,7 +129,7 @@ func Run(ctx context.Context, opts Options) error {
 	b.removeLeftovers()
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()
-	b.again = b.state.Status == Finished
+	b.again = b.state.Status == progress.Finished
 	b.state.Attempt, b.state.Retry, b.state.Next, b.state.Permanent = 0, time.Time{}, "", false
 
 	for {
@@ -177,7 +179,7 @@ func (b *bootstrapper) waitForRetry(ctx context.Context, wait time.Duration, tri
 		})
 	}
 	for ctx.Err() == nil {
-		if _, err := os.Lstat(b.path(filepath.Join(RuntimeDir, RequestFile))); err == nil {
+		if _, err := os.Lstat(b.path(filepath.Join(progress.RuntimeDir, progress.RequestFile))); err == nil {
 			return
 		}
 		if !sleep(ctx, time.Second) {
@@ -187,7 +189,7 @@ func (b *bootstrapper) waitForRetry(ctx context.Context, wait time.Duration, tri
 }
 
 func (b *bootstrapper) takeRequest() {
-	request := b.path(filepath.Join(RuntimeDir, RequestFile))
+	request := b.path(filepath.Join(progress.RuntimeDir, progress.RequestFile))
 	if _, err := os.Lstat(request); err != nil {
 		return
 	}
@@ -282,8 +284,8 @@ func diskFailure(step string, err error) *Failure {
 
 // begin, fail, finish and say are the only places where the state changes.
 func (b *bootstrapper) begin(step string) {
-	if b.state.Status != Failed || b.state.Attempt == 1 { // FAILED stays while retries go through the steps
-		b.state.Status = InProgress
+	if b.state.Status != progress.Failed || b.state.Attempt == 1 { // FAILED stays while retries go through the steps
+		b.state.Status = progress.InProgress
 	}
 	if b.state.Attempt == 1 && !b.again {
 		b.say("INFO", step)
@@ -294,11 +296,11 @@ func (b *bootstrapper) begin(step string) {
 
 func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 	now := time.Now()
-	text := oneLine(f.Error())
-	if text != b.state.Failure || b.state.Status != Failed {
+	text := progress.OneLine(f.Error())
+	if text != b.state.Failure || b.state.Status != progress.Failed {
 		b.say("ERROR", text)
 	}
-	b.state.Status, b.state.Step, b.state.Failure, b.state.FailureTime = Failed, f.Step, text, now
+	b.state.Status, b.state.Step, b.state.Failure, b.state.FailureTime = progress.Failed, f.Step, text, now
 	b.state.Permanent, b.state.Retry = f.Permanent, now.Add(wait)
 	b.state.Next = "it is tried again by itself, at least each minute"
 	if f.Permanent {
@@ -309,20 +311,15 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 }
 
 func (b *bootstrapper) finish(attr metadata.Attribute) {
-	b.state.AttributeSum = sourceSum(string(attr.Text))
-	b.state.Status, b.state.Step, b.state.Next, b.state.Retry, b.state.Permanent = Finished, "", "", time.Time{}, false
+	b.state.AttributeSum = progress.Sum(string(attr.Text))
+	b.state.Status, b.state.Step, b.state.Next, b.state.Retry, b.state.Permanent = progress.Finished, "", "", time.Time{}, false
 	b.say("INFO", "finished: Envoy "+b.state.EnvoyVersion+" runs")
 	b.save()
 }
 
 // say adds a line to the story, and to our own log.
 func (b *bootstrapper) say(severity, text string) {
-	seq := 1
-	if n := len(b.state.Story); n > 0 {
-		seq = b.state.Story[n-1].Seq + 1
-	}
-	b.state.Story = append(b.state.Story, Line{seq, time.Now().UTC(), severity, oneLine(text)})
-	b.state.Story = b.state.Story[max(0, len(b.state.Story)-maxStory):]
+	b.state.Tell(time.Now(), severity, text)
 	if severity != "ERROR" { // fail logs it with its fields
 		b.Log.Info("bootstrap", zap.String("what", text))
 	}
@@ -331,9 +328,9 @@ func (b *bootstrapper) say(severity, text string) {
 // save writes the state down. A full disk must not stop bootstrap, which may be about to make room: then it is published alone.
 func (b *bootstrapper) save() {
 	b.state.Time = time.Now().UTC()
-	err := os.MkdirAll(b.path(StateDir), 0o700)
+	err := os.MkdirAll(b.path(progress.StateDir), 0o700)
 	if err == nil {
-		err = writeState(b.path(StateDir), b.state)
+		err = progress.Write(b.path(progress.StateDir), b.state)
 	}
 	if b.pub != nil {
 		b.pub.publish(b.state, err != nil)
@@ -421,7 +418,7 @@ func newPublisher(ctx context.Context, log *zap.Logger) *publisher {
 }
 
 // publish sets the guest attributes when the daemon is not there to do it, or cannot know (unread).
-func (p *publisher) publish(state State, unread bool) {
+func (p *publisher) publish(state progress.State, unread bool) {
 	if !unread && daemonRuns() {
 		p.stop() // or what it has left to write would come after the daemon's
 		return
@@ -430,7 +427,7 @@ func (p *publisher) publish(state State, unread bool) {
 		ctx, cancel := context.WithCancel(p.ctx)
 		opts := guestattr.Options{Log: p.log}
 		if haveRuntimeDir() {
-			opts.Budget = filepath.Join(RuntimeDir, budgetFile) // the daemon may be about to write, or this be the next try
+			opts.Budget = budgetFile // the daemon may be about to write, or this be the next try
 		}
 		p.writer, p.cancel, p.ended = guestattr.New(opts), cancel, make(chan struct{})
 		go func() {
@@ -447,11 +444,11 @@ func (p *publisher) publish(state State, unread bool) {
 // haveRuntimeDir says whether the daemon's folder is there. Before its first start this makes it, where systemd gives it to
 // the daemon's user then (RuntimeDirectory=, systemd.exec(5)); sd_booted(3) tells whether there is a systemd.
 func haveRuntimeDir() bool {
-	if _, err := os.Lstat(RuntimeDir); err == nil {
+	if _, err := os.Lstat(progress.RuntimeDir); err == nil {
 		return true
 	}
 	_, err := os.Lstat("/run/systemd/system")
-	return err == nil && os.Mkdir(RuntimeDir, 0o755) == nil
+	return err == nil && os.Mkdir(progress.RuntimeDir, 0o755) == nil
 }
 
 // end waits for the last value to be written, which within the budget takes milliseconds and past it may take a token's 20 s.
@@ -477,7 +474,7 @@ func (p *publisher) stop() {
 
 // daemonRuns asks the daemon's socket.
 func daemonRuns() bool {
-	conn, err := net.DialTimeout("unix", filepath.Join(RuntimeDir, "agent.sock"), time.Second)
+	conn, err := net.DialTimeout("unix", filepath.Join(progress.RuntimeDir, "agent.sock"), time.Second)
 	if err != nil {
 		return false
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // TestAttributeChange: which keys restart Envoy when they change, for each key of docs/attribute.md, whose last column says
@@ -177,7 +178,7 @@ func TestPublisherEnds(t *testing.T) {
 	defer srv.Close()
 	t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(srv.URL, "http://"))
 	p := newPublisher(t.Context(), newBootstrapper(Options{}).Log)
-	p.publish(State{Status: Failed, Failure: "make room on that disk"}, true)
+	p.publish(progress.State{Status: progress.Failed, Failure: "make room on that disk"}, true)
 	began := time.Now()
 	p.end()
 	if took := time.Since(began); took > 2*time.Second {

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +25,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -63,7 +63,7 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 		if err != nil {
 			return nil, diskFailure(StepEnvoy, err)
 		}
-		if cfg.PrimarySource == "" || b.state.PrimarySum == "" || b.state.installedFrom(cfg.PrimarySource) || left {
+		if cfg.PrimarySource == "" || b.state.PrimarySum == "" || installedFrom(b.state, cfg.PrimarySource) || left {
 			return nil, nil
 		}
 		if b.state.Attempt == 1 {
@@ -85,12 +85,12 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 			continue
 		}
 		fromArchive := source.name == archiveSource
-		from, sum := redact(source.url), sourceSum(source.url)
+		from, sum := redact(source.url), progress.Sum(source.url)
 		if fromArchive {
 			if _, err := os.Lstat(source.url); err != nil {
 				continue
 			}
-			from, sum = archiveSource, sourceSum(archiveSource)
+			from, sum = archiveSource, progress.Sum(archiveSource)
 		}
 		version, err := b.installEnvoyFrom(ctx, source.url, fromArchive)
 		if err == nil {
@@ -130,7 +130,7 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 	}
 	f := &Failure{Step: StepEnvoy, Err: errors.New(strings.Join(refused, "; ")), Permanent: permanent, Advice: envoyAdvice}
 	switch {
-	case works && (b.state.installedFrom(cfg.SecondarySource) || b.state.EnvoySource == archiveSource):
+	case works && (installedFrom(b.state, cfg.SecondarySource) || b.state.EnvoySource == archiveSource):
 		b.noteFallback(strings.Join(refused, "; ")) // as at the first boot
 		return nil, nil
 	case works:
@@ -148,7 +148,7 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) (
 // noteFallback leaves a line for bootstrap-last-failure: a VM whose Envoy is not from
 // primary-source shall be found.
 func (b *bootstrapper) noteFallback(why string) {
-	b.state.Failure = oneLine(fmt.Sprintf("%s: %s; Envoy %s from %s is used instead, and primary-source tried again at the next boot",
+	b.state.Failure = progress.OneLine(fmt.Sprintf("%s: %s; Envoy %s from %s is used instead, and primary-source tried again at the next boot",
 		StepEnvoy, why, b.state.EnvoyVersion, b.state.EnvoySource))
 	b.state.FailureTime = time.Now()
 }
@@ -159,13 +159,9 @@ var (
 	errNoSpace = syscall.ENOSPC
 )
 
-// sourceSum stands for a text in the state where the text itself must not be: a URL, which may be signed.
-func sourceSum(source string) string {
-	if source == "" {
-		return ""
-	}
-	sum := sha256.Sum256([]byte(source))
-	return hex.EncodeToString(sum[:8])
+// installedFrom says that the installed Envoy is from this source, a URL.
+func installedFrom(s progress.State, source string) bool {
+	return source != "" && s.PrimarySum == progress.Sum(source) && s.EnvoySource == redact(source)
 }
 
 // Temporary files, all of them under these two names, so that what a power cut leaves is found again.
@@ -181,7 +177,7 @@ func (b *bootstrapper) newConfig() string {
 
 // removeLeftovers takes away what a power cut has left of files being replaced (atomicfile's random names) in folders that no one else cleans.
 func (b *bootstrapper) removeLeftovers() {
-	names := []string{filepath.Join(StateDir, StateFile), EnvoyConfig}
+	names := []string{filepath.Join(progress.StateDir, progress.StateFile), EnvoyConfig}
 	for _, file := range systemd.Files() {
 		names = append(names, file.Path)
 	}

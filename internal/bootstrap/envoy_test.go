@@ -22,6 +22,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -95,7 +96,7 @@ func (v *fakeVM) put(name, text string) {
 func (v *fakeVM) bootstrap(cfg attribute.Config) *Failure {
 	v.Helper()
 	b := newBootstrapper(v.options())
-	state, err := ReadState(b.path(StateDir))
+	state, err := progress.Read(b.path(progress.StateDir))
 	if err != nil {
 		v.Fatal(err)
 	}
@@ -109,9 +110,9 @@ func (v *fakeVM) bootstrap(cfg attribute.Config) *Failure {
 	return failure
 }
 
-func (v *fakeVM) state() State {
+func (v *fakeVM) state() progress.State {
 	v.Helper()
-	state, err := ReadState(filepath.Join(v.root, StateDir))
+	state, err := progress.Read(filepath.Join(v.root, progress.StateDir))
 	if err != nil {
 		v.Fatal(err)
 	}
@@ -334,7 +335,7 @@ func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 			wish, failure := b.installEnvoy(t.Context(), s.config("1.30.1", ""))
 			have := version(t, v.root+EnvoyBinary)
 			if tt.replace {
-				told := slices.ContainsFunc(b.state.Story, func(l Line) bool {
+				told := slices.ContainsFunc(b.state.Story, func(l progress.Line) bool {
 					return strings.Contains(l.Text, "archive in place of "+EnvoyBinary) && strings.Contains(l.Text, tt.says)
 				})
 				if have != "1.30.9" || wish != nil || failure != nil || !told {
@@ -390,8 +391,8 @@ func TestFallbackOfEarlierVersion(t *testing.T) {
 	s := newSources(t, v)
 	cfg := s.config("1.30.1", "")
 	v.put(EnvoyBinary, fakeBinary(t, "1.30.9"))
-	mkdir(t, filepath.Join(v.root, StateDir), 0o755)
-	if err := writeState(filepath.Join(v.root, StateDir), State{PrimarySum: sourceSum(cfg.PrimarySource), EnvoySource: "the agent's archive"}); err != nil {
+	mkdir(t, filepath.Join(v.root, progress.StateDir), 0o755)
+	if err := progress.Write(filepath.Join(v.root, progress.StateDir), progress.State{PrimarySum: progress.Sum(cfg.PrimarySource), EnvoySource: "the agent's archive"}); err != nil {
 		t.Fatal(err)
 	}
 	if f := v.bootstrap(cfg); f != nil {

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -23,7 +24,7 @@ import (
 // a copy of the archive. As an upgrade it replaces the agent and leaves Envoy, its configuration and the kernel's rules alone.
 func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
-	if state, err := ReadState(b.path(StateDir)); err == nil {
+	if state, err := progress.Read(b.path(progress.StateDir)); err == nil {
 		b.state = state
 	}
 	b.state.Attempt = 1
@@ -262,8 +263,8 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 		_ = os.Remove(b.path(installLock)) // made by this very run, at the latest
 		unlock()
 	}()
-	state, _ := ReadState(b.path(StateDir)) // without it a binary of ours is taken for the administrator's and left
-	done = b.endRetry(ctx, false)           // it would install all of it again
+	state, _ := progress.Read(b.path(progress.StateDir)) // without it a binary of ours is taken for the administrator's and left
+	done = b.endRetry(ctx, false)                        // it would install all of it again
 	var errs []error
 	systemctl := func(limit time.Duration, args ...string) {
 		if out, err := b.exec(ctx, limit, "systemctl", args...); err != nil {
@@ -313,7 +314,7 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 	if len(units) > 0 {
 		systemctl(time.Minute, "daemon-reload")
 	}
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, StateDir, RuntimeDir, restartFile, lockFile, AgentBinary}
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
 	if state.PrimarySum != "" {
 		paths = append([]string{EnvoyBinary}, paths...)
 	} else if _, err := os.Stat(b.path(EnvoyBinary)); err == nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // plants are what the owner of a folder, who is not trusted, may put in a file's place there.
@@ -72,12 +74,12 @@ func TestPlantedFiles(t *testing.T) {
 	for what, plant := range plants {
 		t.Run(what, func(t *testing.T) {
 			b := newBootstrapper(Options{Root: t.TempDir()})
-			for _, dir := range []string{StateDir, RuntimeDir, LogDir, "/srv"} {
+			for _, dir := range []string{progress.StateDir, progress.RuntimeDir, LogDir, "/srv"} {
 				mkdir(t, b.path(dir), 0o755)
 			}
 			within(t, 10*time.Second, func() {
-				plant(t, b.path(StateDir+"/"+StateFile))
-				if state, err := ReadState(b.path(StateDir)); err == nil {
+				plant(t, b.path(progress.StateDir+"/"+progress.StateFile))
+				if state, err := progress.Read(b.path(progress.StateDir)); err == nil {
 					t.Errorf("the state is believed: %+v", state)
 				}
 				plant(t, b.path(LogDir+"/envoy.err.log"))
@@ -96,9 +98,9 @@ func TestPlantedFiles(t *testing.T) {
 						t.Error("it is an archive")
 					}
 				}
-				plant(t, b.path(RuntimeDir+"/"+RequestFile))
+				plant(t, b.path(progress.RuntimeDir+"/"+progress.RequestFile))
 				b.takeRequest()
-				if _, err := os.Lstat(b.path(RuntimeDir + "/" + RequestFile)); err == nil {
+				if _, err := os.Lstat(b.path(progress.RuntimeDir + "/" + progress.RequestFile)); err == nil {
 					t.Error("the request stays, and bootstrap never pauses")
 				}
 			})
@@ -110,12 +112,12 @@ func TestPlantedFiles(t *testing.T) {
 func TestRemoveUsers(t *testing.T) {
 	root := t.TempDir()
 	mkdir(t, filepath.Join(root, "run"), 0o755)
-	mkdir(t, filepath.Join(root, StateDir), 0o755)
-	text, err := json.Marshal(State{MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
+	mkdir(t, filepath.Join(root, progress.StateDir), 0o755)
+	text, err := json.Marshal(progress.State{MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	write(t, filepath.Join(root, StateDir, StateFile), string(text))
+	write(t, filepath.Join(root, progress.StateDir, progress.StateFile), string(text))
 	var ran []string
 	opts := Options{Root: root, command: func(_ context.Context, cmd *exec.Cmd) error {
 		ran = append(ran, strings.Join(cmd.Args, " "))

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -94,8 +95,8 @@ func (b *bootstrapper) writeRolledBack(back rolledBack) error {
 // is wanted that is forgotten: to want this one again is a new wish.
 func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, error) {
 	back, err := b.readRolledBack()
-	if err != nil || source == "" || back.EnvoySource == "" || back.EnvoySource == sourceSum(source) {
-		return source != "" && back.EnvoySource == sourceSum(source), err
+	if err != nil || source == "" || back.EnvoySource == "" || back.EnvoySource == progress.Sum(source) {
+		return source != "" && back.EnvoySource == progress.Sum(source), err
 	}
 	unlock, err := b.lockInstall(ctx)
 	if err != nil {
@@ -197,7 +198,7 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	if err := systemctl(time.Minute, "stop", systemd.BootstrapUnit); err != nil {
 		return nil, err
 	}
-	state, noState := ReadState(b.path(StateDir))
+	state, noState := progress.Read(b.path(progress.StateDir))
 	back, err := b.readRolledBack()
 	if err != nil {
 		return nil, fmt.Errorf("roll back: %w", err)
@@ -231,7 +232,7 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 		done = append(done, "brought back the previous "+installed)
 	}
 	if noState == nil {
-		noState = writeState(b.path(StateDir), state)
+		noState = progress.Write(b.path(progress.StateDir), state)
 	}
 	if noState != nil {
 		b.Log.Warn("the state does not know where this Envoy is from", zap.Error(noState))

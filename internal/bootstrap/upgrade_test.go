@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -136,7 +137,7 @@ func TestRollbackStays(t *testing.T) {
 	if have := v.state(); have.EnvoyVersion != "1.30.9" || have.EnvoySource != archiveSource {
 		t.Errorf("said to be %s from %s", have.EnvoyVersion, have.EnvoySource)
 	}
-	if err := os.Remove(filepath.Join(v.root, StateDir, StateFile)); err != nil { // loses nothing but history
+	if err := os.Remove(filepath.Join(v.root, progress.StateDir, progress.StateFile)); err != nil { // loses nothing but history
 		t.Fatal(err)
 	}
 	boot()

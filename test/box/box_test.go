@@ -26,6 +26,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 )
@@ -56,7 +57,7 @@ func ready(t *testing.T, opts options) *VM {
 func (v *VM) waitFinished(limit time.Duration) {
 	v.t.Helper()
 	v.eventually(limit, "bootstrap has finished", func() error {
-		if state := v.state(); state.Status != bootstrap.Finished {
+		if state := v.state(); state.Status != progress.Finished {
 			return fmt.Errorf("it is %q at %q; last failure %q", state.Status, state.Step, state.Failure)
 		}
 		return nil
@@ -110,10 +111,10 @@ func TestFirstBoot(t *testing.T) {
 			seen := false
 			v.eventually(90*time.Second, "bootstrap-status FINISHED", func() error {
 				switch status := v.guest(guestattr.BootstrapStatus); status {
-				case bootstrap.InProgress:
+				case progress.InProgress:
 					seen = true
 					return fmt.Errorf("still %q", status)
-				case bootstrap.Finished:
+				case progress.Finished:
 					return nil
 				default:
 					return fmt.Errorf("it is %q: %s", status, v.guest(guestattr.BootstrapLastFailure))
@@ -445,7 +446,7 @@ func TestUpgrade(t *testing.T) {
 	v.boot()
 	v.eventually(60*time.Second, "after a reboot: the service answers through Envoy", v.checkVIP)
 	v.waitFinished(60 * time.Second)
-	v.waitStatus(90*time.Second, bootstrap.Finished)
+	v.waitStatus(90*time.Second, progress.Finished)
 }
 
 // TestEnvoyUpgrade has primary-source name another Envoy, and rolls back: proxy-version tells each time, and the next look of bootstrap leaves it so.
@@ -518,7 +519,7 @@ func TestPowerCut(t *testing.T) {
 			}()
 			if c.step != "" {
 				v.eventually(60*time.Second, "bootstrap is at "+c.step, func() error {
-					if have := v.state(); have.Step != c.step && have.Status != bootstrap.Finished {
+					if have := v.state(); have.Step != c.step && have.Status != progress.Finished {
 						return fmt.Errorf("it is at %q", have.Step)
 					}
 					return nil
@@ -661,7 +662,7 @@ func TestIPv6Only(t *testing.T) {
 	if out := v.run("ip", "-4", "-o", "addr", "show", "scope", "global"); out != "" {
 		t.Fatalf("the VM has IPv4: %s", out)
 	}
-	v.waitStatus(60*time.Second, bootstrap.Finished)
+	v.waitStatus(60*time.Second, progress.Finished)
 	want := "projects/123456789012/networks/default/nodes/vm-1.us-central1-a." + lab.VMAddr6.String()
 	v.waitNode(10*time.Second, func(n controlplane.Node) string {
 		return cmp.Diff(want, n.ID) + cmp.Diff(any(lab.VMAddr6.String()), n.Metadata["INSTANCE_IP"])

@@ -17,6 +17,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -66,7 +67,7 @@ func (v *VM) waitFailure(limit time.Duration, words ...string) {
 	v.eventually(limit, fmt.Sprintf("a failure with %q", words), func() error {
 		state := v.state()
 		for _, word := range words {
-			if state.Status != bootstrap.Failed || !strings.Contains(state.FailureLine(), word) {
+			if state.Status != progress.Failed || !strings.Contains(state.FailureLine(), word) {
 				return fmt.Errorf("it is %q: %s", state.Status, state.FailureLine())
 			}
 		}
@@ -190,7 +191,7 @@ func TestEnvoyFailures(t *testing.T) {
 
 	// Nothing to be had: seen from outside.
 	v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "there is no Envoy", "primary-source")
-	v.waitStatus(60*time.Second, bootstrap.Failed)
+	v.waitStatus(60*time.Second, progress.Failed)
 	v.eventually(60*time.Second, "bootstrap-last-failure", func() error {
 		if have := v.guest(guestattr.BootstrapLastFailure); !strings.Contains(have, "there is no Envoy") {
 			return fmt.Errorf("it is %q", have)
@@ -303,7 +304,7 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	if out, err := v.try("osconfig-recipe"); err == nil || strings.Contains(out, "not tried again") {
 		t.Errorf("the second recipe: %v, %s", err, out)
 	}
-	v.waitStatus(30*time.Second, bootstrap.Failed)
+	v.waitStatus(30*time.Second, progress.Failed)
 	have := v.guest(guestattr.BootstrapLastFailure)
 	if !strings.Contains(have, bootstrap.StepInstall) || !strings.Contains(have, "read-only file system") {
 		t.Errorf("bootstrap-last-failure %q", have)
@@ -345,7 +346,7 @@ func TestPartsMissing(t *testing.T) {
 		})
 	}
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-	if state := v.state(); state.Status != bootstrap.Finished {
+	if state := v.state(); state.Status != progress.Finished {
 		t.Errorf("bootstrap is %q: %s", state.Status, state.Failure)
 	}
 
@@ -379,7 +380,7 @@ func TestPartsMissing(t *testing.T) {
 		return nil
 	})
 	ipv6 := time.Since(start)
-	v.waitStatus(150*time.Second, bootstrap.Finished)
+	v.waitStatus(150*time.Second, progress.Finished)
 	v.eventually(80*time.Second, "the timer has the log rotated", func() error {
 		sizes, err := v.try("stat", "-c", "%s", "/var/log/envoy/envoy.out.log", "/var/log/envoy/envoy.out.log.1")
 		if want := fmt.Sprintf("0\n%d\n", 65<<20); err != nil || sizes != want {

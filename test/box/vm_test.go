@@ -26,7 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
@@ -565,9 +565,9 @@ func (v *VM) waitStatus(limit time.Duration, want string) {
 }
 
 // state is bootstrap's own state file.
-func (v *VM) state() bootstrap.State {
+func (v *VM) state() progress.State {
 	v.t.Helper()
-	state, err := bootstrap.ReadState(filepath.Join(v.root, bootstrap.StateDir))
+	state, err := progress.Read(filepath.Join(v.root, progress.StateDir))
 	if err != nil {
 		v.t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package bootstrap
+package progress
 
 import (
 	"os"
@@ -12,22 +12,22 @@ import (
 
 func TestState(t *testing.T) {
 	dir := t.TempDir()
-	if have, err := ReadState(dir); err != nil || !cmp.Equal(have, State{}) {
+	if have, err := Read(dir); err != nil || !cmp.Equal(have, State{}) {
 		t.Errorf("without a file: %+v, %v", have, err)
 	}
-	want := State{Status: Failed, Step: StepEnvoy, Time: time.Unix(1700000000, 0).UTC(), Failure: "install Envoy: x", Next: "it is tried again",
+	want := State{Status: Failed, Step: "install Envoy", Time: time.Unix(1700000000, 0).UTC(), Failure: "install Envoy: x", Next: "it is tried again",
 		Story: []Line{{1, time.Unix(1700000000, 0).UTC(), "INFO", "text"}}}
-	if err := writeState(dir, want); err != nil {
+	if err := Write(dir, want); err != nil {
 		t.Fatal(err)
 	}
-	have, err := ReadState(dir)
+	have, err := Read(dir)
 	if diff := cmp.Diff(want, have); err != nil || diff != "" {
 		t.Errorf("%v (-want +have):\n%s", err, diff)
 	}
 	if err := os.WriteFile(filepath.Join(dir, StateFile), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadState(dir); err == nil {
+	if _, err := Read(dir); err == nil {
 		t.Error("half a file is no error")
 	}
 }
@@ -41,13 +41,13 @@ func TestWriteStateFollowsNoLink(t *testing.T) {
 	if err := os.Symlink(precious, filepath.Join(dir, StateFile)); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeState(dir, State{Status: Finished}); err != nil {
+	if err := Write(dir, State{Status: Finished}); err != nil {
 		t.Fatal(err)
 	}
 	if have, err := os.ReadFile(precious); err != nil || string(have) != "x" {
 		t.Errorf("the link's target is %q, %v", have, err)
 	}
-	if have, err := ReadState(dir); err != nil || have.Status != Finished {
+	if have, err := Read(dir); err != nil || have.Status != Finished {
 		t.Errorf("have %+v, %v", have, err)
 	}
 }
@@ -73,7 +73,7 @@ func TestFailureLine(t *testing.T) {
 }
 
 func TestStale(t *testing.T) {
-	s := State{Status: Finished, AttributeSum: sourceSum("a")}
+	s := State{Status: Finished, AttributeSum: Sum("a")}
 	if s.Stale([]byte("a")) || !s.Stale([]byte("b")) {
 		t.Error("a finished bootstrap is stale for another text, and for no other reason")
 	}
@@ -93,34 +93,5 @@ func TestRequest(t *testing.T) {
 	}
 	if err := Request(filepath.Join(dir, "absent"), "x"); err == nil {
 		t.Error("an absent folder is no error")
-	}
-}
-
-// What a power cut leaves of a file being replaced is taken away by the next run, and nothing else is.
-func TestRemoveLeftovers(t *testing.T) {
-	root := t.TempDir()
-	ours := []string{StateDir + "/." + StateFile + ".123", "/etc/service-proxy-agent/.envoy.json.123", "/etc/service-proxy-agent/.envoy.new.json",
-		"/usr/local/bin/.envoy.new", "/usr/local/lib/systemd/system/.service-proxy-agent.service.123"}
-	others := []string{StateDir + "/" + StateFile, "/etc/service-proxy-agent/envoy.json", "/etc/service-proxy-agent/.mine", "/usr/local/bin/envoy",
-		"/usr/local/lib/systemd/system/.other.service.123"}
-	for _, name := range append(append([]string(nil), ours...), others...) {
-		path := filepath.Join(root, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	newBootstrapper(Options{Root: root}).removeLeftovers()
-	for _, name := range ours {
-		if _, err := os.Lstat(filepath.Join(root, name)); err == nil {
-			t.Errorf("left: %s", name)
-		}
-	}
-	for _, name := range others {
-		if _, err := os.Lstat(filepath.Join(root, name)); err != nil {
-			t.Errorf("gone: %s", name)
-		}
 	}
 }

@@ -1,0 +1,182 @@
+// Package progress is where bootstrap and the daemon meet: how far bootstrap came, written by it
+// into a file and published by the daemon, and the daemon's request for another run.
+//
+// It takes no step and publishes nothing. Package bootstrap is before it in the flow, and agent is
+// after it.
+package progress
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
+)
+
+// Where the two meet.
+const (
+	// StateDir holds StateFile, which bootstrap writes and the daemon reads and publishes.
+	StateDir = "/var/lib/service-proxy-agent"
+	// RuntimeDir holds RequestFile, which the daemon writes; a path unit starts bootstrap then.
+	RuntimeDir = "/run/service-proxy-agent"
+
+	StateFile   = "bootstrap.json"
+	RequestFile = "bootstrap-requested"
+)
+
+// Values of State.Status, as the guest attribute bootstrap-status has them. "" stands for: never
+// started.
+const (
+	InProgress = "IN PROGRESS"
+	Failed     = "FAILED"
+	Finished   = "FINISHED"
+)
+
+// State is how far bootstrap came. It is small: the daemon reads it each second.
+type State struct {
+	Status  string    `json:"status"`
+	Step    string    `json:"step,omitempty"` // the step under way, or the one that failed
+	Time    time.Time `json:"time"`           // of the last change
+	Attempt int       `json:"attempt"`        // in this run of bootstrap, from 1
+
+	// Failure is the last failure, one line: step, cause, what to do. It stays after bootstrap has
+	// finished.
+	Failure     string    `json:"failure,omitempty"`
+	FailureTime time.Time `json:"failure_time,omitzero"`
+	// Next says, while Status is Failed, what bootstrap does by itself; Permanent that this is only
+	// waiting for someone to mend the cause, so that autohealing may count it as failed for good.
+	Next      string    `json:"next,omitempty"`
+	Retry     time.Time `json:"retry,omitzero"`
+	Permanent bool      `json:"permanent,omitempty"`
+
+	EnvoyVersion string `json:"envoy_version,omitempty"` // of the installed binary
+	EnvoySource  string `json:"envoy_source,omitempty"`  // where it came from, without a URL's query
+	// PrimarySum is Sum of the source that the binary is really from; "" when it is not ours.
+	// (Earlier versions wrote primary-source's here even when the binary came from a fallback, but
+	// never in EnvoySource: who compares must look at both.)
+	PrimarySum string `json:"primary_sum,omitempty"`
+	// The same of the binary that the last upgrade replaced, for a rollback.
+	PreviousSource string `json:"previous_source,omitempty"`
+	PreviousSum    string `json:"previous_sum,omitempty"`
+
+	// AttributeSum is Sum of the attribute's text that a finished bootstrap has brought about; see
+	// Stale.
+	AttributeSum string `json:"attribute_sum,omitempty"`
+
+	MadeUsers []string `json:"made_users,omitempty"` // users that were not there before us
+
+	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on
+	// counting over restarts.
+	Story []Line `json:"story,omitempty"`
+}
+
+// Line is one line of the story.
+type Line struct {
+	Seq      int       `json:"seq"`
+	Time     time.Time `json:"time"`
+	Severity string    `json:"severity"` // INFO, WARNING or ERROR
+	Text     string    `json:"text"`
+}
+
+const maxStory = 64
+
+// maxState is far above what maxStory lines, each of at most 1 KB, come to.
+const maxState = 1 << 20
+
+// Tell adds a line to the story; the oldest goes when there are too many.
+func (s *State) Tell(now time.Time, severity, text string) {
+	seq := 1
+	if n := len(s.Story); n > 0 {
+		seq = s.Story[n-1].Seq + 1
+	}
+	s.Story = append(s.Story, Line{seq, now.UTC(), severity, OneLine(text)})
+	s.Story = s.Story[max(0, len(s.Story)-maxStory):]
+}
+
+// FailureLine is the value of the guest attribute bootstrap-last-failure: what failed, and what
+// comes next while it still does. "" without a failure.
+func (s State) FailureLine() string {
+	switch {
+	case s.Failure == "":
+		return ""
+	case s.Status == Failed && s.Next != "":
+		return OneLine(s.Failure + "; " + s.Next)
+	default:
+		return OneLine(s.Failure + " (at " + s.FailureTime.UTC().Format(time.RFC3339) + ")")
+	}
+}
+
+// Stale says that bootstrap has finished, but for another text of the attribute than this one: the
+// daemon then calls Request, where the text is well-formed. (A bootstrap that has not finished
+// watches the attribute itself.)
+func (s State) Stale(text []byte) bool {
+	return s.Status == Finished && s.AttributeSum != Sum(string(text))
+}
+
+// Sum stands for a text in the state where the text itself must not be: a URL, which may be signed.
+func Sum(text string) string {
+	if text == "" {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(text))
+	return hex.EncodeToString(sum[:8])
+}
+
+// Read reads the state from dir. Without a file it is the zero State: bootstrap was never started
+// here. The folder belongs to the daemon's user: root reads what that user may have written, and
+// must believe nothing that would harm.
+func Read(dir string) (State, error) {
+	var state State
+	text, err := untrusted.ReadFile(filepath.Join(dir, StateFile), maxState)
+	if errors.Is(err, fs.ErrNotExist) {
+		return state, nil
+	}
+	if err != nil {
+		return state, fmt.Errorf("read bootstrap's state: %w", err)
+	}
+	if err := json.Unmarshal(text, &state); err != nil {
+		return State{}, fmt.Errorf("parse bootstrap's state: %w", err)
+	}
+	return state, nil
+}
+
+// Write replaces the state in dir. The folder belongs to the daemon's user, whom root must not
+// trust: a new file under a random name and a rename follow no link planted there.
+func Write(dir string, state State) error {
+	text, err := json.MarshalIndent(state, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write bootstrap's state: %w", err)
+	}
+	// Anyone may read it; the folder is 0700.
+	return atomicfile.Write(filepath.Join(dir, StateFile), append(text, '\n'), 0o644)
+}
+
+// Request asks for a run of bootstrap, which only root can do: service-proxy-bootstrap.path starts
+// the unit when the file appears in dir (RuntimeDir). A run that is waiting for its next attempt
+// takes it up at once.
+func Request(dir, reason string) error {
+	return atomicfile.Write(filepath.Join(dir, RequestFile), []byte(OneLine(reason)+"\n"), 0o600)
+}
+
+// OneLine makes text fit a guest attribute or a serial line: no control characters, at most 1 KB.
+func OneLine(text string) string {
+	text = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "?"))
+	const most = 1000
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return strings.TrimSpace(text)
+}
