@@ -350,22 +350,15 @@ func (a *Agent) apply(ctx context.Context, now time.Time, s *familyState) error 
 		a.mark()
 	}
 	result, err := a.kernel.Apply(ctx, plan)
-	s.applies[outcome(err)]++
-	var refused *iptables.RefusedError
-	if errors.As(err, &refused) {
-		if err = a.read(ctx, now, s, true); err != nil {
-			return err
-		}
-		var d iptables.Degraded
-		if d, err = a.kernel.ApplyDegraded(ctx, s.want, s.have); err == nil {
-			s.target, s.left, s.leftAt, result = d.Ruleset, d.Left, now, d.Result
-			for _, l := range d.Left {
-				a.log.Error("rule left out that the kernel refuses", zap.Stringer("family", s.family), zap.String("rule", l.Rule), zap.String("stderr", l.Stderr))
-			}
-		}
-	}
+	s.applies[outcome(result, err)]++
 	if err != nil {
 		return err
+	}
+	if len(result.Left) > 0 {
+		s.target, s.left, s.leftAt = result.Ruleset, result.Left, now
+	}
+	for _, l := range result.Left {
+		a.log.Error("rule left out that the kernel refuses", zap.Stringer("family", s.family), zap.String("rule", l.Rule), zap.String("stderr", l.Stderr))
 	}
 	s.applied, s.rows = now, s.rows+plan.Len()
 	s.settled(result.Have)
@@ -446,13 +439,13 @@ func missing(all, known []netip.Prefix) (some []netip.Prefix) {
 }
 
 // outcome is the word of the applies metric.
-func outcome(err error) string {
+func outcome(result iptables.Result, err error) string {
 	var refused *iptables.RefusedError
 	switch {
+	case errors.As(err, &refused), len(result.Left) > 0:
+		return "refused"
 	case err == nil:
 		return "applied"
-	case errors.As(err, &refused):
-		return "refused"
 	case errors.Is(err, iptables.ErrLocked):
 		return "locked"
 	}

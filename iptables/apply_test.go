@@ -85,22 +85,72 @@ func TestApplyGivesUp(t *testing.T) {
 	})
 }
 
-// A rule that the kernel does not take is asked for once on nft, which names it; legacy names only
-// COMMIT.
+// What the kernel does not take as a whole is asked for once, whether the line is named (nft) or only
+// COMMIT is (legacy): the table that is read again shows that nobody was faster. Then each kind of rule
+// is asked about, and what is left is installed by one restore.
 func TestApplyOfARefusedRule(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
-		n := restores(m, f, func(int, string) (string, int) { return "", 0 })
-		want, rule := 1, "-A SERVICE_PROXY_DNS "+uidOf101
+		wholes := 0
+		restores(m, f, func(_ int, payload string) (string, int) {
+			if !strings.Contains(payload, chainProbe) || strings.Contains(payload, chainOutput) {
+				wholes++
+			}
+			return "", 0
+		})
+		rule := "-A SERVICE_PROXY_DNS " + uidOf101
+		k := openInMemory(t, m)
+		named := rule
 		if m.Backend == Legacy {
-			want, rule = 3, "COMMIT"
+			named = "COMMIT"
+		}
+		tool, err := k.tool(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
 		}
 		var refused *RefusedError
-		if _, err := openInMemory(t, m).Apply(t.Context(), NewPlan(sample(f).Ruleset(), Table{family: f})); !errors.As(err, &refused) || refused.Rule != rule || *n != want {
-			t.Errorf("%v, %d restores", err, *n)
+		plan := NewPlan(sample(f).Ruleset(), Table{family: f})
+		if _, isRefused, err := k.apply(t.Context(), tool, plan); !errors.As(err, &refused) || !isRefused || refused.Rule != named || wholes != 1 {
+			t.Errorf("%v, refused is %v, %d restores", err, isRefused, wholes)
 		}
 		if left := holds(m, m.Backend, f); !left.Empty() {
 			t.Errorf("there is\n%s", left)
+		}
+		wholes = 0
+		result, err := k.Apply(t.Context(), plan)
+		if err != nil || wholes != 2 || result.Attempts != 2 || len(result.Left) != 1 || result.Left[0].Rule != rule {
+			t.Errorf("%v, %d restores, %+v", err, wholes, result)
+		}
+	})
+}
+
+// A refused rule and somebody who was faster, at once: where the line is not named (legacy) the plan is
+// made anew before any rule is asked about, and in any case what is left is installed.
+func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
+	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
+		write(t, m, f, ":SERVICE_PROXY_OUTPUT - [0:0]", "-A OUTPUT -j SERVICE_PROXY_OUTPUT")
+		k := openInMemory(t, m)
+		have, err := k.Read(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
+		restores(m, f, func(n int, _ string) (string, int) {
+			if n == 1 {
+				write(t, m, f, "-D OUTPUT -j SERVICE_PROXY_OUTPUT")
+			}
+			return "", 0
+		})
+		attempts := 2
+		if m.Backend == Legacy {
+			attempts = 3
+		}
+		result, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), have))
+		if err != nil || result.Attempts != attempts || len(result.Left) != 1 || len(result.Drift) > 0 {
+			t.Errorf("%v, %d attempts, left out %v, drift %v", err, result.Attempts, result.Left, result.Drift)
+		}
+		if now, err := k.Read(t.Context(), f); err != nil || len(Diff(result.Ruleset, now)) > 0 {
+			t.Errorf("%v, drift %v", err, Diff(result.Ruleset, now))
 		}
 	})
 }

@@ -94,7 +94,7 @@ func (k *Kernel) clean(ctx context.Context, t tool) (removed []string, err error
 			}
 			return removed, err
 		}
-		if _, err = k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
+		if _, _, err = k.apply(ctx, t, plan); err != nil && !errors.Is(err, ErrCouldNotLook) {
 			return removed, err
 		}
 		before = have

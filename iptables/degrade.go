@@ -8,51 +8,39 @@ import (
 	"strings"
 )
 
-// Degraded is what ApplyDegraded could install.
-type Degraded struct {
-	Ruleset Ruleset        // what is installed now: compare with this until the whole is tried again
-	Left    []RefusedError // the rules that were left out, each with the kernel's words; Line is 0
-	Result  Result
-}
-
-// ApplyDegraded installs as much of want as the kernel takes, for when Apply was met with a *RefusedError. It asks the
-// kernel about each kind of rule by itself, in a chain that nothing leads to, leaves out those that are refused and
-// installs the rest in one transaction. Comments go first: a kernel without the comment match then loses nothing else.
+// degrade installs as much of want as the kernel takes, after it has refused the whole. It asks the
+// kernel about each kind of rule by itself, in a chain that nothing leads to, leaves out those that
+// are refused and installs the rest in one transaction. Comments go first: a kernel without the
+// comment match then loses nothing else.
 //
-// A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its own connections would
-// be redirected to itself; without `! --dst-type LOCAL`, routed traffic would be taken for inbound. The jump to the
-// chain goes with it: no interception rather than a loop.
+// A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its own
+// connections would be redirected to itself; without `! --dst-type LOCAL`, routed traffic would be
+// taken for inbound. The jump to the chain goes with it: no interception rather than a loop.
 //
-// If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at the same moment, and
-// trying again is the remedy.
-func (k *Kernel) ApplyDegraded(ctx context.Context, want Ruleset, have Table) (Degraded, error) {
-	t, err := k.tool(ctx, want.family)
+// If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at
+// the same moment, and trying again is the remedy.
+func (k *Kernel) degrade(
+	ctx context.Context, t tool, want Ruleset, attempts int, whole error,
+) (Result, error) {
+	left, reduced, err := k.reduce(ctx, t, want)
 	if err != nil {
-		return Degraded{}, err
-	}
-	whole, err := k.apply(ctx, t, NewPlan(want, have))
-	if err == nil {
-		return Degraded{Ruleset: want, Result: whole}, nil
-	}
-	var refusal *RefusedError
-	if !errors.As(err, &refusal) {
-		return Degraded{}, err
-	}
-	left, reduced, probeErr := k.reduce(ctx, t, want)
-	if probeErr != nil {
-		return Degraded{}, fmt.Errorf("%w (and could not find out which rule: %w)", err, probeErr)
+		err = fmt.Errorf("%w (and could not find out which rule: %w)", whole, err)
+		return Result{Attempts: attempts}, err
 	}
 	if len(left) == 0 {
-		return Degraded{}, err
+		return Result{Attempts: attempts}, whole
 	}
-	if have, err = k.read(ctx, t); err != nil { // the probes' chain may be left over
-		return Degraded{}, err
-	}
-	result, err := k.apply(ctx, t, NewPlan(reduced, have))
+	have, err := k.read(ctx, t) // the probes' chain may be left over
 	if err != nil {
-		return Degraded{Left: left}, err
+		return Result{Attempts: attempts}, err
 	}
-	return Degraded{Ruleset: reduced, Left: left, Result: result}, nil
+	result, _, err := k.apply(ctx, t, NewPlan(reduced, have))
+	result.Attempts += attempts
+	if err != nil {
+		return result, err
+	}
+	result.Left = left
+	return result, nil
 }
 
 // CommentMatch is the Rule of a RefusedError when only comments were left out: every packet goes the way it should.

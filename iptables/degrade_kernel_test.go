@@ -85,7 +85,7 @@ func TestLegacyNamesNoLineAndTheRuleIsStillFound(t *testing.T) {
 	for _, backend := range []string{NFT, Legacy} {
 		for _, f := range families {
 			k := open(t, backend)
-			degraded, err := k.ApplyDegraded(t.Context(), sample(f).Ruleset(), read(t, k, f))
+			degraded, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f)))
 			if err != nil {
 				t.Fatalf("%s %s: %v", backend, f, err)
 			}

@@ -104,12 +104,16 @@ func (test refusal) check(t *testing.T, k *Kernel, f Family) {
 		return have
 	}
 	want := sample(f).Ruleset()
-	_, err := k.Apply(t.Context(), NewPlan(want, read()))
-	var refused *RefusedError
-	if !errors.As(err, &refused) || refused.Line == 0 || refused.Rule == "" || refused.Family != f {
-		t.Fatalf("%s: Apply: %v", f, err)
+	tool, err := k.tool(t.Context(), f)
+	if err != nil {
+		t.Fatal(err)
 	}
-	degraded, err := k.ApplyDegraded(t.Context(), want, read())
+	_, isRefused, err := k.apply(t.Context(), tool, NewPlan(want, read()))
+	var refused *RefusedError
+	if !errors.As(err, &refused) || refused.Line == 0 || refused.Rule == "" || refused.Family != f || !isRefused {
+		t.Fatalf("%s: apply: %v, refused is %v", f, err, isRefused)
+	}
+	degraded, err := k.Apply(t.Context(), NewPlan(want, read()))
 	if err != nil {
 		t.Fatalf("%s: %v", f, err)
 	}
@@ -136,7 +140,7 @@ func (test refusal) check(t *testing.T, k *Kernel, f Family) {
 	if !have.Ours().Equal(degraded.Ruleset) {
 		t.Errorf("%s: installed\n%s\nand said\n%s", f, have.Ours(), degraded.Ruleset)
 	}
-	if drift := Diff(degraded.Ruleset, degraded.Result.Have); len(drift) > 0 {
+	if drift := Diff(degraded.Ruleset, degraded.Have); len(drift) > 0 {
 		t.Errorf("%s: read back with %v", f, drift)
 	}
 	for name, rules := range test.rules {
@@ -170,7 +174,7 @@ func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
 		for _, f := range families {
 			i.Family = f
 			m := &iptablestest.Machine{Backend: NFT, Refuse: func(rule string) bool { return strings.Contains(rule, "-m comment") }}
-			degraded, err := openInMemory(t, m).ApplyDegraded(t.Context(), i.Ruleset(), Table{family: f})
+			degraded, err := openInMemory(t, m).Apply(t.Context(), NewPlan(i.Ruleset(), Table{family: f}))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -204,7 +208,7 @@ func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 			m.Refuse = func(rule string) bool { return strings.Contains(rule, refuse) }
 			n := restores(m, f, func(int, string) (string, int) { return "", 0 })
 			k := openInMemory(t, m)
-			if degraded, err := k.ApplyDegraded(t.Context(), i.Ruleset(), Table{family: f}); err != nil || len(degraded.Left) != 1 {
+			if degraded, err := k.Apply(t.Context(), NewPlan(i.Ruleset(), Table{family: f})); err != nil || len(degraded.Left) != 1 {
 				t.Fatalf("%v, left out %v", err, degraded.Left)
 			}
 			asked := *n
@@ -232,11 +236,11 @@ func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 }
 
 // What is taken as a whole is not taken apart.
-func TestApplyDegradedOfAKernelThatTakesEverything(t *testing.T) {
+func TestApplyOfAKernelThatTakesEverything(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		n := restores(m, f, func(int, string) (string, int) { return "", 0 })
 		want := sample(f).Ruleset()
-		degraded, err := openInMemory(t, m).ApplyDegraded(t.Context(), want, Table{family: f})
+		degraded, err := openInMemory(t, m).Apply(t.Context(), NewPlan(want, Table{family: f}))
 		if err != nil || len(degraded.Left) > 0 || !degraded.Ruleset.Equal(want) || !holds(m, m.Backend, f).Equal(want) || *n != 1 {
 			t.Errorf("%v, left out %v, %d restores, installed\n%s", err, degraded.Left, *n, holds(m, m.Backend, f))
 		}
@@ -245,7 +249,7 @@ func TestApplyDegradedOfAKernelThatTakesEverything(t *testing.T) {
 
 // When it cannot be found out what is refused, that is an error, and no part of the ruleset is
 // installed.
-func TestApplyDegradedThatFails(t *testing.T) {
+func TestApplyOfARefusedRuleThatFails(t *testing.T) {
 	const (
 		refusedLine = "iptables-restore: line 12 failed\n" // of what no kind of rule is
 		locked      = "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n"
@@ -307,7 +311,7 @@ func TestApplyDegradedThatFails(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 				restores(m, f, test.answer)
-				_, err := openInMemory(t, m).ApplyDegraded(t.Context(), sample(f).Ruleset(), Table{family: f})
+				_, err := openInMemory(t, m).Apply(t.Context(), NewPlan(sample(f).Ruleset(), Table{family: f}))
 				var refused *RefusedError
 				if err == nil || errors.As(err, &refused) != test.refused || test.is != nil && !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.says) {
 					t.Errorf("error %v, want one that is %v, of a refused rule %v, and says %q", err, test.is, test.refused, test.says)
@@ -322,7 +326,7 @@ func TestApplyDegradedThatFails(t *testing.T) {
 }
 
 // When what is there cannot be seen after the asking, nothing is said to be installed.
-func TestApplyDegradedThatCannotLook(t *testing.T) {
+func TestApplyOfARefusedRuleThatCannotLook(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		k := openInMemory(t, m)
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "proxy-group") }
@@ -334,7 +338,7 @@ func TestApplyDegradedThatCannotLook(t *testing.T) {
 			}
 			return "", 0
 		}
-		degraded, err := k.ApplyDegraded(t.Context(), sample(f).Ruleset(), Table{family: f})
+		degraded, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), Table{family: f}))
 		if !errors.Is(err, ErrLocked) || !degraded.Ruleset.Empty() || !holds(m, m.Backend, f).Empty() {
 			t.Errorf("%v, installed\n%s", err, degraded.Ruleset)
 		}
@@ -342,14 +346,14 @@ func TestApplyDegradedThatCannotLook(t *testing.T) {
 }
 
 // A family that is not usable is said to be so, before anything is asked.
-func TestApplyDegradedOfAFamilyThatIsNotUsable(t *testing.T) {
+func TestApplyOfAFamilyThatIsNotUsable(t *testing.T) {
 	m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
 		if strings.Contains(program, "ip6tables") && slices.Contains(args, "-S") {
 			return "ip6tables v1.8.7 (legacy): can't initialize ip6tables table `nat': Table does not exist (do you need to insmod?)\n", 3
 		}
 		return "", 0
 	}}
-	if _, err := openInMemory(t, m).ApplyDegraded(t.Context(), sample(IPv6).Ruleset(), Table{family: IPv6}); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoTable) {
+	if _, err := openInMemory(t, m).Apply(t.Context(), NewPlan(sample(IPv6).Ruleset(), Table{family: IPv6})); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoTable) {
 		t.Errorf("got %v", err)
 	}
 }

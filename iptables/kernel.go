@@ -403,9 +403,12 @@ func beforeJumps(chain string, rules []string) []string {
 // Result is what came of an Apply.
 type Result struct {
 	Have Table // the table after it, as read back
-	// Drift is what of the wanted ruleset was not there when it was read back: somebody else wrote in between.
+	// Ruleset is what is installed: the plan's, or as much of it as the kernel takes.
+	Ruleset Ruleset
+	Left    []RefusedError // the rules that were left out, each with the kernel's words; Line is 0
+	// Drift is what of Ruleset was not there when it was read back: somebody else wrote in between.
 	Drift    []Drift
-	Attempts int
+	Attempts int           // restores of the rules, without those that asked which are refused
 	Took     time.Duration // of the writing, without the read-back
 }
 
@@ -418,26 +421,36 @@ const manyChains = 40
 // attempts is how often Apply makes its plan anew when the table changed between plan and restore.
 const attempts = 3
 
-// Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was overtaken (a rule to be
-// deleted is gone, a place to insert at is not there) is made anew from a fresh read. No packet's way was changed if it
-// returns an error, but for ErrCouldNotLook, which says that a write was begun and could not be verified: read, and see. Errors: *RefusedError,
-// ErrLocked, ErrIncompatible, ErrNotRoot, ErrNoTable, ErrCouldNotLook, ErrUnusable, *CommandError.
+// Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was
+// overtaken (a rule to be deleted is gone, a place to insert at is not there) is made anew from a
+// fresh read. Of one that the kernel refuses for a rule's own sake as much is installed as the kernel
+// takes, again in one transaction (see degrade): the Result says what, and what was left out.
+//
+// No packet's way was changed if it returns an error, but for ErrCouldNotLook, which says that a
+// write was begun and could not be verified: read, and see. Errors: *RefusedError, ErrLocked,
+// ErrIncompatible, ErrNotRoot, ErrNoTable, ErrCouldNotLook, ErrUnusable, *CommandError.
 func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 	t, err := k.tool(ctx, p.family)
 	if err != nil {
 		return Result{}, err
 	}
-	return k.apply(ctx, t, p)
+	whole, refused, err := k.apply(ctx, t, p)
+	if !refused {
+		return whole, err
+	}
+	return k.degrade(ctx, t, p.want, whole.Attempts, err)
 }
 
-func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (Result, error) {
+// apply installs the whole, or nothing. refused says that the error is a *RefusedError which may be
+// for a rule's own sake.
+func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (r Result, refused bool, err error) {
 	if p.Empty() {
-		return Result{Have: p.have}, nil
+		return Result{Have: p.have, Ruleset: p.want}, false, nil
 	}
 	start := time.Now()
 	if chains := p.newChains(); t.backend == Legacy && len(chains.lines) > manyChains {
 		if err := k.restore(ctx, t, chains); err != nil {
-			return Result{Attempts: 1}, fmt.Errorf("apply %s rules: %w", p.family, err)
+			return Result{Attempts: 1}, false, fmt.Errorf("apply %s rules: %w", p.family, err)
 		}
 	}
 	n := 1
@@ -446,26 +459,36 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (Result, error) {
 		if err == nil {
 			break
 		}
-		var refused *RefusedError
-		if n == attempts || !errors.As(err, &refused) || !mayBeOvertaken(refused.Rule) {
-			return Result{Attempts: n}, fmt.Errorf("apply %s rules: %w", p.family, err)
+		failed := fmt.Errorf("apply %s rules: %w", p.family, err)
+		var refusal *RefusedError
+		if !errors.As(err, &refusal) {
+			return Result{Attempts: n}, false, failed
 		}
-		n++
+		ownSake := mayBeForItsOwnSake(refusal.Rule)
+		if n == attempts || !mayBeOvertaken(refusal.Rule) {
+			return Result{Attempts: n}, ownSake, failed
+		}
 		have, readErr := k.read(ctx, t)
 		if readErr != nil {
-			return Result{Attempts: n}, fmt.Errorf("apply %s rules: %w", p.family, errors.Join(err, readErr))
+			return Result{Attempts: n}, false, errors.Join(failed, readErr)
 		}
-		p = NewPlan(p.want, have)
-		if p.Empty() {
-			return Result{Have: have, Attempts: n, Took: time.Since(start)}, nil
+		again := NewPlan(p.want, have)
+		switch {
+		case again.Empty():
+			r = Result{Have: have, Ruleset: p.want, Attempts: n + 1, Took: time.Since(start)}
+			return r, false, nil
+		case ownSake && slices.Equal(again.lines, p.lines): // nobody was faster
+			return Result{Attempts: n}, true, failed
 		}
+		n, p = n+1, again
 	}
-	took := time.Since(start)
-	have, err := k.readBack(ctx, t, p)
+	r = Result{Attempts: n, Took: time.Since(start)}
+	r.Have, err = k.readBack(ctx, t, p)
 	if err != nil {
-		return Result{Attempts: n, Took: took}, fmt.Errorf("verify %s rules: %w: %w", p.family, ErrCouldNotLook, err)
+		return r, false, fmt.Errorf("verify %s rules: %w: %w", p.family, ErrCouldNotLook, err)
 	}
-	return Result{Have: have, Drift: Diff(p.want, have), Attempts: n, Took: took}, nil
+	r.Ruleset, r.Drift = p.want, Diff(p.want, r.Have)
+	return r, false, nil
 }
 
 func (k *Kernel) readBack(ctx context.Context, t tool, p Plan) (Table, error) {
@@ -483,6 +506,12 @@ func (k *Kernel) readBack(ctx context.Context, t tool, p Plan) (Table, error) {
 // was; on nft a deletion that others hold up names itself.
 func mayBeOvertaken(line string) bool {
 	return strings.HasPrefix(line, "-D ") || strings.HasPrefix(line, "-I ") || strings.HasPrefix(line, "-X ") || line == "COMMIT"
+}
+
+// mayBeForItsOwnSake says whether a line may have been refused for what is in it. A deletion cannot:
+// it is of what the kernel has.
+func mayBeForItsOwnSake(line string) bool {
+	return !strings.HasPrefix(line, "-D ") && !strings.HasPrefix(line, "-X ")
 }
 
 func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {

@@ -23,6 +23,9 @@ func (p Plan) Family() Family { return p.family }
 // Empty says that nothing has to be written.
 func (p Plan) Empty() bool { return len(p.lines) == 0 }
 
+// Intercepting says whether the built-in chains jump to ours once the plan was applied.
+func (p Plan) Intercepting() bool { return p.want.Intercepting() }
+
 // Chains are the chains that the plan changes, the built-in ones included, sorted.
 func (p Plan) Chains() []string { return slices.Clone(p.touched) }
 

@@ -146,5 +146,5 @@ func isOurs(name string) bool {
 	return false
 }
 
-// chainProbe holds a single rule for a moment while ApplyDegraded asks the kernel whether it takes that rule.
+// chainProbe holds a single rule for a moment while Apply asks the kernel whether it takes that rule.
 const chainProbe = "SERVICE_PROXY_PROBE"
