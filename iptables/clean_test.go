@@ -299,7 +299,7 @@ func TestCleanupWithoutPrograms(t *testing.T) {
 		if installed {
 			install(t, m, NFT, "outbound")
 		}
-		machine := inMemory(m)
+		machine := onMachine(m)
 		machine.lookPath = func(_, name string) (string, error) {
 			if strings.HasPrefix(name, "ip6tables") {
 				return "", fs.ErrNotExist
@@ -324,7 +324,7 @@ func TestCleanupWithoutTheOtherBackendsPrograms(t *testing.T) {
 	for _, backend := range []string{NFT, Legacy} {
 		m := &iptablestest.Machine{Backend: backend}
 		install(t, m, otherBackendOf(backend), "outbound")
-		machine := inMemory(m)
+		machine := onMachine(m)
 		machine.lookPath = func(_, name string) (string, error) {
 			if strings.Contains(name, otherBackendOf(backend)) {
 				return "", fs.ErrNotExist
@@ -348,7 +348,7 @@ func TestCleanupThatCannotLookIntoTheOtherBackend(t *testing.T) {
 	for _, backend := range []string{NFT, Legacy} {
 		m := &iptablestest.Machine{Backend: backend}
 		install(t, m, backend, "outbound")
-		machine := inMemory(m)
+		machine := onMachine(m)
 		if backend == NFT {
 			machine.hasLegacy = func(Family) (bool, error) { return false, ErrCouldNotLook }
 		} else {

@@ -46,6 +46,8 @@ type Options struct {
 	// Path are folders to search for the programs, separated by colons. Empty: $PATH, then the sbin folders, which an
 	// ordinary user's PATH may lack.
 	Path string
+	// Machine replaces this machine, in tests.
+	Machine Machine
 }
 
 // Kernel reads and writes the nat tables by running iptables. Its methods may be called by several goroutines, but two
@@ -68,8 +70,7 @@ type lastSave struct {
 	table Table
 }
 
-// machine is what a Kernel asks of the machine it runs on. The tests have one in memory
-// (iptablestest).
+// machine is what a Kernel asks of the machine it runs on.
 type machine struct {
 	lookPath  func(path, name string) (string, error)
 	run       func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error
@@ -99,7 +100,11 @@ var families = []Family{IPv4, IPv6}
 // otherwise only noted (Families) and can be tried again (Probe). A held lock and a look that did not end make nothing
 // unusable: the next read or write meets them again, or does not.
 func Open(ctx context.Context, options Options) (*Kernel, error) {
-	return openOn(ctx, thisMachine, options)
+	m := thisMachine
+	if options.Machine != nil {
+		m = onMachine(options.Machine)
+	}
+	return openOn(ctx, m, options)
 }
 
 func openOn(ctx context.Context, m machine, options Options) (*Kernel, error) {

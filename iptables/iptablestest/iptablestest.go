@@ -238,6 +238,13 @@ func (m *Machine) NAT(program string) *NAT {
 	return m.tables[key]
 }
 
+// Chains are the names of the chains in a program's table, sorted. exists is false where nobody has
+// looked at the table yet.
+func (m *Machine) Chains(program string) (names []string, exists bool) {
+	n := m.NAT(program)
+	return slices.Sorted(maps.Keys(n.chains)), n.Used()
+}
+
 // key is the program's family and backend.
 func (m *Machine) key(program string) string {
 	name, _, _ := strings.Cut(filepath.Base(program), "-")
