@@ -1,0 +1,112 @@
+package reconcile
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// Flows deletes connection-tracking entries that keep new rules from taking effect: package
+// internal/conntrack, whose functions have these names with Delete before them.
+type Flows struct {
+	// HalfOpen deletes the connections to these prefixes that are not answered yet.
+	HalfOpen func(ctx context.Context, to []netip.Prefix) (int, error)
+	// UDP deletes all exchanges with the port.
+	UDP func(ctx context.Context, port uint16) (int, error)
+	// LateUDP deletes those that an answer began.
+	LateUDP func(ctx context.Context, port uint16) (int, error)
+}
+
+// conntrackLimit bounds the walk through conntrack's table, which can hold a million entries.
+const conntrackLimit = time.Second
+
+// answersLate is how long a question that was asked before its path changed may still be answered,
+// and bring the old path back with that (conntrack.DeleteLateUDP): a resolver's customary time-out
+// is 5 s (resolv.conf(5)).
+const answersLate = 6 * time.Second
+
+// dnsQuestions is the port that DNS questions go to.
+const dnsQuestions = 53
+
+// redirected is what connections are redirected now, as far as conntrack's entries matter.
+type redirected struct {
+	services []netip.Prefix
+	dns      uint16
+}
+
+// paths remembers which entries are still to be deleted: those that would keep what the rules have
+// just taken over on its old path.
+type paths struct {
+	flows Flows
+	log   *zap.Logger
+
+	now       redirected
+	late      []time.Time // when the entries of late DNS answers are deleted
+	questions bool        // those of DNS questions on the old path are still to be deleted
+}
+
+// adopted notes that an earlier run redirects DNS questions: it may have had no time for late answers.
+func (p *paths) adopted(now time.Time) { p.late = []time.Time{now.Add(answersLate)} }
+
+// pass does what is due.
+func (p *paths) pass(ctx context.Context, now time.Time) {
+	if len(p.late) > 0 && !now.Before(p.late[0]) {
+		p.late = p.late[1:]
+		p.forgetQuestions(ctx)
+	}
+}
+
+// changed deletes what the rules have just taken over: connections to new services that are not
+// answered yet, and DNS questions that always come from one port.
+func (p *paths) changed(ctx context.Context, now time.Time, f iptables.Family, is redirected) {
+	was := p.now
+	p.now = is
+	if is.dns != was.dns {
+		p.questions = true
+		p.forgetQuestions(ctx)
+		p.late = []time.Time{now.Add(time.Second), now.Add(answersLate)}
+	}
+	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+	defer cancel()
+	if added := missing(is.services, was.services); len(added) > 0 {
+		if n, err := p.flows.HalfOpen(ctx, added); err != nil {
+			p.log.Debug("half-open connections keep their path", zap.Error(err))
+		} else if n > 0 {
+			p.log.Info("half-open connections begin anew through Envoy",
+				zap.Stringer("family", f), zap.Int("connections", n))
+		}
+	}
+}
+
+// forgetQuestions deletes the entries of all DNS questions, and once that is done only those that
+// late answers make: a question that was asked since needs its own.
+func (p *paths) forgetQuestions(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+	defer cancel()
+	forget := p.flows.LateUDP
+	if p.questions {
+		forget = p.flows.UDP
+	}
+	if _, err := forget(ctx, dnsQuestions); err != nil {
+		p.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
+		return
+	}
+	p.questions = false
+}
+
+// missing are the prefixes of all, sorted, that are not in known, sorted.
+func missing(all, known []netip.Prefix) (some []netip.Prefix) {
+	for _, p := range all {
+		for len(known) > 0 && known[0].Compare(p) < 0 {
+			known = known[1:]
+		}
+		if len(known) == 0 || known[0] != p {
+			some = append(some, p)
+		}
+	}
+	return some
+}

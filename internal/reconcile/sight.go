@@ -1,0 +1,78 @@
+package reconcile
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// manyTouched is from how many touched chains on all are read.
+const manyTouched = 256
+
+// sight is what was read of the kernel's table, and what may have changed since.
+type sight struct {
+	have    iptables.Table // as last read
+	known   bool           // have is what was there then
+	adopted bool           // the kernel was looked at once
+
+	dirty   bool // something says that it may differ from have
+	touched []string
+	all     bool   // anything may have been touched
+	by      string // who the kernel says wrote last
+
+	at    time.Time // of the last read of everything
+	took  time.Duration
+	ended time.Time
+}
+
+// note takes in what the kernel told of somebody's write.
+func (s *sight) note(e iptables.Event) {
+	s.dirty = true
+	s.touched = append(s.touched, e.Chains...)
+	if len(e.Chains) == 0 || e.Lost || len(s.touched) > manyTouched {
+		s.touched, s.all = nil, true
+	}
+	if e.Program != "" {
+		s.by = fmt.Sprintf("%s (pid %d)", e.Program, e.PID)
+	}
+}
+
+// doubt makes the next pass read everything.
+func (s *sight) doubt() { s.dirty, s.all = true, true }
+
+// due is in how long everything is read though nothing told of a change; 0 or less: now.
+func (s *sight) due(now time.Time, poll time.Duration) time.Duration {
+	return s.at.Add(poll).Sub(now)
+}
+
+// shareOver is when reads that others' changes cause have had their share of the time.
+func (s *sight) shareOver() time.Time { return s.ended.Add(readShare * s.took) }
+
+// intercepted says whether rules of ours, be they an earlier run's, are known to intercept.
+func (s *sight) intercepted() bool { return s.known && s.have.Ours().Intercepting() }
+
+// read makes have what the kernel has. Where the kernel notifies of every change, only what was
+// touched is read again.
+func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass, whole bool) (err error) {
+	touched := s.touched
+	trusted := s.known && !s.all && !whole && p.poll == resync
+	if trusted && len(touched) == 0 {
+		return nil
+	}
+	s.dirty, s.touched, s.all = false, nil, false
+	start := p.time()
+	if trusted {
+		slices.Sort(touched)
+		s.have, err = k.ReadChains(ctx, s.have, slices.Compact(touched))
+	} else {
+		s.have, err = k.Read(ctx, f)
+		s.at = p.now
+	}
+	s.ended = p.time()
+	s.took = s.ended.Sub(start)
+	s.known = err == nil
+	return err
+}
