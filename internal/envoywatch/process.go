@@ -1,0 +1,170 @@
+package envoywatch
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+)
+
+// process is what belongs to one Envoy process. Another one gets a new value. The zero value is
+// that of an Envoy which was not met yet.
+type process struct {
+	id    uint64 // of its Fingerprints; 0: none met yet
+	info  envoyadmin.ServerInfo
+	state string    // LIVE, PRE_INITIALIZING, …
+	since time.Time // when it was first seen
+	told  bool      // the set that counts is of this process
+	// confirmed: it was seen to have completed a listener update, so that an empty set read from
+	// now on counts. That is asked anew once it has had listeners: it may be another process by
+	// then, which uptimes of whole seconds do not tell.
+	confirmed bool
+	// untaken is the last dump of an Envoy that was not seen to be configured. It tells when to
+	// dump again and never counts itself: the configuration may have come after it was read.
+	untaken *envoyadmin.Snapshot
+	stream  stream
+	stats   envoyadmin.Pace     // of questions that go through all statistics
+	targets []envoyadmin.Target // of its bootstrap; nil: not asked yet
+	probe   error               // what our own way to these came to
+}
+
+// live is Envoy's word for the state in which it serves.
+const live = "LIVE"
+
+// meet asks the process that made a dump who it is, and puts it in the place of the one before.
+func (w *Watch) meet(ctx context.Context, id uint64) (met bool) {
+	var info envoyadmin.ServerInfo
+	var err error
+	w.ask(func() { info, err = w.o.Admin.ServerInfo(ctx) })
+	if err != nil {
+		w.answered(stateQuestion, err)
+		w.detector.Again()
+		return false
+	}
+	if w.process.id != 0 && !info.SameProcess(w.process.info) {
+		w.o.Log.Info("envoy restarted",
+			zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
+	}
+	w.process = process{
+		id: id, info: info, state: info.State, since: w.o.Now(),
+		stream: w.process.stream.after(w.began),
+	}
+	return true
+}
+
+// take makes a new listener set the one that counts, if Envoy had completed a listener update when
+// the set was read. Before that an empty set says nothing about what its clients need.
+func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
+	w.set.rejected = s.Rejected
+	if s.Fingerprint.Process != w.process.id && !w.meet(ctx, s.Fingerprint.Process) {
+		return
+	}
+	p := &w.process
+	// An active listener of the control plane's shows that an update came before the dump. Without
+	// one the update may have come between the dump and the answers that tell of it.
+	empty := !hasDynamic(s)
+	if !p.confirmed && (empty || !p.told) {
+		if p.untaken == nil && p.told {
+			p.stats = envoyadmin.Pace{} // it had listeners until now: one question at once
+		}
+		if !w.becomesConfigured(ctx, s) {
+			p.untaken = &s
+			return
+		}
+		if empty {
+			w.detector.Again()
+			return
+		}
+	}
+	p.confirmed, p.untaken = p.confirmed && empty, nil
+	p.told = true
+	if s.Fingerprint == w.set.snapshot.Fingerprint && w.set.generation > 0 {
+		return
+	}
+	w.set.snapshot = s
+	w.set.generation++
+	w.o.Log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)),
+		zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took),
+		zap.Uint64("generation", w.set.generation))
+	w.put() // the next question may hang
+}
+
+// becomesConfigured notes whether Envoy has completed a listener update by now; s is its last dump.
+func (w *Watch) becomesConfigured(ctx context.Context, s envoyadmin.Snapshot) bool {
+	configured, err := w.isConfigured(ctx, s)
+	if err != nil {
+		w.answered(stateQuestion, err)
+	}
+	if configured {
+		w.process.confirmed, w.process.untaken = true, nil
+	}
+	return configured
+}
+
+// isConfigured says whether this Envoy has completed a listener update: it is live and has a
+// listener from the control plane, or has none and tells the version of an update that it took as a
+// whole, or takes no listeners from a control plane at all. The counters of updates do not tell:
+// after a hot restart they begin with the other process's. Where statistics are filtered out,
+// nothing does, and an empty set never counts. The questions go through all statistics and all of
+// the configuration, but an Envoy without listeners and routes has few.
+func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
+	if err := w.askState(ctx); err != nil {
+		return false, err
+	}
+	if w.process.state == "PRE_INITIALIZING" || w.process.state == "INITIALIZING" {
+		return false, nil
+	}
+	// The first listeners of an Envoy come together, but one waits for its routes under
+	// warming_state while others are active: without it the set is no news either, unless it never
+	// gets ready.
+	if len(s.Warming) > 0 && w.o.Now().Sub(w.process.since) < warmLimit {
+		return false, nil
+	}
+	if hasDynamic(s) {
+		return true, nil
+	}
+	if !w.process.stats.Due(w.o.Now()) {
+		return false, nil
+	}
+	p, err := w.askControlPlane(ctx)
+	if err != nil || p.Version != 0 {
+		return err == nil, err
+	}
+	began := w.o.Now()
+	var b *envoyadmin.Bootstrap
+	w.ask(func() { b, err = w.o.Admin.Bootstrap(ctx) })
+	w.process.stats.Asked(began, w.o.Now())
+	return err == nil && !b.LDS, err
+}
+
+// hasDynamic says whether the set holds an active listener of the control plane's.
+func hasDynamic(s envoyadmin.Snapshot) bool {
+	return slices.ContainsFunc(s.Listeners, func(l envoyadmin.Listener) bool { return !l.Static })
+}
+
+// askControlPlane asks for statistics, within their pace.
+func (w *Watch) askControlPlane(ctx context.Context) (envoyadmin.ControlPlane, error) {
+	began := w.o.Now()
+	var p envoyadmin.ControlPlane
+	var err error
+	w.ask(func() { p, err = w.o.Admin.ControlPlane(ctx) })
+	w.process.stats.Asked(began, w.o.Now())
+	return p, err
+}
+
+// askStream asks Envoy whether its stream to the control plane stands: now and then, and when its
+// log tells no further end.
+func (w *Watch) askStream(ctx context.Context) {
+	p, now := &w.process, w.o.Now()
+	if w.outage.Err != nil || p.id == 0 || !p.stats.Due(now) || !p.stream.due(now) {
+		return
+	}
+	p.stream.asked = now
+	answer, err := w.askControlPlane(ctx)
+	if err == nil && answer.Streams {
+		p.stream.answered(now, answer.Connected, p.probe != nil)
+	}
+}

@@ -1,0 +1,61 @@
+package envoywatch
+
+import (
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// View is what is known of Envoy after one look at it. The agent's loop gets the newest and never
+// waits for one: an admin interface that hangs holds up only the goroutine that makes Views.
+type View struct {
+	Outage        // why the last look told nothing; the rest is then of earlier looks
+	State  string // LIVE, PRE_INITIALIZING, …
+	Info   envoyadmin.ServerInfo
+	// Snapshot is the last one that is news: not that of an Envoy which has just started and got no
+	// listeners yet.
+	Snapshot   envoyadmin.Snapshot
+	Rejected   []envoyadmin.Rejected // of the last look, news or not
+	Generation uint64                // counts Snapshots; 0: none yet
+	// Configured: Snapshot is of this Envoy process, which had completed a listener update.
+	Configured bool
+	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
+	Apart      bool            // Envoy has no stream, whether its log says why or not
+	Probe      error           // our own way to the control plane, while Envoy's is broken
+	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
+	Dumps      int             // full dumps asked for, since the start
+}
+
+// Outage is why the admin interface tells nothing.
+type Outage struct {
+	Err       error     // nil: it does
+	Since     time.Time // since when Err
+	Asked     time.Time // when what gave Err was last asked
+	LastError string    // last error line of Envoy's log
+	Unit      string    // systemd's word on Envoy while it is down
+}
+
+// Facts are the View as internal/symptom takes it; admin is the address of the admin interface.
+func (v View) Facts(admin string) symptom.Envoy {
+	return symptom.Envoy{
+		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError,
+		State: v.State, Version: v.Info.Version, Node: v.Info.Node.ID, Configured: v.Configured,
+		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped,
+		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, LogErr: v.LogErr,
+	}
+}
+
+// view is what is known now.
+func (w *Watch) view() View {
+	p := w.process
+	v := View{
+		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
+		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
+		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr, Dumps: w.set.dumps,
+	}
+	if w.broken() {
+		v.Probe = p.probe
+	}
+	return v
+}

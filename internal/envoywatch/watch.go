@@ -1,0 +1,306 @@
+// Package envoywatch looks at one Envoy and tells what it sees as values, Views.
+//
+//	FollowLog ──> events ┐
+//	Admin <─ questions ──┼─> Watch ─> View, the newest in a mailbox of one
+//	Probe ──> answers ───┘
+//
+// A Watch is one goroutine (Run). It asks Envoy when envoyadmin.Detector says so, at once where the
+// log says that something changed. A question may hang for 20 s: it runs beside, and what the log
+// tells meanwhile is taken and put into a View at once. So nothing waits for the admin interface
+// but the answer itself.
+//
+// What belongs to one Envoy process is one value (process), replaced when another answers. How its
+// stream to the control plane stands is a value that asks nothing and knows no clock (stream).
+//
+// It decides nothing about interception: package agent makes the rules out of View.Snapshot, and
+// internal/symptom puts into words what is wrong. It never changes anything in Envoy.
+package envoywatch
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
+)
+
+// Admin is what a Watch asks of Envoy's admin interface: an envoyadmin.Client. With Options.Probe
+// set, Bootstrap may be asked while another question is under way.
+type Admin interface {
+	Fingerprint(context.Context) (envoyadmin.Fingerprint, error)
+	Listeners(context.Context) (envoyadmin.Snapshot, error)
+	Ready(context.Context) (state string, err error)
+	ServerInfo(context.Context) (envoyadmin.ServerInfo, error)
+	ControlPlane(context.Context) (envoyadmin.ControlPlane, error)
+	Bootstrap(context.Context) (*envoyadmin.Bootstrap, error)
+	Redial()
+}
+
+// Options are what a Watch works with. Admin must be set.
+type Options struct {
+	Admin   Admin
+	Logged  <-chan envoyadmin.LogEvent // of Envoy's log; nil: there is none to follow
+	LogPath string                     // where its last error line is read; "": nowhere
+	Log     *zap.Logger                // nil: nothing is logged
+	// Unit is systemd's word on Envoy, asked while nothing listens on the admin address (Unit of
+	// this package). "" is no news; nil: not asked.
+	Unit func(context.Context) string
+	// Probe tries our own way to a control plane, beside everything else (Probe of this package).
+	// nil: not tried.
+	Probe func(context.Context, envoyadmin.Target) error
+	// Now is the clock, time.Now if nil.
+	Now func() time.Time
+}
+
+// Watch is the task that looks at Envoy: at once when its log says that something changed, else at
+// the detector's pace. Make one with New; one goroutine may use it.
+type Watch struct {
+	o      Options
+	box    *mailbox.Box[View]
+	probes chan probed
+
+	detector envoyadmin.Detector
+	process  process
+	set      listeners
+	outage   Outage
+	failed   [2]error // what the last question of each kind came to, by kind
+	logErr   string
+
+	stateAt time.Time // when its state was last asked
+	probeAt time.Time // when our own way was last tried
+	unitAt  time.Time // when systemd was last asked
+	began   time.Time // when the last Step did
+	heard   bool      // the log or a probe has told something since
+}
+
+// listeners are the set that counts and what belongs to it, of whatever process.
+type listeners struct {
+	snapshot   envoyadmin.Snapshot
+	generation uint64
+	rejected   []envoyadmin.Rejected
+	dumps      int
+}
+
+// The kinds of questions. Envoy must answer both, or its state is not known.
+const (
+	dumpQuestion  = iota // the dump and the masked dump
+	stateQuestion        // whether it is live, and who it is
+)
+
+const (
+	// stateEvery is how often Envoy is asked for its state when nothing happens: /ready costs less
+	// than a masked dump.
+	stateEvery = time.Second
+	// warmLimit is how long the listeners of an Envoy that was just started are waited for.
+	warmLimit = time.Minute
+	// probeEvery is how often our own way to the control plane is tried while Envoy's is broken.
+	probeEvery = 30 * time.Second
+	// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin
+	// address.
+	unitEvery = 5 * time.Second
+)
+
+// New makes a Watch that has seen nothing yet.
+func New(o Options) *Watch {
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return &Watch{o: o, box: mailbox.New[View](), probes: make(chan probed, 1)}
+}
+
+// Views is where the newest View is received from, each at most once.
+func (w *Watch) Views() <-chan View { return w.box.Get() }
+
+// Run looks at Envoy until ctx ends, which is no error.
+func (w *Watch) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e, ok := <-w.o.Logged:
+			w.hear(e, ok)
+		case p := <-w.probes:
+			w.takeProbe(p)
+		case <-timer.C:
+		}
+		timer.Reset(w.Step(ctx))
+	}
+}
+
+// Step asks Envoy what the detector says is due, puts a View, and says how long nothing is due if
+// the log tells nothing. Unless ctx has ended: then nothing is put.
+func (w *Watch) Step(ctx context.Context) (wait time.Duration) {
+	select {
+	case p := <-w.probes: // for who drives Step without Run
+		w.takeProbe(p)
+	default:
+	}
+	w.began, w.heard = w.o.Now(), false
+	for ctx.Err() == nil {
+		began := w.o.Now()
+		action, wait := w.detector.Next(began)
+		switch action {
+		case envoyadmin.Wait:
+			if w.idle(ctx) {
+				continue
+			}
+			if ctx.Err() != nil {
+				return 0
+			}
+			w.put()
+			if w.heard { // a hint, say, that came behind Next
+				return 0
+			}
+			return min(wait, stateEvery)
+		case envoyadmin.Look:
+			w.look(ctx, began)
+		case envoyadmin.Dump:
+			w.dump(ctx, began)
+		}
+	}
+	return 0
+}
+
+// look asks whether anything moved in the listeners.
+func (w *Watch) look(ctx context.Context, began time.Time) {
+	var f envoyadmin.Fingerprint
+	var err error
+	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx) })
+	if w.detector.Looked(began, w.o.Now(), f, err) {
+		w.o.Admin.Redial()
+	}
+	w.answered(dumpQuestion, err)
+}
+
+// dump asks for the listeners.
+func (w *Watch) dump(ctx context.Context, began time.Time) {
+	var s envoyadmin.Snapshot
+	var err error
+	w.ask(func() { s, err = w.o.Admin.Listeners(ctx) })
+	w.detector.Dumped(began, w.o.Now(), s.Fingerprint, err)
+	w.answered(dumpQuestion, err)
+	if err == nil {
+		w.set.dumps++
+		w.take(ctx, s)
+	}
+}
+
+// idle asks for all but the listeners. It says whether the detector has something to do again.
+func (w *Watch) idle(ctx context.Context) (again bool) {
+	if w.o.Now().Sub(w.stateAt) >= stateEvery || w.process.state != live {
+		away := errors.Is(w.failed[stateQuestion], envoyadmin.ErrTimeout)
+		w.answered(stateQuestion, w.askState(ctx))
+		if away && w.failed[stateQuestion] == nil {
+			w.detector.Back(w.o.Now())
+		}
+		if s := w.process.untaken; s != nil && w.becomesConfigured(ctx, *s) {
+			w.detector.Again()
+			return true
+		}
+	}
+	w.askStream(ctx)
+	w.probe(ctx)
+	w.askUnit(ctx)
+	return false
+}
+
+// ask runs a question to its end. What the log and a probe tell meanwhile is taken at once: Envoy
+// may take 20 s to answer, or not answer. The question must not touch the Watch. Without a log it
+// runs in the caller's goroutine: there is nothing that may not wait.
+func (w *Watch) ask(question func()) {
+	if w.o.Logged == nil {
+		question()
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		question()
+	}()
+	for {
+		select {
+		case <-done:
+			return
+		case e, ok := <-w.o.Logged:
+			w.hear(e, ok)
+		case p := <-w.probes:
+			w.takeProbe(p)
+		}
+	}
+}
+
+// hear takes an event of the log, or its end.
+func (w *Watch) hear(e envoyadmin.LogEvent, ok bool) {
+	if !ok {
+		w.o.Logged = nil
+		return
+	}
+	w.Note(e)
+}
+
+// Note takes a line of Envoy's log: the hint that a listener changed, or how the stream to the
+// control plane ended. What it says is in a View at once.
+func (w *Watch) Note(e envoyadmin.LogEvent) {
+	w.heard = true
+	now := w.o.Now()
+	switch e.Kind {
+	case envoyadmin.LogUnreadable:
+		w.logErr = e.Details
+	case envoyadmin.StreamClosed:
+		w.process.stream.closed(now, e)
+	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
+		w.detector.Hint(now)
+		if !w.process.stream.spoke(now) {
+			return // nothing that a View tells
+		}
+	default:
+		return
+	}
+	w.put()
+}
+
+// answered notes whether Envoy answered one kind of question.
+func (w *Watch) answered(kind int, err error) {
+	if errors.Is(err, context.Canceled) {
+		return
+	}
+	w.failed[kind] = err
+	now := w.failed[dumpQuestion]
+	if now == nil {
+		now = w.failed[stateQuestion]
+	}
+	if now != nil && w.outage.Err == nil {
+		w.outage.Since = w.o.Now()
+		w.outage.LastError = w.lastError()
+	}
+	if err != nil && (kind == dumpQuestion || w.failed[dumpQuestion] == nil) {
+		w.outage.Asked = w.o.Now()
+	}
+	w.outage.Err = now
+	if !errors.Is(now, envoyadmin.ErrRefused) {
+		w.outage.Unit = ""
+	}
+}
+
+// askState asks whether Envoy is live.
+func (w *Watch) askState(ctx context.Context) error {
+	w.stateAt = w.o.Now()
+	var state string
+	var err error
+	w.ask(func() { state, err = w.o.Admin.Ready(ctx) })
+	if err == nil {
+		w.process.state = state
+	}
+	return err
+}
+
+// put leaves what is known now in the mailbox.
+func (w *Watch) put() { w.box.Put(w.view()) }
