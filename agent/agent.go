@@ -94,7 +94,7 @@ type Agent struct {
 	paused         bool
 	marked         bool // an agent of this boot put jumps in (mark.go)
 	failures       Failures
-	sample         report.Sample // what happened in this pass
+	happened       report.Pass // what happened in this pass
 	passes, undone uint64
 	lastBy         string
 	lastByAt       time.Time

@@ -81,7 +81,7 @@ func (a *Agent) loop(ctx context.Context) error {
 // observe, decide, apply, check, report. It returns how long the next pass may wait.
 func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	began := time.Now()
-	a.sample = report.Sample{Drift: map[string]int{}, Errors: map[string]int{}}
+	a.happened = report.Pass{Drift: map[string]int{}, Errors: map[string]int{}, Writes: map[string]report.Writes{}}
 	facts := a.observe(now)
 	want, known := a.desired()
 	a.passGates(now, &facts, want, known)
@@ -94,7 +94,7 @@ func (a *Agent) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 		facts.Families = append(facts.Families, a.families[i].facts())
 	}
 	facts.Refused, facts.Uncovered, facts.ServerFirst = want.Refused, want.Uncovered, want.ServerFirst
-	a.sample.Duration = time.Since(began)
+	a.happened.Duration = time.Since(began)
 	a.publish(now, symptom.Check(facts), known)
 	return wake
 }

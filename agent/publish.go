@@ -261,34 +261,27 @@ func (a *Agent) notify(s status.Status) {
 	}
 }
 
-// measure is the sample of a pass for /metrics.
+// measure tells /metrics of a pass.
 func (a *Agent) measure(s status.Status, dumps int) {
-	m := a.sample
-	m.End, m.Mode, m.Ready, m.DumpReads = s.Heartbeat, s.Mode, s.Ready, dumps
-	m.Envoy = report.Envoy{State: s.Envoy.State, Listeners: s.Envoy.Listeners, Rejected: s.Envoy.Rejected}
+	p := a.happened
+	p.DumpReads, p.Refused = dumps, len(a.want.Refused)
 	if v := a.view.Info.Version; v != (envoyadmin.Version{}) {
-		m.Envoy.Version = v.String()
+		p.EnvoyVersion = v.String()
 	}
-	m.Refused = len(a.want.Refused)
-	for i, f := range s.Families {
-		m.Families = append(m.Families, report.Family{Name: f.Family, Usable: f.Usable, Equal: f.Equal, Jumps: f.Jumps, Rules: f.Rules, Services: f.Services,
-			ServicePorts: f.ServicePorts, Applies: a.families[i].applies, Written: a.families[i].rows})
-	}
-	for _, f := range s.Findings {
-		if f.ExplainedBy == "" {
-			m.Findings = append(m.Findings, report.Finding{ID: string(f.ID), Severity: f.Severity.String()})
-		}
+	for i := range a.families {
+		f := &a.families[i]
+		p.Writes[f.family.String()] = report.Writes{Applies: f.applies, Rules: f.rows}
 	}
 	if a.view.Err != nil {
-		m.Errors["envoy_admin"]++
+		p.Errors["envoy_admin"]++
 		if errors.Is(a.view.Err, envoyadmin.ErrUntrusted) {
-			m.Untrusted++
+			p.Untrusted++
 		}
 	}
 	if a.sourceErr != nil {
-		m.Errors["metadata_server"]++
+		p.Errors["metadata_server"]++
 	}
-	a.metrics.Pass(m)
+	a.metrics.Pass(s, p)
 }
 
 // statusNow is what the socket tells; before the first pass has ended, that there was none.

@@ -264,7 +264,7 @@ func (a *Agent) look(ctx context.Context, now time.Time, s *familyState, known, 
 		a.undone++
 		a.lastBy, a.lastByAt = s.driftBy, now
 		for _, d := range drift {
-			a.sample.Drift[d.Kind.String()]++
+			a.happened.Drift[d.Kind.String()]++
 		}
 		a.log.Warn("rules repaired", zap.Stringer("family", s.family), zap.Stringers("drift", drift[:min(len(drift), 5)]), zap.Int("differences", len(drift)),
 			zap.String("by", s.driftBy), zap.Duration("took", took))

@@ -14,68 +14,47 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 // Prefix begins the name of every metric.
 const Prefix = "service_proxy_agent_"
 
-// Sample is one pass of the agent's loop. The fields under "Happened" are what happened in or since the pass before, and are added up here;
-// those under "Stands" are how things are at its end. No field may name a service, an address or a port: label values come from
-// sets that are fixed when the program is built.
-type Sample struct {
-	// Happened.
+// Pass is what happened in a pass of the agent's loop, or since the pass before, which a
+// [status.Status], how things stand at its end, does not tell. Counts are added up here. No field
+// may name a service, an address or a port: label values come from sets that are fixed when the
+// program is built.
+type Pass struct {
 	Duration  time.Duration
 	DumpReads int            // full dumps read from Envoy, each of which costs its main thread time
 	Drift     map[string]int // repaired, by iptables.DriftKind's words ("rule removed", …)
 	Errors    map[string]int // that the pass met, by source, one of ErrorSources
-	Untrusted int            // answers on the admin port that came from a stranger
+	Untrusted int            // answers on the admin port that came from a foreign owner
 
-	// Stands.
-	End      time.Time // the heartbeat
-	Mode     string    // one of Modes
-	Ready    bool      // what /healthz/ready says
-	Envoy    Envoy
-	Families []Family
-	Findings []Finding
-	Refused  int // entries of listeners that are not intercepted because they never may be
+	Writes map[string]Writes // by the name of a family, as status.Family has it
+
+	// Refused is how many entries of listeners are left out because they never may be intercepted.
+	Refused int
+	// EnvoyVersion is the number in Status.Envoy.Version, "" when it is not known.
+	EnvoyVersion string
 }
 
-// Modes are the values of Sample.Mode.
+// Writes are what a pass wrote to the rules of one family.
+type Writes struct {
+	Applies map[string]int // transactions, by outcome ("applied", "refused", "locked", "failed")
+	Rules   int            // added, changed or removed by them
+}
+
+// Modes are the values of status.Status.Mode that have a series.
 var Modes = []string{"bypass", "hold", "intercepting", "paused"}
 
-// EnvoyStates are the values of Envoy.State, in /server_info's words, and "UNREACHABLE".
+// EnvoyStates are the values of status.Envoy.State, in /server_info's words, and "UNREACHABLE" for
+// anything else.
 var EnvoyStates = []string{"DRAINING", "INITIALIZING", "LIVE", "PRE_INITIALIZING", "UNREACHABLE"}
 
-// ErrorSources are the keys of Sample.Errors.
+// ErrorSources are the keys of Pass.Errors.
 var ErrorSources = []string{"envoy_admin", "metadata_server"}
-
-// Envoy is how Envoy stands.
-type Envoy struct {
-	State     string // one of EnvoyStates; anything else counts as "UNREACHABLE"
-	Version   string // empty: not known
-	Listeners int
-	Rejected  int // listeners whose last update Envoy rejected
-}
-
-// Family is how the rules of one family stand, and what was written to them in the pass.
-type Family struct {
-	Name         string // "IPv4" or "IPv6"
-	Usable       bool   // the kernel and iptables can do this family
-	Equal        bool   // the kernel has what it should have
-	Jumps        bool   // traffic is led to Envoy
-	Rules        int
-	Services     int            // prefixes
-	ServicePorts int            // of services without an address
-	Applies      map[string]int // happened: transactions, by outcome ("applied", "refused", "locked", "failed")
-	Written      int            // happened: rules added, changed or removed by them
-}
-
-// Finding is one finding of the pass.
-type Finding struct {
-	ID       string // of the symptom
-	Severity string
-}
 
 // Sources is what does not come with a pass.
 type Sources struct {
@@ -84,10 +63,11 @@ type Sources struct {
 	Serial          func() SerialState     // nil: no such metrics
 }
 
-// Metrics is the state behind /metrics. Make it with [NewMetrics]. A scrape sees whole passes only, and never waits for one.
+// Metrics is the state behind /metrics. Make it with [NewMetrics]. A scrape sees whole passes only,
+// and never waits for one.
 //
 //	m := report.NewMetrics(report.Sources{Version: version, GuestAttributes: attrs.State, Serial: serial.State})
-//	m.Pass(report.Sample{Duration: took, End: now, Mode: "intercepting", …})
+//	m.Pass(status, report.Pass{Duration: took, DumpReads: 1, …})
 //	public.Metrics = m.Handler()
 type Metrics struct {
 	sources  Sources
@@ -95,10 +75,12 @@ type Metrics struct {
 	registry *prometheus.Registry
 
 	mu      sync.Mutex
-	last    Sample
+	last    status.Status
+	version string // Envoy's
+	refused int
 	passes  uint64
 	dumps   int
-	strange int
+	foreign int
 	drift   map[string]int
 	errors  map[string]int
 	family  map[string]*familyTotals
@@ -143,27 +125,27 @@ func (m *Metrics) Handler() http.Handler {
 	})
 }
 
-// Pass takes the sample of a pass that has ended. It copies what it keeps.
-func (m *Metrics) Pass(s Sample) {
+// Pass takes how things stand after a pass, and what happened in it. It copies what it keeps.
+func (m *Metrics) Pass(s status.Status, p Pass) {
 	s.Families, s.Findings = slices.Clone(s.Families), slices.Clone(s.Findings)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.duration.Observe(s.Duration.Seconds())
+	m.duration.Observe(p.Duration.Seconds())
 	m.passes++
-	m.dumps += s.DumpReads
-	m.strange += s.Untrusted
-	add(m.drift, s.Drift)
-	add(m.errors, s.Errors)
+	m.dumps += p.DumpReads
+	m.foreign += p.Untrusted
+	add(m.drift, p.Drift)
+	add(m.errors, p.Errors)
 	for _, f := range s.Families {
-		t := m.family[f.Name]
+		t := m.family[f.Family]
 		if t == nil {
 			t = &familyTotals{applies: map[string]int{"applied": 0, "failed": 0, "locked": 0, "refused": 0}}
-			m.family[f.Name] = t
+			m.family[f.Family] = t
 		}
-		add(t.applies, f.Applies)
-		t.written += f.Written
+		add(t.applies, p.Writes[f.Family].Applies)
+		t.written += p.Writes[f.Family].Rules
 	}
-	m.last = s
+	m.last, m.version, m.refused = s, p.EnvoyVersion, p.Refused
 }
 
 func add(to, from map[string]int) {
@@ -248,7 +230,7 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	m.mu.Lock()
 	counter(passes, float64(m.passes))
 	counter(envoyDumps, float64(m.dumps))
-	counter(untrusted, float64(m.strange))
+	counter(untrusted, float64(m.foreign))
 	counters := func(d *prometheus.Desc, by map[string]int) {
 		for _, k := range slices.Sorted(maps.Keys(by)) {
 			counter(d, float64(by[k]), k)
@@ -286,21 +268,23 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	m.duration.Collect(to)
 }
 
-// stands collects the last sample, with m.mu held.
+// stands collects how things stand after the last pass, with m.mu held.
 func (m *Metrics) stands(gauge, counter func(*prometheus.Desc, float64, ...string)) {
 	s := m.last
-	gauge(heartbeat, float64(s.End.UnixMilli())/1000)
+	gauge(heartbeat, float64(s.Heartbeat.UnixMilli())/1000)
 	gauge(ready, one(s.Ready))
 	for _, v := range Modes {
 		gauge(mode, one(v == s.Mode), v)
 	}
-	gauge(refused, float64(s.Refused))
-	found := map[Finding]int{}
+	gauge(refused, float64(m.refused))
+	found := map[[2]string]int{}
 	for _, f := range s.Findings {
-		found[Finding{clean(f.ID), clean(f.Severity)}]++
+		if f.ExplainedBy == "" {
+			found[[2]string{clean(string(f.ID)), clean(f.Severity.String())}]++
+		}
 	}
 	for f, n := range found {
-		gauge(finding, float64(n), f.ID, f.Severity)
+		gauge(finding, float64(n), f[0], f[1])
 	}
 
 	state := s.Envoy.State
@@ -310,19 +294,19 @@ func (m *Metrics) stands(gauge, counter func(*prometheus.Desc, float64, ...strin
 	for _, v := range EnvoyStates {
 		gauge(envoyState, one(v == state), v)
 	}
-	if s.Envoy.Version != "" {
-		gauge(envoyInfo, 1, clean(s.Envoy.Version))
+	if m.version != "" {
+		gauge(envoyInfo, 1, clean(m.version))
 	}
 	gauge(envoyListeners, float64(s.Envoy.Listeners))
 	gauge(envoyRejected, float64(s.Envoy.Rejected))
 
 	for _, f := range s.Families {
-		gauge(usable, one(f.Usable), f.Name)
-		gauge(inSync, one(f.Equal), f.Name)
-		gauge(jumps, one(f.Jumps), f.Name)
-		gauge(rules, float64(f.Rules), f.Name)
-		gauge(services, float64(f.Services), f.Name)
-		gauge(servicePorts, float64(f.ServicePorts), f.Name)
+		gauge(usable, one(f.Usable), f.Family)
+		gauge(inSync, one(f.Equal), f.Family)
+		gauge(jumps, one(f.Jumps), f.Family)
+		gauge(rules, float64(f.Rules), f.Family)
+		gauge(services, float64(f.Services), f.Family)
+		gauge(servicePorts, float64(f.ServicePorts), f.Family)
 	}
 	for name, t := range m.family {
 		for k, n := range t.applies {

@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/common/expfmt"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -29,36 +31,60 @@ func sources() Sources {
 	}
 }
 
+// pass is what Metrics takes of one.
+type pass struct {
+	status   status.Status
+	happened Pass
+}
+
 // twoPasses is a pass that wrote and repaired, then a quiet one.
-func twoPasses() [2]Sample {
+func twoPasses() [2]pass {
 	end := time.Date(2026, 11, 21, 11, 0, 1, 250e6, time.UTC)
-	first := Sample{
-		Duration: 40 * time.Millisecond, DumpReads: 2, End: end, Mode: "hold",
-		Drift:     map[string]int{"rule removed": 2, "jump removed": 1},
-		Errors:    map[string]int{"envoy_admin": 1},
-		Untrusted: 1,
-		Envoy:     Envoy{State: "PRE_INITIALIZING"},
-		Families:  []Family{{Name: "IPv4", Usable: true, Rules: 4, Applies: map[string]int{"applied": 1}, Written: 4}, {Name: "IPv6"}},
-		Findings:  []Finding{{"envoy-not-configured", "error"}},
-	}
-	second := Sample{
-		Duration: 400 * time.Microsecond, End: end.Add(time.Second), Mode: "intercepting", Ready: true,
-		Envoy:   Envoy{State: "LIVE", Version: "1.40.0", Listeners: 5, Rejected: 1},
-		Refused: 3,
-		Families: []Family{
-			{Name: "IPv4", Usable: true, Equal: true, Jumps: true, Rules: 120, Services: 100, ServicePorts: 1, Applies: map[string]int{"applied": 1, "refused": 1}, Written: 116},
-			{Name: "IPv6"},
+	first := pass{
+		status.Status{
+			Heartbeat: end, Mode: "hold",
+			Envoy:    status.Envoy{State: "PRE_INITIALIZING"},
+			Families: []status.Family{{Family: "IPv4", Usable: true, Rules: 4}, {Family: "IPv6"}},
+			Findings: []symptom.Finding{
+				{ID: "envoy-not-configured", Severity: symptom.Error},
+				{ID: "explained", Severity: symptom.Error, ExplainedBy: "envoy-not-configured"},
+			},
 		},
-		Findings: []Finding{{"listener-rejected", "error"}, {"entry-refused", "warning"}, {"entry-refused", "warning"}, {"entry-refused", "warning"}},
+		Pass{
+			Duration: 40 * time.Millisecond, DumpReads: 2,
+			Drift:     map[string]int{"rule removed": 2, "jump removed": 1},
+			Errors:    map[string]int{"envoy_admin": 1},
+			Untrusted: 1,
+			Writes:    map[string]Writes{"IPv4": {Applies: map[string]int{"applied": 1}, Rules: 4}},
+		},
 	}
-	return [2]Sample{first, second}
+	refused := symptom.Finding{ID: "entry-refused", Severity: symptom.Warning}
+	second := pass{
+		status.Status{
+			Heartbeat: end.Add(time.Second), Mode: "intercepting", Ready: true,
+			Envoy: status.Envoy{State: "LIVE", Version: "abc/1.40.0/Clean", Listeners: 5, Rejected: 1},
+			Families: []status.Family{
+				{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Rules: 120, Services: 100, ServicePorts: 1},
+				{Family: "IPv6"},
+			},
+			Findings: []symptom.Finding{
+				{ID: "listener-rejected", Severity: symptom.Error}, refused, refused, refused,
+				{ID: "also-explained", Severity: symptom.Error, ExplainedBy: "listener-rejected"},
+			},
+		},
+		Pass{
+			Duration: 400 * time.Microsecond, EnvoyVersion: "1.40.0", Refused: 3,
+			Writes: map[string]Writes{"IPv4": {Applies: map[string]int{"applied": 1, "refused": 1}, Rules: 116}},
+		},
+	}
+	return [2]pass{first, second}
 }
 
 // TestMetricsGolden holds a whole scrape, without the runtime's own metrics, against testdata/metrics.golden.
 func TestMetricsGolden(t *testing.T) {
 	m := NewMetrics(sources())
-	for _, s := range twoPasses() {
-		m.Pass(s)
+	for _, p := range twoPasses() {
+		m.Pass(p.status, p.happened)
 	}
 	r := prometheus.NewPedanticRegistry()
 	r.MustRegister(m)
@@ -77,8 +103,8 @@ func TestMetricsGolden(t *testing.T) {
 
 func TestMetricsLint(t *testing.T) {
 	m := NewMetrics(sources())
-	for _, s := range twoPasses() {
-		m.Pass(s)
+	for _, p := range twoPasses() {
+		m.Pass(p.status, p.happened)
 	}
 	problems, err := testutil.CollectAndLint(m)
 	if err != nil {
@@ -166,7 +192,8 @@ func scrape(t *testing.T, url string) string {
 // TestMetricsOddText: text from outside in a label spoils neither the scrape nor its lines.
 func TestMetricsOddText(t *testing.T) {
 	m := NewMetrics(Sources{Version: "1\xff"})
-	m.Pass(Sample{Mode: "?", Envoy: Envoy{State: "odd", Version: "1.40\xfe\n" + strings.Repeat("x", 5000)}, Errors: map[string]int{"\xfd": 1, "\xfe": 1}})
+	m.Pass(status.Status{Mode: "?", Envoy: status.Envoy{State: "odd"}},
+		Pass{EnvoyVersion: "1.40\xfe\n" + strings.Repeat("x", 5000), Errors: map[string]int{"\xfd": 1, "\xfe": 1}})
 	s := httptest.NewServer(m.Handler())
 	defer s.Close()
 	body := scrape(t, s.URL)
@@ -183,11 +210,11 @@ func TestMetricsRaces(t *testing.T) {
 	m := NewMetrics(sources())
 	r := prometheus.NewRegistry()
 	r.MustRegister(m)
-	samples := twoPasses()
+	two := twoPasses()
 	var passes sync.WaitGroup
 	passes.Go(func() {
 		for i := range 500 {
-			m.Pass(samples[i%2])
+			m.Pass(two[i%2].status, two[i%2].happened)
 		}
 	})
 	for range 50 {
