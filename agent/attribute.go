@@ -11,6 +11,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -34,6 +36,59 @@ type attributeNews struct {
 	Good   *goodAttribute // in force; nil: none yet
 	Err    error          // the attribute itself is missing or malformed
 	Source error          // the metadata server gives no usable answer
+}
+
+// attributeInForce is the attribute that the loop goes by, and what is wrong with the newest.
+type attributeInForce struct {
+	Known  bool // Config is an attribute's; else it is the defaults
+	Config attribute.Config
+	Serial uint64         // counts Configs
+	Good   *goodAttribute // where Config is from; nil: none yet, or --config
+	Err    error          // the attribute itself is missing or malformed
+	Source error          // the metadata server gives no usable answer
+
+	text    []byte   // of the last attribute that this run read; nil: none yet, or from --config
+	unknown []string // sets of unknown keys that were reported
+}
+
+// take makes news the attribute in force, if it is news.
+func (a *attributeInForce) take(n attributeNews, log *zap.Logger) {
+	a.Err, a.Source = n.Err, n.Source
+	was, good := a.Good, n.Good
+	if good == was {
+		return
+	}
+	a.Good = good
+	if good == nil { // it was another instance's
+		a.Known, a.Config = false, attribute.Default()
+		a.Serial++
+		return
+	}
+	if !good.Kept { // bootstrap reads for itself, and may have seen a newer one than an earlier run kept
+		a.text = good.Text
+	}
+	if was != nil && bytes.Equal(was.Text, good.Text) {
+		return
+	}
+	a.Known, a.Config = true, good.Config
+	a.Serial++
+	switch {
+	case good.Kept:
+		log.Info("the attribute that an earlier run kept is in force", zap.Time("read", good.Read))
+	case was != nil:
+		log.Info("attribute changed")
+	}
+	a.reportUnknown(good.Config.Unknown, log)
+}
+
+// reportUnknown logs the attribute's unknown keys, the same ones once.
+func (a *attributeInForce) reportUnknown(keys []string, log *zap.Logger) {
+	set := strings.Join(keys, " ")
+	if set == "" || slices.Contains(a.unknown, set) {
+		return
+	}
+	a.unknown = append(a.unknown, set)
+	log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", keys))
 }
 
 // keptAttribute is the last good attribute as the state folder keeps it for the next start, with whose it is.
@@ -139,7 +194,7 @@ func (s *attributeSource) next(look metadata.Attribute, instance, machine string
 }
 
 // watchAttribute passes on what the metadata server says of the attribute, and has the last good one kept for the next start.
-func (a *Agent) watchAttribute(ctx context.Context) {
+func (a *Agent) watchAttribute(ctx context.Context) error {
 	kept, err := loadKept(a.settings.StateDir)
 	if err != nil {
 		a.log.Warn("no attribute of an earlier run", zap.Error(err))
@@ -164,4 +219,5 @@ func (a *Agent) watchAttribute(ctx context.Context) {
 			a.keep.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance, Machine: machine})
 		}
 	})
+	return nil
 }

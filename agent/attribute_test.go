@@ -168,7 +168,8 @@ func TestTakeAttribute(t *testing.T) {
 	own := &goodAttribute{Config: config(15101), Text: []byte("kept")}
 	next := &goodAttribute{Config: config(15102), Text: []byte("next")}
 	bad := errors.New("bad")
-	a := &Agent{log: zap.NewNop(), config: attribute.Default()}
+	log := zap.NewNop()
+	a := attributeInForce{Config: attribute.Default()}
 	for _, step := range []struct {
 		name  string
 		news  attributeNews
@@ -183,20 +184,20 @@ func TestTakeAttribute(t *testing.T) {
 		{"another, of which the loop hears once it is malformed", attributeNews{Good: next, Err: bad}, 15102, true, "next"},
 		{"the server is away again", attributeNews{Good: next, Source: bad}, 15102, false, "next"},
 	} {
-		a.wantStale = false
-		a.takeAttribute(step.news)
-		if a.haveConfig != (step.port != 0) || a.haveConfig && a.config.ProxyPort != step.port || a.wantStale != step.stale || string(a.attributeText) != step.text {
-			t.Errorf("%s: have %v, port %d, stale %v, text %q", step.name, a.haveConfig, a.config.ProxyPort, a.wantStale, a.attributeText)
+		was := a.Serial
+		a.take(step.news, log)
+		if a.Known != (step.port != 0) || a.Known && a.Config.ProxyPort != step.port || a.Serial != was != step.stale || string(a.text) != step.text {
+			t.Errorf("%s: %+v, the serial was %d", step.name, a, was)
 		}
-		if a.attributeErr != step.news.Err || a.sourceErr != step.news.Source {
-			t.Errorf("%s: %v, %v", step.name, a.attributeErr, a.sourceErr)
+		if a.Err != step.news.Err || a.Source != step.news.Source {
+			t.Errorf("%s: %v, %v", step.name, a.Err, a.Source)
 		}
 	}
-	a = &Agent{log: zap.NewNop()}
-	a.takeAttribute(attributeNews{Good: kept, Source: bad})
-	a.takeAttribute(attributeNews{Err: bad})
-	if a.haveConfig || a.config.ProxyPort != attribute.DefaultProxyPort || a.inForce != nil {
-		t.Errorf("another instance's is still in force: %+v", a.config)
+	a = attributeInForce{}
+	a.take(attributeNews{Good: kept, Source: bad}, log)
+	a.take(attributeNews{Err: bad}, log)
+	if a.Known || a.Config.ProxyPort != attribute.DefaultProxyPort || a.Good != nil {
+		t.Errorf("another instance's is still in force: %+v", a)
 	}
 }
 
@@ -322,7 +323,7 @@ func TestRunHistory(t *testing.T) {
 	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir}, history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute]()}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
-	go func() { defer close(ended); a.runHistory(ctx) }()
+	go func() { defer close(ended); a.keepHistory(ctx) }()
 	put := func(k *keptAttribute) {
 		a.keep.Put(k)
 		a.history.Put(Failures{Over: Failure{Text: "x", First: time.Unix(1e9, 0).UTC()}})
@@ -360,7 +361,7 @@ func TestRunHistory(t *testing.T) {
 	a.settings.StateDir = filepath.Join(file, "state")
 	ctx, cancel = context.WithCancel(t.Context())
 	ended = make(chan struct{})
-	go func() { defer close(ended); a.runHistory(ctx) }()
+	go func() { defer close(ended); a.keepHistory(ctx) }()
 	taken := func() bool { return len(a.keep.Get()) == 0 && len(a.history.Get()) == 0 }
 	for range 3 {
 		put(&keptAttribute{Text: keptText})

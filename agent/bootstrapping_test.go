@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
@@ -12,12 +13,16 @@ import (
 // installs it, nor when it has just started it and the last refusal is older than that.
 func TestBootstrapping(t *testing.T) {
 	start := time.Date(2026, 11, 24, 21, 41, 28, 0, time.UTC)
-	refused := func(at time.Time) View { return View{Err: errors.New("connection refused"), Asked: at} }
+	refused := func(at time.Time) envoywatch.View {
+		return envoywatch.View{Outage: envoywatch.Outage{
+			Err: errors.New("connection refused"), Asked: at,
+		}}
+	}
 	for _, tt := range []struct {
 		name  string
 		boot  progress.State
 		await bool
-		envoy View
+		envoy envoywatch.View
 		want  bool
 	}{
 		{"not begun", progress.State{}, true, refused(start), true},
@@ -25,7 +30,7 @@ func TestBootstrapping(t *testing.T) {
 		{"in progress", progress.State{Status: progress.InProgress, Time: start}, true, refused(start.Add(time.Hour)), true},
 		{"just finished, last refused before", progress.State{Status: progress.Finished, Time: start}, true, refused(start.Add(-time.Millisecond)), true},
 		{"finished, refused since", progress.State{Status: progress.Finished, Time: start}, true, refused(start.Add(time.Second)), false},
-		{"finished, answers", progress.State{Status: progress.Finished, Time: start}, true, View{Asked: start.Add(-time.Minute)}, false},
+		{"finished, answers", progress.State{Status: progress.Finished, Time: start}, true, envoywatch.View{Outage: envoywatch.Outage{Asked: start.Add(-time.Minute)}}, false},
 		{"failed", progress.State{Status: progress.Failed, Time: start}, true, refused(start.Add(-time.Second)), false},
 	} {
 		if have := bootstrapping(tt.boot, tt.await, tt.envoy); have != tt.want {

@@ -42,14 +42,9 @@ type Want struct {
 	ServerFirst []uint16
 }
 
-// resolverUIDs are the users whose DNS questions the rules let out.
-func (w Want) resolverUIDs() []uint32 {
-	for _, f := range w.Families {
-		if f.DNSPort != 0 {
-			return f.ResolverUIDs
-		}
-	}
-	return nil
+// interceptsDNS says whether DNS questions are led to Envoy.
+func (w Want) interceptsDNS() bool {
+	return w.Families[0].DNSPort != 0 || w.Families[1].DNSPort != 0
 }
 
 // serverFirst are the well-known ports of protocols in which the server speaks first: FTP, SMTP, POP3, IMAP, submission, MySQL.

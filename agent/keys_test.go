@@ -17,11 +17,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 )
 
-// TestUnknownKeysSaidOnce: keys that this version does not know are logged once, however often the rest of the attribute
+// TestUnknownKeysLoggedOnce: keys that this version does not know are logged once, however often the rest of the attribute
 // changes; others are news.
-func TestUnknownKeysSaidOnce(t *testing.T) {
+func TestUnknownKeysLoggedOnce(t *testing.T) {
 	core, logs := observer.New(zap.WarnLevel)
-	a := &Agent{log: zap.New(core)}
+	var a attributeInForce
+	log := zap.New(core)
 	for _, step := range []struct{ text, says string }{
 		{`{}`, ""},
 		{`{"new-key": 1, "labels": {"a": "1"}}`, "[new-key]"},
@@ -38,12 +39,12 @@ func TestUnknownKeysSaidOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		a.takeAttribute(attributeNews{Good: &goodAttribute{Config: config, Text: []byte(step.text)}})
-		var said []string
+		a.take(attributeNews{Good: &goodAttribute{Config: config, Text: []byte(step.text)}}, log)
+		var logged []string
 		for _, entry := range logs.TakeAll() {
-			said = append(said, fmt.Sprint(entry.ContextMap()["keys"]))
+			logged = append(logged, fmt.Sprint(entry.ContextMap()["keys"]))
 		}
-		if got := strings.Join(said, "; "); got != step.says {
+		if got := strings.Join(logged, "; "); got != step.says {
 			t.Errorf("%s: logged %q, want %q", step.text, got, step.says)
 		}
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,14 +12,46 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// markName is the file in the runtime folder that says which rules a start may adopt: an agent of this boot put jumps in,
-// and had seen the ports ready that they lead to. It holds the boot's id. Rules without it were restored by something
-// else at boot (netfilter-persistent, a snapshot of the VM) before Envoy could accept anything.
+// markName is the file in the runtime folder that says which rules a start may adopt: an agent of this
+// boot put jumps in, and had seen the ports ready that they lead to. It holds the boot's id. Rules
+// without it were restored by something else at boot (netfilter-persistent, a snapshot of the VM)
+// before Envoy could accept anything.
 const markName = "intercepting"
+
+// mark is that file.
+type mark struct {
+	dir string
+	set bool // an agent of this boot put jumps in
+	log *zap.Logger
+}
+
+// readMark looks for the mark of this boot. Where there is none, but an agent was ready in this boot,
+// it was of a version that made none, and this one comes by an upgrade.
+func readMark(dir string, log *zap.Logger) *mark {
+	id, err := os.ReadFile(filepath.Join(dir, markName))
+	if errors.Is(err, fs.ErrNotExist) {
+		_, err := os.Lstat(filepath.Join(dir, systemd.ReadyFile))
+		return &mark{dir: dir, set: err == nil, log: log}
+	}
+	return &mark{dir: dir, set: err == nil && strings.TrimSpace(string(id)) == bootID(), log: log}
+}
+
+// put says that the jumps are about to go in.
+func (m *mark) put() {
+	if m.set {
+		return
+	}
+	m.set = true // the folder is a tmpfs: what fails once fails again
+	if err := writeMark(m.dir, bootID()); err != nil {
+		m.log.Warn("a restart while Envoy is away will take the jumps out", zap.Error(err))
+	}
+}
 
 // bootID is the kernel's random id of this boot (random(4)), "" where /proc does not tell.
 func bootID() string {
@@ -26,40 +59,32 @@ func bootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// isMarked says whether an agent of this boot put jumps in. Where there is no mark, but an agent was ready in this boot, it
-// was of a version that made none, and this one comes by an upgrade.
-func isMarked(dir string) bool {
-	id, err := os.ReadFile(filepath.Join(dir, markName))
-	if errors.Is(err, fs.ErrNotExist) {
-		_, err := os.Lstat(filepath.Join(dir, systemd.ReadyFile))
-		return err == nil
-	}
-	return err == nil && strings.TrimSpace(string(id)) == bootID()
+// writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user: links
+// are not followed, and that user can replace it again.
+func writeMark(dir, boot string) error {
+	return atomicfile.Write(filepath.Join(dir, markName), []byte(boot+"\n"), 0o644)
 }
 
-// mark says that the jumps are about to go in.
-func (a *Agent) mark() {
-	if a.marked {
-		return
-	}
-	a.marked = true // the folder is a tmpfs: what fails once fails again
-	if err := writeMark(bootID()); err != nil {
-		a.log.Warn("a restart while Envoy is away will take the jumps out", zap.Error(err))
-	}
-}
-
-// writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user: links are not followed, and
-// that user can replace it again.
-func writeMark(boot string) error {
-	return atomicfile.Write(filepath.Join(server.Dir(), markName), []byte(boot+"\n"), 0o644)
-}
-
-// Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later was put there by
-// somebody else.
+// Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later was
+// put there by somebody else.
 func Unmark() error {
-	err := writeMark("none")
+	err := writeMark(server.Dir(), "none")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // no agent has run
 		return fmt.Errorf("forget that the rules are ours: %w", err)
 	}
 	return nil
+}
+
+// markingKernel puts the mark before jumps go in: an agent that dies in between must find it.
+type markingKernel struct {
+	reconcile.Kernel
+	mark *mark
+}
+
+// Apply is Kernel's.
+func (k markingKernel) Apply(ctx context.Context, p iptables.Plan) (iptables.Result, error) {
+	if p.Intercepting() {
+		k.mark.put()
+	}
+	return k.Kernel.Apply(ctx, p)
 }

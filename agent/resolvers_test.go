@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"os"
@@ -11,74 +12,99 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// TestResolverUsers: by name or uid, root too; who is not there is said once, if somebody named it.
+// TestResolverUsers: by name or uid, root too; who is not there is told once, if somebody named it.
 func TestResolverUsers(t *testing.T) {
 	core, logs := observer.New(zap.InfoLevel)
-	a := &Agent{log: zap.New(core)}
-	a.settings.ResolverUsers = []string{"systemd-resolve", "4711", "root", "no-such-resolver", "dnsmasq", "unbound"}
+	told := told{log: zap.New(core)}
+	users := []string{"systemd-resolve", "4711", "root", "no-such-resolver", "dnsmasq", "unbound"}
 	for range 2 {
-		if uids := a.resolverUIDs(); !slices.Contains(uids, 4711) || !slices.Contains(uids, 0) {
-			t.Errorf("%v, want 4711 and 0 among them", uids)
+		r := thisVM("").resolvers(users)
+		if !slices.Contains(r.UIDs, 4711) || !slices.Contains(r.UIDs, 0) {
+			t.Errorf("%v, want 4711 and 0 among them", r.UIDs)
 		}
+		told.tellResolvers(r.Missing)
 	}
 	if logs.Len() != 1 {
 		t.Errorf("logged %v, want the one name that is not there, once", logs.All())
 	}
 }
 
-// TestLookAtResolvers: only while DNS is intercepted, and users that come later change the rules.
-func TestLookAtResolvers(t *testing.T) {
-	a := &Agent{log: zap.NewNop()}
-	a.settings.ResolverUsers = []string{"4711"}
-	var f symptom.Facts
-	a.lookAtResolvers(&f, Want{})
-	if f.ResolverUIDs != nil || a.wantStale {
-		t.Errorf("without intercept-dns: %+v, stale %v", f, a.wantStale)
-	}
-	for i := range 2 {
-		var want Want
-		want.Families[i] = iptables.Interception{DNSPort: 15053, ResolverUIDs: []uint32{4711}}
-		if a.lookAtResolvers(&f, want); !slices.Equal(f.ResolverUIDs, []uint32{4711}) || a.wantStale {
-			t.Errorf("family %d: %v, stale %v", i, f.ResolverUIDs, a.wantStale)
-		}
-	}
-	want := Want{Families: [2]iptables.Interception{{DNSPort: 15053}}}
-	if a.lookAtResolvers(&f, want); !a.wantStale {
-		t.Error("a user that came after the rules does not change them")
-	}
-}
-
-// TestResolvers: lowest address first, so that a finding does not change with the kernel's order.
+// TestResolvers: who takes DNS questions is a fact only while they are led to Envoy, lowest address
+// first, so that a finding does not change with the kernel's order; users that come later change the
+// rules.
 func TestResolvers(t *testing.T) {
 	at := func(addr string, uid uint32) sockdiag.Listener {
 		return sockdiag.Listener{Addr: netip.MustParseAddrPort(addr), UID: uid}
 	}
-	have := resolvers([]sockdiag.Listener{at("127.0.0.53:53", 4711), at("127.0.0.1:53", 0), at("127.0.0.53:53", 4710)}, nil)
-	if len(have) != 3 || have[0].OwnerName != "root" || have[0].Addr.String() != "127.0.0.1:53" || have[1].Owner != 4710 || have[2].Owner != 4711 {
-		t.Errorf("%+v", have)
+	uids := map[string]uint32{"a": 4711}
+	l := &loop{vm: thisVM(t.TempDir()), settings: Settings{ResolverUsers: []string{"a", "b"}}}
+	l.vm.userIDs = func(name string) (uint32, uint32, error) {
+		if uid, ok := uids[name]; ok {
+			return uid, uid, nil
+		}
+		return 0, 0, errors.New("not there")
+	}
+	l.vm.udp = func(uint16) ([]sockdiag.Listener, error) {
+		return []sockdiag.Listener{at("127.0.0.53:53", 4711), at("127.0.0.1:53", 0), at("127.0.0.53:53", 4710)}, nil
+	}
+	now := time.Unix(1e9, 0)
+	if seen := l.observe(now); seen.Resolvers.UIDs != nil || seen.Resolvers.Sockets != nil {
+		t.Errorf("without intercept-dns: %+v", seen.Resolvers)
+	}
+	l.attribute = attributeInForce{Known: true, Config: attribute.Config{InterceptDNS: true}}
+	l.envoy.Generation = 1
+	seen := l.observe(now)
+	if f := seen.Facts(Want{}, nil); f.Resolvers != nil || f.ResolverUIDs != nil {
+		t.Errorf("without a DNS listener: %+v", f)
+	}
+	for i := range 2 {
+		var want Want
+		want.Families[i] = iptables.Interception{DNSPort: 15053}
+		f := seen.Facts(want, nil)
+		if have := f.Resolvers; len(have) != 3 || have[0].OwnerName != "root" || have[0].Addr.String() != "127.0.0.1:53" || have[1].Owner != 4710 || have[2].Owner != 4711 {
+			t.Errorf("family %d: %+v", i, have)
+		}
+		if !slices.Equal(f.ResolverUIDs, []uint32{4711}) {
+			t.Errorf("family %d: %v", i, f.ResolverUIDs)
+		}
+	}
+	for _, step := range []struct {
+		name   string
+		serial uint64
+	}{{"first", 1}, {"nothing new", 1}, {"a user came", 2}, {"nothing new", 2}} {
+		if step.name == "a user came" {
+			uids["b"] = 4712
+		}
+		if l.wanted.desired(l.settings, l.observe(now)); l.wanted.serial != step.serial {
+			t.Errorf("%s: want %d is made, want %d", step.name, l.wanted.serial, step.serial)
+		}
+	}
+	l.vm.udp = func(uint16) ([]sockdiag.Listener, error) { return nil, errors.New("no udp_diag") }
+	if r := l.vm.resolvers([]string{"a"}); r.Sockets != nil || !slices.Equal(r.UIDs, []uint32{4711}) {
+		t.Errorf("a kernel that cannot be asked: %+v", r)
 	}
 }
 
-// TestStrangerOnDNSOverTCP: while Envoy is down somebody else may take the TCP side of its DNS port alone.
-func TestStrangerOnDNSOverTCP(t *testing.T) {
+// TestForeignOwnerOnDNSOverTCP: while Envoy is down somebody else may take the TCP side of its DNS port
+// alone.
+func TestForeignOwnerOnDNSOverTCP(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	port := uint16(l.Addr().(*net.TCPAddr).Port)
+	port, proxy := uint16(l.Addr().(*net.TCPAddr).Port), uint32(os.Getuid())+1
 	for _, overTCP := range []bool{false, true} {
-		a := &Agent{uid: uint32(os.Getuid()) + 1, families: []familyState{{family: iptables.IPv4, dns: gate{open: true}}}}
-		a.settings.WhenEnvoyDown = Keep
-		var f symptom.Facts
-		a.passGates(time.Unix(1e9, 0), &f, Want{Families: [2]iptables.Interception{{DNSPort: port, DNSOverTCP: overTCP}}}, true)
-		if a.families[0].dns.denied != overTCP {
-			t.Errorf("over TCP %v: the gate is %+v", overTCP, a.families[0].dns)
+		ports := reconcile.Ports{DNS: port, DNSOverTCP: overTCP}
+		dns := thisVM("").look(iptables.IPv4, ports, Observation{User: proxyUser{UID: proxy}}).DNS
+		if foreign := dns.Listening && dns.Owner != proxy; foreign != overTCP {
+			t.Errorf("over TCP %v: %+v", overTCP, dns)
 		}
 	}
 }

@@ -9,22 +9,24 @@ import (
 	"slices"
 	"strconv"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
 
 // Settings describe the VM; the gce-service-proxy attribute describes the traffic. Each field is a flag of `run` of the
 // same name with an environment twin (see cmd/service-proxy-agent).
 type Settings struct {
-	EnvoyAdmin    string        // "127.0.0.1:15000" or "unix:///path"
-	EnvoyLog      string        // Envoy's stderr, the hint that something changed; "" turns the hint off
-	ProxyUser     string        // name or uid that Envoy runs as
-	Config        string        // a file with the attribute's JSON; "": the metadata server; "none": defaults
-	Listen        string        // /metrics, /healthz; "" turns it off
-	SerialPort    string        // "" turns it off
-	WhenEnvoyDown WhenEnvoyDown // keep or bypass
-	Interfaces    []string      // --intercept-interfaces
-	ResolverUsers []string      // names or uids of the VM's resolvers, whose DNS questions are never redirected
-	StateDir      string        // what is kept between starts
-	Version       string        // of this agent, for status and metrics
+	EnvoyAdmin    string                  // "127.0.0.1:15000" or "unix:///path"
+	EnvoyLog      string                  // Envoy's stderr, the hint that something changed; "" turns the hint off
+	ProxyUser     string                  // name or uid that Envoy runs as
+	Config        string                  // a file with the attribute's JSON; "": the metadata server; "none": defaults
+	Listen        string                  // /metrics, /healthz; "" turns it off
+	SerialPort    string                  // "" turns it off
+	WhenEnvoyDown reconcile.WhenEnvoyDown // keep or bypass
+	Interfaces    []string                // --intercept-interfaces
+	ResolverUsers []string                // names or uids of the VM's resolvers, whose DNS questions are never redirected
+	StateDir      string                  // what is kept between starts
+	Version       string                  // of this agent, for status and metrics
 	Commit        string
 }
 
@@ -33,7 +35,7 @@ var ErrSettings = errors.New("bad setting")
 
 // Validate refuses settings that cannot work, naming the flag and what it takes.
 func (s Settings) Validate() error {
-	if s.WhenEnvoyDown != Keep && s.WhenEnvoyDown != Bypass {
+	if s.WhenEnvoyDown != reconcile.Keep && s.WhenEnvoyDown != reconcile.Bypass {
 		return fmt.Errorf("%w: --when-envoy-down is %q; use keep or bypass", ErrSettings, s.WhenEnvoyDown)
 	}
 	if s.ProxyUser == "" {
@@ -60,13 +62,28 @@ func validPort(s string) bool {
 
 func portString(p uint16) string { return strconv.Itoa(int(p)) }
 
-// proxyIDs resolves --proxy-user, which must not be root.
-func proxyIDs(name string) (uid, gid uint32, err error) {
-	uid, gid, err = userIDs(name)
-	if err == nil && uid == 0 {
-		return 0, 0, fmt.Errorf("look up user %q: it is root, whose traffic cannot be told from everybody else's", name)
+// ownPorts are never intercepted as port rules: Envoy's admin and interception ports and the agent's
+// own.
+func ownPorts(s Settings) []uint16 {
+	ports := []uint16{15000, 15001, 15006, 15020}
+	for _, addr := range []string{s.EnvoyAdmin, s.Listen} {
+		if _, p, err := net.SplitHostPort(addr); err == nil {
+			if n, err := net.LookupPort("tcp", p); err == nil {
+				ports = append(ports, uint16(n))
+			}
+		}
 	}
-	return uid, gid, err
+	return sortedPorts(ports)
+}
+
+// proxyIDs resolves --proxy-user, which must not be root.
+func proxyIDs(name string, userIDs func(string) (uid, gid uint32, err error)) proxyUser {
+	uid, gid, err := userIDs(name)
+	if err == nil && uid == 0 {
+		return proxyUser{Err: fmt.Errorf(
+			"look up user %q: it is root, whose traffic cannot be told from everybody else's", name)}
+	}
+	return proxyUser{uid, gid, err}
 }
 
 // userIDs resolves a user to numbers: rules with names would look them up in NSS in the middle of a change.

@@ -28,12 +28,12 @@ func TestProxyIDs(t *testing.T) {
 		{"-1", 0, `look up user "-1"`},
 		{"4294967296", 0, `look up user "4294967296"`},
 	} {
-		uid, gid, err := proxyIDs(test.name)
+		p := proxyIDs(test.name, userIDs)
 		switch {
-		case test.err == "" && (err != nil || uid != test.uid || gid != test.uid):
-			t.Errorf("%q: uid %d, gid %d, %v; want %d", test.name, uid, gid, err, test.uid)
-		case test.err != "" && (err == nil || !strings.Contains(err.Error(), test.err)):
-			t.Errorf("%q: uid %d, %v; want an error that says %q", test.name, uid, err, test.err)
+		case test.err == "" && (p.Err != nil || p.UID != test.uid || p.GID != test.uid):
+			t.Errorf("%q: %+v; want %d", test.name, p, test.uid)
+		case test.err != "" && (p.Err == nil || !strings.Contains(p.Err.Error(), test.err)):
+			t.Errorf("%q: %+v; want an error that says %q", test.name, p, test.err)
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
 
 func runCommand() *cobra.Command {
@@ -24,7 +25,7 @@ func runCommand() *cobra.Command {
 		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a flag wins.\n" +
 			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s.WhenEnvoyDown = agent.WhenEnvoyDown(whenDown)
+			s.WhenEnvoyDown = reconcile.WhenEnvoyDown(whenDown)
 			s.Interfaces, s.ResolverUsers = words(interfaces), words(resolvers)
 			if dir := os.Getenv("STATE_DIRECTORY"); dir != "" {
 				s.StateDir = dir // systemd.exec(5), StateDirectory=
@@ -53,7 +54,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&s.Config, "config", "", "file with the gce-service-proxy attribute's JSON, instead of the metadata server; none: defaults")
 	f.StringVar(&s.Listen, "listen", ":15020", "address of /metrics and /healthz; empty: off")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
-	f.StringVar(&whenDown, "when-envoy-down", string(agent.Keep), "what happens to the jumps when Envoy stops accepting: keep or bypass")
+	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep), "what happens to the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers, "users that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their questions are not redirected, or they would loop")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")

@@ -409,3 +409,20 @@ func ask(c *netlink.Conn, r request, flags netlink.HeaderFlags) ([]socket, error
 	}
 	return socks, nil
 }
+
+// PeerUID is the uid of the process that called listen(2) on the other end's socket (SO_PEERCRED,
+// unix(7)).
+func PeerUID(c *net.UnixConn) (uid uint32, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
+		return 0, e
+	}
+	if err != nil {
+		return 0, fmt.Errorf("ask for the owner of Envoy's admin socket: %w", err)
+	}
+	return cred.Uid, nil
+}

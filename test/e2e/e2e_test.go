@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
@@ -315,7 +316,7 @@ func TestKill(t *testing.T) {
 func TestEnvoyDown(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
-		for _, policy := range []agent.WhenEnvoyDown{agent.Keep, agent.Bypass} {
+		for _, policy := range []reconcile.WhenEnvoyDown{reconcile.Keep, reconcile.Bypass} {
 			t.Run(string(policy), func(t *testing.T) {
 				m, a := start(t, mesh.Options{Backend: backend, Config: services()}, "--when-envoy-down", string(policy))
 				must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -325,7 +326,7 @@ func TestEnvoyDown(t *testing.T) {
 					return !s.Ready && strings.HasPrefix(s.LastFailure, "Envoy is not running")
 				})
 				must(t, err)
-				if policy == agent.Keep {
+				if policy == reconcile.Keep {
 					time.Sleep(4 * time.Second) // longer than bypass would take
 					if r, err := lab.HTTPProbe(t.Context(), m.VM, 1000, web4); err == nil {
 						t.Errorf("with Envoy down and keep: %+v, want a refused connection", r)

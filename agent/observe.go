@@ -1,0 +1,256 @@
+package agent
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os/user"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// vm is what can be asked of the VM at once. None of it waits for anybody else.
+type vm struct {
+	addrs     func() ([]netip.Addr, error) // of every interface but loopback
+	userIDs   func(name string) (uid, gid uint32, err error)
+	userName  func(uid uint32) string // "" where it has none
+	tcp, udp  func(port uint16) ([]sockdiag.Listener, error)
+	progress  func() (progress.State, error) // of bootstrap
+	account   func() *metadata.Account       // nil: not known yet
+	guestOff  func() bool                    // guest attributes are disabled
+	listenErr func() error                   // of --listen
+	backend   func() string                  // of iptables: nft or legacy
+	request   func(reason string) error      // asks for a run of bootstrap
+}
+
+// thisVM asks the VM that the program runs on. What only a daemon knows is the daemon's to add.
+func thisVM(stateDir string) vm {
+	return vm{
+		addrs: localAddrs, userIDs: userIDs, userName: userName,
+		tcp: sockdiag.Listeners, udp: sockdiag.UDPListeners,
+		progress:  func() (progress.State, error) { return progress.Read(stateDir) },
+		account:   func() *metadata.Account { return nil },
+		guestOff:  func() bool { return false },
+		listenErr: func() error { return nil },
+		backend:   func() string { return "" },
+		request:   func(string) error { return nil },
+	}
+}
+
+// proxyUser is --proxy-user in numbers.
+type proxyUser struct {
+	UID, GID uint32
+	Err      error // it is not there yet, or is root
+}
+
+// Observation is what a pass decides by: the VM as it is now, and the newest word of each task.
+type Observation struct {
+	Now       time.Time
+	Settings  Settings
+	User      proxyUser
+	Local     []netip.Addr // of every interface but loopback, sorted
+	Attribute attributeInForce
+	Envoy     envoywatch.View
+	Bootstrap progress.State
+	Awaited   bool // bootstrap is to come on this VM
+	Account   *metadata.Account
+	Others    []iptables.OtherChain
+	GuestOff  bool
+	ListenErr error
+	Resolvers resolvers // while intercept-dns asks for them
+}
+
+// observe gathers what can be learned at once. What takes its time comes from tasks as values.
+func (l *loop) observe(now time.Time) Observation {
+	if l.user.Err != nil { // bootstrap may create it after the daemon was started
+		l.user = proxyIDs(l.settings.ProxyUser, l.vm.userIDs)
+	}
+	if addrs, err := l.vm.addrs(); err == nil {
+		l.local = addrs
+	}
+	l.bootstrap.read(now, l.vm.progress)
+	seen := Observation{
+		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute, Envoy: l.envoy,
+		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Account: l.vm.account(),
+		Others: l.others, GuestOff: l.vm.guestOff(), ListenErr: l.vm.listenErr(),
+	}
+	if l.attribute.Config.InterceptDNS {
+		seen.Resolvers = l.vm.resolvers(l.settings.ResolverUsers)
+	}
+	return seen
+}
+
+// Facts is all that the findings of a pass are made of: what it saw, decided and did.
+func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Facts {
+	f := symptom.Facts{
+		Now:           o.Now,
+		Envoy:         o.Envoy.Facts(o.Settings.EnvoyAdmin),
+		ProxyUser:     o.Settings.ProxyUser,
+		ProxyUID:      o.User.UID,
+		UserErr:       o.User.Err,
+		Attribute:     o.Attribute.Err,
+		Advice:        o.Attribute.Config.Warnings,
+		Metadata:      o.Attribute.Source,
+		NoAttribute:   !o.Attribute.Known,
+		GuestOff:      o.GuestOff,
+		ListenErr:     o.ListenErr,
+		Bootstrapping: bootstrapping(o.Bootstrap, o.Awaited, o.Envoy),
+		Refused:       want.Refused,
+		Uncovered:     want.Uncovered,
+		ServerFirst:   want.ServerFirst,
+		Others:        o.Others,
+	}
+	if want.interceptsDNS() {
+		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs
+	}
+	if o.Account != nil {
+		f.Account, f.Scopes = o.Account.Email, o.Account.Scopes
+	}
+	if o.Bootstrap.Status == progress.Failed {
+		f.Bootstrap = o.Bootstrap.FailureLine()
+	}
+	for _, outcome := range outcomes {
+		f.Ports = append(f.Ports, outcome.Ports...)
+		f.Families = append(f.Families, outcome.Facts)
+	}
+	var foreign *sockdiag.ForeignError
+	if errors.As(o.Envoy.Err, &foreign) {
+		f.Ports = append(f.Ports, symptom.Port{
+			Purpose: "admin", Addr: foreign.Addr, Owner: foreign.UID, OwnerName: userName(foreign.UID),
+			Listening: true,
+		})
+	}
+	return f
+}
+
+// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
+// was asked before that tells nothing of the Envoy which it started.
+func bootstrapping(boot progress.State, awaited bool, envoy envoywatch.View) bool {
+	switch boot.Status {
+	case progress.InProgress:
+		return true
+	case progress.Finished:
+		return envoy.Err != nil && envoy.Asked.Before(boot.Time)
+	case "":
+		return awaited
+	}
+	return false
+}
+
+// What Envoy's ports are for, as findings say it.
+const (
+	outboundPort = "outbound interception"
+	inboundPort  = "inbound interception"
+	dnsListener  = "DNS"
+)
+
+// look asks the kernel who listens on the ports that matter.
+func (v vm) look(family iptables.Family, ports reconcile.Ports, seen Observation) reconcile.Looks {
+	looks := reconcile.Looks{
+		Outbound: v.lookAt(family, outboundPort, ports.Outbound, v.tcp, seen),
+		Inbound:  v.lookAt(family, inboundPort, ports.Inbound, v.tcp, seen),
+		DNS:      v.lookAt(family, dnsListener, ports.DNS, v.udp, seen),
+	}
+	if looks.DNS.Err != nil { // a kernel without udp_diag: what Envoy says must do
+		looks.DNS = symptom.Port{
+			Family: family, Addr: looks.DNS.Addr, Listening: true, Owner: seen.User.UID,
+		}
+	}
+	if ports.DNSOverTCP {
+		tcp := v.lookAt(family, dnsListener, ports.DNS, v.tcp, seen)
+		if tcp.Listening && tcp.Owner != seen.User.UID {
+			looks.DNS = tcp
+		}
+	}
+	return looks
+}
+
+// lookAt asks who would get what REDIRECT sends to this port. On OUTPUT it leads to loopback, on
+// PREROUTING (inbound, and outbound of containers) to an address of the interface that a packet came
+// in by. A foreign owner on any of these counts, one on another address does not.
+func (v vm) lookAt(
+	family iptables.Family, purpose string, port uint16,
+	list func(uint16) ([]sockdiag.Listener, error), seen Observation,
+) symptom.Port {
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if family == iptables.IPv6 {
+		loopback = netip.IPv6Loopback()
+	}
+	p := symptom.Port{Family: family, Purpose: purpose, Addr: netip.AddrPortFrom(loopback, port)}
+	if port == 0 {
+		return p
+	}
+	listeners, err := list(port)
+	if err != nil {
+		p.Err = err
+		return p
+	}
+	at := []netip.Addr{loopback}
+	if local := localOf(family, seen.Local); len(local) > 0 {
+		switch {
+		case purpose == inboundPort:
+			at = local
+		case purpose == outboundPort && len(seen.Settings.Interfaces) > 0:
+			at = append(at, local...)
+		}
+	}
+	for _, addr := range at {
+		for _, uid := range sockdiag.Accepting(listeners, addr) {
+			p.Listening, p.Owner = true, uid
+			if uid != seen.User.UID {
+				// Of several owners nobody can tell who gets the next connection: the foreign one counts.
+				p.Addr, p.OwnerName = netip.AddrPortFrom(addr, port), v.userName(uid)
+				return p
+			}
+		}
+	}
+	return p
+}
+
+// localOf are the addresses of one family, without link-local ones, to which REDIRECT does not lead.
+func localOf(family iptables.Family, local []netip.Addr) (some []netip.Addr) {
+	for _, addr := range local {
+		if family.Of(addr) && !addr.IsLinkLocalUnicast() {
+			some = append(some, addr)
+		}
+	}
+	return some
+}
+
+// userName is the name of a user in /etc/passwd, "" where it has none.
+func userName(uid uint32) string {
+	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
+	if err != nil {
+		return ""
+	}
+	return u.Username
+}
+
+// localAddrs are the addresses of every interface but loopback.
+func localAddrs() ([]netip.Addr, error) {
+	all, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var addrs []netip.Addr
+	for _, a := range all {
+		n, ok := a.(*net.IPNet)
+		if !ok {
+			continue
+		}
+		if addr, ok := netip.AddrFromSlice(n.IP); ok && !addr.Unmap().IsLoopback() {
+			addrs = append(addrs, addr.Unmap())
+		}
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return slices.Compact(addrs), nil
+}

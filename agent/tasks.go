@@ -1,0 +1,176 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// task is a goroutine of the daemon. One that returns an error ends them all.
+type task struct {
+	name string
+	run  func(context.Context) error
+}
+
+// readAccount asks once for the VM's service account, whose name belongs into the control plane's
+// refusals.
+func (a *Agent) readAccount(ctx context.Context) error {
+	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
+		if account, err := metadata.ReadAccount(ctx); err == nil {
+			a.account.Store(&account)
+			return nil
+		}
+		if !sleep(ctx, wait) {
+			return nil
+		}
+	}
+}
+
+// How often other nat chains at our hooks, and a switch of iptables' backend, are looked for. The
+// first time comes once the loop has installed its rules: those that an earlier run left in the other
+// backend redirect until then.
+const (
+	othersFirst = 20 * time.Second
+	othersEvery = 5 * time.Minute
+)
+
+// errSwitched ends the agent, which systemd starts again with the new backend. The rules in the old
+// one stay until the new ones are in.
+var errSwitched = errors.New("the iptables backend was switched")
+
+// watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left in
+// the other backend.
+func (a *Agent) watchOthers(ctx context.Context) error {
+	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
+		// Another Kernel: this one is the loop's.
+		backend := a.kernel.Backend() // "" until the programs have told their version
+		now, err := iptables.Open(ctx, iptables.Options{})
+		if err == nil && backend != "" && now.Backend() != "" && now.Backend() != backend {
+			return fmt.Errorf("%w from %s to %s: starting anew", errSwitched, backend, now.Backend())
+		}
+		if s := a.status.Load(); s == nil || !s.Ready {
+			continue // the rules in the other backend may be the only ones that redirect
+		}
+		removed, err := a.kernel.CleanOtherBackend(ctx)
+		if len(removed) > 0 {
+			a.log.Info("rules of ours removed from the other iptables backend",
+				zap.Strings("removed", removed))
+		}
+		if err != nil {
+			a.log.Debug("could not look into the other iptables backend", zap.Error(err))
+		}
+		others, err := a.kernel.Others(ctx) // what could be seen, in any case
+		if err != nil {
+			a.log.Debug("could not look for other nat chains", zap.Error(err))
+		}
+		a.others.Put(others)
+	}
+	return nil
+}
+
+// errToolsCame ends an agent that was started before iptables was installed; systemd starts it again.
+var errToolsCame = errors.New("iptables is installed now: starting anew")
+
+func (a *Agent) awaitTools(ctx context.Context) error {
+	for sleep(ctx, time.Second) {
+		for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+			if a.kernel.Probe(ctx, family) == nil {
+				return errToolsCame
+			}
+		}
+	}
+	return nil
+}
+
+// pauseLoop makes the loop write no more until the agent is restarted (cleanup).
+func (a *Agent) pauseLoop(ctx context.Context) error {
+	done := make(chan struct{})
+	select {
+	case a.pause <- done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case <-done:
+		a.log.Warn("paused by cleanup until restarted")
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// keepHistory keeps the failures and the attribute for the next start, beside the loop: a disk may
+// hang.
+func (a *Agent) keepHistory(ctx context.Context) error {
+	reported := map[string]bool{}
+	note := func(lost string, err error) {
+		if err != nil && !reported[lost] {
+			a.log.Warn(lost, zap.Error(err))
+		}
+		reported[lost] = err != nil
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case f := <-a.history.Get():
+			note("history is not kept", f.save(a.settings.StateDir))
+		case k := <-a.keep.Get():
+			note("the attribute is not kept", saveKept(a.settings.StateDir, k))
+		}
+	}
+}
+
+// report passes each newest Status on to the guest attributes and systemd.
+func (a *Agent) report(ctx context.Context) error {
+	reported := false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case s := <-a.reports.Get():
+			setAttributes(a.guest, s)
+			if err := notify(s); err != nil && !reported {
+				reported = true
+				a.log.Warn("systemd is not told", zap.Error(err))
+			}
+		}
+	}
+}
+
+// setAttributes hands the guest attributes to their writer, which writes what changed within its
+// budget.
+func setAttributes(w *guestattr.Writer, s status.Status) {
+	w.Set(guestattr.AgentHeartbeat, s.Heartbeat.Format(time.RFC3339))
+	w.Set(guestattr.AgentLastFailure, s.LastFailure)
+	if s.Envoy.Version != "" {
+		w.Set(guestattr.ProxyVersion, s.Envoy.Version)
+	}
+	if s.Bootstrap.Status != "" {
+		w.Set(guestattr.BootstrapStatus, s.Bootstrap.Status)
+	}
+	if s.Bootstrap.Failure != "" {
+		w.Set(guestattr.BootstrapLastFailure, s.Bootstrap.Failure)
+	}
+}
+
+// notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is
+// /healthz/ready), the watchdog at each one, so that a loop that hangs is ended with its stack in the
+// journal.
+func notify(s status.Status) error {
+	text := s.Mode
+	if !s.Ready {
+		text += "; not ready: " + s.NotReady
+	}
+	// READY=1 each time, which systemd allows: the mailbox may have dropped the first pass's Status.
+	return systemd.Notify("READY=1", "WATCHDOG=1", "STATUS="+text)
+}
