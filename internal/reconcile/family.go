@@ -12,7 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// Kernel is what a family asks of the nat table.
+// Kernel is what a family asks of the nat table; *iptables.Kernel has it. Who must know before jumps go
+// in puts something of its own in front (Plan.Intercepting).
 type Kernel interface {
 	Read(context.Context, iptables.Family) (iptables.Table, error)
 	ReadChains(context.Context, iptables.Table, []string) (iptables.Table, error)
@@ -286,7 +287,7 @@ func (f *Family) usable(ctx context.Context, now time.Time) bool {
 // for their ports (Hold). Rules that let older connections through (a first install) go on doing it
 // for the whole time.
 func (f *Family) adopt(ctx context.Context, p *pass) error {
-	if err := f.sight.read(ctx, f.kernel, f.family, p, true); err != nil {
+	if err := f.sight.read(ctx, f.kernel, f.family, p); err != nil {
 		return err
 	}
 	f.sight.adopted = true
@@ -311,16 +312,15 @@ func (f *Family) adopt(ctx context.Context, p *pass) error {
 // pursue finds out what the kernel has, says what differs, and repairs it.
 func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	start := p.time()
-	whole := f.sight.due(p.now, p.poll) <= 0
-	if err := f.sight.read(ctx, f.kernel, f.family, p, whole); err != nil {
+	if err := f.sight.read(ctx, f.kernel, f.family, p); err != nil {
 		return err
 	}
 	ours := f.sight.have.Ours()
-	if why == watch || why == leave && !f.mustLeave() { // somebody else put them in, or took them away
-		f.standing.jumps = ours.Intercepting()
+	switch {
+	case why == watch || why == leave && !f.mustLeave():
+		f.standing.jumps = ours.Intercepting() // somebody else put them in, or took them away
 		return nil
-	}
-	if why == leave {
+	case why == leave:
 		f.goal.leave(ours)
 	}
 	if ours.Empty() && f.goal.target.Intercepting() && !f.standing.written {
@@ -336,8 +336,9 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	f.sight.by = "" // whoever wrote, that is dealt with here, or was nothing of ours
 	if len(drift) == 0 {
 		f.settled()
-		p.out.Confirmed = f.goal.target.Intercepting()
-		f.paths.now = f.goal.redirects(f.gates.ports.DNS) // adopted: an earlier run took care of what was older
+		p.out.Confirmed = f.standing.jumps
+		// Adopted: an earlier run took care of what was older.
+		f.paths.now = f.goal.redirects(f.gates.ports.DNS)
 		return nil
 	}
 	// After a failure nobody undid anything: it was never done.
@@ -354,7 +355,9 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 }
 
 // repair puts right what somebody undid, unless that is put off.
-func (f *Family) repair(ctx context.Context, p *pass, drift []iptables.Drift, by string, start time.Time) error {
+func (f *Family) repair(
+	ctx context.Context, p *pass, drift []iptables.Drift, by string, start time.Time,
+) error {
 	f.drift.found(p.now, drift, by, f.backOff.on())
 	if !f.backOff.mayRepair(p.now) {
 		f.standing.equal, f.sight.dirty = false, true
@@ -392,7 +395,7 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 	p.out.Rows += plan.Len()
 	f.sight.have = result.Have
 	f.settled()
-	p.out.Confirmed = f.goal.target.Intercepting()
+	p.out.Confirmed = f.standing.jumps
 	f.paths.changed(ctx, p.now, f.family, f.goal.redirects(f.gates.ports.DNS))
 	if len(result.Drift) > 0 { // somebody wrote in between
 		f.standing.equal = false

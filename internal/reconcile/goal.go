@@ -13,7 +13,8 @@ type goal struct {
 	shape    shape
 	compiled bool             // want is of shape
 	want     iptables.Ruleset // the whole
-	target   iptables.Ruleset // want, or what the kernel takes of it, or rules of an earlier run without their jumps
+	// target is want, or what the kernel takes of it, or an earlier run's rules without their jumps.
+	target iptables.Ruleset
 
 	services []netip.Prefix // of want
 	ports    int            // address-less services of want
@@ -24,7 +25,9 @@ type goal struct {
 }
 
 // compile makes the ruleset that the want, the gates and the time ask for, if any of them changed.
-func (g *goal) compile(want iptables.Interception, serial uint64, gates *gates, now time.Time) (changed bool) {
+func (g *goal) compile(
+	want iptables.Interception, serial uint64, gates *gates, now time.Time,
+) (changed bool) {
 	shape := shapeOf(want, serial, gates, now.Before(g.settling))
 	if g.compiled && shape == g.shape {
 		return false
@@ -53,8 +56,8 @@ func (g *goal) leave(ours iptables.Ruleset) {
 // settle begins the time in which older connections are let through.
 func (g *goal) settle(now time.Time) { g.settling = now.Add(settle) }
 
-// installed notes what the kernel took of the target. The left ones of an earlier time stay left: only
-// the whole offers them again.
+// installed notes what the kernel took of the target. Rules that were left out before stay so: only
+// offerAgain and compile begin anew with the whole.
 func (g *goal) installed(r iptables.Result, now time.Time) {
 	g.target = r.Ruleset
 	if len(r.Left) == 0 {

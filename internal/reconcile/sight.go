@@ -18,14 +18,14 @@ type sight struct {
 	known   bool           // have is what was there then
 	adopted bool           // the kernel was looked at once
 
-	dirty   bool // something says that it may differ from have
-	touched []string
-	all     bool   // anything may have been touched
-	by      string // who the kernel says wrote last
+	dirty   bool     // something says that it may differ from have
+	touched []string // the chains that were named since the last read
+	all     bool     // any chain may have been touched
+	by      string   // who the kernel says wrote last
 
-	at    time.Time // of the last read of everything
-	took  time.Duration
-	ended time.Time
+	at    time.Time     // of the last read of everything
+	took  time.Duration // by the last read
+	ended time.Time     // of it
 }
 
 // note takes in what the kernel told of somebody's write.
@@ -55,10 +55,10 @@ func (s *sight) shareOver() time.Time { return s.ended.Add(readShare * s.took) }
 func (s *sight) intercepted() bool { return s.known && s.have.Ours().Intercepting() }
 
 // read makes have what the kernel has. Where the kernel notifies of every change, only what was
-// touched is read again.
-func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass, whole bool) (err error) {
+// touched is read again, until it is time to read everything.
+func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass) (err error) {
 	touched := s.touched
-	trusted := s.known && !s.all && !whole && p.poll == resync
+	trusted := s.known && !s.all && p.poll == resync && s.due(p.now, p.poll) > 0
 	if trusted && len(touched) == 0 {
 		return nil
 	}
