@@ -11,7 +11,8 @@
 // its own error (see ErrRefused and the others). What is well-formed but not understood is reported per listener (Skipped).
 //
 // It decides nothing about interception: package agent turns Snapshot.Listeners into what the kernel shall do, and
-// internal/symptom puts errors into words. It never changes anything in Envoy: only GET requests are sent.
+// internal/symptom puts errors into words. It changes nothing in Envoy: only GET requests are
+// sent, except to one that is to be stopped (FailHealthCheck, DrainListeners).
 package envoyadmin
 
 import (
@@ -54,8 +55,9 @@ const (
 type Client struct {
 	// Trust, if set, is asked on each new connection before anything is sent: an error ends the question with ErrUntrusted.
 	Trust func(net.Conn) error
-	// ShortLimit and LongLimit replace the time limits of short and long questions, 5 s and 20 s.
-	ShortLimit, LongLimit time.Duration
+	// ConnectLimit, ShortLimit and LongLimit replace the time limits of connecting, of short and of
+	// long questions: 1 s, 5 s and 20 s.
+	ConnectLimit, ShortLimit, LongLimit time.Duration
 
 	addr string
 	http *http.Client
@@ -89,12 +91,11 @@ func New(addr string) (*Client, error) {
 	} else if host == "" {
 		return nil, &BadAddressError{Addr: addr, Reason: "the host is missing"}
 	}
-	c := &Client{ShortLimit: shortLimit, LongLimit: longLimit, addr: addr, redials: time.Now()}
-	dialer := net.Dialer{Timeout: connectLimit}
+	c := &Client{ConnectLimit: connectLimit, ShortLimit: shortLimit, LongLimit: longLimit, addr: addr, redials: time.Now()}
 	c.http = &http.Client{
 		Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				conn, err := dialer.DialContext(ctx, network, target)
+				conn, err := (&net.Dialer{Timeout: c.ConnectLimit}).DialContext(ctx, network, target)
 				if err != nil {
 					return nil, err
 				}
@@ -147,20 +148,24 @@ func (c *Client) answered() {
 
 // get asks for a path and hands the body to read, all within the limits.
 func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxBytes int64, read func(io.Reader) error) error {
+	return c.do(ctx, http.MethodGet, path, limit, maxBytes, read)
+}
+
+func (c *Client) do(ctx context.Context, method, path string, limit time.Duration, maxBytes int64, read func(io.Reader) error) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := c.request(limited, path, maxBytes, read); err != nil {
+	if err := c.request(limited, method, path, maxBytes, read); err != nil {
 		var asked *url.Error
 		if errors.As(err, &asked) {
 			err = asked.Err // says the URL once more
 		}
 		what, _, _ := strings.Cut(path, "?")
-		return fmt.Errorf("get %q: %w", what, classify(ctx, limited, err))
+		return fmt.Errorf("%s %q: %w", strings.ToLower(method), what, classify(ctx, limited, err))
 	}
 	return nil
 }
 
-func (c *Client) request(ctx context.Context, path string, maxBytes int64, read func(io.Reader) error) error {
+func (c *Client) request(ctx context.Context, method, path string, maxBytes int64, read func(io.Reader) error) error {
 	c.mu.Lock()
 	aged := time.Since(c.redials) >= connectionAge
 	c.mu.Unlock()
@@ -168,7 +173,7 @@ func (c *Client) request(ctx context.Context, path string, maxBytes int64, read 
 		c.Redial()
 	}
 	// The host is what Envoy sees in the Host header: it takes any.
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy-admin"+path, nil)
+	request, err := http.NewRequestWithContext(ctx, method, "http://envoy-admin"+path, nil)
 	if err != nil {
 		return err
 	}

@@ -174,6 +174,16 @@ func (c *Client) Panics(ctx context.Context) (map[string]uint64, error) {
 
 // stats asks for the counters and gauges whose name matches.
 func (c *Client) stats(ctx context.Context, filter string, each func(name string, value uint64)) error {
+	return c.statLines(ctx, filter, func(name, number string) error {
+		if value, err := strconv.ParseUint(number, 10, 64); err == nil {
+			each(name, value)
+		}
+		return nil
+	})
+}
+
+// statLines asks for the stats whose name matches.
+func (c *Client) statLines(ctx context.Context, filter string, each func(name, value string) error) error {
 	path := "/stats?filter=" + url.QueryEscape(filter)
 	return c.get(ctx, path, c.LongLimit, maxLong, func(body io.Reader) error {
 		lines := bufio.NewScanner(body)
@@ -186,8 +196,8 @@ func (c *Client) stats(ctx context.Context, filter string, each func(name string
 			if !ok || strings.ContainsAny(name, "<>{}\" ") {
 				return fmt.Errorf("%w: want lines of NAME: VALUE", ErrNotJSON)
 			}
-			if value, err := strconv.ParseUint(number, 10, 64); err == nil {
-				each(name, value)
+			if err := each(name, number); err != nil {
+				return err
 			}
 		}
 		if err := lines.Err(); errors.Is(err, bufio.ErrTooLong) {

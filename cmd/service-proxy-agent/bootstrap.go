@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/drain"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -84,10 +85,10 @@ func drainCommand() *cobra.Command {
 			if limit < 0 {
 				return usage(fmt.Errorf("--limit is %s; use a time like 10s, or 0 not to wait", limit))
 			}
-			return bootstrap.Drain(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
+			return drain.Run(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
 		},
 	}
 	cmd.Flags().StringVar(&admin, "envoy-admin", "127.0.0.1:15000", "`ADDRESS` of Envoy's admin interface, or unix:///path")
-	cmd.Flags().DurationVar(&limit, "limit", bootstrap.DefaultDrain, "wait no longer than this for connections to end")
+	cmd.Flags().DurationVar(&limit, "limit", drain.DefaultLimit, "wait no longer than this for connections to end")
 	return cmd
 }

@@ -4,17 +4,12 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -270,56 +265,5 @@ func link(t *testing.T, target, name string) {
 	t.Helper()
 	if err := errors.Join(os.RemoveAll(name), os.Symlink(target, name)); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// fakeAdmin is Envoy's admin interface as far as drain asks it; the names of the statistics are as
-// Envoy 1.40 prints them (the box's TestPlannedStop has the real one).
-type fakeAdmin struct {
-	mu     sync.Mutex
-	posted []string
-	active int
-}
-
-func (f *fakeAdmin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if r.Method == http.MethodPost {
-		f.posted = append(f.posted, r.URL.String())
-		return
-	}
-	fmt.Fprintf(w, "listener.0.0.0.0_15001.downstream_cx_active: %d\nlistener.0.0.0.0_15001.worker_0.downstream_cx_active: %d\nlistener.admin.downstream_cx_active: 1\n",
-		f.active, f.active)
-	if f.active > 0 {
-		f.active--
-	}
-}
-
-func TestDrain(t *testing.T) {
-	admin := &fakeAdmin{active: 2}
-	srv := httptest.NewServer(admin)
-	defer srv.Close()
-	addr := strings.TrimPrefix(srv.URL, "http://")
-	if err := Drain(context.Background(), addr, "", time.Minute); err != nil || len(admin.posted) != 0 {
-		t.Errorf("without a process: %v, %v", err, admin.posted)
-	}
-	start := time.Now()
-	if err := Drain(context.Background(), addr, "17", time.Minute); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(start); took < 250*time.Millisecond || took > 5*time.Second {
-		t.Errorf("it took %v: want it to wait for the two connections, and no longer", took)
-	}
-	if want := "[/healthcheck/fail /drain_listeners?graceful&skip_exit]"; fmt.Sprint(admin.posted) != want {
-		t.Errorf("posted %v, want %v", admin.posted, want)
-	}
-	admin.active = 1000
-	start = time.Now()
-	if err := Drain(context.Background(), addr, "17", 300*time.Millisecond); err != nil || time.Since(start) > 2*time.Second {
-		t.Errorf("connections that stay: %v after %v", err, time.Since(start))
-	}
-	srv.Close()
-	if err := Drain(context.Background(), addr, "17", time.Second); err == nil {
-		t.Error("an admin port that is closed is no error")
 	}
 }

@@ -1,0 +1,86 @@
+// Package drain is a planned stop or restart of Envoy: what ExecStop= of Envoy's unit runs before
+// systemd sends TERM.
+//
+// It takes no rule out of the kernel: the agent does, by the state that Envoy has then.
+package drain
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// DefaultLimit is how long Run waits for connections to end: Envoy's unit gives --drain-time-s the
+// same.
+const DefaultLimit = 10 * time.Second
+
+// connectLimit leaves an Envoy whose queue of connections is full one more try of the kernel's,
+// which comes after 1 s (tcp(7), RFC 6298).
+const connectLimit = 2 * time.Second
+
+// handover is how long a stop takes at least: the agent asks for Envoy's state each second, and the
+// jumps must be out before nobody accepts any more.
+const handover = 2500 * time.Millisecond
+
+// Run asks Envoy to send its clients away and waits until they have gone, at most limit. New
+// connections are still accepted meanwhile.
+//
+// When Envoy is to be stopped, its state becomes DRAINING, by which the agent takes the jumps out:
+// without Envoy the VM reaches its services directly. When it is only restarted the state stays
+// LIVE and the jumps stay in, so that the gap for new connections is Envoy's own start, however
+// long an old connection is waited for.
+//
+// mainPID is systemd's $MAINPID; empty says that Envoy has ended by itself, and there is nothing to
+// do. admin is the address of the admin interface, HOST:PORT or unix://PATH.
+func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error {
+	if mainPID == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	client, err := envoyadmin.New(admin)
+	if err != nil {
+		return fmt.Errorf("drain Envoy: %w", err)
+	}
+	defer client.Close()
+	// Only limit ends a question: an Envoy that is slow to answer is still to be drained.
+	client.ConnectLimit, client.ShortLimit, client.LongLimit = connectLimit, limit, limit
+
+	var jumpsOut time.Time
+	if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
+		agent, err := systemd.UnitState(ctx, systemd.AgentUnit)
+		if err != nil || agent.Active == "active" { // at shutdown it has stopped before
+			jumpsOut = time.Now().Add(handover)
+		}
+		if err := client.FailHealthCheck(ctx); err != nil {
+			return fmt.Errorf("drain Envoy: %w", err)
+		}
+	}
+	if err := client.DrainListeners(ctx); err != nil {
+		return fmt.Errorf("drain Envoy: %w", err)
+	}
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		n, err := client.Connections(ctx)
+		if err != nil && ctx.Err() == nil {
+			return fmt.Errorf("drain Envoy: %w", err)
+		}
+		if err == nil && n == 0 && time.Now().After(jumpsOut) || !sleep(ctx, wait) {
+			return nil
+		}
+	}
+}
+
+// sleep waits for d and says whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}

@@ -1,0 +1,80 @@
+package drain
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// fakeAdmin is Envoy's admin interface as far as drain asks it; the names of the statistics are as
+// Envoy 1.40 prints them (the box's TestPlannedStop has the real one).
+type fakeAdmin struct {
+	mu     sync.Mutex
+	posted []string
+	active int
+}
+
+func (f *fakeAdmin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r.Method == http.MethodPost {
+		f.posted = append(f.posted, r.URL.String())
+		return
+	}
+	fmt.Fprintf(w, "listener.0.0.0.0_15001.downstream_cx_active: %d\n"+
+		"listener.0.0.0.0_15001.worker_0.downstream_cx_active: %d\n"+
+		"listener.admin.downstream_cx_active: 1\n", f.active, f.active)
+	if f.active > 0 {
+		f.active--
+	}
+}
+
+func TestRun(t *testing.T) {
+	admin := &fakeAdmin{active: 2}
+	srv := httptest.NewServer(admin)
+	defer srv.Close()
+	addr := strings.TrimPrefix(srv.URL, "http://")
+	if err := Run(context.Background(), addr, "", time.Minute); err != nil || len(admin.posted) != 0 {
+		t.Errorf("without a process: %v, %v", err, admin.posted)
+	}
+	start := time.Now()
+	if err := Run(context.Background(), addr, "17", time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(start); took < 250*time.Millisecond || took > 5*time.Second {
+		t.Errorf("it took %v: want it to wait for the two connections, and no longer", took)
+	}
+	if want := "[/healthcheck/fail /drain_listeners?graceful&skip_exit]"; fmt.Sprint(admin.posted) != want {
+		t.Errorf("posted %v, want %v", admin.posted, want)
+	}
+	admin.active = 1000
+	start = time.Now()
+	err := Run(context.Background(), addr, "17", 300*time.Millisecond)
+	if err != nil || time.Since(start) > 2*time.Second {
+		t.Errorf("connections that stay: %v after %v", err, time.Since(start))
+	}
+	srv.Close()
+	if err := Run(context.Background(), addr, "17", time.Second); err == nil {
+		t.Error("an admin port that is closed is no error")
+	}
+}
+
+// An Envoy that takes connections and never answers holds up its own stop for the limit, and no
+// longer.
+func TestRunUnanswered(t *testing.T) {
+	ended := make(chan struct{})
+	srv := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-ended }))
+	defer srv.Close()
+	defer close(ended)
+	start := time.Now()
+	err := Run(t.Context(), strings.TrimPrefix(srv.URL, "http://"), "17", 700*time.Millisecond)
+	took := time.Since(start)
+	if err == nil || took < 700*time.Millisecond || took > 3*time.Second {
+		t.Errorf("%v after %v", err, took)
+	}
+}
