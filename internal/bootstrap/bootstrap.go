@@ -66,8 +66,9 @@ type Options struct {
 	// Root is what all paths are beneath; "" for /.
 	Root string
 
-	// Tests replace how commands are run.
+	// Tests replace how commands are run, and where objects are.
 	command func(ctx context.Context, cmd *exec.Cmd) error
+	storage string // Cloud Storage's host
 }
 
 // Failure is why a step did not succeed.
@@ -105,6 +106,9 @@ func newBootstrapper(opts Options) *bootstrapper {
 	}
 	if opts.command == nil {
 		opts.command = func(_ context.Context, cmd *exec.Cmd) error { return cmd.Run() }
+	}
+	if opts.storage == "" {
+		opts.storage = cloudStorage
 	}
 	return &bootstrapper{Options: opts}
 }

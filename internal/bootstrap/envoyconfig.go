@@ -85,20 +85,21 @@ func readAddress(ctx context.Context) (string, error) {
 		}
 		return addr.String(), nil
 	}
-	return "", fmt.Errorf("the VM has no address: the metadata server has neither %q nor %q", ipPath, ipv6Path)
+	return "", fmt.Errorf("the VM has no address: the metadata server has neither %q nor %q",
+		ipPath, ipv6Path)
 }
 
-// envoyConfig is Envoy's configuration in Traffic Director's form, as JSON: the same bytes for the same input, so that a
-// difference means a restart. caFile is the VM's bundle of trusted authorities.
+// envoyConfig is Envoy's configuration in Traffic Director's form, as JSON: the same bytes for the
+// same input, so that a difference means a restart. caFile is the VM's bundle of trusted
+// authorities.
 func envoyConfig(cfg attribute.Config, vm VM, caFile string) ([]byte, error) {
 	node, err := envoyNode(cfg, vm)
 	if err != nil {
 		return nil, err
 	}
 	boot := &bootstrapv3.Bootstrap{
-		Node: node,
-		Admin: &bootstrapv3.Admin{Address: &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
-			Address: "127.0.0.1", PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: attribute.AdminPort}}}}},
+		Node:  node,
+		Admin: &bootstrapv3.Admin{Address: loopback(attribute.AdminPort)},
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			LdsConfig: adsSource(), CdsConfig: adsSource(),
 			AdsConfig: trafficDirectorAPI(caFile),
@@ -106,22 +107,25 @@ func envoyConfig(cfg attribute.Config, vm VM, caFile string) ([]byte, error) {
 		ClusterManager: &bootstrapv3.ClusterManager{LoadStatsConfig: trafficDirectorAPI(caFile)},
 		LayeredRuntime: &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
 			Name: "rtds_layer",
-			LayerSpecifier: &bootstrapv3.RuntimeLayer_RtdsLayer_{RtdsLayer: &bootstrapv3.RuntimeLayer_RtdsLayer{
-				Name: "traffic_director_runtime", RtdsConfig: adsSource()}},
+			LayerSpecifier: &bootstrapv3.RuntimeLayer_RtdsLayer_{
+				RtdsLayer: &bootstrapv3.RuntimeLayer_RtdsLayer{
+					Name: "traffic_director_runtime", RtdsConfig: adsSource()}},
 		}}},
 	}
 	compact, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(boot)
 	if err != nil {
 		return nil, fmt.Errorf("encode Envoy's configuration: %w", err)
 	}
+	// protojson's own white space differs from build to build, on purpose.
 	var text bytes.Buffer
-	if err := json.Indent(&text, compact, "", "  "); err != nil { // protojson's own white space differs from build to build, on purpose
+	if err := json.Indent(&text, compact, "", "  "); err != nil {
 		return nil, fmt.Errorf("encode Envoy's configuration: %w", err)
 	}
 	text.WriteByte('\n')
 	return text.Bytes(), nil
 }
 
+// envoyNode is who Envoy says that it is, which decides what the control plane sends it.
 func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
 	project, network := vm.ProjectNumber, vm.Network
 	if cfg.ProjectNumber != "" {
@@ -137,7 +141,8 @@ func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
 	case cfg.Scope != "":
 		scope = "scope:" + cfg.Scope
 	}
-	// Labels first: a label that bears the name of one of Traffic Director's own keys does not replace it. All values are strings.
+	// Labels first: a label that bears the name of one of Traffic Director's own keys does not
+	// replace it. All values are strings.
 	meta := map[string]any{}
 	for key, value := range cfg.Labels {
 		meta[key] = value
@@ -164,11 +169,19 @@ func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
 		return nil, fmt.Errorf("encode the labels: %w", err)
 	}
 	return &corev3.Node{
-		Id:       fmt.Sprintf("projects/%s/networks/%s/nodes/%s.%s.%s", project, scope, vm.Name, vm.Zone, vm.IP),
+		Id: fmt.Sprintf("projects/%s/networks/%s/nodes/%s.%s.%s",
+			project, scope, vm.Name, vm.Zone, vm.IP),
 		Cluster:  "cluster",
 		Locality: &corev3.Locality{Zone: vm.Zone},
 		Metadata: fields,
 	}, nil
+}
+
+func loopback(port uint32) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address:       "127.0.0.1",
+		PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
+	}}}
 }
 
 func adsSource() *corev3.ConfigSource {
@@ -178,29 +191,43 @@ func adsSource() *corev3.ConfigSource {
 	}
 }
 
+// The parts of Envoy's gRPC client (google_grpc), by shorter names.
+type (
+	googleGrpc         = corev3.GrpcService_GoogleGrpc
+	channelCredentials = corev3.GrpcService_GoogleGrpc_ChannelCredentials
+	sslCredentials     = corev3.GrpcService_GoogleGrpc_ChannelCredentials_SslCredentials
+	callCredentials    = corev3.GrpcService_GoogleGrpc_CallCredentials
+	computeEngine      = corev3.GrpcService_GoogleGrpc_CallCredentials_GoogleComputeEngine
+	channelArgs        = corev3.GrpcService_GoogleGrpc_ChannelArgs
+	channelArg         = corev3.GrpcService_GoogleGrpc_ChannelArgs_Value
+	channelArgInt      = corev3.GrpcService_GoogleGrpc_ChannelArgs_Value_IntValue
+)
+
 // trafficDirectorAPI is the stream to the control plane, authenticated by the VM's service account.
 func trafficDirectorAPI(caFile string) *corev3.ApiConfigSource {
-	intArg := func(n int64) *corev3.GrpcService_GoogleGrpc_ChannelArgs_Value {
-		return &corev3.GrpcService_GoogleGrpc_ChannelArgs_Value{
-			ValueSpecifier: &corev3.GrpcService_GoogleGrpc_ChannelArgs_Value_IntValue{IntValue: n}}
+	number := func(n int64) *channelArg {
+		return &channelArg{ValueSpecifier: &channelArgInt{IntValue: n}}
+	}
+	roots := &corev3.GrpcService_GoogleGrpc_SslCredentials{RootCerts: &corev3.DataSource{
+		Specifier: &corev3.DataSource_Filename{Filename: caFile}}}
+	stream := &googleGrpc{
+		TargetUri:  trafficDirector,
+		StatPrefix: "trafficdirector",
+		ChannelCredentials: &channelCredentials{
+			CredentialSpecifier: &sslCredentials{SslCredentials: roots}},
+		CallCredentials: []*callCredentials{{
+			CredentialSpecifier: &computeEngine{GoogleComputeEngine: &emptypb.Empty{}}}},
+		ChannelArgs: &channelArgs{Args: map[string]*channelArg{
+			// Pings go on while nothing is said: a dead peer is noticed in 30 s.
+			"grpc.http2.max_pings_without_data": number(0),
+			"grpc.keepalive_time_ms":            number(10_000),
+			"grpc.keepalive_timeout_ms":         number(20_000),
+		}},
 	}
 	return &corev3.ApiConfigSource{
 		ApiType:             corev3.ApiConfigSource_GRPC,
 		TransportApiVersion: corev3.ApiVersion_V3,
-		GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_GoogleGrpc_{GoogleGrpc: &corev3.GrpcService_GoogleGrpc{
-			TargetUri:  trafficDirector,
-			StatPrefix: "trafficdirector",
-			ChannelCredentials: &corev3.GrpcService_GoogleGrpc_ChannelCredentials{
-				CredentialSpecifier: &corev3.GrpcService_GoogleGrpc_ChannelCredentials_SslCredentials{
-					SslCredentials: &corev3.GrpcService_GoogleGrpc_SslCredentials{
-						RootCerts: &corev3.DataSource{Specifier: &corev3.DataSource_Filename{Filename: caFile}}}}},
-			CallCredentials: []*corev3.GrpcService_GoogleGrpc_CallCredentials{{
-				CredentialSpecifier: &corev3.GrpcService_GoogleGrpc_CallCredentials_GoogleComputeEngine{GoogleComputeEngine: &emptypb.Empty{}}}},
-			ChannelArgs: &corev3.GrpcService_GoogleGrpc_ChannelArgs{Args: map[string]*corev3.GrpcService_GoogleGrpc_ChannelArgs_Value{
-				"grpc.http2.max_pings_without_data": intArg(0), // pings go on while nothing is said: a dead peer is noticed in 30 s
-				"grpc.keepalive_time_ms":            intArg(10_000),
-				"grpc.keepalive_timeout_ms":         intArg(20_000),
-			}},
-		}}}},
+		GrpcServices: []*corev3.GrpcService{{
+			TargetSpecifier: &corev3.GrpcService_GoogleGrpc_{GoogleGrpc: stream}}},
 	}
 }

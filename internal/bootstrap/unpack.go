@@ -20,24 +20,21 @@ const envoyInArchive = "usr/local/bin/envoy"
 const (
 	maxUnpacked = 1 << 30 // Envoy with its symbols is a few hundred MB
 	maxRatio    = 100     // unpacked to packed; Envoy's is about 3
+	anyRatio    = 1 << 20 // up to this size any ratio will do
 )
 
 var errArchive = errors.New("bad archive")
 
-// unpackEnvoy copies the Envoy binary in the .tgz archive to into, and nothing else: nothing of an archive decides where anything is written.
-// An archive that tries (.., links, devices, setuid) is refused as a whole: whoever made it meant something else than we do.
+// unpackEnvoy copies the Envoy binary in the .tgz archive to into, and nothing else: nothing of an
+// archive decides where anything is written. An archive that tries (.., links, devices, setuid) is
+// refused as a whole: whoever made it meant something else than we do.
 func unpackEnvoy(archive io.Reader, into io.Writer) error {
 	packed := &counter{r: archive}
 	gz, err := gzip.NewReader(bufio.NewReader(packed))
 	if err != nil {
 		return fmt.Errorf("%w: %w", errArchive, err)
 	}
-	limit := func(n int64) error {
-		if n > maxUnpacked || n > 1<<20 && n > maxRatio*packed.n {
-			return fmt.Errorf("%w: it unpacks to more than %d MB or %d times its size", errArchive, maxUnpacked>>20, maxRatio)
-		}
-		return nil
-	}
+	limit := func(n int64) error { return checkSize(packed.n, n) }
 	unpacked := &counter{r: gz, check: limit}
 	entries := tar.NewReader(unpacked)
 	found := false
@@ -65,7 +62,8 @@ func unpackEnvoy(archive io.Reader, into io.Writer) error {
 			return archiveError(err)
 		}
 	}
-	if _, err := io.Copy(io.Discard, unpacked); err != nil { // to the end: gzip's checksum stands there
+	// To the end: gzip's checksum stands there.
+	if _, err := io.Copy(io.Discard, unpacked); err != nil {
 		return archiveError(err)
 	}
 	if !found {
@@ -74,6 +72,17 @@ func unpackEnvoy(archive io.Reader, into io.Writer) error {
 	return nil
 }
 
+// checkSize refuses an archive that has unpacked to more than an Envoy can be. A small one is let
+// pass whatever its ratio: folders and licences pack well.
+func checkSize(packed, unpacked int64) error {
+	if unpacked > maxUnpacked || unpacked > anyRatio && unpacked > maxRatio*packed {
+		return fmt.Errorf("%w: it unpacks to more than %d MB or %d times its size",
+			errArchive, maxUnpacked>>20, maxRatio)
+	}
+	return nil
+}
+
+// checkEntry refuses an entry that is more than a plain file or folder.
 func checkEntry(header *tar.Header) error {
 	name := fmt.Sprintf("%.100q", header.Name)
 	for _, part := range strings.Split(header.Name, "/") {
@@ -90,7 +99,8 @@ func checkEntry(header *tar.Header) error {
 	}
 	for key := range header.PAXRecords {
 		if strings.HasPrefix(key, "GNU.sparse.") {
-			return fmt.Errorf("%w: entry %s has holes (GNU sparse); pack it without --sparse", errArchive, name)
+			return fmt.Errorf("%w: entry %s has holes (GNU sparse); pack it without --sparse",
+				errArchive, name)
 		}
 	}
 	if header.Mode&0o6000 != 0 {
@@ -111,6 +121,7 @@ func archiveError(err error) error {
 	return fmt.Errorf("%w: %w", errArchive, err)
 }
 
+// counter counts what is read of r, and refuses more once check does.
 type counter struct {
 	r     io.Reader
 	n     int64
@@ -128,6 +139,9 @@ func (c *counter) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// machines are those that Envoy is built for, by Go's name.
+var machines = map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
+
 // checkBinary says that the file is a program for this machine.
 func checkBinary(name string) error {
 	f, err := elf.Open(name)
@@ -139,7 +153,7 @@ func checkBinary(name string) error {
 		return err
 	}
 	defer f.Close()
-	want := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[runtime.GOARCH]
+	want := machines[runtime.GOARCH]
 	if f.Machine != want {
 		return fmt.Errorf("it is a program for %v, and this VM is %v", f.Machine, want)
 	}
