@@ -120,9 +120,6 @@ func New(addr string) (*Client, error) {
 	return c, nil
 }
 
-// Addr returns the address as it was given to New.
-func (c *Client) Addr() string { return c.addr }
-
 // Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 

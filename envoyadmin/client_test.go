@@ -21,7 +21,7 @@ import (
 
 func TestNew(t *testing.T) {
 	for _, good := range []string{"127.0.0.1:15000", "localhost:1", "[::1]:65535", "unix:///run/envoy.sock", "unix:/run/envoy.sock"} {
-		if c, err := New(good); err != nil || c.Addr() != good {
+		if c, err := New(good); err != nil || c.addr != good {
 			t.Errorf("%s: %v", good, err)
 		}
 	}
@@ -335,7 +335,7 @@ func TestTrust(t *testing.T) {
 	stranger := errors.New("uid 1234")
 	c.Trust = func(conn net.Conn) error {
 		asked.Add(1)
-		if conn.RemoteAddr().String() != c.Addr() {
+		if conn.RemoteAddr().String() != c.addr {
 			t.Errorf("asked about %v", conn.RemoteAddr())
 		}
 		return stranger

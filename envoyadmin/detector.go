@@ -30,8 +30,6 @@ const (
 	Dump               // ask for Client.Listeners and tell Dumped
 )
 
-func (a Action) String() string { return [...]string{"wait", "look", "dump"}[a] }
-
 // Detector decides when to ask Envoy what, so that a change is seen at once and an idle Envoy spends less than 1 % of its main thread on us. It is a
 // pure value: the time is given to it, and it asks nothing itself. The zero value begins with a dump.
 //

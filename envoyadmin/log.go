@@ -28,10 +28,6 @@ const (
 	LogUnreadable                   // the log itself cannot be read, see Details, or can again (no Details); it is tried each second
 )
 
-func (k LogKind) String() string {
-	return [...]string{"other", "listener changed", "listener rejected", "stream closed", "log unreadable"}[k]
-}
-
 // LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a configuration
 // that Envoy quotes (redaction.Text).
 type LogEvent struct {

@@ -149,8 +149,3 @@ func connectFirst(ctx context.Context, host, port string, addresses []netip.Addr
 	}
 	return nil, &ProbeError{Step: ErrConnect, Target: target, Err: err}
 }
-
-// Probe probes the target.
-func (t Target) Probe(ctx context.Context) error {
-	return Probe(ctx, t.Address, ProbeOptions{TLS: t.TLS, ServerName: t.ServerName, RootCAFile: t.RootCAFile})
-}

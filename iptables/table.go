@@ -13,8 +13,6 @@ import (
 type Table struct {
 	family Family
 	chains map[string][]string // rules in order, without "-A CHAIN "
-	// unparsed are the lines that are neither chain nor rule nor comment. They are carried for messages only.
-	unparsed []string
 }
 
 // ErrTruncated says that a save ended in the middle of its nat table. What it held is not to be trusted: the missing
@@ -22,7 +20,7 @@ type Table struct {
 var ErrTruncated = errors.New("the save ends within table nat")
 
 // Parse reads the output of iptables-save, with or without counters and with or without other tables. A save without a
-// nat table is an empty Table: nobody has used it yet. It never panics; lines that it does not know are carried.
+// nat table is an empty Table: nobody has used it yet. It never panics; lines that it does not know are passed over.
 func Parse(family Family, save []byte) (Table, error) {
 	t := Table{family: family, chains: map[string][]string{}}
 	inNat := false
@@ -66,22 +64,14 @@ func (t *Table) line(line string) {
 			name = line[len("-N "):]
 		}
 		name, _, _ = strings.Cut(name, " ")
-		if name == "" {
-			t.unparsed = append(t.unparsed, line)
-			return
-		}
-		if _, ok := t.chains[name]; !ok {
+		if _, ok := t.chains[name]; !ok && name != "" {
 			t.chains[name] = nil
 		}
 	case strings.HasPrefix(line, "-A "):
 		name, spec, _ := strings.Cut(line[len("-A "):], " ")
-		if name == "" {
-			t.unparsed = append(t.unparsed, line)
-			return
+		if name != "" {
+			t.chains[name] = append(t.chains[name], spec)
 		}
-		t.chains[name] = append(t.chains[name], spec)
-	default:
-		t.unparsed = append(t.unparsed, line)
 	}
 }
 
@@ -105,9 +95,6 @@ func (t Table) Has(chain string) bool {
 
 // Rules returns the rules of any chain that was read, in iptables-save's form without "-A CHAIN".
 func (t Table) Rules(chain string) []string { return slices.Clone(t.chains[chain]) }
-
-// Unparsed returns the lines of the save that were neither chain nor rule nor comment.
-func (t Table) Unparsed() []string { return slices.Clone(t.unparsed) }
 
 // Ours is everything of ours in the table, whoever made it and in whatever state it is: what a start adopts. The jumps
 // are those that lead to chains of ours, in their order, wherever they stand in the built-in chains.
@@ -138,7 +125,7 @@ func (t Table) with(read map[string][]string, gone []string) Table {
 		delete(chains, name)
 	}
 	maps.Copy(chains, read)
-	return Table{family: t.family, chains: chains, unparsed: t.unparsed}
+	return Table{family: t.family, chains: chains}
 }
 
 // heldByOthers finds the chains of ours that a rule of somebody else's leads to, each with one such rule: iptables

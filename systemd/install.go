@@ -2,17 +2,14 @@ package systemd
 
 import (
 	"bytes"
-	"context"
 	"embed"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
@@ -156,33 +153,4 @@ func quotePath(path string) (string, error) {
 		return "", fmt.Errorf("path %q in a unit: want it absolute, clean and without control characters", path)
 	}
 	return `"-` + strings.NewReplacer("%", "%%", `"`, `\"`, `\`, `\\`).Replace(path) + `"`, nil
-}
-
-// Systemctl runs systemctl with args. Its error holds systemctl's first line.
-func Systemctl(ctx context.Context, args ...string) error {
-	return run(ctx, "systemctl", args...)
-}
-
-// Sysusers makes the users, Tmpfiles the folders and files of our own set; both change nothing that exists as it should be.
-func Sysusers(ctx context.Context) error {
-	return run(ctx, "systemd-sysusers", filepath.Join(SysusersDir, "service-proxy-agent.conf"))
-}
-
-// Tmpfiles makes and mends the folders and files of our own set.
-func Tmpfiles(ctx context.Context) error {
-	return run(ctx, "systemd-tmpfiles", "--create", filepath.Join(TmpfilesDir, "service-proxy-agent.conf"))
-}
-
-func run(ctx context.Context, name string, args ...string) error {
-	cmd := exec.CommandContext(ctx, name, args...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	cmd.WaitDelay = time.Second
-	if err := cmd.Run(); err != nil {
-		if line := firstLine(stderr.String()); line != "" {
-			return fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, line)
-		}
-		return fmt.Errorf("run %s %s: %w", name, strings.Join(args, " "), err)
-	}
-	return nil
 }

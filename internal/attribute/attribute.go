@@ -59,14 +59,6 @@ func (e *KeyError) Error() string {
 // PortRange is First to Last, both included; First ≤ Last.
 type PortRange struct{ First, Last uint16 }
 
-// String is the range in iptables' form: "81" or "8080:8090".
-func (r PortRange) String() string {
-	if r.First == r.Last {
-		return strconv.Itoa(int(r.First))
-	}
-	return fmt.Sprintf("%d:%d", r.First, r.Last)
-}
-
 // Config is what the attribute asks for. The zero value of a field means that its key is not given, except ProxyPort, which is
 // never 0 in a Config from Parse or Default.
 type Config struct {

@@ -102,13 +102,6 @@ func (p *Public) Err() error {
 	return p.err
 }
 
-// Addr is where the server listens; nil while it does not.
-func (p *Public) Addr() net.Addr {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.addr
-}
-
 func (p *Public) set(addr net.Addr, err error) (was error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -46,6 +46,13 @@ func startPublic(t *testing.T, p *Public) string {
 	return p.Addr().String()
 }
 
+// Addr is where the server listens; nil while it does not.
+func (p *Public) Addr() net.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.addr
+}
+
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {

@@ -65,23 +65,8 @@ type Listener struct {
 // timeLimit bounds one question to the kernel. The dump of one port takes well under a millisecond; a second is for a machine out of breath.
 const timeLimit = time.Second
 
-// Owner says which uid owns the TCP listening socket that would accept a connection to addr.
-//
-// As in the kernel an exact address beats the wildcard, and a wildcard IPv6 socket takes IPv4 connections unless it is v6only. An
-// unspecified address means loopback, as it does for connect(2). Sockets that share the address (SO_REUSEPORT) must all have one owner:
-// else the error is a *[SeveralOwnersError]. With nobody there the error is [ErrNoListener]; any other error means that the kernel could
-// not be asked.
-//
-//	uid, err := sockdiag.Owner(netip.MustParseAddrPort("127.0.0.1:15001"))
-func Owner(addr netip.AddrPort) (uint32, error) {
-	c, err := dial()
-	if err != nil {
-		return 0, err
-	}
-	defer c.Close()
-	return owner(c, addr)
-}
-
+// owner is the uid of the TCP listening socket that would accept a connection to addr. Sockets that share the address
+// (SO_REUSEPORT) must all have one owner: else the error is a *[SeveralOwnersError].
 func owner(c *netlink.Conn, addr netip.AddrPort) (uint32, error) {
 	uids, err := owners(c, addr)
 	if err != nil {
@@ -95,6 +80,11 @@ func owner(c *netlink.Conn, addr netip.AddrPort) (uint32, error) {
 
 // OwnedBy is nil when every socket that could accept a connection to addr belongs to one of the uids. Otherwise the error is
 // [ErrNoListener], a *[ForeignError] with a uid that is not among them, or that the kernel could not be asked.
+//
+// As in the kernel an exact address beats the wildcard, and a wildcard IPv6 socket takes IPv4 connections unless it is v6only. An
+// unspecified address means loopback, as it does for connect(2).
+//
+//	err := sockdiag.OwnedBy(netip.MustParseAddrPort("127.0.0.1:15001"), 0, envoy)
 func OwnedBy(addr netip.AddrPort, uids ...uint32) error {
 	c, err := dial()
 	if err != nil {

@@ -83,8 +83,8 @@ func TestStranger(t *testing.T) {
 		}
 	}
 
-	if uid, err := Owner(addr); err != nil || uid != strangerUID {
-		t.Errorf("Owner = %d, %v; want %d", uid, err, strangerUID)
+	if uid, err := ownerOf(addr); err != nil || uid != strangerUID {
+		t.Errorf("ownerOf = %d, %v; want %d", uid, err, strangerUID)
 	}
 	var foreign *ForeignError
 	if err := OwnedBy(addr, 0, 107); !errors.As(err, &foreign) || foreign.UID != strangerUID {

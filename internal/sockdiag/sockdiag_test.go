@@ -12,6 +12,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ownerOf asks the kernel for the owner of a listening socket, as PeerOwner does of one whose queue a connection is in.
+func ownerOf(addr netip.AddrPort) (uint32, error) {
+	c, err := dial()
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	return owner(c, addr)
+}
+
 func TestOwner(t *testing.T) {
 	me := uint32(os.Getuid())
 	for _, tt := range []struct {
@@ -33,15 +43,15 @@ func TestOwner(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			l := listen(t, tt.network, tt.listen)
 			addr := netip.AddrPortFrom(netip.MustParseAddr(tt.ask), port(l))
-			uid, err := Owner(addr)
+			uid, err := ownerOf(addr)
 			if tt.none {
 				if !errors.Is(err, ErrNoListener) {
-					t.Fatalf("Owner(%v) = %d, %v; want ErrNoListener", addr, uid, err)
+					t.Fatalf("ownerOf(%v) = %d, %v; want ErrNoListener", addr, uid, err)
 				}
 				return
 			}
 			if err != nil || uid != me {
-				t.Fatalf("Owner(%v) = %d, %v; want %d", addr, uid, err, me)
+				t.Fatalf("ownerOf(%v) = %d, %v; want %d", addr, uid, err, me)
 			}
 			if err := OwnedBy(addr, me); err != nil {
 				t.Errorf("OwnedBy(%v, %d): %v", addr, me, err)
@@ -207,7 +217,7 @@ func TestNoSocketToAskBy(t *testing.T) {
 		}
 	}()
 	for name, ask := range map[string]func() error{
-		"Owner":        func() error { _, err := Owner(addr); return err },
+		"ownerOf":      func() error { _, err := ownerOf(addr); return err },
 		"OwnedBy":      func() error { return OwnedBy(addr, 0, uint32(os.Getuid())) },
 		"Listeners":    func() error { _, err := Listeners(addr.Port()); return err },
 		"UDPListeners": func() error { _, err := UDPListeners(addr.Port()); return err },
@@ -256,7 +266,7 @@ func BenchmarkOwner(b *testing.B) {
 	defer l.Close()
 	addr := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port(l))
 	for b.Loop() {
-		if _, err := Owner(addr); err != nil {
+		if _, err := ownerOf(addr); err != nil {
 			b.Fatal(err)
 		}
 	}
