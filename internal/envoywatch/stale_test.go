@@ -16,8 +16,8 @@ import (
 
 // admin is an Envoy's admin interface as far as a Watch asks it. What each answer looks like was
 // taken from Envoy 1.40.0: /ready says PRE_INITIALIZING until the first clusters and listeners
-// came; the dump of an Envoy that has no listeners is {}; lds.version is 0 until an update was taken
-// as a whole; after a hot restart update_success begins with the parent's last.
+// came; the dump of an Envoy that has no listeners is {}; lds.version is 0 until an update was
+// taken as a whole; after a hot restart update_success begins with the parent's last.
 type admin struct {
 	mu       sync.Mutex
 	state    string
@@ -75,7 +75,8 @@ func (a *admin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 					listenerJSON(a.static) + `}]}`
 			}
 		case "":
-			body = `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v3.BootstrapConfigDump",` +
+			body = `{"configs":[` +
+				`{"@type":"type.googleapis.com/envoy.admin.v3.BootstrapConfigDump",` +
 				`"bootstrap":{"node":{"id":"n"},"dynamic_resources":{}}}]}`
 			if a.lds >= 0 {
 				body = strings.Replace(body, `"dynamic_resources":{}`,
@@ -187,7 +188,9 @@ func TestStaleDumpWithin(t *testing.T) {
 		envoy.asked = func(path string) {
 			if path == "/config_dump?resource=dynamic_listeners" {
 				if dumps++; dumps == 1 {
-					envoy.set(func() { envoy.state, envoy.lds, envoy.dynamic = "LIVE", 1, "10.10.0.2" })
+					envoy.set(func() {
+						envoy.state, envoy.lds, envoy.dynamic = "LIVE", 1, "10.10.0.2"
+					})
 				}
 			}
 		}

@@ -1,0 +1,276 @@
+package envoywatch
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+)
+
+// TestRestart: what was known of the process before is not known of the next, but for the set that
+// counts, which stays until there is another.
+func TestRestart(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.stats.Connected = false
+	w.after(15 * time.Second)
+	w.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.StreamClosed, Code: 7, Count: 1})
+	if v := w.after(15 * time.Second); !v.Apart || v.Stream == nil {
+		t.Fatalf("not apart: %+v", v)
+	}
+	w.w.process.probe, w.w.process.targets = errors.New("blocked"), []envoyadmin.Target{{}}
+
+	w.restart()
+	w.rejected = "bad"
+	v := w.after(time.Second)
+	if v.Apart || v.Stream != nil || v.Probe != nil || v.Configured || w.w.process.targets != nil {
+		t.Errorf("it is said of the next: %+v", v)
+	}
+	if v.State != "PRE_INITIALIZING" || v.Generation != 1 || names(v) != "dynamic1" {
+		t.Errorf("generation %d of %s, state %s", v.Generation, names(v), v.State)
+	}
+	if v.Dumps != 2 {
+		t.Errorf("%d dumps", v.Dumps)
+	}
+	if len(v.Rejected) != 1 {
+		t.Error("what the last look found rejected is not told")
+	}
+	if n := w.logs.FilterMessage("envoy restarted").Len(); n != 1 {
+		t.Errorf("logged %d times", n)
+	}
+	w.questions()
+	w.after(13 * time.Second)
+	w.wantQuestions("look ready ready") // its stream was asked for 14 s ago
+	w.serve()
+	if v = w.after(time.Second); !v.Configured || v.Generation != 2 || names(v) != "dynamic3" {
+		t.Errorf("configured %v, generation %d of %s", v.Configured, v.Generation, names(v))
+	}
+}
+
+// TestAnotherConnection: the client counts an Envoy in doubt as another, and says by its answer
+// that it is the same. That is no restart to log, but may be one all the same.
+func TestAnotherConnection(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.process++
+	w.uptime += time.Second
+	if v := w.after(time.Second); !v.Configured || v.Generation != 2 {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	if n := w.logs.FilterMessage("envoy restarted").Len(); n != 0 {
+		t.Error("logged as a restart")
+	}
+}
+
+// TestWordsOfNext: what the log says while the next process is being met is of that one.
+func TestWordsOfNext(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.clock = w.clock.Add(time.Second)
+	w.restart()
+	w.takes["dump"] = 2 * time.Millisecond
+	w.while["dump"] = func() {
+		w.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.StreamClosed, Code: 14, Count: 1})
+	}
+	if v, _ := w.step(); v.Stream == nil || v.Stream.Code != 14 || v.Configured {
+		t.Errorf("configured %v, stream %+v", v.Configured, v.Stream)
+	}
+}
+
+// TestNotMet: who made a dump cannot be asked. The dump does not count, and is made again.
+func TestNotMet(t *testing.T) {
+	w := watch(t, running())
+	w.fails["info"] = envoyadmin.ErrTimeout
+	v, _ := w.step()
+	w.wantQuestions("dump info ready")
+	if v.Err != nil || v.Configured || v.Generation != 0 {
+		t.Errorf("%v, configured %v, generation %d", v.Err, v.Configured, v.Generation)
+	}
+	if v = w.after(200 * time.Millisecond); !errors.Is(v.Err, envoyadmin.ErrTimeout) {
+		t.Errorf("it says %v", v.Err)
+	}
+	w.wantQuestions("dump info")
+	clear(w.fails)
+	if v = w.after(800 * time.Millisecond); !v.Configured || v.Generation != 1 {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	if v = w.after(time.Second); v.Err != nil {
+		t.Errorf("it says %v", v.Err)
+	}
+}
+
+// TestConfigured: the set of an Envoy that has not completed a listener update never counts, and an
+// empty one that was read before that moment neither.
+func TestConfigured(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*envoy)
+		want   bool
+		asked  string // in the first look, and in the next 200 ms later
+	}{
+		{"serves", func(e *envoy) {}, true, "dump info ready stats; "},
+		{"initializes", func(e *envoy) { e.state = "INITIALIZING" }, false,
+			"dump info ready ready ready stats; ready ready"},
+		{"initializes before", func(e *envoy) { e.state = "PRE_INITIALIZING" }, false,
+			"dump info ready ready ready stats; ready ready"},
+		{"drains", func(e *envoy) { e.state = "DRAINING" }, true,
+			"dump info ready ready stats; ready"},
+		{"was told that there is nothing", func(e *envoy) { e.dynamic = false }, true,
+			"dump info ready stats stats; dump"},
+		{"was told nothing", func(e *envoy) { e.dynamic, e.stats.Version = false, 0 }, false,
+			"dump info ready stats bootstrap stats; "},
+		{"was told nothing and has static listeners",
+			func(e *envoy) { e.dynamic, e.static, e.stats.Version = false, true, 0 }, false,
+			"dump info ready stats bootstrap stats; "},
+		{"takes no listeners from a control plane",
+			func(e *envoy) { e.dynamic, e.static, e.stats.Version, e.lds = false, true, 0, false },
+			true, "dump info ready stats bootstrap stats; dump"},
+		{"gives no statistics",
+			func(e *envoy) { e.dynamic, e.fails["stats"] = false, envoyadmin.ErrForbiddenPath },
+			false, "dump info ready stats; "},
+		{"gives no bootstrap",
+			func(e *envoy) {
+				e.dynamic, e.static, e.stats.Version, e.lds = false, true, 0, false
+				e.fails["bootstrap"] = envoyadmin.ErrForbiddenPath
+			}, false, "dump info ready stats bootstrap; "},
+		{"does not say whether it is ready",
+			func(e *envoy) { e.fails["ready"] = envoyadmin.ErrForbiddenPath }, false,
+			"dump info ready; "},
+		{"warms one listener", func(e *envoy) { e.warming = true }, false,
+			"dump info ready stats; look"},
+	} {
+		w := watch(t, running())
+		tt.change(w.envoy)
+		w.step()
+		asked := w.questions() + "; "
+		v := w.after(200 * time.Millisecond)
+		if asked += w.questions(); asked != tt.asked {
+			t.Errorf("%s: asked %q, want %q", tt.name, asked, tt.asked)
+		}
+		if v.Configured != tt.want || (v.Generation == 1) != tt.want {
+			t.Errorf("%s: configured %v, generation %d", tt.name, v.Configured, v.Generation)
+		}
+	}
+}
+
+// TestBecomesConfigured: the dump that found nothing is made again once Envoy was told something.
+func TestBecomesConfigured(t *testing.T) {
+	e := running()
+	e.dynamic, e.stats.Version, e.static = false, 0, true
+	w := watch(t, e)
+	w.step()
+	w.after(time.Second)
+	w.questions()
+	w.stats.Version = 7
+	v := w.after(time.Second)
+	w.wantQuestions("look ready ready stats dump")
+	if !v.Configured || v.Generation != 1 || names(v) != "static" {
+		t.Errorf("configured %v, generation %d of %s", v.Configured, v.Generation, names(v))
+	}
+	v = w.after(time.Second) // that is not asked for again
+	w.wantQuestions("look ready")
+	if !v.Configured || v.Generation != 1 {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	w.sets++ // another empty set counts at once
+	v = w.after(time.Second)
+	w.wantQuestions("look dump ready")
+	if v.Generation != 2 {
+		t.Errorf("generation %d", v.Generation)
+	}
+	w.dynamic = true
+	w.sets++
+	v = w.after(time.Second)
+	if w.wantQuestions("look dump ready"); v.Generation != 3 {
+		t.Errorf("generation %d", v.Generation)
+	}
+	w.dynamic = false
+	w.sets++ // and once it had listeners an empty one is in doubt
+	v = w.after(time.Second)
+	if w.wantQuestions("look dump ready stats"); v.Generation != 3 || !v.Configured {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	v = w.after(200 * time.Millisecond)
+	if w.wantQuestions("dump"); v.Generation != 4 {
+		t.Errorf("generation %d", v.Generation)
+	}
+}
+
+// TestListenersGone: whether an Envoy that had listeners was told that there are none any more is
+// asked once at once, and then at the pace of statistics.
+func TestListenersGone(t *testing.T) {
+	e := running()
+	e.takes["stats"] = 100 * time.Millisecond
+	w := watch(t, e)
+	w.step()
+	w.dynamic, w.stats.Version = false, 0
+	w.sets++
+	w.questions()
+	v := w.after(time.Second)
+	w.wantQuestions("look dump ready stats bootstrap")
+	if v.Generation != 1 || !v.Configured {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	w.stats.Version = 7
+	w.takes["bootstrap"] = 10 * time.Millisecond
+	w.w.process.stats = envoyadmin.Pace{}
+	w.w.process.stats.Asked(w.clock.Add(-100*time.Millisecond), w.clock)
+	w.sets++ // still nothing, and no second question
+	v = w.after(2 * time.Second)
+	w.wantQuestions("look dump ready")
+	if v.Generation != 1 {
+		t.Errorf("generation %d", v.Generation)
+	}
+	for range 97 {
+		w.after(time.Second)
+	}
+	w.questions()
+	v = w.after(time.Second)
+	w.wantQuestions("look ready ready stats dump")
+	if v.Generation != 2 || !v.Configured {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+}
+
+// TestWarming: the first set waits for listeners that are warming, for a minute. A later one does
+// not.
+func TestWarming(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.warming = true
+	w.sets++
+	if v := w.after(time.Second); v.Generation != 2 {
+		t.Errorf("generation %d of an Envoy that is not young", v.Generation)
+	}
+	w.restart()
+	w.after(time.Second)
+	met := w.clock
+	w.serve()
+	w.warming = true
+	w.after(time.Second)
+	for w.clock.Sub(met) < time.Minute-time.Second {
+		if v := w.after(time.Second); v.Configured || v.Generation != 2 {
+			t.Fatalf("after %v: configured %v, generation %d",
+				w.clock.Sub(met), v.Configured, v.Generation)
+		}
+	}
+	v := w.after(met.Add(time.Minute - 1).Sub(w.clock))
+	if v.Configured {
+		t.Error("configured before a minute has passed")
+	}
+	w.after(time.Second)
+	if v = w.after(time.Second); !v.Configured || v.Generation != 3 {
+		t.Errorf("after a minute: configured %v, generation %d", v.Configured, v.Generation)
+	}
+
+	w.restart()
+	w.after(time.Second)
+	w.serve()
+	w.warming = true
+	w.after(time.Second)
+	w.warming = false
+	if v = w.after(time.Second); !v.Configured || v.Generation != 4 {
+		t.Errorf("all are ready: configured %v, generation %d", v.Configured, v.Generation)
+	}
+}
