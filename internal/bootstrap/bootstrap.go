@@ -29,7 +29,6 @@ const (
 	AgentBinary = "/usr/local/bin/service-proxy-agent"
 	EnvoyBinary = "/usr/local/bin/envoy"
 	EnvoyConfig = "/etc/service-proxy-agent/envoy.json" // 0640 root:envoy
-	LogDir      = "/var/log/envoy"                      // 1770 root:envoy
 	EnvoyUser   = "envoy"
 	AgentUser   = "service-proxy-agent"
 

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
@@ -60,7 +61,7 @@ func TestAttributeChange(t *testing.T) {
 		delete(change, tt.key)
 		for _, values := range [][2]string{{tt.from, tt.to}, {tt.to, tt.from}} {
 			b := newBootstrapper(Options{Root: t.TempDir(), command: func(context.Context, *exec.Cmd) error { return nil }}) // Envoy accepts it
-			for _, dir := range []string{"/run", LogDir} {
+			for _, dir := range []string{"/run", logs.Dir} {
 				mkdir(t, b.path(dir), 0o755)
 			}
 			var restart bool

@@ -21,10 +21,10 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -464,18 +464,18 @@ func (b *bootstrapper) markRestart() error {
 	return atomicfile.Write(b.path(restartFile), nil, 0o600)
 }
 
-// makeLogs makes the access log's folder, and outside LogDir, which Envoy's sandbox would refuse, sees to the right to write there. LogDir itself is made by tmpfiles.d.
+// makeLogs makes the access log's folder, and outside logs.Dir, which Envoy's sandbox would refuse, sees to the right to write there. logs.Dir itself is made by tmpfiles.d.
 func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Failure {
 	fail := func(err error) *Failure { return diskFailure(StepLogs, err) }
 	outside, name := "", filepath.Clean(cfg.AccessLog)
-	if dir := filepath.Dir(name); cfg.AccessLog != "" && dir != LogDir && dir != "/dev" { // /dev/stdout is envoy.out.log
-		if !inLogDir(name) {
+	if dir := filepath.Dir(name); cfg.AccessLog != "" && dir != logs.Dir && dir != "/dev" { // /dev/stdout is envoy.out.log
+		if !logs.InDir(name) {
 			outside = dir
 		}
-		if err := b.makeAccessLog(name); err != nil {
+		if err := logs.Make(b.Root, name, b.giveToEnvoy); err != nil {
 			f := fail(fmt.Errorf("make the access log: %w", err))
 			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, untrusted.ErrLink) {
-				f.Advice = "give access-log a path in a folder that exists, " + LogDir + " for instance"
+				f.Advice = "give access-log a path in a folder that exists, " + logs.Dir + " for instance"
 			}
 			return f
 		}
@@ -499,59 +499,6 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) *Fail
 		}
 	}
 	return nil
-}
-
-// inLogDir says that the path is beneath LogDir.
-func inLogDir(name string) bool { return strings.HasPrefix(name, LogDir+"/") }
-
-// makeAccessLog makes the access log's folder, and outside LogDir, in a folder that may be another's, the file too.
-func (b *bootstrapper) makeAccessLog(name string) error {
-	dir, err := b.makeLogFolder(filepath.Dir(name))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if inLogDir(name) {
-		return nil
-	}
-	file, err := untrusted.OpenIn(dir, filepath.Base(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	if err != nil {
-		return &fs.PathError{Op: "create", Path: name, Err: err}
-	}
-	return errors.Join(b.giveToEnvoy(file), file.Close())
-}
-
-// makeLogFolder opens a folder for logs, made for Envoy's user where it is missing: beneath LogDir with all that leads to it, elsewhere it alone, since a longer
-// path that is missing is a slip of the pen, or a disk that is not mounted.
-func (b *bootstrapper) makeLogFolder(name string) (dir *os.File, err error) {
-	var parent *os.File
-	if up := filepath.Dir(name); inLogDir(up) {
-		parent, err = b.makeLogFolder(up)
-	} else {
-		parent, err = untrusted.OpenFolder(b.Root, up)
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer parent.Close()
-	err = unix.Mkdirat(int(parent.Fd()), filepath.Base(name), 0o750)
-	switch {
-	case errors.Is(err, fs.ErrExist) && !inLogDir(name):
-		return untrusted.OpenFolder(b.Root, name) // somebody else's, it may be
-	case err != nil && !errors.Is(err, fs.ErrExist):
-		return nil, &fs.PathError{Op: "mkdir", Path: name, Err: err}
-	}
-	if dir, err = untrusted.OpenFolderIn(parent, filepath.Base(name)); err != nil { // LogDir is Envoy's, too
-		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
-	}
-	if err := b.giveToEnvoy(dir); err != nil {
-		dir.Close()
-		return nil, err
-	}
-	return dir, nil
 }
 
 // giveToEnvoy makes Envoy's user the owner of an open file.
@@ -589,7 +536,7 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) *Failure {
 		}
 	}
 	if err := b.waitForAdmin(ctx, 20*time.Second); err != nil {
-		return &Failure{Step: StepStart, Err: err, Advice: "see " + LogDir + "/envoy.err.log"}
+		return &Failure{Step: StepStart, Err: err, Advice: "see " + logs.Dir + "/envoy.err.log"}
 	}
 	if err := os.Remove(marker); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return diskFailure(StepStart, err)
@@ -619,7 +566,7 @@ func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) er
 }
 
 func (b *bootstrapper) lastLogLine() string {
-	f, err := untrusted.Open(b.path(LogDir + "/envoy.err.log"))
+	f, err := untrusted.Open(b.path(logs.Dir + "/envoy.err.log"))
 	if err != nil {
 		return "(none)"
 	}

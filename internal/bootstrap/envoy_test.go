@@ -21,6 +21,7 @@ import (
 	"testing/synctest"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
@@ -428,7 +429,7 @@ func TestWishDoesNotStopTheRest(t *testing.T) {
 	for _, program := range []string{"iptables", "iptables-restore"} {
 		v.put("/usr/sbin/"+program, "x")
 	}
-	mkdir(t, filepath.Join(v.root, LogDir), 0o770)
+	mkdir(t, filepath.Join(v.root, logs.Dir), 0o770)
 	if f := v.bootstrap(s.config("1.30.1", "")); f != nil {
 		t.Fatal(f)
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -314,7 +315,7 @@ func Remove(ctx context.Context, opts Options, clean func(context.Context) (remo
 	if len(units) > 0 {
 		systemctl(time.Minute, "daemon-reload")
 	}
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), LogDir, libDir, progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir, progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
 	if state.PrimarySum != "" {
 		paths = append([]string{EnvoyBinary}, paths...)
 	} else if _, err := os.Stat(b.path(EnvoyBinary)); err == nil {

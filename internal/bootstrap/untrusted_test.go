@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
@@ -74,7 +75,7 @@ func TestPlantedFiles(t *testing.T) {
 	for what, plant := range plants {
 		t.Run(what, func(t *testing.T) {
 			b := newBootstrapper(Options{Root: t.TempDir()})
-			for _, dir := range []string{progress.StateDir, progress.RuntimeDir, LogDir, "/srv"} {
+			for _, dir := range []string{progress.StateDir, progress.RuntimeDir, logs.Dir, "/srv"} {
 				mkdir(t, b.path(dir), 0o755)
 			}
 			within(t, 10*time.Second, func() {
@@ -82,7 +83,7 @@ func TestPlantedFiles(t *testing.T) {
 				if state, err := progress.Read(b.path(progress.StateDir)); err == nil {
 					t.Errorf("the state is believed: %+v", state)
 				}
-				plant(t, b.path(LogDir+"/envoy.err.log"))
+				plant(t, b.path(logs.Dir+"/envoy.err.log"))
 				if have := b.lastLogLine(); strings.Contains(have, "made_users") {
 					t.Errorf("another's file is shown: %q", have)
 				}

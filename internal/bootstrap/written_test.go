@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
@@ -134,7 +135,7 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 		{"1.30.1", "/srv/data/access.log", StepStart},
 		{"1.30.2", "/var/log/envoy/sub/access.log", StepStart},
 	} {
-		mkdir(t, filepath.Join(v.root, LogDir), 0o770) // tmpfiles.d's
+		mkdir(t, filepath.Join(v.root, logs.Dir), 0o770) // tmpfiles.d's
 		cfg := s.config(step.primary, "")
 		cfg.AccessLog = step.accessLog
 		b := newBootstrapper(v.options())
