@@ -49,7 +49,8 @@ func TestRun(t *testing.T) {
 	if took := time.Since(start); took < 250*time.Millisecond || took > 5*time.Second {
 		t.Errorf("it took %v: want it to wait for the two connections, and no longer", took)
 	}
-	if want := "[/healthcheck/fail /drain_listeners?graceful&skip_exit]"; fmt.Sprint(admin.posted) != want {
+	want := "[/healthcheck/fail /drain_listeners?graceful&skip_exit]"
+	if fmt.Sprint(admin.posted) != want {
 		t.Errorf("posted %v, want %v", admin.posted, want)
 	}
 	admin.active = 1000

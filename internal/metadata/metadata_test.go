@@ -24,19 +24,20 @@ func machine(t *testing.T, ipv4, ipv6 error) (Transport, *[]string) {
 		_, _ = io.Copy(w, r.Body)
 	}))
 	t.Cleanup(srv.Close)
-	base := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		err := errors.New("another address")
-		switch addr {
-		case "169.254.169.254:80":
-			err = ipv4
-		case "[fd20:ce::254]:80":
-			err = ipv6
-		}
-		if err != nil {
-			return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", err)}
-		}
-		return (&net.Dialer{}).DialContext(ctx, network, srv.Listener.Addr().String())
-	}}
+	base := &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			err := errors.New("another address")
+			switch addr {
+			case "169.254.169.254:80":
+				err = ipv4
+			case "[fd20:ce::254]:80":
+				err = ipv6
+			}
+			if err != nil {
+				return nil, &net.OpError{Op: "dial", Net: network, Err: os.NewSyscallError("connect", err)}
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, srv.Listener.Addr().String())
+		}}
 	return Transport{base}, hosts
 }
 
@@ -55,7 +56,8 @@ func TestTransport(t *testing.T) {
 		transport, hosts := machine(t, tt.ipv4, tt.ipv6)
 		for _, method := range []string{http.MethodGet, http.MethodPut} { // a PUT is a guest attribute
 			*hosts = nil
-			req, err := http.NewRequestWithContext(t.Context(), method, "http://"+IPv4+"/computeMetadata/v1/", strings.NewReader("value"))
+			req, err := http.NewRequestWithContext(t.Context(), method,
+				"http://"+IPv4+"/computeMetadata/v1/", strings.NewReader("value"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -87,7 +89,8 @@ func TestCheckHost(t *testing.T) {
 		"fd20:ce::254": false, "::1": false,
 	} {
 		t.Setenv(HostEnv, host)
-		if err := CheckHost(); (err == nil) != fine || err != nil && !strings.Contains(err.Error(), "["+host+"]") {
+		err := CheckHost()
+		if (err == nil) != fine || err != nil && !strings.Contains(err.Error(), "["+host+"]") {
 			t.Errorf("%q: %v", host, err)
 		}
 	}

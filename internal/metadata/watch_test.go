@@ -39,7 +39,8 @@ func (f *fakeAttribute) set(code int, text string) {
 }
 
 func (f *fakeAttribute) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Header.Get("Metadata-Flavor") != "Google" || r.URL.Path != "/computeMetadata/v1/instance/attributes/gce-service-proxy" {
+	if r.Header.Get("Metadata-Flavor") != "Google" ||
+		r.URL.Path != "/computeMetadata/v1/instance/attributes/gce-service-proxy" {
 		http.Error(w, "bad request", http.StatusForbidden)
 		return
 	}
@@ -47,7 +48,8 @@ func (f *fakeAttribute) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.polls++
 	etag, changed := fmt.Sprintf("e%d", f.version), f.changed
 	f.mu.Unlock()
-	if q := r.URL.Query(); q.Get("wait_for_change") == "true" && q.Get("last_etag") == etag && q.Get("timeout_sec") != "" {
+	if q := r.URL.Query(); q.Get("wait_for_change") == "true" && q.Get("last_etag") == etag &&
+		q.Get("timeout_sec") != "" {
 		select {
 		case <-changed:
 		case <-r.Context().Done():

@@ -15,7 +15,8 @@ func TestState(t *testing.T) {
 	if have, err := Read(dir); err != nil || !cmp.Equal(have, State{}) {
 		t.Errorf("without a file: %+v, %v", have, err)
 	}
-	want := State{Status: Failed, Step: "install Envoy", Time: time.Unix(1700000000, 0).UTC(), Failure: "install Envoy: x", Next: "it is tried again",
+	want := State{Status: Failed, Step: "install Envoy", Time: time.Unix(1700000000, 0).UTC(),
+		Failure: "install Envoy: x", Next: "it is tried again",
 		Story: []Line{{1, time.Unix(1700000000, 0).UTC(), "INFO", "text"}}}
 	if err := Write(dir, want); err != nil {
 		t.Fatal(err)
@@ -88,7 +89,8 @@ func TestRequest(t *testing.T) {
 	if err := Request(dir, "the attribute\nhas changed"); err != nil {
 		t.Fatal(err)
 	}
-	if have, err := os.ReadFile(filepath.Join(dir, RequestFile)); err != nil || string(have) != "the attribute has changed\n" {
+	if have, err := os.ReadFile(filepath.Join(dir, RequestFile)); err != nil ||
+		string(have) != "the attribute has changed\n" {
 		t.Errorf("have %q, %v", have, err)
 	}
 	if err := Request(filepath.Join(dir, "absent"), "x"); err == nil {

@@ -17,28 +17,31 @@ type Status struct {
 	Started   time.Time `json:"started"`
 	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop),
 	// "bypass" (Envoy is down), "paused" (cleanup was called).
-	Mode          string            `json:"mode"`
-	Ready         bool              `json:"ready"`
-	NotReady      string            `json:"not_ready,omitempty"` // why
-	Findings      []symptom.Finding `json:"findings,omitempty"`
-	LastFailure   string            `json:"last_failure,omitempty"`
-	Bootstrap     Bootstrap         `json:"bootstrap"`
-	Attribute     *Attribute        `json:"attribute,omitempty"` // in force; nil: none yet, or --config
-	Envoy         Envoy             `json:"envoy"`
-	Backend       string            `json:"backend,omitempty"` // nft or legacy
-	Families      []Family          `json:"families,omitempty"`
-	ServingPorts  []uint16          `json:"serving_ports,omitempty"`
-	Passes        uint64            `json:"passes"`
-	Undone        uint64            `json:"drift_repaired"`
-	Paused        bool              `json:"paused,omitempty"`
-	LastDriftBy   string            `json:"last_drift_by,omitempty"` // program and pid, where the kernel tells
-	LastDriftWhen time.Time         `json:"last_drift_when,omitzero"`
+	Mode        string            `json:"mode"`
+	Ready       bool              `json:"ready"`
+	NotReady    string            `json:"not_ready,omitempty"` // why
+	Findings    []symptom.Finding `json:"findings,omitempty"`
+	LastFailure string            `json:"last_failure,omitempty"`
+	Bootstrap   Bootstrap         `json:"bootstrap"`
+	// in force; nil: none yet, or --config
+	Attribute    *Attribute `json:"attribute,omitempty"`
+	Envoy        Envoy      `json:"envoy"`
+	Backend      string     `json:"backend,omitempty"` // nft or legacy
+	Families     []Family   `json:"families,omitempty"`
+	ServingPorts []uint16   `json:"serving_ports,omitempty"`
+	Passes       uint64     `json:"passes"`
+	Undone       uint64     `json:"drift_repaired"`
+	Paused       bool       `json:"paused,omitempty"`
+	// program and pid, where the kernel tells
+	LastDriftBy   string    `json:"last_drift_by,omitempty"`
+	LastDriftWhen time.Time `json:"last_drift_when,omitzero"`
 }
 
 // Attribute says where the attribute in force is from.
 type Attribute struct {
-	Read time.Time `json:"read"`           // when the metadata server gave it, UTC
-	Kept bool      `json:"kept,omitempty"` // to an earlier run; this one has read none that can be used
+	Read time.Time `json:"read"` // when the metadata server gave it, UTC
+	// to an earlier run; this one has read none that can be used
+	Kept bool `json:"kept,omitempty"`
 }
 
 // Bootstrap is what bootstrap reached, read from the state folder.
