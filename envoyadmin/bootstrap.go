@@ -238,7 +238,7 @@ func (r *reader) into(v any) error {
 	}
 	// The decoder may stand within the value. Read on to its end.
 	for r.StackDepth() > depth {
-		if _, err := r.open(); err != nil {
+		if err := r.open(); err != nil {
 			return err
 		}
 	}

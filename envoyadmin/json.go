@@ -77,7 +77,7 @@ func (r *reader) object(field func(name string) error) error {
 	if r.PeekKind() != '{' {
 		return r.other("an object")
 	}
-	if _, err := r.open(); err != nil {
+	if err := r.open(); err != nil {
 		return err
 	}
 	var shape error
@@ -140,7 +140,7 @@ func (r *reader) array(element func() error) error {
 	if r.PeekKind() != '[' {
 		return r.other("an array")
 	}
-	if _, err := r.open(); err != nil {
+	if err := r.open(); err != nil {
 		return err
 	}
 	var shape error
@@ -193,7 +193,7 @@ func (r *reader) skip() error {
 	switch r.PeekKind() {
 	case '{', '[':
 		for {
-			if _, err := r.open(); err != nil {
+			if err := r.open(); err != nil {
 				return err
 			}
 			if r.StackDepth() <= outside {
@@ -207,12 +207,12 @@ func (r *reader) skip() error {
 }
 
 // open reads a token, which may be the start of an object or array.
-func (r *reader) open() (jsontext.Token, error) {
-	token, err := r.ReadToken()
+func (r *reader) open() error {
+	_, err := r.ReadToken()
 	if err == nil && r.StackDepth() > maxDepth {
 		err = fmt.Errorf("%w: more than %d levels", ErrTooDeep, maxDepth)
 	}
-	return token, err
+	return err
 }
 
 // raw reads a value as a whole. It is valid until the next call.

@@ -82,136 +82,149 @@ func (lenient) FindExtensionByNumber(protoreflect.FullName, protoreflect.FieldNu
 
 // listener reads a config.listener.v3.Listener, or an api.v2.Listener, which has the same names. What is not understood in it is
 // returned as reasons; err is only of the stream.
-func (r *reader) listener() (l Listener, reasons []string, err error) {
-	l.Bound = true
-	head := []byte{'{'} // the small fields, for protojson
-	var matcher []byte
-	var internal, api, tlsInspector bool
-	more := 0
-	note := func(format string, args ...any) {
-		if len(reasons) < maxReasons {
-			reasons = append(reasons, fmt.Sprintf(format, args...))
-		} else {
-			more++
-		}
+func (r *reader) listener() (Listener, []string, error) {
+	p := partial{Listener: Listener{Bound: true}, small: []byte{'{'}}
+	err := r.object(func(name string) error { return p.field(r, name) })
+	if err != nil && !isShape(err) {
+		return p.Listener, nil, err
 	}
-	defer func() {
-		if more > 0 {
-			reasons = append(reasons, fmt.Sprintf("and %d more", more))
+	if err != nil {
+		p.note("%v", err)
+	}
+	p.finish()
+	if p.more > 0 {
+		p.reasons = append(p.reasons, fmt.Sprintf("and %d more", p.more))
+	}
+	return p.Listener, p.reasons, nil
+}
+
+// partial is a listener that is being read. Its fields come in any order, and some say what others mean.
+type partial struct {
+	Listener
+	small   []byte // the fields that are left to protojson, as an object without its end
+	matcher []byte // filter_chain_matcher
+	// Of the kinds without a socket of their own.
+	internal, api bool
+	tlsInspector  bool
+
+	reasons []string // what was not understood
+	more    int      // reasons past maxReasons
+}
+
+func (p *partial) note(format string, args ...any) {
+	if len(p.reasons) < maxReasons {
+		p.reasons = append(p.reasons, fmt.Sprintf(format, args...))
+	} else {
+		p.more++
+	}
+}
+
+// field reads the value of one field.
+func (p *partial) field(r *reader, name string) error {
+	switch name {
+	case "@type":
+		var url string
+		if err := r.textInto(&url); err != nil {
+			return err
 		}
-	}()
-	add := func(name string) error {
+		if !strings.HasSuffix(url, "/envoy.config.listener.v3.Listener") && !strings.HasSuffix(url, "/envoy.api.v2.Listener") {
+			p.note("type %q is no listener", url)
+		}
+		return nil
+	case "name":
+		return r.textInto(&p.Name)
+	case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst", "traffic_direction":
 		value, err := r.raw(maxValue)
 		if err != nil {
 			return err
 		}
-		if len(head) > 1 {
-			head = append(head, ',')
+		if len(p.small) > 1 {
+			p.small = append(p.small, ',')
 		}
-		head = append(append(append(append(head, '"'), name...), `":`...), value...)
+		p.small = append(append(append(append(p.small, '"'), name...), `":`...), value...)
 		return nil
-	}
-	err = r.object(func(name string) (err error) {
-		switch name {
-		case "@type":
-			var url string
-			if err := r.textInto(&url); err != nil {
-				return err
+	case "filter_chain_matcher":
+		value, err := r.raw(maxMatcher)
+		p.matcher = slices.Clone(value)
+		return err
+	case "fcds_config":
+		p.FCDS = true
+	case "internal_listener":
+		p.internal = true
+	case "api_listener":
+		p.api = true
+	case "listener_filters":
+		return r.array(func() error {
+			f, err := r.filter()
+			switch {
+			case f.is("OriginalDst", "envoy.listener.original_dst", "envoy.filters.listener.original_dst"):
+				p.OriginalDst = true
+			case f.is("TlsInspector", "envoy.listener.tls_inspector", "envoy.filters.listener.tls_inspector"):
+				p.tlsInspector = true
+			case f.is("DnsFilterConfig", "envoy.filters.udp.dns_filter"):
+				p.DNS = true
 			}
-			if !strings.HasSuffix(url, "/envoy.config.listener.v3.Listener") && !strings.HasSuffix(url, "/envoy.api.v2.Listener") {
-				note("type %q is no listener", url)
-			}
-			return nil
-		case "name":
-			return r.textInto(&l.Name)
-		case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst", "traffic_direction":
-			return add(name)
-		case "filter_chain_matcher":
-			value, err := r.raw(maxMatcher)
-			matcher = slices.Clone(value)
 			return err
-		case "fcds_config":
-			l.FCDS = true
-		case "internal_listener":
-			internal = true
-		case "api_listener":
-			api = true
-		case "listener_filters":
-			return r.array(func() error {
-				f, err := r.filter()
-				switch {
-				case f.is("OriginalDst", "envoy.listener.original_dst", "envoy.filters.listener.original_dst"):
-					l.OriginalDst = true
-				case f.is("TlsInspector", "envoy.listener.tls_inspector", "envoy.filters.listener.tls_inspector"):
-					tlsInspector = true
-				case f.is("DnsFilterConfig", "envoy.filters.udp.dns_filter"):
-					l.DNS = true
-				}
-				return err
-			})
-		case "filter_chains":
-			return r.array(func() error {
-				chain, err := r.filterChain()
-				if err == nil {
-					l.Chains = append(l.Chains, chain)
-				} else if isShape(err) {
-					note("filter chain %q: %v", chain.Name, err)
-					return nil
-				}
-				return err
-			})
-		case "default_filter_chain":
+		})
+	case "filter_chains":
+		return r.array(func() error {
 			chain, err := r.filterChain()
 			if err == nil {
-				l.DefaultChain = &chain
+				p.Chains = append(p.Chains, chain)
 			} else if isShape(err) {
-				note("default filter chain: %v", err)
+				p.note("filter chain %q: %v", chain.Name, err)
 				return nil
 			}
 			return err
+		})
+	case "default_filter_chain":
+		chain, err := r.filterChain()
+		if err == nil {
+			p.DefaultChain = &chain
+		} else if isShape(err) {
+			p.note("default filter chain: %v", err)
+			return nil
 		}
-		return r.skip()
-	})
-	if err != nil && !isShape(err) {
-		return l, nil, err
+		return err
 	}
-	if err != nil {
-		note("%v", err)
-	}
+	return r.skip()
+}
 
+// finish sees to what could be understood only once all fields were read.
+func (p *partial) finish() {
 	var parsed listenerv3.Listener
-	if err := decode.Unmarshal(append(head, '}'), &parsed); err != nil {
-		note("not understood: %s", plain(err))
-		return l, reasons, nil
+	if err := decode.Unmarshal(append(p.small, '}'), &parsed); err != nil {
+		p.note("not understood: %s", plain(err))
+		return
 	}
-	l.Direction = parsed.GetTrafficDirection()
-	l.OriginalDst = l.OriginalDst || parsed.GetUseOriginalDst().GetValue()
+	p.Direction = parsed.GetTrafficDirection()
+	p.OriginalDst = p.OriginalDst || parsed.GetUseOriginalDst().GetValue()
+	//nolint:staticcheck // older control planes say it this way
 	if bind := cmp.Or(parsed.GetBindToPort(), parsed.GetDeprecatedV1().GetBindToPort()); bind != nil {
-		l.Bound = bind.GetValue()
+		p.Bound = bind.GetValue()
 	}
 	switch {
-	case internal:
-		note("an internal listener has no socket")
-	case api:
-		note("an API listener has no socket")
+	case p.internal:
+		p.note("an internal listener has no socket")
+	case p.api:
+		p.note("an API listener has no socket")
 	default:
-		l.address(parsed.GetAddress(), note)
+		p.address(parsed.GetAddress(), p.note)
 		for _, additional := range parsed.GetAdditionalAddresses() {
-			l.address(additional.GetAddress(), note)
+			p.address(additional.GetAddress(), p.note)
 		}
 	}
-	if matcher != nil {
-		if err := l.match(matcher, note); err != nil {
-			note("filter_chain_matcher: %s", plain(err))
+	if p.matcher != nil {
+		if err := p.match(p.matcher, p.note); err != nil {
+			p.note("filter_chain_matcher: %s", plain(err))
 		}
 	}
-	for i := range l.Chains {
-		l.Chains[i].TLSInspected = tlsInspector
+	for i := range p.Chains {
+		p.Chains[i].TLSInspected = p.tlsInspector
 	}
-	if l.DefaultChain != nil {
-		l.DefaultChain.TLSInspected = tlsInspector
+	if p.DefaultChain != nil {
+		p.DefaultChain.TLSInspected = p.tlsInspector
 	}
-	return l, reasons, nil
 }
 
 // plain is the text of an error of protojson, which varies its spaces so that nobody depends on it.

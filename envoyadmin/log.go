@@ -204,7 +204,7 @@ func (f *follower) run(ctx context.Context) {
 			f.dropped = 0
 			continue
 		case <-listen:
-		case <-listenErrs: // an overflow: there is news
+		case <-listenErrs: //nolint:errcheck // it is an overflow: there is news
 		case <-quiet:
 			quiet = nil
 		case <-poll.C:
@@ -244,8 +244,8 @@ func (f *follower) open(atEnd bool) {
 		f.offset = info.Size()
 	}
 	if f.watch != nil {
-		f.watch.Remove(f.path)
-		_ = f.watch.Add(f.path) // fails past fs.inotify.max_user_watches
+		_ = f.watch.Remove(f.path) // fails where the file is another by now
+		_ = f.watch.Add(f.path)    // fails past fs.inotify.max_user_watches
 	}
 }
 

@@ -129,70 +129,24 @@ func (i Interception) Ruleset() Ruleset {
 	inbound := i.InboundPort != 0 && len(serving) > 0
 	var interfaces []string
 	if outbound {
-		interfaces = slices.Clone(i.Interfaces)
-		slices.Sort(interfaces)
-		interfaces = slices.Compact(interfaces)
+		interfaces = sorted(i.Interfaces)
 	}
 	b := builder{family: i.Family, chains: map[string][]string{}}
 
-	proxy := []string{
-		fmt.Sprintf("-m owner --uid-owner %d -m comment --comment proxy-user -j RETURN", i.ProxyUID),
-		fmt.Sprintf("-m owner --gid-owner %d -m comment --comment proxy-group -j RETURN", i.ProxyGID),
-	}
 	if outbound || dns {
 		if i.Settling {
 			b.add(chainOutput, ruleSettling)
 		}
-		b.add(chainOutput, proxy...)
+		b.add(chainOutput, i.proxyRows()...)
 		if dns && i.DNSOverTCP {
 			b.add(chainOutput, "-p tcp -m tcp --dport 53 -j "+chainDNS)
 		}
 	}
 	if outbound {
-		for _, n := range i.Family.never() {
-			b.add(chainOutput, returnFor(n))
-		}
-		excludes := i.excludeRows()
-		b.add(chainOutput, excludes...)
-		if i.All {
-			b.add(chainOutput, "-m owner --uid-owner 0 -m comment --comment root -j RETURN")
-		}
-		b.add(chainOutput, "-j "+chainServiceCIDRs, "-j "+chainServicePorts)
-
-		b.add(chainServiceCIDRs)
-		if len(interfaces) > 0 {
-			// Containers' traffic comes from PREROUTING and has not met the excludes of SERVICE_PROXY_OUTPUT.
-			if i.All {
-				for _, n := range i.Family.never() {
-					b.add(chainServiceCIDRs, returnFor(n))
-				}
-			}
-			b.add(chainServiceCIDRs, excludes...)
-		}
-		if i.All {
-			b.add(chainServiceCIDRs, "-j "+chainRedirect)
-		} else {
-			b.addServices(i.Services)
-		}
-		b.add(chainServicePorts)
-		ports := slices.Clone(i.ServicePorts)
-		slices.Sort(ports)
-		for _, p := range slices.Compact(ports) {
-			b.add(chainServicePorts, fmt.Sprintf("-p tcp -m tcp --dport %d -j %s", p, chainRedirect))
-		}
-		b.add(chainRedirect, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.OutboundPort))
+		i.addOutbound(&b, len(interfaces) > 0)
 	}
 	if dns {
-		b.add(chainDNS, proxy...)
-		uids := slices.Clone(i.ResolverUIDs)
-		slices.Sort(uids)
-		for _, uid := range slices.Compact(uids) {
-			b.add(chainDNS, fmt.Sprintf("-m owner --uid-owner %d -m comment --comment local-resolver -j RETURN", uid))
-		}
-		b.add(chainDNS, fmt.Sprintf("-p udp -j REDIRECT --to-ports %d", i.DNSPort))
-		if i.DNSOverTCP {
-			b.add(chainDNS, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.DNSPort))
-		}
+		i.addDNS(&b)
 	}
 	if inbound || len(interfaces) > 0 {
 		if i.Settling {
@@ -223,6 +177,67 @@ func (i Interception) Ruleset() Ruleset {
 		}
 	}
 	return b.ruleset()
+}
+
+// addOutbound adds what leads connections to services to Envoy.
+func (i Interception) addOutbound(b *builder, interfaces bool) {
+	for _, n := range i.Family.never() {
+		b.add(chainOutput, returnFor(n))
+	}
+	excludes := i.excludeRows()
+	b.add(chainOutput, excludes...)
+	if i.All {
+		b.add(chainOutput, "-m owner --uid-owner 0 -m comment --comment root -j RETURN")
+	}
+	b.add(chainOutput, "-j "+chainServiceCIDRs, "-j "+chainServicePorts)
+
+	b.add(chainServiceCIDRs)
+	if interfaces {
+		// Containers' traffic comes from PREROUTING and has not met the excludes of SERVICE_PROXY_OUTPUT.
+		if i.All {
+			for _, n := range i.Family.never() {
+				b.add(chainServiceCIDRs, returnFor(n))
+			}
+		}
+		b.add(chainServiceCIDRs, excludes...)
+	}
+	if i.All {
+		b.add(chainServiceCIDRs, "-j "+chainRedirect)
+	} else {
+		b.addServices(i.Services)
+	}
+	b.add(chainServicePorts)
+	for _, p := range sorted(i.ServicePorts) {
+		b.add(chainServicePorts, fmt.Sprintf("-p tcp -m tcp --dport %d -j %s", p, chainRedirect))
+	}
+	b.add(chainRedirect, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.OutboundPort))
+}
+
+// addDNS adds what leads DNS questions to Envoy.
+func (i Interception) addDNS(b *builder) {
+	b.add(chainDNS, i.proxyRows()...)
+	for _, uid := range sorted(i.ResolverUIDs) {
+		b.add(chainDNS, fmt.Sprintf("-m owner --uid-owner %d -m comment --comment local-resolver -j RETURN", uid))
+	}
+	b.add(chainDNS, fmt.Sprintf("-p udp -j REDIRECT --to-ports %d", i.DNSPort))
+	if i.DNSOverTCP {
+		b.add(chainDNS, fmt.Sprintf("-p tcp -j REDIRECT --to-ports %d", i.DNSPort))
+	}
+}
+
+// sorted is all of them in order, each once.
+func sorted[T cmp.Ordered](all []T) []T {
+	all = slices.Clone(all)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// proxyRows are the RETURNs for Envoy's own traffic.
+func (i Interception) proxyRows() []string {
+	return []string{
+		fmt.Sprintf("-m owner --uid-owner %d -m comment --comment proxy-user -j RETURN", i.ProxyUID),
+		fmt.Sprintf("-m owner --gid-owner %d -m comment --comment proxy-group -j RETURN", i.ProxyGID),
+	}
 }
 
 func returnFor(n named) string {

@@ -52,81 +52,90 @@ func parseRule(spec string) parsed {
 		p.unknown = true
 	}
 	not := false
-	for i := 0; i < len(words); i++ {
-		value := func() string {
-			if i+1 < len(words) {
-				i++
-				return words[i]
-			}
-			p.unknown = true
-			return ""
-		}
-		word := words[i]
+	for len(words) > 0 {
+		word := words[0]
+		words = words[1:]
 		if word == "!" {
 			not = true
 			continue
 		}
-		switch word {
-		case "-p", "--protocol":
-			p.proto, p.protoNot = protocolName(value()), not
-			if p.proto == "all" {
-				p.proto, p.unknown = "", p.unknown || not
-			}
-		case "-s", "--source", "--src":
-			p.src = p.address(value(), not)
-		case "-d", "--destination", "--dst":
-			p.dst = p.address(value(), not)
-		case "-i", "--in-interface":
-			p.in = interfaceMatch{value(), not}
-		case "-o", "--out-interface":
-			p.out = interfaceMatch{value(), not}
-		case "-m", "--match":
-			switch value() {
-			case "tcp", "udp", "owner", "comment", "addrtype", "multiport":
-			default:
-				p.unknown = true
-			}
-		case "--comment":
-			value()
-		case "--dport", "--destination-port", "--dports", "--destination-ports":
-			p.ports(value(), not)
-		case "--syn":
-			p.syn, p.synNot = true, not
-		case "--tcp-flags":
-			mask, set := value(), value()
-			if mask == "FIN,SYN,RST,ACK" && set == "SYN" {
-				p.syn, p.synNot = true, not
-			} else {
-				p.unknown = true
-			}
-		case "--uid-owner":
-			p.uid = p.id(value(), not)
-		case "--gid-owner":
-			p.gid = p.id(value(), not)
-		case "--dst-type":
-			if value() == "LOCAL" {
-				p.dstLocal, p.dstLocNot = true, not
-			} else {
-				p.unknown = true
-			}
-		case "-j", "--jump", "-g", "--goto":
-			p.target, p.goTo = value(), word == "-g" || word == "--goto"
-			p.targetArgs = words[min(i+1, len(words)):]
-			for k := 0; k+1 < len(p.targetArgs); k++ {
-				if p.targetArgs[k] == "--to-ports" || p.targetArgs[k] == "--to-port" {
-					p.toPorts = p.targetArgs[k+1]
-				}
-			}
-			i = len(words)
-		case "-c", "--set-counters":
-			value()
-			value()
-		default:
-			p.unknown = true
-		}
+		words = p.option(word, not, words)
 		not = false
 	}
 	return p
+}
+
+// option takes one option with its values, which are the first of the words that follow it, and returns those left.
+func (p *parsed) option(word string, not bool, words []string) []string {
+	value := func() string {
+		if len(words) == 0 {
+			p.unknown = true
+			return ""
+		}
+		v := words[0]
+		words = words[1:]
+		return v
+	}
+	switch word {
+	case "-p", "--protocol":
+		p.proto, p.protoNot = protocolName(value()), not
+		if p.proto == "all" {
+			p.proto, p.unknown = "", p.unknown || not
+		}
+	case "-s", "--source", "--src":
+		p.src = p.address(value(), not)
+	case "-d", "--destination", "--dst":
+		p.dst = p.address(value(), not)
+	case "-i", "--in-interface":
+		p.in = interfaceMatch{value(), not}
+	case "-o", "--out-interface":
+		p.out = interfaceMatch{value(), not}
+	case "-m", "--match":
+		switch value() {
+		case "tcp", "udp", "owner", "comment", "addrtype", "multiport":
+		default:
+			p.unknown = true
+		}
+	case "--comment":
+		value()
+	case "--dport", "--destination-port", "--dports", "--destination-ports":
+		p.ports(value(), not)
+	case "--syn":
+		p.syn, p.synNot = true, not
+	case "--tcp-flags":
+		mask, set := value(), value()
+		if mask == "FIN,SYN,RST,ACK" && set == "SYN" {
+			p.syn, p.synNot = true, not
+		} else {
+			p.unknown = true
+		}
+	case "--uid-owner":
+		p.uid = p.id(value(), not)
+	case "--gid-owner":
+		p.gid = p.id(value(), not)
+	case "--dst-type":
+		if value() == "LOCAL" {
+			p.dstLocal, p.dstLocNot = true, not
+		} else {
+			p.unknown = true
+		}
+	case "-j", "--jump", "-g", "--goto":
+		p.goTo = word == "-g" || word == "--goto"
+		p.target = value()
+		p.targetArgs = words // all that follow
+		for k := 0; k+1 < len(words); k++ {
+			if words[k] == "--to-ports" || words[k] == "--to-port" {
+				p.toPorts = words[k+1]
+			}
+		}
+		return nil
+	case "-c", "--set-counters":
+		value()
+		value()
+	default:
+		p.unknown = true
+	}
+	return words
 }
 
 func (p *parsed) address(s string, not bool) addressMatch {

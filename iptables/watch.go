@@ -81,7 +81,7 @@ func (k *Kernel) dialWatch() (*netlink.Conn, error) {
 
 func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<- Event) {
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	s := newSender(ctx, events)
 	var batch batch
@@ -335,7 +335,7 @@ func watchLock() (*os.File, error) {
 
 func (k *Kernel) watchLegacy(ctx context.Context, inotify *os.File, events chan<- Event) {
 	defer inotify.Close()
-	stop := context.AfterFunc(ctx, func() { inotify.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = inotify.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	s := newSender(ctx, events)
 	buffer := make([]byte, 4096)

@@ -114,7 +114,9 @@ func deleteFamily(ctx context.Context, family byte, match func(entry) bool) (int
 	}
 	defer conn.Close()
 	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(deadline)
+		if err := conn.SetDeadline(deadline); err != nil {
+			return 0, err
+		}
 	}
 	return deleteOn(ctx, conn, family, match)
 }

@@ -123,7 +123,7 @@ func (p *Public) Run(ctx context.Context) error {
 			err = p.serve(ctx, l)
 		}
 		if ctx.Err() != nil {
-			p.set(nil, nil)
+			_ = p.set(nil, nil)
 			return nil
 		}
 		failure := &ListenError{Listen: p.listen, Holders: holders(p.listen, err), Err: err}
@@ -132,7 +132,7 @@ func (p *Public) Run(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			p.set(nil, nil)
+			_ = p.set(nil, nil)
 			return nil
 		case <-time.After(retry):
 		}
@@ -169,7 +169,7 @@ func serve(ctx context.Context, s *http.Server, l net.Listener) error {
 	if s.Shutdown(grace) != nil {
 		s.Close()
 	}
-	<-ended
+	<-ended //nolint:errcheck // it is http.ErrServerClosed
 	return nil
 }
 

@@ -167,7 +167,7 @@ func (l *Local) Serve(ctx context.Context, a Answers, log *zap.Logger) error {
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
-		w.Write(append(body, '\n'))
+		_, _ = w.Write(append(body, '\n'))
 	})
 	mux.HandleFunc("POST /pause", func(w http.ResponseWriter, r *http.Request) {
 		if err := a.Pause(r.Context()); err != nil {

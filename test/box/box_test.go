@@ -198,7 +198,6 @@ func TestLiveAttribute(t *testing.T) {
 	v := ready(t, options{})
 	excluded := regexp.MustCompile(`-d 198\.51\.100\.0/24 .*-j RETURN`)
 	pid := v.envoyPID()
-	agent := v.agentPID()
 
 	v.platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"},
 		"proxy-spec": {"network": ""}, "traffic-interception": {"exclude-outbound-ip-ranges": ["198.51.100.0/24"]}}`, servingPort))
@@ -224,7 +223,7 @@ func TestLiveAttribute(t *testing.T) {
 	if kept := v.run("cat", "/var/lib/service-proxy-agent/attribute.json"); !strings.Contains(kept, `"machine":"`) || !strings.Contains(kept, `"instance":"`) {
 		t.Errorf("it does not say whose it is: %s", kept)
 	}
-	agent = strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
+	agent := strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
 	if rules := v.run("iptables-save", "-t", "nat"); !excluded.MatchString(rules) {
 		t.Errorf("a malformed attribute changed the rules:\n%s", rules)
 	}

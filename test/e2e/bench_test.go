@@ -51,7 +51,7 @@ func BenchmarkPushToRedirect(b *testing.B) {
 				m, a := start(b, mesh.Options{Backend: backend, Config: config(0)}, args...)
 				must(b, a.WaitReady(within(b, 20*time.Second)))
 				vip := func(i int) netip.AddrPort { return netip.AddrPortFrom(service(100 + i).Prefixes[0].Addr(), 9000) }
-				thread := mainThread(b, m.Envoy.PID())
+				thread := mainThread(m.Envoy.PID())
 				var took, floor []time.Duration
 				busy, begin := cpu(b, thread), time.Now()
 				changes := times(200, 3)
@@ -190,7 +190,7 @@ func ms(d []time.Duration, percent int) float64 {
 func share(busy, of time.Duration) float64 { return 100 * busy.Seconds() / of.Seconds() }
 
 // mainThread is the stat file of the thread on which Envoy answers its admin interface.
-func mainThread(b testing.TB, pid int) string {
+func mainThread(pid int) string {
 	return filepath.Join("/proc", strconv.Itoa(pid), "task", strconv.Itoa(pid), "stat")
 }
 

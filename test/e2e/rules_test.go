@@ -14,7 +14,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -179,10 +178,7 @@ func TestFight(t *testing.T) {
 }
 
 // streams are established TCP connections that each send a line and get an answer again and again.
-type streams struct {
-	mu    sync.Mutex
-	conns []net.Conn
-}
+type streams struct{ conns []net.Conn }
 
 func (s *streams) open(t *testing.T, m *mesh.Mesh, to netip.AddrPort, n int) {
 	for range n {

@@ -37,7 +37,7 @@ func TestShareOfMainThread(t *testing.T) {
 			m, err := mesh.New(within(t, 2*time.Minute), mesh.Options{Config: config(0)})
 			must(t, err)
 			defer m.Close()
-			thread := mainThread(t, m.Envoy.PID())
+			thread := mainThread(m.Envoy.PID())
 			during := func(what func()) float64 {
 				before, began := cpu(t, thread), time.Now()
 				what()

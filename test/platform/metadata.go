@@ -441,6 +441,11 @@ func (e *Emulator) metadata(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
 		return
 	}
+	e.value(w, r, path)
+}
+
+// value answers with a value or folder, at once or when it changes.
+func (e *Emulator) value(w http.ResponseWriter, r *http.Request, path string) {
 	query := r.URL.Query()
 	recursive := strings.EqualFold(query.Get("recursive"), "true")
 	ctx := r.Context()
@@ -486,8 +491,8 @@ func (e *Emulator) metadata(w http.ResponseWriter, r *http.Request) {
 		case err != nil:
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		default:
-			h.Set("Content-Type", a.contentType)
-			h.Set("ETag", a.etag)
+			w.Header().Set("Content-Type", a.contentType)
+			w.Header().Set("ETag", a.etag)
 			io.WriteString(w, a.body)
 		}
 		return
