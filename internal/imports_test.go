@@ -24,8 +24,8 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
-		"internal/conntrack internal/drain internal/progress internal/server internal/status " +
-		"iptables systemd",
+		"internal/conntrack internal/drain internal/progress internal/reconcile internal/server " +
+		"internal/status iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/conntrack " +

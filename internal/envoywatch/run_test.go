@@ -75,7 +75,9 @@ func TestHang(t *testing.T) {
 				if v.Stream == nil || v.Stream.Message != "denied" {
 					t.Errorf("after the answer it says %+v", v.Stream)
 				}
-				if question != "stats" && !errors.Is(v.Err, envoyadmin.ErrTimeout) {
+				// Who Envoy is, is asked anew between questions for its state that are answered: the error
+				// comes and goes.
+				if question != "stats" && question != "info" && !errors.Is(v.Err, envoyadmin.ErrTimeout) {
 					t.Errorf("after the answer it says %v", v.Err)
 				}
 			})
