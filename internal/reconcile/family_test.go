@@ -10,6 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -42,9 +45,12 @@ func TestHold(t *testing.T) {
 	if out.Applies["applied"] != 1 || len(out.Applies) != 1 || out.Rows != iptables.NewPlan(r.ours(), iptables.Table{}).Len() || len(out.Drift) != 0 {
 		t.Errorf("told: %+v", out)
 	}
-	if logged := r.logged(); !slices.Equal(logged, []string{"rules changed", "half-open connections begin anew through Envoy"}) &&
-		!slices.Equal(logged, []string{"half-open connections begin anew through Envoy", "rules changed"}) {
-		t.Errorf("logged %q", logged)
+	wantLines := []string{
+		"half-open connections begin anew through Envoy map[connections:2 family:IPv4]",
+		fmt.Sprintf("rules changed map[family:IPv4 jumps:true rules:%d services:2 took:0s]", r.ours().Len()),
+	}
+	if lines := r.lines(); !slices.Equal(lines, wantLines) {
+		t.Errorf("logged %q, want %q", lines, wantLines)
 	}
 	for range 3 {
 		out = r.pass(time.Second)
@@ -160,8 +166,9 @@ func TestAdopt(t *testing.T) {
 				if out.Wake != 0 || !out.Status.Jumps || out.Confirmed || out.Written {
 					t.Errorf("the first pass only looks: %+v", out)
 				}
-				if logged := r.logged(); !slices.Equal(logged, []string{"rules adopted"}) {
-					t.Errorf("logged %q", logged)
+				adopted := fmt.Sprintf("rules adopted map[family:IPv4 jumps:true of_this_boot:%v rules:%d]", r.order.Marked, left.Ruleset().Len())
+				if lines := r.lines(); !slices.Equal(lines, []string{adopted}) {
+					t.Errorf("logged %q", lines)
 				}
 				for range 3 {
 					out = r.pass(time.Second)
@@ -303,6 +310,7 @@ func TestUserUnknown(t *testing.T) {
 // ashamed of.
 func TestDrift(t *testing.T) {
 	r := installed(t)
+	r.takes = 70 * time.Millisecond
 	r.others(byIptables, "-D OUTPUT "+jump)
 	out := r.pass(time.Second)
 	if called := r.called(); called != "read OUTPUT, apply" || !r.has("OUTPUT", jump) {
@@ -314,8 +322,9 @@ func TestDrift(t *testing.T) {
 	if f := out.Facts; len(f.Drift) != 1 || f.By != "iptables (pid 42)" || f.Fighting || f.Undone != 1 || f.Err != nil || len(f.Shadow) != 0 {
 		t.Errorf("facts: %+v", f)
 	}
-	if logged := r.logged(); !slices.Equal(logged, []string{"rules repaired"}) {
-		t.Errorf("logged %q", logged)
+	wantLine := "rules repaired map[by:iptables (pid 42) differences:1 drift:[jump removed: -A OUTPUT " + jump + "] family:IPv4 took:70ms]"
+	if lines := r.lines(); !slices.Equal(lines, []string{wantLine}) {
+		t.Errorf("logged %q, want %q", lines, wantLine)
 	}
 	at := r.now
 	if out = r.pass(showDrift); len(out.Facts.Drift) != 1 || len(out.Drift) != 0 {
@@ -920,5 +929,55 @@ func TestAllServicesGo(t *testing.T) {
 	out := r.pass(time.Second)
 	if !r.ours().Empty() || !out.Status.Equal || out.Status.Jumps || out.Written || out.NotReady != "" || out.Confirmed || out.Status.Services != 0 {
 		t.Errorf("%+v\n%s", out, r.ours())
+	}
+}
+
+// TestManyDifferences: five differences are logged, and how many there are.
+func TestManyDifferences(t *testing.T) {
+	r := newRig(t)
+	many := anInterception()
+	many.ServicePorts = []uint16{80, 81, 82, 83, 84, 85, 86, 87}
+	r.want(many)
+	r.settle()
+	r.logs.TakeAll()
+	var lines []string
+	for _, port := range many.ServicePorts[1:] {
+		lines = append(lines, fmt.Sprintf("-D SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport %d -j SERVICE_PROXY_REDIRECT", port))
+	}
+	r.others(iptables.Event{}, lines...)
+	out := r.pass(time.Second)
+	logged := strings.Join(r.lines(), "; ")
+	if strings.Count(logged, "rule removed") != 5 || !strings.Contains(logged, "differences:7") || !maps.Equal(out.Drift, map[string]int{"rule removed": 7}) {
+		t.Errorf("logged %q; %+v", logged, out)
+	}
+}
+
+// TestFailedRepair: what could not be put right is no repair, and is tried again as no drift.
+func TestFailedRepair(t *testing.T) {
+	r := installed(t)
+	r.others(byIptables, "-D OUTPUT "+jump)
+	r.applyFails = iptables.ErrLocked
+	out := r.pass(time.Second)
+	if out.Undone != 0 || len(out.Drift) != 0 || out.LastDriftBy != "" || out.Facts.Undone != 0 || out.Facts.Err == nil || out.Wake != retryFirst || len(out.Facts.Drift) != 1 {
+		t.Errorf("failed: %+v", out)
+	}
+	if lines := r.lines(); !slices.Equal(lines, []string{"rules not as wanted map[error:another program holds the iptables lock family:IPv4]"}) {
+		t.Errorf("logged %q", lines)
+	}
+	r.applyFails = nil
+	if out = r.pass(time.Second); out.Undone != 0 || !out.Status.Equal || r.called() != "read OUTPUT, apply, read, apply" {
+		t.Errorf("done: %+v", out)
+	}
+}
+
+// TestPlanIsLogged: at debug, what is about to be written.
+func TestPlanIsLogged(t *testing.T) {
+	r := newRig(t)
+	core, logs := observer.New(zap.DebugLevel)
+	r.f.log = zap.New(core)
+	r.settle()
+	plans := logs.FilterMessage("plan").All()
+	if len(plans) != 1 || !strings.Contains(fmt.Sprint(plans[0].ContextMap()), "-I OUTPUT 1 "+jump) {
+		t.Errorf("logged %v", plans)
 	}
 }

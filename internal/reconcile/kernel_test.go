@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -31,16 +32,17 @@ type rig struct {
 	logs  *observer.ObservedLogs
 
 	// The kernel.
-	nat     *iptablestest.NAT
-	backend string
-	why     error         // why the family is not usable
-	probes  error         // the same, from the next probe on
-	fails   error         // what reads and writes come to
-	takes   time.Duration // what a read takes
-	spent   time.Duration // by commands
-	refuses func(iptables.Plan) (iptables.Ruleset, []iptables.RefusedError)
-	between func()   // after a write, before it is read back
-	calls   []string // of it, since they were last taken
+	nat        *iptablestest.NAT
+	backend    string
+	why        error         // why the family is not usable
+	probes     error         // the same, from the next probe on
+	fails      error         // what reads and writes come to
+	applyFails error         // what writes come to
+	takes      time.Duration // what a read takes
+	spent      time.Duration // by commands
+	refuses    func(iptables.Plan) (iptables.Ruleset, []iptables.RefusedError)
+	between    func()   // after a write, before it is read back
+	calls      []string // of it, since they were last taken
 
 	// The connection-tracking table.
 	flowsFail error
@@ -141,6 +143,14 @@ func (r *rig) logged() (messages []string) {
 	return messages
 }
 
+// lines are the messages with their fields.
+func (r *rig) lines() (lines []string) {
+	for _, e := range r.logs.TakeAll() {
+		lines = append(lines, fmt.Sprint(e.Message, " ", e.ContextMap()))
+	}
+	return lines
+}
+
 // ours is what the table holds of ours.
 func (r *rig) ours() iptables.Ruleset {
 	table, err := iptables.Parse(iptables.IPv4, []byte(r.nat.Save()))
@@ -184,8 +194,8 @@ func (r *rig) ReadChains(ctx context.Context, have iptables.Table, chains []stri
 
 func (r *rig) Apply(ctx context.Context, p iptables.Plan) (iptables.Result, error) {
 	r.calls = append(r.calls, "apply")
-	if r.fails != nil {
-		return iptables.Result{}, r.fails
+	if err := cmp.Or(r.applyFails, r.fails); err != nil {
+		return iptables.Result{}, err
 	}
 	have, err := iptables.Parse(iptables.IPv4, []byte(r.nat.Save()))
 	if err != nil {
