@@ -7,7 +7,8 @@ import (
 )
 
 const (
-	// showDrift is how long a repaired drift stays among the findings, so that a look by hand finds it.
+	// showDrift is how long a repaired drift stays among the findings, so that a look by hand
+	// finds it.
 	showDrift = time.Minute
 	// lateName is how long after a drift the kernel's word on who wrote may come: events take their
 	// way past the loop's timer.

@@ -12,8 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// Kernel is what a family asks of the nat table; *iptables.Kernel has it. Who must know before jumps go
-// in puts something of its own in front (Plan.Intercepting).
+// Kernel is what a family asks of the nat table; *iptables.Kernel has it. Who must know before
+// jumps go in puts something of its own in front (Plan.Intercepting).
 type Kernel interface {
 	Read(context.Context, iptables.Family) (iptables.Table, error)
 	ReadChains(context.Context, iptables.Table, []string) (iptables.Table, error)
@@ -48,7 +48,8 @@ type Outcome struct {
 	Ports  []symptom.Port // the looks that are facts
 	Facts  symptom.Family
 	Status status.Family
-	// NotReady is why the family is not as wanted, "" when it is. One that cannot be used has no say.
+	// NotReady is why the family is not as wanted, "" when it is. One that cannot be used has no
+	// say.
 	NotReady string
 
 	Written bool // what is wanted was there once
@@ -97,9 +98,9 @@ func New(f iptables.Family, k Kernel, flows Flows, log *zap.Logger) *Family {
 	}
 }
 
-// Ports are the ports whose listeners matter now: where the wanted rules lead, or while nothing is
-// wanted yet where the rules lead that are in, or else the usual ones. Without the proxy's user there is
-// nobody whom they could belong to.
+// Ports are the ports whose listeners matter now: where the wanted rules lead, or while nothing
+// is wanted yet where the rules lead that are in, or else the usual ones. Without the proxy's
+// user there is nobody whom they could belong to.
 func (f *Family) Ports(want iptables.Interception, known, userKnown bool, usual Ports) Ports {
 	switch {
 	case !userKnown:
@@ -282,10 +283,10 @@ func (f *Family) usable(ctx context.Context, now time.Time) bool {
 	return f.usability.why == nil
 }
 
-// adopt reads what an earlier run, somebody else or nobody left. The ports that rules of this agent's
-// lead to were seen ready, if it was in this boot. Rules that something else restored at boot wait
-// for their ports (Hold). Rules that let older connections through (a first install) go on doing it
-// for the whole time.
+// adopt reads what an earlier run, somebody else or nobody left. The ports that rules of this
+// agent's lead to were seen ready, if it was in this boot. Rules that something else restored at
+// boot wait for their ports (Hold). Rules that let older connections through (a first install) go
+// on doing it for the whole time.
 func (f *Family) adopt(ctx context.Context, p *pass) error {
 	if err := f.sight.read(ctx, f.kernel, f.family, p); err != nil {
 		return err
@@ -404,8 +405,8 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 	return nil
 }
 
-// settled notes that the kernel has what is wanted. Where that is nothing, the next rules are a first
-// install.
+// settled notes that the kernel has what is wanted. Where that is nothing, the next rules are a
+// first install.
 func (f *Family) settled() {
 	f.sight.known = true
 	f.standing.equal, f.standing.jumps = true, f.goal.target.Intercepting()

@@ -25,36 +25,44 @@ func TestHold(t *testing.T) {
 	if out.Wake != 0 || r.called() != "read" {
 		t.Errorf("the first pass looks and has the next come at once; wake %v", out.Wake)
 	}
-	if out = r.pass(0); !out.Status.Equal || out.Status.Jumps || out.Written || out.Confirmed || r.called() != "" || !r.ours().Empty() {
+	if out = r.pass(0); !out.Status.Equal || out.Status.Jumps || out.Written || out.Confirmed ||
+		r.called() != "" || !r.ours().Empty() {
 		t.Errorf("while the proxy does not accept: %+v\n%s", out, r.ours())
 	}
-	if want := "Envoy's port 15001 does not accept IPv4 connections"; out.NotReady != want || len(out.Ports) != 1 || out.Ports[0].Listening {
+	if want := "Envoy's port 15001 does not accept IPv4 connections"; out.NotReady != want ||
+		len(out.Ports) != 1 || out.Ports[0].Listening {
 		t.Errorf("not ready: %q, want %q; looks %v", out.NotReady, want, out.Ports)
 	}
 	r.listens(proxyUID)
 	out = r.pass(time.Second)
-	if !out.Status.Equal || !out.Status.Jumps || !out.Written || !out.Confirmed || out.NotReady != "" || out.Wake != tick || !r.has("OUTPUT", jump) {
+	if !out.Status.Equal || !out.Status.Jumps || !out.Written || !out.Confirmed ||
+		out.NotReady != "" || out.Wake != tick || !r.has("OUTPUT", jump) {
 		t.Errorf("once it accepts: %+v\n%s", out, r.ours())
 	}
 	if called := r.called(); called != "apply" {
 		t.Errorf("what the first pass has read is trusted where the kernel notifies: %s", called)
 	}
-	if s := out.Status; s.Family != "IPv4" || !s.Usable || s.Services != 2 || s.ServicePorts != 1 || s.OutboundPort != 15001 || s.Rules != r.ours().Len() || !s.Applied.Equal(r.now) || s.Error != "" {
+	if s := out.Status; s.Family != "IPv4" || !s.Usable || s.Services != 2 ||
+		s.ServicePorts != 1 || s.OutboundPort != 15001 || s.Rules != r.ours().Len() ||
+		!s.Applied.Equal(r.now) || s.Error != "" {
 		t.Errorf("status %+v", s)
 	}
-	if out.Applies["applied"] != 1 || len(out.Applies) != 1 || out.Rows != iptables.NewPlan(r.ours(), iptables.Table{}).Len() || len(out.Drift) != 0 {
+	if out.Applies["applied"] != 1 || len(out.Applies) != 1 ||
+		out.Rows != iptables.NewPlan(r.ours(), iptables.Table{}).Len() || len(out.Drift) != 0 {
 		t.Errorf("told: %+v", out)
 	}
 	wantLines := []string{
 		"half-open connections begin anew through Envoy map[connections:2 family:IPv4]",
-		fmt.Sprintf("rules changed map[family:IPv4 jumps:true rules:%d services:2 took:0s]", r.ours().Len()),
+		fmt.Sprintf("rules changed map[family:IPv4 jumps:true rules:%d services:2 took:0s]",
+			r.ours().Len()),
 	}
 	if lines := r.lines(); !slices.Equal(lines, wantLines) {
 		t.Errorf("logged %q, want %q", lines, wantLines)
 	}
 	for range 3 {
 		out = r.pass(time.Second)
-		if called := r.called(); called != "" || len(out.Applies) != 0 || out.Rows != 0 || out.Confirmed || !out.Status.Jumps || !out.Written {
+		if called := r.called(); called != "" || len(out.Applies) != 0 || out.Rows != 0 ||
+			out.Confirmed || !out.Status.Jumps || !out.Written {
 			t.Errorf("an idle pass: %+v, and %s", out, called)
 		}
 	}
@@ -76,15 +84,21 @@ func TestNotReady(t *testing.T) {
 		want   string
 	}{
 		{"all is well", func(*rig) {}, ""},
-		{"outbound", func(r *rig) { r.order.Looks.Outbound.Listening = false }, "Envoy's port 15001 does not accept IPv4 connections"},
-		{"inbound", func(r *rig) { r.order.Looks.Inbound.Listening = false }, "Envoy's inbound port 15006 does not accept IPv4 connections"},
-		{"DNS", func(r *rig) { r.order.Looks.DNS.Listening = false }, "Envoy does not listen on its DNS port 15053 over IPv4"},
+		{"outbound", func(r *rig) { r.order.Looks.Outbound.Listening = false },
+			"Envoy's port 15001 does not accept IPv4 connections"},
+		{"inbound", func(r *rig) { r.order.Looks.Inbound.Listening = false },
+			"Envoy's inbound port 15006 does not accept IPv4 connections"},
+		{"DNS", func(r *rig) { r.order.Looks.DNS.Listening = false },
+			"Envoy does not listen on its DNS port 15053 over IPv4"},
 		{"the rules", func(r *rig) {
 			r.fails = iptables.ErrLocked
 			r.f.Note(iptables.Event{}, r.now)
 			r.now = r.now.Add(time.Second)
 		}, "the IPv4 rules are not as wanted"},
-		{"not usable at all", func(r *rig) { r.f.usability.why, r.f.usability.when = iptables.ErrNoTable, r.now }, ""},
+		{"not usable at all", func(r *rig) {
+			r.f.usability.why,
+				r.f.usability.when = iptables.ErrNoTable, r.now
+		}, ""},
 	} {
 		r := newRig(t)
 		r.want(all)
@@ -136,8 +150,8 @@ func (r *rig) install(i iptables.Interception) {
 	}
 }
 
-// TestAdopt: what an earlier run of this boot left goes on, whether Envoy answers already or not. What
-// something else restored waits for its port.
+// TestAdopt: what an earlier run of this boot left goes on, whether Envoy answers already or not.
+// What something else restored waits for its port.
 func TestAdopt(t *testing.T) {
 	left := anInterception()
 	left.Jumps = true
@@ -148,11 +162,14 @@ func TestAdopt(t *testing.T) {
 	}{
 		{"the proxy accepts", func(r *rig) { r.order.Marked = false }, true},
 		{"it does not yet, and the rules are of this boot", func(r *rig) { r.listens(0) }, true},
-		{"it does not yet, and the rules were restored at boot", func(r *rig) { r.order.Marked = false; r.listens(0) }, false},
-		{"of this boot, and the port is somebody else's", func(r *rig) { r.listens(foreignUID) }, false},
+		{"it does not yet, and the rules were restored at boot",
+			func(r *rig) { r.order.Marked = false; r.listens(0) }, false},
+		{"of this boot, and the port is somebody else's", func(r *rig) { r.listens(foreignUID) },
+			false},
 		{"of this boot, and Envoy drains", func(r *rig) { r.order.Draining = true }, false},
 		{"of this boot, and nobody could look", func(r *rig) {
-			r.order.Looks.Outbound = symptom.Port{Addr: r.order.Looks.Outbound.Addr, Err: errors.New("netlink")}
+			r.order.Looks.Outbound = symptom.Port{Addr: r.order.Looks.Outbound.Addr,
+				Err: errors.New("netlink")}
 		}, true},
 	} {
 		for _, known := range []bool{true, false} {
@@ -166,15 +183,19 @@ func TestAdopt(t *testing.T) {
 				if out.Wake != 0 || !out.Status.Jumps || out.Confirmed || out.Written {
 					t.Errorf("the first pass only looks: %+v", out)
 				}
-				adopted := fmt.Sprintf("rules adopted map[family:IPv4 jumps:true of_this_boot:%v rules:%d]", r.order.Marked, left.Ruleset().Len())
+				adopted := fmt.Sprintf(
+					"rules adopted map[family:IPv4 jumps:true of_this_boot:%v rules:%d]",
+					r.order.Marked, left.Ruleset().Len())
 				if lines := r.lines(); !slices.Equal(lines, []string{adopted}) {
 					t.Errorf("logged %q", lines)
 				}
 				for range 3 {
 					out = r.pass(time.Second)
 				}
-				if test.jumps != r.ours().Intercepting() || out.Status.Jumps != test.jumps || r.ours().Empty() {
-					t.Errorf("jumps in: %v, want %v; there is\n%s", out.Status.Jumps, test.jumps, r.ours())
+				if test.jumps != r.ours().Intercepting() || out.Status.Jumps != test.jumps ||
+					r.ours().Empty() {
+					t.Errorf("jumps in: %v, want %v; there is\n%s", out.Status.Jumps, test.jumps,
+						r.ours())
 				}
 				if wrote := strings.Contains(r.called(), "apply"); wrote == test.jumps {
 					t.Errorf("written: %v", wrote)
@@ -187,7 +208,8 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
-// TestAdoptedIsConfirmed: the wanted rules that were there are confirmed by the pass that finds them.
+// TestAdoptedIsConfirmed: the wanted rules that were there are confirmed by the pass that finds
+// them.
 func TestAdoptedIsConfirmed(t *testing.T) {
 	r := newRig(t)
 	left := anInterception()
@@ -205,8 +227,8 @@ func TestAdoptedIsConfirmed(t *testing.T) {
 	}
 }
 
-// TestUnknown: until Envoy has told its listeners, nothing is written but what must leave, and the gates
-// of usual ports do not move.
+// TestUnknown: until Envoy has told its listeners, nothing is written but what must leave, and
+// the gates of usual ports do not move.
 func TestUnknown(t *testing.T) {
 	r := newRig(t)
 	r.order.Known = false
@@ -237,7 +259,8 @@ func TestUnknown(t *testing.T) {
 	}
 	r.listens(0)
 	out = r.pass(0)
-	if out.Wake != tick || r.ours().Intercepting() || r.ours().Empty() || out.Status.Jumps || !out.Status.Equal || out.Confirmed || len(out.Ports) != 0 {
+	if out.Wake != tick || r.ours().Intercepting() || r.ours().Empty() || out.Status.Jumps ||
+		!out.Status.Equal || out.Confirmed || len(out.Ports) != 0 {
 		t.Errorf("nobody listens where they lead: %+v\n%s", out, r.ours())
 	}
 	if out.Undone != 0 || len(out.Facts.Drift) != 0 {
@@ -256,7 +279,8 @@ func TestUnknownAgain(t *testing.T) {
 	r := installed(t)
 	r.order.Known = false
 	r.listens(foreignUID)
-	if out := r.pass(time.Second); out.Status.Jumps || r.ours().Intercepting() || len(out.Ports) != 1 {
+	if out := r.pass(time.Second); out.Status.Jumps || r.ours().Intercepting() ||
+		len(out.Ports) != 1 {
 		t.Fatalf("the port is another user's: %+v\n%s", out, r.ours())
 	}
 	r.order.Known = true
@@ -288,7 +312,8 @@ func TestUserUnknown(t *testing.T) {
 	r := newRig(t)
 	r.order.UserKnown = false
 	r.listens(0)
-	if out := r.settle(); len(out.Ports) != 0 || r.called() != "read" || !r.ours().Empty() || out.Status.OutboundPort != 0 {
+	if out := r.settle(); len(out.Ports) != 0 || r.called() != "read" || !r.ours().Empty() ||
+		out.Status.OutboundPort != 0 {
 		t.Errorf("%+v", out)
 	}
 	// Rules that an earlier run left stay: who holds their port cannot be told.
@@ -316,13 +341,17 @@ func TestDrift(t *testing.T) {
 	if called := r.called(); called != "read OUTPUT, apply" || !r.has("OUTPUT", jump) {
 		t.Fatalf("%s; there is\n%s", called, r.ours())
 	}
-	if !maps.Equal(out.Drift, map[string]int{"jump removed": 1}) || out.Undone != 1 || out.LastDriftBy != "iptables (pid 42)" || !out.LastDriftAt.Equal(r.now) || out.Rows != 1 || !out.Confirmed {
+	if !maps.Equal(out.Drift, map[string]int{"jump removed": 1}) || out.Undone != 1 ||
+		out.LastDriftBy != "iptables (pid 42)" || !out.LastDriftAt.Equal(r.now) || out.Rows != 1 ||
+		!out.Confirmed {
 		t.Errorf("told: %+v", out)
 	}
-	if f := out.Facts; len(f.Drift) != 1 || f.By != "iptables (pid 42)" || f.Fighting || f.Undone != 1 || f.Err != nil || len(f.Shadow) != 0 {
+	if f := out.Facts; len(f.Drift) != 1 || f.By != "iptables (pid 42)" || f.Fighting ||
+		f.Undone != 1 || f.Err != nil || len(f.Shadow) != 0 {
 		t.Errorf("facts: %+v", f)
 	}
-	wantLine := "rules repaired map[by:iptables (pid 42) differences:1 drift:[jump removed: -A OUTPUT " + jump + "] family:IPv4 took:70ms]"
+	wantLine := "rules repaired map[by:iptables (pid 42) differences:1 " +
+		"drift:[jump removed: -A OUTPUT " + jump + "] family:IPv4 took:70ms]"
 	if lines := r.lines(); !slices.Equal(lines, []string{wantLine}) {
 		t.Errorf("logged %q, want %q", lines, wantLine)
 	}
@@ -342,7 +371,8 @@ func TestDrift(t *testing.T) {
 // TestDriftByNobody: who wrote nothing of ours is not named for what another does later.
 func TestDriftByNobody(t *testing.T) {
 	r := installed(t)
-	r.others(iptables.Event{Chains: []string{"OUTPUT"}, PID: 1, Program: "docker"}, "-A OUTPUT -p udp -j RETURN")
+	r.others(iptables.Event{Chains: []string{"OUTPUT"}, PID: 1, Program: "docker"},
+		"-A OUTPUT -p udp -j RETURN")
 	if out := r.pass(time.Second); out.Undone != 0 || !out.Status.Equal {
 		t.Fatalf("a rule behind ours is no drift: %+v", out)
 	}
@@ -354,7 +384,8 @@ func TestDriftByNobody(t *testing.T) {
 	r.others(byIptables, "-D OUTPUT "+jump)
 	r.pass(2 * time.Second)
 	r.others(iptables.Event{Chains: []string{"OUTPUT"}}, "-D OUTPUT "+jump)
-	if out := r.pass(2 * time.Second); out.Undone != 3 || out.LastDriftBy != "" || out.Facts.By != "" {
+	if out := r.pass(2 * time.Second); out.Undone != 3 || out.LastDriftBy != "" ||
+		out.Facts.By != "" {
 		t.Errorf("done by nobody that is known: %+v", out)
 	}
 }
@@ -372,7 +403,8 @@ func TestNamedLate(t *testing.T) {
 		}
 		r.f.Note(byIptables, r.now.Add(test.late))
 		if out := r.pass(test.late); out.LastDriftBy != test.want || out.Facts.By != test.want {
-			t.Errorf("named %v later: %q and %q, want %q", test.late, out.LastDriftBy, out.Facts.By, test.want)
+			t.Errorf("named %v later: %q and %q, want %q", test.late, out.LastDriftBy,
+				out.Facts.By, test.want)
 		}
 	}
 	// One that was named is not given to the next who writes.
@@ -398,13 +430,17 @@ func TestNote(t *testing.T) {
 	}{
 		{"nothing", nil, ""},
 		{"our own", []iptables.Event{{Own: true, Chains: []string{"OUTPUT"}}}, ""},
-		{"the other family's", []iptables.Event{{Family: iptables.IPv6, Chains: []string{"OUTPUT"}}}, ""},
+		{"the other family's", []iptables.Event{{Family: iptables.IPv6,
+			Chains: []string{"OUTPUT"}}}, ""},
 		{"a chain of either family", []iptables.Event{{Chains: []string{"OUTPUT"}}}, "read OUTPUT"},
-		{"some chains, one twice", []iptables.Event{{Family: iptables.IPv4, Chains: []string{"PREROUTING", "OUTPUT"}}, {Chains: []string{"OUTPUT"}}}, "read OUTPUT PREROUTING"},
+		{"some chains, one twice", []iptables.Event{{Family: iptables.IPv4,
+			Chains: []string{"PREROUTING",
+				"OUTPUT"}}, {Chains: []string{"OUTPUT"}}}, "read OUTPUT PREROUTING"},
 		{"any chain", []iptables.Event{{Family: iptables.IPv4}}, "read"},
 		{"a chain, then any", []iptables.Event{{Chains: []string{"OUTPUT"}}, {}}, "read"},
 		{"any, then a chain", []iptables.Event{{}, {Chains: []string{"OUTPUT"}}}, "read"},
-		{"more than the kernel could tell", []iptables.Event{{Chains: []string{"OUTPUT"}, Lost: true}}, "read"},
+		{"more than the kernel could tell", []iptables.Event{{Chains: []string{"OUTPUT"},
+			Lost: true}}, "read"},
 		{"as many as are listed", []iptables.Event{{Chains: many}}, "read OUTPUT"},
 		{"more than that", []iptables.Event{{Chains: many}, {Chains: []string{"OUTPUT"}}}, "read"},
 	} {
@@ -423,7 +459,8 @@ func TestNote(t *testing.T) {
 	}
 }
 
-// TestSomebodyKeepsUndoing: who undoes every repair at once meets one each few seconds, and is told of.
+// TestSomebodyKeepsUndoing: who undoes every repair at once meets one each few seconds, and is
+// told of.
 func TestSomebodyKeepsUndoing(t *testing.T) {
 	r := installed(t)
 	repairs := 0
@@ -438,7 +475,8 @@ func TestSomebodyKeepsUndoing(t *testing.T) {
 			t.Fatalf("wakes in %v", out.Wake)
 		}
 	}
-	if !out.Facts.Fighting || repairs < backOffBurst+3 || repairs > backOffBurst+8 || out.Undone != uint64(repairs) || out.Facts.Undone != repairs {
+	if !out.Facts.Fighting || repairs < backOffBurst+3 || repairs > backOffBurst+8 ||
+		out.Undone != uint64(repairs) || out.Facts.Undone != repairs {
 		t.Errorf("%d repairs in half a minute: %+v", repairs, out)
 	}
 	if out.Status.Equal || out.NotReady == "" || out.Facts.By == "" || len(out.Facts.Drift) != 1 {
@@ -453,12 +491,14 @@ func TestSomebodyKeepsUndoing(t *testing.T) {
 		t.Errorf("not yet over: %+v", out)
 	}
 	r.pass(time.Second)
-	if out = r.pass(showDrift); out.Facts.Fighting || out.Facts.Undone != 0 || len(out.Facts.Drift) != 0 {
+	if out = r.pass(showDrift); out.Facts.Fighting || out.Facts.Undone != 0 ||
+		len(out.Facts.Drift) != 0 {
 		t.Errorf("over: %+v", out)
 	}
 }
 
-// TestShadowed: a jump that something else stands before, and that cannot be put right now, is said.
+// TestShadowed: a jump that something else stands before, and that cannot be put right now, is
+// said.
 func TestShadowed(t *testing.T) {
 	r := installed(t)
 	r.others(byIptables, "-I OUTPUT 1 -p tcp -j ACCEPT", "-A OUTPUT -p udp -j ACCEPT")
@@ -468,11 +508,13 @@ func TestShadowed(t *testing.T) {
 	r.f.backOff = backOff{delay: time.Second, until: r.now.Add(time.Hour), undone: 9, last: r.now}
 	r.f.retry = retry{}
 	out := r.pass(2 * time.Second)
-	if len(out.Facts.Shadow) != 1 || out.Facts.Shadow[0].Kind != iptables.Shadowed || out.Status.Equal || out.Wake != time.Hour-2*time.Second {
+	if len(out.Facts.Shadow) != 1 || out.Facts.Shadow[0].Kind != iptables.Shadowed ||
+		out.Status.Equal || out.Wake != time.Hour-2*time.Second {
 		t.Errorf("held back: %+v", out)
 	}
 	r.f.backOff = backOff{}
-	if out = r.pass(time.Second); len(out.Facts.Shadow) != 0 || len(out.Facts.Drift) != 1 || !out.Status.Equal {
+	if out = r.pass(time.Second); len(out.Facts.Shadow) != 0 || len(out.Facts.Drift) != 1 ||
+		!out.Status.Equal {
 		t.Errorf("repaired: %+v", out)
 	}
 	// Any other drift shadows nothing.
@@ -483,8 +525,8 @@ func TestShadowed(t *testing.T) {
 	}
 }
 
-// TestOvertaken: what somebody undid between our write and its reading back is put right by the next
-// pass, and is drift then.
+// TestOvertaken: what somebody undid between our write and its reading back is put right by the
+// next pass, and is drift then.
 func TestOvertaken(t *testing.T) {
 	r := newRig(t)
 	r.pass(0)
@@ -494,7 +536,8 @@ func TestOvertaken(t *testing.T) {
 		r.others(iptables.Event{Chains: []string{"PREROUTING"}}, "-D OUTPUT "+jump)
 	}
 	out := r.pass(0)
-	if out.Status.Equal || out.Facts.Err != nil || !out.Written || out.Wake != tick || r.called() != "apply" {
+	if out.Status.Equal || out.Facts.Err != nil || !out.Written || out.Wake != tick ||
+		r.called() != "apply" {
 		t.Errorf("overtaken: %+v", out)
 	}
 	out = r.pass(time.Millisecond)
@@ -511,7 +554,8 @@ func TestFailures(t *testing.T) {
 	for range 8 {
 		out := r.pass(wait)
 		waits = append(waits, out.Wake)
-		if out.Facts.Err != r.fails || out.Status.Error != r.fails.Error() || out.Status.Equal || !out.Status.Usable || out.Written {
+		if out.Facts.Err != r.fails || out.Status.Error != r.fails.Error() || out.Status.Equal ||
+			!out.Status.Usable || out.Written {
 			t.Fatalf("failed: %+v", out)
 		}
 		wait = out.Wake
@@ -524,7 +568,8 @@ func TestFailures(t *testing.T) {
 		wait -= wait / 4
 	}
 	s := time.Second
-	if want := []time.Duration{s, 2 * s, 4 * s, 8 * s, 16 * s, 30 * s, 30 * s, 30 * s}; !slices.Equal(waits, want) {
+	if want := []time.Duration{s, 2 * s, 4 * s, 8 * s, 16 * s, 30 * s, 30 * s,
+		30 * s}; !slices.Equal(waits, want) {
 		t.Errorf("tried after %v, want %v", waits, want)
 	}
 	if logged := r.logged(); !slices.Equal(logged, []string{"rules not as wanted"}) {
@@ -561,7 +606,8 @@ func TestFailedWrite(t *testing.T) {
 	r.want(more)
 	r.fails = fmt.Errorf("apply: %w", iptables.ErrLocked)
 	out := r.pass(time.Second)
-	if !maps.Equal(out.Applies, map[string]int{"locked": 1}) || out.Rows != 0 || out.Wake != retryFirst || out.Status.Equal || out.Confirmed || !out.Status.Jumps {
+	if !maps.Equal(out.Applies, map[string]int{"locked": 1}) || out.Rows != 0 ||
+		out.Wake != retryFirst || out.Status.Equal || out.Confirmed || !out.Status.Jumps {
 		t.Fatalf("locked: %+v", out)
 	}
 	if called := r.called(); called != "apply" {
@@ -569,12 +615,14 @@ func TestFailedWrite(t *testing.T) {
 	}
 	more.Services = more.Services[:1]
 	r.want(more)
-	if out = r.pass(time.Millisecond); out.Applies["locked"] != 0 || r.called() != "read" || out.Wake != 2*retryFirst {
+	if out = r.pass(time.Millisecond); out.Applies["locked"] != 0 || r.called() != "read" ||
+		out.Wake != 2*retryFirst {
 		t.Errorf("a new want reads all, and at once: %+v", out)
 	}
 	r.fails = nil
 	out = r.pass(out.Wake)
-	if called := r.called(); called != "read, apply" || out.Undone != 0 || len(out.Facts.Drift) != 0 || !out.Status.Equal {
+	if called := r.called(); called != "read, apply" || out.Undone != 0 ||
+		len(out.Facts.Drift) != 0 || !out.Status.Equal {
 		t.Errorf("%s, and nobody undid that: %+v", called, out)
 	}
 }
@@ -587,7 +635,8 @@ func TestEnding(t *testing.T) {
 	r.fails = context.Canceled
 	r.f.Note(iptables.Event{}, r.now)
 	r.now = r.now.Add(time.Second)
-	if out := r.f.Pass(ctx, r.now, r.order); out.Facts.Err != nil || out.Wake != tick || len(r.logged()) > 0 {
+	if out := r.f.Pass(ctx, r.now, r.order); out.Facts.Err != nil || out.Wake != tick ||
+		len(r.logged()) > 0 {
 		t.Errorf("%+v", out)
 	}
 	// One that ran out of its time is.
@@ -609,7 +658,9 @@ func TestUnusable(t *testing.T) {
 	r.probes = iptables.ErrNoTable
 	for range 3 {
 		out := r.pass(0)
-		if out.Wake != tick || out.Facts.Unusable == nil || out.Status.Usable || out.Status.Error != iptables.ErrNoTable.Error() || out.NotReady != "" || r.called() != "" {
+		if out.Wake != tick || out.Facts.Unusable == nil || out.Status.Usable ||
+			out.Status.Error != iptables.ErrNoTable.Error() || out.NotReady != "" ||
+			r.called() != "" {
 			t.Fatalf("unusable: %+v", out)
 		}
 	}
@@ -623,7 +674,8 @@ func TestUnusable(t *testing.T) {
 		t.Error("an unusable family is logged")
 	}
 	r.probes = nil
-	if out := r.pass(retryUnusable + 1); !out.Status.Usable || r.called() != "probe IPv4, read" || !slices.Equal(r.logged(), []string{"family usable again"}) {
+	if out := r.pass(retryUnusable + 1); !out.Status.Usable || r.called() != "probe IPv4, read" ||
+		!slices.Equal(r.logged(), []string{"family usable again"}) {
 		t.Errorf("usable again: %+v", out)
 	}
 	r.settle()
@@ -631,20 +683,25 @@ func TestUnusable(t *testing.T) {
 	// It gets lost again.
 	r.fails = fmt.Errorf("IPv4: %w: %w", iptables.ErrUnusable, iptables.ErrNoTable)
 	r.f.Note(iptables.Event{}, r.now)
-	if out := r.pass(time.Second); out.Status.Usable || r.called() != "read" || out.Facts.Unusable == nil {
+	if out := r.pass(time.Second); out.Status.Usable || r.called() != "read" ||
+		out.Facts.Unusable == nil {
 		t.Errorf("lost: %+v", out)
 	}
 	r.fails = nil
 	if r.pass(retryUnusable); r.called() != "" {
 		t.Error("tried within a minute")
 	}
-	if out := r.pass(time.Second); !out.Status.Usable || r.called() != "probe IPv4, read" || !out.Status.Equal {
+	if out := r.pass(time.Second); !out.Status.Usable || r.called() != "probe IPv4, read" ||
+		!out.Status.Equal {
 		t.Errorf("back: %+v", out)
 	}
 }
 
 // refusedRule is a rule that the kernel of these tests does not take.
-var refusedRule = iptables.RefusedError{Rule: "-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 80 -j SERVICE_PROXY_REDIRECT", Stderr: "no"}
+var refusedRule = iptables.RefusedError{
+	Rule:   "-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 80 -j SERVICE_PROXY_REDIRECT",
+	Stderr: "no",
+}
 
 // withoutPorts is what a kernel takes that refuses the service ports.
 func (r *rig) withoutPorts(p iptables.Plan) (iptables.Ruleset, []iptables.RefusedError) {
@@ -656,31 +713,38 @@ func (r *rig) withoutPorts(p iptables.Plan) (iptables.Ruleset, []iptables.Refuse
 	return less.Ruleset(), []iptables.RefusedError{refusedRule}
 }
 
-// TestRefused: a rule that the kernel refuses is left out, said, and offered again after five minutes.
+// TestRefused: a rule that the kernel refuses is left out, said, and offered again after five
+// minutes.
 func TestRefused(t *testing.T) {
 	r := newRig(t)
-	left := anInterception() // so that it is no first install, whose end would offer the whole again
+	// so that it is no first install, whose end would offer the whole again
+	left := anInterception()
 	left.ServicePorts = nil
 	r.install(left)
 	r.refuses = r.withoutPorts
 	r.pass(0)
 	out := r.pass(0)
-	if !maps.Equal(out.Applies, map[string]int{"refused": 1}) || !out.Status.Equal || !out.Status.Jumps || !out.Confirmed || out.Facts.Err != nil {
+	if !maps.Equal(out.Applies, map[string]int{"refused": 1}) || !out.Status.Equal ||
+		!out.Status.Jumps || !out.Confirmed || out.Facts.Err != nil {
 		t.Errorf("refused: %+v", out)
 	}
-	if len(out.Facts.Left) != 1 || out.NotReady != "the IPv4 rules are not as wanted" || !slices.Contains(r.logged(), "rule left out that the kernel refuses") {
+	if len(out.Facts.Left) != 1 || out.NotReady != "the IPv4 rules are not as wanted" ||
+		!slices.Contains(r.logged(), "rule left out that the kernel refuses") {
 		t.Errorf("said: %+v", out)
 	}
 	// Drift is repaired to what the kernel takes.
 	r.others(byIptables, "-D OUTPUT "+jump)
-	if out = r.pass(time.Second); !maps.Equal(out.Applies, map[string]int{"applied": 1}) || out.Undone != 1 || len(out.Facts.Left) != 1 || out.NotReady == "" {
+	if out = r.pass(time.Second); !maps.Equal(out.Applies, map[string]int{"applied": 1}) ||
+		out.Undone != 1 || len(out.Facts.Left) != 1 || out.NotReady == "" {
 		t.Errorf("drift: %+v", out)
 	}
 	r.called()
-	if out = r.pass(retryLeft - time.Second); strings.Contains(r.called(), "apply") || len(out.Facts.Left) != 1 {
+	if out = r.pass(retryLeft - time.Second); strings.Contains(r.called(), "apply") ||
+		len(out.Facts.Left) != 1 {
 		t.Errorf("offered within five minutes: %+v", out)
 	}
-	if out = r.pass(time.Second); !maps.Equal(out.Applies, map[string]int{"refused": 1}) || len(out.Facts.Left) != 1 || out.Undone != 1 {
+	if out = r.pass(time.Second); !maps.Equal(out.Applies, map[string]int{"refused": 1}) ||
+		len(out.Facts.Left) != 1 || out.Undone != 1 {
 		t.Errorf("not offered past five minutes: %+v", out)
 	}
 	r.refuses = nil
@@ -688,7 +752,8 @@ func TestRefused(t *testing.T) {
 	if out = r.pass(retryLeft); strings.Contains(r.called(), "apply") || len(out.Facts.Left) != 1 {
 		t.Errorf("offered within five minutes: %+v", out)
 	}
-	if out = r.pass(1); !maps.Equal(out.Applies, map[string]int{"applied": 1}) || len(out.Facts.Left) != 0 || out.NotReady != "" || out.Undone != 1 {
+	if out = r.pass(1); !maps.Equal(out.Applies, map[string]int{"applied": 1}) ||
+		len(out.Facts.Left) != 0 || out.NotReady != "" || out.Undone != 1 {
 		t.Errorf("taken: %+v", out)
 	}
 }
@@ -710,12 +775,14 @@ func TestPaused(t *testing.T) {
 	r.order.Paused = true
 	r.others(byIptables, "-D OUTPUT "+jump)
 	out := r.pass(time.Second)
-	if r.called() != "" || out.Status.Equal || out.Status.Jumps || out.Wake != tick || r.has("OUTPUT", jump) || !out.Written {
+	if r.called() != "" || out.Status.Equal || out.Status.Jumps || out.Wake != tick ||
+		r.has("OUTPUT", jump) || !out.Written {
 		t.Errorf("%+v", out)
 	}
 }
 
-// TestPoll: where the kernel notifies nobody, everything is read each 1.5 s; else each five minutes.
+// TestPoll: where the kernel notifies nobody, everything is read each 1.5 s; else each five
+// minutes.
 func TestPoll(t *testing.T) {
 	for _, test := range []struct {
 		name     string
@@ -723,8 +790,10 @@ func TestPoll(t *testing.T) {
 		backend  string
 		every    time.Duration
 	}{
-		{"nft", true, iptables.NFT, resync}, {"nft that tells nothing any more", false, iptables.NFT, legacyPoll},
-		{"legacy", true, iptables.Legacy, legacyPoll}, {"legacy without a hint", false, iptables.Legacy, legacyPoll},
+		{"nft", true, iptables.NFT, resync}, {"nft that tells nothing any more", false,
+			iptables.NFT, legacyPoll},
+		{"legacy", true, iptables.Legacy, legacyPoll}, {"legacy without a hint", false,
+			iptables.Legacy, legacyPoll},
 	} {
 		r := newRig(t)
 		r.backend, r.order.Notified = test.backend, test.notified
@@ -744,7 +813,8 @@ func TestPoll(t *testing.T) {
 		}
 		r.f.Note(iptables.Event{Chains: []string{"OUTPUT"}}, r.now)
 		r.pass(1)
-		if called, part := r.called(), test.every == resync; part && called != "read OUTPUT" || !part && called != "read" {
+		if called, part := r.called(), test.every == resync; part && called != "read OUTPUT" ||
+			!part && called != "read" {
 			t.Errorf("%s: after a hint: %q", test.name, called)
 		}
 		// What is touched when everything is due anyway.
@@ -755,8 +825,8 @@ func TestPoll(t *testing.T) {
 	}
 }
 
-// TestReadShare: under a storm of others' changes reads take a sixth of the time. A new want does not
-// wait.
+// TestReadShare: under a storm of others' changes reads take a sixth of the time. A new want does
+// not wait.
 func TestReadShare(t *testing.T) {
 	r := installed(t)
 	r.takes = 100 * time.Millisecond
@@ -767,7 +837,8 @@ func TestReadShare(t *testing.T) {
 		t.Fatal("not read")
 	}
 	storm()
-	if out := r.pass(0); out.Wake != 600*time.Millisecond || r.called() != "" { // the read itself and five times that
+	// the read itself and five times that
+	if out := r.pass(0); out.Wake != 600*time.Millisecond || r.called() != "" {
 		t.Errorf("wakes in %v", out.Wake)
 	}
 	if r.pass(599 * time.Millisecond); r.called() != "" {
@@ -799,7 +870,8 @@ func TestReadShare(t *testing.T) {
 
 // TestSettling: a first install lets older connections through for five minutes.
 func TestSettling(t *testing.T) {
-	const row = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment settling -j RETURN"
+	const row = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN " +
+		"-m comment --comment settling -j RETURN"
 	r := newRig(t)
 	r.settle()
 	if !r.has("SERVICE_PROXY_OUTPUT", row) {
@@ -808,7 +880,8 @@ func TestSettling(t *testing.T) {
 	if r.pass(settle - 1); !r.has("SERVICE_PROXY_OUTPUT", row) {
 		t.Error("taken out before its time")
 	}
-	if out := r.pass(1); r.has("SERVICE_PROXY_OUTPUT", row) || !out.Status.Equal || out.Undone != 0 {
+	if out := r.pass(1); r.has("SERVICE_PROXY_OUTPUT", row) || !out.Status.Equal ||
+		out.Undone != 0 {
 		t.Errorf("not taken out: %+v\n%s", out, r.ours())
 	}
 	// What is put right later is no first install.
@@ -913,7 +986,8 @@ func TestPlannedStop(t *testing.T) {
 	was := r.ours()
 	r.order.Draining = true
 	out := r.pass(time.Second)
-	if r.ours().Intercepting() || !r.ours().Equal(was.WithoutJumps()) || out.Undone != 0 || !out.Status.Equal || !out.Written || out.Confirmed {
+	if r.ours().Intercepting() || !r.ours().Equal(was.WithoutJumps()) || out.Undone != 0 ||
+		!out.Status.Equal || !out.Written || out.Confirmed {
 		t.Errorf("%+v\n%s", out, r.ours())
 	}
 	r.order.Draining = false
@@ -927,7 +1001,8 @@ func TestAllServicesGo(t *testing.T) {
 	r := installed(t)
 	r.want(iptables.Interception{Family: iptables.IPv4})
 	out := r.pass(time.Second)
-	if !r.ours().Empty() || !out.Status.Equal || out.Status.Jumps || out.Written || out.NotReady != "" || out.Confirmed || out.Status.Services != 0 {
+	if !r.ours().Empty() || !out.Status.Equal || out.Status.Jumps || out.Written ||
+		out.NotReady != "" || out.Confirmed || out.Status.Services != 0 {
 		t.Errorf("%+v\n%s", out, r.ours())
 	}
 }
@@ -942,12 +1017,14 @@ func TestManyDifferences(t *testing.T) {
 	r.logs.TakeAll()
 	var lines []string
 	for _, port := range many.ServicePorts[1:] {
-		lines = append(lines, fmt.Sprintf("-D SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport %d -j SERVICE_PROXY_REDIRECT", port))
+		lines = append(lines, fmt.Sprintf("-D SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp "+
+			"--dport %d -j SERVICE_PROXY_REDIRECT", port))
 	}
 	r.others(iptables.Event{}, lines...)
 	out := r.pass(time.Second)
 	logged := strings.Join(r.lines(), "; ")
-	if strings.Count(logged, "rule removed") != 5 || !strings.Contains(logged, "differences:7") || !maps.Equal(out.Drift, map[string]int{"rule removed": 7}) {
+	if strings.Count(logged, "rule removed") != 5 || !strings.Contains(logged, "differences:7") ||
+		!maps.Equal(out.Drift, map[string]int{"rule removed": 7}) {
 		t.Errorf("logged %q; %+v", logged, out)
 	}
 }
@@ -958,14 +1035,19 @@ func TestFailedRepair(t *testing.T) {
 	r.others(byIptables, "-D OUTPUT "+jump)
 	r.applyFails = iptables.ErrLocked
 	out := r.pass(time.Second)
-	if out.Undone != 0 || len(out.Drift) != 0 || out.LastDriftBy != "" || out.Facts.Undone != 0 || out.Facts.Err == nil || out.Wake != retryFirst || len(out.Facts.Drift) != 1 {
+	if out.Undone != 0 || len(out.Drift) != 0 || out.LastDriftBy != "" || out.Facts.Undone != 0 ||
+		out.Facts.Err == nil || out.Wake != retryFirst || len(out.Facts.Drift) != 1 {
 		t.Errorf("failed: %+v", out)
 	}
-	if lines := r.lines(); !slices.Equal(lines, []string{"rules not as wanted map[error:another program holds the iptables lock family:IPv4]"}) {
+	if lines := r.lines(); !slices.Equal(lines,
+		[]string{
+			"rules not as wanted map[error:" + iptables.ErrLocked.Error() + " family:IPv4]",
+		}) {
 		t.Errorf("logged %q", lines)
 	}
 	r.applyFails = nil
-	if out = r.pass(time.Second); out.Undone != 0 || !out.Status.Equal || r.called() != "read OUTPUT, apply, read, apply" {
+	if out = r.pass(time.Second); out.Undone != 0 || !out.Status.Equal ||
+		r.called() != "read OUTPUT, apply, read, apply" {
 		t.Errorf("done: %+v", out)
 	}
 }
@@ -977,7 +1059,8 @@ func TestPlanIsLogged(t *testing.T) {
 	r.f.log = zap.New(core)
 	r.settle()
 	plans := logs.FilterMessage("plan").All()
-	if len(plans) != 1 || !strings.Contains(fmt.Sprint(plans[0].ContextMap()), "-I OUTPUT 1 "+jump) {
+	if len(plans) != 1 || !strings.Contains(fmt.Sprint(plans[0].ContextMap()),
+		"-I OUTPUT 1 "+jump) {
 		t.Errorf("logged %v", plans)
 	}
 }

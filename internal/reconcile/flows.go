@@ -49,7 +49,8 @@ type paths struct {
 	questions bool        // those of DNS questions on the old path are still to be deleted
 }
 
-// adopted notes that an earlier run redirects DNS questions: it may have had no time for late answers.
+// adopted notes that an earlier run redirects DNS questions: it may have had no time for late
+// answers.
 func (p *paths) adopted(now time.Time) { p.late = []time.Time{now.Add(answersLate)} }
 
 // pass does what is due.

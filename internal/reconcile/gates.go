@@ -24,9 +24,9 @@ type gates struct {
 	outbound, inbound, dns gate
 }
 
-// move moves each gate by its look, and returns those looks that are facts. Until Envoy has told its
-// listeners only a foreign owner of a port is one: a closed port is what Envoy's state tells better.
-// The gates move then only where the rules that are in lead to their ports (adopted).
+// move moves each gate by its look, and returns those looks that are facts. Until Envoy has told
+// its listeners only a foreign owner of a port is one: a closed port is what Envoy's state tells
+// better. The gates move then only where the rules that are in lead to their ports (adopted).
 func (g *gates) move(now time.Time, o Order, adopted bool) (facts []symptom.Port) {
 	g.ports = o.Ports
 	for _, each := range []struct {
@@ -55,13 +55,14 @@ func (g *gates) adopt(ours iptables.Ruleset) {
 
 // notAccepting is the port that does not accept, in words; "" when all that matter do.
 func (g *gates) notAccepting(f iptables.Family) string {
+	is := g.ports
 	switch {
-	case g.ports.Outbound != 0 && !g.outbound.accepts():
-		return fmt.Sprintf("Envoy's port %d does not accept %v connections", g.ports.Outbound, f)
-	case g.ports.Inbound != 0 && !g.inbound.accepts():
-		return fmt.Sprintf("Envoy's inbound port %d does not accept %v connections", g.ports.Inbound, f)
-	case g.ports.DNS != 0 && !g.dns.accepts():
-		return fmt.Sprintf("Envoy does not listen on its DNS port %d over %v", g.ports.DNS, f)
+	case is.Outbound != 0 && !g.outbound.accepts():
+		return fmt.Sprintf("Envoy's port %d does not accept %v connections", is.Outbound, f)
+	case is.Inbound != 0 && !g.inbound.accepts():
+		return fmt.Sprintf("Envoy's inbound port %d does not accept %v connections", is.Inbound, f)
+	case is.DNS != 0 && !g.dns.accepts():
+		return fmt.Sprintf("Envoy does not listen on its DNS port %d over %v", is.DNS, f)
 	}
 	return ""
 }

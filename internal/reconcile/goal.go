@@ -13,7 +13,8 @@ type goal struct {
 	shape    shape
 	compiled bool             // want is of shape
 	want     iptables.Ruleset // the whole
-	// target is want, or what the kernel takes of it, or an earlier run's rules without their jumps.
+	// target is want, or what the kernel takes of it, or an earlier run's rules without their
+	// jumps.
 	target iptables.Ruleset
 
 	services []netip.Prefix // of want
@@ -64,14 +65,16 @@ func (g *goal) installed(r iptables.Result, now time.Time) {
 		return
 	}
 	for _, l := range r.Left {
-		if !slices.ContainsFunc(g.left, func(k iptables.RefusedError) bool { return k.Rule == l.Rule }) {
+		same := func(k iptables.RefusedError) bool { return k.Rule == l.Rule }
+		if !slices.ContainsFunc(g.left, same) {
 			g.left = append(g.left, l)
 		}
 	}
 	g.leftAt = now
 }
 
-// lacks says whether a rule is left out without which a packet goes another way. Comments take none.
+// lacks says whether a rule is left out without which a packet goes another way. Comments take
+// none.
 func (g *goal) lacks() bool {
 	return slices.ContainsFunc(g.left, func(l iptables.RefusedError) bool {
 		return l.Rule != iptables.CommentMatch

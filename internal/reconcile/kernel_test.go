@@ -67,7 +67,8 @@ func newRig(t *testing.T) *rig {
 			WhenDown: Keep, Marked: true, Notified: true,
 		},
 	}
-	r.f = New(iptables.IPv4, r, Flows{HalfOpen: r.halfOpen, UDP: r.udp, LateUDP: r.lateUDP}, zap.New(core))
+	r.f = New(iptables.IPv4, r, Flows{HalfOpen: r.halfOpen, UDP: r.udp, LateUDP: r.lateUDP},
+		zap.New(core))
 	r.f.clock = func() time.Time { return r.now.Add(r.spent) }
 	r.listens(proxyUID)
 	return r
@@ -75,13 +76,16 @@ func newRig(t *testing.T) *rig {
 
 // listens makes a user the owner of every port that matters. 0: nobody listens.
 func (r *rig) listens(uid uint32) {
-	r.order.Ports = r.f.Ports(r.order.Want, r.order.Known, r.order.UserKnown, Ports{Outbound: 15001, Inbound: 15006})
+	r.order.Ports = r.f.Ports(r.order.Want, r.order.Known, r.order.UserKnown,
+		Ports{Outbound: 15001, Inbound: 15006})
 	look := func(purpose string, port uint16) symptom.Port {
 		addr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)
-		return symptom.Port{Family: iptables.IPv4, Purpose: purpose, Addr: addr, Owner: uid, Listening: uid != 0}
+		return symptom.Port{Family: iptables.IPv4, Purpose: purpose, Addr: addr, Owner: uid,
+			Listening: uid != 0}
 	}
 	p := r.order.Ports
-	r.order.Looks = Looks{look("outbound", p.Outbound), look("inbound", p.Inbound), look("DNS", p.DNS)}
+	r.order.Looks = Looks{look("outbound", p.Outbound), look("inbound", p.Inbound),
+		look("DNS", p.DNS)}
 }
 
 // want is another want.
@@ -186,7 +190,8 @@ func (r *rig) Read(_ context.Context, f iptables.Family) (iptables.Table, error)
 }
 
 // ReadChains reads everything, and says what it was asked for.
-func (r *rig) ReadChains(ctx context.Context, have iptables.Table, chains []string) (iptables.Table, error) {
+func (r *rig) ReadChains(ctx context.Context, have iptables.Table,
+	chains []string) (iptables.Table, error) {
 	table, err := r.Read(ctx, have.Family())
 	r.calls[len(r.calls)-1] = "read " + strings.Join(chains, " ")
 	return table, err
@@ -220,7 +225,8 @@ func (r *rig) Apply(ctx context.Context, p iptables.Plan) (iptables.Result, erro
 	if have, err = iptables.Parse(iptables.IPv4, []byte(r.nat.Save())); err != nil {
 		return iptables.Result{}, err
 	}
-	return iptables.Result{Have: have, Ruleset: want, Left: left, Drift: iptables.Diff(want, have)}, nil
+	return iptables.Result{Have: have, Ruleset: want, Left: left,
+		Drift: iptables.Diff(want, have)}, nil
 }
 
 func (r *rig) Probe(_ context.Context, f iptables.Family) error {

@@ -10,12 +10,13 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// TestGoalLeavesOut: what the kernel refuses is left out once, and stays so until the whole is offered
-// again.
+// TestGoalLeavesOut: what the kernel refuses is left out once, and stays so until the whole is
+// offered again.
 func TestGoalLeavesOut(t *testing.T) {
 	now := time.Unix(1e9, 0)
 	refused := func(rules ...string) iptables.Result {
-		r := iptables.Result{Ruleset: iptables.Interception{Family: iptables.IPv4, OutboundPort: 1}.Ruleset()}
+		r := iptables.Result{Ruleset: iptables.Interception{Family: iptables.IPv4,
+			OutboundPort: 1}.Ruleset()}
 		for _, rule := range rules {
 			r.Left = append(r.Left, iptables.RefusedError{Rule: rule})
 		}
@@ -29,12 +30,14 @@ func TestGoalLeavesOut(t *testing.T) {
 	}
 	var g goal
 	gates := gates{outbound: gate{open: true}}
-	want := iptables.Interception{Family: iptables.IPv4, OutboundPort: 15001, ServicePorts: []uint16{80}}
+	want := iptables.Interception{Family: iptables.IPv4, OutboundPort: 15001,
+		ServicePorts: []uint16{80}}
 	if !g.compile(want, 1, &gates, now) || g.lacks() || g.offerAgain(now.Add(time.Hour)) {
 		t.Errorf("compiled: %+v", g)
 	}
 	g.installed(refused("a", iptables.CommentMatch), now)
-	if !slices.Equal(left(g), []string{"a", iptables.CommentMatch}) || !g.leftAt.Equal(now) || !g.lacks() || !g.target.Equal(refused().Ruleset) {
+	if !slices.Equal(left(g), []string{"a", iptables.CommentMatch}) || !g.leftAt.Equal(now) ||
+		!g.lacks() || !g.target.Equal(refused().Ruleset) {
 		t.Errorf("refused: %+v", g)
 	}
 	// What is put right later leaves out the same.
@@ -43,7 +46,8 @@ func TestGoalLeavesOut(t *testing.T) {
 		t.Errorf("put right: %+v", g)
 	}
 	g.installed(refused("a", "b"), now.Add(time.Minute))
-	if !slices.Equal(left(g), []string{"a", iptables.CommentMatch, "b"}) || !g.leftAt.Equal(now.Add(time.Minute)) {
+	if !slices.Equal(left(g), []string{"a", iptables.CommentMatch, "b"}) ||
+		!g.leftAt.Equal(now.Add(time.Minute)) {
 		t.Errorf("refused again: %+v", g)
 	}
 	if g.compile(want, 1, &gates, now) || len(g.left) != 3 {
@@ -52,7 +56,8 @@ func TestGoalLeavesOut(t *testing.T) {
 	if g.offerAgain(now.Add(time.Minute + retryLeft)) {
 		t.Error("offered within five minutes")
 	}
-	if !g.offerAgain(now.Add(time.Minute+retryLeft+1)) || len(g.left) != 0 || !g.target.Equal(g.want) || g.target.Equal(refused().Ruleset) {
+	if !g.offerAgain(now.Add(time.Minute+retryLeft+1)) || len(g.left) != 0 ||
+		!g.target.Equal(g.want) || g.target.Equal(refused().Ruleset) {
 		t.Errorf("not offered past five minutes: %+v", g)
 	}
 	g.installed(refused(iptables.CommentMatch), now)
@@ -67,7 +72,8 @@ func TestGoalLeavesOut(t *testing.T) {
 // TestGoalRedirects: what is not jumped to redirects nothing, and DNS is its own gate's.
 func TestGoalRedirects(t *testing.T) {
 	now := time.Unix(1e9, 0)
-	want := iptables.Interception{Family: iptables.IPv4, OutboundPort: 15001, Services: prefixes("10.1.0.1/32"), DNSPort: 15053}
+	want := iptables.Interception{Family: iptables.IPv4, OutboundPort: 15001,
+		Services: prefixes("10.1.0.1/32"), DNSPort: 15053}
 	for _, test := range []struct {
 		name  string
 		gates gates
@@ -75,18 +81,20 @@ func TestGoalRedirects(t *testing.T) {
 	}{
 		{"hold", gates{dns: gate{open: true}}, redirected{}},
 		{"without DNS", gates{outbound: gate{open: true}}, redirected{services: want.Services}},
-		{"with", gates{outbound: gate{open: true}, dns: gate{open: true}}, redirected{services: want.Services, dns: 15053}},
+		{"with", gates{outbound: gate{open: true}, dns: gate{open: true}},
+			redirected{services: want.Services, dns: 15053}},
 	} {
 		var g goal
 		g.compile(want, 1, &test.gates, now)
-		if r := g.redirects(15053); !slices.Equal(r.services, test.want.services) || r.dns != test.want.dns {
+		if r := g.redirects(15053); !slices.Equal(r.services, test.want.services) ||
+			r.dns != test.want.dns {
 			t.Errorf("%s: %+v, want %+v", test.name, r, test.want)
 		}
 	}
 }
 
-// TestSightIsDue: everything is read an interval after it was, and reads that others cause have a share
-// of the time.
+// TestSightIsDue: everything is read an interval after it was, and reads that others cause have a
+// share of the time.
 func TestSightIsDue(t *testing.T) {
 	now := time.Unix(1e9, 0)
 	s := sight{at: now, took: time.Second, ended: now.Add(time.Second)}
@@ -101,7 +109,8 @@ func TestSightIsDue(t *testing.T) {
 // TestGatesMove: which looks move a gate, and which are told.
 func TestGatesMove(t *testing.T) {
 	look := func(port uint16, uid uint32) symptom.Port {
-		return symptom.Port{Addr: netip.AddrPortFrom(netip.IPv6Loopback(), port), Owner: uid, Listening: uid != 0}
+		return symptom.Port{Addr: netip.AddrPortFrom(netip.IPv6Loopback(), port), Owner: uid,
+			Listening: uid != 0}
 	}
 	for _, test := range []struct {
 		name           string
@@ -114,14 +123,18 @@ func TestGatesMove(t *testing.T) {
 		{"no port, and somebody else's", look(0, foreignUID), true, false, gate{}, gate{}, false},
 		{"known", look(1, proxyUID), true, false, gate{}, gate{open: true}, true},
 		{"known and closed", look(1, 0), true, false, gate{}, gate{}, true},
-		{"known and somebody else's", look(1, foreignUID), true, false, gate{open: true}, gate{denied: true}, true},
+		{"known and somebody else's", look(1, foreignUID), true, false, gate{open: true},
+			gate{denied: true}, true},
 		{"unknown", look(1, proxyUID), false, false, gate{}, gate{}, false},
 		{"unknown and closed", look(1, 0), false, false, gate{open: true}, gate{open: true}, false},
-		{"unknown and somebody else's", look(1, foreignUID), false, false, gate{open: true}, gate{denied: true}, true},
+		{"unknown and somebody else's", look(1, foreignUID), false, false, gate{open: true},
+			gate{denied: true}, true},
 		{"adopted", look(1, proxyUID), false, true, gate{}, gate{open: true}, false},
-		{"adopted and somebody else's", look(1, foreignUID), false, true, gate{open: true}, gate{denied: true}, true},
+		{"adopted and somebody else's", look(1, foreignUID), false, true, gate{open: true},
+			gate{denied: true}, true},
 	} {
-		o := Order{Known: test.known, ProxyUID: proxyUID, WhenDown: Keep, Ports: Ports{1, 2, 3, true}}
+		o := Order{Known: test.known, ProxyUID: proxyUID, WhenDown: Keep,
+			Ports: Ports{1, 2, 3, true}}
 		for i, set := range []func(*gates) (*gate, *symptom.Port){
 			func(g *gates) (*gate, *symptom.Port) { return &g.outbound, &o.Looks.Outbound },
 			func(g *gates) (*gate, *symptom.Port) { return &g.inbound, &o.Looks.Inbound },
@@ -133,7 +146,8 @@ func TestGatesMove(t *testing.T) {
 			*moved, *at = test.is, test.look
 			facts := g.move(time.Unix(1e9, 0), o, test.adopted)
 			if *moved != test.want || len(facts) > 0 != test.told || g.ports != o.Ports {
-				t.Errorf("%s, port %d: %+v, told %v; want %+v", test.name, i, *moved, facts, test.want)
+				t.Errorf("%s, port %d: %+v, told %v; want %+v", test.name, i, *moved, facts,
+					test.want)
 			}
 		}
 	}
@@ -158,7 +172,8 @@ func TestGatesAdopt(t *testing.T) {
 		test.change(&i)
 		var g gates
 		g.adopt(i.Ruleset())
-		if g.outbound.open != test.outbound || g.inbound.open != test.in || g.dns.open != test.dns_ {
+		if g.outbound.open != test.outbound || g.inbound.open != test.in ||
+			g.dns.open != test.dns_ {
 			t.Errorf("%+v: %+v", i, g)
 		}
 	}
@@ -171,8 +186,10 @@ func TestMissing(t *testing.T) {
 		{prefixes("10.0.0.1/32"), nil, prefixes("10.0.0.1/32")},
 		{nil, prefixes("10.0.0.1/32"), nil},
 		{prefixes("10.0.0.1/32"), prefixes("10.0.0.1/32"), nil},
-		{prefixes("10.0.0.1/32", "10.0.0.3/32"), prefixes("10.0.0.2/32"), prefixes("10.0.0.1/32", "10.0.0.3/32")},
-		{prefixes("10.0.0.2/32", "10.0.0.4/32"), prefixes("10.0.0.1/32", "10.0.0.2/32", "10.0.0.3/32"), prefixes("10.0.0.4/32")},
+		{prefixes("10.0.0.1/32", "10.0.0.3/32"), prefixes("10.0.0.2/32"),
+			prefixes("10.0.0.1/32", "10.0.0.3/32")},
+		{prefixes("10.0.0.2/32", "10.0.0.4/32"), prefixes("10.0.0.1/32", "10.0.0.2/32",
+			"10.0.0.3/32"), prefixes("10.0.0.4/32")},
 		{prefixes("10.0.0.0/24", "10.0.0.0/32"), prefixes("10.0.0.0/24"), prefixes("10.0.0.0/32")},
 	} {
 		if got := missing(test.all, test.known); !slices.Equal(got, test.want) {

@@ -18,8 +18,8 @@ const (
 	// Keep leaves the rules: connections to services are refused until Envoy is back, none goes
 	// around it.
 	Keep WhenEnvoyDown = "keep"
-	// Bypass takes the jumps out after failed looks (bypassAfter, bypassTime): connections go to the
-	// raw addresses until Envoy is back.
+	// Bypass takes the jumps out after failed looks (bypassAfter, bypassTime): connections go to
+	// the raw addresses until Envoy is back.
 	Bypass WhenEnvoyDown = "bypass"
 )
 
@@ -35,8 +35,8 @@ const (
 // there.
 type gate struct {
 	open bool
-	// denied: closed for a reason: somebody else's socket, or a planned stop. A jump that an earlier
-	// run left does not open it.
+	// denied: closed for a reason: somebody else's socket, or a planned stop. A jump that an
+	// earlier run left does not open it.
 	denied bool
 	failed int       // looks in a row that found nobody listening
 	since  time.Time // the first of these
@@ -70,18 +70,18 @@ func (g gate) next(
 	return g
 }
 
-// adopted is the gate of a port that rules of an earlier run of this boot lead to: it was seen ready
-// then. Until the port is known to be somebody else's or closed for good, that stands.
+// adopted is the gate of a port that rules of an earlier run of this boot lead to: it was seen
+// ready then. Until the port is known to be somebody else's or closed for good, that stands.
 func (g gate) adopted(port uint16) gate {
 	g.open = g.open || port != 0 && !g.denied
 	return g
 }
 
-// Back-off of repairs: fewer than backOffBurst within backOffWindow are made at once, then one per a
-// delay that doubles from backOffFirst to backOffLast. On legacy, where drift is found by polling,
-// the window must hold backOffBurst polls. backOffOver without drift ends it. So a program that
-// deletes our jump every 100 ms meets less than one write a second, and the VM is put right within
-// seconds of its end.
+// Back-off of repairs: fewer than backOffBurst within backOffWindow are made at once, then one
+// per a delay that doubles from backOffFirst to backOffLast. On legacy, where drift is found by
+// polling, the window must hold backOffBurst polls. backOffOver without drift ends it. So a
+// program that deletes our jump every 100 ms meets less than one write a second, and the VM is
+// put right within seconds of its end.
 const (
 	backOffBurst  = 5
 	backOffWindow = 8 * time.Second
@@ -186,8 +186,8 @@ type shape struct {
 	jumps, inbound, dns, settling bool
 }
 
-// shapeOf is the shape that a want, the gates and the time ask for. The jumps wait for the port that
-// most goes through: outbound, or else inbound, or else DNS.
+// shapeOf is the shape that a want, the gates and the time ask for. The jumps wait for the port
+// that most goes through: outbound, or else inbound, or else DNS.
 func shapeOf(want iptables.Interception, serial uint64, g *gates, settling bool) shape {
 	s := shape{
 		serial: serial, jumps: g.outbound.open, inbound: g.inbound.open, dns: g.dns.open,
@@ -206,8 +206,8 @@ func shapeOf(want iptables.Interception, serial uint64, g *gates, settling bool)
 // ruleset compiles the want in this shape.
 func (s shape) ruleset(want iptables.Interception) iptables.Ruleset {
 	want.Jumps, want.Settling = s.jumps, s.settling
-	// Inbound waits for its own port. With the outbound jump out as well (bypass, a planned stop) the
-	// rows stay: only jumps are taken, so that ours do not stop being the NAT rules that keep
+	// Inbound waits for its own port. With the outbound jump out as well (bypass, a planned stop)
+	// the rows stay: only jumps are taken, so that ours do not stop being the NAT rules that keep
 	// conntrack on. Without any NAT rule it would see no reply of a redirected stream.
 	if !s.inbound && s.jumps {
 		want.InboundPort = 0

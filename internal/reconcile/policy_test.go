@@ -28,17 +28,24 @@ func TestGate(t *testing.T) {
 	}{
 		{"nobody yet", Keep, []symptom.Port{closed}, false, false, 0},
 		{"accepts", Keep, []symptom.Port{closed, ok}, false, true, 0},
-		{"kept when Envoy dies", Keep, []symptom.Port{ok, closed, closed, closed, closed, closed}, false, true, 0},
-		{"bypassed after three looks", Bypass, []symptom.Port{ok, closed, closed, closed}, false, false, 0},
+		{"kept when Envoy dies", Keep, []symptom.Port{ok, closed, closed, closed, closed, closed},
+			false, true, 0},
+		{"bypassed after three looks", Bypass, []symptom.Port{ok, closed, closed, closed}, false,
+			false, 0},
 		{"not within moments, however many events there are", Bypass,
-			[]symptom.Port{ok, closed, closed, closed, closed, closed, closed}, false, true, 300 * time.Millisecond},
+			[]symptom.Port{ok, closed, closed, closed, closed, closed,
+				closed}, false, true, 300 * time.Millisecond},
 		{"but over two seconds of them", Bypass,
-			[]symptom.Port{ok, closed, closed, closed, closed, closed, closed, closed, closed}, false, false, 300 * time.Millisecond},
+			[]symptom.Port{ok, closed, closed, closed, closed, closed, closed, closed,
+				closed}, false, false, 300 * time.Millisecond},
 		{"not before", Bypass, []symptom.Port{ok, closed, closed}, false, true, 0},
-		{"one good look starts the count again", Bypass, []symptom.Port{ok, closed, closed, ok, closed, closed}, false, true, 0},
-		{"back after a bypass", Bypass, []symptom.Port{ok, closed, closed, closed, ok}, false, true, 0},
+		{"one good look starts the count again", Bypass,
+			[]symptom.Port{ok, closed, closed, ok, closed, closed}, false, true, 0},
+		{"back after a bypass", Bypass, []symptom.Port{ok, closed, closed, closed, ok}, false,
+			true, 0},
 		{"a foreign owner closes it at once", Keep, []symptom.Port{ok, foreign}, false, false, 0},
-		{"and it stays closed until the proxy is back", Keep, []symptom.Port{ok, foreign, closed}, false, false, 0},
+		{"and it stays closed until the proxy is back", Keep, []symptom.Port{ok, foreign, closed},
+			false, false, 0},
 		{"the proxy is back", Keep, []symptom.Port{ok, foreign, closed, ok}, false, true, 0},
 		{"could not look is no news", Keep, []symptom.Port{ok, unknown}, false, true, 0},
 		{"could not look is no news at boot", Keep, []symptom.Port{unknown}, false, false, 0},
@@ -59,7 +66,8 @@ func TestGate(t *testing.T) {
 	}
 }
 
-// TestRepairsAtOnce: four repairs within 8 s are made at once and are no reason to back off; the fifth is one.
+// TestRepairsAtOnce: four repairs within 8 s are made at once and are no reason to back off; the
+// fifth is one.
 func TestRepairsAtOnce(t *testing.T) {
 	var b backOff
 	now := time.Unix(1e9, 0)
@@ -99,7 +107,8 @@ func TestBackOff(t *testing.T) {
 		t.Error("no back-off")
 	}
 	if late > 290 || late < 30 {
-		t.Errorf("%d repairs in 290 s of it, want under one a second and one each few seconds", late)
+		t.Errorf("%d repairs in 290 s of it, want under one a second and one each few seconds",
+			late)
 	}
 	if !b.until.Before(now.Add(backOffLast + time.Millisecond)) {
 		t.Error("the next repair is too far off")
@@ -127,8 +136,8 @@ func TestNoBackOff(t *testing.T) {
 	}
 }
 
-// TestTheFirstClosedLookCounts: what is bypassed is a port that was closed for two seconds, from the
-// first look that found it so.
+// TestTheFirstClosedLookCounts: what is bypassed is a port that was closed for two seconds, from
+// the first look that found it so.
 func TestTheFirstClosedLookCounts(t *testing.T) {
 	start := time.Unix(1e9, 0)
 	g := gate{open: true}
@@ -167,7 +176,8 @@ func TestAdoptedGate(t *testing.T) {
 		{gate{open: true}, 0, true}, {gate{open: true}, 15001, true},
 	} {
 		if g := test.is.adopted(test.port); g.open != test.want || g.denied != test.is.denied {
-			t.Errorf("%+v, rules that lead to %d: %+v, want open %v", test.is, test.port, g, test.want)
+			t.Errorf("%+v, rules that lead to %d: %+v, want open %v", test.is, test.port, g,
+				test.want)
 		}
 	}
 }
@@ -232,11 +242,13 @@ func TestRetry(t *testing.T) {
 	var r retry
 	for _, want := range []time.Duration{1, 2, 4, 8, 16, 30, 30} {
 		want *= time.Second
-		if r = r.failed(now, iptables.ErrLocked); r.delay != want || !r.at.Equal(now.Add(want)) || r.err != iptables.ErrLocked {
+		if r = r.failed(now, iptables.ErrLocked); r.delay != want || !r.at.Equal(now.Add(want)) ||
+			r.err != iptables.ErrLocked {
 			t.Errorf("tried again after %v, want %v", r.delay, want)
 		}
 	}
-	if r.news(errors.New(iptables.ErrLocked.Error())) || !r.news(iptables.ErrNotRoot) || !(retry{}).news(iptables.ErrLocked) {
+	if r.news(errors.New(iptables.ErrLocked.Error())) || !r.news(iptables.ErrNotRoot) ||
+		!(retry{}).news(iptables.ErrLocked) {
 		t.Error("what is news and what is not")
 	}
 }
@@ -286,22 +298,29 @@ func TestShape(t *testing.T) {
 		{out, 0, 0, out}, {out, out, out, out}, {out, in | dns, 0, out},
 		{in, 0, 0, in}, {in, in, in, in}, {in, out, 0, in},
 		{dns, 0, 0, dns}, {dns, dns, dns, dns}, {dns, out | in, 0, dns},
-		{out | in, out, out, out}, {out | in, in, 0, out | in}, {out | in, out | in, out | in, out | in},
-		{out | dns, out, out, out}, {out | dns, dns, 0, out | dns}, {out | dns, out | dns, out | dns, out | dns},
-		{in | dns, in, in, in}, {in | dns, dns, 0, in | dns}, {in | dns, in | dns, in | dns, in | dns},
-		{out | in | dns, out | in, out | in, out | in}, {out | in | dns, in | dns, 0, out | in | dns},
+		{out | in, out, out, out}, {out | in, in, 0, out | in}, {out | in, out | in, out | in,
+			out | in},
+		{out | dns, out, out, out}, {out | dns, dns, 0, out | dns}, {out | dns, out | dns,
+			out | dns, out | dns},
+		{in | dns, in, in, in}, {in | dns, dns, 0, in | dns}, {in | dns, in | dns, in | dns,
+			in | dns},
+		{out | in | dns, out | in, out | in, out | in}, {out | in | dns, in | dns, 0,
+			out | in | dns},
 		{0, out | in | dns, 0, 0},
 	} {
-		g := gates{outbound: gate{open: test.open&out != 0}, inbound: gate{open: test.open&in != 0}, dns: gate{open: test.open&dns != 0}}
+		g := gates{outbound: gate{open: test.open&out != 0},
+			inbound: gate{open: test.open&in != 0}, dns: gate{open: test.open&dns != 0}}
 		text := shapeOf(wants[test.want], 7, &g, false).ruleset(wants[test.want]).String()
 		for port, marks := range map[int][2]string{
 			out: {"-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n", "REDIRECT --to-ports 15001"},
 			in:  {"-A PREROUTING -p tcp -j SERVICE_PROXY_INBOUND\n", "REDIRECT --to-ports 15006"},
-			dns: {"-A OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS\n", "REDIRECT --to-ports 15053"},
+			dns: {"-A OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS\n",
+				"REDIRECT --to-ports 15053"},
 		} {
 			// DNS questions by TCP go through the chain of outbound connections.
 			jump := test.jumps&port != 0 || port == out && test.jumps&dns != 0
-			if strings.Contains(text, marks[0]) != jump || strings.Contains(text, marks[1]) != (test.rows&port != 0) {
+			if strings.Contains(text, marks[0]) != jump ||
+				strings.Contains(text, marks[1]) != (test.rows&port != 0) {
 				t.Errorf("want %03b, open %03b: of %03b\n%s", test.want, test.open, port, text)
 			}
 		}
@@ -310,17 +329,20 @@ func TestShape(t *testing.T) {
 	var g gates
 	is := shapeOf(wants[out|in|dns], 1, &g, false)
 	for name, other := range map[string]shape{
-		"another want":        shapeOf(wants[out|in|dns], 2, &g, false),
-		"settling":            shapeOf(wants[out|in|dns], 1, &g, true),
-		"outbound is open":    shapeOf(wants[out|in|dns], 1, &gates{outbound: gate{open: true}}, false),
-		"inbound is open":     shapeOf(wants[out|in|dns], 1, &gates{inbound: gate{open: true}}, false),
+		"another want": shapeOf(wants[out|in|dns], 2, &g, false),
+		"settling":     shapeOf(wants[out|in|dns], 1, &g, true),
+		"outbound is open": shapeOf(wants[out|in|dns], 1, &gates{outbound: gate{open: true}},
+			false),
+		"inbound is open": shapeOf(wants[out|in|dns], 1, &gates{inbound: gate{open: true}},
+			false),
 		"the DNS port's gate": shapeOf(wants[out|in|dns], 1, &gates{dns: gate{open: true}}, false),
 	} {
 		if is == other {
 			t.Errorf("%s: the same shape", name)
 		}
 	}
-	if other := shapeOf(wants[out|in|dns], 1, &gates{outbound: gate{failed: 1}}, false); is != other {
+	if other := shapeOf(wants[out|in|dns], 1, &gates{outbound: gate{failed: 1}},
+		false); is != other {
 		t.Error("a look that changes no gate changes the shape")
 	}
 }
@@ -335,7 +357,8 @@ func TestMustLeave(t *testing.T) {
 	none := all
 	none.Jumps = false
 	outbound := iptables.Interception{Family: iptables.IPv4, OutboundPort: 15001, Jumps: true}
-	inbound := iptables.Interception{Family: iptables.IPv4, InboundPort: 15006, Serving: all.Serving, Jumps: true}
+	inbound := iptables.Interception{Family: iptables.IPv4, InboundPort: 15006,
+		Serving: all.Serving, Jumps: true}
 	for _, test := range []struct {
 		name  string
 		rules iptables.Interception
@@ -347,9 +370,12 @@ func TestMustLeave(t *testing.T) {
 		{"inbound is closed", all, func(g *gates) { g.inbound.open = false }, true},
 		{"DNS is closed", all, func(g *gates) { g.dns.open = false }, true},
 		{"all are closed, and nothing jumps", none, func(g *gates) { *g = gates{} }, false},
-		{"those are closed that outbound rules do not lead to", outbound, func(g *gates) { g.inbound.open, g.dns.open = false, false }, false},
-		{"those are closed that inbound rules do not lead to", inbound, func(g *gates) { g.outbound.open, g.dns.open = false, false }, false},
-		{"no rules", iptables.Interception{Family: iptables.IPv4}, func(g *gates) { *g = gates{} }, false},
+		{"those are closed that outbound rules do not lead to", outbound,
+			func(g *gates) { g.inbound.open, g.dns.open = false, false }, false},
+		{"those are closed that inbound rules do not lead to", inbound,
+			func(g *gates) { g.outbound.open, g.dns.open = false, false }, false},
+		{"no rules", iptables.Interception{Family: iptables.IPv4}, func(g *gates) { *g = gates{} },
+			false},
 	} {
 		g := open
 		test.close(&g)
@@ -365,14 +391,16 @@ func TestNumbers(t *testing.T) {
 		"older connections are let through": {settle, 5 * time.Minute},
 		"a refused rule is offered again":   {retryLeft, 5 * time.Minute},
 		"everything is read":                {pollInterval(true, iptables.NFT), 5 * time.Minute},
-		"and where nobody is notified":      {pollInterval(false, iptables.NFT), 1500 * time.Millisecond},
-		"and on legacy":                     {pollInterval(true, iptables.Legacy), 1500 * time.Millisecond},
-		"a repaired drift is shown":         {showDrift, time.Minute},
-		"an unusable family is tried":       {retryUnusable, time.Minute},
-		"a late answer":                     {answersLate, 6 * time.Second},
-		"a walk through conntrack":          {conntrackLimit, time.Second},
-		"who wrote is told late":            {lateName, time.Second},
-		"the longest pause between passes":  {tick, time.Second},
+		"and where nobody is notified": {pollInterval(false, iptables.NFT),
+			1500 * time.Millisecond},
+		"and on legacy": {pollInterval(true, iptables.Legacy),
+			1500 * time.Millisecond},
+		"a repaired drift is shown":        {showDrift, time.Minute},
+		"an unusable family is tried":      {retryUnusable, time.Minute},
+		"a late answer":                    {answersLate, 6 * time.Second},
+		"a walk through conntrack":         {conntrackLimit, time.Second},
+		"who wrote is told late":           {lateName, time.Second},
+		"the longest pause between passes": {tick, time.Second},
 	} {
 		if have[0] != have[1] {
 			t.Errorf("%s: %v, want %v", name, have[0], have[1])

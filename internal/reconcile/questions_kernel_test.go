@@ -40,7 +40,8 @@ func TestQuestionsForgottenLater(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	run("ip link set lo up; iptables -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE") // a NAT rule starts conntrack
+	// a NAT rule starts conntrack
+	run("ip link set lo up; iptables -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE")
 	resolver, envoy := listen("127.0.0.53:53"), listen("0.0.0.0:15053")
 	client, err := net.Dial("udp4", "127.0.0.53:53")
 	if err != nil {
@@ -61,10 +62,13 @@ func TestQuestionsForgottenLater(t *testing.T) {
 	run("iptables -t nat -I OUTPUT -p udp --dport 53 -j REDIRECT --to-ports 15053")
 
 	now := time.Now()
-	want := iptables.Interception{Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001, DNSPort: 15053, Jumps: true}
-	flows := Flows{HalfOpen: conntrack.DeleteHalfOpen, UDP: conntrack.DeleteUDP, LateUDP: conntrack.DeleteLateUDP}
+	want := iptables.Interception{Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107,
+		OutboundPort: 15001, DNSPort: 15053, Jumps: true}
+	flows := Flows{HalfOpen: conntrack.DeleteHalfOpen, UDP: conntrack.DeleteUDP,
+		LateUDP: conntrack.DeleteLateUDP}
 	f := New(iptables.IPv4, noKernel{}, flows, zap.NewNop())
-	f.usability.when, f.retry.at = now, now.Add(time.Hour) // so that a pass does nothing with the rules
+	// so that a pass does nothing with the rules
+	f.usability.when, f.retry.at = now, now.Add(time.Hour)
 	f.gates.dns = gate{open: true}
 	order := Order{Want: want, Serial: 1, Known: true, UserKnown: true}
 	late, cancel := context.WithDeadline(t.Context(), now.Add(-time.Second))

@@ -18,7 +18,8 @@ import (
 func TestCompile(t *testing.T) {
 	now := time.Unix(1e9, 0)
 	want := iptables.Interception{
-		Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001, Services: prefixes("10.1.0.1/32"), DNSPort: 15053,
+		Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001,
+		Services: prefixes("10.1.0.1/32"), DNSPort: 15053,
 		InboundPort: 15006, Serving: []iptables.Serving{{Port: 80}},
 	}
 	const (
@@ -38,13 +39,22 @@ func TestCompile(t *testing.T) {
 	}{
 		{"hold", func() {}, false, nil, []string{outbound, inbound, dns}},
 		{"nothing new", func() {}, true, nil, []string{outbound}},
-		{"Envoy accepts outbound", func() { gates.outbound = gate{open: true} }, false, []string{outbound, settling}, []string{inbound, dns}},
-		{"and inbound", func() { gates.inbound = gate{open: true} }, false, []string{outbound, inbound, settling}, []string{dns}},
-		{"and DNS", func() { gates.dns = gate{open: true} }, false, []string{outbound, inbound, dns, settling}, nil},
-		{"just before older connections are taken over", func() { now = now.Add(settle - time.Second) }, true, []string{settling}, nil},
-		{"older connections are taken over", func() { now = now.Add(time.Second) }, false, []string{outbound, inbound, dns}, []string{settling}},
-		{"a foreign owner of the DNS port", func() { gates.dns = gate{denied: true} }, false, []string{outbound, inbound}, []string{dns}},
-		{"a planned stop", func() { gates.outbound, gates.inbound = gate{denied: true}, gate{denied: true} }, false, nil, []string{outbound, inbound, dns}},
+		{"Envoy accepts outbound", func() { gates.outbound = gate{open: true} }, false,
+			[]string{outbound, settling}, []string{inbound, dns}},
+		{"and inbound", func() { gates.inbound = gate{open: true} }, false,
+			[]string{outbound, inbound, settling}, []string{dns}},
+		{"and DNS", func() { gates.dns = gate{open: true} }, false,
+			[]string{outbound, inbound, dns, settling}, nil},
+		{"just before older connections are taken over",
+			func() { now = now.Add(settle - time.Second) }, true, []string{settling}, nil},
+		{"older connections are taken over", func() { now = now.Add(time.Second) }, false,
+			[]string{outbound, inbound, dns}, []string{settling}},
+		{"a foreign owner of the DNS port", func() { gates.dns = gate{denied: true} }, false,
+			[]string{outbound, inbound}, []string{dns}},
+		{"a planned stop", func() {
+			gates.outbound, gates.inbound = gate{denied: true},
+				gate{denied: true}
+		}, false, nil, []string{outbound, inbound, dns}},
 	} {
 		step.change()
 		changed := g.compile(want, 1, &gates, now)
@@ -75,8 +85,9 @@ func prefixes(texts ...string) (p []netip.Prefix) {
 	return p
 }
 
-// fakeIPTables is a Kernel whose programs are scripts on the legacy backend, which is read by saves alone: a restore makes
-// the table what next was given. So a family goes through its passes without root and at any time of day.
+// fakeIPTables is a Kernel whose programs are scripts on the legacy backend, which is read by
+// saves alone: a restore makes the table what next was given. So a family goes through its passes
+// without root and at any time of day.
 func fakeIPTables(t *testing.T) (k *iptables.Kernel, next func(iptables.Ruleset)) {
 	t.Helper()
 	dir := t.TempDir()
@@ -89,9 +100,11 @@ func fakeIPTables(t *testing.T) (k *iptables.Kernel, next func(iptables.Ruleset)
 	next(iptables.Ruleset{})
 	put("table", "", 0o600)
 	for _, name := range []string{"iptables-legacy", "ip6tables-legacy"} {
-		put(name, "#!/bin/sh\n[ \"$1\" != --version ] || echo \"iptables v1.8.9 (legacy)\"\n", 0o700)
+		put(name, "#!/bin/sh\n[ \"$1\" != --version ] || echo \"iptables v1.8.9 (legacy)\"\n",
+			0o700)
 		put(name+"-save", "#!/bin/sh\ncat "+dir+"/table\n", 0o700)
-		put(name+"-restore", "#!/bin/sh\ncat >"+dir+"/payload && cp "+dir+"/next "+dir+"/table\n", 0o700)
+		put(name+"-restore", "#!/bin/sh\ncat >"+dir+"/payload && cp "+dir+"/next "+dir+"/table\n",
+			0o700)
 	}
 	k, err := iptables.Open(t.Context(), iptables.Options{Backend: iptables.Legacy, Path: dir})
 	if err != nil {
@@ -100,10 +113,12 @@ func fakeIPTables(t *testing.T) (k *iptables.Kernel, next func(iptables.Ruleset)
 	return k, next
 }
 
-// TestSettlingAgain: when all services go, the last NAT rule goes, and with it connection tracking: when they come back it is
-// a first install again, whose older connections are let through for the whole time.
+// TestSettlingAgain: when all services go, the last NAT rule goes, and with it connection
+// tracking: when they come back it is a first install again, whose older connections are let
+// through for the whole time.
 func TestSettlingAgain(t *testing.T) {
-	want := iptables.Interception{Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001, ServicePorts: []uint16{80}}
+	want := iptables.Interception{Family: iptables.IPv4, ProxyUID: 107, ProxyGID: 107,
+		OutboundPort: 15001, ServicePorts: []uint16{80}}
 	rules := func(settling bool) iptables.Ruleset {
 		w := want
 		w.Jumps, w.Settling = true, settling
@@ -126,7 +141,8 @@ func TestSettlingAgain(t *testing.T) {
 		{"older connections are taken over", settle, want, rules(false)},
 		{"all services go", time.Second, none, none.Ruleset()},
 		{"they come back at once", time.Second, want, rules(true)},
-		{"they go before older connections are taken over", settle - 10*time.Second, none, none.Ruleset()},
+		{"they go before older connections are taken over", settle - 10*time.Second, none,
+			none.Ruleset()},
 		{"and come back", time.Second, want, rules(true)},
 		{"past the first time, and within theirs", settle - time.Second, want, rules(true)},
 		{"past theirs", time.Second, want, rules(false)},
@@ -137,13 +153,16 @@ func TestSettlingAgain(t *testing.T) {
 		}
 		next(step.have)
 		out := f.Pass(t.Context(), now, order)
-		if out.Facts.Err != nil || f.goal.target.String() != step.have.String() || !out.Status.Equal {
-			t.Errorf("%s: %v, equal %v; wanted\n%s\nwant\n%s", step.name, out.Facts.Err, out.Status.Equal, f.goal.target, step.have)
+		if out.Facts.Err != nil || f.goal.target.String() != step.have.String() ||
+			!out.Status.Equal {
+			t.Errorf("%s: %v, equal %v; wanted\n%s\nwant\n%s", step.name, out.Facts.Err,
+				out.Status.Equal, f.goal.target, step.have)
 		}
 	}
 }
 
-// TestUsable: a family that could not be used is tried each minute, and what is known of it stands while a lock is held.
+// TestUsable: a family that could not be used is tried each minute, and what is known of it
+// stands while a lock is held.
 func TestUsable(t *testing.T) {
 	dir := t.TempDir()
 	put := func(name, script string) {
@@ -174,7 +193,8 @@ func TestUsable(t *testing.T) {
 		want  []bool
 	}{
 		{"a lock held at the start", locked, []string{works}, []bool{true, true}},
-		{"no table, then a lock, then all is well", noTable, []string{locked, works, noTable}, []bool{false, false, true, true}},
+		{"no table, then a lock, then all is well", noTable, []string{locked, works, noTable},
+			[]bool{false, false, true, true}},
 	} {
 		put("ip6tables-legacy", test.start)
 		k, err := iptables.Open(t.Context(), iptables.Options{Backend: iptables.Legacy, Path: dir})
@@ -191,7 +211,8 @@ func TestUsable(t *testing.T) {
 				put("ip6tables-legacy", test.steps[i-1])
 				now = now.Add(retryUnusable + time.Second)
 			}
-			if have := f.usable(t.Context(), now); have != want || (f.usability.why == nil) != want {
+			if have := f.usable(t.Context(), now); have != want ||
+				(f.usability.why == nil) != want {
 				t.Errorf("%s: step %d: usable is %v: %v", test.name, i, have, f.usability.why)
 			}
 		}
