@@ -1,6 +1,7 @@
 package progress
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,6 +31,70 @@ func TestState(t *testing.T) {
 	}
 	if _, err := Read(dir); err == nil {
 		t.Error("half a file is no error")
+	}
+	// As much as is read of a file in that folder, and no more.
+	for _, tt := range []struct {
+		size int
+		ok   bool
+	}{{1 << 20, true}, {1<<20 + 1, false}} {
+		text := "{}" + strings.Repeat(" ", tt.size-2)
+		if err := os.WriteFile(filepath.Join(dir, StateFile), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		_, err := Read(dir)
+		if (err == nil) != tt.ok || err != nil &&
+			!strings.HasPrefix(err.Error(), "read bootstrap's state: ") {
+			t.Errorf("a file of %d bytes: %v", tt.size, err)
+		}
+	}
+}
+
+// The words and names are read by others: the guest attribute's by whoever watches the fleet, the
+// files' by the units and by versions before and after this one.
+func TestWords(t *testing.T) {
+	for _, tt := range []struct{ have, want string }{
+		{InProgress, "IN PROGRESS"}, {Failed, "FAILED"}, {Finished, "FINISHED"},
+		{StateDir, "/var/lib/service-proxy-agent"}, {RuntimeDir, "/run/service-proxy-agent"},
+		{StateFile, "bootstrap.json"}, {RequestFile, "bootstrap-requested"},
+		{Sum("https://example.com/envoy.tgz"), "9e3a96dbd3937390"}, {Sum(""), ""},
+	} {
+		if tt.have != tt.want {
+			t.Errorf("have %q, want %q", tt.have, tt.want)
+		}
+	}
+}
+
+// The daemon tells the lines whose number is higher than the last it has told.
+func TestTell(t *testing.T) {
+	var s State
+	now := time.Unix(1700000000, 0).In(time.FixedZone("", 3600))
+	for i := range 70 {
+		s.Tell(now, "INFO", fmt.Sprintf("step\n%d", i+1))
+		if i == 0 && s.Story[0].Seq != 1 {
+			t.Errorf("it begins with %+v", s.Story[0])
+		}
+	}
+	if len(s.Story) != 64 {
+		t.Fatalf("%d lines", len(s.Story))
+	}
+	for i, line := range s.Story {
+		want := Line{7 + i, time.Unix(1700000000, 0).UTC(), "INFO", fmt.Sprintf("step %d", 7+i)}
+		if line != want {
+			t.Errorf("line %d is %+v, want %+v", i, line, want)
+		}
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	for _, tt := range []struct{ text, want string }{
+		{" a\tb\u2029c\xff ", "a b c?"},
+		{strings.Repeat("x", 1000), strings.Repeat("x", 1000)},
+		{strings.Repeat("x", 1001), strings.Repeat("x", 1000) + "…"},
+		{strings.Repeat("x", 999) + "éé", strings.Repeat("x", 999) + "…"},
+	} {
+		if have := OneLine(tt.text); have != tt.want {
+			t.Errorf("%q is %q, want %q", tt.text, have, tt.want)
+		}
 	}
 }
 
@@ -62,13 +127,17 @@ func TestFailureLine(t *testing.T) {
 		{State{}, ""},
 		{State{Status: Failed, Failure: "a", Next: "b"}, "a; b"},
 		{State{Status: Finished, Failure: "a", FailureTime: at}, "a (at 2023-11-14T22:13:20Z)"},
+		{State{Status: Finished, Failure: "a", FailureTime: at, Next: "b"},
+			"a (at 2023-11-14T22:13:20Z)"},
+		{State{Status: Failed, Failure: "a", FailureTime: at}, "a (at 2023-11-14T22:13:20Z)"},
 		{State{Status: Failed, Failure: "a\nb\x00\u2028c", Next: "d"}, "a b  c; d"},
 	} {
 		if have := tt.state.FailureLine(); have != tt.want {
 			t.Errorf("have %q, want %q", have, tt.want)
 		}
 	}
-	if have := (State{Status: Failed, Failure: strings.Repeat("é", 2000), Next: "x"}).FailureLine(); len(have) > 1024 {
+	long := State{Status: Failed, Failure: strings.Repeat("é", 2000), Next: "x"}
+	if have := long.FailureLine(); len(have) > 1024 {
 		t.Errorf("%d bytes", len(have))
 	}
 }
@@ -92,6 +161,11 @@ func TestRequest(t *testing.T) {
 	if have, err := os.ReadFile(filepath.Join(dir, RequestFile)); err != nil ||
 		string(have) != "the attribute has changed\n" {
 		t.Errorf("have %q, %v", have, err)
+	}
+	// Root alone has to read it, and whoever asked.
+	if info, err := os.Stat(filepath.Join(dir, RequestFile)); err != nil ||
+		info.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", info, err)
 	}
 	if err := Request(filepath.Join(dir, "absent"), "x"); err == nil {
 		t.Error("an absent folder is no error")
