@@ -77,9 +77,10 @@ func TestAttributeChange(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				for _, f := range []*Failure{b.makeLogs(t.Context(), cfg), b.configureEnvoy(t.Context(), cfg, testVM)} {
-					if f != nil {
-						t.Fatalf("%s: %v", text, f)
+				for _, err := range []error{b.makeLogs(t.Context(), cfg),
+					b.configureEnvoy(t.Context(), cfg, testVM)} {
+					if err != nil {
+						t.Fatalf("%s: %v", text, err)
 					}
 				}
 				_, err = os.Lstat(b.path(restartFile))
@@ -150,7 +151,7 @@ func TestSourceChange(t *testing.T) {
 			var restart bool
 			for _, cfg := range []attribute.Config{tt.from, tt.to} {
 				_ = os.Remove(b.path(restartFile)) // as after the start of Envoy
-				if wish, f := b.installEnvoy(t.Context(), cfg); wish != nil || f != nil {
+				if wish, f := tryEnvoy(t, b, cfg); wish != nil || f != nil {
 					t.Fatal(f)
 				}
 				_, err := os.Lstat(b.path(restartFile))

@@ -103,12 +103,19 @@ func (v *fakeVM) bootstrap(cfg attribute.Config) *Failure {
 	}
 	b.state = state
 	b.state.Attempt = 1
-	wish, failure := b.installEnvoy(v.Context(), cfg)
+	failure := failed(StepEnvoy, b.installEnvoy(v.Context(), cfg), ofDisk)
 	b.save()
-	if failure == nil {
-		failure = wish
-	}
 	return failure
+}
+
+// tryEnvoy is the step that installs Envoy. wish is a failure with which the VM goes on.
+func tryEnvoy(t *testing.T, b *bootstrapper, cfg attribute.Config) (wish, failure *Failure) {
+	t.Helper()
+	f := failed(StepEnvoy, b.installEnvoy(t.Context(), cfg), ofDisk)
+	if f != nil && f.goesOn {
+		return f, nil
+	}
+	return nil, f
 }
 
 func (v *fakeVM) state() progress.State {
@@ -333,7 +340,7 @@ func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 			b := newBootstrapper(opts)
 			b.state = v.state()
 			b.state.Attempt = 1
-			wish, failure := b.installEnvoy(t.Context(), s.config("1.30.1", ""))
+			wish, failure := tryEnvoy(t, b, s.config("1.30.1", ""))
 			have := version(t, v.root+EnvoyBinary)
 			if tt.replace {
 				told := slices.ContainsFunc(b.state.Story, func(l progress.Line) bool {
@@ -347,7 +354,7 @@ func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 			if have != "1.30.1" || failure == nil || failure.Permanent || !strings.Contains(failure.Error(), tt.says) {
 				t.Errorf("%s, own %v: have %s from %s, %v", tt.name, own, have, b.state.EnvoySource, failure)
 			}
-			if wish, failure := b.installEnvoy(t.Context(), s.config("1.30.1", "")); wish != nil || failure != nil {
+			if wish, failure := tryEnvoy(t, b, s.config("1.30.1", "")); wish != nil || failure != nil {
 				t.Errorf("%s, own %v, asked again: %v, %v", tt.name, own, wish, failure)
 			}
 		}
@@ -363,7 +370,7 @@ func TestVersionTimesOut(t *testing.T) {
 		}})
 		mkdir(t, b.path(filepath.Dir(EnvoyBinary)), 0o755)
 		write(t, b.path(EnvoyBinary), fakeBinary(t, "1.30.1"))
-		_, f := b.installEnvoy(t.Context(), attribute.Default())
+		_, f := tryEnvoy(t, b, attribute.Default())
 		if f == nil || f.Permanent || !strings.Contains(f.Error(), "no end after 20s") {
 			t.Errorf("have %v", f)
 		}
@@ -380,7 +387,7 @@ func TestDownloadedEnvoyIsKilled(t *testing.T) {
 		return exec.Command("/bin/sh", "-c", "kill -9 $$").Run()
 	}
 	b := newBootstrapper(opts)
-	if _, f := b.installEnvoy(t.Context(), s.config("1.30.1", "1.30.2")); f == nil || f.Permanent || strings.Count(f.Error(), "signal: killed") != 2 {
+	if _, f := tryEnvoy(t, b, s.config("1.30.1", "1.30.2")); f == nil || f.Permanent || strings.Count(f.Error(), "signal: killed") != 2 {
 		t.Errorf("have %v", f)
 	}
 }

@@ -19,10 +19,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// Install lays down what the unpacked release archive in dir holds: the agent's binary, the Envoy that came along, users and units; enables the
-// units, starts them without waiting, and ends. OS Config runs it once per disk, in a folder that is deleted afterwards, and waits for its
-// output to close, so every retry is somebody else's: Run's, once the unit stands; until then a transient unit's, which Install starts on
-// a copy of the archive. As an upgrade it replaces the agent and leaves Envoy, its configuration and the kernel's rules alone.
+// Install lays down what the unpacked release archive in dir holds: the agent's binary, the Envoy
+// that came along, users and units; enables the units, starts them without waiting, and ends. OS
+// Config runs it once per disk, in a folder that is deleted afterwards, and waits for its output to
+// close, so every retry is somebody else's: Run's, once the unit stands; until then a transient
+// unit's, which Install starts on a copy of the archive. As an upgrade it replaces the agent and
+// leaves Envoy, its configuration and the kernel's rules alone.
 func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
 	if state, err := progress.Read(b.path(progress.StateDir)); err == nil {
@@ -45,14 +47,16 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	return failure
 }
 
-// retryDirs are where the archive may wait while its installation is tried again: the first that can
-// hold it and run what is in it. Not below /usr/local, which is what failed. /run is the last resort:
-// Debian and Ubuntu mount it noexec, with a tenth of the memory, which may not hold an Envoy.
+// retryDirs are where the archive may wait while its installation is tried again: the first that
+// can hold it and run what is in it. Not below /usr/local, which is what failed. /run is the last
+// resort: Debian and Ubuntu mount it noexec, with a tenth of the memory, which may not hold an
+// Envoy.
 var retryDirs = []string{"/var/lib/service-proxy-agent-archive", "/run/service-proxy-agent-archive"}
 
 // retryUnit is the transient unit that tries again.
 const retryUnit = "service-proxy-install.service"
 
+// installLater has systemd try the installation again, on a copy of the archive.
 func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
 	b.stopRetry(ctx) // another archive's, which would run this copy, and whose unit keeps this one out
 	var errs []error
@@ -63,9 +67,9 @@ func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
 			errs = append(errs, err, os.RemoveAll(copied))
 			continue
 		}
-		out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect", "--unit="+retryUnit,
-			"--property=Restart=on-failure", "--property=RestartSec=15", "--property=StartLimitIntervalSec=0",
-			agent, "bootstrap", "--archive", copied)
+		out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect",
+			"--unit="+retryUnit, "--property=Restart=on-failure", "--property=RestartSec=15",
+			"--property=StartLimitIntervalSec=0", agent, "bootstrap", "--archive", copied)
 		if err != nil {
 			return said(err, out)
 		}
@@ -74,8 +78,9 @@ func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
 	return errors.Join(errs...)
 }
 
-// copyArchive copies what Install needs of the archive in dir, and returns the agent of the copy, which runs there.
-func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (agent string, err error) {
+// copyArchive copies what Install needs of the archive in dir, and returns the agent of the copy,
+// which runs there.
+func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (string, error) {
 	if err := os.RemoveAll(copied); err != nil {
 		return "", err
 	}
@@ -89,7 +94,7 @@ func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (age
 			return "", err
 		}
 	}
-	agent = filepath.Join(to, "service-proxy-agent")
+	agent := filepath.Join(to, "service-proxy-agent")
 	// systemd would find out too late that the folder is mounted noexec.
 	if out, err := b.exec(ctx, time.Minute, agent, "version"); err != nil {
 		return "", said(err, out)
@@ -102,8 +107,8 @@ func (b *bootstrapper) stopRetry(ctx context.Context) {
 	_, _ = b.exec(ctx, time.Minute, "systemctl", "stop", retryUnit)
 }
 
-// endRetry forgets the installation that was to be tried again, and returns what it removed, one line
-// each. self: that installation is the one that runs. The lock is held, which the other may be
+// endRetry forgets the installation that was to be tried again, and returns what it removed, one
+// line each. self: that installation is the one that runs. The lock is held, which the other may be
 // waiting for with an older archive.
 func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) {
 	for _, path := range retryDirs {
@@ -113,7 +118,8 @@ func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) 
 		if !self {
 			b.stopRetry(ctx)
 		}
-		if err := os.RemoveAll(b.path(path)); err == nil { // else: it does no harm, and the next overwrites it
+		// else: it does no harm, and the next overwrites it
+		if err := os.RemoveAll(b.path(path)); err == nil {
 			done = append(done, "removed "+path)
 		}
 	}
@@ -121,70 +127,83 @@ func (b *bootstrapper) endRetry(ctx context.Context, self bool) (done []string) 
 }
 
 // install is one installation. retry: it is the one that was to be tried again.
-func (b *bootstrapper) install(ctx context.Context, dir string, retry bool) (failure *Failure) {
-	fail := func(err error) *Failure { return diskFailure(StepInstall, err) }
+func (b *bootstrapper) install(ctx context.Context, dir string, retry bool) *Failure {
+	return failed(StepInstall, b.layDown(ctx, dir, retry), ofDisk)
+}
+
+// layDown is one installation but for its name.
+func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err error) {
 	if b.Root == "" && os.Geteuid() != 0 {
-		return fail(fs.ErrPermission)
+		return fs.ErrPermission
 	}
 	arch := filepath.Join(dir, runtime.GOARCH)
-	agent := filepath.Join(arch, "service-proxy-agent")
+	agent, envoy := filepath.Join(arch, "service-proxy-agent"), filepath.Join(arch, "envoy")
 	if _, err := os.Stat(agent); err != nil {
-		return fail(err)
+		return err
 	}
 	unlock, err := b.lockInstall(ctx)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	defer unlock()
 	defer func() {
-		if failure == nil {
+		if err == nil {
 			b.endRetry(ctx, retry)
 		}
 	}()
 	back, err := b.readRolledBack()
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	sum, err := fileSum(agent)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	if _, err := os.Stat(b.path(AgentBinary)); err == nil && back.Agent == hex.EncodeToString(sum[:]) {
-		b.Log.Warn("this archive's agent was rolled back on this VM, so nothing is installed; a newer archive will be, or run bootstrap --rollback again")
+		b.Log.Warn("this archive's agent was rolled back on this VM, so nothing is installed; " +
+			"a newer archive will be, or run bootstrap --rollback again")
 		return nil
 	}
 	b.say("INFO", StepInstall)
 	// Units before the binary they run would start what is not there; the binary alone does nothing.
 	newAgent, err := b.place(agent, AgentBinary)
 	if err != nil {
-		return fail(err)
+		return err
 	}
 	if back.Agent != "" {
 		back.Agent = "" // another archive has come
 		if err := b.writeRolledBack(back); err != nil {
-			return fail(err)
+			return err
 		}
 	}
-	if _, err := os.Stat(filepath.Join(arch, "envoy")); err == nil {
-		if _, err := b.place(filepath.Join(arch, "envoy"), filepath.Join(archiveDir, "envoy")); err != nil {
-			return fail(err)
+	if _, err := os.Stat(envoy); err == nil {
+		if _, err := b.place(envoy, archivedEnvoy); err != nil {
+			return err
 		}
 	}
 	agentUnit := b.path(filepath.Join(systemd.UnitDir, systemd.AgentUnit))
 	before, _ := os.ReadFile(agentUnit) // absent is other than what comes
-	if failure := b.installUnits(ctx); failure != nil {
+	if failure := failed(StepUnits, b.installUnits(ctx), ofDisk); failure != nil {
 		return failure
 	}
 	after, err := os.ReadFile(agentUnit)
 	if err != nil {
-		return fail(err)
+		return err
 	}
+	return b.startUnits(ctx, newAgent || !bytes.Equal(before, after))
+}
+
+// startUnits starts what starts at boot, without waiting, and restarts a running agent that is
+// another now. Masked units are left alone.
+func (b *bootstrapper) startUnits(ctx context.Context, another bool) error {
 	start := [][]string{
-		{"start", "--no-block", systemd.AgentUnit, systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer},
+		{"start", "--no-block", systemd.AgentUnit, systemd.BootstrapPath, systemd.ReadyPath,
+			systemd.RotateTimer},
 		{"restart", "--no-block", systemd.BootstrapUnit},
 	}
-	if newAgent || !bytes.Equal(before, after) {
-		// The rules stay while it restarts (service-proxy-interception.service), so no connection is lost.
+	if another {
+		// The rules stay while it restarts (service-proxy-interception.service), so no connection is
+		// lost.
 		start = append([][]string{{"try-restart", "--no-block", systemd.AgentUnit}}, start...)
 	}
 	for _, args := range start {
@@ -192,14 +211,15 @@ func (b *bootstrapper) install(ctx context.Context, dir string, retry bool) (fai
 		if len(args) == 2 {
 			continue
 		}
-		if out, err := b.exec(ctx, time.Minute, "systemctl", args...); err != nil {
-			return &Failure{Step: StepInstall, Err: said(err, out)}
+		if err := b.systemctl(ctx, time.Minute, args...); err != nil {
+			return &Failure{Err: err} // no file's of ours
 		}
 	}
 	return nil
 }
 
-// place copies a file of the archive to its installed path, atomically, the old one kept; it says whether they differed.
+// place copies a file of the archive to its installed path, atomically, the old one kept; it says
+// whether they differed.
 func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
 	target := b.path(installed)
 	same, err := sameFile(from, target)
@@ -216,7 +236,7 @@ func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
 	if err := copyFile(from, temp, 0o755); err != nil {
 		return false, err
 	}
-	if strings.HasPrefix(installed, archiveDir) { // a source, not something installed: nothing to go back to
+	if installed == archivedEnvoy { // a source, not something installed: nothing to go back to
 		return true, os.Rename(temp, target)
 	}
 	return true, b.upgrade(temp, installed)
@@ -238,15 +258,6 @@ func sameFile(a, b string) (bool, error) {
 	}
 	sumB, err := fileSum(b)
 	return err == nil && sumA == sumB, nil
-}
-
-// InstallUnits installs the units of this binary, for Rollback, which calls the older one.
-func InstallUnits(ctx context.Context, opts Options) error {
-	b := newBootstrapper(opts)
-	if failure := b.installUnits(ctx); failure != nil {
-		return failure
-	}
-	return nil
 }
 
 // Remove takes everything of ours off the VM and returns what it did and what it left, one line each. The kernel's rules go first, by clean; where that

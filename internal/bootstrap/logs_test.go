@@ -109,7 +109,7 @@ func TestLastLogLineRedacted(t *testing.T) {
 		if tt.want != "" {
 			want += ": " + tt.want
 		}
-		f := b.configureEnvoy(t.Context(), attribute.Default(), VM{})
+		f := failed(StepConfigure, b.configureEnvoy(t.Context(), attribute.Default(), VM{}), ofDisk)
 		if f == nil || !strings.HasSuffix(f.Err.Error(), want) || strings.Contains(f.Error(), secret) {
 			t.Errorf("%s, of envoy --mode validate:\n got %v\nwant …%s", tt.name, f, want)
 		}

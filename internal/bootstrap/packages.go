@@ -24,8 +24,8 @@ var managers = []manager{
 	{"apt-get",
 		[][]string{{"dpkg", "--configure", "-a", "--force-confold"}},
 		[]string{"apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2", "update"},
-		[]string{"apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2", "-o", "Dpkg::Options::=--force-confold",
-			"--no-install-recommends", "install"}},
+		[]string{"apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2",
+			"-o", "Dpkg::Options::=--force-confold", "--no-install-recommends", "install"}},
 	{"dnf", nil, nil, []string{"dnf", "-q", "-y", "install"}},
 	{"yum", nil, nil, []string{"yum", "-q", "-y", "install"}},
 	{"zypper", nil, nil, []string{"zypper", "--non-interactive", "install"}},
@@ -55,15 +55,16 @@ func (b *bootstrapper) missing() []string {
 	return packages
 }
 
-// installPackages installs iptables and the CA certificates where the image lacks them. Debian 12 has iptables as optional only.
-func (b *bootstrapper) installPackages(ctx context.Context) *Failure {
+// installPackages installs iptables and the CA certificates where the image lacks them. Debian 12
+// has iptables as optional only.
+func (b *bootstrapper) installPackages(ctx context.Context) error {
 	packages := b.missing()
 	if len(packages) == 0 {
 		return nil
 	}
 	names := strings.Join(packages, " and ")
-	fail := func(err error) *Failure {
-		return &Failure{Step: StepPackages, Err: fmt.Errorf("%s missing on this image: %w", names, err),
+	fail := func(err error) error {
+		return &Failure{Err: fmt.Errorf("%s missing on this image: %w", names, err),
 			Advice: "mend the image's package repositories, or use an image with " + names}
 	}
 	for _, m := range managers {

@@ -1,0 +1,79 @@
+package bootstrap
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+)
+
+// configureEnvoy writes Envoy's configuration when it has changed and Envoy accepts it.
+func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config, vm VM) error {
+	text, err := envoyConfig(cfg, vm, b.caFile())
+	if err != nil {
+		return err
+	}
+	target := b.path(EnvoyConfig)
+	have, err := os.ReadFile(target)
+	same := err == nil && bytes.Equal(have, text)
+	_, restart := os.Lstat(b.path(restartFile))
+	if same && restart != nil {
+		return nil // and this Envoy has accepted it before
+	}
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return err
+	}
+	temp := b.path(newConfig)
+	defer os.Remove(temp)
+	if err := writeNew(temp, text, 0o640); err != nil {
+		return err
+	}
+	if err := b.letEnvoyRead(temp); err != nil {
+		return err
+	}
+	as, err := b.envoyCredential()
+	if err != nil {
+		return err
+	}
+	out, err := b.execAs(ctx, time.Minute, as, b.path(EnvoyBinary),
+		"--mode", "validate", "-l", "error", "-c", temp)
+	if err != nil {
+		err = fmt.Errorf("Envoy %s refuses its configuration: %w", b.state.EnvoyVersion, said(err, out))
+		return &Failure{Err: err, Permanent: true,
+			Advice: "install another Envoy by primary-source, or report this"}
+	}
+	if same {
+		return nil
+	}
+	if err := b.markRestart(); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, target); err != nil {
+		return err
+	}
+	b.say("INFO", "wrote Envoy's configuration, node "+"projects/"+vm.ProjectNumber+"/…/"+vm.Name)
+	return nil
+}
+
+// letEnvoyRead makes a file of ours root:envoy.
+func (b *bootstrapper) letEnvoyRead(name string) error {
+	if b.Root != "" {
+		return nil
+	}
+	_, gid, err := lookup(EnvoyUser)
+	if err != nil {
+		return err
+	}
+	return os.Lchown(name, 0, gid)
+}
+
+// markRestart remembers, before the change, that the Envoy that runs is not what is installed: a
+// run that is cut short is made good by the next.
+func (b *bootstrapper) markRestart() error {
+	return atomicfile.Write(b.path(restartFile), nil, 0o600)
+}

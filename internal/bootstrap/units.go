@@ -1,0 +1,128 @@
+package bootstrap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"os/user"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// InstallUnits installs the units of this binary, for Rollback, which calls the older one.
+func InstallUnits(ctx context.Context, opts Options) error {
+	b := newBootstrapper(opts)
+	if failure := failed(StepUnits, b.installUnits(ctx), ofDisk); failure != nil {
+		return failure
+	}
+	return nil
+}
+
+// installUnits writes the units, makes the users and folders, and enables what starts at boot.
+func (b *bootstrapper) installUnits(ctx context.Context) error {
+	changed, err := systemd.Install(b.Root + "/")
+	if err != nil {
+		return err
+	}
+	if len(changed) > 0 {
+		b.say("INFO", fmt.Sprintf("installed %d units and their files", len(changed)))
+	}
+	missing := b.missingUsers()
+	if err := b.makeUsers(ctx); err != nil {
+		return err
+	}
+	if len(missing) > 0 {
+		b.state.MadeUsers = missing
+		b.say("INFO", "made users "+strings.Join(missing, ", "))
+		b.save()
+	}
+	folders := b.path(systemd.TmpfilesDir + "/service-proxy-agent.conf")
+	if out, err := b.exec(ctx, time.Minute, "systemd-tmpfiles", "--create", folders); err != nil {
+		return said(err, out)
+	}
+	if len(changed) > 0 {
+		if err := b.systemctl(ctx, time.Minute, "daemon-reload"); err != nil {
+			return &Failure{Err: err} // no file's of ours
+		}
+	}
+	if err := b.enable(ctx, systemd.AgentUnit, systemd.BootstrapUnit, systemd.BootstrapPath,
+		systemd.ReadyPath, systemd.RotateTimer); err != nil {
+		return &Failure{Err: err}
+	}
+	return nil
+}
+
+// enable enables the units that are not, but for those that the administrator has masked: in one
+// call, as each has systemd read all its units again.
+func (b *bootstrapper) enable(ctx context.Context, units ...string) error {
+	args := []string{"enable"}
+	for _, unit := range units {
+		// Its exit code says no more than its word.
+		out, err := b.exec(ctx, time.Minute, "systemctl", "is-enabled", unit)
+		switch strings.TrimSpace(out) {
+		case "enabled":
+		case "masked", "masked-runtime":
+			b.masked = append(b.masked, unit)
+			b.Log.Warn("leaving a masked unit alone", zap.String("unit", unit))
+		case "":
+			return fmt.Errorf("ask whether %s is enabled: %w", unit, err)
+		default:
+			args = append(args, unit)
+		}
+	}
+	if len(args) == 1 {
+		return nil
+	}
+	return b.systemctl(ctx, time.Minute, args...)
+}
+
+// missingUsers are those of ours that the VM does not have. Beneath another root there are none to
+// ask.
+func (b *bootstrapper) missingUsers() []string {
+	var missing []string
+	for _, name := range []string{AgentUser, EnvoyUser} {
+		if _, _, err := lookup(name); b.Root == "" && err != nil {
+			missing = append(missing, name)
+		}
+	}
+	return missing
+}
+
+// makeUsers makes the users that are missing, by systemd-sysusers where it is there.
+func (b *bootstrapper) makeUsers(ctx context.Context) error {
+	users := b.path(systemd.SysusersDir + "/service-proxy-agent.conf")
+	out, err := b.exec(ctx, time.Minute, "systemd-sysusers", users)
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, exec.ErrNotFound) {
+		return said(err, out)
+	}
+	for _, name := range []string{AgentUser, EnvoyUser} {
+		if _, err := b.exec(ctx, time.Minute, "getent", "passwd", name); err == nil {
+			continue
+		}
+		out, err := b.exec(ctx, time.Minute, "useradd", "--system", "--user-group",
+			"--no-create-home", "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", name)
+		if err != nil {
+			return said(err, out)
+		}
+	}
+	return nil
+}
+
+func lookup(name string) (uid, gid int, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	uid, errU := strconv.Atoi(u.Uid)
+	gid, errG := strconv.Atoi(u.Gid)
+	return uid, gid, errors.Join(errU, errG)
+}
