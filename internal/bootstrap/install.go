@@ -11,10 +11,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -258,106 +256,4 @@ func sameFile(a, b string) (bool, error) {
 	}
 	sumB, err := fileSum(b)
 	return err == nil && sumA == sumB, nil
-}
-
-// Remove takes everything of ours off the VM and returns what it did and what it left, one line each. The kernel's rules go first, by clean; where that
-// fails Envoy is left running, since rules without it would cut the VM off. It goes on after any other error.
-func Remove(ctx context.Context, opts Options, clean func(context.Context) (removed []string, err error)) (done []string, err error) {
-	b := newBootstrapper(opts)
-	if b.Root == "" && os.Geteuid() != 0 {
-		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
-	}
-	unlock, err := b.lockInstall(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("remove: %w", err)
-	}
-	defer func() {
-		_ = os.Remove(b.path(installLock)) // made by this very run, at the latest
-		unlock()
-	}()
-	state, _ := progress.Read(b.path(progress.StateDir)) // without it a binary of ours is taken for the administrator's and left
-	done = b.endRetry(ctx, false)                        // it would install all of it again
-	var errs []error
-	systemctl := func(limit time.Duration, args ...string) {
-		if out, err := b.exec(ctx, limit, "systemctl", args...); err != nil {
-			errs = append(errs, said(err, out))
-			return
-		}
-		done = append(done, "systemctl "+strings.Join(args, " "))
-	}
-	// Only units that are there: systemctl stops nothing of a list in which it does not know one.
-	var units []string
-	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer, systemd.BootstrapUnit,
-		systemd.ReadyTarget, systemd.ReadyUnit, systemd.AgentUnit, systemd.InterceptionUnit, systemd.EnvoyUnit} {
-		if _, err := os.Stat(b.path(filepath.Join(systemd.UnitDir, unit))); err == nil {
-			units = append(units, unit)
-		}
-	}
-	// One by one, in this order. The rules go when nobody runs any longer who would put them back, and before Envoy does.
-	stop := func(these []string) {
-		for _, unit := range these {
-			systemctl(2*time.Minute, "stop", unit)
-		}
-	}
-	last := slices.IndexFunc(units, func(unit string) bool { return unit == systemd.InterceptionUnit || unit == systemd.EnvoyUnit })
-	if last < 0 {
-		last = len(units)
-	}
-	stop(units[:last])
-	// The interception unit's stop does this, too, but a stop whose command failed is a stop all the same (seen: status 219, no cgroup for the command).
-	removed, err := clean(ctx)
-	done = append(done, removed...)
-	if err != nil {
-		return done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: %w; try again", errors.Join(append(errs, err)...))
-	}
-	stop(units[last:])
-	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer, systemd.BootstrapUnit, systemd.AgentUnit, systemd.EnvoyUnit} {
-		for _, there := range units {
-			if unit == there {
-				systemctl(time.Minute, "disable", unit)
-			}
-		}
-	}
-	removed, err = systemd.Remove(b.Root + "/")
-	for _, path := range removed {
-		done = append(done, "removed "+path)
-	}
-	errs = append(errs, err)
-	if len(units) > 0 {
-		systemctl(time.Minute, "daemon-reload")
-	}
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir, progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
-	if state.PrimarySum != "" {
-		paths = append([]string{EnvoyBinary}, paths...)
-	} else if _, err := os.Stat(b.path(EnvoyBinary)); err == nil {
-		done = append(done, "left "+EnvoyBinary+", which was here before")
-	}
-	for _, path := range paths {
-		if _, err := os.Lstat(b.path(path)); err != nil {
-			continue
-		}
-		remove := os.RemoveAll
-		if path == filepath.Dir(EnvoyConfig) {
-			remove = os.Remove // people may keep files of their own there
-		}
-		if err := remove(b.path(path)); err != nil {
-			errs = append(errs, fmt.Errorf("remove: %w", err))
-			continue
-		}
-		done = append(done, "removed "+path)
-	}
-	for _, user := range []string{AgentUser, EnvoyUser} {
-		if !slices.Contains(state.MadeUsers, user) { // no other name in that file, which the daemon's user may write
-			continue
-		}
-		if out, err := b.exec(ctx, time.Minute, "userdel", user); err != nil {
-			errs = append(errs, said(err, out))
-			continue
-		}
-		done = append(done, "removed user "+user)
-	}
-	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
-		done = append(done, "left /etc/default/service-proxy-agent, which is yours")
-	}
-	return done, errors.Join(errs...)
 }

@@ -2,22 +2,15 @@ package bootstrap
 
 import (
 	"context"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
-
-	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
-	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // installWait is how long an installation waits for another one, which takes seconds.
@@ -48,7 +41,8 @@ func (b *bootstrapper) lockInstall(ctx context.Context) (unlock func(), err erro
 			b.Log.Info("waiting for another installation to end", zap.String("lock", installLock))
 		}
 		if time.Now().After(deadline) || !sleep(ctx, 100*time.Millisecond) {
-			return nil, fmt.Errorf("take the installation's lock %q: another installation has not ended within %v; find it with fuser -v %s, and try again",
+			return nil, fmt.Errorf("take the installation's lock %q: another installation has not "+
+				"ended within %v; find it with fuser -v %s, and try again",
 				installLock, installWait, installLock)
 		}
 	}
@@ -59,55 +53,6 @@ func isStill(f *os.File, name string) bool {
 	open, errF := f.Stat()
 	named, errN := os.Lstat(name)
 	return errF == nil && errN == nil && os.SameFile(open, named)
-}
-
-// rolledBack is what Rollback has taken out, and what is not installed again: a startup-script
-// brings the same archive at every boot, and bootstrap looks at primary-source. It is not in the
-// state, which may be lost.
-type rolledBack struct {
-	Agent       string `json:"agent,omitempty"`        // the binary's SHA-256
-	EnvoySource string `json:"envoy_source,omitempty"` // State.PrimarySum
-}
-
-func (b *bootstrapper) readRolledBack() (back rolledBack, err error) {
-	text, err := os.ReadFile(b.path(rolledBackFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return back, nil
-	}
-	if err == nil {
-		err = json.Unmarshal(text, &back)
-	}
-	if err != nil {
-		return rolledBack{}, fmt.Errorf("read what was rolled back: %w; remove %q", err, rolledBackFile)
-	}
-	return back, nil
-}
-
-func (b *bootstrapper) writeRolledBack(back rolledBack) error {
-	text, err := json.Marshal(back)
-	if err != nil {
-		return err
-	}
-	return atomicfile.Write(b.path(rolledBackFile), append(text, '\n'), 0o644)
-}
-
-// wasRolledBack says that the Envoy of this source was taken out by Rollback. Once another source
-// is wanted that is forgotten: to want this one again is a new wish.
-func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, error) {
-	back, err := b.readRolledBack()
-	if err != nil || source == "" || back.EnvoySource == "" || back.EnvoySource == progress.Sum(source) {
-		return source != "" && back.EnvoySource == progress.Sum(source), err
-	}
-	unlock, err := b.lockInstall(ctx)
-	if err != nil {
-		return false, err
-	}
-	defer unlock()
-	if back, err = b.readRolledBack(); err != nil {
-		return false, err
-	}
-	back.EnvoySource = ""
-	return false, b.writeRolledBack(back)
 }
 
 // upgrade moves the new file to the installed path, and what was there to previousDir, which holds
@@ -162,103 +107,6 @@ func (b *bootstrapper) replace(fresh, installed string) error {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
-}
-
-// Rollback swaps agent or Envoy, whichever the last upgrade has replaced, with what was there
-// before, restarts it (Envoy draining), and returns what it did, one line each. What it has taken
-// out is not installed again until another archive or primary-source comes. A second Rollback goes
-// back.
-func Rollback(ctx context.Context, opts Options) (done []string, err error) {
-	b := newBootstrapper(opts)
-	if b.Root == "" && os.Geteuid() != 0 {
-		return nil, fmt.Errorf("roll back: %w; run as root", fs.ErrPermission)
-	}
-	unlock, err := b.lockInstall(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
-	var swap []string
-	for _, installed := range []string{AgentBinary, EnvoyBinary} {
-		if _, err := os.Stat(b.previous(installed)); err == nil {
-			swap = append(swap, installed)
-		}
-	}
-	if len(swap) == 0 {
-		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
-	}
-	systemctl := func(limit time.Duration, args ...string) error {
-		if out, err := b.exec(ctx, limit, "systemctl", args...); err != nil {
-			return fmt.Errorf("roll back: %w", said(err, out))
-		}
-		return nil
-	}
-	// A bootstrap under way would write its own state over this one, or install what it is just
-	// downloading.
-	if err := systemctl(time.Minute, "stop", systemd.BootstrapUnit); err != nil {
-		return nil, err
-	}
-	state, noState := progress.Read(b.path(progress.StateDir))
-	back, err := b.readRolledBack()
-	if err != nil {
-		return nil, fmt.Errorf("roll back: %w", err)
-	}
-	for _, installed := range swap {
-		if installed == AgentBinary {
-			sum, err := fileSum(b.path(installed))
-			if err != nil {
-				return done, fmt.Errorf("roll back %q: %w", installed, err)
-			}
-			back.Agent = hex.EncodeToString(sum[:])
-		} else {
-			back.EnvoySource = state.PrimarySum
-			state.PreviousSource, state.EnvoySource = state.EnvoySource, state.PreviousSource
-			state.PreviousSum, state.PrimarySum = state.PrimarySum, state.PreviousSum
-		}
-		// Before the swap: what is cut short between the two is done by the next Rollback.
-		if err := b.writeRolledBack(back); err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		temp, err := b.temp(installed)
-		if err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		if err := linkOrCopy(b.previous(installed), temp); err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		if err := b.replace(temp, installed); err != nil {
-			return done, fmt.Errorf("roll back %q: %w", installed, err)
-		}
-		done = append(done, "brought back the previous "+installed)
-	}
-	if noState == nil {
-		noState = progress.Write(b.path(progress.StateDir), state)
-	}
-	if noState != nil {
-		b.Log.Warn("the state does not know where this Envoy is from", zap.Error(noState))
-	}
-	for _, installed := range swap {
-		if installed == EnvoyBinary {
-			if err := systemctl(2*time.Minute, "try-restart", systemd.EnvoyUnit); err != nil {
-				return done, err
-			}
-			done = append(done, "restarted "+systemd.EnvoyUnit+", draining its connections")
-			continue
-		}
-		if out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units"); err != nil {
-			return done, fmt.Errorf("install the previous units: %w", said(err, out))
-		}
-		if err := systemctl(time.Minute, "restart", systemd.AgentUnit); err != nil {
-			return done, err
-		}
-		done = append(done, "restarted "+systemd.AgentUnit)
-	}
-	// It looks whether all is as the attribute wants it for this version; where the administrator
-	// lets it.
-	if out, _ := b.exec(ctx, time.Minute, "systemctl", "is-enabled", systemd.BootstrapUnit); strings.HasPrefix(out, "masked") {
-		return done, nil
-	}
-	return done, systemctl(time.Minute, "start", "--no-block", systemd.BootstrapUnit)
 }
 
 // temp is a new name beside the installed path. What others have left there, cut short, goes: the

@@ -1,0 +1,157 @@
+package bootstrap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// Units in the order in which Remove stops them: who would put the rules back, and after the rules
+// who needs them.
+var (
+	unitsOverRules = []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer,
+		systemd.BootstrapUnit, systemd.ReadyTarget, systemd.ReadyUnit, systemd.AgentUnit}
+	unitsUnderRules = []string{systemd.InterceptionUnit, systemd.EnvoyUnit}
+	enabledUnits    = []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer,
+		systemd.BootstrapUnit, systemd.AgentUnit, systemd.EnvoyUnit}
+)
+
+// Remove takes everything of ours off the VM and returns what it did and what it left, one line
+// each. The kernel's rules go first, by clean; where that fails Envoy is left running, since rules
+// without it would cut the VM off. It goes on after any other error.
+func Remove(
+	ctx context.Context, opts Options, clean func(context.Context) (removed []string, err error),
+) (done []string, err error) {
+	b := newBootstrapper(opts)
+	if b.Root == "" && os.Geteuid() != 0 {
+		return nil, fmt.Errorf("remove: %w; run as root", fs.ErrPermission)
+	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("remove: %w", err)
+	}
+	defer func() {
+		_ = os.Remove(b.path(installLock)) // made by this very run, at the latest
+		unlock()
+	}()
+	// Without it a binary of ours is taken for the administrator's and left.
+	state, _ := progress.Read(b.path(progress.StateDir))
+	r := &removal{bootstrapper: b}
+	r.done = b.endRetry(ctx, false) // it would install all of it again
+	over, under := b.present(unitsOverRules), b.present(unitsUnderRules)
+	// The rules go when nobody runs any longer who would put them back, and before Envoy does.
+	r.stop(ctx, over)
+	// The interception unit's stop does this, too, but a stop whose command failed is a stop all the
+	// same (seen: status 219, no cgroup for the command).
+	removed, err := clean(ctx)
+	r.done = append(r.done, removed...)
+	if err != nil {
+		return r.done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: "+
+			"%w; try again", errors.Join(append(r.errs, err)...))
+	}
+	r.stop(ctx, under)
+	r.removeUnits(ctx, len(over)+len(under) > 0)
+	r.removeFiles(state)
+	r.removeUsers(ctx, state)
+	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
+		r.done = append(r.done, "left /etc/default/service-proxy-agent, which is yours")
+	}
+	return r.done, errors.Join(r.errs...)
+}
+
+// removal is what one Remove has done, and what went wrong.
+type removal struct {
+	*bootstrapper
+	done []string
+	errs []error
+}
+
+// present are the units that are there: systemctl stops nothing of a list in which it does not know
+// one.
+func (b *bootstrapper) present(units []string) (there []string) {
+	for _, unit := range units {
+		if _, err := os.Stat(b.path(filepath.Join(systemd.UnitDir, unit))); err == nil {
+			there = append(there, unit)
+		}
+	}
+	return there
+}
+
+func (r *removal) run(ctx context.Context, limit time.Duration, args ...string) {
+	if err := r.systemctl(ctx, limit, args...); err != nil {
+		r.errs = append(r.errs, err)
+		return
+	}
+	r.done = append(r.done, "systemctl "+strings.Join(args, " "))
+}
+
+// stop stops the units one by one, in this order.
+func (r *removal) stop(ctx context.Context, units []string) {
+	for _, unit := range units {
+		r.run(ctx, 2*time.Minute, "stop", unit)
+	}
+}
+
+func (r *removal) removeUnits(ctx context.Context, some bool) {
+	for _, unit := range r.present(enabledUnits) {
+		r.run(ctx, time.Minute, "disable", unit)
+	}
+	removed, err := systemd.Remove(r.Root + "/")
+	for _, path := range removed {
+		r.done = append(r.done, "removed "+path)
+	}
+	r.errs = append(r.errs, err)
+	if some {
+		r.run(ctx, time.Minute, "daemon-reload")
+	}
+}
+
+// removeFiles removes what bootstrap writes. An Envoy that was here before stays.
+func (r *removal) removeFiles(state progress.State) {
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir,
+		progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
+	if state.PrimarySum != "" {
+		paths = slices.Insert(paths, 0, EnvoyBinary)
+	} else if _, err := os.Stat(r.path(EnvoyBinary)); err == nil {
+		r.done = append(r.done, "left "+EnvoyBinary+", which was here before")
+	}
+	for _, path := range paths {
+		if _, err := os.Lstat(r.path(path)); err != nil {
+			continue
+		}
+		remove := os.RemoveAll
+		if path == filepath.Dir(EnvoyConfig) {
+			remove = os.Remove // people may keep files of their own there
+		}
+		if err := remove(r.path(path)); err != nil {
+			r.errs = append(r.errs, fmt.Errorf("remove: %w", err))
+			continue
+		}
+		r.done = append(r.done, "removed "+path)
+	}
+}
+
+// removeUsers removes the users that bootstrap has made, and no other name that the state may hold:
+// the daemon's user may write it.
+func (r *removal) removeUsers(ctx context.Context, state progress.State) {
+	for _, name := range []string{AgentUser, EnvoyUser} {
+		if !slices.Contains(state.MadeUsers, name) {
+			continue
+		}
+		if out, err := r.exec(ctx, time.Minute, "userdel", name); err != nil {
+			r.errs = append(r.errs, said(err, out))
+			continue
+		}
+		r.done = append(r.done, "removed user "+name)
+	}
+}

@@ -1,0 +1,179 @@
+package bootstrap
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+)
+
+// Rollback swaps agent or Envoy, whichever the last upgrade has replaced, with what was there
+// before, restarts it (Envoy draining), and returns what it did, one line each. What it has taken
+// out is not installed again until another archive or primary-source comes. A second Rollback goes
+// back.
+func Rollback(ctx context.Context, opts Options) (done []string, err error) {
+	b := newBootstrapper(opts)
+	if b.Root == "" && os.Geteuid() != 0 {
+		return nil, fmt.Errorf("roll back: %w; run as root", fs.ErrPermission)
+	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	var swap []string
+	for _, installed := range []string{AgentBinary, EnvoyBinary} {
+		if _, err := os.Stat(b.previous(installed)); err == nil {
+			swap = append(swap, installed)
+		}
+	}
+	if len(swap) == 0 {
+		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
+	}
+	// A bootstrap under way would write its own state over this one, or install what it is just
+	// downloading.
+	if err := b.systemctl(ctx, time.Minute, "stop", systemd.BootstrapUnit); err != nil {
+		return nil, fmt.Errorf("roll back: %w", err)
+	}
+	state, noState := progress.Read(b.path(progress.StateDir))
+	back, err := b.readRolledBack()
+	if err != nil {
+		return nil, fmt.Errorf("roll back: %w", err)
+	}
+	for _, installed := range swap {
+		if err := b.bringBack(installed, &back, &state); err != nil {
+			return done, fmt.Errorf("roll back %q: %w", installed, err)
+		}
+		done = append(done, "brought back the previous "+installed)
+	}
+	if noState == nil {
+		noState = progress.Write(b.path(progress.StateDir), state)
+	}
+	if noState != nil {
+		b.Log.Warn("the state does not know where this Envoy is from", zap.Error(noState))
+	}
+	for _, installed := range swap {
+		line, err := b.restart(ctx, installed)
+		if err != nil {
+			return done, err
+		}
+		done = append(done, line)
+	}
+	// It looks whether all is as the attribute wants it for this version; where the administrator
+	// lets it.
+	out, _ := b.exec(ctx, time.Minute, "systemctl", "is-enabled", systemd.BootstrapUnit)
+	if strings.HasPrefix(out, "masked") {
+		return done, nil
+	}
+	if err := b.systemctl(ctx, time.Minute, "start", "--no-block", systemd.BootstrapUnit); err != nil {
+		return done, fmt.Errorf("roll back: %w", err)
+	}
+	return done, nil
+}
+
+// bringBack swaps the binary with the one that the last upgrade has replaced, and books that.
+func (b *bootstrapper) bringBack(installed string, back *rolledBack, state *progress.State) error {
+	if installed == AgentBinary {
+		sum, err := fileSum(b.path(installed))
+		if err != nil {
+			return err
+		}
+		back.Agent = hex.EncodeToString(sum[:])
+	} else {
+		back.EnvoySource = state.PrimarySum
+		state.PreviousSource, state.EnvoySource = state.EnvoySource, state.PreviousSource
+		state.PreviousSum, state.PrimarySum = state.PrimarySum, state.PreviousSum
+	}
+	// Before the swap: what is cut short between the two is done by the next Rollback.
+	if err := b.writeRolledBack(*back); err != nil {
+		return err
+	}
+	temp, err := b.temp(installed)
+	if err != nil {
+		return err
+	}
+	if err := linkOrCopy(b.previous(installed), temp); err != nil {
+		return err
+	}
+	return b.replace(temp, installed)
+}
+
+// restart has the unit of the binary run what was brought back, and says what it did.
+func (b *bootstrapper) restart(ctx context.Context, installed string) (line string, err error) {
+	if installed == EnvoyBinary {
+		err := b.systemctl(ctx, 2*time.Minute, "try-restart", systemd.EnvoyUnit)
+		if err != nil {
+			return "", fmt.Errorf("roll back: %w", err)
+		}
+		return "restarted " + systemd.EnvoyUnit + ", draining its connections", nil
+	}
+	out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units")
+	if err != nil {
+		return "", fmt.Errorf("install the previous units: %w", said(err, out))
+	}
+	if err := b.systemctl(ctx, time.Minute, "restart", systemd.AgentUnit); err != nil {
+		return "", fmt.Errorf("roll back: %w", err)
+	}
+	return "restarted " + systemd.AgentUnit, nil
+}
+
+// rolledBack is what Rollback has taken out, and what is not installed again: a startup-script
+// brings the same archive at every boot, and bootstrap looks at primary-source. It is not in the
+// state, which may be lost.
+type rolledBack struct {
+	Agent       string `json:"agent,omitempty"`        // the binary's SHA-256
+	EnvoySource string `json:"envoy_source,omitempty"` // State.PrimarySum
+}
+
+func (b *bootstrapper) readRolledBack() (back rolledBack, err error) {
+	text, err := os.ReadFile(b.path(rolledBackFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return back, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &back)
+	}
+	if err != nil {
+		return rolledBack{}, fmt.Errorf("read what was rolled back: %w; remove %q", err, rolledBackFile)
+	}
+	return back, nil
+}
+
+func (b *bootstrapper) writeRolledBack(back rolledBack) error {
+	text, err := json.Marshal(back)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(b.path(rolledBackFile), append(text, '\n'), 0o644)
+}
+
+// wasRolledBack says that the Envoy of this source was taken out by Rollback. Once another source
+// is wanted that is forgotten: to want this one again is a new wish.
+func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, error) {
+	back, err := b.readRolledBack()
+	if err != nil || source == "" || back.EnvoySource == "" ||
+		back.EnvoySource == progress.Sum(source) {
+		return source != "" && back.EnvoySource == progress.Sum(source), err
+	}
+	unlock, err := b.lockInstall(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	if back, err = b.readRolledBack(); err != nil {
+		return false, err
+	}
+	back.EnvoySource = ""
+	return false, b.writeRolledBack(back)
+}
