@@ -242,7 +242,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	}
 	l.user = proxyIDs(a.settings.ProxyUser, l.vm.userIDs)
 	kernel := markingKernel{a.kernel, l.mark}
-	for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+	for _, family := range families {
 		l.families = append(l.families, reconcile.New(family, kernel, reconcile.Flows{
 			HalfOpen: conntrack.DeleteHalfOpen, UDP: conntrack.DeleteUDP, LateUDP: conntrack.DeleteLateUDP,
 		}, a.log))

@@ -33,6 +33,9 @@ type Inputs struct {
 	OwnPorts     []uint16 // never intercepted: the agent's and Envoy's own
 }
 
+// families are those whose rules are kept, in the order of Want.Families.
+var families = [2]iptables.Family{iptables.IPv4, iptables.IPv6}
+
 // Want is what the kernel shall have: one Interception per family, and what was left out of it and why.
 type Want struct {
 	Families [2]iptables.Interception // IPv4, IPv6
@@ -58,7 +61,7 @@ func Desired(in Inputs) Want {
 	out := interceptionListeners(in.Listeners, false)
 	inbound := interceptionListeners(in.Listeners, true)
 
-	for i, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+	for i, family := range families {
 		want := iptables.Interception{Family: family, ProxyUID: in.ProxyUID, ProxyGID: in.ProxyGID, Interfaces: in.Interfaces}
 		want.OutboundPort = redirectPort(out, family, in.Config.ProxyPort, false)
 		if want.OutboundPort != 0 {

@@ -100,7 +100,6 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 func (l *loop) reconcile(
 	ctx context.Context, now time.Time, seen Observation, want Want, known bool,
 ) (outcomes []reconcile.Outcome) {
-	families := [...]iptables.Family{iptables.IPv4, iptables.IPv6}
 	usual := reconcile.Ports{Outbound: seen.Attribute.Config.ProxyPort, Inbound: DefaultInboundPort}
 	for i, family := range l.families {
 		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(l.families)))

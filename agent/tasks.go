@@ -82,7 +82,7 @@ var errToolsCame = errors.New("iptables is installed now: starting anew")
 
 func (a *Agent) awaitTools(ctx context.Context) error {
 	for sleep(ctx, time.Second) {
-		for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+		for _, family := range families {
 			if a.kernel.Probe(ctx, family) == nil {
 				return errToolsCame
 			}
