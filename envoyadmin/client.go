@@ -69,6 +69,7 @@ type Client struct {
 	process uint64     // counts Envoys seen
 	info    ServerInfo // of that Envoy
 	asOf    uint64     // dials when info was asked
+	alive   time.Time  // when that Envoy is known to have run last
 	statics *dump      // the static listeners of that Envoy, which never change; nil: not asked yet
 }
 
@@ -132,14 +133,14 @@ func (c *Client) Redial() {
 	c.http.CloseIdleConnections()
 }
 
-// answered takes note that the Envoy that is known is still the one that answers, and so how old it is
-// by now: else a later one could not be told from one that was young when it was asked.
-func (c *Client) answered() {
+// answered takes note that the Envoy that is known ran when a question was sent which it answered:
+// else a later one could not be told from one that was young when it was asked. When the answer was
+// read says nothing: this process may have waited for a processor, or been stopped, since it came.
+func (c *Client) answered(sent time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if now := time.Now(); c.asOf == c.dials.Load() {
-		c.info.Uptime += now.Sub(c.info.Asked)
-		c.info.Asked = now
+	if c.asOf == c.dials.Load() && sent.After(c.alive) {
+		c.alive = sent
 	}
 }
 
@@ -174,6 +175,7 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	if err != nil {
 		return err
 	}
+	sent := time.Now()
 	response, err := c.http.Do(request)
 	if err != nil {
 		return err
@@ -196,7 +198,7 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	}
 	// Read to the end, so that the connection can be used again. Readers of JSON have seen the end of the value, not of the body.
 	if _, err = io.Copy(io.Discard, body); err == nil {
-		c.answered()
+		c.answered(sent)
 	}
 	return err
 }

@@ -465,13 +465,43 @@ func TestProcessRestartedQuickly(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c.info.Asked = c.info.Asked.Add(-step.lived)
-		c.answered()
+		c.info.Asked, c.alive = c.info.Asked.Add(-step.lived), c.alive.Add(-step.lived)
+		c.answered(time.Now())
 		server.CloseClientConnections()
 		e.uptime.Store(step.uptime)
 		if after, err := c.Fingerprint(t.Context()); err != nil || after.Process != before.Process+1 {
 			t.Errorf("after %v, uptime %d: %+v, then %+v, %v", step.lived, step.uptime, before, after, err)
 		}
+	}
+}
+
+// TestProcessRestartedUnread: an answer that was read late, since this process had to wait for a
+// processor, does not tell that its Envoy still ran then.
+func TestProcessRestartedUnread(t *testing.T) {
+	t.Parallel() // it sleeps
+	e := new(envoys)
+	e.version.Store("x/1.40.0/Clean")
+	server := httptest.NewServer(e)
+	defer server.Close()
+	c, err := New(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := c.Fingerprint(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = c.get(t.Context(), "/server_info", time.Minute, maxShort, func(io.Reader) error {
+		time.Sleep(2600 * time.Millisecond) // another one starts at the beginning of this
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.CloseClientConnections()
+	e.uptime.Store(2)
+	if after, err := c.Fingerprint(t.Context()); err != nil || after.Process != before.Process+1 {
+		t.Errorf("%+v, then %+v, %v", before, after, err)
 	}
 }
 
@@ -489,7 +519,7 @@ func TestProcessGrowsOld(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.info.Asked = c.info.Asked.Add(-time.Minute) // that was a minute ago
+	c.info.Asked, c.alive = c.info.Asked.Add(-time.Minute), c.alive.Add(-time.Minute) // that was a minute ago
 	e.uptime.Store(60)
 	if _, err := c.Fingerprint(t.Context()); err != nil || e.infos.Load() != 1 {
 		t.Errorf("asked %d times who it is, %v", e.infos.Load(), err)

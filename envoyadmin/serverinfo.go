@@ -107,7 +107,7 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 		} `json:"command_line_options"`
 		Node nodeJSON `json:"node"`
 	}
-	dials := c.dials.Load()
+	dials, sent := c.dials.Load(), time.Now()
 	err := c.get(ctx, "/server_info", c.ShortLimit, maxShort, func(body io.Reader) error {
 		return unmarshal(body, &answer)
 	})
@@ -127,7 +127,7 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 		info.State = "LIVE" // the enum's zero; 1.40 writes it out, older ones may not
 	}
 	info.Version, _ = ParseVersion(answer.Version)
-	c.observe(info, dials)
+	c.observe(info, dials, sent)
 	return info, nil
 }
 
@@ -177,24 +177,24 @@ func unmarshal(body io.Reader, v any) error {
 }
 
 // observe takes note of an answer of /server_info that was asked for when so many connections had been made.
-func (c *Client) observe(info ServerInfo, dials uint64) {
+func (c *Client) observe(info ServerInfo, dials uint64, sent time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.dials.Load()
 	// The connections of before are open still: a process ends with its connections, so this is the same.
 	same := c.process > 0 && now == c.asOf
 	if !same {
-		// One that ran already when the known one last answered (answered) is that one, since only one has the address.
+		// One that ran already when the known one is known to have run last is that one, since only one has the address.
 		// Uptimes are of whole seconds at both ends, so one that is in doubt is taken for another: that costs a dump too
 		// many, and the contrary would cost the rules of all that it has not been told yet.
 		started := info.Asked.Add(time.Second - info.Uptime)
-		same = c.process > 0 && info.SameProcess(c.info) && started.Before(c.info.Asked)
+		same = c.process > 0 && info.SameProcess(c.info) && started.Before(c.alive)
 	}
 	if !same {
 		c.process++
 		c.statics = nil
 	}
-	c.info = info
+	c.info, c.alive = info, sent
 	// With a connection made while the question ran, the answer may have come over an older one: ask again next time.
 	c.asOf = now
 	if now > dials+1 {
