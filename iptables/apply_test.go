@@ -85,9 +85,9 @@ func TestApplyGivesUp(t *testing.T) {
 	})
 }
 
-// What the kernel does not take as a whole is asked for once, whether the line is named (nft) or only
-// COMMIT is (legacy): the table that is read again shows that nobody was faster. Then each kind of rule
-// is asked about, and what is left is installed by one restore.
+// What the kernel does not take as a whole is asked for once, whether the line is named (nft) or
+// only COMMIT is (legacy): the table that is read again shows that nobody was faster. Then each kind
+// of rule is asked about, and what is left is installed by one restore.
 func TestApplyOfARefusedRule(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
@@ -110,7 +110,8 @@ func TestApplyOfARefusedRule(t *testing.T) {
 		}
 		var refused *RefusedError
 		plan := NewPlan(sample(f).Ruleset(), Table{family: f})
-		if _, isRefused, err := k.apply(t.Context(), tool, plan); !errors.As(err, &refused) || !isRefused || refused.Rule != named || wholes != 1 {
+		if _, isRefused, err := k.apply(t.Context(), tool, plan); !errors.As(err, &refused) ||
+			!isRefused || refused.Rule != named || wholes != 1 {
 			t.Errorf("%v, refused is %v, %d restores", err, isRefused, wholes)
 		}
 		if left := holds(m, m.Backend, f); !left.Empty() {
@@ -118,14 +119,43 @@ func TestApplyOfARefusedRule(t *testing.T) {
 		}
 		wholes = 0
 		result, err := k.Apply(t.Context(), plan)
-		if err != nil || wholes != 2 || result.Attempts != 2 || len(result.Left) != 1 || result.Left[0].Rule != rule {
+		if err != nil || wholes != 2 || result.Attempts != 2 || len(result.Left) != 1 ||
+			result.Left[0].Rule != rule {
 			t.Errorf("%v, %d restores, %+v", err, wholes, result)
 		}
 	})
 }
 
-// A refused rule and somebody who was faster, at once: where the line is not named (legacy) the plan is
-// made anew before any rule is asked about, and in any case what is left is installed.
+// So it is where legacy was given many new chains beforehand.
+func TestApplyOfARefusedRuleAmongManyChains(t *testing.T) {
+	m := &iptablestest.Machine{Backend: Legacy}
+	m.Refuse = func(rule string) bool { return strings.Contains(rule, "--comment proxy-group") }
+	var wholes, chains int
+	restores(m, IPv4, func(_ int, payload string) (string, int) {
+		switch {
+		case strings.Contains(payload, "-A "+chainRedirect+" "):
+			wholes++
+		case !strings.Contains(payload, chainProbe):
+			chains++
+		}
+		return "", 0
+	})
+	i := Interception{
+		Family: IPv4, ProxyUID: 999, ProxyGID: 998, Jumps: true, OutboundPort: 15001,
+		Services: randomPrefixes(IPv4, 10000, 1),
+	}
+	plan := NewPlan(i.Ruleset(), Table{family: IPv4})
+	if n := len(plan.newChains().lines); n <= manyChains {
+		t.Fatalf("only %d new chains", n)
+	}
+	result, err := openInMemory(t, m).Apply(t.Context(), plan)
+	if err != nil || result.Attempts != 2 || wholes != 2 || chains != 1 || len(result.Left) != 1 {
+		t.Errorf("%v, %d restores after %d, %+v", err, wholes, chains, result.Left)
+	}
+}
+
+// A refused rule and somebody who was faster, at once: where the line is not named (legacy) the plan
+// is made anew before any rule is asked about, and in any case what is left is installed.
 func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		write(t, m, f, ":SERVICE_PROXY_OUTPUT - [0:0]", "-A OUTPUT -j SERVICE_PROXY_OUTPUT")
@@ -146,13 +176,36 @@ func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
 			attempts = 3
 		}
 		result, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), have))
-		if err != nil || result.Attempts != attempts || len(result.Left) != 1 || len(result.Drift) > 0 {
-			t.Errorf("%v, %d attempts, left out %v, drift %v", err, result.Attempts, result.Left, result.Drift)
+		if err != nil || result.Attempts != attempts || len(result.Left) != 1 ||
+			len(result.Drift) > 0 {
+			t.Errorf("%v, %d attempts, left out %v, drift %v", err, result.Attempts, result.Left,
+				result.Drift)
 		}
 		if now, err := k.Read(t.Context(), f); err != nil || len(Diff(result.Ruleset, now)) > 0 {
 			t.Errorf("%v, drift %v", err, Diff(result.Ruleset, now))
 		}
 	})
+}
+
+// When it cannot be read again whether somebody was faster, no rule is asked about: that is the next
+// try's.
+func TestApplyOfARefusedRuleThatCannotReadAgain(t *testing.T) {
+	m := &iptablestest.Machine{Backend: Legacy}
+	k := openInMemory(t, m)
+	m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
+	var restored []string
+	m.Before = func(program string, _ []string, stdin string) (string, int) {
+		if strings.HasSuffix(program, "-save") {
+			return "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4
+		}
+		restored = append(restored, stdin)
+		return "", 0
+	}
+	var refused *RefusedError
+	_, err := k.Apply(t.Context(), NewPlan(sample(IPv4).Ruleset(), Table{family: IPv4}))
+	if !errors.As(err, &refused) || !errors.Is(err, ErrLocked) || len(restored) != 1 {
+		t.Errorf("%v, restored %q", err, restored)
+	}
 }
 
 // What somebody undoes at the same moment is told by the read-back.

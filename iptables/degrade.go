@@ -13,9 +13,9 @@ import (
 // are refused and installs the rest in one transaction. Comments go first: a kernel without the
 // comment match then loses nothing else.
 //
-// A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its own
-// connections would be redirected to itself; without `! --dst-type LOCAL`, routed traffic would be
-// taken for inbound. The jump to the chain goes with it: no interception rather than a loop.
+// A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its
+// own connections would be redirected to itself; without `! --dst-type LOCAL`, routed traffic would
+// be taken for inbound. The jump to the chain goes with it: no interception rather than a loop.
 //
 // If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at
 // the same moment, and trying again is the remedy.

@@ -110,7 +110,8 @@ func (test refusal) check(t *testing.T, k *Kernel, f Family) {
 	}
 	_, isRefused, err := k.apply(t.Context(), tool, NewPlan(want, read()))
 	var refused *RefusedError
-	if !errors.As(err, &refused) || refused.Line == 0 || refused.Rule == "" || refused.Family != f || !isRefused {
+	if !errors.As(err, &refused) || refused.Line == 0 || refused.Rule == "" ||
+		refused.Family != f || !isRefused {
 		t.Fatalf("%s: apply: %v, refused is %v", f, err, isRefused)
 	}
 	degraded, err := k.Apply(t.Context(), NewPlan(want, read()))
@@ -174,7 +175,8 @@ func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
 		for _, f := range families {
 			i.Family = f
 			m := &iptablestest.Machine{Backend: NFT, Refuse: func(rule string) bool { return strings.Contains(rule, "-m comment") }}
-			degraded, err := openInMemory(t, m).Apply(t.Context(), NewPlan(i.Ruleset(), Table{family: f}))
+			degraded, err := openInMemory(t, m).Apply(t.Context(),
+				NewPlan(i.Ruleset(), Table{family: f}))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -208,7 +210,8 @@ func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 			m.Refuse = func(rule string) bool { return strings.Contains(rule, refuse) }
 			n := restores(m, f, func(int, string) (string, int) { return "", 0 })
 			k := openInMemory(t, m)
-			if degraded, err := k.Apply(t.Context(), NewPlan(i.Ruleset(), Table{family: f})); err != nil || len(degraded.Left) != 1 {
+			if degraded, err := k.Apply(t.Context(),
+				NewPlan(i.Ruleset(), Table{family: f})); err != nil || len(degraded.Left) != 1 {
 				t.Fatalf("%v, left out %v", err, degraded.Left)
 			}
 			asked := *n
@@ -311,7 +314,8 @@ func TestApplyOfARefusedRuleThatFails(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 				restores(m, f, test.answer)
-				_, err := openInMemory(t, m).Apply(t.Context(), NewPlan(sample(f).Ruleset(), Table{family: f}))
+				_, err := openInMemory(t, m).Apply(t.Context(),
+					NewPlan(sample(f).Ruleset(), Table{family: f}))
 				var refused *RefusedError
 				if err == nil || errors.As(err, &refused) != test.refused || test.is != nil && !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.says) {
 					t.Errorf("error %v, want one that is %v, of a refused rule %v, and says %q", err, test.is, test.refused, test.says)
@@ -353,7 +357,9 @@ func TestApplyOfAFamilyThatIsNotUsable(t *testing.T) {
 		}
 		return "", 0
 	}}
-	if _, err := openInMemory(t, m).Apply(t.Context(), NewPlan(sample(IPv6).Ruleset(), Table{family: IPv6})); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoTable) {
+	if _, err := openInMemory(t, m).Apply(t.Context(),
+		NewPlan(sample(IPv6).Ruleset(), Table{family: IPv6})); !errors.Is(err, ErrUnusable) ||
+		!errors.Is(err, ErrNoTable) {
 		t.Errorf("got %v", err)
 	}
 }

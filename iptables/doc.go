@@ -14,9 +14,10 @@
 // the chains asked for), writes by one `iptables-restore --noflush` on stdin for each family, and reads back what it
 // wrote. On the nft backend it also listens to the kernel's own notifications.
 //
-// What it does not do: decide what to intercept (package agent, Desired), decide when to write or how often to repair
-// (package agent's reconcile loop), or put errors into words for people (internal/symptom). It never names a chain
-// that is not ours but for the jumps in PREROUTING and OUTPUT, and it keeps no state that the kernel does not have.
+// What it does not do: decide what to intercept (package agent, Desired), decide when to write or how
+// often to repair (internal/reconcile), or put errors into words for people (internal/symptom). It
+// never names a chain that is not ours but for the jumps in PREROUTING and OUTPUT, and it keeps no
+// state that the kernel does not have.
 //
 // Package iptablestest is a machine's iptables in memory: the unit tests run a Kernel on it.
 //

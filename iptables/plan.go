@@ -48,6 +48,7 @@ func (p Plan) newChains() Plan {
 		name, _, _ = strings.Cut(name, " ")
 		if !p.have.Has(name) {
 			chains.lines = append(chains.lines, line)
+			chains.touched = append(chains.touched, name)
 		}
 	}
 	return chains
