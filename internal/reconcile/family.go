@@ -216,10 +216,11 @@ const (
 // reason says why this pass would look.
 func (f *Family) reason(p *pass) reason {
 	o := p.order
-	switch {
-	case !o.Known && f.mustLeave():
-		return leave
-	case !o.Known:
+	if !o.Known {
+		f.goal.unknown()
+		if f.mustLeave() {
+			return leave
+		}
 		return watch
 	}
 	changed := f.goal.compile(o.Want, o.Serial, &f.gates, p.now)

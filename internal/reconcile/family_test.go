@@ -290,6 +290,35 @@ func TestUnknownAgain(t *testing.T) {
 	}
 }
 
+// TestNotKnownWhileBackingOff: a repair that is put off keeps no pass busy once it is not known any
+// more what is wanted, and is made up for when it is.
+func TestNotKnownWhileBackingOff(t *testing.T) {
+	r := installed(t)
+	r.f.backOff = backOff{
+		delay: backOffLast, until: r.now.Add(time.Hour), undone: backOffBurst, last: r.now,
+	}
+	r.others(byIptables, "-D OUTPUT "+jump)
+	if out := r.pass(time.Second); out.Status.Equal || r.called() != "read OUTPUT" {
+		t.Fatalf("put off: %+v", out)
+	}
+	r.order.Known = false
+	if out := r.settle(); out.Wake < time.Second || r.called() != "" || out.Status.Jumps {
+		t.Errorf("not known: %+v", out)
+	}
+	r.order.Known = true
+	if out := r.pass(time.Second); !out.Status.Equal || !r.has("OUTPUT", jump) {
+		t.Errorf("known, with the same want: %+v", out)
+	}
+	// The same where nobody keeps undoing: what was seen while nothing was known is made up for.
+	r.order.Known = false
+	r.others(byIptables, "-D OUTPUT "+jump)
+	r.pass(time.Second)
+	r.order.Known = true
+	if out := r.pass(time.Second); !out.Status.Equal || !r.has("OUTPUT", jump) {
+		t.Errorf("known, with the same want: %+v", out)
+	}
+}
+
 // TestLeavingIsLookedAtFirst: what must leave and has gone by itself is not written.
 func TestLeavingIsLookedAtFirst(t *testing.T) {
 	r := newRig(t)

@@ -49,10 +49,12 @@ func (g *goal) offerAgain(now time.Time) (changed bool) {
 	return true
 }
 
+// unknown notes that it is not known what is wanted. Once it is again, the kernel is compared
+// with it whatever it was: who looked in between looked for something else.
+func (g *goal) unknown() { g.compiled = false }
+
 // leave makes the target the rules that an earlier run left, without their jumps.
-func (g *goal) leave(ours iptables.Ruleset) {
-	g.target, g.compiled = ours.WithoutJumps(), false
-}
+func (g *goal) leave(ours iptables.Ruleset) { g.target = ours.WithoutJumps() }
 
 // settle begins the time in which older connections are let through.
 func (g *goal) settle(now time.Time) { g.settling = now.Add(settle) }

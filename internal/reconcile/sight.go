@@ -59,10 +59,11 @@ func (s *sight) intercepted() bool { return s.known && s.have.Ours().Interceptin
 func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass) (err error) {
 	touched := s.touched
 	trusted := s.known && !s.all && p.poll == resync && s.due(p.now, p.poll) > 0
+	s.dirty = false
 	if trusted && len(touched) == 0 {
 		return nil
 	}
-	s.dirty, s.touched, s.all = false, nil, false
+	s.touched, s.all = nil, false
 	start := p.time()
 	if trusted {
 		slices.Sort(touched)
