@@ -182,7 +182,7 @@ func check(s source) (broken []string) {
 		}
 	}
 	for pkg := range may {
-		if _, there := s.program[pkg]; !there && !planned[pkg] {
+		if _, there := s.program[pkg]; !there {
 			say("%s has a row in imports_test.go and is not there", pkg)
 		}
 	}
@@ -197,8 +197,6 @@ func check(s source) (broken []string) {
 	return broken
 }
 
-// planned are packages that need not be there yet.
-var planned = map[string]bool{"internal/reconcile": true, "internal/envoywatch": true}
 
 func checkOnly(all imports, rules map[string]string, say func(string, ...any)) {
 	for pkg, paths := range all {
