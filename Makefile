@@ -13,7 +13,7 @@ export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
 export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 
 .DEFAULT_GOAL := help
-.PHONY: help build release tools demo check test lint unit kernel lab box bench soak package clean FORCE
+.PHONY: help build release tools demo check test lint vulns unit kernel lab box bench soak package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,13 @@ check: ## the quick inner loop: format, vet, unit tests with the race detector; 
 test: ## everything, each distinct case once; prints the seconds of each group
 	@test/run.sh
 
-lint unit kernel lab box: ## one group of `make test`
+lint: ## format, vet, linters (.golangci.yml has their reasons), dead code; no root
+	@test/lint.sh
+
+vulns: ## known vulnerabilities in what the program calls, by today's database; no root
+	@test/vulns.sh
+
+unit kernel lab box: ## one group of `make test`; also lint
 	@test/run.sh $@
 
 bench: tools build ## figures, as ratios against a floor or a peer of the same run

@@ -39,11 +39,7 @@ untouched() { # demo and tests have namespaces of their own; the machine's rules
 setup() {
   make --no-print-directory tools build release
 }
-lint() {
-  local bad
-  bad=$(gofmt -l $(git ls-files '*.go')) && [[ -z $bad ]] || { echo "gofmt: $bad"; return 1; }
-  go vet ./... && go vet -tags kernel,lab,box ./...
-}
+lint()   { test/lint.sh; }
 unit()   { go test -race -timeout 5m ./...; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { tagged kernel -timeout 10m; }

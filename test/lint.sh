@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# make lint: format, vet, golangci-lint (.golangci.yml says which linters and why), code that nobody calls. Needs no root.
+# The linters are pinned by test/tools/go.mod, a module of its own, and built into build/tools: once, and when a pin moves.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools=$PWD/build/tools
+failed=0
+
+stamp=$(go version; sha256sum <test/tools/go.sum)
+if [[ "$(cat "$tools/stamp" 2>/dev/null)" != "$stamp" ]]; then
+  echo "lint: building golangci-lint and deadcode (two minutes on 2 cores)"
+  mkdir -p "$tools"
+  GOBIN=$tools go -C test/tools install -ldflags='-s -w' \
+    github.com/golangci/golangci-lint/v2/cmd/golangci-lint golang.org/x/tools/cmd/deadcode
+  echo "$stamp" >"$tools/stamp"
+fi
+
+bad=$(gofmt -l $(git ls-files '*.go'))
+[[ -z $bad ]] || { echo "gofmt: $bad"; failed=1; }
+
+go vet ./... && go vet -tags kernel,lab,box ./... || failed=1
+
+"$tools/golangci-lint" run ./... || failed=1
+
+# What neither the programs nor a test call, and then what tests alone call: of that, test/tools/deadcode.keep says why it stays.
+dead() { # PACKAGE…
+  "$tools/deadcode" -f '{{range .Funcs}}{{println .Position .Name}}{{end}}' "$@" | sed -E 's/:[0-9]+:[0-9]+//; /^$/d' | sort -u
+}
+for bad in "$(dead -test -tags kernel,lab,box ./...)" "$(diff <(sed 's/ *#.*//; /^$/d' test/tools/deadcode.keep | sort) <(dead ./cmd/...))"; do
+  [[ -z $bad ]] || { printf 'deadcode: nothing calls (>), or in deadcode.keep and called (<):\n%s\n' "$bad"; failed=1; }
+done
+exit $failed
