@@ -196,7 +196,7 @@ func TestTakeAttribute(t *testing.T) {
 	a = attributeInForce{}
 	a.take(attributeNews{Good: kept, Source: bad}, log)
 	a.take(attributeNews{Err: bad}, log)
-	if a.Known || a.Config.ProxyPort != attribute.DefaultProxyPort || a.Good != nil {
+	if a.Known || a.Config.ProxyPort != attribute.OutboundPort || a.Good != nil {
 		t.Errorf("another instance's is still in force: %+v", a)
 	}
 }

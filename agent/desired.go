@@ -15,10 +15,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// DefaultInboundPort is Envoy's inbound interception port where the name and direction of a listener say nothing
-// (Istio's and Traffic Director's samples both use it).
-const DefaultInboundPort = 15006
-
 // Inputs is all that Desired looks at.
 type Inputs struct {
 	Config    attribute.Config
@@ -77,7 +73,7 @@ func Desired(in Inputs) Want {
 				g.note(out[0].Name, "--intercept-interfaces", fmt.Sprintf("port %d is on loopback alone, where no %v connection of a container arrives", want.OutboundPort, family))
 			}
 		}
-		want.InboundPort = redirectPort(inbound, family, DefaultInboundPort, true)
+		want.InboundPort = redirectPort(inbound, family, attribute.InboundPort, true)
 		if want.InboundPort != 0 {
 			want.Serving = serving(inbound, family, want.InboundPort, in.Local, in.Config.ServingPorts)
 		}
@@ -134,7 +130,7 @@ func isInbound(l envoyadmin.Listener) bool {
 		return false
 	}
 	for _, a := range l.Addresses {
-		if a.Port() == DefaultInboundPort {
+		if a.Port() == attribute.InboundPort {
 			return true
 		}
 	}
@@ -192,7 +188,7 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g 
 		case l.Bound && l.OriginalDst && leadsTo(l, family, port, false):
 			for _, c := range l.Chains {
 				for _, p := range c.Prefixes {
-					if isFamily(p.Addr(), family) && g.prefix(l.Name, p) {
+					if family.Of(p.Addr()) && g.prefix(l.Name, p) {
 						prefixes = append(prefixes, p)
 					}
 				}
@@ -204,10 +200,10 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g 
 			for _, a := range l.Addresses {
 				switch {
 				case a.Addr().IsUnspecified():
-					if (isFamily(a.Addr(), family) || l.Ipv4Compat) && g.port(l.Name, a.Port()) {
+					if (family.Of(a.Addr()) || l.Ipv4Compat) && g.port(l.Name, a.Port()) {
 						ports = append(ports, a.Port())
 					}
-				case isFamily(a.Addr(), family):
+				case family.Of(a.Addr()):
 					if p := netip.PrefixFrom(a.Addr(), a.Addr().BitLen()); g.prefix(l.Name, p) {
 						prefixes = append(prefixes, p)
 					}
@@ -235,7 +231,7 @@ func serving(listeners []envoyadmin.Listener, family iptables.Family, to uint16,
 				}
 				for _, p := range c.Prefixes {
 					switch {
-					case !isFamily(p.Addr(), family):
+					case !family.Of(p.Addr()):
 					case p.IsSingleIP():
 						rows = append(rows, iptables.Serving{Addr: p.Addr(), Port: port})
 					case p.Bits() == 0:
@@ -304,18 +300,13 @@ func serverFirstPorts(all []envoyadmin.Listener) (ports []uint16) {
 	return sortedPorts(ports)
 }
 
-// guard keeps out of the rules what no control plane may ask for (design: "what to intercept"). What it refuses is
-// noted once, and the rest of the listener goes on.
+// guard keeps out of the rules what no control plane may ask for: a wide or reserved range, the VM's own addresses, SSH
+// and our own ports. What it refuses is noted once, and the rest of the listener goes on.
 type guard struct {
 	local   []netip.Addr
 	own     []uint16
 	refused []symptom.Refusal
 }
-
-var (
-	linkLocal4 = netip.MustParsePrefix("169.254.0.0/16")
-	metadata6  = netip.MustParseAddr("fd20:ce::254")
-)
 
 // Shortest prefixes a listener may ask for: anything wider is a mistake that takes the VM off the network.
 const (
@@ -325,24 +316,19 @@ const (
 
 func (g *guard) prefix(listener string, p netip.Prefix) bool {
 	reason := ""
-	a := p.Masked().Addr()
 	shortest := shortest4
-	if a.Is6() {
+	if p.Addr().Is6() {
 		shortest = shortest6
 	}
 	switch {
 	case p.Bits() < shortest:
 		reason = "it is too wide; intercept-all-outbound is the way to ask for everything"
-	case a.IsLoopback() || netip.MustParsePrefix("127.0.0.0/8").Overlaps(p):
-		reason = "it is loopback"
-	case a.IsLinkLocalUnicast() || linkLocal4.Overlaps(p):
-		reason = "it is link-local, where the metadata server is"
-	case p.Contains(metadata6):
-		reason = "it holds the metadata server's address"
-	case a.IsMulticast():
-		reason = "it is multicast"
-	case a.IsUnspecified():
+	case p.Masked().Addr().IsUnspecified():
 		reason = "it is no address of a service"
+	case p.Addr().IsMulticast():
+		reason = "it is multicast"
+	default:
+		reason = reservedReason(p)
 	}
 	for _, own := range g.local {
 		if reason == "" && p.Contains(own) {
@@ -350,6 +336,26 @@ func (g *guard) prefix(listener string, p netip.Prefix) bool {
 		}
 	}
 	return g.note(listener, p.String(), reason)
+}
+
+// reservedReason says what an entry holds that the rules never redirect, whatever they are asked for.
+func reservedReason(p netip.Prefix) string {
+	for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
+		for _, r := range family.Reserved() {
+			if !r.Prefix.Overlaps(p) {
+				continue
+			}
+			switch r.Name {
+			case iptables.Loopback:
+				return "it is loopback"
+			case iptables.LinkLocal:
+				return "it is link-local, where the metadata server is"
+			default:
+				return "it holds the metadata server's address"
+			}
+		}
+	}
+	return ""
 }
 
 func (g *guard) port(listener string, port uint16) bool {
@@ -374,13 +380,9 @@ func (g *guard) note(listener, entry, reason string) bool {
 	return false
 }
 
-func isFamily(a netip.Addr, family iptables.Family) bool {
-	return a.Is4() == (family == iptables.IPv4)
-}
-
 func ofFamily(all []netip.Prefix, family iptables.Family) (some []netip.Prefix) {
 	for _, p := range all {
-		if isFamily(p.Addr(), family) {
+		if family.Of(p.Addr()) {
 			some = append(some, p.Masked())
 		}
 	}

@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -100,7 +101,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 func (l *loop) reconcile(
 	ctx context.Context, now time.Time, seen Observation, want Want, known bool,
 ) (outcomes []reconcile.Outcome) {
-	usual := reconcile.Ports{Outbound: seen.Attribute.Config.ProxyPort, Inbound: DefaultInboundPort}
+	usual := reconcile.Ports{Outbound: seen.Attribute.Config.ProxyPort, Inbound: attribute.InboundPort}
 	for i, family := range l.families {
 		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(l.families)))
 		ports := family.Ports(want.Families[i], known, seen.User.Err == nil, usual)

@@ -157,7 +157,7 @@ func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Actio
 		}
 		for _, l := range s.inbound {
 			for _, a := range l.Addresses {
-				if reached(l, a) && (inPort == 0 || a.Port() == DefaultInboundPort) {
+				if reached(l, a) && (inPort == 0 || a.Port() == attribute.InboundPort) {
 					inPort = a.Port()
 				}
 			}
@@ -371,7 +371,7 @@ func (r scenes) listener(inbound bool, port uint16) envoyadmin.Listener {
 	case n == 0:
 		l.Direction = direction
 		l.Name += pick(r, []string{"", "-" + name, "-" + other})
-	case n == 1 || inbound != (port == DefaultInboundPort):
+	case n == 1 || inbound != (port == attribute.InboundPort):
 		l.Name += "-" + name
 	}
 	l.Addresses = r.wildcard(port)

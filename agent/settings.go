@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
 
@@ -65,7 +66,7 @@ func portString(p uint16) string { return strconv.Itoa(int(p)) }
 // ownPorts are never intercepted as port rules: Envoy's admin and interception ports and the agent's
 // own.
 func ownPorts(s Settings) []uint16 {
-	ports := []uint16{15000, 15001, 15006, 15020}
+	ports := attribute.OwnPorts()
 	for _, addr := range []string{s.EnvoyAdmin, s.Listen} {
 		if _, p, err := net.SplitHostPort(addr); err == nil {
 			if n, err := net.LookupPort("tcp", p); err == nil {

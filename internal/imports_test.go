@@ -197,7 +197,6 @@ func check(s source) (broken []string) {
 	return broken
 }
 
-
 func checkOnly(all imports, rules map[string]string, say func(string, ...any)) {
 	for pkg, paths := range all {
 		for path, file := range paths {

@@ -27,7 +27,8 @@ func (f Family) String() string {
 	return "Family(" + strconv.Itoa(int(f)) + ")"
 }
 
-// Of says whether addr belongs to the family. An IPv4-mapped IPv6 address belongs to neither: no packet carries one.
+// Of says whether addr belongs to the family. An IPv4-mapped IPv6 address (::ffff:192.0.2.1) belongs to neither: no packet
+// carries one.
 func (f Family) Of(addr netip.Addr) bool {
 	return f == IPv4 && addr.Is4() || f == IPv6 && addr.Is6() && !addr.Is4In6()
 }
@@ -110,16 +111,40 @@ const (
 	ruleRouted   = "-m addrtype ! --dst-type LOCAL -m comment --comment routed-through -j RETURN"
 )
 
-type named struct{ cidr, comment string }
-
-// never lists what is never redirected outbound, whoever asks: loopback by address and not by `-o lo` (a redirected
-// packet leaves by lo as well), link-local, and the metadata server.
-func (f Family) never() []named {
-	if f == IPv6 {
-		return []named{{"::1/128", "loopback"}, {"fe80::/10", "link-local"}, {"fd20:ce::254/128", "metadata-server"}}
-	}
-	return []named{{"127.0.0.0/8", "loopback"}, {"169.254.0.0/16", "link-local"}, {"169.254.169.254/32", "metadata-server"}}
+// Reserved is a range that is never redirected outbound, with its name, which is the comment of its rule.
+type Reserved struct {
+	Prefix netip.Prefix
+	Name   string
 }
+
+// Names of the reserved ranges.
+const (
+	Loopback       = "loopback"
+	LinkLocal      = "link-local"
+	MetadataServer = "metadata-server"
+)
+
+// Reserved lists what is never redirected outbound, whoever asks: loopback by address and not by `-o lo` (a redirected
+// packet leaves by lo as well), link-local, and the metadata server.
+func (f Family) Reserved() []Reserved {
+	if f == IPv6 {
+		return reserved6
+	}
+	return reserved4
+}
+
+var (
+	reserved4 = []Reserved{
+		{netip.MustParsePrefix("127.0.0.0/8"), Loopback},
+		{netip.MustParsePrefix("169.254.0.0/16"), LinkLocal},
+		{netip.MustParsePrefix("169.254.169.254/32"), MetadataServer},
+	}
+	reserved6 = []Reserved{
+		{netip.MustParsePrefix("::1/128"), Loopback},
+		{netip.MustParsePrefix("fe80::/10"), LinkLocal},
+		{netip.MustParsePrefix("fd20:ce::254/128"), MetadataServer},
+	}
+)
 
 // Ruleset compiles the interception into chains and rules, word for word as iptables-save prints them back. With
 // nothing to intercept it is empty: nothing of ours in the kernel.
@@ -181,8 +206,8 @@ func (i Interception) Ruleset() Ruleset {
 
 // addOutbound adds what leads connections to services to Envoy.
 func (i Interception) addOutbound(b *builder, interfaces bool) {
-	for _, n := range i.Family.never() {
-		b.add(chainOutput, returnFor(n))
+	for _, r := range i.Family.Reserved() {
+		b.add(chainOutput, returnFor(r))
 	}
 	excludes := i.excludeRows()
 	b.add(chainOutput, excludes...)
@@ -195,8 +220,8 @@ func (i Interception) addOutbound(b *builder, interfaces bool) {
 	if interfaces {
 		// Containers' traffic comes from PREROUTING and has not met the excludes of SERVICE_PROXY_OUTPUT.
 		if i.All {
-			for _, n := range i.Family.never() {
-				b.add(chainServiceCIDRs, returnFor(n))
+			for _, r := range i.Family.Reserved() {
+				b.add(chainServiceCIDRs, returnFor(r))
 			}
 		}
 		b.add(chainServiceCIDRs, excludes...)
@@ -240,8 +265,8 @@ func (i Interception) proxyRows() []string {
 	}
 }
 
-func returnFor(n named) string {
-	return "-d " + n.cidr + " -m comment --comment " + n.comment + " -j RETURN"
+func returnFor(r Reserved) string {
+	return destination(r.Prefix) + "-m comment --comment " + r.Name + " -j RETURN"
 }
 
 // destination is the match for a masked prefix as a save prints it, with the blank that follows,

@@ -31,14 +31,6 @@ const Name = "gce-service-proxy"
 // (https://cloud.google.com/compute/docs/metadata/setting-custom-metadata), so more cannot come from there.
 const MaxSize = 512 << 10
 
-// Ports that the product itself listens on. A serving port among them would redirect Envoy or the agent to itself.
-const (
-	DefaultProxyPort = 15001 // outbound interception listener
-	InboundPort      = 15006 // inbound interception listener, as in Traffic Director's samples
-	AdminPort        = 15000 // Envoy's admin interface
-	AgentPort        = 15020 // the agent's /metrics and /healthz
-)
-
 // ErrMissing is what a VM without the attribute gets; who reads the metadata server returns it, wrapped.
 var ErrMissing = errors.New("this VM has no metadata attribute " + Name)
 
@@ -88,7 +80,7 @@ type Config struct {
 
 // Default is the Config of a VM without the attribute (--config none).
 func Default() Config {
-	return Config{ProxyPort: DefaultProxyPort, XDSVersion: 3}
+	return Config{ProxyPort: OutboundPort, XDSVersion: 3}
 }
 
 // Parse reads the attribute's text. It returns a *KeyError for the first malformed value, in the order in which the keys are
@@ -124,7 +116,7 @@ func Parse(text []byte) (Config, error) {
 
 	spec := top.object("proxy-spec") // first: the proxy's port is one that serving-ports may not name
 	if port, ok := spec.port("proxy-port", 1025); ok {
-		if slices.Contains([]uint16{AdminPort, InboundPort, AgentPort}, port) {
+		if slices.Contains([]uint16{EnvoyAdminPort, InboundPort, AgentPort}, port) {
 			spec.fail("proxy-port", fmt.Sprintf("%d is used by Envoy's admin interface, its inbound listener or the agent", port))
 		}
 		cfg.ProxyPort = port
@@ -335,9 +327,9 @@ func (o object) servingPorts(key string, proxyPort uint16) []uint16 {
 			continue
 		}
 		port := uint16(n)
-		if port == proxyPort || slices.Contains([]uint16{AdminPort, DefaultProxyPort, InboundPort, AgentPort}, port) {
+		if port == proxyPort || slices.Contains(OwnPorts(), port) {
 			o.fail(item, fmt.Sprintf("%d is a port of Envoy or the agent (%d, %d, %d, %d), which cannot be a serving port",
-				port, AdminPort, proxyPort, InboundPort, AgentPort))
+				port, EnvoyAdminPort, proxyPort, InboundPort, AgentPort))
 			continue
 		}
 		ports = append(ports, port)

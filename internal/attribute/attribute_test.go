@@ -390,7 +390,7 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, port := range cfg.ServingPorts {
-			if port == 0 || port == cfg.ProxyPort || port == AdminPort || port == InboundPort || port == AgentPort {
+			if port == 0 || port == cfg.ProxyPort || port == EnvoyAdminPort || port == InboundPort || port == AgentPort {
 				t.Errorf("serving port %d got through", port)
 			}
 		}

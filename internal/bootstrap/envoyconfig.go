@@ -99,7 +99,7 @@ func envoyConfig(cfg attribute.Config, vm VM, caFile string) ([]byte, error) {
 	}
 	boot := &bootstrapv3.Bootstrap{
 		Node:  node,
-		Admin: &bootstrapv3.Admin{Address: loopback(attribute.AdminPort)},
+		Admin: &bootstrapv3.Admin{Address: loopback(attribute.EnvoyAdminPort)},
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			LdsConfig: adsSource(), CdsConfig: adsSource(),
 			AdsConfig: trafficDirectorAPI(caFile),

@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -458,7 +458,7 @@ func TestStrangerInbound(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	m.Envoy.Kill()
-	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, agent.DefaultInboundPort).String())
+	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, attribute.InboundPort).String())
 	must(t, err)
 	defer ln.Close()
 	_, err = a.Wait(within(t, 10*time.Second), "the stranger is named", func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
