@@ -18,12 +18,12 @@ func trust(user string) func(net.Conn) error {
 			trusted = append(trusted, proxy.UID)
 		}
 		if u, ok := c.(*net.UnixConn); ok {
-			uid, err := sockdiag.PeerUID(u)
+			peer, err := sockdiag.PeerOfUnix(u)
 			if err != nil {
 				return err
 			}
-			if !slices.Contains(trusted, uid) {
-				return &sockdiag.ForeignError{UID: uid}
+			if !slices.Contains(trusted, peer.UID) {
+				return &sockdiag.ForeignError{UID: peer.UID}
 			}
 			return nil
 		}

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 )
 
 const (
@@ -116,27 +117,10 @@ func heldBy(path string) *HeldError {
 		return held
 	}
 	defer c.Close()
-	if cred, err := peerCred(c); err == nil {
-		held.PID, held.UID = int(cred.Pid), int(cred.Uid)
+	if peer, err := sockdiag.PeerOfUnix(c); err == nil {
+		held.PID, held.UID = peer.PID, int(peer.UID)
 	}
 	return held
-}
-
-// peerCred is who called connect, or for the connecting end who called listen (unix(7), SO_PEERCRED).
-func peerCred(c net.Conn) (*unix.Ucred, error) {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return nil, fmt.Errorf("look up peer: %T is no Unix socket", c)
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	var cred *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
-		return nil, e
-	}
-	return cred, err
 }
 
 // Close gives the socket up without having served.
@@ -202,7 +186,7 @@ func (l rootOnly) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if cred, err := peerCred(c); err == nil && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid()) {
+		if peer, err := sockdiag.PeerOfUnix(c); err == nil && (peer.UID == 0 || int(peer.UID) == os.Geteuid()) {
 			return c, nil
 		}
 		c.Close()

@@ -147,7 +147,7 @@ func list(c *netlink.Conn, protocol, state uint8, port uint16) ([]Listener, erro
 // waits in answers, provided that it still waits there afterwards. Once closed the end belongs to nobody, and to be believed would need
 // only a quick close: the error is [ErrNoPeer]. So ask while the answer is still to come, not after its end.
 //
-// c must be TCP; a Unix socket's peer is known from SO_PEERCRED instead.
+// c must be TCP; for a Unix socket ask PeerOfUnix.
 func PeerOwner(c net.Conn) (uint32, error) {
 	local, err := addrPort(c.LocalAddr())
 	if err != nil {
@@ -398,21 +398,4 @@ func ask(c *netlink.Conn, r request, flags netlink.HeaderFlags) ([]socket, error
 		socks = append(socks, s)
 	}
 	return socks, nil
-}
-
-// PeerUID is the uid of the process that called listen(2) on the other end's socket (SO_PEERCRED,
-// unix(7)).
-func PeerUID(c *net.UnixConn) (uid uint32, err error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil {
-		return 0, e
-	}
-	if err != nil {
-		return 0, fmt.Errorf("ask for the owner of Envoy's admin socket: %w", err)
-	}
-	return cred.Uid, nil
 }
