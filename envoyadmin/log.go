@@ -412,6 +412,27 @@ func same(e LogEvent) LogEvent {
 	return e
 }
 
+// Tail returns the last bytes of a log, at most limit, but for a line whose beginning is not among
+// them: it may be a quoted value's second half, which package redaction could not tell from other
+// text.
+func Tail(log *os.File, limit int64) ([]byte, error) {
+	info, err := log.Stat()
+	if err != nil {
+		return nil, err
+	}
+	size := min(info.Size(), limit+1) // one more: it may end the line before
+	text := make([]byte, size)
+	n, err := log.ReadAt(text, info.Size()-size)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	text = text[:n]
+	if size > limit {
+		_, text, _ = bytes.Cut(text, []byte("\n"))
+	}
+	return text, nil
+}
+
 // LastError returns the last entry of level error or critical in the log's last 64 KiB, without its time and source: what Envoy said before it ended.
 // It is empty if there is none. An entry may have many lines; what is told of it is redaction.Text.
 func LastError(path string) (string, error) {
@@ -427,12 +448,11 @@ func LastError(path string) (string, error) {
 	if !info.Mode().IsRegular() {
 		return "", fmt.Errorf("read %q: it is no regular file", path)
 	}
-	tail := make([]byte, min(info.Size(), readSize))
-	n, err := file.ReadAt(tail, info.Size()-int64(len(tail)))
-	if err != nil && !errors.Is(err, io.EOF) {
+	tail, err := Tail(file, readSize)
+	if err != nil {
 		return "", fmt.Errorf("read %q: %w", path, err)
 	}
-	lines := bytes.Split(tail[:n], []byte("\n"))
+	lines := bytes.Split(tail, []byte("\n"))
 	for i := len(lines) - 1; i >= 0; i-- {
 		m := errorLine.FindSubmatch(lines[i])
 		if m == nil {

@@ -20,8 +20,10 @@ type Version struct {
 
 // Envoy's versions where behaviour changes.
 var (
-	Minimum = Version{1, 9, 1}  // older ones are not supported
-	Advised = Version{1, 24, 9} // older ones are advised against
+	Minimum = Version{1, 9, 1} // older ones are not supported
+	// Advised is the oldest that bootstrap installs or keeps; older ones are advised against. They
+	// have no drain_listeners?graceful&skip_exit we can rely on, and known holes.
+	Advised = Version{1, 24, 9}
 
 	// resource= came with 1.13. Masks crashed Envoy up to 1.18.3 (envoyproxy/envoy#17257).
 	resourceSince = Version{1, 13, 0}

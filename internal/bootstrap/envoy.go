@@ -12,12 +12,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
-const envoyAdvice = "give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, " +
-	"or install Envoy 1.24.9 or later as " + EnvoyBinary
+var envoyAdvice = fmt.Sprintf("give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, "+
+	"or install Envoy %v or later as %s", envoyadmin.Advised, EnvoyBinary)
 
 // installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and
 // from another source than primary-source: then it gives way to that, and to nothing else. Where

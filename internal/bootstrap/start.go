@@ -5,12 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
@@ -77,10 +77,9 @@ func (b *bootstrapper) lastLogLine() string {
 		return "(none)"
 	}
 	defer f.Close()
-	end := &tail{}
-	if info, err := f.Stat(); err == nil && info.Size() > maxTail {
-		_, _ = f.Seek(-maxTail-1, io.SeekEnd) // more than it keeps: it sees that this is not all
+	end, err := envoyadmin.Tail(f, maxTail)
+	if err != nil {
+		return "(none)"
 	}
-	_, _ = io.Copy(end, io.LimitReader(f, maxTail+1))
-	return fmt.Sprintf("%.300s", cmp.Or(lastLine(end.String()), "(none)"))
+	return fmt.Sprintf("%.300s", cmp.Or(lastLine(string(end)), "(none)"))
 }

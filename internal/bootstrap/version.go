@@ -7,22 +7,18 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
-)
 
-// MinimumEnvoy is the oldest Envoy that is installed or kept: older ones have no
-// drain_listeners?graceful&skip_exit we can rely on, and known holes.
-var MinimumEnvoy = [3]int{1, 24, 9}
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+)
 
 var (
 	errBinary = errors.New("bad Envoy")
 	errUntold = errors.New("cannot tell whether this Envoy works")
 )
 
-var versionForm = regexp.MustCompile(`/(\d+)\.(\d+)\.(\d+)[-/]`)
+var versionForm = regexp.MustCompile(`/(\d+\.\d+\.\d+)[-/]`)
 
 // envoyVersion runs the binary, as Envoy's user, and returns its version: fs.ErrNotExist when there
 // is none, errBinary when it is no Envoy that can be used, and errUntold when it was not let run to
@@ -47,18 +43,12 @@ func (b *bootstrapper) envoyVersion(ctx context.Context, binary string) (string,
 	if m == nil {
 		return "", fmt.Errorf("%w: it does not say its version: %.80q", errBinary, out)
 	}
-	version := strings.Join(m[1:4], ".")
-	for i, part := range m[1:4] {
-		n, err := strconv.Atoi(part)
-		if err != nil || n < MinimumEnvoy[i] {
-			return version, fmt.Errorf("%w: version %s is too old, want %d.%d.%d or later",
-				errBinary, version, MinimumEnvoy[0], MinimumEnvoy[1], MinimumEnvoy[2])
-		}
-		if n > MinimumEnvoy[i] {
-			break
-		}
+	version, err := envoyadmin.ParseVersion(m[1])
+	if err != nil || version.Less(envoyadmin.Advised) {
+		return m[1], fmt.Errorf("%w: version %s is too old, want %v or later",
+			errBinary, m[1], envoyadmin.Advised)
 	}
-	return version, nil
+	return m[1], nil
 }
 
 // failedByItself says that a command failed for what it is, and will again: the kernel cannot run
