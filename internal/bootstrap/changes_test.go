@@ -20,18 +20,22 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
-// TestAttributeChange: which keys restart Envoy when they change, for each key of docs/attribute.md, whose last column says
-// the same. That the live ones change the rules is tested where rules are decided, in package agent.
+// TestAttributeChange: which keys restart Envoy when they change, for each key of
+// docs/attribute.md, whose last column says the same. That the live ones change the rules is tested
+// where rules are decided, in package agent.
 func TestAttributeChange(t *testing.T) {
 	doc, err := os.ReadFile("../../docs/attribute.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	change := map[string]string{} // key -> what docs/attribute.md says of a change
-	for _, row := range regexp.MustCompile("(?m)^\\| `(.+?)` \\|.*\\| (.+?) \\|$").FindAllStringSubmatch(string(doc), -1) {
+	rows := regexp.MustCompile("(?m)^\\| `(.+?)` \\|.*\\| (.+?) \\|$")
+	for _, row := range rows.FindAllStringSubmatch(string(doc), -1) {
 		change[strings.ReplaceAll(row[1], "`<br>`", "")] = row[2]
 	}
-	const ours = "installs that Envoy and restarts, unless the one there is not ours; where it fails the working one stays" // TestSourceChange
+	// TestSourceChange's.
+	const ours = "installs that Envoy and restarts, unless the one there is not ours; " +
+		"where it fails the working one stays"
 	for _, tt := range []struct {
 		key, from, to string // JSON; "": without it
 		want          string
@@ -60,7 +64,8 @@ func TestAttributeChange(t *testing.T) {
 		}
 		delete(change, tt.key)
 		for _, values := range [][2]string{{tt.from, tt.to}, {tt.to, tt.from}} {
-			b := newBootstrapper(Options{Root: t.TempDir(), command: func(context.Context, *exec.Cmd) error { return nil }}) // Envoy accepts it
+			accept := func(context.Context, *exec.Cmd) error { return nil } // Envoy does
+			b := newBootstrapper(Options{Root: t.TempDir(), command: accept})
 			for _, dir := range []string{"/run", logs.Dir} {
 				mkdir(t, b.path(dir), 0o755)
 			}
@@ -96,8 +101,8 @@ func TestAttributeChange(t *testing.T) {
 	}
 }
 
-// TestSourceChange: another primary-source is another Envoy, where the one there came from us; secondary-source alone
-// changes nothing, nor does one that went away.
+// TestSourceChange: another primary-source is another Envoy, where the one there came from us;
+// secondary-source alone changes nothing, nor does one that went away.
 func TestSourceChange(t *testing.T) {
 	self, err := os.Executable() // a program for this machine
 	if err != nil {
@@ -135,13 +140,14 @@ func TestSourceChange(t *testing.T) {
 		{"another primary, and not ours", true, attribute.Config{PrimarySource: one}, attribute.Config{PrimarySource: two}, "1.29.0", false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			b := newBootstrapper(Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
-				text, err := os.ReadFile(cmd.Path)
-				if err == nil {
-					_, err = fmt.Fprintf(cmd.Stdout, "envoy  version: 0/%s/Clean/RELEASE/BoringSSL\n", text[elf:])
-				}
-				return err
-			}})
+			b := newBootstrapper(
+				Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
+					text, err := os.ReadFile(cmd.Path)
+					if err == nil {
+						_, err = fmt.Fprintf(cmd.Stdout, "envoy  version: 0/%s/Clean/RELEASE/BoringSSL\n", text[elf:])
+					}
+					return err
+				}})
 			for _, dir := range []string{"/run", filepath.Dir(EnvoyBinary)} {
 				mkdir(t, b.path(dir), 0o755)
 			}
@@ -164,7 +170,8 @@ func TestSourceChange(t *testing.T) {
 	}
 }
 
-// TestPublisherEnds: without a daemon bootstrap writes its status itself, and ends as soon as the last one is written.
+// TestPublisherEnds: without a daemon bootstrap writes its status itself, and ends as soon as
+// the last one is written.
 func TestPublisherEnds(t *testing.T) {
 	var mu sync.Mutex
 	values := map[string]string{}
@@ -188,7 +195,8 @@ func TestPublisherEnds(t *testing.T) {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	if values["bootstrap-status"] != "FAILED" || !strings.Contains(values["bootstrap-last-failure"], "make room on that disk") {
+	if values["bootstrap-status"] != "FAILED" ||
+		!strings.Contains(values["bootstrap-last-failure"], "make room on that disk") {
 		t.Errorf("written: %q", values)
 	}
 }

@@ -30,7 +30,8 @@ func tlsRoot(t *testing.T, srv *httptest.Server) string {
 	if err := os.MkdirAll(filepath.Dir(ca), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o644); err != nil {
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
+	if err := os.WriteFile(ca, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return root
@@ -129,8 +130,10 @@ func TestDownload(t *testing.T) {
 			continue
 		}
 		var download *downloadError
-		if !errors.As(err, &download) || !strings.Contains(err.Error(), tt.fails) || download.permanent != tt.permanent {
-			t.Errorf("%s: have %v (permanent: %v), want …%s… (%v)", tt.source, err, download != nil && download.permanent, tt.fails, tt.permanent)
+		if !errors.As(err, &download) || !strings.Contains(err.Error(), tt.fails) ||
+			download.permanent != tt.permanent {
+			t.Errorf("%s: have %v (permanent: %v), want …%s… (%v)", tt.source, err,
+				download != nil && download.permanent, tt.fails, tt.permanent)
 		}
 		if err != nil && strings.Contains(err.Error(), "SECRET") {
 			t.Errorf("%s: the error shows the query: %v", tt.source, err)
@@ -150,7 +153,11 @@ func TestDownloadPrivate(t *testing.T) {
 	srv := httptest.NewTLSServer(cloud)
 	defer srv.Close()
 	b := newBootstrapper(Options{Root: tlsRoot(t, srv)})
-	for path, want := range map[string]string{"/public/x.tgz": "", "/private/x.tgz": "status 403 Forbidden: it is not public, or not there; a private object of Cloud Storage is gs://BUCKET/OBJECT"} {
+	for path, want := range map[string]string{
+		"/public/x.tgz": "",
+		"/private/x.tgz": "status 403 Forbidden: it is not public, or not there; " +
+			"a private object of Cloud Storage is gs://BUCKET/OBJECT",
+	} {
 		into, err := os.Create(filepath.Join(t.TempDir(), "into"))
 		if err != nil {
 			t.Fatal(err)
@@ -158,7 +165,9 @@ func TestDownloadPrivate(t *testing.T) {
 		defer into.Close()
 		err = b.download(t.Context(), srv.URL+path, into)
 		var download *downloadError
-		if want == "" && err != nil || want != "" && (!errors.As(err, &download) || !download.permanent || !strings.HasSuffix(err.Error(), want)) {
+		refused := errors.As(err, &download) && download.permanent &&
+			strings.HasSuffix(err.Error(), want)
+		if want == "" && err != nil || want != "" && !refused {
 			t.Errorf("%s: %v, want %q", path, err, want)
 		}
 	}
@@ -190,13 +199,15 @@ func TestDownloadStalls(t *testing.T) {
 	defer srv.Close()
 	defer close(stop)
 	b := newBootstrapper(Options{Root: tlsRoot(t, srv)})
-	for name, want := range map[string]string{"/stall.tgz": "nothing received for 300ms", "/slow.tgz": ""} {
+	for name, want := range map[string]string{"/stall.tgz": "nothing received for 300ms",
+		"/slow.tgz": ""} {
 		into, err := os.Create(filepath.Join(t.TempDir(), "into"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		err = b.download(context.Background(), srv.URL+name, into)
-		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+		if want == "" && err != nil || want != "" &&
+			(err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: have %v, want %q", name, err, want)
 		}
 		into.Close()
@@ -234,7 +245,8 @@ func file(name, content string) entry {
 
 func TestUnpackEnvoy(t *testing.T) {
 	good := pack(t, entry{tar.Header{Name: "usr/local/bin/", Mode: 0o755, Typeflag: tar.TypeDir}, ""},
-		file("usr/share/doc/envoy/LICENSE", "licence"), file("usr/local/bin/envoy", "envoy"), file("etc/passwd", "ignored"))
+		file("usr/share/doc/envoy/LICENSE", "licence"), file("usr/local/bin/envoy", "envoy"),
+		file("etc/passwd", "ignored"))
 	flipped := bytes.Clone(good)
 	flipped[len(flipped)-6] ^= 1 // in gzip's checksum
 	for _, tt := range []struct {
@@ -279,7 +291,8 @@ func TestUnpackEnvoy(t *testing.T) {
 	}
 	// A disk that cannot be written is not the archive's fault.
 	full := &os.PathError{Op: "write", Path: "x", Err: errors.New("no space")}
-	if err := unpackEnvoy(bytes.NewReader(good), failingWriter{full}); errors.Is(err, errArchive) || !errors.Is(err, full) {
+	if err := unpackEnvoy(bytes.NewReader(good), failingWriter{full}); errors.Is(err, errArchive) ||
+		!errors.Is(err, full) {
 		t.Errorf("have %v, want the writer's own error", err)
 	}
 }

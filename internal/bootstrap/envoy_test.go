@@ -31,9 +31,11 @@ import (
 func fakeBinary(t *testing.T, version string) string {
 	t.Helper()
 	header := elf.Header64{Type: uint16(elf.ET_EXEC), Version: uint32(elf.EV_CURRENT), Ehsize: 64,
-		Machine: uint16(map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[runtime.GOARCH])}
+		Machine: uint16(machines[runtime.GOARCH])}
 	copy(header.Ident[:], elf.ELFMAG)
-	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] = byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)
+	header.Ident[elf.EI_CLASS] = byte(elf.ELFCLASS64)
+	header.Ident[elf.EI_DATA] = byte(elf.ELFDATA2LSB)
+	header.Ident[elf.EI_VERSION] = byte(elf.EV_CURRENT)
 	var out bytes.Buffer
 	if err := binary.Write(&out, binary.LittleEndian, header); err != nil {
 		t.Fatal(err)
@@ -59,10 +61,12 @@ func newFakeVM(t *testing.T) *fakeVM {
 
 func (v *fakeVM) options() Options {
 	return Options{Root: v.root, command: func(_ context.Context, cmd *exec.Cmd) error {
-		v.ran = append(v.ran, strings.Join(append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...), " "))
+		ran := append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...)
+		v.ran = append(v.ran, strings.Join(ran, " "))
 		switch {
 		case len(cmd.Args) == 2 && cmd.Args[1] == "--version":
-			fmt.Fprintf(cmd.Stdout, "envoy  version: abc/%s/Clean/RELEASE/BoringSSL\n", version(v.T, cmd.Path))
+			fmt.Fprintf(cmd.Stdout, "envoy  version: abc/%s/Clean/RELEASE/BoringSSL\n",
+				version(v.T, cmd.Path))
 		case len(cmd.Args) > 1 && cmd.Args[1] == "is-enabled":
 			fmt.Fprintln(cmd.Stdout, "enabled")
 		}
@@ -86,7 +90,8 @@ func version(t *testing.T, name string) string {
 func (v *fakeVM) put(name, text string) {
 	v.Helper()
 	mkdir(v.T, filepath.Dir(filepath.Join(v.root, name)), 0o755)
-	_ = os.Remove(filepath.Join(v.root, name)) // binaries may be linked to, and are replaced, never written to
+	// Binaries may be linked to, and are replaced, never written to.
+	_ = os.Remove(filepath.Join(v.root, name))
 	if err := os.WriteFile(filepath.Join(v.root, name), []byte(text), 0o755); err != nil {
 		v.Fatal(err)
 	}
@@ -233,7 +238,8 @@ func TestDownloadRetries(t *testing.T) {
 			if f := v.bootstrap(s.config("1.30.1", "1.30.2")); f != nil {
 				t.Fatal(f)
 			}
-			if have, asked := version(t, filepath.Join(v.root, EnvoyBinary)), s.requests("1.30.1"); have != tt.want || asked != tt.asked {
+			if have, asked := version(t, filepath.Join(v.root, EnvoyBinary)),
+				s.requests("1.30.1"); have != tt.want || asked != tt.asked {
 				t.Errorf("Envoy %s after %d requests, want %s after %d", have, asked, tt.want, tt.asked)
 			}
 		})
@@ -273,8 +279,10 @@ func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
 			t.Errorf("%d %s: %v", i, step.name, f)
 		}
 		state := v.state()
-		if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != step.want || state.EnvoyVersion != step.want || !strings.HasSuffix(state.EnvoySource, step.source) {
-			t.Errorf("%d %s: Envoy %s, said to be %s from %s; want %s from %s", i, step.name, have, state.EnvoyVersion, state.EnvoySource, step.want, step.source)
+		if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != step.want ||
+			state.EnvoyVersion != step.want || !strings.HasSuffix(state.EnvoySource, step.source) {
+			t.Errorf("%d %s: Envoy %s, said to be %s from %s; want %s from %s", i, step.name, have,
+				state.EnvoyVersion, state.EnvoySource, step.want, step.source)
 		}
 	}
 }
@@ -285,7 +293,9 @@ func TestFallbackReplacesNoWorkingEnvoy(t *testing.T) {
 func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 	// As the kernel and os/exec say it: the command that is run instead.
 	shell := func(script string) func(context.Context) *exec.Cmd {
-		return func(ctx context.Context) *exec.Cmd { return exec.CommandContext(ctx, "/bin/sh", "-c", script) }
+		return func(ctx context.Context) *exec.Cmd {
+			return exec.CommandContext(ctx, "/bin/sh", "-c", script)
+		}
 	}
 	program := func(text string, mode os.FileMode) func(context.Context) *exec.Cmd {
 		name := filepath.Join(t.TempDir(), "envoy")
@@ -344,14 +354,17 @@ func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 			have := version(t, v.root+EnvoyBinary)
 			if tt.replace {
 				told := slices.ContainsFunc(b.state.Story, func(l progress.Line) bool {
-					return strings.Contains(l.Text, "archive in place of "+EnvoyBinary) && strings.Contains(l.Text, tt.says)
+					return strings.Contains(l.Text, "archive in place of "+EnvoyBinary) &&
+						strings.Contains(l.Text, tt.says)
 				})
 				if have != "1.30.9" || wish != nil || failure != nil || !told {
-					t.Errorf("%s, own %v: have %s, %v, %v, told %+v", tt.name, own, have, wish, failure, b.state.Story)
+					t.Errorf("%s, own %v: have %s, %v, %v, told %+v", tt.name, own, have, wish, failure,
+						b.state.Story)
 				}
 				continue
 			}
-			if have != "1.30.1" || failure == nil || failure.Permanent || !strings.Contains(failure.Error(), tt.says) {
+			if have != "1.30.1" || failure == nil || failure.Permanent ||
+				!strings.Contains(failure.Error(), tt.says) {
 				t.Errorf("%s, own %v: have %s from %s, %v", tt.name, own, have, b.state.EnvoySource, failure)
 			}
 			if wish, failure := tryEnvoy(t, b, s.config("1.30.1", "")); wish != nil || failure != nil {
@@ -364,10 +377,11 @@ func TestOneFailedVersionReplacesNoWorkingEnvoy(t *testing.T) {
 // Nor does one that has run out of time.
 func TestVersionTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBootstrapper(Options{Root: t.TempDir(), command: func(ctx context.Context, _ *exec.Cmd) error {
-			<-ctx.Done()
-			return ctx.Err()
-		}})
+		b := newBootstrapper(
+			Options{Root: t.TempDir(), command: func(ctx context.Context, _ *exec.Cmd) error {
+				<-ctx.Done()
+				return ctx.Err()
+			}})
 		mkdir(t, b.path(filepath.Dir(EnvoyBinary)), 0o755)
 		write(t, b.path(EnvoyBinary), fakeBinary(t, "1.30.1"))
 		_, f := tryEnvoy(t, b, attribute.Default())
@@ -387,7 +401,8 @@ func TestDownloadedEnvoyIsKilled(t *testing.T) {
 		return exec.Command("/bin/sh", "-c", "kill -9 $$").Run()
 	}
 	b := newBootstrapper(opts)
-	if _, f := tryEnvoy(t, b, s.config("1.30.1", "1.30.2")); f == nil || f.Permanent || strings.Count(f.Error(), "signal: killed") != 2 {
+	if _, f := tryEnvoy(t, b, s.config("1.30.1", "1.30.2")); f == nil || f.Permanent ||
+		strings.Count(f.Error(), "signal: killed") != 2 {
 		t.Errorf("have %v", f)
 	}
 }
@@ -400,7 +415,8 @@ func TestFallbackOfEarlierVersion(t *testing.T) {
 	cfg := s.config("1.30.1", "")
 	v.put(EnvoyBinary, fakeBinary(t, "1.30.9"))
 	mkdir(t, filepath.Join(v.root, progress.StateDir), 0o755)
-	if err := progress.Write(filepath.Join(v.root, progress.StateDir), progress.State{PrimarySum: progress.Sum(cfg.PrimarySource), EnvoySource: "the agent's archive"}); err != nil {
+	if err := progress.Write(filepath.Join(v.root, progress.StateDir), progress.State{
+		PrimarySum: progress.Sum(cfg.PrimarySource), EnvoySource: "the agent's archive"}); err != nil {
 		t.Fatal(err)
 	}
 	if f := v.bootstrap(cfg); f != nil {
@@ -419,7 +435,8 @@ func TestEnvoyOfOthersStays(t *testing.T) {
 	if f := v.bootstrap(s.config("1.30.1", "")); f != nil {
 		t.Fatal(f)
 	}
-	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.9" || v.state().PrimarySum != "" {
+	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.9" ||
+		v.state().PrimarySum != "" {
 		t.Errorf("have %s, %+v", have, v.state())
 	}
 }

@@ -15,7 +15,8 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
-var testVM = VM{Name: "vm-1", Zone: "europe-west1-b", IP: "10.132.0.2", Network: "default", ProjectNumber: "987654321"}
+var testVM = VM{Name: "vm-1", Zone: "europe-west1-b", IP: "10.132.0.2", Network: "default",
+	ProjectNumber: "987654321"}
 
 const testCA = "/etc/ssl/certs/ca-certificates.crt"
 
@@ -70,7 +71,8 @@ func TestEnvoyConfig(t *testing.T) {
 	}
 }
 
-// Labels are people's text: they end as values of the JSON, whatever they hold, and never replace a key of Traffic Director's.
+// Labels are people's text: they end as values of the JSON, whatever they hold, and never replace a
+// key of Traffic Director's.
 func TestEnvoyConfigLabels(t *testing.T) {
 	cfg := attribute.Default()
 	cfg.Labels = map[string]string{

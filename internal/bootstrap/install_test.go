@@ -15,8 +15,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// A failed installation is tried again from the first folder that can run the archive, and leaves no
-// copy behind: not in a folder that cannot, and not once somebody's installation has succeeded.
+// A failed installation is tried again from the first folder that can run the archive, and leaves
+// no copy behind: not in a folder that cannot, and not once somebody's installation has succeeded.
 func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 	t.Setenv("GCE_METADATA_HOST", "127.0.0.1:1") // refused: nobody is told
 	for _, tt := range []struct {
@@ -41,13 +41,16 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 				}
 				write(filepath.Join(archive, runtime.GOARCH, "service-proxy-agent"))
 				mkdir(t, filepath.Join(root, "run"), 0o755)
-				write(filepath.Join(root, "usr/local/bin")) // a file where a folder must be: it cannot be installed
+				// a file where a folder must be: it cannot be installed
+				write(filepath.Join(root, "usr/local/bin"))
 				var ran []string
 				loaded := false // the unit that tries again
 				command := func(_ context.Context, cmd *exec.Cmd) error {
 					line := strings.ReplaceAll(strings.Join(cmd.Args, " "), root, "")
 					ran = append(ran, line)
-					if slices.ContainsFunc(tt.noexec, func(dir string) bool { return strings.HasPrefix(line, dir) }) {
+					if slices.ContainsFunc(tt.noexec, func(dir string) bool {
+						return strings.HasPrefix(line, dir)
+					}) {
 						return os.ErrPermission
 					}
 					switch {
@@ -71,7 +74,8 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 				}
 				started := slices.ContainsFunc(ran, func(line string) bool {
 					return strings.HasPrefix(line, "systemd-run ") &&
-						strings.HasSuffix(line, " "+filepath.Join(tt.want, runtime.GOARCH, "service-proxy-agent")+" bootstrap --archive "+tt.want)
+						strings.HasSuffix(line, " "+filepath.Join(tt.want, runtime.GOARCH, "service-proxy-agent")+
+							" bootstrap --archive "+tt.want)
 				})
 				if started != (tt.want != "") {
 					t.Errorf("ran %q, want it tried again in %q", ran, tt.want)
@@ -94,7 +98,8 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				done, err := Remove(t.Context(), Options{Root: root, command: command}, func(context.Context) ([]string, error) { return nil, nil })
+				done, err := Remove(t.Context(), Options{Root: root, command: command},
+					func(context.Context) ([]string, error) { return nil, nil })
 				if err != nil || slices.Contains(done, "removed "+tt.want) != (tt.want != "") {
 					t.Errorf("removed %q, %v", done, err)
 				}
@@ -120,10 +125,13 @@ func TestRemoveLeavesAllWhereRulesStay(t *testing.T) {
 		}
 	}
 	remove := func(why error) ([]string, error) {
-		return Remove(t.Context(), Options{Root: root}, func(context.Context) ([]string, error) { return []string{"removed a chain"}, why })
+		return Remove(t.Context(), Options{Root: root}, func(context.Context) ([]string, error) {
+			return []string{"removed a chain"}, why
+		})
 	}
 	done, err := remove(errors.New("the lock is held"))
-	if err == nil || !strings.Contains(err.Error(), "the lock is held") || !strings.Contains(err.Error(), "Envoy was left running") || len(done) != 1 {
+	if err == nil || !strings.Contains(err.Error(), "the lock is held") ||
+		!strings.Contains(err.Error(), "Envoy was left running") || len(done) != 1 {
 		t.Errorf("done %q, %v", done, err)
 	}
 	for _, path := range paths {

@@ -8,12 +8,15 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
-// What a power cut leaves of a file being replaced is taken away by the next run, and nothing else is.
+// What a power cut leaves of a file being replaced is taken away by the next run, and nothing else
+// is.
 func TestRemoveLeftovers(t *testing.T) {
 	root := t.TempDir()
-	ours := []string{progress.StateDir + "/." + progress.StateFile + ".123", "/etc/service-proxy-agent/.envoy.json.123", "/etc/service-proxy-agent/.envoy.new.json",
+	ours := []string{progress.StateDir + "/." + progress.StateFile + ".123",
+		"/etc/service-proxy-agent/.envoy.json.123", "/etc/service-proxy-agent/.envoy.new.json",
 		"/usr/local/bin/.envoy.new", "/usr/local/lib/systemd/system/.service-proxy-agent.service.123"}
-	others := []string{progress.StateDir + "/" + progress.StateFile, "/etc/service-proxy-agent/envoy.json", "/etc/service-proxy-agent/.mine", "/usr/local/bin/envoy",
+	others := []string{progress.StateDir + "/" + progress.StateFile,
+		"/etc/service-proxy-agent/envoy.json", "/etc/service-proxy-agent/.mine", "/usr/local/bin/envoy",
 		"/usr/local/lib/systemd/system/.other.service.123"}
 	for _, name := range append(append([]string(nil), ours...), others...) {
 		path := filepath.Join(root, name)

@@ -44,10 +44,11 @@ func TestConfiguredAccessLog(t *testing.T) {
 // The right to write outside logs.Dir comes, for Envoy and for the rotation, and goes.
 func TestAccessLogDropIns(t *testing.T) {
 	var ran []string
-	b := newBootstrapper(Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
-		ran = append(ran, strings.Join(cmd.Args, " "))
-		return nil
-	}})
+	b := newBootstrapper(
+		Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
+			ran = append(ran, strings.Join(cmd.Args, " "))
+			return nil
+		}})
 	mkdir(t, b.path("/run"), 0o755)
 	mkdir(t, b.path("/srv"), 0o755)
 	mkdir(t, b.path(logs.Dir), 0o1770)
@@ -94,12 +95,13 @@ func TestLastLogLineRedacted(t *testing.T) {
 		{"nothing", "", ""},
 		{"as much as is kept", strings.Repeat("x\n", maxTail/2-1) + "y\n", "y"},
 	} {
-		b := newBootstrapper(Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
-			for rest := tt.text; rest != ""; rest = rest[min(len(rest), 4096):] {
-				_, _ = cmd.Stdout.Write([]byte(rest[:min(len(rest), 4096)]))
-			}
-			return errors.New("exit status 1")
-		}})
+		b := newBootstrapper(
+			Options{Root: t.TempDir(), command: func(_ context.Context, cmd *exec.Cmd) error {
+				for rest := tt.text; rest != ""; rest = rest[min(len(rest), 4096):] {
+					_, _ = cmd.Stdout.Write([]byte(rest[:min(len(rest), 4096)]))
+				}
+				return errors.New("exit status 1")
+			}})
 		mkdir(t, b.path(logs.Dir), 0o755)
 		write(t, b.path(logs.Dir+"/envoy.err.log"), tt.text)
 		if got, want := b.lastLogLine(), cmp.Or(tt.want, "(none)"); got != want {
@@ -114,7 +116,8 @@ func TestLastLogLineRedacted(t *testing.T) {
 			t.Errorf("%s, of envoy --mode validate:\n got %v\nwant …%s", tt.name, f, want)
 		}
 	}
-	if got := complaint("x\nE: Failed to fetch https://user:" + secret + "@apt.example.com/dists/x  403  Forbidden\n"); got !=
+	if got := complaint("x\nE: Failed to fetch https://user:" + secret +
+		"@apt.example.com/dists/x  403  Forbidden\n"); got !=
 		"E: Failed to fetch https://apt.example.com/dists/x  403  Forbidden" {
 		t.Errorf("got %s", got)
 	}
@@ -122,7 +125,8 @@ func TestLastLogLineRedacted(t *testing.T) {
 
 func mkdir(t *testing.T, name string, mode fs.FileMode) {
 	t.Helper()
-	if err := errors.Join(os.MkdirAll(name, 0o755), unix.Chmod(name, uint32(mode))); err != nil { // os.Chmod takes another sticky bit
+	// os.Chmod takes another sticky bit
+	if err := errors.Join(os.MkdirAll(name, 0o755), unix.Chmod(name, uint32(mode))); err != nil {
 		t.Fatal(err)
 	}
 }

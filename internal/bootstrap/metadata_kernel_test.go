@@ -27,13 +27,15 @@ func TestIPv6OnlyVM(t *testing.T) {
 		}
 		return
 	}
-	for _, args := range [][]string{{"link", "set", "lo", "up"}, {"-6", "address", "add", "fd20:ce::254/128", "dev", "lo", "nodad"}} {
+	for _, args := range [][]string{
+		{"link", "set", "lo", "up"}, {"-6", "address", "add", "fd20:ce::254/128", "dev", "lo", "nodad"}} {
 		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
 			t.Fatalf("ip %v: %v: %s", args, err, out)
 		}
 	}
 	const address = "2600:1900:4010:1::2"
-	server := platform.New(platform.VM{IP: "none", IPv6: address, Attributes: map[string]string{"gce-service-proxy": `{"labels": {"a": "b"}}`}})
+	server := platform.New(platform.VM{IP: "none", IPv6: address, Attributes: map[string]string{
+		"gce-service-proxy": `{"labels": {"a": "b"}}`}})
 	defer server.Close()
 	ln, err := net.Listen("tcp6", "[fd20:ce::254]:80")
 	if err != nil {

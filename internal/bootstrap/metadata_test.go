@@ -29,7 +29,8 @@ func vmMetadata(t *testing.T, values map[string]string) *httptest.Server {
 // reads it (xds/googledirectpath: "instance/network-interfaces/0/ipv6s"). Whether an IPv6-only
 // interface has an empty ip or none is not documented: both are here.
 func TestReadVM(t *testing.T) {
-	const zone, network = "projects/987654321/zones/europe-west1-b", "projects/987654321/networks/default"
+	const zone, network = "projects/987654321/zones/europe-west1-b",
+		"projects/987654321/networks/default"
 	for _, tt := range []struct {
 		name  string
 		alter map[string]string // "-": not there
@@ -47,7 +48,8 @@ func TestReadVM(t *testing.T) {
 		{"no network", map[string]string{"network": "-"}, "", "network-interfaces/0/network"},
 		{"empty network", map[string]string{"network": "/"}, "", "network-interfaces/0/network"},
 	} {
-		values := map[string]string{"instance/name": "vm-1", "instance/zone": zone, "project/numeric-project-id": "987654321",
+		values := map[string]string{"instance/name": "vm-1", "instance/zone": zone,
+			"project/numeric-project-id":       "987654321",
 			"instance/network-interfaces/0/ip": "10.132.0.2", "instance/network-interfaces/0/network": network}
 		for key, value := range tt.alter {
 			path := "instance/network-interfaces/0/" + key
@@ -66,12 +68,15 @@ func TestReadVM(t *testing.T) {
 			}
 			continue
 		}
-		if want := (VM{"vm-1", "europe-west1-b", tt.ip, "default", "987654321"}); err != nil || vm != want {
+		if want := (VM{"vm-1", "europe-west1-b", tt.ip, "default", "987654321"}); err != nil ||
+			vm != want {
 			t.Errorf("%s: have %+v, %v; want %+v", tt.name, vm, err, want)
 			continue
 		}
 		node, err := envoyNode(attribute.Default(), vm)
-		if err != nil || node.GetId() != "projects/987654321/networks/default/nodes/vm-1.europe-west1-b."+tt.ip || node.GetMetadata().GetFields()["INSTANCE_IP"].GetStringValue() != tt.ip {
+		id := "projects/987654321/networks/default/nodes/vm-1.europe-west1-b." + tt.ip
+		if err != nil || node.GetId() != id ||
+			node.GetMetadata().GetFields()["INSTANCE_IP"].GetStringValue() != tt.ip {
 			t.Errorf("%s: node %v, %v", tt.name, node, err)
 		}
 	}

@@ -27,8 +27,8 @@ func TestStepsInOrder(t *testing.T) {
 	}
 }
 
-// A step that fails is the last, unless the VM goes on without it: then its failure is told when the
-// others are done, or theirs instead.
+// A step that fails is the last, unless the VM goes on without it: then its failure is told when
+// the others are done, or theirs instead.
 func TestAttemptGoesOn(t *testing.T) {
 	defer func(real []step) { steps = real }(steps)
 	var ran []string

@@ -32,7 +32,8 @@ var plants = map[string]func(t *testing.T, name string){
 		if err := unix.Mkfifo(name, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		f, err := os.OpenFile(name, os.O_RDWR, 0) // opens at once, and whoever reads waits for what it never writes
+		// It opens at once, and whoever reads waits for what it never writes.
+		f, err := os.OpenFile(name, os.O_RDWR, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -87,7 +88,8 @@ func TestPlantedFiles(t *testing.T) {
 				if have := b.lastLogLine(); strings.Contains(have, "made_users") {
 					t.Errorf("another's file is shown: %q", have)
 				}
-				if strings.HasPrefix(what, "FIFO") || what == "folder" { // the rest is as the attribute wants it
+				// The rest is as the attribute wants it.
+				if strings.HasPrefix(what, "FIFO") || what == "folder" {
 					plant(t, b.path("/srv/envoy.tgz"))
 					into, err := os.Create(filepath.Join(t.TempDir(), "into"))
 					if err != nil {
@@ -114,7 +116,8 @@ func TestRemoveUsers(t *testing.T) {
 	root := t.TempDir()
 	mkdir(t, filepath.Join(root, "run"), 0o755)
 	mkdir(t, filepath.Join(root, progress.StateDir), 0o755)
-	text, err := json.Marshal(progress.State{MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
+	text, err := json.Marshal(progress.State{
+		MadeUsers: []string{"--root=/tmp/x", "root", "", EnvoyUser, "postgres", AgentUser, EnvoyUser}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,10 +127,13 @@ func TestRemoveUsers(t *testing.T) {
 		ran = append(ran, strings.Join(cmd.Args, " "))
 		return nil
 	}}
-	if _, err := Remove(t.Context(), opts, func(context.Context) ([]string, error) { return nil, nil }); err != nil {
+	if _, err := Remove(t.Context(), opts, func(context.Context) ([]string, error) {
+		return nil, nil
+	}); err != nil {
 		t.Error(err)
 	}
-	if have, want := strings.Join(ran, "; "), "userdel "+AgentUser+"; userdel "+EnvoyUser; have != want {
+	want := "userdel " + AgentUser + "; userdel " + EnvoyUser
+	if have := strings.Join(ran, "; "); have != want {
 		t.Errorf("ran %q, want %q", have, want)
 	}
 }

@@ -99,7 +99,8 @@ func TestRollbackStays(t *testing.T) {
 	v.ran = nil
 	v.rollback()
 	v.want("rolled back", "1.0.0", "1.30.9")
-	for _, ran := range []string{"systemctl stop " + systemd.BootstrapUnit, "service-proxy-agent bootstrap --install-units", "systemctl restart " + systemd.AgentUnit,
+	for _, ran := range []string{"systemctl stop " + systemd.BootstrapUnit,
+		"service-proxy-agent bootstrap --install-units", "systemctl restart " + systemd.AgentUnit,
 		"systemctl start --no-block " + systemd.BootstrapUnit} {
 		if !slices.Contains(v.ran, ran) {
 			t.Errorf("it did not run %q: %q", ran, v.ran)
@@ -129,7 +130,8 @@ func TestRollbackStays(t *testing.T) {
 	v.ran = nil
 	v.rollback()
 	v.want("rolled back", "2.0.0", "1.30.9")
-	if !slices.Contains(v.ran, "systemctl try-restart "+systemd.EnvoyUnit) || slices.Contains(v.ran, "systemctl restart "+systemd.AgentUnit) {
+	if !slices.Contains(v.ran, "systemctl try-restart "+systemd.EnvoyUnit) ||
+		slices.Contains(v.ran, "systemctl restart "+systemd.AgentUnit) {
 		t.Errorf("ran %q", v.ran)
 	}
 	boot()
@@ -137,7 +139,8 @@ func TestRollbackStays(t *testing.T) {
 	if have := v.state(); have.EnvoyVersion != "1.30.9" || have.EnvoySource != archiveSource {
 		t.Errorf("said to be %s from %s", have.EnvoyVersion, have.EnvoySource)
 	}
-	if err := os.Remove(filepath.Join(v.root, progress.StateDir, progress.StateFile)); err != nil { // loses nothing but history
+	// loses nothing but history
+	if err := os.Remove(filepath.Join(v.root, progress.StateDir, progress.StateFile)); err != nil {
 		t.Fatal(err)
 	}
 	boot()
@@ -183,15 +186,17 @@ func TestInstallWaits(t *testing.T) {
 	}
 	patient := newFakeVM(t).options()
 	patient.Root = v.root
-	patient.Log = zap.New(zapcore.NewNopCore(), zap.WithFatalHook(zapcore.WriteThenPanic)).WithOptions(zap.WrapCore(func(zapcore.Core) zapcore.Core {
-		return zapcore.RegisterHooks(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}), zapcore.AddSync(&strings.Builder{}), zap.InfoLevel),
-			func(e zapcore.Entry) error {
-				if strings.Contains(e.Message, "waiting for another installation") {
-					close(waits)
-				}
-				return nil
-			})
-	}))
+	patient.Log = zap.New(zapcore.NewNopCore(), zap.WithFatalHook(zapcore.WriteThenPanic)).WithOptions(
+		zap.WrapCore(func(zapcore.Core) zapcore.Core {
+			return zapcore.RegisterHooks(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}),
+				zapcore.AddSync(&strings.Builder{}), zap.InfoLevel),
+				func(e zapcore.Entry) error {
+					if strings.Contains(e.Message, "waiting for another installation") {
+						close(waits)
+					}
+					return nil
+				})
+		}))
 	ended, running := make(chan error, 2), 2
 	go func() { ended <- Install(t.Context(), slow, first) }()
 	<-inside
@@ -222,13 +227,14 @@ func TestInstallGivesUpWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unlock()
-	if _, err := Rollback(t.Context(), v.options()); err == nil || !strings.Contains(err.Error(), "another installation has not ended within 150ms") {
+	if _, err := Rollback(t.Context(), v.options()); err == nil ||
+		!strings.Contains(err.Error(), "another installation has not ended within 150ms") {
 		t.Errorf("have %v", err)
 	}
 }
 
-// An older archive whose installation failed, and is tried again, is stopped before the lock is given
-// back: it waits for that, and would go over the newer one.
+// An older archive whose installation failed, and is tried again, is stopped before the lock is
+// given back: it waits for that, and would go over the newer one.
 func TestOlderRetryCannotTakeTheLock(t *testing.T) {
 	v := newFakeVM(t)
 	v.install("1.0.0", "")
@@ -238,7 +244,8 @@ func TestOlderRetryCannotTakeTheLock(t *testing.T) {
 	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
 		if slices.Equal(cmd.Args, []string{"systemctl", "stop", retryUnit}) {
 			stopped = true
-			if f := newBootstrapper(v.options()).install(t.Context(), v.root+retryDirs[0], true); f == nil { // it runs still
+			// it runs still
+			if f := newBootstrapper(v.options()).install(t.Context(), v.root+retryDirs[0], true); f == nil {
 				t.Error("the older one has taken the lock")
 			}
 		}
@@ -287,7 +294,8 @@ func TestInstallLockOfRemovedFile(t *testing.T) {
 // What an installation that was cut short has left is taken away, and never put into place.
 func TestInstallLeavesNoTemporaries(t *testing.T) {
 	v := newFakeVM(t)
-	for _, left := range []string{"/usr/local/bin/.service-proxy-agent.new-123", archiveDir + "/.envoy.new-123"} {
+	for _, left := range []string{"/usr/local/bin/.service-proxy-agent.new-123",
+		archiveDir + "/.envoy.new-123"} {
 		v.put(left, "half")
 	}
 	v.install("1.0.0", "1.30.1")
@@ -296,7 +304,8 @@ func TestInstallLeavesNoTemporaries(t *testing.T) {
 		if left, err := filepath.Glob(filepath.Join(v.root, dir, "*.new*")); err != nil || len(left) > 0 {
 			t.Errorf("left: %v, %v", left, err)
 		}
-		if left, err := filepath.Glob(filepath.Join(v.root, dir, ".*.new*")); err != nil || len(left) > 0 {
+		if left, err := filepath.Glob(filepath.Join(v.root, dir, ".*.new*")); err != nil ||
+			len(left) > 0 {
 			t.Errorf("left: %v, %v", left, err)
 		}
 	}

@@ -96,7 +96,8 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	}
 	_, section, _ := strings.Cut(string(readme), "- **Files**:")
 	section, _, _ = strings.Cut(section, "- **Lines**")
-	for _, words := range []string{"`/var/lib/service-proxy-agent`", "`/run/service-proxy-*`", "`/usr/local/bin/{service-proxy-agent,envoy}`",
+	for _, words := range []string{"`/var/lib/service-proxy-agent`", "`/run/service-proxy-*`",
+		"`/usr/local/bin/{service-proxy-agent,envoy}`",
 		"`/usr/local/lib/{service-proxy-agent,systemd/system,tmpfiles.d,sysusers.d}`", "`/etc/service-proxy-agent`", "`/var/log/envoy`", "drop-ins in `/etc/systemd/system`"} {
 		if !strings.Contains(section, words) {
 			t.Errorf("the README does not list %s", words)
@@ -126,11 +127,13 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	}
 	server := httptest.NewServer(platform.New(platform.VM{}))
 	defer server.Close()
-	t.Setenv("PATH", t.TempDir()) // no systemctl: what is asked of systemd directly is not this machine's
+	// no systemctl: what is asked of systemd directly is not this machine's
+	t.Setenv("PATH", t.TempDir())
 	t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
 	for _, step := range []struct {
 		primary, accessLog string
-		want               string // the step at which it ends: the last one starts Envoy, by a systemd that is not there
+		// the step at which it ends: the last one starts Envoy, by a systemd that is not there
+		want string
 	}{
 		{"1.30.1", "/srv/data/access.log", StepStart},
 		{"1.30.2", "/var/log/envoy/sub/access.log", StepStart},
@@ -167,7 +170,9 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	}
 
 	// The rules are out.
-	done, err := Remove(t.Context(), v.options(), func(context.Context) ([]string, error) { return nil, nil })
+	done, err := Remove(t.Context(), v.options(), func(context.Context) ([]string, error) {
+		return nil, nil
+	})
 	if err != nil || !slices.Contains(done, "left /etc/default/service-proxy-agent, which is yours") {
 		t.Errorf("said %q, %v", done, err)
 	}
