@@ -92,7 +92,6 @@ func (l *loop) observe(now time.Time) Observation {
 // Facts is all that the findings of a pass are made of: what it saw, decided and did.
 func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Facts {
 	f := symptom.Facts{
-		Now:           o.Now,
 		Envoy:         o.Envoy.Facts(o.Settings.EnvoyAdmin),
 		ProxyUser:     o.Settings.ProxyUser,
 		ProxyUID:      o.User.UID,

@@ -158,7 +158,6 @@ type Envoy struct {
 
 // Facts is what one pass of the agent found. The zero value of a field means "nothing known against it".
 type Facts struct {
-	Now       time.Time
 	Envoy     Envoy
 	ProxyUser string // as set by --proxy-user
 	ProxyUID  uint32

@@ -32,7 +32,7 @@ var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // live is an Envoy that is well.
 func live(change func(*Facts)) Facts {
-	f := Facts{Now: now, ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com", Scopes: []string{cloudPlatform},
+	f := Facts{ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com", Scopes: []string{cloudPlatform},
 		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{Major: 1, Minor: 40}, Configured: true}}
 	if change != nil {
 		change(&f)
