@@ -85,9 +85,9 @@ func TestApplyGivesUp(t *testing.T) {
 	})
 }
 
-// What the kernel does not take as a whole is asked for once, whether the line is named (nft) or
-// only COMMIT is (legacy): the table that is read again shows that nobody was faster. Then each kind
-// of rule is asked about, and what is left is installed by one restore.
+// A rule that the kernel does not take is asked for once on nft, which names it; legacy names only
+// COMMIT, and would if somebody else were faster. Then each kind of rule is asked about, and what is
+// left is installed by one restore.
 func TestApplyOfARefusedRule(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
@@ -100,9 +100,9 @@ func TestApplyOfARefusedRule(t *testing.T) {
 		})
 		rule := "-A SERVICE_PROXY_DNS " + uidOf101
 		k := openInMemory(t, m)
-		named := rule
+		want, named := 1, rule
 		if m.Backend == Legacy {
-			named = "COMMIT"
+			want, named = 3, "COMMIT"
 		}
 		tool, err := k.tool(t.Context(), f)
 		if err != nil {
@@ -111,7 +111,7 @@ func TestApplyOfARefusedRule(t *testing.T) {
 		var refused *RefusedError
 		plan := NewPlan(sample(f).Ruleset(), Table{family: f})
 		if _, isRefused, err := k.apply(t.Context(), tool, plan); !errors.As(err, &refused) ||
-			!isRefused || refused.Rule != named || wholes != 1 {
+			!isRefused || refused.Rule != named || wholes != want {
 			t.Errorf("%v, refused is %v, %d restores", err, isRefused, wholes)
 		}
 		if left := holds(m, m.Backend, f); !left.Empty() {
@@ -119,43 +119,44 @@ func TestApplyOfARefusedRule(t *testing.T) {
 		}
 		wholes = 0
 		result, err := k.Apply(t.Context(), plan)
-		if err != nil || wholes != 2 || result.Attempts != 2 || len(result.Left) != 1 ||
+		if err != nil || wholes != want+1 || result.Attempts != want+1 || len(result.Left) != 1 ||
 			result.Left[0].Rule != rule {
 			t.Errorf("%v, %d restores, %+v", err, wholes, result)
 		}
 	})
 }
 
-// So it is where legacy was given many new chains beforehand.
-func TestApplyOfARefusedRuleAmongManyChains(t *testing.T) {
-	m := &iptablestest.Machine{Backend: Legacy}
-	m.Refuse = func(rule string) bool { return strings.Contains(rule, "--comment proxy-group") }
-	var wholes, chains int
-	restores(m, IPv4, func(_ int, payload string) (string, int) {
-		switch {
-		case strings.Contains(payload, "-A "+chainRedirect+" "):
-			wholes++
-		case !strings.Contains(payload, chainProbe):
-			chains++
+// A rule that legacy did not take because another program was faster just then is not left out.
+func TestARuleIsAskedAboutAgain(t *testing.T) {
+	for faster := range attempts + 1 {
+		m := &iptablestest.Machine{Backend: Legacy}
+		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
+		asked := 0
+		restores(m, IPv4, func(_ int, payload string) (string, int) {
+			if strings.Contains(payload, "-A "+chainProbe+" -m owner --uid-owner 999 ") {
+				if asked++; asked <= faster {
+					return "iptables-restore: line 4 failed\n", 1
+				}
+			}
+			return "", 0
+		})
+		plan := NewPlan(sample(IPv4).Ruleset(), Table{family: IPv4})
+		result, err := openInMemory(t, m).Apply(t.Context(), plan)
+		left := []string{"-A SERVICE_PROXY_DNS " + uidOf101}
+		if faster == attempts { // as often as it was asked: then it was for the rule's own sake
+			left = []string{CommentMatch, left[0], CommentMatch}
 		}
-		return "", 0
-	})
-	i := Interception{
-		Family: IPv4, ProxyUID: 999, ProxyGID: 998, Jumps: true, OutboundPort: 15001,
-		Services: randomPrefixes(IPv4, 10000, 1),
-	}
-	plan := NewPlan(i.Ruleset(), Table{family: IPv4})
-	if n := len(plan.newChains().lines); n <= manyChains {
-		t.Fatalf("only %d new chains", n)
-	}
-	result, err := openInMemory(t, m).Apply(t.Context(), plan)
-	if err != nil || result.Attempts != 2 || wholes != 2 || chains != 1 || len(result.Left) != 1 {
-		t.Errorf("%v, %d restores after %d, %+v", err, wholes, chains, result.Left)
+		var got []string
+		for _, l := range result.Left {
+			got = append(got, l.Rule)
+		}
+		if err != nil || asked < min(faster+1, attempts) || !slices.Equal(got, left) {
+			t.Errorf("faster %d times: %v, asked %d times, left out %q", faster, err, asked, got)
+		}
 	}
 }
 
-// A refused rule and somebody who was faster, at once: where the line is not named (legacy) the plan
-// is made anew before any rule is asked about, and in any case what is left is installed.
+// A refused rule and somebody who was faster, at once: what is left is installed all the same.
 func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		write(t, m, f, ":SERVICE_PROXY_OUTPUT - [0:0]", "-A OUTPUT -j SERVICE_PROXY_OUTPUT")
@@ -173,7 +174,7 @@ func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
 		})
 		attempts := 2
 		if m.Backend == Legacy {
-			attempts = 3
+			attempts = 4
 		}
 		result, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), have))
 		if err != nil || result.Attempts != attempts || len(result.Left) != 1 ||

@@ -149,16 +149,13 @@ func withoutComment(spec string) string {
 	return spec
 }
 
-// probeRule asks the kernel whether it takes one rule. verdict is its refusal, err that it could not be asked.
+// probeRule asks the kernel whether it takes one rule. verdict is its refusal, err that it could not
+// be asked.
 func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, err error) {
 	if to := target(spec); isOurs(to) { // that chain may not be there yet
 		spec = strings.TrimSuffix(spec, to) + "RETURN"
 	}
-	p := Plan{family: t.family, lines: []string{
-		":" + chainProbe + " - [0:0]",
-		"-A " + chainProbe + " " + spec,
-	}}
-	err = k.restore(ctx, t, p)
+	err = k.probing(ctx, t, ":"+chainProbe+" - [0:0]", "-A "+chainProbe+" "+spec)
 	var refusal *RefusedError
 	if errors.As(err, &refusal) {
 		return refusal, nil
@@ -166,11 +163,23 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	if err != nil {
 		return nil, err
 	}
-	remove := Plan{family: t.family, lines: []string{":" + chainProbe + " - [0:0]", "-X " + chainProbe}}
-	if err := k.restore(ctx, t, remove); err != nil {
+	if err := k.probing(ctx, t, ":"+chainProbe+" - [0:0]", "-X "+chainProbe); err != nil {
 		return nil, fmt.Errorf("remove probe: %w", err)
 	}
 	return nil, nil
+}
+
+// probing restores lines that touch the probe's chain alone. Legacy refuses COMMIT also when another
+// program wrote at the same moment, so that is tried again: no rule is left out for it, and no probe.
+func (k *Kernel) probing(ctx context.Context, t tool, lines ...string) (err error) {
+	for range attempts {
+		err = k.restore(ctx, t, Plan{family: t.family, lines: lines})
+		var refusal *RefusedError
+		if !errors.As(err, &refusal) || !mayBeOvertaken(refusal.Rule) {
+			return err
+		}
+	}
+	return err
 }
 
 func leftOut(f Family, rule string, verdict error) RefusedError {

@@ -428,8 +428,8 @@ const attempts = 3
 
 // Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was
 // overtaken (a rule to be deleted is gone, a place to insert at is not there) is made anew from a
-// fresh read. Of one that the kernel refuses for a rule's own sake as much is installed as the
-// kernel takes, again in one transaction (see degrade): the Result says what, and what was left out.
+// fresh read. Of one that is refused for a rule's own sake as much is installed as the kernel takes,
+// again in one transaction (see degrade): the Result says what, and what was left out.
 //
 // No packet's way was changed if it returns an error, but for ErrCouldNotLook, which says that a
 // write was begun and could not be verified: read, and see. Errors: *RefusedError, ErrLocked,
@@ -453,16 +453,10 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (r Result, refused b
 		return Result{Have: p.have, Ruleset: p.want}, false, nil
 	}
 	start := time.Now()
-	unchanged := p // what is made anew of a table that nobody else has written to
 	if chains := p.newChains(); t.backend == Legacy && len(chains.lines) > manyChains {
 		if err := k.restore(ctx, t, chains); err != nil {
 			return Result{Attempts: 1}, false, fmt.Errorf("apply %s rules: %w", p.family, err)
 		}
-		made := make(map[string][]string, len(chains.touched))
-		for _, name := range chains.touched {
-			made[name] = nil
-		}
-		unchanged = NewPlan(p.want, p.have.with(made, nil))
 	}
 	n := 1
 	for {
@@ -475,23 +469,18 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (r Result, refused b
 		if !errors.As(err, &refusal) {
 			return Result{Attempts: n}, false, failed
 		}
-		ownSake := mayBeForItsOwnSake(refusal.Rule)
 		if n == attempts || !mayBeOvertaken(refusal.Rule) {
-			return Result{Attempts: n}, ownSake, failed
+			return Result{Attempts: n}, mayBeForItsOwnSake(refusal.Rule), failed
 		}
 		have, readErr := k.read(ctx, t)
 		if readErr != nil {
 			return Result{Attempts: n}, false, errors.Join(failed, readErr)
 		}
-		again := NewPlan(p.want, have)
-		switch {
-		case again.Empty():
-			r = Result{Have: have, Ruleset: p.want, Attempts: n + 1, Took: time.Since(start)}
+		n, p = n+1, NewPlan(p.want, have)
+		if p.Empty() {
+			r = Result{Have: have, Ruleset: p.want, Attempts: n, Took: time.Since(start)}
 			return r, false, nil
-		case ownSake && slices.Equal(again.lines, unchanged.lines): // nobody was faster
-			return Result{Attempts: n}, true, failed
 		}
-		n, p, unchanged = n+1, again, again
 	}
 	r = Result{Attempts: n, Took: time.Since(start)}
 	r.Have, err = k.readBack(ctx, t, p)
@@ -520,7 +509,7 @@ func mayBeOvertaken(line string) bool {
 }
 
 // mayBeForItsOwnSake says whether a line may have been refused for what is in it. A deletion
-// cannot: it is of what the kernel has.
+// cannot: it is of what the kernel has. COMMIT, on legacy, may be either: only asking tells.
 func mayBeForItsOwnSake(line string) bool {
 	return !strings.HasPrefix(line, "-D ") && !strings.HasPrefix(line, "-X ")
 }

@@ -48,7 +48,6 @@ func (p Plan) newChains() Plan {
 		name, _, _ = strings.Cut(name, " ")
 		if !p.have.Has(name) {
 			chains.lines = append(chains.lines, line)
-			chains.touched = append(chains.touched, name)
 		}
 	}
 	return chains
