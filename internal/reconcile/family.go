@@ -409,7 +409,6 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 // settled notes that the kernel has what is wanted. Where that is nothing, the next rules are a
 // first install.
 func (f *Family) settled() {
-	f.sight.known = true
 	f.standing.equal, f.standing.jumps = true, f.goal.target.Intercepting()
 	f.standing.written = f.standing.jumps || !f.sight.have.Ours().Empty()
 	f.retry = retry{}

@@ -408,6 +408,13 @@ func TestNumbers(t *testing.T) {
 	}
 }
 
+// TestWords: what --when-envoy-down is told.
+func TestWords(t *testing.T) {
+	if Keep != "keep" || Bypass != "bypass" {
+		t.Errorf("the words are %q and %q", Keep, Bypass)
+	}
+}
+
 func TestOutcomeOfAWrite(t *testing.T) {
 	refused := &iptables.RefusedError{Rule: "-A"}
 	for want, is := range map[string]struct {
