@@ -42,6 +42,17 @@ func TestIPv6OnlyVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	server.Serve(ln, nil)
+	// The kernel makes the route of a new address beside (addrconf_dad_work), some time later.
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
+		c, err := net.DialTimeout("tcp6", "[fd20:ce::254]:80", time.Second)
+		if err == nil {
+			c.Close()
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
 
 	if a := metadata.ReadAttribute(t.Context()); a.Err != nil || a.Config.Labels["a"] != "b" {
 		t.Errorf("the attribute: %+v", a)
