@@ -285,8 +285,12 @@ func (w *Watch) answered(kind int, err error) {
 		w.outage.Asked = w.o.Now()
 	}
 	w.outage.Err = now
-	if !errors.Is(now, envoyadmin.ErrRefused) {
-		w.outage.Unit = ""
+	if errors.Is(now, envoyadmin.ErrRefused) {
+		return // so will the next question be, at once, and systemd is to be asked first
+	}
+	w.outage.Unit = ""
+	if err != nil && kind == dumpQuestion {
+		w.put() // the next question may hang as well
 	}
 }
 

@@ -422,23 +422,43 @@ func TestCancelled(t *testing.T) {
 	w.wantQuestions("")
 }
 
-// TestPutBeforeQuestion: a new set is in a View before the next question, which may hang.
+// TestPutBeforeQuestion: a new set is in a View before the next question, which may hang, and so is
+// a dump that failed. That nothing listens is told together with systemd's word.
 func TestPutBeforeQuestion(t *testing.T) {
-	w := watch(t, running())
-	w.step()
-	w.clock = w.clock.Add(time.Second)
-	w.sets++
-	seen := uint64(0)
-	w.while["ready"] = func() {
-		select {
-		case v := <-w.w.Views():
-			seen = v.Generation
-		default:
+	for _, tt := range []struct {
+		name   string
+		change func(*envoy)
+		told   bool
+	}{
+		{"nothing new", func(e *envoy) {}, false},
+		{"a new set", func(e *envoy) { e.sets++ }, true},
+		{"a look fails", func(e *envoy) { e.fails["look"] = envoyadmin.ErrTimeout }, true},
+		{"a dump fails",
+			func(e *envoy) { e.sets++; e.fails["dump"] = envoyadmin.ErrTimeout }, true},
+		{"nothing listens", func(e *envoy) { e.fails["look"] = envoyadmin.ErrRefused }, false},
+	} {
+		w := watch(t, running())
+		w.step()
+		w.clock = w.clock.Add(time.Second)
+		tt.change(w.envoy)
+		var told []View
+		w.while["ready"] = func() {
+			select {
+			case v := <-w.w.Views():
+				told = append(told, v)
+			default:
+			}
 		}
-	}
-	w.step()
-	if seen != 2 {
-		t.Errorf("while Envoy is asked for its state generation %d is known", seen)
+		last, _ := w.step()
+		if (len(told) == 1) != tt.told {
+			t.Errorf("%s: while Envoy is asked for its state %d Views are put", tt.name, len(told))
+		}
+		for _, v := range told {
+			if v.Generation != last.Generation || !errors.Is(v.Err, last.Err) {
+				t.Errorf("%s: first generation %d and %v, then generation %d and %v",
+					tt.name, v.Generation, v.Err, last.Generation, last.Err)
+			}
+		}
 	}
 }
 
