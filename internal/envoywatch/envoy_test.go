@@ -37,6 +37,7 @@ type envoy struct {
 	takes map[string]time.Duration // how long a question takes
 	while map[string]func()        // what happens while it is answered, once
 	asked []string
+	news  []bool // of each dump, whether an update came before it
 }
 
 // running is an Envoy that serves one dynamic listener.
@@ -99,7 +100,11 @@ func (e *envoy) Fingerprint(context.Context) (envoyadmin.Fingerprint, error) {
 func (e *envoy) Listeners(context.Context) (envoyadmin.Snapshot, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	s := envoyadmin.Snapshot{Fingerprint: e.fingerprint(), Bytes: 100, Took: 2 * time.Millisecond}
+	e.news = append(e.news, e.told())
+	s := envoyadmin.Snapshot{
+		Fingerprint: e.fingerprint(), Took: 2 * time.Millisecond,
+		Bytes: int64(99 + len(e.news)), // which dump this is, from 100
+	}
 	if e.dynamic {
 		s.Listeners = append(s.Listeners, envoyadmin.Listener{Name: fmt.Sprint("dynamic", e.sets)})
 	}

@@ -35,14 +35,12 @@ type process struct {
 const live = "LIVE"
 
 // meet asks the process that made a dump who it is, and puts it in the place of the one before.
-func (w *Watch) meet(ctx context.Context, id uint64) (met bool) {
+func (w *Watch) meet(ctx context.Context, id uint64) error {
 	var info envoyadmin.ServerInfo
 	var err error
 	w.ask(func() { info, err = w.o.Admin.ServerInfo(ctx) })
 	if err != nil {
-		w.answered(stateQuestion, err)
-		w.detector.Again()
-		return false
+		return err
 	}
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
 		w.o.Log.Info("envoy restarted",
@@ -52,16 +50,13 @@ func (w *Watch) meet(ctx context.Context, id uint64) (met bool) {
 		id: id, info: info, state: info.State, since: w.o.Now(),
 		stream: w.process.stream.after(w.began),
 	}
-	return true
+	return nil
 }
 
-// take makes a new listener set the one that counts, if Envoy had completed a listener update when
-// the set was read. Before that an empty set says nothing about what its clients need.
+// take makes a new listener set the one that counts, if this Envoy had completed a listener update
+// when the set was read. Before that an empty set says nothing about what its clients need.
 func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	w.set.rejected = s.Rejected
-	if s.Fingerprint.Process != w.process.id && !w.meet(ctx, s.Fingerprint.Process) {
-		return
-	}
 	p := &w.process
 	// An active listener of the control plane's shows that an update came before the dump. Without
 	// one the update may have come between the dump and the answers that tell of it.

@@ -2,6 +2,7 @@ package envoywatch
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -36,8 +37,11 @@ func TestRestart(t *testing.T) {
 	if len(v.Rejected) != 1 {
 		t.Error("what the last look found rejected is not told")
 	}
-	if n := w.logs.FilterMessage("envoy restarted").Len(); n != 1 {
-		t.Errorf("logged %d times", n)
+	if said := w.logs.FilterMessage("envoy restarted").All(); len(said) != 1 {
+		t.Errorf("logged %d times", len(said))
+	} else if fields := said[0].ContextMap(); fields["version"] != "x/1.40.0/Clean" ||
+		fields["epoch"] != int64(0) {
+		t.Errorf("logged %v", fields)
 	}
 	w.questions()
 	w.after(13 * time.Second)
@@ -78,25 +82,34 @@ func TestWordsOfNext(t *testing.T) {
 	}
 }
 
-// TestNotMet: who made a dump cannot be asked. The dump does not count, and is made again.
+// TestNotMet: who made a dump cannot be asked. The dump has failed, and is made again at the pace
+// of one that failed.
 func TestNotMet(t *testing.T) {
 	w := watch(t, running())
 	w.fails["info"] = envoyadmin.ErrTimeout
+	w.takes["info"] = 5 * time.Second
 	v, _ := w.step()
 	w.wantQuestions("dump info ready")
-	if v.Err != nil || v.Configured || v.Generation != 0 {
+	if !errors.Is(v.Err, envoyadmin.ErrTimeout) || v.Configured || v.Generation != 0 {
 		t.Errorf("%v, configured %v, generation %d", v.Err, v.Configured, v.Generation)
 	}
-	if v = w.after(200 * time.Millisecond); !errors.Is(v.Err, envoyadmin.ErrTimeout) {
-		t.Errorf("it says %v", v.Err)
+	since := v.Since
+	for range 24 {
+		if v = w.after(time.Second); !errors.Is(v.Err, envoyadmin.ErrTimeout) {
+			t.Errorf("it says %v", v.Err)
+		}
 	}
-	w.wantQuestions("dump info")
+	if asked := w.questions(); strings.Contains(asked, "dump") {
+		t.Errorf("asked too soon: %s", asked)
+	}
+	v = w.after(time.Second)
+	w.wantQuestions("dump info ready")
+	if !v.Since.Equal(since) {
+		t.Errorf("since %v, not %v", v.Since, since)
+	}
 	clear(w.fails)
-	if v = w.after(800 * time.Millisecond); !v.Configured || v.Generation != 1 {
-		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
-	}
-	if v = w.after(time.Second); v.Err != nil {
-		t.Errorf("it says %v", v.Err)
+	if v = w.after(25 * time.Second); !v.Configured || v.Generation != 1 || v.Err != nil {
+		t.Errorf("%v, configured %v, generation %d", v.Err, v.Configured, v.Generation)
 	}
 }
 

@@ -86,8 +86,8 @@ type listeners struct {
 
 // The kinds of questions. Envoy must answer both, or its state is not known.
 const (
-	dumpQuestion  = iota // the dump and the masked dump
-	stateQuestion        // whether it is live, and who it is
+	dumpQuestion  = iota // the dump, whose it is, and the masked dump
+	stateQuestion        // whether it is live, and configured
 )
 
 const (
@@ -180,15 +180,23 @@ func (w *Watch) look(ctx context.Context, began time.Time) {
 	w.answered(dumpQuestion, err)
 }
 
-// dump asks for the listeners.
+// dump asks for the listeners, and of another process who it is: without that the dump has failed.
 func (w *Watch) dump(ctx context.Context, began time.Time) {
 	var s envoyadmin.Snapshot
 	var err error
 	w.ask(func() { s, err = w.o.Admin.Listeners(ctx) })
-	w.detector.Dumped(began, w.o.Now(), s.Fingerprint, err)
-	w.answered(dumpQuestion, err)
+	ended := w.o.Now()
 	if err == nil {
 		w.set.dumps++
+		if id := s.Fingerprint.Process; id != w.process.id {
+			if err = w.meet(ctx, id); err != nil {
+				ended = w.o.Now()
+			}
+		}
+	}
+	w.detector.Dumped(began, ended, s.Fingerprint, err)
+	w.answered(dumpQuestion, err)
+	if err == nil {
 		w.take(ctx, s)
 	}
 }

@@ -39,8 +39,13 @@ func TestFirstLook(t *testing.T) {
 	if v.Info.Node.ID != "node" || names(v) != "dynamic1" {
 		t.Errorf("it is %+v", v)
 	}
-	if n := w.logs.FilterMessage("listeners read").Len(); n != 1 {
-		t.Errorf("logged %d times that listeners were read", n)
+	read := w.logs.FilterMessage("listeners read").All()
+	if len(read) != 1 {
+		t.Fatalf("logged %d times that listeners were read", len(read))
+	}
+	if fields := fmt.Sprint(read[0].ContextMap()); fields !=
+		"map[bytes:100 generation:1 listeners:1 took:2ms]" {
+		t.Errorf("logged %s", fields)
 	}
 	if n := w.logs.FilterMessage("envoy restarted").Len(); n != 0 {
 		t.Error("a first Envoy is called restarted")
@@ -108,15 +113,19 @@ func TestChange(t *testing.T) {
 	w := watch(t, running())
 	w.step()
 	w.questions()
+	v := w.after(10 * time.Minute) // the Detector asks for all once more
+	w.wantQuestions("dump ready stats")
+	if v.Generation != 1 || v.Dumps != 2 {
+		t.Errorf("generation %d, %d dumps", v.Generation, v.Dumps)
+	}
 	w.sets++
-	v := w.after(time.Second)
+	v = w.after(time.Second)
 	w.wantQuestions("look dump ready")
-	if names(v) != "dynamic2" || v.Generation != 2 || v.Dumps != 2 {
+	if names(v) != "dynamic2" || v.Generation != 2 || v.Dumps != 3 {
 		t.Errorf("%s, generation %d, %d dumps", names(v), v.Generation, v.Dumps)
 	}
-	v = w.after(10 * time.Minute) // the Detector asks for all once more
-	w.wantQuestions("dump ready stats")
-	if v.Generation != 2 || v.Dumps != 3 {
+	v = w.after(10 * time.Minute)
+	if v.Generation != 2 || v.Dumps != 4 {
 		t.Errorf("generation %d, %d dumps", v.Generation, v.Dumps)
 	}
 	w.rejected = "bad" // by its Fingerprint it is another one
