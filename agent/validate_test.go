@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestValidate: each setting that cannot work is refused by the name of its flag.
+func TestValidate(t *testing.T) {
+	for _, tt := range []struct {
+		change func(*Settings)
+		want   string // in the error; "": none
+	}{
+		{func(*Settings) {}, ""},
+		{func(s *Settings) { s.WhenEnvoyDown = "bypass" }, ""},
+		{func(s *Settings) { s.WhenEnvoyDown = "" }, `--when-envoy-down is ""; use keep or bypass`},
+		{func(s *Settings) { s.WhenEnvoyDown = "Keep" }, `--when-envoy-down is "Keep"`},
+		{func(s *Settings) { s.ProxyUser = "" }, "--proxy-user is empty"},
+		{func(s *Settings) { s.Listen = "" }, ""},
+		{func(s *Settings) { s.Listen = "127.0.0.1:1" }, ""},
+		{func(s *Settings) { s.Listen = "[::]:65535" }, ""},
+		{func(s *Settings) { s.Listen = ":0" }, `--listen is ":0"; use host:port or :port`},
+		{func(s *Settings) { s.Listen = ":65536" }, `--listen is ":65536"`},
+		{func(s *Settings) { s.Listen = ":http" }, `--listen is ":http"`},
+		{func(s *Settings) { s.Listen = ":" }, `--listen is ":"`},
+		{func(s *Settings) { s.Listen = "15020" }, `--listen is "15020"`},
+		{func(s *Settings) { s.Interfaces = []string{"docker0", "veth+", "a23456789012345"} }, ""},
+		{func(s *Settings) { s.Interfaces = []string{"eth0", ""} },
+			`--intercept-interfaces has ""`},
+		{func(s *Settings) { s.Interfaces = []string{"a234567890123456"} },
+			`has "a234567890123456"`},
+		{func(s *Settings) { s.Interfaces = []string{"a b"} }, `has "a b"`},
+		{func(s *Settings) { s.Interfaces = []string{"a\x1f"} }, `has "a\x1f"`},
+		{func(s *Settings) { s.Interfaces = []string{"a\x7f"} }, `has "a\x7f"`},
+		{func(s *Settings) { s.Interfaces = []string{"ä"} }, `has "ä"`},
+		{func(s *Settings) { s.Interfaces = []string{"a/b"} }, `has "a/b"`},
+		{func(s *Settings) { s.Interfaces = []string{`a"`} }, `which is no interface name`},
+		{func(s *Settings) { s.Interfaces = []string{`a'`} }, `has "a'"`},
+		{func(s *Settings) { s.Interfaces = []string{`a\`} }, `has "a\\"`},
+		{func(s *Settings) { s.Interfaces = []string{"~!"} }, ""}, // the kernel takes it
+	} {
+		s := Settings{WhenEnvoyDown: "keep", ProxyUser: "envoy", Listen: ":15020"}
+		tt.change(&s)
+		err := s.Validate()
+		switch {
+		case tt.want == "" && err != nil:
+			t.Errorf("%+v: %v", s, err)
+		case tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+			t.Errorf("%+v: %v, want %q", s, err, tt.want)
+		case tt.want != "" && !errors.Is(err, ErrSettings):
+			t.Errorf("%+v: %v is not a setting's", s, err)
+		}
+	}
+}
+
+// TestOwnPorts: the usual ones, and what the settings name.
+func TestOwnPorts(t *testing.T) {
+	for _, tt := range []struct {
+		admin, listen string
+		want          []uint16
+	}{
+		{"127.0.0.1:15000", ":15020", []uint16{15000, 15001, 15006, 15020}},
+		{"127.0.0.1:9901", ":80", []uint16{80, 9901, 15000, 15001, 15006, 15020}},
+		{"unix:///run/envoy.sock", "", []uint16{15000, 15001, 15006, 15020}},
+	} {
+		got := ownPorts(Settings{EnvoyAdmin: tt.admin, Listen: tt.listen})
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("%s and %s: %v, want %v", tt.admin, tt.listen, got, tt.want)
+		}
+	}
+	if got := portString(15001); got != "15001" {
+		t.Errorf("portString: %q", got)
+	}
+}
+
+// TestUserIDs: a name has the group that /etc/passwd gives it, and so has its number; a number that
+// stands for nobody is its own group.
+func TestUserIDs(t *testing.T) {
+	var apart *user.User // whose group is of another number
+	for n := range 200 {
+		if u, err := user.LookupId(strconv.Itoa(n)); err == nil && u.Uid != u.Gid {
+			apart = u
+			break
+		}
+	}
+	if apart != nil {
+		for _, name := range []string{apart.Username, apart.Uid} {
+			uid, gid, err := userIDs(name)
+			if err != nil || strconv.Itoa(int(uid)) != apart.Uid ||
+				strconv.Itoa(int(gid)) != apart.Gid {
+				t.Errorf("%s: %d, %d, %v, want %s, %s", name, uid, gid, err, apart.Uid, apart.Gid)
+			}
+		}
+	}
+	for _, name := range []string{"2147480000", "4294967295"} {
+		uid, gid, err := userIDs(name)
+		if err != nil || strconv.FormatUint(uint64(uid), 10) != name || gid != uid {
+			t.Errorf("%s: %d, %d, %v", name, uid, gid, err)
+		}
+	}
+	if uid, gid, err := userIDs("no-such-user"); uid != 0 || gid != 0 || err == nil {
+		t.Errorf("nobody: %d, %d, %v", uid, gid, err)
+	}
+}
+
+func TestSleep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		if !sleep(t.Context(), time.Minute) || time.Since(began) != time.Minute {
+			t.Errorf("slept for %v", time.Since(began))
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		began = time.Now()
+		if sleep(ctx, time.Minute) || time.Since(began) != time.Second {
+			t.Errorf("slept for %v of a second that was left", time.Since(began))
+		}
+	})
+}
