@@ -33,6 +33,9 @@ const maxArchive = 512 << 20
 // maxSumFile is as much as is read of URL.sha256: its first word is 64 bytes.
 const maxSumFile = 4096
 
+// connectLimit is how long a connection may take, and its handshake as long again.
+var connectLimit = 10 * time.Second
+
 // stallLimit ends a download that sends nothing for so long. There is no limit on the whole: slow
 // is not dead.
 var stallLimit = 30 * time.Second
@@ -328,8 +331,8 @@ func (b *bootstrapper) client() (*http.Client, error) {
 	return &http.Client{
 		Transport: &http.Transport{
 			Proxy:                 http.ProxyFromEnvironment,
-			DialContext:           (&net.Dialer{Timeout: 10 * time.Second}).DialContext,
-			TLSHandshakeTimeout:   10 * time.Second,
+			DialContext:           (&net.Dialer{Timeout: connectLimit}).DialContext,
+			TLSHandshakeTimeout:   connectLimit,
 			ResponseHeaderTimeout: stallLimit,
 			TLSClientConfig:       &tls.Config{RootCAs: pool},
 			// An archive is what was stored, and its checksum is of that.

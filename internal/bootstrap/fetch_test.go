@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -485,6 +486,24 @@ func TestDownloadWithoutAnswer(t *testing.T) {
 	if !errors.As(err, &failed) || failed.permanent || !strings.Contains(err.Error(), "timeout") {
 		t.Errorf("have %v", err)
 	}
+}
+
+// A server that takes connections and says nothing is given up sooner.
+func TestDownloadWithoutHandshake(t *testing.T) {
+	quickRetries(t)
+	defer func(limit time.Duration) { connectLimit = limit }(connectLimit)
+	if connectLimit != 10*time.Second {
+		t.Errorf("a connection may take %v", connectLimit)
+	}
+	connectLimit = 50 * time.Millisecond
+	ln, err := net.Listen("tcp", "127.0.0.1:0") // the kernel takes the connections
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	source := "https://" + ln.Addr().String() + "/x.tgz"
+	_, err = fetched(t, newBootstrapper(Options{Root: t.TempDir()}), source)
+	wantFailure(t, source, err, "read its .sha256: net/http: TLS handshake timeout", false)
 }
 
 // script is a body that brings one answer after the other, each after its pause.

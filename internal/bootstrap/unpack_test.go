@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -162,6 +163,9 @@ func elfFile(t *testing.T, machine elf.Machine) string {
 
 func TestCheckBinaryIsForThisMachine(t *testing.T) {
 	here := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}
+	if !maps.Equal(machines, here) {
+		t.Errorf("Envoy is built for %v", machines)
+	}
 	for arch, machine := range here {
 		err := checkBinary(elfFile(t, machine))
 		want := ""
