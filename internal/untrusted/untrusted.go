@@ -128,14 +128,15 @@ func openRegular(name string, flags int) (*os.File, error) {
 }
 
 // Open opens a file to read in a folder of another user, who may have put anything there: a link,
-// or a second name of a file that is not theirs, is not followed.
+// or a second name of a file that is not theirs, is not followed. A file without a name was replaced
+// just now; who opens another's file by a second name cannot take the first away.
 func Open(name string) (*os.File, error) {
 	f, err := openRegular(name, unix.O_NOFOLLOW)
 	if err != nil {
 		return nil, err
 	}
 	var info unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &info); err != nil || info.Nlink != 1 {
+	if err := unix.Fstat(int(f.Fd()), &info); err != nil || info.Nlink > 1 {
 		f.Close()
 		return nil, errors.Join(err, &fs.PathError{Op: "open", Path: name, Err: ErrLink})
 	}
