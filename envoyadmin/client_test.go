@@ -332,20 +332,20 @@ func TestCancelled(t *testing.T) {
 func TestTrust(t *testing.T) {
 	c := recorded(t, "istio")
 	var asked atomic.Int32
-	stranger := errors.New("uid 1234")
+	foreign := errors.New("uid 1234")
 	c.Trust = func(conn net.Conn) error {
 		asked.Add(1)
 		if conn.RemoteAddr().String() != c.addr {
 			t.Errorf("asked about %v", conn.RemoteAddr())
 		}
-		return stranger
+		return foreign
 	}
 	_, err := c.Listeners(t.Context())
 	checkKind(t, err, ErrUntrusted)
-	if !errors.Is(err, stranger) || asked.Load() != 1 {
+	if !errors.Is(err, foreign) || asked.Load() != 1 {
 		t.Errorf("got %v, asked %d times", err, asked.Load())
 	}
-	stranger = nil
+	foreign = nil
 	for range 5 {
 		if _, err := c.Fingerprint(t.Context()); err != nil {
 			t.Fatal(err)

@@ -75,7 +75,7 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 	}
 	due := d.due
 	if d.hinted {
-		gap := time.Duration(0) // after calm at once
+		gap := time.Duration(0) // after a quiet time at once
 		if d.hintGap > 0 {
 			gap = max(d.hintGap, soonShare*d.cost())
 		}

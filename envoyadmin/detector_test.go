@@ -241,7 +241,7 @@ func TestDetectorStorm(t *testing.T) {
 			case <-time.After(time.Second):
 			}
 		}
-		// After calm the next hint is heeded at once again.
+		// After a quiet time the next hint is heeded at once again.
 		w.drive(d, time.Minute, nil)
 		w.change()
 		d.Hint(time.Now())

@@ -95,7 +95,7 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 			s.put(Event{Lost: true})
 			continue
 		case err != nil:
-			// Nothing else is expected here; whatever it is, the caller must not take silence for peace.
+			// Nothing else is expected here; whatever it is, the caller must not take silence for "nothing changed".
 			s.put(Event{Lost: true})
 			select {
 			case <-ctx.Done():

@@ -173,7 +173,7 @@ func serve(ctx context.Context, s *http.Server, l net.Listener) error {
 	return nil
 }
 
-// quiet is for net/http's complaints about what callers send: a stranger must not fill the journal.
+// quiet is for net/http's complaints about what callers send: they must not fill the journal.
 func quiet(l *zap.Logger) *log.Logger {
 	std, err := zap.NewStdLogAt(l, zap.DebugLevel)
 	if err != nil {

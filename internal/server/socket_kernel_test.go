@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// TestSocketStranger: another user is kept out by the socket's mode, and without that by the peer's uid.
-func TestSocketStranger(t *testing.T) {
+// TestSocketOtherUser: another user is kept out by the socket's mode, and without that by the peer's uid.
+func TestSocketOtherUser(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Fatal("needs root, to become another user")
 	}
@@ -35,12 +35,12 @@ func TestSocketStranger(t *testing.T) {
 		return string(out)
 	}
 	if got := ask(); !strings.Contains(got, "permission denied; run as root") {
-		t.Errorf("the stranger got %q", got)
+		t.Errorf("the other user got %q", got)
 	}
 	if err := os.Chmod(filepath.Join(dir, socketName), 0o666); err != nil {
 		t.Fatal(err)
 	}
 	if got := ask(); !strings.HasPrefix(got, "error: ask agent") {
-		t.Errorf("past the mode, the stranger got %q", got)
+		t.Errorf("past the mode, the other user got %q", got)
 	}
 }

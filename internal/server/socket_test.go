@@ -20,7 +20,7 @@ import (
 // TestMain is also another agent, a process that holds the socket until its stdin ends, and another user who asks.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("SERVER_TEST_ASK"); dir != "" {
-		askAsStranger(dir)
+		askAsAnother(dir)
 		return
 	}
 	dir := os.Getenv("SERVER_TEST_HOLD")
@@ -37,8 +37,8 @@ func TestMain(m *testing.M) {
 	l.Close()
 }
 
-// askAsStranger gives up root and asks for the status.
-func askAsStranger(dir string) {
+// askAsAnother gives up root and asks for the status.
+func askAsAnother(dir string) {
 	if err := syscall.Setuid(65533); err != nil {
 		os.Stdout.WriteString(err.Error())
 		return

@@ -138,7 +138,7 @@ func makeSockets(t *testing.T) {
 		return fd
 	}
 	accepted := func(listener int) (fd int) {
-		as(stranger4711, func() {
+		as(foreign4711, func() {
 			var err error
 			fd, _, err = unix.Accept(listener)
 			must(err)
@@ -149,10 +149,10 @@ func makeSockets(t *testing.T) {
 	dual := option(unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0)
 
 	listening(proxy, "127.0.0.1:15001")
-	listening(stranger4711, "127.0.0.2:15001")
+	listening(foreign4711, "127.0.0.2:15001")
 	listening(proxy, "[::]:15001", v6only, func(fd int) error { return unix.BindToDevice(fd, "lo") })
 	as(proxy, func() { bound(unix.SOCK_DGRAM, "127.0.0.1:15053") })
-	as(stranger4711, func() { bound(unix.SOCK_DGRAM, "[::]:15053", v6only) })
+	as(foreign4711, func() { bound(unix.SOCK_DGRAM, "[::]:15053", v6only) })
 
 	l := listening(proxy, "127.0.0.1:15010")
 	connected("127.0.0.1:40001", "127.0.0.1:15010")

@@ -32,7 +32,7 @@ const recordedFile = "testdata/recorded.json"
 // The users who made the recorded sockets.
 const (
 	proxy        = 107
-	stranger4711 = 4711
+	foreign4711 = 4711
 )
 
 func at(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
@@ -46,12 +46,12 @@ func askRecorded(t *testing.T, c *netlink.Conn) {
 		want            []Listener
 	}{
 		{unix.IPPROTO_TCP, tcpListen, 15001, []Listener{
-			{Addr: at("127.0.0.1:15001"), UID: proxy}, {Addr: at("127.0.0.2:15001"), UID: stranger4711},
+			{Addr: at("127.0.0.1:15001"), UID: proxy}, {Addr: at("127.0.0.2:15001"), UID: foreign4711},
 			{Addr: at("[::]:15001"), UID: proxy, V6Only: true, Device: 1},
 		}},
 		{unix.IPPROTO_TCP, tcpListen, 15012, []Listener{{Addr: at("[::]:15012"), UID: proxy}}},
 		{unix.IPPROTO_TCP, tcpListen, 15099, nil},
-		{unix.IPPROTO_UDP, tcpClose, 15053, []Listener{{Addr: at("127.0.0.1:15053"), UID: proxy}, {Addr: at("[::]:15053"), UID: stranger4711, V6Only: true}}},
+		{unix.IPPROTO_UDP, tcpClose, 15053, []Listener{{Addr: at("127.0.0.1:15053"), UID: proxy}, {Addr: at("[::]:15053"), UID: foreign4711, V6Only: true}}},
 	} {
 		have, err := list(c, tt.protocol, tt.state, tt.port)
 		slices.SortFunc(have, func(a, b Listener) int { return a.Addr.Compare(b.Addr) })
@@ -65,16 +65,16 @@ func askRecorded(t *testing.T, c *netlink.Conn) {
 		uid            uint32
 		err            error
 	}{
-		{"accepted", "127.0.0.1:15010", "127.0.0.1:40001", stranger4711, nil},
+		{"accepted", "127.0.0.1:15010", "127.0.0.1:40001", foreign4711, nil},
 		{"not accepted yet", "127.0.0.1:15010", "127.0.0.1:40002", proxy, nil},
-		{"closed by the client", "127.0.0.1:15010", "127.0.0.1:40003", stranger4711, nil},
+		{"closed by the client", "127.0.0.1:15010", "127.0.0.1:40003", foreign4711, nil},
 		{"closed by the client, not accepted", "127.0.0.1:15010", "127.0.0.1:40004", 0, ErrNoPeer},
 		{"closed by both, the server first", "127.0.0.1:15010", "127.0.0.1:40005", 0, ErrNoPeer},
 		{"closed by the server", "127.0.0.1:15010", "127.0.0.1:40006", 0, ErrNoPeer},
 		{"no connection but a listener", "127.0.0.1:15010", "127.0.0.1:40007", 0, ErrNoPeer},
 		{"waiting for data (TCP_DEFER_ACCEPT)", "127.0.0.1:15011", "127.0.0.1:40018", proxy, nil},
-		{"IPv4 to a dual-stack listener", "127.0.0.1:15012", "127.0.0.1:40001", stranger4711, nil},
-		{"IPv6", "[::1]:15012", "[::1]:40001", stranger4711, nil},
+		{"IPv4 to a dual-stack listener", "127.0.0.1:15012", "127.0.0.1:40001", foreign4711, nil},
+		{"IPv6", "[::1]:15012", "[::1]:40001", foreign4711, nil},
 		{"IPv6 to the IPv4 connection's ports", "[::1]:15010", "[::1]:40001", 0, ErrNoPeer},
 		{"nothing at all", "127.0.0.1:15099", "127.0.0.1:40001", 0, ErrNoPeer},
 	} {
@@ -201,8 +201,8 @@ func TestPeerOwnerWhileAccepted(t *testing.T) {
 	later[0] = slices.Clone(later[0])
 	copy(later[0][6:8], first[0][6:8]) // idiag_dport
 	uid, err := peerOwner(script(t)(first, listeners[0], listeners[1], later), waiting, server)
-	if uid != stranger4711 || err != nil {
-		t.Errorf("accepted meanwhile: %d, %v; want the acceptor, %d", uid, err, stranger4711)
+	if uid != foreign4711 || err != nil {
+		t.Errorf("accepted meanwhile: %d, %v; want the acceptor, %d", uid, err, foreign4711)
 	}
 	if uid, err := peerOwner(script(t, nil, nil, nil, unix.ENOENT)(first, listeners[0], listeners[1]), waiting, server); !errors.Is(err, ErrNoPeer) {
 		t.Errorf("reset meanwhile: %d, %v", uid, err)

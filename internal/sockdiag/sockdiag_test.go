@@ -110,13 +110,13 @@ func TestListenersReusePort(t *testing.T) {
 
 // TestAccepting covers the sockets one user cannot make: several owners and rival addresses on one port.
 func TestAccepting(t *testing.T) {
-	const envoy, stranger = 107, 1000
+	const envoy, foreign = 107, 1000
 	at := func(addr string, uid uint32) Listener {
 		return Listener{Addr: netip.AddrPortFrom(netip.MustParseAddr(addr), 15001), UID: uid}
 	}
-	v6only := at("::", stranger)
+	v6only := at("::", foreign)
 	v6only.V6Only = true
-	device := at("0.0.0.0", stranger)
+	device := at("0.0.0.0", foreign)
 	device.Device = 2
 	for _, tt := range []struct {
 		name string
@@ -125,13 +125,13 @@ func TestAccepting(t *testing.T) {
 		want []uint32
 	}{
 		{"nobody", nil, "127.0.0.1", nil},
-		{"exact beats wildcard", []Listener{at("0.0.0.0", envoy), at("127.0.0.1", stranger)}, "127.0.0.1", []uint32{stranger}},
-		{"exact elsewhere", []Listener{at("0.0.0.0", envoy), at("127.0.0.2", stranger)}, "127.0.0.1", []uint32{envoy}},
-		{"exact IPv6 beats dual stack", []Listener{at("::", envoy), at("::1", stranger)}, "::1", []uint32{stranger}},
+		{"exact beats wildcard", []Listener{at("0.0.0.0", envoy), at("127.0.0.1", foreign)}, "127.0.0.1", []uint32{foreign}},
+		{"exact elsewhere", []Listener{at("0.0.0.0", envoy), at("127.0.0.2", foreign)}, "127.0.0.1", []uint32{envoy}},
+		{"exact IPv6 beats dual stack", []Listener{at("::", envoy), at("::1", foreign)}, "::1", []uint32{foreign}},
 		{"v6only is no rival for IPv4", []Listener{at("0.0.0.0", envoy), v6only}, "127.0.0.1", []uint32{envoy}},
-		{"v6only takes IPv6", []Listener{at("0.0.0.0", envoy), v6only}, "::1", []uint32{stranger}},
-		{"two owners", []Listener{at("0.0.0.0", stranger), at("0.0.0.0", envoy), at("0.0.0.0", envoy)}, "127.0.0.1", []uint32{envoy, stranger}},
-		{"bound to a device", []Listener{at("0.0.0.0", envoy), device}, "127.0.0.1", []uint32{envoy, stranger}},
+		{"v6only takes IPv6", []Listener{at("0.0.0.0", envoy), v6only}, "::1", []uint32{foreign}},
+		{"two owners", []Listener{at("0.0.0.0", foreign), at("0.0.0.0", envoy), at("0.0.0.0", envoy)}, "127.0.0.1", []uint32{envoy, foreign}},
+		{"bound to a device", []Listener{at("0.0.0.0", envoy), device}, "127.0.0.1", []uint32{envoy, foreign}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := Accepting(tt.have, netip.MustParseAddr(tt.ask)); !slices.Equal(got, tt.want) {

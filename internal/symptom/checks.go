@@ -53,12 +53,12 @@ func foreignOwner(f Facts) (out []Finding) {
 // Of a socket of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they
 // become another user.
 func resolverLoop(f Facts) (out []Finding) {
-	said := map[uint32]bool{f.ProxyUID: true}
+	reported := map[uint32]bool{f.ProxyUID: true}
 	for _, p := range f.Resolvers {
-		if said[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) || p.Owner == 0 && len(f.ResolverUIDs) > 0 {
+		if reported[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) || p.Owner == 0 && len(f.ResolverUIDs) > 0 {
 			continue
 		}
-		said[p.Owner] = true
+		reported[p.Owner] = true
 		name := cmp.Or(p.OwnerName, strconv.FormatUint(uint64(p.Owner), 10))
 		if p.Owner == 0 {
 			name = "the user it runs as"

@@ -124,7 +124,7 @@ type Family struct {
 	Drift    []iptables.Drift // found since the last pass, and repaired unless Err
 	By       string           // program and pid that the kernel named for the drift
 	Fighting bool             // repairs are held back: somebody keeps undoing them
-	Undone   int              // repairs of this fight
+	Undone   int              // repairs since they began to undo them
 	Shadow   []iptables.Drift // jumps that a terminal rule precedes and that cannot be put right
 }
 

@@ -121,7 +121,7 @@ var examples = []example{
 	{"the metadata server is away", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }), MetadataServer},
 	{"the metadata server is away, and there was no attribute before", live(func(f *Facts) { f.Metadata, f.NoAttribute = errors.New("no answer within 10s"), true }), MetadataServer},
 	{"guest attributes are disabled", live(func(f *Facts) { f.GuestOff = true }), GuestAttributesOff},
-	{"a stranger on Envoy's port", live(func(f *Facts) {
+	{"another user on Envoy's port", live(func(f *Facts) {
 		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
 	}), ForeignOwner},
 	{"a resolver of the VM whose user is not exempt from intercept-dns", live(func(f *Facts) {

@@ -248,7 +248,7 @@ func TestFollows(t *testing.T) {
 	closed := func(f *Facts) {
 		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")})
 	}
-	stranger := func(f *Facts) {
+	foreign := func(f *Facts) {
 		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "inbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15006"), Owner: 4711, Listening: true})
 	}
 	uncovered := func(f *Facts) { f.Uncovered = []uint16{8080} }
@@ -269,9 +269,9 @@ func TestFollows(t *testing.T) {
 		want  string // finding<its reason, worst first
 	}{
 		{"Envoy is down", []func(*Facts){down, closed, uncovered}, "envoy-down interception-port-closed<envoy-down serving-port-not-inbound<envoy-down"},
-		{"a stranger came instead", []func(*Facts){stranger, closed, uncovered},
+		{"another user came instead", []func(*Facts){foreign, closed, uncovered},
 			"port-foreign-owner interception-port-closed<port-foreign-owner serving-port-not-inbound<port-foreign-owner"},
-		{"a stranger, and Envoy is down", []func(*Facts){down, stranger, closed}, "port-foreign-owner envoy-down interception-port-closed<port-foreign-owner"},
+		{"another user, and Envoy is down", []func(*Facts){down, foreign, closed}, "port-foreign-owner envoy-down interception-port-closed<port-foreign-owner"},
 		{"nothing says why", []func(*Facts){unconfigured, closed, uncovered}, "envoy-not-configured interception-port-closed serving-port-not-inbound"},
 		{"DNS", []func(*Facts){unconfigured, probe(envoyadmin.ErrLookUp), closed},
 			"control-plane-look-up envoy-not-configured<control-plane-look-up interception-port-closed<control-plane-look-up"},
@@ -290,7 +290,7 @@ func TestFollows(t *testing.T) {
 		{"Envoy is down and was never configured", []func(*Facts){unconfigured, down}, "envoy-down"},
 		{"no answer yet", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "" }}, ""},
 		{"it drains", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "DRAINING" }}, ""},
-		{"without the proxy's user nobody is a stranger", []func(*Facts){stranger, func(f *Facts) { f.UserErr = errors.New("no") }}, "proxy-user"},
+		{"without the proxy's user nobody is a foreign owner", []func(*Facts){foreign, func(f *Facts) { f.UserErr = errors.New("no") }}, "proxy-user"},
 		// An error that another explains is an error still; of one rank, the checks' order, the same each time.
 		{"worst first", []func(*Facts){down, closed, func(f *Facts) {
 			f.Uncovered, f.GuestOff, f.ServerFirst = []uint16{8080, 80}, true, []uint16{25, 21}

@@ -184,7 +184,7 @@ func (d *demo) serviceAppears(ctx context.Context) error {
 		return fmt.Errorf("10.10.0.2 should refuse connections before it is a service: %+v, %v", reach, err)
 	}
 	d.services = []controlplane.Service{web, shop}
-	calm(ctx)
+	quiet(ctx)
 	push, err := d.push()
 	if err != nil {
 		return err
@@ -242,7 +242,7 @@ func (d *demo) ruleDeleted(ctx context.Context) error {
 // serviceGoes takes it away again.
 func (d *demo) serviceGoes(ctx context.Context) error {
 	d.services = []controlplane.Service{web}
-	calm(ctx)
+	quiet(ctx)
 	push, err := d.push()
 	if err != nil {
 		return err
@@ -375,9 +375,9 @@ func (d *demo) stopAgent() {
 	}
 }
 
-// calm leaves Envoy alone for a moment: the agent asks for all of its listeners at once when one changed after calm, and not five times a second when
+// quiet leaves Envoy alone for a moment: the agent asks for all of its listeners at once when one changed after a quiet time, and not five times a second when
 // one change follows another, as they would here and seldom do in a mesh.
-func calm(ctx context.Context) {
+func quiet(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 	case <-time.After(500 * time.Millisecond):

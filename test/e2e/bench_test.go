@@ -173,7 +173,7 @@ func BenchmarkRepair(b *testing.B) {
 				took = append(took, time.Since(begin))
 				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n status.Status) bool { return n.Undone > s.Undone })
 				must(b, err)
-				time.Sleep(2500 * time.Millisecond) // more often is a fight, which is met with back-off
+				time.Sleep(2500 * time.Millisecond) // more often is met with back-off
 			}
 			b.ReportMetric(0, "ns/op")
 			b.ReportMetric(ms(took, 50), "p50-ms")

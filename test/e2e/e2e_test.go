@@ -194,7 +194,7 @@ func TestVIPs(t *testing.T) {
 		if want := map[lab.Backend]string{lab.NFT: "nft", lab.Legacy: "legacy"}[backend]; s.Backend != want || !s.Healthy() || s.Mode != "intercepting" {
 			t.Errorf("status: backend %s, mode %s, findings %v", s.Backend, s.Mode, s.Findings)
 		}
-		// A second one does not fight the first.
+		// A second one leaves the first alone.
 		_, stderr, code, err := a.Run(t.Context(), "run", "--config", "none", "--proxy-user", fmt.Sprint(lab.EnvoyUID))
 		must(t, err)
 		if code == 0 || !strings.Contains(stderr, fmt.Sprint(a.PID())) {
@@ -388,20 +388,20 @@ func TestControlPlaneAway(t *testing.T) {
 	})
 }
 
-// TestStranger: another local user on Envoy's ports while Envoy is down. The jumps go, it is said, nothing is believed.
-func TestStranger(t *testing.T) {
+// TestForeignOwner: another local user on Envoy's ports while Envoy is down. The jumps go, it is said, nothing is believed.
+func TestForeignOwner(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
 		m.Envoy.Kill()
-		const stranger = 4711
-		ln6, err := m.VM.ListenAs(stranger, "tcp", "[::1]:15001")
+		const foreign = 4711
+		ln6, err := m.VM.ListenAs(foreign, "tcp", "[::1]:15001")
 		must(t, err)
-		admin, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15000")
+		admin, err := m.VM.ListenAs(foreign, "tcp", "127.0.0.1:15000")
 		must(t, err)
 		lies := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			t.Errorf("the stranger on the admin port was asked %s", r.URL)
+			t.Errorf("the foreign owner on the admin port was asked %s", r.URL)
 			fmt.Fprint(w, `{"configs":[]}`)
 		})}
 		go lies.Serve(admin)
@@ -410,35 +410,35 @@ func TestStranger(t *testing.T) {
 				return f.ID == symptom.ForeignOwner && f.Key == addr && strings.Contains(f.Cause, "is held by uid 4711, ")
 			})
 		}
-		s, err := a.Wait(within(t, 10*time.Second), "the stranger is named in IPv6", func(s status.Status) bool {
+		s, err := a.Wait(within(t, 10*time.Second), "the foreign owner is named in IPv6", func(s status.Status) bool {
 			return named(s, "[::1]:15001") && strings.Contains(s.LastFailure, "uid 4711")
 		})
 		must(t, err)
 		escapes(t, m, web6)
 		if s.Ready {
-			t.Error("ready with a stranger on the interception port of IPv6")
+			t.Error("ready with a foreign owner on the interception port of IPv6")
 		}
 		// IPv4 waits for Envoy, whose port is closed there.
 		if out, err := m.Chains(t.Context(), "IPv4"); err != nil || strings.Count(out, "-A OUTPUT") != 1 {
-			t.Errorf("IPv4, where there is no stranger: %v\n%s", err, out)
+			t.Errorf("IPv4, where there is no foreign owner: %v\n%s", err, out)
 		}
-		ln4, err := m.VM.ListenAs(stranger, "tcp", "127.0.0.1:15001")
+		ln4, err := m.VM.ListenAs(foreign, "tcp", "127.0.0.1:15001")
 		must(t, err)
 		both := func(s status.Status) bool { return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001") }
-		s, err = a.Wait(within(t, 10*time.Second), "the stranger is named", both)
+		s, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named", both)
 		must(t, err)
 		escapes(t, m, web4)
 		escapes(t, m, web6)
 		if out := chains(t, m); strings.Contains(out, "-A OUTPUT") {
-			t.Errorf("with a stranger on both ports:\n%s", out)
+			t.Errorf("with a foreign owner on both ports:\n%s", out)
 		}
 		if s.Ready {
-			t.Error("ready with a stranger on the interception port")
+			t.Error("ready with a foreign owner on the interception port")
 		}
-		// An agent started now adopts nothing that leads to the stranger.
+		// An agent started now adopts nothing that leads to the foreign owner.
 		a.Kill()
 		must(t, a.Start())
-		_, err = a.Wait(within(t, 10*time.Second), "the stranger is named after a restart", both)
+		_, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named after a restart", both)
 		must(t, err)
 		escapes(t, m, web4)
 		escapes(t, m, web6)
@@ -452,16 +452,16 @@ func TestStranger(t *testing.T) {
 	})
 }
 
-// TestStrangerInbound: inbound connections are redirected to an address of the interface, and not to loopback, so that is where
-// a stranger would get them.
-func TestStrangerInbound(t *testing.T) {
+// TestForeignOwnerInbound: inbound connections are redirected to an address of the interface, and not to loopback, so that is where
+// a foreign owner would get them.
+func TestForeignOwnerInbound(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	m.Envoy.Kill()
 	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, attribute.InboundPort).String())
 	must(t, err)
 	defer ln.Close()
-	_, err = a.Wait(within(t, 10*time.Second), "the stranger is named", func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+	_, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named", func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
 	must(t, err)
 	eventually(t, 5*time.Second, "the inbound jump is out", func() (bool, string) {
 		out, err := m.Chains(t.Context(), "IPv4")
@@ -476,8 +476,8 @@ func TestStrangerInbound(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 }
 
-// TestStrangerAfterRestart: the jumps that an earlier run left lead to a stranger when the agent starts.
-func TestStrangerAfterRestart(t *testing.T) {
+// TestForeignOwnerAfterRestart: the jumps that an earlier run left lead to a foreign owner when the agent starts.
+func TestForeignOwnerAfterRestart(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	a.Kill()

@@ -65,7 +65,7 @@ func TestDrift(t *testing.T) {
 					families = families[:1] // both at once
 				}
 				for _, family := range families {
-					// A busy machine only adds to what a repair takes, so the best of three counts; a fight begins at five.
+					// A busy machine only adds to what a repair takes, so the best of three counts; back-off begins at five.
 					took := drift(t, m, a, family, d.do)
 					for again := 0; again < 2 && took > driftLimit[backend]; again++ {
 						took = min(took, drift(t, m, a, family, d.do))
@@ -77,7 +77,7 @@ func TestDrift(t *testing.T) {
 				s, err := a.Status(t.Context())
 				must(t, err)
 				if hasFinding(s, symptom.Fight) {
-					t.Errorf("one repair a family is told as a fight: %v", s.Findings)
+					t.Errorf("one repair a family is told as undone again and again: %v", s.Findings)
 				}
 				must(t, m.Close())
 			})
@@ -150,7 +150,7 @@ func TestFight(t *testing.T) {
 			}
 		}()
 		defer func() { stop(); <-done }()
-		s, err := a.Wait(within(t, 30*time.Second), "the fight named", func(s status.Status) bool {
+		s, err := a.Wait(within(t, 30*time.Second), "back-off named", func(s status.Status) bool {
 			return hasFinding(s, symptom.Fight) && strings.HasPrefix(s.LastFailure, "The IPv4 interception rules are undone again and again")
 		})
 		must(t, err)
@@ -164,13 +164,13 @@ func TestFight(t *testing.T) {
 		s, err = a.Status(t.Context())
 		must(t, err)
 		if n := int(s.Undone - before); n >= seconds || n == 0 {
-			t.Errorf("%d repairs in %d s of a fight", n, seconds)
+			t.Errorf("%d repairs in %d s of back-off", n, seconds)
 		}
 		stop()
 		<-done
 		must(t, a.WaitReady(within(t, 15*time.Second)))
 		through(t, m, web4)
-		_, err = a.Wait(within(t, 60*time.Second), "the end of the fight", func(s status.Status) bool {
+		_, err = a.Wait(within(t, 60*time.Second), "the end of the back-off", func(s status.Status) bool {
 			return !hasFinding(s, symptom.Fight) && strings.Contains(s.LastFailure, "(over; ")
 		})
 		must(t, err)

@@ -101,7 +101,7 @@ func (n *Namespace) Listen(network, addr string) (net.Listener, error) {
 	return n.ListenAs(0, network, addr)
 }
 
-// ListenAs is Listen with a socket that belongs to uid: a stranger on a port.
+// ListenAs is Listen with a socket that belongs to uid: a foreign owner of a port.
 func (n *Namespace) ListenAs(uid uint32, network, addr string) (ln net.Listener, err error) {
 	if _, err := netip.ParseAddrPort(addr); err != nil {
 		return nil, fmt.Errorf("listen in %q: %w", n.Name, err)
