@@ -31,7 +31,7 @@ const recordedFile = "testdata/recorded.json"
 
 // The users who made the recorded sockets.
 const (
-	proxy        = 107
+	proxy       = 107
 	foreign4711 = 4711
 )
 

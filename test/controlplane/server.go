@@ -307,7 +307,7 @@ func (s *Server) Refuse(code codes.Code, message string) {
 	s.set(mode{refuse: status.New(code, message)})
 }
 
-// Traffic Director's own words for what a VM gets wrong (facts: its documentation and users' logs).
+// Traffic Director's own words for what a VM gets wrong, as in its documentation and in users' logs.
 func (s *Server) RefuseNotFound(network, project string) {
 	s.Refuse(codes.NotFound, fmt.Sprintf("Traffic Director configuration was not found for network %q in project %q.", network, project))
 }
