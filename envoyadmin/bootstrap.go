@@ -14,13 +14,14 @@ import (
 	"github.com/go-json-experiment/json"
 )
 
-// Bootstrap is the part of the configuration that Envoy was started with that tells where its configuration comes from and as whom it asks.
-// It never holds credentials: they are not read.
+// Bootstrap is the part of the configuration that Envoy was started with that tells where its
+// configuration comes from and as whom it asks. It never holds credentials: they are not read.
 type Bootstrap struct {
 	Node    Node
 	Targets []Target // control planes, in Envoy's order, each once
 	Admin   string   // "127.0.0.1:15000", or "unix:///path"
-	LDS     bool     // it takes listeners from a control plane or a file; else its static ones are all there are
+	// it takes listeners from a control plane or a file; else its static ones are all there are
+	LDS bool
 }
 
 // Target is a control plane as Envoy reaches it.
@@ -32,10 +33,12 @@ type Target struct {
 	Cluster    string // the Envoy cluster that leads there, with envoy_grpc; empty with google_grpc
 }
 
-// The sections with masks (see maskSince) leave out all but the bootstrap, which Envoy still builds: rarely to be asked for.
+// The sections with masks (see maskSince) leave out all but the bootstrap, which Envoy still
+// builds: rarely to be asked for.
 const bootstrapPath = "/config_dump?mask=bootstrap"
 
-// bootstrapJSON holds the fields of config.bootstrap.v3.Bootstrap that are read. The package of its type would bring in a great many others.
+// bootstrapJSON holds the fields of config.bootstrap.v3.Bootstrap that are read. The package of its
+// type would bring in a great many others.
 type (
 	dynamicJSON struct {
 		ADS     apiJSON  `json:"ads_config"`
@@ -116,7 +119,8 @@ func (a addressJSON) String() string {
 	return net.JoinHostPort(a.Socket.Address, strconv.FormatUint(uint64(a.Socket.Port), 10))
 }
 
-// Bootstrap asks what Envoy was started with. Envoy builds its whole dump for it (0.3 s and more at 10,000 services): ask once per process.
+// Bootstrap asks what Envoy was started with. Envoy builds its whole dump for it (0.3 s and more at
+// 10,000 services): ask once per process.
 func (c *Client) Bootstrap(ctx context.Context) (*Bootstrap, error) {
 	info, _, err := c.identify(ctx)
 	if err != nil {
@@ -183,7 +187,8 @@ func (r *reader) bootstrap() (*Bootstrap, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Bootstrap{Node: node.node(), Admin: admin.Address.String(), LDS: dynamic.LDS != nil || dynamic.Locator != ""}
+	b := &Bootstrap{Node: node.node(), Admin: admin.Address.String(), LDS: dynamic.LDS != nil ||
+		dynamic.Locator != ""}
 	lds := cmp.Or(dynamic.LDS, &ldsJSON{})
 	add := func(t Target) {
 		if t.Address != "" && !slices.Contains(b.Targets, t) {
@@ -210,7 +215,8 @@ func (r *reader) bootstrap() (*Bootstrap, error) {
 				continue
 			}
 			t := Target{Cluster: cluster.Name}
-			if tls := cmp.Or(cluster.TLS, &cluster.Socket.Config); cluster.TLS != nil || strings.HasSuffix(tls.Type, "UpstreamTlsContext") {
+			if tls := cmp.Or(cluster.TLS, &cluster.Socket.Config); cluster.TLS != nil ||
+				strings.HasSuffix(tls.Type, "UpstreamTlsContext") {
 				t.TLS, t.ServerName, t.RootCAFile = true, tls.SNI, tls.Common.Validation.CA.File
 			}
 			addresses := slices.Clone(cluster.Hosts)
@@ -250,8 +256,8 @@ func (r *reader) into(v any) error {
 	return &shapeError{err.Error()}
 }
 
-// targetAddress is the host:port of a gRPC target: "trafficdirector.googleapis.com:443", "dns:///…", "dns://RESOLVER/…", "ipv4:…". gRPC's default
-// port is 443.
+// targetAddress is the host:port of a gRPC target: "trafficdirector.googleapis.com:443",
+// "dns:///…", "dns://RESOLVER/…", "ipv4:…". gRPC's default port is 443.
 func targetAddress(uri string) string {
 	if strings.HasPrefix(uri, "unix:") {
 		return uri

@@ -1,18 +1,22 @@
-// Package envoyadmin asks Envoy's admin interface what it does, and reads what Envoy's log says of it.
+// Package envoyadmin asks Envoy's admin interface what it does, and reads what
+// Envoy's log says of it.
 //
-// The dump of the listeners is the only truth about what to intercept. It is large, and Envoy makes it on its main thread, where it
-// also takes updates, so the package asks in two steps: a masked dump (the Fingerprint, 30 ms of Envoy's time at 10,000 services) tells
-// whether anything moved, and only then the whole is asked for (Listeners, 300 ms). A Detector says when to do which; a line in
-// Envoy's log (FollowLog) is the hint that makes a change seen at once. Answers are read as a stream: what is not needed is dropped
-// token by token, what is needed is parsed by the types of go-control-plane one filter chain at a time, so memory follows the number
-// of chains and not the size of their filters.
+// The dump of the listeners is the only truth about what to intercept. It is large, and Envoy makes
+// it on its main thread, where it also takes updates, so the package asks in two steps: a masked
+// dump (the Fingerprint, 30 ms of Envoy's time at 10,000 services) tells whether anything moved,
+// and only then the whole is asked for (Listeners, 300 ms). A Detector says when to do which; a
+// line in Envoy's log (FollowLog) is the hint that makes a change seen at once. Answers are read as
+// a stream: what is not needed is dropped token by token, what is needed is parsed by the types of
+// go-control-plane one filter chain at a time, so memory follows the number of chains and not the
+// size of their filters.
 //
-// An answer is material from a process that may be sick, or may not be Envoy: size, depth and time are limited, and each failure has
-// its own error (see ErrRefused and the others). What is well-formed but not understood is reported per listener (Skipped).
+// An answer is material from a process that may be sick, or may not be Envoy: size, depth and time
+// are limited, and each failure has its own error (see ErrRefused and the others). What is
+// well-formed but not understood is reported per listener (Skipped).
 //
-// It decides nothing about interception: package agent turns Snapshot.Listeners into what the kernel shall do, and
-// internal/symptom puts errors into words. It changes nothing in Envoy: only GET requests are
-// sent, except to one that is to be stopped (FailHealthCheck, DrainListeners).
+// It decides nothing about interception: package agent turns Snapshot.Listeners into what the
+// kernel shall do, and internal/symptom puts errors into words. It changes nothing in Envoy: only
+// GET requests are sent, except to one that is to be stopped (FailHealthCheck, DrainListeners).
 package envoyadmin
 
 import (
@@ -31,29 +35,37 @@ import (
 	"time"
 )
 
-// Limits of time and size. They are generous against what was measured (10,000 HTTP filter chains: 19 MB in 0.3 s of Envoy's time) and
-// small against what would hurt: a pass waits for them, and the agent's memory follows maxValue, not the size of the answer.
+// Limits of time and size. They are generous against what was measured (10,000 HTTP filter chains:
+// 19 MB in 0.3 s of Envoy's time) and small against what would hurt: a pass waits for them, and the
+// agent's memory follows maxValue, not the size of the answer.
 const (
 	// After a hot restart the Envoy of before answers on its connections until it ends, by default for
 	// 15 minutes, and takes no more listeners. A new connection costs 3 ms of Envoy's time: identify.
 	connectionAge = 30 * time.Second
 
-	connectLimit = 1 * time.Second  // the admin port is on this machine: the kernel answers at once or drops
+	// the admin port is on this machine: the kernel answers at once or drops
+	connectLimit = 1 * time.Second
 	shortLimit   = 5 * time.Second  // of a short question: /ready, /server_info, the masked dump
 	longLimit    = 20 * time.Second // of a long one: the dump of the listeners, /clusters, /stats
 
-	maxShort   = 8 << 20   // bytes of a short answer; /server_info has 124 KB, the masked dump 115 bytes a listener
-	maxLong    = 512 << 20 // bytes of a long one
-	maxValue   = 1 << 20   // bytes of one JSON value that is read as a whole: a string, an address, a filter chain match
-	maxMatcher = 32 << 20  // bytes of one filter_chain_matcher: the only large value that must be looked at as a whole
-	maxDepth   = 256       // JSON objects and arrays within each other; Envoy's protobuf parser allows 100 messages
-	maxHeader  = 64 << 10  // bytes of response headers
+	// bytes of a short answer; /server_info has 124 KB, the masked dump 115 bytes a listener
+	maxShort = 8 << 20
+	maxLong  = 512 << 20 // bytes of a long one
+	// bytes of one JSON value that is read as a whole: a string, an address, a filter chain match
+	maxValue = 1 << 20
+	// bytes of one filter_chain_matcher: the only large value that must be looked at as a whole
+	maxMatcher = 32 << 20
+	// JSON objects and arrays within each other; Envoy's protobuf parser allows 100 messages
+	maxDepth  = 256
+	maxHeader = 64 << 10 // bytes of response headers
 )
 
-// Client talks to one Envoy. It keeps one or two connections open; their end tells that Envoy ended (see Process). Its methods may be
-// called from several goroutines. Set the fields before the first question.
+// Client talks to one Envoy. It keeps one or two connections open; their end tells that Envoy
+// ended (see Process). Its methods may be called from several goroutines. Set the fields
+// before the first question.
 type Client struct {
-	// Trust, if set, is asked on each new connection before anything is sent: an error ends the question with ErrUntrusted.
+	// Trust, if set, is asked on each new connection before anything is sent: an error ends the
+	// question with ErrUntrusted.
 	Trust func(net.Conn) error
 	// ConnectLimit, ShortLimit and LongLimit replace the time limits of connecting, of short and of
 	// long questions: 1 s, 5 s and 20 s.
@@ -73,26 +85,30 @@ type Client struct {
 	statics *dump      // the static listeners of that Envoy, which never change; nil: not asked yet
 }
 
-// New makes a client for Envoy's admin interface at "host:port" or "unix:///path". It does not connect yet. The error is a
-// *BadAddressError.
+// New makes a client for Envoy's admin interface at "host:port" or "unix:///path". It does not
+// connect yet. The error is a *BadAddressError.
 func New(addr string) (*Client, error) {
 	network, target := "tcp", addr
 	if rest, ok := strings.CutPrefix(addr, "unix:"); ok {
 		network, target = "unix", strings.TrimPrefix(rest, "//")
 		switch {
 		case !filepath.IsAbs(target):
-			return nil, &BadAddressError{Addr: addr, Reason: "the path of a unix socket must be absolute, as in unix:///run/envoy.sock"}
+			return nil, &BadAddressError{
+				Addr: addr, Reason: "the path of a unix socket must be absolute, as in unix:///run/envoy.sock"}
 		case len(target) > 107: // sun_path has 108 bytes with its NUL, unix(7)
-			return nil, &BadAddressError{Addr: addr, Reason: "the path of a unix socket has at most 107 bytes"}
+			return nil, &BadAddressError{
+				Addr: addr, Reason: "the path of a unix socket has at most 107 bytes"}
 		}
 	} else if host, port, err := net.SplitHostPort(addr); err != nil {
 		return nil, &BadAddressError{Addr: addr, Reason: "want host:port or unix:///path"}
 	} else if _, err := netip.ParseAddrPort(net.JoinHostPort("::1", port)); err != nil || port == "0" {
-		return nil, &BadAddressError{Addr: addr, Reason: fmt.Sprintf("%q is not a port from 1 to 65535", port)}
+		return nil, &BadAddressError{
+			Addr: addr, Reason: fmt.Sprintf("%q is not a port from 1 to 65535", port)}
 	} else if host == "" {
 		return nil, &BadAddressError{Addr: addr, Reason: "the host is missing"}
 	}
-	c := &Client{ConnectLimit: connectLimit, ShortLimit: shortLimit, LongLimit: longLimit, addr: addr, redials: time.Now()}
+	c := &Client{ConnectLimit: connectLimit, ShortLimit: shortLimit, LongLimit: longLimit, addr: addr,
+		redials: time.Now()}
 	c.http = &http.Client{
 		Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -109,8 +125,8 @@ func New(addr string) (*Client, error) {
 				c.dials.Add(1)
 				return conn, nil
 			},
-			// Envoy's main thread answers one question after the other anyway. The second connection lets a short question
-			// (is it ready?) be asked while a long answer is read.
+			// Envoy's main thread answers one question after the other anyway. The second connection lets a
+			// short question (is it ready?) be asked while a long answer is read.
 			MaxConnsPerHost:        2,
 			MaxIdleConnsPerHost:    2,
 			DisableCompression:     true, // else net/http would unpack gzip on its own, without a limit
@@ -124,8 +140,9 @@ func New(addr string) (*Client, error) {
 // Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// Redial has the next question go over a new connection, which may lead to another Envoy (connectionAge).
-// It happens by itself every now and then; a connection that is in use then is left for the next time.
+// Redial has the next question go over a new connection, which may lead to another Envoy
+// (connectionAge). It happens by itself every now and then; a connection that is in use then is
+// left for the next time.
 func (c *Client) Redial() {
 	c.mu.Lock()
 	c.redials = time.Now()
@@ -145,11 +162,13 @@ func (c *Client) answered(sent time.Time) {
 }
 
 // get asks for a path and hands the body to read, all within the limits.
-func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxBytes int64, read func(io.Reader) error) error {
+func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxBytes int64,
+	read func(io.Reader) error) error {
 	return c.do(ctx, http.MethodGet, path, limit, maxBytes, read)
 }
 
-func (c *Client) do(ctx context.Context, method, path string, limit time.Duration, maxBytes int64, read func(io.Reader) error) error {
+func (c *Client) do(ctx context.Context, method, path string, limit time.Duration, maxBytes int64,
+	read func(io.Reader) error) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	if err := c.request(limited, method, path, maxBytes, read); err != nil {
@@ -163,7 +182,8 @@ func (c *Client) do(ctx context.Context, method, path string, limit time.Duratio
 	return nil
 }
 
-func (c *Client) request(ctx context.Context, method, path string, maxBytes int64, read func(io.Reader) error) error {
+func (c *Client) request(ctx context.Context, method, path string, maxBytes int64,
+	read func(io.Reader) error) error {
 	c.mu.Lock()
 	aged := time.Since(c.redials) >= connectionAge
 	c.mu.Unlock()
@@ -184,7 +204,8 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	switch encoding := response.Header.Get("Content-Encoding"); {
 	case response.StatusCode >= 300 && response.StatusCode < 400:
 		return ErrRedirect
-	case response.StatusCode != http.StatusOK && !(path == readyPath && response.StatusCode == http.StatusServiceUnavailable):
+	case response.StatusCode != http.StatusOK &&
+		!(path == readyPath && response.StatusCode == http.StatusServiceUnavailable):
 		// The body is dropped: it may hold anything, and Envoy's own texts say no more than the code.
 		return &StatusError{Code: response.StatusCode}
 	case encoding != "" && encoding != "identity":
@@ -196,7 +217,8 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	if err := read(body); err != nil {
 		return err
 	}
-	// Read to the end, so that the connection can be used again. Readers of JSON have seen the end of the value, not of the body.
+	// Read to the end, so that the connection can be used again. Readers of JSON have seen the end of
+	// the value, not of the body.
 	if _, err = io.Copy(io.Discard, body); err == nil {
 		c.answered(sent)
 	}
@@ -225,8 +247,8 @@ func (r *limitReader) Read(p []byte) (int, error) {
 
 const readyPath = "/ready"
 
-// Ready asks whether Envoy is ready: "LIVE", or why not, in Envoy's words ("PRE_INITIALIZING", "INITIALIZING", "DRAINING"). It is the
-// cheapest question.
+// Ready asks whether Envoy is ready: "LIVE", or why not, in Envoy's words ("PRE_INITIALIZING",
+// "INITIALIZING", "DRAINING"). It is the cheapest question.
 func (c *Client) Ready(ctx context.Context) (state string, err error) {
 	err = c.get(ctx, readyPath, c.ShortLimit, 64<<10, func(body io.Reader) error {
 		text, err := io.ReadAll(body)

@@ -20,12 +20,14 @@ import (
 )
 
 func TestNew(t *testing.T) {
-	for _, good := range []string{"127.0.0.1:15000", "localhost:1", "[::1]:65535", "unix:///run/envoy.sock", "unix:/run/envoy.sock"} {
+	for _, good := range []string{"127.0.0.1:15000", "localhost:1", "[::1]:65535",
+		"unix:///run/envoy.sock", "unix:/run/envoy.sock"} {
 		if c, err := New(good); err != nil || c.addr != good {
 			t.Errorf("%s: %v", good, err)
 		}
 	}
-	for _, bad := range []string{"", "127.0.0.1", ":15000", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:http", "::1:15000", "unix:", "unix://run/x", "unix:///" + strings.Repeat("x", 108)} {
+	for _, bad := range []string{"", "127.0.0.1", ":15000", "127.0.0.1:0", "127.0.0.1:65536",
+		"127.0.0.1:http", "::1:15000", "unix:", "unix://run/x", "unix:///" + strings.Repeat("x", 108)} {
 		_, err := New(bad)
 		var typed *BadAddressError
 		if !errors.As(err, &typed) || typed.Reason == "" {
@@ -35,7 +37,8 @@ func TestNew(t *testing.T) {
 }
 
 // All kinds, to see that an error matches one alone.
-var kinds = []error{ErrRefused, ErrTimeout, ErrUntrusted, ErrStatus, ErrForbiddenPath, ErrRedirect, ErrEncoding, ErrEmpty, ErrNotJSON, ErrTruncated, ErrTooLarge, ErrTooDeep, ErrConnection}
+var kinds = []error{ErrRefused, ErrTimeout, ErrUntrusted, ErrStatus, ErrForbiddenPath, ErrRedirect,
+	ErrEncoding, ErrEmpty, ErrNotJSON, ErrTruncated, ErrTooLarge, ErrTooDeep, ErrConnection}
 
 func checkKind(t *testing.T, err error, want ...error) {
 	t.Helper()
@@ -50,14 +53,16 @@ func checkKind(t *testing.T, err error, want ...error) {
 	}
 }
 
-// infoAnswer is what an Envoy says of itself: /server_info of 1.40.0 without what is not read. TestLife asks real ones.
+// infoAnswer is what an Envoy says of itself: /server_info of 1.40.0 without what is not read.
+// TestLife asks real ones.
 const infoAnswer = `{"version":"0a1b/1.40.0/Clean/RELEASE/BoringSSL","state":"LIVE","uptime_current_epoch":"100s","node":{"id":"n"}}`
 
 // slack is for a machine that is busy: limits are tested against answers that never end.
 const slack = 10 * time.Second
 
-// faulty is an Envoy that knows itself and gives every other answer by a raw writer to the connection. But for 403 (TestForbidden
-// asks a real one) no Envoy was seen to answer so: these are answers of a sick process, or of one that is no Envoy.
+// faulty is an Envoy that knows itself and gives every other answer by a raw writer to the
+// connection. But for 403 (TestForbidden asks a real one) no Envoy was seen to answer so: these are
+// answers of a sick process, or of one that is no Envoy.
 func faulty(t *testing.T, answer func(w *bufio.Writer, conn net.Conn)) *Client {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -80,7 +85,8 @@ func faulty(t *testing.T, answer func(w *bufio.Writer, conn net.Conn)) *Client {
 						return
 					}
 					if request.URL.Path == "/server_info" {
-						fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(infoAnswer), infoAnswer)
+						fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s",
+							len(infoAnswer), infoAnswer)
 						continue
 					}
 					w := bufio.NewWriter(conn)
@@ -100,7 +106,8 @@ func faulty(t *testing.T, answer func(w *bufio.Writer, conn net.Conn)) *Client {
 	return c
 }
 
-// TestFaults gives each bad answer to each question: an error of its own kind, in time, and with little memory.
+// TestFaults gives each bad answer to each question: an error of its own kind, in time,
+// and with little memory.
 func TestFaults(t *testing.T) {
 	type write = func(w *bufio.Writer, conn net.Conn)
 	body := func(header, body string) write {
@@ -110,7 +117,8 @@ func TestFaults(t *testing.T) {
 	}
 	status := func(line string) write {
 		return func(w *bufio.Writer, _ net.Conn) {
-			fmt.Fprintf(w, "HTTP/1.1 %s\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 2\r\n\r\n{}", line)
+			fmt.Fprintf(w, "HTTP/1.1 %s\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 2\r\n\r\n{}",
+				line)
 		}
 	}
 	endless := func(start, more string) write {
@@ -207,7 +215,8 @@ func TestFaults(t *testing.T) {
 				"fingerprint": func() error { _, err := c.Fingerprint(t.Context()); return err },
 			} {
 				c.ShortLimit, c.LongLimit = short, long
-				if test.want[0] != ErrTimeout && !(name == "fingerprint" && strings.Contains(test.name, "an endless")) {
+				if test.want[0] != ErrTimeout &&
+					!(name == "fingerprint" && strings.Contains(test.name, "an endless")) {
 					// What kind of error it is must not depend on how fast this machine is.
 					c.ShortLimit, c.LongLimit = time.Minute, time.Minute
 				}
@@ -292,7 +301,8 @@ func TestNeverAccepts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer syscall.Close(fd)
-	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), syscall.Listen(fd, 0)); err != nil {
+	if err := errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}),
+		syscall.Listen(fd, 0)); err != nil {
 		t.Fatal(err)
 	}
 	name, err := syscall.Getsockname(fd)
@@ -362,7 +372,8 @@ func TestReady(t *testing.T) {
 		code int
 		body string
 		want error
-	}{{200, "LIVE\n", nil}, {503, "PRE_INITIALIZING\n", nil}, {503, "upstream connect error", ErrNotJSON}, {200, "<html>", ErrNotJSON}, {200, "", ErrEmpty}, {404, "LIVE", ErrStatus}} {
+	}{{200, "LIVE\n", nil}, {503, "PRE_INITIALIZING\n", nil},
+		{503, "upstream connect error", ErrNotJSON}, {200, "<html>", ErrNotJSON}, {200, "", ErrEmpty}, {404, "LIVE", ErrStatus}} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(test.code)
 			io.WriteString(w, test.body)
@@ -378,8 +389,9 @@ func TestReady(t *testing.T) {
 	}
 }
 
-// envoys is an admin address where one Envoy after the other answers. {} is what Envoys from 1.36.4 to 1.40.0 answer to a dump with nothing
-// in it. The real restart is in TestLife; that uptimes are whole seconds is from protobuf's Duration as 1.40.0 writes it.
+// envoys is an admin address where one Envoy after the other answers. {} is what Envoys from 1.36.4
+// to 1.40.0 answer to a dump with nothing in it. The real restart is in TestLife; that uptimes are
+// whole seconds is from protobuf's Duration as 1.40.0 writes it.
 type envoys struct {
 	static, dynamic, infos atomic.Int32
 	version                atomic.Value // string
@@ -390,7 +402,8 @@ func (e *envoys) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch uri := r.URL.RequestURI(); uri {
 	case "/server_info":
 		e.infos.Add(1)
-		fmt.Fprintf(w, `{"version":%q,"state":"LIVE","uptime_current_epoch":"%ds"}`, e.version.Load(), e.uptime.Load())
+		fmt.Fprintf(w, `{"version":%q,"state":"LIVE","uptime_current_epoch":"%ds"}`, e.version.Load(),
+			e.uptime.Load())
 	case staticPath:
 		e.static.Add(1)
 		io.WriteString(w, "{}")
@@ -402,7 +415,8 @@ func (e *envoys) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// A new process is seen by its new connection and its uptime: static listeners are asked for once of each, and the fingerprint differs.
+// A new process is seen by its new connection and its uptime: static listeners are asked for once
+// of each, and the fingerprint differs.
 func TestProcess(t *testing.T) {
 	e := new(envoys)
 	e.version.Store("x/1.40.0/Clean")
@@ -427,7 +441,8 @@ func TestProcess(t *testing.T) {
 	}
 	first := ask()
 	if again := ask(); again != first || e.static.Load() != 1 || e.infos.Load() != 1 {
-		t.Errorf("asked %d times for static listeners, %d times who it is", e.static.Load(), e.infos.Load())
+		t.Errorf("asked %d times for static listeners, %d times who it is", e.static.Load(),
+			e.infos.Load())
 	}
 	server.CloseClientConnections() // the same process, another connection
 	if again := ask(); again != first || e.static.Load() != 1 || e.infos.Load() != 2 {
@@ -446,8 +461,9 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-// One that ended a moment after it had answered, and another that is as old as it would be: seen with an Envoy that is
-// restarted every one or two seconds. Its uptime may be a second more than it has been there.
+// One that ended a moment after it had answered, and another that is as old as it would be:
+// seen with an Envoy that is restarted every one or two seconds. Its uptime may be a second
+// more than it has been there.
 func TestProcessRestartedQuickly(t *testing.T) {
 	e := new(envoys)
 	e.version.Store("x/1.40.0/Clean")
@@ -460,7 +476,8 @@ func TestProcessRestartedQuickly(t *testing.T) {
 	for _, step := range []struct {
 		lived  time.Duration // that the known one has answered for
 		uptime int64         // of the one that is met next
-	}{{1500 * time.Millisecond, 0}, {1500 * time.Millisecond, 1}, {2500 * time.Millisecond, 1}, {5 * time.Second, 1}, {time.Hour, 0}} {
+	}{{1500 * time.Millisecond, 0}, {1500 * time.Millisecond, 1}, {2500 * time.Millisecond, 1},
+		{5 * time.Second, 1}, {time.Hour, 0}} {
 		before, err := c.Fingerprint(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -505,7 +522,8 @@ func TestProcessRestartedUnread(t *testing.T) {
 	}
 }
 
-// A process that was young when it was asked, and is known to have gone on since then, is not another after a new connection.
+// A process that was young when it was asked, and is known to have gone on since then, is not
+// another after a new connection.
 func TestProcessGrowsOld(t *testing.T) {
 	e := new(envoys)
 	e.version.Store("x/1.40.0/Clean")
@@ -519,7 +537,8 @@ func TestProcessGrowsOld(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.info.Asked, c.alive = c.info.Asked.Add(-time.Minute), c.alive.Add(-time.Minute) // that was a minute ago
+	// that was a minute ago
+	c.info.Asked, c.alive = c.info.Asked.Add(-time.Minute), c.alive.Add(-time.Minute)
 	e.uptime.Store(60)
 	if _, err := c.Fingerprint(t.Context()); err != nil || e.infos.Load() != 1 {
 		t.Errorf("asked %d times who it is, %v", e.infos.Load(), err)
@@ -530,8 +549,8 @@ func TestProcessGrowsOld(t *testing.T) {
 	}
 }
 
-// The Envoy of before goes on answering on its connections after a hot restart, which took its port (seen with Envoy 1.40.0:
-// TestHotRestart of test/e2e). A new connection leads to the new one.
+// The Envoy of before goes on answering on its connections after a hot restart, which took its port
+// (seen with Envoy 1.40.0: TestHotRestart of test/e2e). A new connection leads to the new one.
 func TestRedial(t *testing.T) {
 	for name, redial := range map[string]func(*Client){
 		"asked for": func(c *Client) { c.Redial() },
@@ -583,7 +602,8 @@ func TestVersions(t *testing.T) {
 			t.Errorf("%q: got %v, %v", text, got, err)
 		}
 	}
-	if !(Version{1, 9, 0}).Less(Minimum) || Minimum.Less(Minimum) || !(Version{1, 24, 8}).Less(Advised) || (Version{2, 0, 0}).Less(Advised) {
+	if !(Version{1, 9, 0}).Less(Minimum) || Minimum.Less(Minimum) ||
+		!(Version{1, 24, 8}).Less(Advised) || (Version{2, 0, 0}).Less(Advised) {
 		t.Error("Less is wrong")
 	}
 	// What is asked depends on it.
@@ -600,7 +620,8 @@ func TestVersions(t *testing.T) {
 				io.WriteString(w, "{}")
 			case everythingPath:
 				asked = append(asked, uri)
-				io.WriteString(w, `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v2alpha.ListenersConfigDump"}]}`)
+				io.WriteString(
+					w, `{"configs":[{"@type":"type.googleapis.com/envoy.admin.v2alpha.ListenersConfigDump"}]}`)
 			default:
 				asked = append(asked, uri)
 				io.WriteString(w, "{}")

@@ -39,7 +39,8 @@ func pack(t testing.TB, m proto.Message) *anypb.Any {
 	return packed
 }
 
-// response is a DiscoveryResponse in binary, which Envoy reads from a file 20 times as fast as YAML. Its type would bring in gRPC.
+// response is a DiscoveryResponse in binary, which Envoy reads from a file 20 times as fast as
+// YAML. Its type would bring in gRPC.
 func response(t testing.TB, resources ...proto.Message) string {
 	t.Helper()
 	var b []byte
@@ -56,28 +57,39 @@ func response(t testing.TB, resources ...proto.Message) string {
 // services is a listener like Traffic Director's with an HTTP filter chain for each of n services.
 func services(t testing.TB, n int) *listenerv3.Listener {
 	l := &listenerv3.Listener{
-		Name: "TRAFFICDIRECTOR_INTERCEPTION_LISTENER", TrafficDirection: corev3.TrafficDirection_OUTBOUND, Address: address("0.0.0.0", 15001),
-		ListenerFilters: []*listenerv3.ListenerFilter{{Name: "envoy.filters.listener.original_dst", ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(t, &originalv3.OriginalDst{})}}},
+		Name: "TRAFFICDIRECTOR_INTERCEPTION_LISTENER", TrafficDirection: corev3.TrafficDirection_OUTBOUND,
+		Address: address("0.0.0.0", 15001),
+		ListenerFilters: []*listenerv3.ListenerFilter{
+			{Name: "envoy.filters.listener.original_dst", ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: pack(t, &originalv3.OriginalDst{})}}},
 	}
 	hcm := pack(t, &hcmv3.HttpConnectionManager{
-		StatPrefix:     "trafficdirector",
-		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{RouteConfigName: "URL_MAP/123456789012_some-url-map_0_1234567890123456789", ConfigSource: files("RDS")}},
+		StatPrefix: "trafficdirector",
+		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{
+			Rds: &hcmv3.Rds{RouteConfigName: "URL_MAP/123456789012_some-url-map_0_1234567890123456789",
+				ConfigSource: files("RDS")}},
 		HttpFilters: []*hcmv3.HttpFilter{
 			{Name: "envoy.filters.http.fault", ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(t, &faultv3.HTTPFault{})}},
 			{Name: "envoy.filters.http.router", ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(t, &routerv3.Router{SuppressEnvoyHeaders: true})}},
 		},
-		UpgradeConfigs:            []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-		HttpProtocolOptions:       &corev3.Http1ProtocolOptions{AcceptHttp_10: true},
-		Http2ProtocolOptions:      &corev3.Http2ProtocolOptions{MaxConcurrentStreams: wrapperspb.UInt32(100)},
-		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST},
-		UseRemoteAddress:          wrapperspb.Bool(true), StripPortMode: &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true},
-		NormalizePath: wrapperspb.Bool(true), MergeSlashes: true,
+		UpgradeConfigs: []*hcmv3.HttpConnectionManager_UpgradeConfig{
+			{UpgradeType: "websocket"}},
+		HttpProtocolOptions: &corev3.Http1ProtocolOptions{AcceptHttp_10: true},
+		Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+			MaxConcurrentStreams: wrapperspb.UInt32(100)},
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST},
+		UseRemoteAddress: wrapperspb.Bool(true),
+		StripPortMode:    &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true},
+		NormalizePath:    wrapperspb.Bool(true), MergeSlashes: true,
 	})
 	for i := range n {
 		l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{
-			Name:             fmt.Sprintf("service-%d", i),
-			FilterChainMatch: &listenerv3.FilterChainMatch{PrefixRanges: []*corev3.CidrRange{{AddressPrefix: vip(i), PrefixLen: wrapperspb.UInt32(32)}}, DestinationPort: wrapperspb.UInt32(80)},
-			Filters:          []*listenerv3.Filter{{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: hcm}}},
+			Name: fmt.Sprintf("service-%d", i),
+			FilterChainMatch: &listenerv3.FilterChainMatch{
+				PrefixRanges:    []*corev3.CidrRange{{AddressPrefix: vip(i), PrefixLen: wrapperspb.UInt32(32)}},
+				DestinationPort: wrapperspb.UInt32(80)},
+			Filters: []*listenerv3.Filter{
+				{Name: "envoy.filters.network.http_connection_manager", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: hcm}}},
 		})
 	}
 	return l
@@ -86,26 +98,34 @@ func services(t testing.TB, n int) *listenerv3.Listener {
 func vip(i int) string { return fmt.Sprintf("10.128.%d.%d", i/256, i%256) }
 
 func address(ip string, port uint32) *corev3.Address {
-	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{Address: ip, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port}}}}
+	return &corev3.Address{
+		Address: &corev3.Address_SocketAddress{
+			SocketAddress: &corev3.SocketAddress{Address: ip, PortSpecifier: &corev3.SocketAddress_PortValue{
+				PortValue: port}}}}
 }
 
 func files(path string) *corev3.ConfigSource {
-	return &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3, InitialFetchTimeout: durationpb.New(100 * time.Millisecond),
-		ConfigSourceSpecifier: &corev3.ConfigSource_PathConfigSource{PathConfigSource: &corev3.PathConfigSource{Path: path}}}
+	return &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3,
+		InitialFetchTimeout: durationpb.New(100 * time.Millisecond),
+		ConfigSourceSpecifier: &corev3.ConfigSource_PathConfigSource{
+			PathConfigSource: &corev3.PathConfigSource{Path: path}}}
 }
 
 // bigEnvoy runs an Envoy with n services and as many clusters.
 func bigEnvoy(t testing.TB, n int) *envoy {
 	clusters := make([]proto.Message, n)
 	for i := range clusters {
-		clusters[i] = &clusterv3.Cluster{Name: fmt.Sprintf("cloud-internal-%d", i), ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC}, ConnectTimeout: durationpb.New(time.Second)}
+		clusters[i] = &clusterv3.Cluster{Name: fmt.Sprintf("cloud-internal-%d", i),
+			ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+			ConnectTimeout:       durationpb.New(time.Second)}
 	}
 	e := prepare(t, newest)
 	l := services(t, n)
 	e.fixPaths(l)
 	e.write("cds.pb", response(t, clusters...))
 	e.write("lds.pb", response(t, l))
-	e.boot("LABDIR/lds.yaml", e.path("lds.pb"), "DYNAMIC", "  cds_config: {resource_api_version: V3, path_config_source: {path: "+e.path("cds.pb")+"}}")
+	e.boot("LABDIR/lds.yaml", e.path("lds.pb"), "DYNAMIC",
+		"  cds_config: {resource_api_version: V3, path_config_source: {path: "+e.path("cds.pb")+"}}")
 	e.run()
 	e.until(time.Minute, func() error {
 		s, err := e.client.Listeners(context.Background())
@@ -199,8 +219,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// BenchmarkDumpOf10000 holds the reading of a large dump against protojson and against not looking at it at all, in one run: at least 6 times as fast, and
-// at most 35 MB resident at its peak.
+// BenchmarkDumpOf10000 holds the reading of a large dump against protojson and against not looking
+// at it at all, in one run: at least 6 times as fast, and at most 35 MB resident at its peak.
 func BenchmarkDumpOf10000(t *testing.B) {
 	const n = 10_000
 	e := bigEnvoy(t, n)
@@ -239,7 +259,9 @@ func BenchmarkDumpOf10000(t *testing.B) {
 	}
 	t.Logf("%d HTTP chains, %.1f MB", n, float64(len(body))/1e6)
 	for _, name := range []string{"envoyadmin", "protojson of the whole", "io.Copy(io.Discard)"} {
-		t.Logf("%-24s %7.1f ms %7.0f MB/s   peak %3d MB resident", name, float64(best[name].Microseconds())/1e3, float64(len(body))/1e6/best[name].Seconds(), peak[name]/1024)
+		t.Logf("%-24s %7.1f ms %7.0f MB/s   peak %3d MB resident", name,
+			float64(best[name].Microseconds())/1e3, float64(len(body))/1e6/best[name].Seconds(),
+			peak[name]/1024)
 	}
 	t.ReportMetric(float64(best["envoyadmin"]), "ns/op")
 	t.ReportMetric(float64(best["protojson of the whole"])/float64(best["envoyadmin"]), "×protojson")

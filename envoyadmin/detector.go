@@ -5,20 +5,27 @@ import (
 	"time"
 )
 
-// The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core): a masked dump 1 ms at 10 services and 30 to 50 ms at
-// 10,000, a full dump 2 ms and 300 ms (TCP chains) to 1.1 s (HTTP). The pace goes by how long answers take, which is about as long; but after a masked
-// dump of a large configuration Envoy spends as much again, or more, on tidying up.
+// The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core):
+// a masked dump 1 ms at 10 services and 30 to 50 ms at 10,000, a full dump 2 ms and 300 ms (TCP
+// chains) to 1.1 s (HTTP). The pace goes by how long answers take, which is about as long; but
+// after a masked dump of a large configuration Envoy spends as much again, or more, on tidying up.
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
-	lookShare   = 500              // such looks take one part in 500 of the time; with the tidying up half a percent, and the rest is for questions about health
-	dumpShare   = 11               // after a full dump that took 1, at least 11 until the next: with the look before it under 10 %
-	dumpFloor   = 200 * time.Millisecond
+	// such looks take one part in 500 of the time; with the tidying up half a percent, and the rest is
+	// for questions about health
+	lookShare = 500
+	// after a full dump that took 1, at least 11 until the next: with the look before it under 10 %
+	dumpShare = 11
+	dumpFloor = 200 * time.Millisecond
 
-	soon      = 50 * time.Millisecond // after a look, the first of those that a hint or a warming listener asks for
-	soonShare = 10                    // and these take no more than one part in 10, growing rarer quickly
+	// after a look, the first of those that a hint or a warming listener asks for
+	soon = 50 * time.Millisecond
+	// and these take no more than one part in 10, growing rarer quickly
+	soonShare = 10
 
-	resync = 10 * time.Minute // a full dump even if nothing moved, should the fingerprint ever miss a change
+	// a full dump even if nothing moved, should the fingerprint ever miss a change
+	resync = 10 * time.Minute
 )
 
 // Action is what a Detector says to do.
@@ -30,15 +37,20 @@ const (
 	Dump               // ask for Client.Listeners and tell Dumped
 )
 
-// Detector decides when to ask Envoy what, so that a change is seen at once and an idle Envoy spends less than 1 % of its main thread on us. It is a
-// pure value: the time is given to it, and it asks nothing itself. The zero value begins with a dump.
+// Detector decides when to ask Envoy what, so that a change is seen at once and an idle Envoy
+// spends less than 1 % of its main thread on us. It is a pure value: the time is given to it, and
+// it asks nothing itself. The zero value begins with a dump.
 //
 //	for {
 //		action, wait := d.Next(time.Now())
 //		switch action {
-//		case Wait: sleep, or until the log has news: d.Hint(time.Now())
-//		case Look: f, err := client.Fingerprint(ctx); if d.Looked(began, time.Now(), f, err) { client.Redial() }
-//		case Dump: s, err := client.Listeners(ctx);   d.Dumped(began, time.Now(), s.Fingerprint, err)
+//		case Wait: // sleep, or until the log has news: d.Hint(time.Now())
+//		case Look:
+//			f, err := client.Fingerprint(ctx)
+//			if d.Looked(began, time.Now(), f, err) { client.Redial() }
+//		case Dump:
+//			s, err := client.Listeners(ctx)
+//			d.Dumped(began, time.Now(), s.Fingerprint, err)
 //		}
 //	}
 type Detector struct {
@@ -61,8 +73,8 @@ type Detector struct {
 	warmGap time.Duration // the same while a listener is warming
 }
 
-// Hint says that something may have moved. Any number of hints is one look; hints that lead to nothing are heeded ever more slowly, down to the
-// pace without hints.
+// Hint says that something may have moved. Any number of hints is one look; hints that lead to
+// nothing are heeded ever more slowly, down to the pace without hints.
 func (d *Detector) Hint(now time.Time) { d.hinted, d.hint = true, now }
 
 // Next says what to do at this time, and for Wait, for how long if no hint comes.
@@ -79,7 +91,8 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 		if d.hintGap > 0 {
 			gap = max(d.hintGap, soonShare*d.cost())
 		}
-		// Before a full dump is allowed again a look would be of no use: it would have to be repeated then.
+		// Before a full dump is allowed again a look would be of no use: it would
+		// have to be repeated then.
 		due = earlier(due, later(d.looked.Add(gap), d.dumpNot))
 	}
 	if d.warming {
@@ -91,8 +104,9 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 	return Look, 0
 }
 
-// Looked takes in the answer of a look. It says whether the next shall go over a new connection: a hint that moves nothing may be of
-// an Envoy that has taken over from the one that answers (see Client.Redial). That look comes soon, and only once as long as hints go on.
+// Looked takes in the answer of a look. It says whether the next shall go over a new connection: a
+// hint that moves nothing may be of an Envoy that has taken over from the one that answers (see
+// Client.Redial). That look comes soon, and only once as long as hints go on.
 func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (redial bool) {
 	if err != nil {
 		d.failed(began, ended)
@@ -141,12 +155,13 @@ func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) {
 		d.warmGap = min(max(soon, d.warmGap*3/2), idle)
 	}
 	if d.hint.Before(began) {
-		d.hinted = false // a hint that came while Envoy answered may be of something that the answer does not hold
+		// a hint that came while Envoy answered may be of something that the answer does not hold
+		d.hinted = false
 	}
 }
 
-// failed sets the pace after no answer: a refused connection costs nothing and is tried again after a second, an Envoy that did not answer in time
-// is left alone for several times as long.
+// failed sets the pace after no answer: a refused connection costs nothing and is tried again after
+// a second, an Envoy that did not answer in time is left alone for several times as long.
 func (d *Detector) failed(began, ended time.Time) {
 	d.looked = ended
 	d.due = ended.Add(min(max(lookFloor, 5*ended.Sub(began)), lookCeiling))
@@ -160,7 +175,8 @@ func (d *Detector) failed(began, ended time.Time) {
 // Again says that the last dump does not count: another is due as soon as one may be asked for.
 func (d *Detector) Again() { d.known = false }
 
-// Back says that Envoy answers other questions again, which it did not either: the next look is due now.
+// Back says that Envoy answers other questions again, which it did not either: the
+// next look is due now.
 func (d *Detector) Back(now time.Time) { d.due = earlier(d.due, now) }
 
 // cost is what a look takes: the least of the last ones, since a busy machine only adds to it.

@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// world is an Envoy as the detector's user meets it: a state, what questions cost, and how much was spent on them.
+// world is an Envoy as the detector's user meets it: a state, what questions cost, and how
+// much was spent on them.
 type world struct {
 	t          *testing.T
 	mu         sync.Mutex // state, changed
@@ -138,7 +139,8 @@ func TestDetectorChangesAfterCalm(t *testing.T) {
 				w.longestAfter = 0
 				w.change()
 				w.drive(d, time.Minute, hints)
-				if limit := min(max(lookFloor, lookShare*cost[0]), lookCeiling) + cost[0] + cost[1]; w.longestAfter == 0 || w.longestAfter > limit {
+				if limit := min(max(lookFloor, lookShare*cost[0]), lookCeiling) + cost[0] +
+					cost[1]; w.longestAfter == 0 || w.longestAfter > limit {
 					t.Errorf("without a hint seen after %v, want at most %v", w.longestAfter, limit)
 				}
 			})
@@ -181,9 +183,9 @@ func TestDetectorOneChangeASecond(t *testing.T) {
 	}
 }
 
-// TestDetectorLatest is what the README says of 10,000 services that change each second: how old the
-// oldest change is when the dump that holds it is there. What a full dump takes then was measured:
-// 335 ms of TCP chains, 1.1 s of HTTP.
+// TestDetectorLatest is what the README says of 10,000 services that change each second: how old
+// the oldest change is when the dump that holds it is there. What a full dump takes then was
+// measured: 335 ms of TCP chains, 1.1 s of HTTP.
 func TestDetectorLatest(t *testing.T) {
 	for name, test := range map[string]struct{ look, dump, limit time.Duration }{
 		"TCP chains":  {30 * time.Millisecond, 335 * time.Millisecond, 6 * time.Second},
@@ -220,7 +222,8 @@ func TestDetectorLatest(t *testing.T) {
 // Hints without end that lead to nothing, as of a listener that is refused again and again.
 func TestDetectorStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond,
+			state: Fingerprint{Process: 1}}
 		d := new(Detector)
 		w.drive(d, time.Minute, nil)
 		w.looks, w.dumps = 0, 0
@@ -233,7 +236,8 @@ func TestDetectorStorm(t *testing.T) {
 		}()
 		w.drive(d, time.Minute, hints)
 		if w.looks > 70 || w.dumps > 0 || w.redials != 1 {
-			t.Errorf("%d looks, %d dumps and %d new connections in a minute of hints", w.looks, w.dumps, w.redials)
+			t.Errorf("%d looks, %d dumps and %d new connections in a minute of hints", w.looks,
+				w.dumps, w.redials)
 		}
 		for range 60_000 { // let the other end
 			select {
@@ -267,8 +271,10 @@ func TestDetectorHotRestart(t *testing.T) {
 					time.Sleep(time.Millisecond) // until it is taken
 					w.changed, w.longestAfter = time.Now(), 0
 					w.drive(d, 3*time.Minute, nil)
-					if limit := 2*cost[0] + max(soon, soonShare*cost[0]) + cost[1]; w.seen != w.next || w.longestAfter > limit {
-						t.Errorf("process %d: seen %+v after %v, want at most %v", process+2, w.seen, w.longestAfter, limit)
+					if limit := 2*cost[0] + max(soon, soonShare*cost[0]) + cost[1]; w.seen != w.next ||
+						w.longestAfter > limit {
+						t.Errorf("process %d: seen %+v after %v, want at most %v", process+2, w.seen,
+							w.longestAfter, limit)
 					}
 				}
 				if w.redials != 3 {
@@ -283,10 +289,12 @@ func TestDetectorHotRestart(t *testing.T) {
 	}
 }
 
-// A listener becomes active without a line in the log: while one is warming, the detector looks again soon, but not for ever.
+// A listener becomes active without a line in the log: while one is warming, the detector looks
+// again soon, but not for ever.
 func TestDetectorWarming(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond,
+			state: Fingerprint{Process: 1}}
 		d := new(Detector)
 		w.drive(d, time.Minute, nil)
 		w.state.Warming = 1
@@ -316,13 +324,15 @@ func TestDetectorWarming(t *testing.T) {
 
 func TestDetectorRestartAndFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond, state: Fingerprint{Process: 1}}
+		w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond,
+			state: Fingerprint{Process: 1}}
 		d := new(Detector)
 		w.drive(d, time.Minute, nil)
 		w.looks, w.fail = 0, ErrRefused
 		w.drive(d, time.Minute, nil)
 		if w.looks < 55 || w.looks > 65 || w.redials > 0 {
-			t.Errorf("%d questions in a minute to an Envoy that is down, want one a second, and %d new connections beside those that fail", w.looks, w.redials)
+			t.Errorf(
+				"%d questions in a minute to an Envoy that is down, want one a second, and %d new connections beside those that fail", w.looks, w.redials)
 		}
 		w.fail = nil
 		w.state.Process = 2
@@ -340,13 +350,15 @@ func TestDetectorRestartAndFailure(t *testing.T) {
 	})
 }
 
-// Whatever happens, the rules hold: waits are positive, dumps are spaced (world checks both), and the end is seen.
+// Whatever happens, the rules hold: waits are positive, dumps are spaced (world checks
+// both), and the end is seen.
 func TestDetectorRandom(t *testing.T) {
 	for range 50 {
 		s := rand.Uint64()
 		synctest.Test(t, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(s, 0))
-			w := &world{t: t, look: time.Duration(r.IntN(1e8)), dump: time.Duration(r.IntN(1e9)), state: Fingerprint{Process: 1}}
+			w := &world{t: t, look: time.Duration(r.IntN(1e8)), dump: time.Duration(r.IntN(1e9)),
+				state: Fingerprint{Process: 1}}
 			d := new(Detector)
 			for range 100 {
 				switch r.IntN(5) {

@@ -23,21 +23,24 @@ type Snapshot struct {
 	Took        time.Duration // from asking to the end of the answers
 }
 
-// Rejected is a listener that the control plane sent and Envoy refused. Another version of it may be active.
+// Rejected is a listener that the control plane sent and Envoy refused. Another
+// version of it may be active.
 type Rejected struct {
 	Name    string
 	Details string    // Envoy's own words, without the configuration that it quotes (redaction.Text)
 	When    time.Time // of the last attempt; zero if Envoy does not say
 }
 
-// Warming is a listener that Envoy took and that does not work yet: it waits for routes, secrets or the workers.
+// Warming is a listener that Envoy took and that does not work yet: it waits for routes,
+// secrets or the workers.
 type Warming struct{ Name string }
 
 // Skipped is a listener, or a part of one, that cannot be intercepted or is not understood.
 type Skipped struct{ Listener, Reason string }
 
-// Fingerprint tells whether anything moved in the listeners: two that are equal (==) are of the same state. It holds the names, the
-// times of the last updates, which are warming, and the texts of rejections, but not how often something was rejected.
+// Fingerprint tells whether anything moved in the listeners: two that are equal (==) are of the
+// same state. It holds the names, the times of the last updates, which are warming, and the texts
+// of rejections, but not how often something was rejected.
 type Fingerprint struct {
 	Process                      uint64 // counts the Envoys that this Client has seen
 	Listeners, Warming, Rejected int
@@ -46,16 +49,17 @@ type Fingerprint struct {
 
 // The masks reach into no repeated field: such crashed Envoy (see maskSince).
 const (
-	dynamicPath     = "/config_dump?resource=dynamic_listeners"
-	staticPath      = "/config_dump?resource=static_listeners"
-	maskedPath      = dynamicPath + "&mask=name,active_state.last_updated,warming_state.last_updated,error_state.details"
+	dynamicPath = "/config_dump?resource=dynamic_listeners"
+	staticPath  = "/config_dump?resource=static_listeners"
+	maskedPath  = dynamicPath +
+		"&mask=name,active_state.last_updated,warming_state.last_updated,error_state.details"
 	everythingPath  = "/config_dump" // for Envoy below 1.13
 	maxReasons      = 10             // of one listener, then they are counted
 	maxDetailsBytes = 8 << 10        // of one rejection
 )
 
-// Listeners asks for the listeners. What Envoy has rejected or is still warming is told apart from what is active. Static listeners are
-// asked for once per Envoy process.
+// Listeners asks for the listeners. What Envoy has rejected or is still warming is told apart from
+// what is active. Static listeners are asked for once per Envoy process.
 func (c *Client) Listeners(ctx context.Context) (Snapshot, error) {
 	start := time.Now()
 	dynamic, statics, process, err := c.dump(ctx, true)
@@ -73,8 +77,8 @@ func (c *Client) Listeners(ctx context.Context) (Snapshot, error) {
 	}, nil
 }
 
-// Fingerprint asks what Listeners would see by the cheapest question that tells: from Envoy 1.19 on a masked dump (1 ms of Envoy's main
-// thread at 10 services, 30 ms at 10,000).
+// Fingerprint asks what Listeners would see by the cheapest question that tells: from Envoy 1.19 on
+// a masked dump (1 ms of Envoy's main thread at 10 services, 30 ms at 10,000).
 func (c *Client) Fingerprint(ctx context.Context) (Fingerprint, error) {
 	dynamic, _, process, err := c.dump(ctx, false)
 	if err != nil {
@@ -84,7 +88,8 @@ func (c *Client) Fingerprint(ctx context.Context) (Fingerprint, error) {
 }
 
 // dump asks for the dynamic listeners, and when whole, for the static ones.
-func (c *Client) dump(ctx context.Context, whole bool) (dynamic, statics *dump, process uint64, err error) {
+func (c *Client) dump(
+	ctx context.Context, whole bool) (dynamic, statics *dump, process uint64, err error) {
 	for attempt := 0; ; attempt++ {
 		info, before, err := c.identify(ctx)
 		if err != nil {
@@ -108,16 +113,20 @@ func (c *Client) dump(ctx context.Context, whole bool) (dynamic, statics *dump, 
 			return dynamic, statics, process, nil
 		}
 		if attempt == 2 {
-			return nil, nil, 0, fmt.Errorf("get %q: %w: Envoy was replaced while it answered, three times", dynamicPath, ErrConnection)
+			return nil, nil, 0, fmt.Errorf("get %q: %w: Envoy was replaced while it answered, three times",
+				dynamicPath, ErrConnection)
 		}
 	}
 }
 
-func (c *Client) dumpOf(ctx context.Context, version Version, whole bool) (dynamic, statics *dump, err error) {
+func (c *Client) dumpOf(ctx context.Context, version Version,
+	whole bool) (dynamic, statics *dump, err error) {
 	old := version != Version{} && version.Less(resourceSince)
 	if old {
 		dynamic, statics = &dump{whole: whole}, &dump{whole: whole}
-		err = c.readDump(ctx, everythingPath, c.LongLimit, maxLong, dynamic, func(r *reader) error { return dynamic.section(r, statics) })
+		err = c.readDump(ctx, everythingPath, c.LongLimit, maxLong, dynamic, func(r *reader) error {
+			return dynamic.section(r, statics)
+		})
 		if err == nil && !dynamic.found {
 			err = fmt.Errorf("get %q: %w: it has no section of the listeners", everythingPath, ErrNotJSON)
 		}
@@ -128,7 +137,8 @@ func (c *Client) dumpOf(ctx context.Context, version Version, whole bool) (dynam
 	if !whole && (version == Version{} || !version.Less(maskSince)) {
 		path, limit, maxBytes = maskedPath, c.ShortLimit, maxShort
 	}
-	if err := c.readDump(ctx, path, limit, maxBytes, dynamic, dynamic.dynamicListener); err != nil || !whole {
+	if err := c.readDump(ctx, path, limit, maxBytes, dynamic, dynamic.dynamicListener); err != nil ||
+		!whole {
 		return dynamic, nil, err
 	}
 	c.mu.Lock()
@@ -136,14 +146,16 @@ func (c *Client) dumpOf(ctx context.Context, version Version, whole bool) (dynam
 	c.mu.Unlock()
 	if statics == nil {
 		statics = &dump{whole: true}
-		if err := c.readDump(ctx, staticPath, c.LongLimit, maxLong, statics, statics.staticListener); err != nil {
+		if err := c.readDump(ctx, staticPath, c.LongLimit, maxLong, statics,
+			statics.staticListener); err != nil {
 			return nil, nil, err
 		}
 	}
 	return dynamic, statics, nil
 }
 
-func (c *Client) readDump(ctx context.Context, path string, limit time.Duration, maxBytes int64, d *dump, element func(*reader) error) error {
+func (c *Client) readDump(ctx context.Context, path string, limit time.Duration, maxBytes int64,
+	d *dump, element func(*reader) error) error {
 	return c.get(ctx, path, limit, maxBytes, func(body io.Reader) error {
 		r := newReader(body)
 		err := r.document(func() error { return r.configs(element) })
@@ -152,8 +164,9 @@ func (c *Client) readDump(ctx context.Context, path string, limit time.Duration,
 	})
 }
 
-// configs reads a /config_dump: {"configs": [...]}. With nothing to list Envoy answers {}. An object that holds other things is someone
-// else's answer: it must not be taken for an Envoy without listeners.
+// configs reads a /config_dump: {"configs": [...]}. With nothing to list Envoy answers {}.
+// An object that holds other things is someone else's answer: it must not be taken for an
+// Envoy without listeners.
 func (r *reader) configs(element func(*reader) error) error {
 	var found, other bool
 	err := r.object(func(name string) error {
@@ -170,7 +183,8 @@ func (r *reader) configs(element func(*reader) error) error {
 	return err
 }
 
-// elementType reads an @type, which must be the one asked for: anything else was not made by a question with resource=.
+// elementType reads an @type, which must be the one asked for: anything else was not made by a
+// question with resource=.
 func (r *reader) elementType(want string) error {
 	var url string
 	err := r.textInto(&url)
@@ -195,8 +209,9 @@ type dump struct {
 	sum     uint64
 }
 
-// section reads one section of a dump without resource=, and skips it unless it is the one of the listeners. The sections are told by
-// what they hold, since only those of listeners have these names.
+// section reads one section of a dump without resource=, and skips it unless it is the
+// one of the listeners. The sections are told by what they hold, since only those of
+// listeners have these names.
 func (d *dump) section(r *reader, statics *dump) error {
 	return r.object(func(name string) error {
 		switch name {
@@ -243,15 +258,18 @@ func (d *dump) add(e entry) {
 }
 
 func (d *dump) fingerprint(process uint64) Fingerprint {
-	return Fingerprint{Process: process, Listeners: d.entries, Warming: len(d.warming), Rejected: len(d.rejected), sum: d.sum}
+	return Fingerprint{Process: process, Listeners: d.entries, Warming: len(d.warming),
+		Rejected: len(d.rejected), sum: d.sum}
 }
 
-// distinctRejected names each rejection once: Envoy tells it under the listener's name, and again without name or time, and after
-// several attempts perhaps more often.
+// distinctRejected names each rejection once: Envoy tells it under the listener's name, and again
+// without name or time, and after several attempts perhaps more often.
 func (d *dump) distinctRejected() []Rejected {
 	var distinct []Rejected
 	for _, r := range d.rejected {
-		i := slices.IndexFunc(distinct, func(known Rejected) bool { return known.Name == r.Name && known.Details == r.Details })
+		i := slices.IndexFunc(distinct, func(known Rejected) bool {
+			return known.Name == r.Name && known.Details == r.Details
+		})
 		switch {
 		case i < 0:
 			distinct = append(distinct, r)

@@ -27,7 +27,8 @@ func render(s Snapshot) string {
 		for _, flag := range []struct {
 			set  bool
 			name string
-		}{{l.Static, "static"}, {l.Ipv4Compat, "ipv4_compat"}, {l.Bound, "bound"}, {l.UDP, "UDP"}, {l.DNS, "DNS"}, {l.OriginalDst, "original_dst"}, {l.FCDS, "FCDS"},
+		}{{l.Static, "static"}, {l.Ipv4Compat, "ipv4_compat"}, {l.Bound, "bound"}, {l.UDP, "UDP"},
+			{l.DNS, "DNS"}, {l.OriginalDst, "original_dst"}, {l.FCDS, "FCDS"},
 			{l.LastUpdated.IsZero(), "never updated"}} {
 			if flag.set {
 				b.WriteString(" " + flag.name)
@@ -107,7 +108,8 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
-// recorded is an Envoy that gives the answers of testdata/dumps/NAME: info.json, dynamic.json, static.json, everything.json.
+// recorded is an Envoy that gives the answers of testdata/dumps/NAME: info.json, dynamic.json,
+// static.json, everything.json.
 func recorded(t testing.TB, name string) *Client {
 	t.Helper()
 	read := func(file string) []byte {
@@ -139,8 +141,8 @@ func recorded(t testing.TB, name string) *Client {
 	return c
 }
 
-// TestRecorded reads each recorded answer. Those of Envoy 1.40 were written by lab tests, those of older ones by hand after the
-// documentation of their API.
+// TestRecorded reads each recorded answer. Those of Envoy 1.40 were written by lab tests, those of
+// older ones by hand after the documentation of their API.
 func TestRecorded(t *testing.T) {
 	dirs, err := os.ReadDir("testdata/dumps")
 	if err != nil || len(dirs) == 0 {
@@ -165,7 +167,8 @@ func TestRecorded(t *testing.T) {
 	}
 }
 
-// TestOneBrokenListener puts each kind of nonsense into one listener: the others are read all the same, and it is named.
+// TestOneBrokenListener puts each kind of nonsense into one listener: the others are read all the
+// same, and it is named.
 func TestOneBrokenListener(t *testing.T) {
 	good := `{"name":"good","active_state":{"listener":{"@type":"type.googleapis.com/envoy.config.listener.v3.Listener","name":"good","address":{"socket_address":{"address":"1.2.3.4","port_value":5}}}}}`
 	const bad = `{"name":"bad","active_state":{"listener":{"@type":"type.googleapis.com/envoy.config.listener.v3.Listener","name":"bad",%s}}}`
@@ -199,7 +202,8 @@ func TestOneBrokenListener(t *testing.T) {
 		if !strings.HasPrefix(test.part, `"address"`) {
 			test.part += `,"address":{"socket_address":{"address":"1.2.3.4","port_value":5}}`
 		}
-		r := newReader(strings.NewReader(`{"configs":[` + fmt.Sprintf(bad, test.part) + `,` + good + `]}`))
+		r := newReader(
+			strings.NewReader(`{"configs":[` + fmt.Sprintf(bad, test.part) + `,` + good + `]}`))
 		if err := r.document(func() error { return r.configs(d.dynamicListener) }); err != nil {
 			t.Errorf("%s: %v", test.part, err)
 			continue
@@ -207,23 +211,30 @@ func TestOneBrokenListener(t *testing.T) {
 		if n := len(d.listeners); n == 0 || d.listeners[n-1].Name != "good" {
 			t.Errorf("%s: the good one is lost", test.part)
 		}
-		if !slices.ContainsFunc(d.skipped, func(k Skipped) bool { return strings.Contains(k.Reason, test.reason) }) {
+		if !slices.ContainsFunc(d.skipped, func(k Skipped) bool {
+			return strings.Contains(k.Reason, test.reason)
+		}) {
 			t.Errorf("%s: want %q, got %v", test.part, test.reason, d.skipped)
 		}
-		if slices.ContainsFunc(d.skipped, func(k Skipped) bool { return k.Listener == "good" || strings.ContainsRune(k.Reason, '\u00a0') }) {
+		if slices.ContainsFunc(d.skipped, func(k Skipped) bool {
+			return k.Listener == "good" || strings.ContainsRune(k.Reason, '\u00a0')
+		}) {
 			t.Errorf("%s: got %v", test.part, d.skipped)
 		}
 	}
 	// Very many reasons are counted.
 	many := bytes.Repeat([]byte(`5,`), 1000)
 	d := &dump{whole: true}
-	r := newReader(strings.NewReader(`{"configs":[` + fmt.Sprintf(bad, `"filter_chains":[`+string(many)+`6]`) + `]}`))
-	if err := r.document(func() error { return r.configs(d.dynamicListener) }); err != nil || len(d.skipped) != maxReasons+1 || d.skipped[maxReasons].Reason != "and 992 more" {
+	r := newReader(strings.NewReader(
+		`{"configs":[` + fmt.Sprintf(bad, `"filter_chains":[`+string(many)+`6]`) + `]}`))
+	if err := r.document(func() error { return r.configs(d.dynamicListener) }); err != nil ||
+		len(d.skipped) != maxReasons+1 || d.skipped[maxReasons].Reason != "and 992 more" {
 		t.Errorf("%v, %d reasons: %v", err, len(d.skipped), d.skipped)
 	}
 }
 
-// FuzzDump reads anything as a dump: it ends, keeps within its limits, and says the same of the listeners in a full and in a masked reading.
+// FuzzDump reads anything as a dump: it ends, keeps within its limits, and says the same of the
+// listeners in a full and in a masked reading.
 func FuzzDump(f *testing.F) {
 	files, err := filepath.Glob("testdata/dumps/*/*.json")
 	if err != nil || len(files) == 0 {
@@ -253,7 +264,8 @@ func FuzzDump(f *testing.F) {
 		for _, sections := range []bool{false, true} {
 			full, errFull := read(true, sections)
 			masked, errMasked := read(false, sections)
-			if errFull == nil && errMasked == nil && full.fingerprint(1) != masked.fingerprint(1) && !sections {
+			if errFull == nil && errMasked == nil && full.fingerprint(1) != masked.fingerprint(
+				1) && !sections {
 				t.Errorf("full %+v, masked %+v", full.fingerprint(1), masked.fingerprint(1))
 			}
 			for _, l := range full.listeners {

@@ -13,9 +13,11 @@ import (
 	"time"
 )
 
-// The questions of this file walk all clusters or all stats (0.5 s of Envoy's main thread at 10,000 services): ask them at a Pace.
+// The questions of this file walk all clusters or all stats (0.5 s of Envoy's main thread at 10,000
+// services): ask them at a Pace.
 
-// Pace spaces an expensive question so that it takes at most one part in 1,000 of Envoy's main thread. The zero value is due.
+// Pace spaces an expensive question so that it takes at most one part in 1,000 of Envoy's main
+// thread. The zero value is due.
 type Pace struct {
 	Floor time.Duration // at least this long between questions
 	next  time.Time
@@ -35,8 +37,11 @@ type ClusterHealth struct {
 	Total, Healthy, Degraded int // Degraded are not among Healthy
 }
 
-// FewHealthy says whether Envoy, by its default panic threshold of 50 %, ignores health and sends to all endpoints. Panics tells whether it did.
-func (h ClusterHealth) FewHealthy() bool { return h.Total > 0 && 2*(h.Healthy+h.Degraded) < h.Total }
+// FewHealthy says whether Envoy, by its default panic threshold of 50 %, ignores health and sends
+// to all endpoints. Panics tells whether it did.
+func (h ClusterHealth) FewHealthy() bool {
+	return h.Total > 0 && 2*(h.Healthy+h.Degraded) < h.Total
+}
 
 // Clusters asks for the health of all endpoints, as counts.
 func (c *Client) Clusters(ctx context.Context) ([]ClusterHealth, error) {
@@ -79,7 +84,8 @@ func (c *Client) Clusters(ctx context.Context) ([]ClusterHealth, error) {
 	return all, nil
 }
 
-// host counts an element of host_statuses: its health_status has eds_health_status, and a field that is true for each way of having failed.
+// host counts an element of host_statuses: its health_status has eds_health_status, and a field
+// that is true for each way of having failed.
 func (r *reader) host(h *ClusterHealth) error {
 	var eds string
 	var failed, degraded bool
@@ -94,7 +100,8 @@ func (r *reader) host(h *ClusterHealth) error {
 		eds, _ = status["eds_health_status"].(string)
 		for flag, value := range status {
 			if set, _ := value.(bool); set {
-				// failed_active_degraded_check means that the check succeeded and told the endpoint to be degraded.
+				// failed_active_degraded_check means that the check succeeded and told the
+				// endpoint to be degraded.
 				degraded = degraded || flag == "failed_active_degraded_check"
 				failed = failed || strings.HasPrefix(flag, "failed_") && flag != "failed_active_degraded_check"
 			}
@@ -114,22 +121,25 @@ func (r *reader) host(h *ClusterHealth) error {
 
 // ControlPlane is what Envoy's stats say of its configuration.
 type ControlPlane struct {
-	Streams                                 bool   // Envoy takes configuration by a stream at all
-	Connected                               bool   // one is open, or just being opened: it flaps to true at each attempt
+	Streams bool // Envoy takes configuration by a stream at all
+	// one is open, or just being opened: it flaps to true at each attempt
+	Connected                               bool
 	Attempts, Successes, Failures, Rejected uint64 // of listener updates
-	CreateFailures                          uint64 // listeners that were accepted and could not be bound, say
-	// Version is a hash of the version of the last listener update that this process took as a whole; 0: none yet. After a
-	// hot restart the counters above begin with what the process before counted in its last seconds, and this does not
-	// (Envoy's gauge lds.version is NeverImport).
+	// listeners that were accepted and could not be bound, say
+	CreateFailures uint64
+	// Version is a hash of the version of the last listener update that this process took as a whole;
+	// 0: none yet. After a hot restart the counters above begin with what the process before counted
+	// in its last seconds, and this does not (Envoy's gauge lds.version is NeverImport).
 	Version uint64
 }
 
-// ControlPlane asks for stats. A Version means that an LDS update was completed: before, an Envoy without listeners just has
-// not heard of any.
+// ControlPlane asks for stats. A Version means that an LDS update was completed: before, an Envoy
+// without listeners just has not heard of any.
 func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	var p ControlPlane
 	seen := 0
-	err := c.stats(ctx, `^(control_plane\.connected_state|listener_manager\.(lds\.(version|update_(attempt|success|failure|rejected))|listener_create_failure))$`,
+	err := c.stats(ctx,
+		`^(control_plane\.connected_state|listener_manager\.(lds\.(version|update_(attempt|success|failure|rejected))|listener_create_failure))$`,
 		func(name string, value uint64) {
 			seen++
 			switch name {
@@ -157,7 +167,8 @@ func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	return p, err
 }
 
-// Panics asks how often each cluster ignored the health of its endpoints, since too few were healthy. Clusters where it never happened are left out.
+// Panics asks how often each cluster ignored the health of its endpoints, since too few were
+// healthy. Clusters where it never happened are left out.
 func (c *Client) Panics(ctx context.Context) (map[string]uint64, error) {
 	panics := map[string]uint64{}
 	err := c.stats(ctx, `^cluster\..*\.lb_healthy_panic$`, func(name string, value uint64) {
@@ -173,7 +184,8 @@ func (c *Client) Panics(ctx context.Context) (map[string]uint64, error) {
 }
 
 // stats asks for the counters and gauges whose name matches.
-func (c *Client) stats(ctx context.Context, filter string, each func(name string, value uint64)) error {
+func (c *Client) stats(ctx context.Context, filter string,
+	each func(name string, value uint64)) error {
 	return c.statLines(ctx, filter, func(name, number string) error {
 		if value, err := strconv.ParseUint(number, 10, 64); err == nil {
 			each(name, value)
@@ -183,7 +195,8 @@ func (c *Client) stats(ctx context.Context, filter string, each func(name string
 }
 
 // statLines asks for the stats whose name matches.
-func (c *Client) statLines(ctx context.Context, filter string, each func(name, value string) error) error {
+func (c *Client) statLines(ctx context.Context, filter string,
+	each func(name, value string) error) error {
 	path := "/stats?filter=" + url.QueryEscape(filter)
 	return c.get(ctx, path, c.LongLimit, maxLong, func(body io.Reader) error {
 		lines := bufio.NewScanner(body)

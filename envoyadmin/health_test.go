@@ -23,8 +23,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// answering is an Envoy of a version that gives one answer to all but /server_info. The answers are cut by hand from what 1.40.0
-// gives, with values that it did not have after admin/v3/clusters.proto and config/bootstrap/v3; those in the form of API v2 are from its
+// answering is an Envoy of a version that gives one answer to all but /server_info. The answers are
+// cut by hand from what 1.40.0 gives, with values that it did not have after
+// admin/v3/clusters.proto and config/bootstrap/v3; those in the form of API v2 are from its
 // documentation alone. TestLife and TestStreamClosed ask real Envoys the same.
 func answering(t *testing.T, version, answer string) *Client {
 	t.Helper()
@@ -60,7 +61,8 @@ func TestClusters(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []ClusterHealth{{Name: "one", Total: 8, Healthy: 2, Degraded: 2}, {Name: "few", Total: 3, Healthy: 1}, {Name: "none"}}
+	want := []ClusterHealth{{Name: "one", Total: 8, Healthy: 2, Degraded: 2},
+		{Name: "few", Total: 3, Healthy: 1}, {Name: "none"}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
 	}
@@ -72,19 +74,24 @@ func TestClusters(t *testing.T) {
 }
 
 func TestStats(t *testing.T) {
-	c := answering(t, "1.40.0", "control_plane.connected_state: 1\nlistener_manager.lds.update_attempt: 9\nlistener_manager.lds.update_success: 5\nlistener_manager.lds.update_failure: 3\n"+
-		"listener_manager.lds.update_rejected: 1\nlistener_manager.listener_create_failure: 2\nlistener_manager.lds.update_time: 1792\nlistener_manager.lds.version: 17241709254077376921\nlistener_manager.lds.version_text: \"1\"\n")
+	c := answering(t, "1.40.0",
+		"control_plane.connected_state: 1\nlistener_manager.lds.update_attempt: 9\nlistener_manager.lds.update_success: 5\nlistener_manager.lds.update_failure: 3\n"+
+			"listener_manager.lds.update_rejected: 1\nlistener_manager.listener_create_failure: 2\nlistener_manager.lds.update_time: 1792\nlistener_manager.lds.version: 17241709254077376921\nlistener_manager.lds.version_text: \"1\"\n")
 	got, err := c.ControlPlane(t.Context())
-	if want := (ControlPlane{Streams: true, Connected: true, Attempts: 9, Successes: 5, Failures: 3, Rejected: 1, CreateFailures: 2, Version: 17241709254077376921}); err != nil || got != want {
+	if want := (ControlPlane{Streams: true, Connected: true, Attempts: 9, Successes: 5, Failures: 3,
+		Rejected: 1, CreateFailures: 2, Version: 17241709254077376921}); err != nil || got != want {
 		t.Errorf("got %+v, %v", got, err)
 	}
-	c = answering(t, "1.40.0", "listener_manager.listener_create_failure: 0\n") // static listeners alone
+	// static listeners alone
+	c = answering(t, "1.40.0", "listener_manager.listener_create_failure: 0\n")
 	if got, err = c.ControlPlane(t.Context()); err != nil || got != (ControlPlane{}) {
 		t.Errorf("got %+v, %v", got, err)
 	}
-	c = answering(t, "1.40.0", "cluster.cloud-internal-1.lb_healthy_panic: 4\ncluster.a.b.lb_healthy_panic: 1\ncluster.calm.lb_healthy_panic: 0\n")
+	c = answering(t, "1.40.0",
+		"cluster.cloud-internal-1.lb_healthy_panic: 4\ncluster.a.b.lb_healthy_panic: 1\ncluster.calm.lb_healthy_panic: 0\n")
 	panics, err := c.Panics(t.Context())
-	if diff := cmp.Diff(map[string]uint64{"cloud-internal-1": 4, "a.b": 1}, panics); err != nil || diff != "" {
+	if diff := cmp.Diff(map[string]uint64{"cloud-internal-1": 4, "a.b": 1}, panics); err != nil ||
+		diff != "" {
 		t.Error(diff, err)
 	}
 	if plane, err := c.ControlPlane(t.Context()); !errors.Is(err, ErrEmpty) {
@@ -110,7 +117,8 @@ func TestBootstrap(t *testing.T) {
 		"admin":{"address":{"socket_address":{"address":"127.0.0.1","port_value":15000}}}}}]}`
 	want := &Bootstrap{
 		Node: Node{ID: "projects/1/networks/default/nodes/x", Cluster: "c", Zone: "europe-west1-b",
-			Metadata: map[string]string{"TRAFFICDIRECTOR_NETWORK_NAME": "default", "TRAFFICDIRECTOR_GCP_PROJECT_NUMBER": "1", "INTERCEPTION_PORT": "15001", "on": "true"}},
+			Metadata: map[string]string{"TRAFFICDIRECTOR_NETWORK_NAME": "default",
+				"TRAFFICDIRECTOR_GCP_PROJECT_NUMBER": "1", "INTERCEPTION_PORT": "15001", "on": "true"}},
 		Admin: "127.0.0.1:15000", LDS: true,
 		Targets: []Target{
 			{Address: "trafficdirector.googleapis.com:443", TLS: true, RootCAFile: "/etc/ssl/certs/ca-certificates.crt"},
@@ -152,8 +160,9 @@ func TestTargetAddress(t *testing.T) {
 	}
 }
 
-// nameserver answers each DNS question by a function, over UDP on loopback. What a VM's resolver says of a name that is not there
-// beside NXDOMAIN (SERVFAIL, an answer of a search domain) it cannot know.
+// nameserver answers each DNS question by a function, over UDP on loopback. What a VM's
+// resolver says of a name that is not there beside NXDOMAIN (SERVFAIL, an answer of a search
+// domain) it cannot know.
 func nameserver(t *testing.T, answer func(query []byte) []byte) *net.Resolver {
 	t.Helper()
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -173,9 +182,10 @@ func nameserver(t *testing.T, answer func(query []byte) []byte) *net.Resolver {
 			}
 		}
 	}()
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
-	}}
+	return &net.Resolver{
+		PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
+		}}
 }
 
 // noSuchName is NXDOMAIN, RFC 1035 4.1.1.
@@ -198,20 +208,24 @@ func TestProbe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"xds.example"}, IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"xds.example"}, IsCA: true,
+		BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ca := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	empty := filepath.Join(t.TempDir(), "empty.pem")
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	good, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	good, err := tls.Listen("tcp", "127.0.0.1:0",
+		&tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
 	if err != nil {
 		t.Fatal(err)
 	}

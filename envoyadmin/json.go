@@ -9,8 +9,9 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// reader reads JSON as a stream. Two kinds of errors leave it: a *shapeError says that a value was not what was looked for; it has been
-// read to its end, and the stream goes on. Any other error ends the stream.
+// reader reads JSON as a stream. Two kinds of errors leave it: a *shapeError says that a value
+// was not what was looked for; it has been read to its end, and the stream goes on. Any other
+// error ends the stream.
 type reader struct {
 	*jsontext.Decoder
 	from    io.Reader
@@ -32,14 +33,15 @@ func isShape(err error) bool {
 
 func newReader(from io.Reader) *reader {
 	r := &reader{from: from, waiting: maxValue}
-	// Bytes that are no UTF-8 in an access log format or an error text are no reason to lose the listeners. Names are not looked at twice:
-	// the last one wins, and remembering them costs memory.
-	r.Decoder = jsontext.NewDecoder((*readerInput)(r), jsontext.AllowInvalidUTF8(true), jsontext.AllowDuplicateNames(true))
+	// Bytes that are no UTF-8 in an access log format or an error text are no reason to lose the
+	// listeners. Names are not looked at twice: the last one wins, and remembering them costs memory.
+	r.Decoder = jsontext.NewDecoder((*readerInput)(r), jsontext.AllowInvalidUTF8(true),
+		jsontext.AllowDuplicateNames(true))
 	return r
 }
 
-// readerInput limits what one value may hold: the decoder keeps the bytes after the last token it gave out, so if many wait there, they
-// are of one value (or of white space without end).
+// readerInput limits what one value may hold: the decoder keeps the bytes after the last token it
+// gave out, so if many wait there, they are of one value (or of white space without end).
 type readerInput reader
 
 func (r *readerInput) Read(p []byte) (int, error) {
@@ -51,7 +53,8 @@ func (r *readerInput) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// document reads the one value of an answer: value must read it. A shape error becomes ErrNotJSON, and so do bytes after the value.
+// document reads the one value of an answer: value must read it. A shape error becomes ErrNotJSON,
+// and so do bytes after the value.
 func (r *reader) document(value func() error) error {
 	err := value()
 	if err == nil {
@@ -66,13 +69,15 @@ func (r *reader) document(value func() error) error {
 		return fmt.Errorf("%w: %w", ErrNotJSON, err)
 	case r.given == 0 && errors.Is(err, io.EOF):
 		return ErrEmpty
-	case strings.Contains(err.Error(), "exceeded max depth"): // the decoder's own limit, of 10,000, without a type
+	case strings.Contains(err.Error(), "exceeded max depth"):
+		// the decoder's own limit, of 10,000, without a type
 		return fmt.Errorf("%w: %w", ErrTooDeep, err)
 	}
 	return err
 }
 
-// object reads an object; field must read the value of each name. After a shape error in one field the others are still read.
+// object reads an object; field must read the value of each name. After a shape error in one field
+// the others are still read.
 func (r *reader) object(field func(name string) error) error {
 	if r.PeekKind() != '{' {
 		return r.other("an object")
@@ -82,7 +87,8 @@ func (r *reader) object(field func(name string) error) error {
 	}
 	var shape error
 	for r.PeekKind() != '}' {
-		// The name as raw bytes: Token.String would make a string of each. Envoy's names hold nothing to unescape.
+		// The name as raw bytes: Token.String would make a string of each. Envoy's names
+		// hold nothing to unescape.
 		raw, err := r.ReadValue()
 		if err != nil {
 			return err
@@ -102,8 +108,9 @@ func (r *reader) object(field func(name string) error) error {
 	return shape
 }
 
-// fieldName returns the name of a field as the types call it today. Envoy 1.13 to 1.17 show what they took over from API v2 under a prefix.
-// Known names cost no allocation, and the rest is not asked for.
+// fieldName returns the name of a field as the types call it today. Envoy 1.13 to 1.17 show
+// what they took over from API v2 under a prefix. Known names cost no allocation, and the
+// rest is not asked for.
 func fieldName(quoted []byte) string {
 	if len(quoted) < 2 {
 		return ""
@@ -124,10 +131,14 @@ var fieldNames = func() map[string]string {
 	for name := range strings.FieldsSeq(`
 		@type name configs bootstrap
 		dynamic_listeners static_listeners dynamic_active_listeners dynamic_warming_listeners
-		active_state warming_state error_state details last_update_attempt failed_configuration version_info listener last_updated
-		address additional_addresses filter_chains default_filter_chain filter_chain_matcher filter_chain_match listener_filters
-		bind_to_port deprecated_v1 use_original_dst traffic_direction fcds_config internal_listener api_listener
-		filters typed_config config transport_socket tls_context rds route_config_name route_config cluster weighted_clusters clusters
+		active_state warming_state error_state details last_update_attempt failed_configuration
+		version_info listener last_updated
+		address additional_addresses filter_chains default_filter_chain filter_chain_matcher
+		filter_chain_match listener_filters
+		bind_to_port deprecated_v1 use_original_dst traffic_direction fcds_config internal_listener
+		api_listener
+		filters typed_config config transport_socket tls_context rds route_config_name route_config
+		cluster weighted_clusters clusters
 		cluster_statuses host_statuses health_status eds_health_status observability_name
 		node dynamic_resources static_resources admin`) {
 		m[name] = name
@@ -135,7 +146,8 @@ var fieldNames = func() map[string]string {
 	return m
 }()
 
-// array reads an array; element must read each of its values. After a shape error in one the others are still read.
+// array reads an array; element must read each of its values. After a shape error in one the
+// others are still read.
 func (r *reader) array(element func() error) error {
 	if r.PeekKind() != '[' {
 		return r.other("an array")

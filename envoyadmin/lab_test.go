@@ -28,7 +28,8 @@ var envoyVersions = []string{"1.36.4", "1.40.0"}
 
 const newest = "1.40.0"
 
-// envoy is an Envoy that a test runs, in a network namespace of its own, asked over a unix socket, with its listeners in a file (LDS).
+// envoy is an Envoy that a test runs, in a network namespace of its own, asked over a unix socket,
+// with its listeners in a file (LDS).
 type envoy struct {
 	t       testing.TB
 	version string
@@ -114,7 +115,8 @@ func prepare(t testing.TB, version string) *envoy {
 // boot writes what Envoy is started with.
 func (e *envoy) boot(replace ...string) {
 	host := `{endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}, health_status: %s}`
-	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2", fmt.Sprintf(host, 2, "UNHEALTHY"), "LABDIR", e.dir, "DYNAMIC", "", "CLUSTERS", "")
+	replace = append(replace, "HOST1", fmt.Sprintf(host, 1, "HEALTHY"), "HOST2",
+		fmt.Sprintf(host, 2, "UNHEALTHY"), "LABDIR", e.dir, "DYNAMIC", "", "CLUSTERS", "")
 	e.write("boot.yaml", strings.NewReplacer(replace...).Replace(bootstrapYAML))
 }
 
@@ -125,7 +127,8 @@ func (e *envoy) run() {
 		e.t.Fatal(err)
 	}
 	defer log.Close()
-	e.cmd = exec.Command("unshare", "-n", "sh", "-c", `ip link set lo up && exec "$@"`, "sh", binary(e.t, e.version), "-c", e.path("boot.yaml"),
+	e.cmd = exec.Command("unshare", "-n", "sh", "-c", `ip link set lo up && exec "$@"`, "sh",
+		binary(e.t, e.version), "-c", e.path("boot.yaml"),
 		"--concurrency", "1", "-l", "info", "--disable-hot-restart")
 	e.cmd.Stderr = log
 	if err := e.cmd.Start(); err != nil {
@@ -172,7 +175,8 @@ func (e *envoy) listeners(yaml string) {
 	if yaml == "" {
 		yaml = " []"
 	}
-	yaml = strings.NewReplacer("RDS", e.path("rds.yaml"), "CERT", e.path("cert.pem"), "KEY", e.path("key.pem"), "PIPE", e.path("pipe")).Replace(yaml)
+	yaml = strings.NewReplacer("RDS", e.path("rds.yaml"), "CERT", e.path("cert.pem"), "KEY",
+		e.path("key.pem"), "PIPE", e.path("pipe")).Replace(yaml)
 	e.write("lds.yaml", "resources:\n"+yaml)
 }
 
@@ -181,7 +185,8 @@ func (e *envoy) certificate() {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "lab"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "lab"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		e.t.Fatal(err)
@@ -209,8 +214,8 @@ func (e *envoy) fetch(path string) []byte {
 	return body
 }
 
-// TestShapes pushes each shape to each Envoy and reads it back. The golden files say what is in the pushed YAML. With -update the answers of the
-// newest Envoy are recorded for TestRecorded.
+// TestShapes pushes each shape to each Envoy and reads it back. The golden files say what is in the
+// pushed YAML. With -update the answers of the newest Envoy are recorded for TestRecorded.
 func TestShapes(t *testing.T) {
 	shapes, err := filepath.Glob("testdata/shapes/*.yaml")
 	if err != nil || len(shapes) == 0 {
@@ -254,7 +259,8 @@ func (e *envoy) record(name string) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		e.t.Fatal(err)
 	}
-	for file, path := range map[string]string{"dynamic.json": dynamicPath, "static.json": staticPath, "masked.json": maskedPath} {
+	for file, path := range map[string]string{"dynamic.json": dynamicPath, "static.json": staticPath,
+		"masked.json": maskedPath} {
 		answer := bytes.ReplaceAll(e.fetch(path), []byte(e.dir), []byte("/run/lab"))
 		if err := os.WriteFile(filepath.Join(dir, file), answer, 0o644); err != nil {
 			e.t.Fatal(err)
@@ -264,7 +270,8 @@ func (e *envoy) record(name string) {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	short := fmt.Sprintf("{\"version\": %q, \"state\": %q, \"uptime_current_epoch\": \"3s\", \"node\": {\"id\": %q}}\n", info.Text, info.State, info.Node.ID)
+	short := fmt.Sprintf(
+		"{\"version\": %q, \"state\": %q, \"uptime_current_epoch\": \"3s\", \"node\": {\"id\": %q}}\n", info.Text, info.State, info.Node.ID)
 	if err := os.WriteFile(filepath.Join(dir, "info.json"), []byte(short), 0o644); err != nil {
 		e.t.Fatal(err)
 	}
@@ -284,10 +291,12 @@ func TestLife(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if info.Version.String() != version || info.State != "LIVE" || info.Node.ID != "lab-node" || info.Node.Zone != "z1" || info.LogLevel != "info" || info.Config == "" {
+			if info.Version.String() != version || info.State != "LIVE" || info.Node.ID != "lab-node" ||
+				info.Node.Zone != "z1" || info.LogLevel != "info" || info.Config == "" {
 				t.Errorf("got %+v", info)
 			}
-			if got := info.Node.Metadata; got["TRAFFICDIRECTOR_NETWORK_NAME"] != "default" || got["N"] != "5" || len(got) != 2 {
+			if got := info.Node.Metadata; got["TRAFFICDIRECTOR_NETWORK_NAME"] != "default" ||
+				got["N"] != "5" || len(got) != 2 {
 				t.Errorf("metadata %v", got)
 			}
 			b, err := e.client.Bootstrap(ctx)
@@ -323,7 +332,8 @@ func TestLife(t *testing.T) {
 			}
 			// A filter chain more: the version stays, the fingerprint does not.
 			e.listeners(strings.Replace(string(yaml), "10.0.0.1", "10.0.0.77", 1))
-			if event := next(t, events, 5*time.Second); event.Kind != ListenerChanged || event.Listener != "both" {
+			if event := next(t, events, 5*time.Second); event.Kind != ListenerChanged ||
+				event.Listener != "both" {
 				t.Errorf("got %+v", event)
 			}
 			began := time.Now()
@@ -346,7 +356,8 @@ func TestLife(t *testing.T) {
 				t.Errorf("got %+v", event)
 			}
 			s, err := e.client.Listeners(ctx)
-			if err != nil || len(s.Rejected) != 1 || s.Rejected[0].Details != event.Details || !strings.Contains(render(s), "10.0.0.77/32") {
+			if err != nil || len(s.Rejected) != 1 || s.Rejected[0].Details != event.Details ||
+				!strings.Contains(render(s), "10.0.0.77/32") {
 				t.Errorf("%v, log %+v:\n%s", err, event, render(s))
 			}
 			if plane, err = e.client.ControlPlane(ctx); err != nil || plane.Rejected == 0 {
@@ -383,7 +394,8 @@ func TestLife(t *testing.T) {
 	}
 }
 
-// TestWarming holds a listener back: it waits for routes. It is told apart, by the full dump and by the masked one, and seen when it becomes active.
+// TestWarming holds a listener back: it waits for routes. It is told apart, by the full dump and by
+// the masked one, and seen when it becomes active.
 func TestWarming(t *testing.T) {
 	for _, version := range envoyVersions {
 		t.Run(version, func(t *testing.T) {
@@ -427,8 +439,10 @@ func TestWarming(t *testing.T) {
 func TestBootstrapRefused(t *testing.T) {
 	for _, version := range envoyVersions {
 		e := prepare(t, version)
-		e.write("boot.yaml", `static_resources: {clusters: [{name: "", metadata: {filter_metadata: {a: {authorization: "Bearer s3cr3t"}}}}]}`)
-		said, err := exec.Command("unshare", "-n", binary(t, version), "-c", e.path("boot.yaml"), "--disable-hot-restart").CombinedOutput()
+		e.write("boot.yaml",
+			`static_resources: {clusters: [{name: "", metadata: {filter_metadata: {a: {authorization: "Bearer s3cr3t"}}}}]}`)
+		said, err := exec.Command("unshare", "-n", binary(t, version), "-c", e.path("boot.yaml"),
+			"--disable-hot-restart").CombinedOutput()
 		if err == nil || !bytes.Contains(said, []byte("s3cr3t")) {
 			t.Fatalf("%s: %v\n%s", version, err, said)
 		}
@@ -452,7 +466,8 @@ func TestForbidden(t *testing.T) {
 	checkKind(t, err, ErrStatus, ErrForbiddenPath)
 }
 
-// TestStreamClosed has an Envoy ask a control plane that is not there, and one that is no gRPC server; the bootstrap tells which.
+// TestStreamClosed has an Envoy ask a control plane that is not there, and one that is no gRPC
+// server; the bootstrap tells which.
 func TestStreamClosed(t *testing.T) {
 	for _, version := range envoyVersions {
 		t.Run(version, func(t *testing.T) {

@@ -17,19 +17,22 @@ import (
 
 // Listener is one listener that Envoy runs, as far as interception asks.
 type Listener struct {
-	Name        string
-	Static      bool // of Envoy's own configuration, not from the control plane
-	Direction   corev3.TrafficDirection
-	Addresses   []netip.AddrPort // address, then additional_addresses
-	Ipv4Compat  bool             // an IPv6 address takes IPv4 connections too
-	Bound       bool             // has a socket: neither bind_to_port nor deprecated_v1.bind_to_port is false
-	UDP         bool
-	DNS         bool // answers DNS: it has Envoy's DNS filter
-	OriginalDst bool // looks up where a redirected connection wanted to go: original_dst listener filter, or use_original_dst
+	Name       string
+	Static     bool // of Envoy's own configuration, not from the control plane
+	Direction  corev3.TrafficDirection
+	Addresses  []netip.AddrPort // address, then additional_addresses
+	Ipv4Compat bool             // an IPv6 address takes IPv4 connections too
+	// has a socket: neither bind_to_port nor deprecated_v1.bind_to_port is false
+	Bound bool
+	UDP   bool
+	DNS   bool // answers DNS: it has Envoy's DNS filter
+	// looks up where a redirected connection wanted to go: original_dst listener
+	// filter, or use_original_dst
+	OriginalDst bool
 	FCDS        bool // gets filter chains by a discovery of their own, which no dump shows
 
-	// Chains are what traffic is matched against. With a filter_chain_matcher a chain is listed once per way that leads to it, with the
-	// addresses and port of that way.
+	// Chains are what traffic is matched against. With a filter_chain_matcher a chain is listed once
+	// per way that leads to it, with the addresses and port of that way.
 	Chains       []FilterChain
 	DefaultChain *FilterChain
 
@@ -45,20 +48,25 @@ type FilterChain struct {
 	ServerNames          []string       // of TLS
 	TransportProtocol    string         // "tls", "raw_buffer"; empty: any
 	ApplicationProtocols []string
-	OtherConditions      bool // it takes only some of these connections: by source, or by what a filter_chain_matcher looks at
+	// it takes only some of these connections: by source, or by what a filter_chain_matcher looks at
+	OtherConditions bool
 
-	HTTP, TCP    bool // has an HTTP connection manager, a TCP proxy
-	TLS          bool // ends TLS (has a transport socket)
-	TLSInspected bool // a listener filter waits for the client's first bytes to see whether they are TLS
+	HTTP, TCP bool // has an HTTP connection manager, a TCP proxy
+	TLS       bool // ends TLS (has a transport socket)
+	// a listener filter waits for the client's first bytes to see whether they are TLS
+	TLSInspected bool
 	RouteConfig  string
 	Cluster      string // of a TCP proxy; several of weighted clusters, parted by commas
 }
 
-// decode reads the JSON of a pruned part into a type of go-control-plane. Fields of newer Envoys are dropped.
-var decode = protojson.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: maxDepth, Resolver: lenient{}}
+// decode reads the JSON of a pruned part into a type of go-control-plane. Fields of
+// newer Envoys are dropped.
+var decode = protojson.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: maxDepth,
+	Resolver: lenient{}}
 
-// lenient finds a type for each Any, since one that is not linked in would fail the parse of all around it, DiscardUnknown or not. What it
-// falls back to is an ordinary message; protojson treats the well-known ones, emptypb.Empty among them, in a way of their own.
+// lenient finds a type for each Any, since one that is not linked in would fail the parse of all
+// around it, DiscardUnknown or not. What it falls back to is an ordinary message; protojson treats
+// the well-known ones, emptypb.Empty among them, in a way of their own.
 type lenient struct{}
 
 func (lenient) FindMessageByURL(url string) (protoreflect.MessageType, error) {
@@ -76,12 +84,13 @@ func (lenient) FindExtensionByName(protoreflect.FullName) (protoreflect.Extensio
 	return nil, protoregistry.NotFound
 }
 
-func (lenient) FindExtensionByNumber(protoreflect.FullName, protoreflect.FieldNumber) (protoreflect.ExtensionType, error) {
+func (lenient) FindExtensionByNumber(protoreflect.FullName,
+	protoreflect.FieldNumber) (protoreflect.ExtensionType, error) {
 	return nil, protoregistry.NotFound
 }
 
-// listener reads a config.listener.v3.Listener, or an api.v2.Listener, which has the same names. What is not understood in it is
-// returned as reasons; err is only of the stream.
+// listener reads a config.listener.v3.Listener, or an api.v2.Listener, which has the same names.
+// What is not understood in it is returned as reasons; err is only of the stream.
 func (r *reader) listener() (Listener, []string, error) {
 	p := partial{Listener: Listener{Bound: true}, small: []byte{'{'}}
 	err := r.object(func(name string) error { return p.field(r, name) })
@@ -98,7 +107,8 @@ func (r *reader) listener() (Listener, []string, error) {
 	return p.Listener, p.reasons, nil
 }
 
-// partial is a listener that is being read. Its fields come in any order, and some say what others mean.
+// partial is a listener that is being read. Its fields come in any order, and some
+// say what others mean.
 type partial struct {
 	Listener
 	small   []byte // the fields that are left to protojson, as an object without its end
@@ -127,13 +137,15 @@ func (p *partial) field(r *reader, name string) error {
 		if err := r.textInto(&url); err != nil {
 			return err
 		}
-		if !strings.HasSuffix(url, "/envoy.config.listener.v3.Listener") && !strings.HasSuffix(url, "/envoy.api.v2.Listener") {
+		if !strings.HasSuffix(url, "/envoy.config.listener.v3.Listener") &&
+			!strings.HasSuffix(url, "/envoy.api.v2.Listener") {
 			p.note("type %q is no listener", url)
 		}
 		return nil
 	case "name":
 		return r.textInto(&p.Name)
-	case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst", "traffic_direction":
+	case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst",
+		"traffic_direction":
 		value, err := r.raw(maxValue)
 		if err != nil {
 			return err
@@ -159,7 +171,8 @@ func (p *partial) field(r *reader, name string) error {
 			switch {
 			case f.is("OriginalDst", "envoy.listener.original_dst", "envoy.filters.listener.original_dst"):
 				p.OriginalDst = true
-			case f.is("TlsInspector", "envoy.listener.tls_inspector", "envoy.filters.listener.tls_inspector"):
+			case f.is("TlsInspector", "envoy.listener.tls_inspector",
+				"envoy.filters.listener.tls_inspector"):
 				p.tlsInspector = true
 			case f.is("DnsFilterConfig", "envoy.filters.udp.dns_filter"):
 				p.DNS = true
@@ -258,7 +271,8 @@ func (l *Listener) address(a *corev3.Address, note func(string, ...any)) {
 	}
 }
 
-// filterChain reads a config.listener.v3.FilterChain. A shape error says why it cannot be understood.
+// filterChain reads a config.listener.v3.FilterChain. A shape error says why it
+// cannot be understood.
 func (r *reader) filterChain() (chain FilterChain, err error) {
 	err = r.object(func(name string) error {
 		switch name {
@@ -274,7 +288,8 @@ func (r *reader) filterChain() (chain FilterChain, err error) {
 			return r.array(func() error {
 				f, err := r.filter()
 				switch {
-				case f.is("HttpConnectionManager", "envoy.http_connection_manager", "envoy.filters.network.http_connection_manager"):
+				case f.is("HttpConnectionManager", "envoy.http_connection_manager",
+					"envoy.filters.network.http_connection_manager"):
 					chain.HTTP, chain.RouteConfig = true, f.route
 				case f.is("TcpProxy", "envoy.tcp_proxy", "envoy.filters.network.tcp_proxy"):
 					chain.TCP, chain.Cluster = true, f.cluster
@@ -311,13 +326,16 @@ func (c *FilterChain) match(raw []byte) error {
 	} else {
 		c.Port = uint16(p)
 	}
-	c.ServerNames, c.TransportProtocol, c.ApplicationProtocols = m.GetServerNames(), m.GetTransportProtocol(), m.GetApplicationProtocols()
-	c.OtherConditions = len(m.GetSourcePrefixRanges()) > 0 || len(m.GetDirectSourcePrefixRanges()) > 0 || len(m.GetSourcePorts()) > 0 ||
+	c.ServerNames, c.TransportProtocol, c.ApplicationProtocols = m.GetServerNames(),
+		m.GetTransportProtocol(), m.GetApplicationProtocols()
+	c.OtherConditions = len(m.GetSourcePrefixRanges()) > 0 ||
+		len(m.GetDirectSourcePrefixRanges()) > 0 || len(m.GetSourcePorts()) > 0 ||
 		m.GetSourceType() != listenerv3.FilterChainMatch_ANY
 	return nil
 }
 
-// prefix makes a prefix as Envoy does: bits past the length are dropped, and a length past the address's own is cut.
+// prefix makes a prefix as Envoy does: bits past the length are dropped, and a length past the
+// address's own is cut.
 func prefix(address string, length uint32) (netip.Prefix, error) {
 	ip, err := netip.ParseAddr(address)
 	if err != nil || ip.Zone() != "" || ip.Is4In6() {
@@ -332,7 +350,8 @@ type filter struct {
 	route, cluster string
 }
 
-// is tells the type: by that of the configuration, or where there is none (before 1.17), by the filter's well-known name.
+// is tells the type: by that of the configuration, or where there is none (before 1.17), by the
+// filter's well-known name.
 func (f filter) is(message string, names ...string) bool {
 	if f.url != "" {
 		return strings.HasSuffix(f.url, "."+message)
@@ -340,7 +359,8 @@ func (f filter) is(message string, names ...string) bool {
 	return slices.Contains(names, f.name)
 }
 
-// filter reads a network filter or a listener filter. Of the configuration it looks at few fields; the rest can be anything.
+// filter reads a network filter or a listener filter. Of the configuration it looks at few fields;
+// the rest can be anything.
 func (r *reader) filter() (f filter, err error) {
 	ignore := func(err error) error {
 		if isShape(err) {

@@ -21,15 +21,19 @@ import (
 type LogKind uint8
 
 const (
-	Other            LogKind = iota // a configuration of another kind was rejected: see Message and Details
-	ListenerChanged                 // a listener came, changed or went; or the workers were started (without Listener)
-	ListenerRejected                // see Details
-	StreamClosed                    // the configuration stream from the control plane ended: see Code and Message
-	LogUnreadable                   // the log itself cannot be read, see Details, or can again (no Details); it is tried each second
+	// a configuration of another kind was rejected: see Message and Details
+	Other LogKind = iota
+	// a listener came, changed or went; or the workers were started (without Listener)
+	ListenerChanged
+	ListenerRejected // see Details
+	// the configuration stream from the control plane ended: see Code and Message
+	StreamClosed
+	// the log itself cannot be read, see Details, or can again (no Details); it is tried each second
+	LogUnreadable
 )
 
-// LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a configuration
-// that Envoy quotes (redaction.Text).
+// LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a
+// configuration that Envoy quotes (redaction.Text).
 type LogEvent struct {
 	Kind     LogKind
 	Listener string // by name
@@ -37,35 +41,44 @@ type LogEvent struct {
 	Method   string // of the stream: StreamAggregatedResources, DeltaAggregatedResources, …
 	Target   string // of the stream, where Envoy names it
 	Code     int    // gRPC status of the stream
-	Message  string // of the stream, in the control plane's words, often empty; or the type of what was rejected
-	Count    int    // how many equal lines this stands for, at least 1
-	Dropped  int    // different lines before this one that nobody took and that were too many to keep
+	// of the stream, in the control plane's words, often empty; or the type of what was rejected
+	Message string
+	Count   int // how many equal lines this stands for, at least 1
+	Dropped int // different lines before this one that nobody took and that were too many to keep
 }
 
-// Limits of the log reader. In a storm (a control plane that answers each rejection at once: 1,300 a second were seen, each with two lines) the
-// file is read in pieces instead of line by line, and equal events become one.
+// Limits of the log reader. In a storm (a control plane that answers each rejection at once: 1,300
+// a second were seen, each with two lines) the file is read in pieces instead of line by line, and
+// equal events become one.
 const (
-	maxLine   = 8 << 10                // bytes of a line that are looked at; rejections of large listeners are long
-	maxBehind = 16 << 20               // bytes written since the last read: of more, only the last are read
+	// bytes of a line that are looked at; rejections of large listeners are long
+	maxLine = 8 << 10
+	// bytes written since the last read: of more, only the last are read
+	maxBehind = 16 << 20
 	readSize  = 64 << 10               // bytes of one read
 	maxGap    = 200 * time.Millisecond // between reads in a storm: what a hint may come late then
-	logPoll   = 1 * time.Second        // the file is looked at this often even if inotify is silent: a new file, a truncation
-	sameEvent = 5 * time.Second        // an event that only repeats is told this often
-	maxEvents = 256                    // different events that are remembered
+	// the file is looked at this often even if inotify is silent: a new file, a truncation
+	logPoll   = 1 * time.Second
+	sameEvent = 5 * time.Second // an event that only repeats is told this often
+	maxEvents = 256             // different events that are remembered
 )
 
 var (
-	// "StreamAggregatedResources gRPC config stream closed: 5, …" and, later, "… stream to TARGET closed: 5, …", both perhaps with
-	// "closed since 32s ago: …" and, at the end, "(previously 14, … since 35s ago)".
-	streamClosed = regexp.MustCompile(`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
-	// Envoy 1.40 puts where a status came from behind the server's words: "Permission denied.{via_upstream}".
+	// "StreamAggregatedResources gRPC config stream closed: 5, …" and, later, "… stream to TARGET
+	// closed: 5, …", both perhaps with "closed since 32s ago: …" and, at the end, "(previously
+	// 14, … since 35s ago)".
+	streamClosed = regexp.MustCompile(
+		`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
+	// Envoy 1.40 puts where a status came from behind the server's words: "Permission
+	// denied.{via_upstream}".
 	via             = regexp.MustCompile(`\{[a-z_]+\}$`)
 	previously      = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
 	listenerChanged = regexp.MustCompile(`lds: (?:add/update|remove) listener '(.*)'`)
 )
 
-// parseLine says what a line of the log is about; ok is false if it is nothing of ours. StreamLoadStats is load reporting and StreamHealthCheck
-// health checking: their end says nothing about the configuration.
+// parseLine says what a line of the log is about; ok is false if it is nothing of ours.
+// StreamLoadStats is load reporting and StreamHealthCheck health checking: their end says nothing
+// about the configuration.
 func parseLine(line []byte) (e LogEvent, ok bool) {
 	e.Count = 1
 
@@ -96,7 +109,8 @@ func parseLine(line []byte) (e LogEvent, ok bool) {
 	return e, false
 }
 
-// parseRejected reads the lines of rejections, by cuts: in a storm there are thousands a second, and a regular expression takes ten times as long.
+// parseRejected reads the lines of rejections, by cuts: in a storm there are thousands a second,
+// and a regular expression takes ten times as long.
 //
 //	lds: listener 'N' config rejected: WHY
 //	gRPC config for TYPE rejected: WHY             up to 1.9 "update rejected"
@@ -133,15 +147,18 @@ func parseRejected(line []byte) (e LogEvent, ok bool) {
 	return e, true
 }
 
-// FollowLog follows Envoy's log from its end until ctx is done, and then closes the channel. It holds a file that was renamed until the new one
-// appears, begins a truncated one (logrotate's copytruncate) at its start, and waits for one that is missing. What nobody takes from the channel is
-// kept, equal events as one.
+// FollowLog follows Envoy's log from its end until ctx is done, and then closes the channel. It
+// holds a file that was renamed until the new one appears, begins a truncated one (logrotate's
+// copytruncate) at its start, and waits for one that is missing. What nobody takes from the channel
+// is kept, equal events as one.
 //
-// The events are hints: a line can be missed while the log is rotated, so the masked dump decides, asked for by polling too.
+// The events are hints: a line can be missed while the log is rotated, so the masked dump decides,
+// asked for by polling too.
 func FollowLog(ctx context.Context, path string) <-chan LogEvent {
 	out := make(chan LogEvent)
 	f := &follower{path: path, out: out, told: map[LogEvent]*repeats{}}
-	// Before returning, so that what is logged from now on is seen. What stood there before is not news.
+	// Before returning, so that what is logged from now on is seen. What stood
+	// there before is not news.
 	f.open(true)
 	go func() {
 		defer close(out)
@@ -193,7 +210,8 @@ func (f *follower) run(ctx context.Context) {
 		}
 		listen, listenErrs := events, errs
 		if quiet != nil {
-			// fsnotify is stuck in handing over an event, and the kernel makes one of all equal events that follow: no wake-ups.
+			// fsnotify is stuck in handing over an event, and the kernel makes one of all equal events
+			// that follow: no wake-ups.
 			listen, listenErrs = nil, nil
 		}
 		select {
@@ -220,10 +238,12 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// open opens the file. Only a regular file is read, and a symbolic link is not followed: the folder may be another user's.
+// open opens the file. Only a regular file is read, and a symbolic link is not followed: the folder
+// may be another user's.
 func (f *follower) open(atEnd bool) {
 	if f.watch == nil {
-		f.watch, _ = fsnotify.NewWatcher() // fails past fs.inotify.max_user_instances: then polling must do
+		// fails past fs.inotify.max_user_instances: then polling must do
+		f.watch, _ = fsnotify.NewWatcher()
 	}
 	file, err := os.OpenFile(f.path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -256,7 +276,8 @@ func (f *follower) close() {
 	}
 }
 
-// complain tells once why the log cannot be read. That it is not there yet is no complaint: Envoy may never have run.
+// complain tells once why the log cannot be read. That it is not there yet is no complaint:
+// Envoy may never have run.
 func (f *follower) complain(err error) {
 	text := err.Error()
 	if errors.Is(err, os.ErrNotExist) {
@@ -287,7 +308,8 @@ func (f *follower) reopen() {
 	f.open(false)
 }
 
-// read takes in what was written since the last time, up to a limit, and says whether there was anything.
+// read takes in what was written since the last time, up to a limit, and says
+// whether there was anything.
 func (f *follower) read() bool {
 	if f.file == nil {
 		return false
@@ -361,7 +383,8 @@ func (f *follower) push(e LogEvent, now time.Time) {
 			return
 		}
 	}
-	if known := f.told[same(e)]; known != nil && e.Kind != ListenerChanged && now.Sub(known.at) < sameEvent {
+	if known := f.told[same(e)]; known != nil && e.Kind != ListenerChanged &&
+		now.Sub(known.at) < sameEvent {
 		known.count += e.Count
 		return
 	}
@@ -399,10 +422,11 @@ func (f *follower) repeat(now time.Time) {
 	}
 }
 
-// redacted is an event as it may be told. It is not made of each line: in a storm there are thousands
-// a second, and few different ones.
+// redacted is an event as it may be told. It is not made of each line: in a storm there are
+// thousands a second, and few different ones.
 func redacted(e LogEvent) LogEvent {
-	e.Details, e.Message, e.Target = redaction.Text(e.Details), redaction.Text(e.Message), redaction.Text(e.Target)
+	e.Details, e.Message, e.Target = redaction.Text(e.Details), redaction.Text(e.Message),
+		redaction.Text(e.Target)
 	return e
 }
 
@@ -433,8 +457,9 @@ func Tail(log *os.File, limit int64) ([]byte, error) {
 	return text, nil
 }
 
-// LastError returns the last entry of level error or critical in the log's last 64 KiB, without its time and source: what Envoy said before it ended.
-// It is empty if there is none. An entry may have many lines; what is told of it is redaction.Text.
+// LastError returns the last entry of level error or critical in the log's last 64 KiB, without its
+// time and source: what Envoy said before it ended. It is empty if there is none. An entry may have
+// many lines; what is told of it is redaction.Text.
 func LastError(path string) (string, error) {
 	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -471,6 +496,8 @@ func LastError(path string) (string, error) {
 	return "", nil
 }
 
-// "[2026-01-02 03:04:05.678][123][critical][main] [source/server/server.cc:127] error initializing configuration …"
+// "[2026-01-02 03:04:05.678][123][critical][main] [source/server/server.cc:127] error
+// initializing configuration …"
 var entryStart = regexp.MustCompile(`^\[[^]]*\]\[\d+\]\[\w+\]`)
-var errorLine = regexp.MustCompile(`^\[[^]]*\]\[\d+\]\[(?:error|critical)\]\[[^]]*\] (?:\[[^]]*\] )?(.*)$`)
+var errorLine = regexp.MustCompile(
+	`^\[[^]]*\]\[\d+\]\[(?:error|critical)\]\[[^]]*\] (?:\[[^]]*\] )?(.*)$`)

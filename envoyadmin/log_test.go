@@ -19,8 +19,9 @@ var raceDetector bool
 
 const stamp = "[2026-03-04 05:06:07.890][123]"
 
-// Lines with a source file's full path were seen of Envoy 1.40.0; those with x.cc or x.h are the same, shortened. Those of API v2,
-// of "update rejected" and of a stream without a target are after the source of older ones, which no test runs (1.36.4 is the oldest).
+// Lines with a source file's full path were seen of Envoy 1.40.0; those with x.cc or x.h are the
+// same, shortened. Those of API v2, of "update rejected" and of a stream without a target are after
+// the source of older ones, which no test runs (1.36.4 is the oldest).
 func TestParseLine(t *testing.T) {
 	tests := []struct {
 		line string
@@ -33,7 +34,8 @@ func TestParseLine(t *testing.T) {
 		{stamp + "[info][config] [source/common/listener_manager/listener_manager_impl.cc:1149] all dependencies initialized. starting workers",
 			LogEvent{Kind: ListenerChanged, Count: 1}},
 		{stamp + "[warning][upstream] [source/common/listener_manager/lds_api.cc:89] lds: listener 'bad' config rejected: unable to open file '/var/log/envoy.log': Permission denied",
-			LogEvent{Kind: ListenerRejected, Listener: "bad", Details: "unable to open file '/var/log/envoy.log': Permission denied", Count: 1}},
+			LogEvent{Kind: ListenerRejected, Listener: "bad",
+				Details: "unable to open file '/var/log/envoy.log': Permission denied", Count: 1}},
 		{stamp + "[warning][config] [source/extensions/config_subscription/grpc/grpc_mux_impl.cc:90] gRPC config for type.googleapis.com/envoy.config.listener.v3.Listener rejected: Error adding/updating listener(s) bad: no such cluster: x",
 			LogEvent{Kind: ListenerRejected, Listener: "bad", Details: "no such cluster: x", Count: 1}},
 		{stamp + "[warning][config] [bazel-out/k8-opt/bin/source/common/config/_virtual_includes/grpc_mux_subscription_lib/common/config/grpc_mux_subscription_impl.h:73] gRPC config for type.googleapis.com/envoy.api.v2.Listener rejected: Error adding/updating listener(s) in: cannot bind",
@@ -43,19 +45,29 @@ func TestParseLine(t *testing.T) {
 		{stamp + "[warning][config] [x.cc:81] Filesystem config update rejected: Error adding/updating listener(s) bad: no filter chains",
 			LogEvent{Kind: ListenerRejected, Listener: "bad", Details: "no filter chains", Count: 1}},
 		{stamp + "[warning][config] [x.cc:81] delta config for type.googleapis.com/envoy.config.cluster.v3.Cluster rejected: Error adding/updating cluster(s) c: bad",
-			LogEvent{Kind: Other, Message: "type.googleapis.com/envoy.config.cluster.v3.Cluster", Details: "Error adding/updating cluster(s) c: bad", Count: 1}},
+			LogEvent{Kind: Other, Message: "type.googleapis.com/envoy.config.cluster.v3.Cluster",
+				Details: "Error adding/updating cluster(s) c: bad", Count: 1}},
 		{stamp + `[warning][config] [bazel-out/…/grpc_stream.h:91] StreamAggregatedResources gRPC config stream closed: 5, Traffic Director configuration was not found for network "default" in project "123".`,
-			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Code: 5, Message: `Traffic Director configuration was not found for network "default" in project "123".`, Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Code: 5,
+				Message: `Traffic Director configuration was not found for network "default" in project "123".`,
+				Count:   1}},
 		{stamp + `[warning][config] [./source/extensions/config_subscription/grpc/grpc_stream.h:278] StreamAggregatedResources gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, Permission denied on resource project 123.`,
-			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "trafficdirector.googleapis.com:443", Code: 7, Message: "Permission denied on resource project 123.", Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources",
+				Target: "trafficdirector.googleapis.com:443", Code: 7,
+				Message: "Permission denied on resource project 123.", Count: 1}},
 		{stamp + `[warning][config] [./source/extensions/config_subscription/grpc/grpc_stream.h:278] StreamAggregatedResources gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, Permission denied on resource project 123.{via_upstream}`,
-			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "trafficdirector.googleapis.com:443", Code: 7, Message: "Permission denied on resource project 123.", Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources",
+				Target: "trafficdirector.googleapis.com:443", Code: 7,
+				Message: "Permission denied on resource project 123.", Count: 1}},
 		{stamp + `[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed since 32s ago: 14, upstream connect error`,
-			LogEvent{Kind: StreamClosed, Method: "DeltaAggregatedResources", Target: "xds", Code: 14, Message: "upstream connect error", Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "DeltaAggregatedResources", Target: "xds", Code: 14,
+				Message: "upstream connect error", Count: 1}},
 		{stamp + `[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed: 5, not found (previously 14, upstream connect error since 35s ago)`,
-			LogEvent{Kind: StreamClosed, Method: "DeltaAggregatedResources", Target: "xds", Code: 5, Message: "not found", Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "DeltaAggregatedResources", Target: "xds", Code: 5,
+				Message: "not found", Count: 1}},
 		{stamp + "[warning][config] [x.h:1] StreamAggregatedResources gRPC config stream to trafficdirector.googleapis.com:443 closed: 13, ",
-			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "trafficdirector.googleapis.com:443", Code: 13, Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources",
+				Target: "trafficdirector.googleapis.com:443", Code: 13, Count: 1}},
 		{stamp + "[warning][config] [x.h:1] StreamLoadStats gRPC config stream closed: 7, Permission denied", LogEvent{}},
 		{stamp + "[warning][config] [x.h:1] StreamLoadStats gRPC config stream to td:443 closed: 5, Requested entity was not found.", LogEvent{}},
 		{stamp + "[warning][config] [x.h:1] StreamHealthCheck gRPC config stream closed: 12, unimplemented", LogEvent{}},
@@ -101,7 +113,8 @@ func changed(name string) string {
 }
 
 func rejected(name, why string) string {
-	return stamp + "[warning][upstream] [x.cc:1] lds: listener '" + name + "' config rejected: " + why + "\n"
+	return stamp + "[warning][upstream] [x.cc:1] lds: listener '" + name +
+		"' config rejected: " + why + "\n"
 }
 
 func follow(t *testing.T, path string) <-chan LogEvent {
@@ -237,8 +250,9 @@ func TestFollowLogRefuses(t *testing.T) {
 	}
 }
 
-// A control plane that answers each rejection at once: 1,300 rejections a second, two lines each. One event tells it, later ones count, a change
-// among them is not lost, and the reader takes little of a core.
+// A control plane that answers each rejection at once: 1,300 rejections a second, two lines
+// each. One event tells it, later ones count, a change among them is not lost, and the reader
+// takes little of a core.
 func TestFollowLogStorm(t *testing.T) {
 	length := 3 * time.Second
 	if os.Getenv("SOAK") != "" {
@@ -253,14 +267,16 @@ func TestFollowLogStorm(t *testing.T) {
 	}
 	defer f.Close()
 	why := "unable to open file '/var/log/x.log': Permission denied"
-	lines := rejected("bad", why) + stamp + "[warning][config] [x.cc:1] gRPC config for type.googleapis.com/envoy.config.listener.v3.Listener rejected: Error adding/updating listener(s) bad: " + why + "\n"
+	lines := rejected("bad", why) + stamp +
+		"[warning][config] [x.cc:1] gRPC config for type.googleapis.com/envoy.config.listener.v3.Listener rejected: Error adding/updating listener(s) bad: " + why + "\n"
 	written := make(chan int)
 	var before, after syscall.Rusage
 	runtime.GC()
 	syscall.Getrusage(syscall.RUSAGE_SELF, &before)
 	go func() {
 		n := 0
-		// 13 each 10 ms in one write: what Envoy does, without the cost of a writer that shares this process.
+		// 13 each 10 ms in one write: what Envoy does, without the cost of a writer
+		// that shares this process.
 		for end := time.Now().Add(length); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 			f.WriteString(strings.Repeat(lines, 13))
 			n += 2 * 13
@@ -289,22 +305,27 @@ func TestFollowLogStorm(t *testing.T) {
 		}
 	}
 	syscall.Getrusage(syscall.RUSAGE_SELF, &after)
-	cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
-	t.Logf("%d lines, %d events, %.2f %% of a core with the writer", n, told, 100*float64(cpu)/float64(length))
+	cpu := time.Duration(
+		after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+	t.Logf("%d lines, %d events, %.2f %% of a core with the writer", n, told,
+		100*float64(cpu)/float64(length))
 	if told > 1+int(length/sameEvent)+1 {
 		t.Errorf("%d events for %d equal rejections", told, n)
 	}
-	// The requirement is 2 %, held by TestRejectionStorm in the lab; here the writer counts too, and the machine may be busy.
+	// The requirement is 2 %, held by TestRejectionStorm in the lab; here the writer counts too, and
+	// the machine may be busy.
 	if limit := length / 10; cpu > limit && !raceDetector {
 		t.Errorf("took %v of %v", cpu, length)
 	}
 	// What was counted after the first is told a while later.
-	if e := next(t, events, sameEvent+2*time.Second); e.Kind != ListenerRejected || e.Count+counted < n*9/10 {
+	if e := next(t, events, sameEvent+2*time.Second); e.Kind != ListenerRejected ||
+		e.Count+counted < n*9/10 {
 		t.Errorf("got %+v, %d lines in all, %d told before", e, n, counted)
 	}
 }
 
-// Nobody takes: equal events become one, different ones are kept up to a number, the rest is counted.
+// Nobody takes: equal events become one, different ones are kept up to a
+// number, the rest is counted.
 func TestLogQueue(t *testing.T) {
 	f := follower{told: map[LogEvent]*repeats{}}
 	now := time.Now()
@@ -325,18 +346,23 @@ func TestLastError(t *testing.T) {
 	if got, err := LastError(l.path); got != "" || err != nil {
 		t.Errorf("got %q, %v", got, err)
 	}
-	l.write(stamp+"[critical][main] [source/server/server.cc:427] error initializing config 'a.yaml': no such field: 'x'\n", stamp+"[info][main] [source/server/server.cc:977] exiting\n")
-	if got, err := LastError(l.path); got != "error initializing config 'a.yaml': no such field: 'x'" || err != nil {
+	l.write(
+		stamp+"[critical][main] [source/server/server.cc:427] error initializing config 'a.yaml': no such field: 'x'\n", stamp+"[info][main] [source/server/server.cc:977] exiting\n")
+	if got, err := LastError(
+		l.path); got != "error initializing config 'a.yaml': no such field: 'x'" || err != nil {
 		t.Errorf("got %q, %v", got, err)
 	}
 	if _, err := LastError(l.path + "x"); !os.IsNotExist(err) {
 		t.Errorf("got %v", err)
 	}
 	// An entry has many lines, and the reason is behind the message (a capture of Envoy 1.40.0).
-	l.write(stamp+"[critical][main] [source/server/server.cc:449] error `goo.gle/debugproto   \nnode {\n  id: \"s3cr3t\"\n}\n"+
-		": Proto constraint validation failed (BootstrapValidationError.Node: value is required)` initializing config 'goo.gle/debugproto   \n  b.yaml'\n",
+	l.write(
+		stamp+"[critical][main] [source/server/server.cc:449] error `goo.gle/debugproto   \nnode {\n  id: \"s3cr3t\"\n}\n"+
+			": Proto constraint validation failed (BootstrapValidationError.Node: value is required)` initializing config 'goo.gle/debugproto   \n  b.yaml'\n",
 		stamp+"[info][main] [source/server/server.cc:977] : Proto constraint validation failed (of another entry)\n")
-	if got, err := LastError(l.path); got != "Proto constraint validation failed (Bootstrap.Node: value is required)" || err != nil {
+	if got, err := LastError(
+		l.path); got != "Proto constraint validation failed (Bootstrap.Node: value is required)" ||
+		err != nil {
 		t.Errorf("got %q, %v", got, err)
 	}
 }
@@ -354,9 +380,12 @@ func TestLogQuotes(t *testing.T) {
 		{rejected("a", "goo.gle/debugonly    "), LogEvent{Kind: ListenerRejected, Listener: "a", Details: "[...]", Count: 1}},
 		{rejected("a", `value: "`+s+`"`), LogEvent{Kind: ListenerRejected, Listener: "a", Details: `value: "[...]"`, Count: 1}},
 		{stamp + "[warning][config] [x.cc:81] delta config for T rejected: Incorrect configuration: " + s + " % x. Couldn't find valid command at position 7\n",
-			LogEvent{Kind: Other, Message: "T", Details: "Incorrect configuration: [...]. Couldn't find valid command at position 7", Count: 1}},
+			LogEvent{Kind: Other, Message: "T",
+				Details: "Incorrect configuration: [...]. Couldn't find valid command at position 7",
+				Count:   1}},
 		{stamp + "[warning][config] [x.h:1] StreamAggregatedResources gRPC config stream to https://td/?k=" + s + " closed: 7, no Bearer " + s + "\n",
-			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "https://td/", Code: 7, Message: "no Bearer [...]", Count: 1}},
+			LogEvent{Kind: StreamClosed, Method: "StreamAggregatedResources", Target: "https://td/", Code: 7,
+				Message: "no Bearer [...]", Count: 1}},
 	} {
 		l.write(test.line)
 		if diff := cmp.Diff(test.want, next(t, events, 5*time.Second)); diff != "" {
@@ -367,8 +396,12 @@ func TestLogQuotes(t *testing.T) {
 
 func FuzzLog(f *testing.F) {
 	f.Add([]byte(changed("a")+rejected("b", "why")), 7)
-	f.Add([]byte(stamp+"[warning][config] [x.h:1] StreamAggregatedResources gRPC config stream to td:443 closed: 5, Requested entity was not found.\n"), 1)
-	f.Add([]byte(stamp+"[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed: 5, no (previously 14, a since 35s ago)\n"), 3)
+	f.Add(
+		[]byte(
+			stamp+"[warning][config] [x.h:1] StreamAggregatedResources gRPC config stream to td:443 closed: 5, Requested entity was not found.\n"), 1)
+	f.Add(
+		[]byte(
+			stamp+"[warning][config] [x.h:1] DeltaAggregatedResources gRPC config stream to xds closed: 5, no (previously 14, a since 35s ago)\n"), 3)
 	f.Add([]byte("gRPC config for T rejected: Error adding/updating listener(s) a: b"), 2)
 	f.Fuzz(func(t *testing.T, data []byte, piece int) {
 		whole := follower{told: map[LogEvent]*repeats{}}

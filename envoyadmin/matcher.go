@@ -12,11 +12,13 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// A filter_chain_matcher is a tree whose leaves name filter chains; where it is set, Envoy ignores filter_chain_match. Interception asks
-// only which destinations lead to a chain, so the walk keeps the destinations on the way down (way) and lists the chain for each leaf.
-// A branch that destinations do not part (a server name, a source) is followed with both ends open. A branch whose destinations
-// cannot be told as prefixes and a port (a regular expression on an address, "not") is reported, and its chains are not listed there:
-// better not intercepted than intercepted without need.
+// A filter_chain_matcher is a tree whose leaves name filter chains; where it is set, Envoy
+// ignores filter_chain_match. Interception asks only which destinations lead to a chain, so the
+// walk keeps the destinations on the way down (way) and lists the chain for each leaf. A branch
+// that destinations do not part (a server name, a source) is followed with both ends open. A
+// branch whose destinations cannot be told as prefixes and a port (a regular expression on an
+// address, "not") is reported, and its chains are not listed there: better not intercepted than
+// intercepted without need.
 
 // maxWays limits how often the chains of one listener are listed.
 const maxWays = 100_000
@@ -150,11 +152,13 @@ func (m *matchWalk) ranges(in string, custom *corev3.TypedExtensionConfig, w way
 	var ip matcherv3.IPMatcher
 	if err := custom.GetTypedConfig().UnmarshalTo(&ip); err != nil {
 		if in == destinationIP || in == destinationPort {
-			m.note("filter_chain_matcher: %s by a match of type %q", in, custom.GetTypedConfig().GetTypeUrl())
+			m.note("filter_chain_matcher: %s by a match of type %q", in,
+				custom.GetTypedConfig().GetTypeUrl())
 			return
 		}
 		// Which chains it leads to cannot be read, so they are not listed.
-		m.note("filter_chain_matcher: a match of type %q is not understood", custom.GetTypedConfig().GetTypeUrl())
+		m.note("filter_chain_matcher: a match of type %q is not understood",
+			custom.GetTypedConfig().GetTypeUrl())
 		return
 	}
 	for _, one := range ip.GetRangeMatchers() {
@@ -221,7 +225,8 @@ func (m *matchWalk) predicate(p *matcherv3.Matcher_MatcherList_Predicate, w way)
 	switch by := p.GetMatchType().(type) {
 	case *matcherv3.Matcher_MatcherList_Predicate_SinglePredicate_:
 		in := input(by.SinglePredicate.GetInput())
-		exact, isExact := by.SinglePredicate.GetValueMatch().GetMatchPattern().(*matcherv3.StringMatcher_Exact)
+		pattern := by.SinglePredicate.GetValueMatch().GetMatchPattern()
+		exact, isExact := pattern.(*matcherv3.StringMatcher_Exact)
 		switch {
 		case isExact:
 			if narrowed, ok := m.exact(in, exact.Exact, w); ok {

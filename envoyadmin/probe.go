@@ -28,16 +28,19 @@ const (
 	handshakeLimit = 5 * time.Second
 )
 
-// ProbeError says at which step a control plane could not be reached. It matches one of ErrLookUp, ErrConnect and ErrTLS.
+// ProbeError says at which step a control plane could not be reached. It matches one of ErrLookUp,
+// ErrConnect and ErrTLS.
 type ProbeError struct {
 	Step   error
 	Target string // what was looked up (host) or connected to (host:port)
 	Err    error
 }
 
-// Error begins with what was done: "look up HOST: no such host", "connect HOST:PORT (ADDRESS): i/o timeout", "TLS handshake with HOST: …".
+// Error begins with what was done: "look up HOST: no such host", "connect HOST:PORT (ADDRESS): i/o
+// timeout", "TLS handshake with HOST: …".
 func (e *ProbeError) Error() string {
-	verb := map[error]string{ErrLookUp: "look up", ErrConnect: "connect", ErrTLS: "TLS handshake with"}[e.Step]
+	verb := map[error]string{ErrLookUp: "look up", ErrConnect: "connect",
+		ErrTLS: "TLS handshake with"}[e.Step]
 	return fmt.Sprintf("%s %s: %s", verb, e.Target, reason(e.Err))
 }
 
@@ -70,12 +73,14 @@ type ProbeOptions struct {
 	Resolver   *net.Resolver // nil: the system's
 }
 
-// Probe finds out whether a control plane can be reached at "host:port", step by step: look up the name, connect, shake hands in TLS. Envoy's log
-// tells none of these apart (closed: 13 without a text; or nothing). It sends nothing after the handshake, takes up to 19 s, and asks nothing of
+// Probe finds out whether a control plane can be reached at "host:port", step by step: look up the
+// name, connect, shake hands in TLS. Envoy's log tells none of these apart (closed: 13 without a
+// text; or nothing). It sends nothing after the handshake, takes up to 19 s, and asks nothing of
 // Envoy. The error is a *ProbeError.
 func Probe(ctx context.Context, target string, o ProbeOptions) error {
 	if path, ok := strings.CutPrefix(target, "unix:"); ok {
-		conn, err := (&net.Dialer{Timeout: connectEach}).DialContext(ctx, "unix", strings.TrimPrefix(path, "//"))
+		conn, err := (&net.Dialer{Timeout: connectEach}).DialContext(
+			ctx, "unix", strings.TrimPrefix(path, "//"))
 		if err != nil {
 			return &ProbeError{Step: ErrConnect, Target: target, Err: err}
 		}
@@ -118,7 +123,8 @@ func Probe(ctx context.Context, target string, o ProbeOptions) error {
 			}
 		}
 		if err != nil {
-			return &ProbeError{Step: ErrTLS, Target: host, Err: fmt.Errorf("read the root certificates: %w", err)}
+			return &ProbeError{
+				Step: ErrTLS, Target: host, Err: fmt.Errorf("read the root certificates: %w", err)}
 		}
 	}
 	limited, cancel = context.WithTimeout(ctx, handshakeLimit)
@@ -129,8 +135,10 @@ func Probe(ctx context.Context, target string, o ProbeOptions) error {
 	return nil
 }
 
-// connectFirst returns the first connection that one of the addresses takes, or the error of the last.
-func connectFirst(ctx context.Context, host, port string, addresses []netip.Addr) (conn net.Conn, err error) {
+// connectFirst returns the first connection that one of the addresses takes, or
+// the error of the last.
+func connectFirst(ctx context.Context, host, port string,
+	addresses []netip.Addr) (conn net.Conn, err error) {
 	ctx, cancel := context.WithTimeout(ctx, connectAll)
 	defer cancel()
 	dialer := net.Dialer{Timeout: connectEach}

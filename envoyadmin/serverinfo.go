@@ -30,7 +30,8 @@ var (
 	maskSince     = Version{1, 19, 0}
 )
 
-// ParseVersion reads the version of /server_info: "COMMIT/1.40.0/Clean/RELEASE/BoringSSL", or the number alone, "1.19.0-dev" included.
+// ParseVersion reads the version of /server_info: "COMMIT/1.40.0/Clean/RELEASE/BoringSSL", or the
+// number alone, "1.19.0-dev" included.
 func ParseVersion(s string) (Version, error) {
 	number := s
 	if parts := strings.Split(s, "/"); len(parts) > 1 {
@@ -85,18 +86,20 @@ type Node struct {
 	Metadata          map[string]string // strings, numbers and booleans of the first level
 }
 
-// SameProcess says whether i and an earlier answer may come from the same process. A wall clock that was set between them makes it false.
+// SameProcess says whether i and an earlier answer may come from the same process. A wall clock
+// that was set between them makes it false.
 func (i ServerInfo) SameProcess(earlier ServerInfo) bool {
 	const slack = 2 * time.Second // uptimes are whole seconds, and asking takes time
 	passed := i.Asked.Sub(earlier.Asked)
 	off := i.Uptime - earlier.Uptime - passed
-	return i.Epoch == earlier.Epoch && i.Text == earlier.Text && i.Node.ID == earlier.Node.ID && off.Abs() <= slack
+	return i.Epoch == earlier.Epoch && i.Text == earlier.Text && i.Node.ID == earlier.Node.ID &&
+		off.Abs() <= slack
 }
 
 // ServerInfo asks /server_info: 2 ms of Envoy's main thread, of whatever size its configuration is.
 func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
-	// The types of go-control-plane for this answer are in admin/v3, which adds 2.7 MB to the binary; and most of the answer is the
-	// list of 800 extensions, which is skipped here.
+	// The types of go-control-plane for this answer are in admin/v3, which adds 2.7 MB to the binary;
+	// and most of the answer is the list of 800 extensions, which is skipped here.
 	var answer struct {
 		Version string `json:"version"`
 		State   string `json:"state"`
@@ -119,11 +122,13 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 	if answer.Version == "" {
 		return ServerInfo{}, fmt.Errorf("get %q: %w: it has no version", "/server_info", ErrNotJSON)
 	}
-	uptime, _ := time.ParseDuration(answer.Uptime) // of protobuf: "12s". Without it a restart is seen as one too many.
+	// of protobuf: "12s". Without it a restart is seen as one too many.
+	uptime, _ := time.ParseDuration(answer.Uptime)
 	epoch, _ := strconv.Atoi(strings.Trim(string(answer.Options.Epoch), `"`))
 	info := ServerInfo{
 		Text: answer.Version, State: answer.State, Uptime: uptime, Epoch: epoch, Node: answer.Node.node(),
-		LogPath: answer.Options.LogPath, LogLevel: answer.Options.LogLevel, Config: answer.Options.Config, Asked: time.Now(),
+		LogPath: answer.Options.LogPath, LogLevel: answer.Options.LogLevel, Config: answer.Options.Config,
+		Asked: time.Now(),
 	}
 	if info.State == "" {
 		info.State = "LIVE" // the enum's zero; 1.40 writes it out, older ones may not
@@ -178,17 +183,20 @@ func unmarshal(body io.Reader, v any) error {
 	})
 }
 
-// observe takes note of an answer of /server_info that was asked for when so many connections had been made.
+// observe takes note of an answer of /server_info that was asked for when so many
+// connections had been made.
 func (c *Client) observe(info ServerInfo, dials uint64, sent time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.dials.Load()
-	// The connections of before are open still: a process ends with its connections, so this is the same.
+	// The connections of before are open still: a process ends with its
+	// connections, so this is the same.
 	same := c.process > 0 && now == c.asOf
 	if !same {
-		// One that ran already when the known one is known to have run last is that one, since only one has the address.
-		// Uptimes are of whole seconds at both ends, so one that is in doubt is taken for another: that costs a dump too
-		// many, and the contrary would cost the rules of all that it has not been told yet.
+		// One that ran already when the known one is known to have run last is that one, since only one
+		// has the address. Uptimes are of whole seconds at both ends, so one that is in doubt is taken
+		// for another: that costs a dump too many, and the contrary would cost the rules of all that it
+		// has not been told yet.
 		started := info.Asked.Add(time.Second - info.Uptime)
 		same = c.process > 0 && info.SameProcess(c.info) && started.Before(c.alive)
 	}
@@ -197,7 +205,8 @@ func (c *Client) observe(info ServerInfo, dials uint64, sent time.Time) {
 		c.statics = nil
 	}
 	c.info, c.alive = info, sent
-	// With a connection made while the question ran, the answer may have come over an older one: ask again next time.
+	// With a connection made while the question ran, the answer may have come over an older
+	// one: ask again next time.
 	c.asOf = now
 	if now > dials+1 {
 		c.asOf = dials
