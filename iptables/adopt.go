@@ -6,7 +6,8 @@ import (
 	"strings"
 )
 
-// Ports are where the ruleset redirects outbound connections, inbound ones and DNS questions to; 0: it does not.
+// Ports are where the ruleset redirects outbound connections, inbound ones and DNS
+// questions to; 0: it does not.
 func (r Ruleset) Ports() (outbound, inbound, dns uint16) {
 	return r.redirect(chainRedirect), r.redirect(chainInRedirect), r.redirect(chainDNS)
 }
@@ -23,8 +24,8 @@ func (r Ruleset) redirect(name string) uint16 {
 	return 0
 }
 
-// Settling says whether the ruleset lets connections through that conntrack has not seen from their start (see
-// Interception.Settling).
+// Settling says whether the ruleset lets connections through that conntrack has not seen from their
+// start (see Interception.Settling).
 func (r Ruleset) Settling() bool {
 	for _, name := range []string{chainOutput, chainInbound} {
 		if rules, ok := r.chain(name); ok && slices.Contains(rules, ruleSettling) {

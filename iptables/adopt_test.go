@@ -16,7 +16,8 @@ func TestPorts(t *testing.T) {
 			for _, p := range []struct {
 				chain     string
 				got, want uint16
-			}{{chainRedirect, outbound, i.OutboundPort}, {chainInRedirect, inbound, i.InboundPort}, {chainDNS, dns, i.DNSPort}} {
+			}{{chainRedirect, outbound, i.OutboundPort}, {chainInRedirect, inbound, i.InboundPort},
+				{chainDNS, dns, i.DNSPort}} {
 				if !have.Has(p.chain) {
 					p.want = 0
 				}

@@ -12,7 +12,8 @@ import (
 // write is what another program does to a table.
 func write(t testing.TB, m *iptablestest.Machine, f Family, lines ...string) {
 	t.Helper()
-	if err := m.NAT(programOf(m.Backend, f)).Restore("*nat\n"+strings.Join(lines, "\n")+"\nCOMMIT\n", nil); err != nil {
+	if err := m.NAT(programOf(m.Backend, f)).Restore("*nat\n"+strings.Join(lines, "\n")+"\nCOMMIT\n",
+		nil); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -49,7 +50,8 @@ func TestApplyMakesAPlanThatIsOvertakenAnew(t *testing.T) {
 				})
 				want := sample(f).Ruleset()
 				result, err := k.Apply(t.Context(), NewPlan(want, have))
-				if err != nil || len(result.Drift) > 0 || result.Attempts != test.attempts || *n != test.attempts {
+				if err != nil || len(result.Drift) > 0 || result.Attempts != test.attempts ||
+					*n != test.attempts {
 					t.Fatalf("%v, %d attempts, %d restores, drift %v", err, result.Attempts, *n, result.Drift)
 				}
 				if now, err := k.Read(t.Context(), f); err != nil || len(Diff(want, now)) > 0 {
@@ -76,7 +78,8 @@ func TestApplyGivesUp(t *testing.T) {
 		})
 		var refused *RefusedError
 		result, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), have))
-		if !errors.As(err, &refused) || !strings.HasPrefix(refused.Rule, "-D OUTPUT ") || result.Attempts != 3 || *n != 3 {
+		if !errors.As(err, &refused) || !strings.HasPrefix(refused.Rule, "-D OUTPUT ") ||
+			result.Attempts != 3 || *n != 3 {
 			t.Errorf("%v, %d attempts, %d restores", err, result.Attempts, *n)
 		}
 		if left := holds(m, m.Backend, f); left.Len() != 1 {
@@ -86,8 +89,8 @@ func TestApplyGivesUp(t *testing.T) {
 }
 
 // A rule that the kernel does not take is asked for once on nft, which names it; legacy names only
-// COMMIT, and would if somebody else were faster. Then each kind of rule is asked about, and what is
-// left is installed by one restore.
+// COMMIT, and would if somebody else were faster. Then each kind of rule is asked about, and what
+// is left is installed by one restore.
 func TestApplyOfARefusedRule(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		m.Refuse = func(rule string) bool { return strings.Contains(rule, "--uid-owner 101") }
@@ -188,8 +191,8 @@ func TestApplyOfARefusedRuleThatIsOvertaken(t *testing.T) {
 	})
 }
 
-// When it cannot be read again whether somebody was faster, no rule is asked about: that is the next
-// try's.
+// When it cannot be read again whether somebody was faster, no rule is asked about:
+// that is the next try's.
 func TestApplyOfARefusedRuleThatCannotReadAgain(t *testing.T) {
 	m := &iptablestest.Machine{Backend: Legacy}
 	k := openInMemory(t, m)
@@ -223,7 +226,8 @@ func TestApplyReadsBack(t *testing.T) {
 			return "", 0
 		}
 		result, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), Table{family: f}))
-		if want := []Drift{{JumpRemoved, builtinOutput, jumpOutput}}; err != nil || !slices.Equal(result.Drift, want) {
+		if want := []Drift{{JumpRemoved, builtinOutput, jumpOutput}}; err != nil ||
+			!slices.Equal(result.Drift, want) {
 			t.Errorf("%v, drift %v, want %v", err, result.Drift, want)
 		}
 	})

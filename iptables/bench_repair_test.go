@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// BenchmarkRepair measures from the moment when another program's damage is done to the moment when our repair of it is
-// in the kernel and verified: the kernel's notification, the read of the touched chains, the plan, the restore.
+// BenchmarkRepair measures from the moment when another program's damage is done to the moment when
+// our repair of it is in the kernel and verified: the kernel's notification, the read of the
+// touched chains, the plan, the restore.
 func BenchmarkRepair(b *testing.B) {
 	if !benchInNetns(b) {
 		return
@@ -60,7 +61,8 @@ func BenchmarkRepair(b *testing.B) {
 						b.Fatal(err, result.Drift)
 					}
 					have = result.Have
-					took, noticed, written = append(took, time.Since(start)), append(noticed, seen), append(written, result.Took)
+					took, noticed, written = append(took, time.Since(start)), append(noticed, seen),
+						append(written, result.Took)
 				}
 				b.ReportMetric(0, "ns/op")
 				b.ReportMetric(float64(median(took).Microseconds())/1000, "p50-ms")
@@ -71,7 +73,8 @@ func BenchmarkRepair(b *testing.B) {
 					limit = 300
 				}
 				b.ReportMetric(float64(slices.Max(took).Microseconds())/1000, "max-ms")
-				b.ReportMetric(float64(quantile(took, 0.99).Microseconds())/1000, fmt.Sprintf("p99-ms(max%d)", limit))
+				b.ReportMetric(float64(quantile(took, 0.99).Microseconds())/1000,
+					fmt.Sprintf("p99-ms(max%d)", limit))
 			})
 		}
 	}

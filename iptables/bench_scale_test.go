@@ -18,7 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The ratios of issue 4, each against bare iptables on a flat chain of the same 10,000 rules, in turns within one run:
+// The ratios of issue 4, each against bare iptables on a flat chain of the same 10,000 rules, in
+// turns within one run:
 //
 //	go test -tags kernel -run '^$' -bench Scale -benchtime 10x ./iptables
 //
@@ -47,7 +48,8 @@ func benchInNetns(b *testing.B) bool {
 		_, rest, _ := strings.Cut(given, "/")
 		pattern += "/" + rest
 	}
-	args = append(args, "-test.bench="+pattern, "-test.benchtime="+flag.Lookup("test.benchtime").Value.String())
+	args = append(args, "-test.bench="+pattern, "-test.benchtime="+
+		flag.Lookup("test.benchtime").Value.String())
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Env = append(os.Environ(), "IPTABLES_TEST_NETNS="+b.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
@@ -73,7 +75,8 @@ func shapes() map[string][]netip.Prefix {
 
 func flat(services []netip.Prefix) string {
 	var b strings.Builder
-	b.WriteString("*nat\n:FLAT - [0:0]\n:FLAT_REDIRECT - [0:0]\n-A OUTPUT -p tcp -j FLAT\n-A FLAT_REDIRECT -p tcp -j REDIRECT --to-ports 15001\n")
+	b.WriteString(
+		"*nat\n:FLAT - [0:0]\n:FLAT_REDIRECT - [0:0]\n-A OUTPUT -p tcp -j FLAT\n-A FLAT_REDIRECT -p tcp -j REDIRECT --to-ports 15001\n")
 	for _, p := range services {
 		b.WriteString("-A FLAT -d " + p.String() + " -j FLAT_REDIRECT\n")
 	}
@@ -81,7 +84,8 @@ func flat(services []netip.Prefix) string {
 	return b.String()
 }
 
-// bare runs bare iptables in a second namespace, so that neither side has the other's rules in its table.
+// bare runs bare iptables in a second namespace, so that neither side has the
+// other's rules in its table.
 type bare struct {
 	b          *testing.B
 	backend    string
@@ -174,7 +178,8 @@ func BenchmarkScale(b *testing.B) {
 					}
 					report(b, ours, theirs, first)
 				})
-				// One more beside the last. (One far from all others puts a level above them: a 16 ms write on nft.)
+				// One more beside the last. (One far from all others puts a level above them:
+				// a 16 ms write on nft.)
 				one := netip.PrefixFrom(slices.MaxFunc(services, comparePrefix).Addr().Next().Next(), 32)
 				more := serviceSet(IPv4, append(slices.Clone(services), one))
 				less := serviceSet(IPv4, services[:scale-1])
@@ -228,8 +233,10 @@ func BenchmarkScale(b *testing.B) {
 func benchConnect(b *testing.B, k *Kernel) {
 	services := randomPrefixes(IPv4, scale, 1)
 	last := slices.MaxFunc(services, comparePrefix).Addr()
-	many, few := serviceSet(IPv4, services), serviceSet(IPv4, append(slices.Clone(services[:9]), netip.PrefixFrom(last, 32)))
-	exec.Command("ip", "route", "add", "local", "10.0.0.0/8", "dev", "lo").Run() // there already, for the second backend
+	many, few := serviceSet(IPv4, services),
+		serviceSet(IPv4, append(slices.Clone(services[:9]), netip.PrefixFrom(last, 32)))
+	// there already, for the second backend
+	exec.Command("ip", "route", "add", "local", "10.0.0.0/8", "dev", "lo").Run()
 	listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		b.Fatal(err)

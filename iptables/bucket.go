@@ -8,25 +8,28 @@ import (
 	"slices"
 )
 
-// nodeRows is how many rows a chain may have before its addresses move into buckets, one for each value of the next
-// nodeBits bits. A new connection walks some 5 ns a rule, and a bucket of 256 is written anew in the time that the kernel
-// takes for any deletion. Three bits and not eight: the last of 10,000 random addresses is behind 96 rows and not behind
-// 256 + 39 (1 µs more, a twentieth of a connect), and 300 random addresses are 8 chains and not 177. Each chain costs
-// nft's iptables-restore 0.12 ms and legacy's 0.15 ms; with four bits 10,000 random addresses are 272 chains instead of
-// 146, and their first install took 1.33 times the bare one instead of 1.2.
+// nodeRows is how many rows a chain may have before its addresses move into buckets, one for each
+// value of the next nodeBits bits. A new connection walks some 5 ns a rule, and a bucket of 256 is
+// written anew in the time that the kernel takes for any deletion. Three bits and not eight: the
+// last of 10,000 random addresses is behind 96 rows and not behind 256 + 39 (1 µs more, a twentieth
+// of a connect), and 300 random addresses are 8 chains and not 177. Each chain costs nft's
+// iptables-restore 0.12 ms and legacy's 0.15 ms; with four bits 10,000 random addresses are 272
+// chains instead of 146, and their first install took 1.33 times the bare one instead of 1.2.
 //
-// nodeDepth bounds how deep nodes are nested: nft refuses more than 16 chains on the way of a packet (EMLINK), of which
-// buckets share theirs with SERVICE_PROXY_OUTPUT, SERVICE_PROXY_SERVICE_CIDRS and SERVICE_PROXY_REDIRECT. 10,000 random
-// addresses need 3 levels; only IPv6 sets made for it come near. The node at that depth keeps all its rows.
+// nodeDepth bounds how deep nodes are nested: nft refuses more than 16 chains on the way of a
+// packet (EMLINK), of which buckets share theirs with SERVICE_PROXY_OUTPUT,
+// SERVICE_PROXY_SERVICE_CIDRS and SERVICE_PROXY_REDIRECT. 10,000 random addresses need 3 levels;
+// only IPv6 sets made for it come near. The node at that depth keeps all its rows.
 const (
 	nodeRows  = 256
 	nodeBits  = 3
 	nodeDepth = 10
 )
 
-// addServices fills SERVICE_PROXY_SERVICE_CIDRS. Up to nodeRows prefixes stand there one a row as they were given; past
-// that, adjacent ones are merged where the merged prefix holds not one address more, and what is still too long is cut
-// into buckets. The outcome depends on the set of prefixes alone, never on what was there before.
+// addServices fills SERVICE_PROXY_SERVICE_CIDRS. Up to nodeRows prefixes stand there one a row as
+// they were given; past that, adjacent ones are merged where the merged prefix holds not one
+// address more, and what is still too long is cut into buckets. The outcome depends on the set of
+// prefixes alone, never on what was there before.
 func (b *builder) addServices(services []netip.Prefix) {
 	set := canonical(b.family, services)
 	if len(set) > nodeRows {
@@ -78,8 +81,8 @@ func bucketRow(p netip.Prefix, bucket string) string {
 
 // commonBits is how many leading bits all prefixes of the sorted set share.
 func commonBits(set []netip.Prefix) int {
-	// Sorted by address: what the first and the last share, all share. The prefixes of a set this long are disjoint
-	// (aggregate), so this is less than the length of an address and the trie ends.
+	// Sorted by address: what the first and the last share, all share. The prefixes of a set this long
+	// are disjoint (aggregate), so this is less than the length of an address and the trie ends.
 	first, last := set[0].Addr().AsSlice(), set[len(set)-1].Addr().AsSlice()
 	n := 0
 	for bit(first, n) == bit(last, n) {
@@ -90,9 +93,10 @@ func commonBits(set []netip.Prefix) int {
 
 func bit(a []byte, i int) byte { return a[i/8] >> (7 - i%8) & 1 }
 
-// bucketName names the chain of a bucket within iptables' 28 characters: an IPv4 prefix in hexadecimal, an IPv6 prefix
-// by a hash of 55 bits (its digits do not fit). Two prefixes of one hash would share a chain, which redirects exactly
-// the same addresses: every row in it names its own.
+// bucketName names the chain of a bucket within iptables' 28 characters: an IPv4 prefix
+// in hexadecimal, an IPv6 prefix by a hash of 55 bits (its digits do not fit). Two
+// prefixes of one hash would share a chain, which redirects exactly the same addresses:
+// every row in it names its own.
 func bucketName(p netip.Prefix) string {
 	if p.Addr().Is4() {
 		a := p.Addr().As4()
@@ -107,7 +111,8 @@ const (
 	bucketPrefix6 = "SERVICE_PROXY_B6_"
 )
 
-// canonical returns the prefixes of one family, masked, sorted by address and then by length, without doubles.
+// canonical returns the prefixes of one family, masked, sorted by address and then by
+// length, without doubles.
 func canonical(family Family, prefixes []netip.Prefix) []netip.Prefix {
 	set := make([]netip.Prefix, 0, len(prefixes))
 	for _, p := range prefixes {
@@ -126,7 +131,8 @@ func comparePrefix(a, b netip.Prefix) int {
 	return a.Bits() - b.Bits()
 }
 
-// aggregate returns the shortest list of prefixes that covers exactly the addresses of the sorted set.
+// aggregate returns the shortest list of prefixes that covers exactly the
+// addresses of the sorted set.
 func aggregate(set []netip.Prefix) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range set {

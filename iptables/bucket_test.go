@@ -10,20 +10,24 @@ import (
 )
 
 func serviceSet(f Family, services []netip.Prefix) Ruleset {
-	return Interception{Family: f, Jumps: true, ProxyUID: 999, ProxyGID: 999, OutboundPort: 15001, Services: services}.Ruleset()
+	return Interception{Family: f, Jumps: true, ProxyUID: 999, ProxyGID: 999, OutboundPort: 15001,
+		Services: services}.Ruleset()
 }
 
 // redirects says whether a ruleset redirects an ordinary user's connection to the address.
 func redirects(r Ruleset, a netip.Addr) bool {
-	v := r.Walk(Packet{Hook: Output, Dst: netip.AddrPortFrom(a, 443), Proto: TCP, UID: 1000, GID: 1000, Syn: true})
+	v := r.Walk(Packet{Hook: Output, Dst: netip.AddrPortFrom(a, 443), Proto: TCP, UID: 1000,
+		GID: 1000, Syn: true})
 	return v.Action == Redirect
 }
 
 // The order that the buckets are cut by; without it they have no end, so this comes first.
 func TestCanonical(t *testing.T) {
-	in := prefixes("10.0.0.7/24", "10.0.0.0/24", "10.0.0.0/16", "10.0.0.0/32", "9.0.0.0/8", "fd00::1/64", "::ffff:10.0.0.9/128", "fd00::/64")
+	in := prefixes("10.0.0.7/24", "10.0.0.0/24", "10.0.0.0/16", "10.0.0.0/32", "9.0.0.0/8",
+		"fd00::1/64", "::ffff:10.0.0.9/128", "fd00::/64")
 	in = append(in, netip.Prefix{})
-	for f, want := range map[Family]string{IPv4: "[9.0.0.0/8 10.0.0.0/16 10.0.0.0/24 10.0.0.0/32]", IPv6: "[fd00::/64]"} {
+	for f, want := range map[Family]string{IPv4: "[9.0.0.0/8 10.0.0.0/16 10.0.0.0/24 10.0.0.0/32]",
+		IPv6: "[fd00::/64]"} {
 		if got := fmt.Sprint(canonical(f, in)); got != want {
 			t.Errorf("%s: got %s, want %s", f, got, want)
 		}
@@ -58,7 +62,8 @@ func TestBucketsCoverExactlyTheServices(t *testing.T) {
 			random := rand.New(rand.NewPCG(9, 9))
 			for range 80 {
 				p := services[random.IntN(len(services))]
-				for _, a := range []netip.Addr{p.Addr(), p.Addr().Prev(), p.Addr().Next(), last(p), last(p).Next()} {
+				for _, a := range []netip.Addr{p.Addr(), p.Addr().Prev(), p.Addr().Next(), last(p),
+					last(p).Next()} {
 					if a.IsValid() && redirects(r, a) != contains(a) {
 						t.Fatalf("%s %s: %s: redirected %v, listed %v", f, name, a, !contains(a), contains(a))
 					}
@@ -80,16 +85,21 @@ func mixedPrefixes(f Family, n int, seed uint64) []netip.Prefix {
 	for range n {
 		x := r.Uint32()
 		if f == IPv4 {
-			out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 | byte(x)&63, byte(x >> 8), byte(x >> 16)}), 18+r.IntN(15)).Masked())
+			out = append(out,
+				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 | byte(x)&63, byte(x >> 8), byte(x >> 16)}),
+					18+r.IntN(15)).Masked())
 		} else {
-			out = append(out, netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x40, 4: byte(x), 5: byte(x >> 8), 6: byte(x >> 16), 7: byte(x >> 24)}), 50+r.IntN(15)).Masked())
+			out = append(out,
+				netip.PrefixFrom(
+					netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x40, 4: byte(x), 5: byte(x >> 8), 6: byte(x >> 16),
+						7: byte(x >> 24)}), 50+r.IntN(15)).Masked())
 		}
 	}
 	return out
 }
 
-// nestedPrefixes make as many levels of nodes as a set can: 300 addresses beside one another, every second one, and one
-// more for each level above them.
+// nestedPrefixes make as many levels of nodes as a set can: 300 addresses beside one another, every
+// second one, and one more for each level above them.
 func nestedPrefixes(f Family) []netip.Prefix {
 	base := netip.MustParseAddr("10.0.0.0")
 	if f == IPv6 {
@@ -121,9 +131,11 @@ func last(p netip.Prefix) netip.Addr {
 }
 
 func TestUpTo256ServicesStandAsTheyAre(t *testing.T) {
-	services := prefixes("10.0.0.0/32", "10.0.0.1/32", "10.0.0.0/24") // mergeable, and one within another
+	// mergeable, and one within another
+	services := prefixes("10.0.0.0/32", "10.0.0.1/32", "10.0.0.0/24")
 	rules := serviceSet(IPv4, services).Rules(chainServiceCIDRs)
-	want := []string{"-d 10.0.0.0/24 -j SERVICE_PROXY_REDIRECT", "-d 10.0.0.0/32 -j SERVICE_PROXY_REDIRECT", "-d 10.0.0.1/32 -j SERVICE_PROXY_REDIRECT"}
+	want := []string{"-d 10.0.0.0/24 -j SERVICE_PROXY_REDIRECT",
+		"-d 10.0.0.0/32 -j SERVICE_PROXY_REDIRECT", "-d 10.0.0.1/32 -j SERVICE_PROXY_REDIRECT"}
 	if !slices.Equal(rules, want) {
 		t.Errorf("got %q, want %q", rules, want)
 	}
@@ -158,9 +170,12 @@ func TestTheLastPlainRow(t *testing.T) {
 			{"257 of which two merge", slices.Concat(apart[:255], row[:2]), 256, 0},
 		} {
 			r := serviceSet(f, test.services)
-			chains := slices.DeleteFunc(r.Chains(), func(name string) bool { return !strings.HasPrefix(name, "SERVICE_PROXY_B") })
+			chains := slices.DeleteFunc(r.Chains(), func(name string) bool {
+				return !strings.HasPrefix(name, "SERVICE_PROXY_B")
+			})
 			if rows := len(r.Rules(chainServiceCIDRs)); rows != test.rows || len(chains) != test.chains {
-				t.Errorf("%s %s: %d rows and %d buckets, want %d and %d", f, test.name, rows, len(chains), test.rows, test.chains)
+				t.Errorf("%s %s: %d rows and %d buckets, want %d and %d", f, test.name, rows, len(chains),
+					test.rows, test.chains)
 			}
 		}
 	}
@@ -193,9 +208,11 @@ func TestBucketsAreFewAndShort(t *testing.T) {
 			}
 			rows, way := walk(chainServiceCIDRs)
 			chains := len(r.Chains()) - len(serviceSet(f, nil).Chains())
-			t.Logf("%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet", f, len(test.services), chains, rows, way)
+			t.Logf("%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet", f,
+				len(test.services), chains, rows, way)
 			if chains > test.chains || rows > test.rows || way > test.way {
-				t.Errorf("%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet, want at most %d, %d and %d", f, len(test.services), chains, rows, way,
+				t.Errorf(
+					"%s, %d services: %d buckets, %d rows and %d buckets on the way of a packet, want at most %d, %d and %d", f, len(test.services), chains, rows, way,
 					test.chains, test.rows, test.way)
 			}
 		}
@@ -204,7 +221,8 @@ func TestBucketsAreFewAndShort(t *testing.T) {
 
 // Plain rows come first: they are the wider ones, and no bucket's row stands before them.
 func TestPlainRowsComeBeforeBuckets(t *testing.T) {
-	rules := serviceSet(IPv4, slices.Concat(randomPrefixes(IPv4, 1000, 1), prefixes("10.0.0.0/9", "10.240.0.0/13", "64.0.0.0/2"))).Rules(chainServiceCIDRs)
+	rules := serviceSet(IPv4, slices.Concat(randomPrefixes(IPv4, 1000, 1),
+		prefixes("10.0.0.0/9", "10.240.0.0/13", "64.0.0.0/2"))).Rules(chainServiceCIDRs)
 	bucket := false
 	for _, spec := range rules {
 		isBucket := strings.Contains(spec, "--comment bucket")
@@ -238,9 +256,11 @@ func TestOneMoreAddressTouchesOneBucket(t *testing.T) {
 	}
 	// An address far away puts another level above the buckets and leaves them as they are.
 	near := randomPrefixes(IPv4, 1000, 1)
-	before, after := serviceSet(IPv4, near), serviceSet(IPv4, append(slices.Clone(near), netip.MustParsePrefix("192.168.0.1/32")))
+	before, after := serviceSet(IPv4, near),
+		serviceSet(IPv4, append(slices.Clone(near), netip.MustParsePrefix("192.168.0.1/32")))
 	for _, c := range before.chains {
-		if rules, ok := after.chain(c.name); c.name != chainServiceCIDRs && (!ok || !slices.Equal(rules, c.rules)) {
+		if rules, ok := after.chain(c.name); c.name != chainServiceCIDRs &&
+			(!ok || !slices.Equal(rules, c.rules)) {
 			t.Errorf("a far address changed %s", c.name)
 		}
 	}
@@ -262,7 +282,8 @@ func TestAggregateIsExact(t *testing.T) {
 		if test.in[0] == "fd00::/128" {
 			f = IPv6
 		}
-		if got := aggregate(canonical(f, prefixes(test.in...))); fmt.Sprint(got) != fmt.Sprint(test.want) {
+		if got := aggregate(canonical(f, prefixes(test.in...))); fmt.Sprint(got) != fmt.Sprint(
+			test.want) {
 			t.Errorf("%v: got %v, want %v", test.in, got, test.want)
 		}
 	}

@@ -11,11 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Cleanup takes everything of ours out of both families' nat tables, in whichever backend it is, and says what it
-// removed, one thing a string. A family or backend that cannot be cleaned does not stop the others; the errors are
-// joined, and one that could not be looked into (ErrCouldNotLook) is one of them. Connections that are being redirected go
-// on, since NAT was decided at their first packet, as long as a rule of anybody's that uses conntrack keeps it on. A chain
-// of ours that somebody else's rule leads to stays, empty.
+// Cleanup takes everything of ours out of both families' nat tables, in whichever backend it is,
+// and says what it removed, one thing a string. A family or backend that cannot be cleaned does not
+// stop the others; the errors are joined, and one that could not be looked into (ErrCouldNotLook)
+// is one of them. Connections that are being redirected go on, since NAT was decided at their first
+// packet, as long as a rule of anybody's that uses conntrack keeps it on. A chain of ours that
+// somebody else's rule leads to stays, empty.
 func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	var removed []string
 	var errs []error
@@ -43,8 +44,9 @@ func (k *Kernel) Cleanup(ctx context.Context) ([]string, error) {
 	return append(removed, said...), errors.Join(append(errs, err)...)
 }
 
-// CleanOtherBackend takes what is ours out of the backend that is not used: it is there when the machine's iptables was
-// switched under us. It looks without creating the other backend's tables, and never touches what is not ours.
+// CleanOtherBackend takes what is ours out of the backend that is not used: it is there when the
+// machine's iptables was switched under us. It looks without creating the other backend's tables,
+// and never touches what is not ours.
 func (k *Kernel) CleanOtherBackend(ctx context.Context) ([]string, error) {
 	var removed []string
 	var errs []error
@@ -90,7 +92,9 @@ func (k *Kernel) clean(ctx context.Context, t tool) (removed []string, err error
 		if n == attempts {
 			if err == nil {
 				drift := Diff(Ruleset{family: t.family}, have)
-				err = fmt.Errorf("removed %d times, and there is again %q: stop what puts it there, then clean up again", n, drift[0])
+				err = fmt.Errorf(
+					"removed %d times, and there is again %q: stop what puts it there, then clean up again",
+					n, drift[0])
 			}
 			return removed, err
 		}
@@ -116,13 +120,16 @@ func gone(before, now Table) (what []string) {
 		case !ok:
 			what = append(what, said)
 		case isHeld && len(rules) == 0 && len(c.rules) > 0:
-			what = append(what, fmt.Sprintf("%s, which stays empty because of another program's rule -A %s %s", said, by.chain, by.spec))
+			what = append(what,
+				fmt.Sprintf("%s, which stays empty because of another program's rule -A %s %s", said,
+					by.chain, by.spec))
 		}
 	}
 	return what
 }
 
-// otherBackend returns the programs of the backend that is not used, if that has a nat table for the family.
+// otherBackend returns the programs of the backend that is not used, if that has a nat
+// table for the family.
 func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error) {
 	other := Legacy
 	k.mu.Lock()
@@ -144,10 +151,10 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 	return t, true, nil
 }
 
-// hasLegacyTable says whether there may be a legacy nat table, without making it: asking the kernel for it by name, as
-// iptables-legacy-save and every one of its socket options do, makes it wherever its module is loaded. /proc names the
-// tables, in a file that is root's (0440, also for the group root); the agent, an ordinary user with capabilities, has to
-// go by the modules.
+// hasLegacyTable says whether there may be a legacy nat table, without making it: asking the kernel
+// for it by name, as iptables-legacy-save and every one of its socket options do, makes it wherever
+// its module is loaded. /proc names the tables, in a file that is root's (0440, also for the group
+// root); the agent, an ordinary user with capabilities, has to go by the modules.
 func hasLegacyTable(f Family, readFile func(string) ([]byte, error)) (bool, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if f == IPv6 {
@@ -168,11 +175,12 @@ func hasLegacyTable(f Family, readFile func(string) ([]byte, error)) (bool, erro
 	return false, fmt.Errorf("%w into the legacy backend: %w; run as root", ErrCouldNotLook, err)
 }
 
-// legacyByModules says by /proc/modules whether a legacy nat table may be there, and whether that can be said at all.
-// Nobody has made one if its module could be loaded and is not. If it is loaded, somebody has, in this network namespace
-// most likely: looking makes an empty one at worst. That costs a look at each connection's first packet and a warning of
-// iptables-nft's, and starts no conntrack (a rule with a NAT target does). Built in says nothing, and then the agent
-// would make a table on every machine there is.
+// legacyByModules says by /proc/modules whether a legacy nat table may be there, and whether that
+// can be said at all. Nobody has made one if its module could be loaded and is not. If it is
+// loaded, somebody has, in this network namespace most likely: looking makes an empty one at worst.
+// That costs a look at each connection's first packet and a warning of iptables-nft's, and starts
+// no conntrack (a rule with a NAT target does). Built in says nothing, and then the agent would
+// make a table on every machine there is.
 func legacyByModules(f Family, modules []byte) (may, ok bool) {
 	base, nat := "ip_tables", "iptable_nat"
 	if f == IPv6 {
@@ -191,7 +199,8 @@ func legacyByModules(f Family, modules []byte) (may, ok bool) {
 
 func (k *Kernel) hasNFTTable(f Family) (bool, error) {
 	names, err := k.machine.natChains(f)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) ||
+		errors.Is(err, unix.EPROTONOSUPPORT) {
 		return false, nil // a kernel without nf_tables
 	}
 	return len(names) > 0, err

@@ -21,7 +21,8 @@ func install(t testing.TB, m *iptablestest.Machine, backend, name string) {
 	for _, f := range families {
 		i := interceptions()[name]
 		i.Family = f
-		if err := m.NAT(programOf(backend, f)).Restore(NewPlan(i.Ruleset(), Table{family: f}).String(), nil); err != nil {
+		if err := m.NAT(programOf(backend, f)).Restore(NewPlan(i.Ruleset(), Table{family: f}).String(),
+			nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -57,14 +58,16 @@ func TestCleanup(t *testing.T) {
 		var want []string
 		for _, b := range []string{backend, otherBackendOf(backend)} {
 			for _, f := range families {
-				for _, what := range []string{"jump -A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT", "jump -A OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS",
+				for _, what := range []string{"jump -A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT",
+					"jump -A OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS",
 					"chain SERVICE_PROXY_DNS with 3 rules", "chain SERVICE_PROXY_OUTPUT with 2 rules"} {
 					want = append(want, fmt.Sprintf("%s (%s) %s", f, b, what))
 				}
 			}
 		}
 		if !slices.Equal(removed, want) {
-			t.Errorf("%s: removed\n%s\nwant\n%s", backend, strings.Join(removed, "\n"), strings.Join(want, "\n"))
+			t.Errorf("%s: removed\n%s\nwant\n%s", backend, strings.Join(removed, "\n"),
+				strings.Join(want, "\n"))
 		}
 		if after := saves(m); after != before {
 			t.Errorf("%s: left\n%s\nof\n%s", backend, after, before)
@@ -103,9 +106,10 @@ func TestCleanupMakesNoTable(t *testing.T) {
 func TestCleanupThatFailsSaysSo(t *testing.T) {
 	for _, test := range []struct {
 		name   string
-		before func(m *iptablestest.Machine) func(program string, args []string, stdin string) (string, int)
-		is     error  // nil: any
-		says   string // in the error
+		before func(m *iptablestest.Machine) func(program string, args []string, stdin string) (
+			string, int)
+		is   error  // nil: any
+		says string // in the error
 	}{
 		// The words are those of iptables-nft-restore 1.8.9 when a chain is still led to, and of
 		// legacy for anything.
@@ -120,8 +124,10 @@ func TestCleanupThatFailsSaysSo(t *testing.T) {
 		{"a restore without an end", lostWrites, ErrCouldNotLook, "no end"},
 		{"somebody who puts the jump back each time", func(m *iptablestest.Machine) func(string, []string, string) (string, int) {
 			return func(program string, _ []string, _ string) (string, int) {
-				if n := m.NAT(program); strings.HasSuffix(program, "-save") && !slices.Contains(n.Chains()["OUTPUT"], jumpOutput) {
-					if err := n.Restore("*nat\n:SERVICE_PROXY_OUTPUT - [0:0]\n-A OUTPUT "+jumpOutput+"\nCOMMIT\n", nil); err != nil {
+				if n := m.NAT(program); strings.HasSuffix(program, "-save") &&
+					!slices.Contains(n.Chains()["OUTPUT"], jumpOutput) {
+					if err := n.Restore("*nat\n:SERVICE_PROXY_OUTPUT - [0:0]\n-A OUTPUT "+jumpOutput+"\nCOMMIT\n",
+						nil); err != nil {
 						t.Error(err)
 					}
 				}
@@ -142,7 +148,8 @@ func TestCleanupThatFailsSaysSo(t *testing.T) {
 					return before(program, args, stdin)
 				}
 				removed, err := k.Cleanup(t.Context())
-				if err == nil || test.is != nil && !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.says) {
+				if err == nil || test.is != nil && !errors.Is(err, test.is) ||
+					!strings.Contains(err.Error(), test.says) {
 					t.Errorf("error %v, want one that is %v and says %q", err, test.is, test.says)
 				}
 				for _, f := range families {
@@ -165,7 +172,8 @@ func TestCleanupThatFailsSaysSo(t *testing.T) {
 }
 
 // fails is a program that ends with an error, for both families.
-func fails(suffix, stderr string, exit int) func(*iptablestest.Machine) func(string, []string, string) (string, int) {
+func fails(suffix, stderr string, exit int) func(*iptablestest.Machine) func(
+	string, []string, string) (string, int) {
 	return func(*iptablestest.Machine) func(string, []string, string) (string, int) {
 		return func(program string, _ []string, _ string) (string, int) {
 			if strings.HasSuffix(program, suffix) {
@@ -188,7 +196,8 @@ func lostWrites(*iptablestest.Machine) func(string, []string, string) (string, i
 
 // What fails in one place does not stop the others: the other family, and the other backend.
 func TestCleanupGoesOnAfterAnError(t *testing.T) {
-	for _, bad := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"} {
+	for _, bad := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy",
+		"ip6tables-legacy"} {
 		for _, backend := range []string{NFT, Legacy} {
 			m := &iptablestest.Machine{Backend: backend}
 			k := openInMemory(t, m)
@@ -210,7 +219,8 @@ func TestCleanupGoesOnAfterAnError(t *testing.T) {
 					if left := !holds(m, b, f).Empty(); left != failed {
 						t.Errorf("%s, with a bad %s: left in %s %v", backend, bad, programOf(b, f), left)
 					}
-					if said := strings.Contains(strings.Join(removed, "\n"), fmt.Sprintf("%s (%s) chain", f, b)); said == failed {
+					if said := strings.Contains(strings.Join(removed, "\n"),
+						fmt.Sprintf("%s (%s) chain", f, b)); said == failed {
 						t.Errorf("%s, with a bad %s: %s said to be removed: %v", backend, bad, programOf(b, f), said)
 					}
 				}
@@ -234,7 +244,8 @@ func TestCleanupLooksAgainAfterALostWrite(t *testing.T) {
 			return "", 0
 		}
 		removed, err := k.Cleanup(t.Context())
-		if err != nil || !holds(m, m.Backend, f).Empty() || !slices.ContainsFunc(removed, func(r string) bool { return strings.HasPrefix(r, f.String()) }) {
+		if err != nil || !holds(m, m.Backend, f).Empty() ||
+			!slices.ContainsFunc(removed, func(r string) bool { return strings.HasPrefix(r, f.String()) }) {
 			t.Errorf("%v, left %s, removed %q", err, holds(m, m.Backend, f), removed)
 		}
 	})
@@ -246,17 +257,22 @@ func TestCleanupOfAChainThatOthersHold(t *testing.T) {
 	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 		install(t, m, m.Backend, "outbound")
 		n := m.NAT(programOf(m.Backend, f))
-		empty := ":SERVICE_PROXY_B4_0A000000_3 - [0:0]\n-A FOREIGN -j SERVICE_PROXY_B4_0A000000_3\n" // of an earlier cleanup
-		if err := n.Restore("*nat\n:FOREIGN - [0:0]\n-A FOREIGN -j SERVICE_PROXY_REDIRECT\n"+empty+"COMMIT\n", nil); err != nil {
+		// of an earlier cleanup
+		empty := ":SERVICE_PROXY_B4_0A000000_3 - [0:0]\n-A FOREIGN -j SERVICE_PROXY_B4_0A000000_3\n"
+		if err := n.Restore("*nat\n:FOREIGN - [0:0]\n-A FOREIGN -j SERVICE_PROXY_REDIRECT\n"+empty+
+			"COMMIT\n", nil); err != nil {
 			t.Fatal(err)
 		}
 		k := openInMemory(t, m)
 		removed, err := k.Cleanup(t.Context())
-		want := fmt.Sprintf("%s (%s) chain SERVICE_PROXY_REDIRECT with 1 rules, which stays empty because of another program's rule -A FOREIGN -j SERVICE_PROXY_REDIRECT", f, m.Backend)
-		if err != nil || !slices.Contains(removed, want) || strings.Contains(strings.Join(removed, "\n"), "SERVICE_PROXY_B4_") {
+		want := fmt.Sprintf(
+			"%s (%s) chain SERVICE_PROXY_REDIRECT with 1 rules, which stays empty because of another program's rule -A FOREIGN -j SERVICE_PROXY_REDIRECT", f, m.Backend)
+		if err != nil || !slices.Contains(removed, want) ||
+			strings.Contains(strings.Join(removed, "\n"), "SERVICE_PROXY_B4_") {
 			t.Errorf("%v, removed %q, want %q and nothing of what was empty", err, removed, want)
 		}
-		if left := holds(m, m.Backend, f); !slices.Equal(left.Chains(), []string{"SERVICE_PROXY_B4_0A000000_3", chainRedirect}) || left.Len() != 0 {
+		if left := holds(m, m.Backend, f); !slices.Equal(
+			left.Chains(), []string{"SERVICE_PROXY_B4_0A000000_3", chainRedirect}) || left.Len() != 0 {
 			t.Errorf("left %s", left)
 		}
 		if removed, err := k.Cleanup(t.Context()); err != nil || len(removed) > 0 {
@@ -278,12 +294,13 @@ func TestCleanupOfAFamilyThatIsNotUsable(t *testing.T) {
 		// That tells of the moment in which the family was tried, and not of the family.
 		{"a held lock", "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n", 4, nil},
 	} {
-		m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
-			if strings.HasPrefix(program, "/usr/sbin/ip6tables") && slices.Contains(args, "-S") {
-				return test.stderr, test.exit
-			}
-			return "", 0
-		}}
+		m := &iptablestest.Machine{
+			Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
+				if strings.HasPrefix(program, "/usr/sbin/ip6tables") && slices.Contains(args, "-S") {
+					return test.stderr, test.exit
+				}
+				return "", 0
+			}}
 		install(t, m, Legacy, "outbound")
 		removed, err := openInMemory(t, m).Cleanup(t.Context())
 		if !errors.Is(err, test.err) || !holds(m, Legacy, IPv4).Empty() || len(removed) == 0 {
@@ -310,7 +327,8 @@ func TestCleanupWithoutPrograms(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := k.Cleanup(t.Context()); (err != nil) != installed || installed && !errors.Is(err, ErrNoIPTables) {
+		if _, err := k.Cleanup(t.Context()); (err != nil) != installed ||
+			installed && !errors.Is(err, ErrNoIPTables) {
 			t.Errorf("rules of IPv6 there %v: %v", installed, err)
 		}
 		if !holds(m, NFT, IPv4).Empty() {
@@ -335,7 +353,8 @@ func TestCleanupWithoutTheOtherBackendsPrograms(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for name, clean := range map[string]func(context.Context) ([]string, error){"Cleanup": k.Cleanup, "CleanOtherBackend": k.CleanOtherBackend} {
+		for name, clean := range map[string]func(context.Context) ([]string, error){
+			"Cleanup": k.Cleanup, "CleanOtherBackend": k.CleanOtherBackend} {
 			if removed, err := clean(t.Context()); !errors.Is(err, ErrNoIPTables) || len(removed) > 0 {
 				t.Errorf("%s: %s: removed %q, %v", backend, name, removed, err)
 			}
@@ -359,7 +378,8 @@ func TestCleanupThatCannotLookIntoTheOtherBackend(t *testing.T) {
 			t.Fatal(err)
 		}
 		removed, err := k.Cleanup(t.Context())
-		if !errors.Is(err, ErrCouldNotLook) || len(removed) == 0 || !holds(m, backend, IPv4).Empty() || !holds(m, backend, IPv6).Empty() {
+		if !errors.Is(err, ErrCouldNotLook) || len(removed) == 0 || !holds(m, backend, IPv4).Empty() ||
+			!holds(m, backend, IPv6).Empty() {
 			t.Errorf("%s: removed %q, %v", backend, removed, err)
 		}
 	}
@@ -377,7 +397,8 @@ func TestCleanOtherBackend(t *testing.T) {
 		}
 		for _, f := range families {
 			if holds(m, backend, f).Empty() || !holds(m, otherBackendOf(backend), f).Empty() {
-				t.Errorf("%s %s: left %v in it and %v in the other", backend, f, holds(m, backend, f), holds(m, otherBackendOf(backend), f))
+				t.Errorf("%s %s: left %v in it and %v in the other", backend, f, holds(m, backend, f),
+					holds(m, otherBackendOf(backend), f))
 			}
 		}
 	}
@@ -385,7 +406,8 @@ func TestCleanOtherBackend(t *testing.T) {
 
 // Whether there is a legacy table is asked of /proc, and never of the kernel, which would make one.
 func TestHasLegacyTable(t *testing.T) {
-	const names4, names6, modules = "/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names", "/proc/modules"
+	const names4, names6, modules = "/proc/thread-self/net/ip_tables_names",
+		"/proc/thread-self/net/ip6_tables_names", "/proc/modules"
 	for _, test := range []struct {
 		name   string
 		files  map[string]string // "-": may not be read
@@ -413,7 +435,8 @@ func TestHasLegacyTable(t *testing.T) {
 		}
 		for f, want := range map[Family]bool{IPv4: test.has4, IPv6: test.has6} {
 			has, err := hasLegacyTable(f, read)
-			if has != want || (err == nil) != test.looked || err != nil && (!errors.Is(err, ErrCouldNotLook) || !errors.Is(err, fs.ErrPermission)) {
+			if has != want || (err == nil) != test.looked ||
+				err != nil && (!errors.Is(err, ErrCouldNotLook) || !errors.Is(err, fs.ErrPermission)) {
 				t.Errorf("%s: %s: %v %v, want %v", test.name, f, has, err, want)
 			}
 		}
@@ -436,7 +459,9 @@ func TestHasNFTTable(t *testing.T) {
 		{nil, fmt.Errorf("list: %w", unix.EPERM), false, false},
 		{nil, ErrCouldNotLook, false, false},
 	} {
-		k := &Kernel{machine: machine{natChains: func(Family) ([]string, error) { return test.chains, test.err }}}
+		k := &Kernel{machine: machine{natChains: func(Family) ([]string, error) {
+			return test.chains, test.err
+		}}}
 		if has, err := k.hasNFTTable(IPv4); has != test.has || (err == nil) != test.looked {
 			t.Errorf("%q %v: %v %v", test.chains, test.err, has, err)
 		}
@@ -458,7 +483,8 @@ func TestLegacyByModules(t *testing.T) {
 			t.Errorf("%s: may be there %v, said %v", test.name, may, ok)
 		}
 	}
-	if may, ok := legacyByModules(IPv6, []byte("ip6_tables 36864 0 - Live 0x0\nip6table_nat 16384 1 - Live 0x0\n")); !may || !ok {
+	if may, ok := legacyByModules(
+		IPv6, []byte("ip6_tables 36864 0 - Live 0x0\nip6table_nat 16384 1 - Live 0x0\n")); !may || !ok {
 		t.Errorf("IPv6: may be there %v, said %v", may, ok)
 	}
 }

@@ -15,29 +15,35 @@ const (
 	ChainRemoved                      // a chain of ours is not there
 	JumpRemoved                       // a built-in chain does not jump to ours
 	JumpDoubled                       // a built-in chain jumps to ours more than once
-	JumpMoved                         // our jump is not first, but nothing before it keeps packets from it
-	JumpChanged                       // a built-in chain jumps to a chain of ours by a rule that is not ours
-	ForeignRule                       // a rule in our chain that is not ours
-	Reordered                         // the rules of a chain are all there but in another order
-	RuleChanged                       // a rule of ours with another match, target or port
-	TableFlushed                      // no rule of ours is left: `iptables -t nat -F`, `nft flush ruleset`
-	Shadowed                          // a rule before our jump keeps packets from it
-	ChainLeft                         // a chain of ours that is not wanted, from another configuration
-	JumpLeft                          // a jump to our chains that is not wanted
+	// our jump is not first, but nothing before it keeps packets from it
+	JumpMoved
+	// a built-in chain jumps to a chain of ours by a rule that is not ours
+	JumpChanged
+	ForeignRule // a rule in our chain that is not ours
+	Reordered   // the rules of a chain are all there but in another order
+	RuleChanged // a rule of ours with another match, target or port
+	// no rule of ours is left: `iptables -t nat -F`, `nft flush ruleset`
+	TableFlushed
+	Shadowed  // a rule before our jump keeps packets from it
+	ChainLeft // a chain of ours that is not wanted, from another configuration
+	JumpLeft  // a jump to our chains that is not wanted
 )
 
 // String is the kind in words, e.g. "jump removed".
 func (k DriftKind) String() string {
-	words := [...]string{"", "rule removed", "chain flushed", "chain removed", "jump removed", "jump doubled", "jump not first", "jump changed",
-		"foreign rule", "reordered", "rule changed", "table flushed", "shadowed", "chain left over", "jump left over"}
+	words := [...]string{"", "rule removed", "chain flushed", "chain removed", "jump removed",
+		"jump doubled", "jump not first", "jump changed",
+		"foreign rule", "reordered", "rule changed", "table flushed", "shadowed", "chain left over",
+		"jump left over"}
 	if int(k) < len(words) && k > 0 {
 		return words[k]
 	}
 	return "DriftKind(" + strconv.Itoa(int(k)) + ")"
 }
 
-// Drift is one difference. Rule is the rule in question in iptables-save's form without "-A CHAIN": the one that is
-// missing, or the one that is there and should not be; "" where no single rule is to be named.
+// Drift is one difference. Rule is the rule in question in iptables-save's form without "-A
+// CHAIN": the one that is missing, or the one that is there and should not be; "" where no
+// single rule is to be named.
 type Drift struct {
 	Kind  DriftKind
 	Chain string
@@ -52,8 +58,8 @@ func (d Drift) String() string {
 	return fmt.Sprintf("%s: -A %s %s", d.Kind, d.Chain, d.Rule)
 }
 
-// Diff says how have differs from want, jumps first and then chain by chain in the order of their names. It is empty
-// exactly when there is nothing to write: NewPlan(want, have) is then empty too.
+// Diff says how have differs from want, jumps first and then chain by chain in the order of their
+// names. It is empty exactly when there is nothing to write: NewPlan(want, have) is then empty too.
 func Diff(want Ruleset, have Table) []Drift {
 	if tableFlushed(want, have) {
 		return []Drift{{Kind: TableFlushed, Chain: "nat"}}
@@ -80,8 +86,8 @@ func Diff(want Ruleset, have Table) []Drift {
 	return drift
 }
 
-// leftOver are the chains of ours that are there and not wanted. One that somebody else's rule leads to cannot be
-// deleted; it counts until it is empty.
+// leftOver are the chains of ours that are there and not wanted. One that somebody else's rule
+// leads to cannot be deleted; it counts until it is empty.
 func leftOver(want Ruleset, have Table) []string {
 	var names []string
 	for name := range have.chains {
@@ -112,7 +118,9 @@ func diffJumps(builtin string, want []string, have Table) []Drift {
 		}
 		seen[spec]++
 		switch {
-		case !slices.Contains(want, spec) && slices.ContainsFunc(want, func(w string) bool { return target(w) == target(spec) }):
+		case !slices.Contains(want, spec) && slices.ContainsFunc(want, func(w string) bool {
+			return target(w) == target(spec)
+		}):
 			drift = append(drift, Drift{JumpChanged, builtin, spec})
 		case !slices.Contains(want, spec):
 			drift = append(drift, Drift{JumpLeft, builtin, spec})

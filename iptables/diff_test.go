@@ -12,7 +12,8 @@ import (
 func changed(t testing.TB, from Ruleset, lines ...string) Table {
 	t.Helper()
 	nat := iptablestest.New(nil)
-	for _, payload := range []string{NewPlan(from, Table{family: from.family}).String(), "*nat\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"} {
+	for _, payload := range []string{NewPlan(from, Table{family: from.family}).String(),
+		"*nat\n" + strings.Join(lines, "\n") + "\nCOMMIT\n"} {
 		if payload == "" {
 			continue
 		}
@@ -50,7 +51,8 @@ func TestDiffNamesTheDrift(t *testing.T) {
 			[]string{"rule removed: -A " + cidrs + " " + first, "rule removed: -A " + cidrs + " " + second}},
 		{"a chain flushed", refill(), []string{"chain flushed: " + cidrs}},
 		{"a chain removed", []string{"-D SERVICE_PROXY_OUTPUT -j SERVICE_PROXY_SERVICE_PORTS", ":SERVICE_PROXY_SERVICE_PORTS - [0:0]", "-X SERVICE_PROXY_SERVICE_PORTS"},
-			[]string{"rule removed: -A SERVICE_PROXY_OUTPUT -j SERVICE_PROXY_SERVICE_PORTS", "chain removed: SERVICE_PROXY_SERVICE_PORTS"}},
+			[]string{"rule removed: -A SERVICE_PROXY_OUTPUT -j SERVICE_PROXY_SERVICE_PORTS",
+				"chain removed: SERVICE_PROXY_SERVICE_PORTS"}},
 		{"a foreign rule first", []string{"-I " + cidrs + " 1 -p tcp -j ACCEPT"}, []string{"foreign rule: -A " + cidrs + " -p tcp -j ACCEPT"}},
 		{"a foreign rule last", []string{"-A " + cidrs + " -j LOG"}, []string{"foreign rule: -A " + cidrs + " -j LOG"}},
 		{"a rule of ours doubled", []string{"-A " + cidrs + " " + first}, []string{"foreign rule: -A " + cidrs + " " + first}},
@@ -70,11 +72,13 @@ func TestDiffNamesTheDrift(t *testing.T) {
 		{"a jump removed", []string{"-D OUTPUT " + jumpOutput}, []string{"jump removed: -A OUTPUT " + jumpOutput}},
 		{"the other jump removed", []string{"-D OUTPUT " + jumpDNS}, []string{"jump removed: -A OUTPUT " + jumpDNS}},
 		{"all jumps removed", []string{"-D OUTPUT " + jumpDNS, "-D OUTPUT " + jumpOutput, "-D PREROUTING " + jumpInbound},
-			[]string{"jump removed: -A PREROUTING " + jumpInbound, "jump removed: -A OUTPUT " + jumpOutput, "jump removed: -A OUTPUT " + jumpDNS}},
+			[]string{"jump removed: -A PREROUTING " + jumpInbound, "jump removed: -A OUTPUT " + jumpOutput,
+				"jump removed: -A OUTPUT " + jumpDNS}},
 		{"a jump doubled", []string{"-A OUTPUT " + jumpDNS}, []string{"jump doubled: -A OUTPUT " + jumpDNS}},
 		{"a jump three times", []string{"-A OUTPUT " + jumpOutput, "-A OUTPUT " + jumpOutput}, []string{"jump doubled: -A OUTPUT " + jumpOutput}},
 		{"a jump changed", []string{"-D OUTPUT " + jumpOutput, "-I OUTPUT 1 -j SERVICE_PROXY_OUTPUT"},
-			[]string{"jump changed: -A OUTPUT -j SERVICE_PROXY_OUTPUT", "jump removed: -A OUTPUT " + jumpOutput}},
+			[]string{"jump changed: -A OUTPUT -j SERVICE_PROXY_OUTPUT", "jump removed: -A OUTPUT " +
+				jumpOutput}},
 		{"a jump to a chain of ours that none is wanted to", []string{"-A OUTPUT -j SERVICE_PROXY_IN_REDIRECT"},
 			[]string{"jump left over: -A OUTPUT -j SERVICE_PROXY_IN_REDIRECT"}},
 		{"our jumps in another order", []string{"-D OUTPUT " + jumpOutput, "-A OUTPUT " + jumpOutput}, []string{"jump not first: -A OUTPUT " + jumpOutput}},
@@ -89,7 +93,8 @@ func TestDiffNamesTheDrift(t *testing.T) {
 
 		{"a chain of another configuration", []string{":SERVICE_PROXY_B4_0A200000_12 - [0:0]"}, []string{"chain left over: SERVICE_PROXY_B4_0A200000_12"}},
 		{"two of them", []string{":SERVICE_PROXY_B4_0A200000_12 - [0:0]", ":SERVICE_PROXY_B4_0A000000_3 - [0:0]"},
-			[]string{"chain left over: SERVICE_PROXY_B4_0A000000_3", "chain left over: SERVICE_PROXY_B4_0A200000_12"}},
+			[]string{"chain left over: SERVICE_PROXY_B4_0A000000_3",
+				"chain left over: SERVICE_PROXY_B4_0A200000_12"}},
 		{"one that others hold, with rules", []string{":SERVICE_PROXY_B4_0A200000_12 - [0:0]", "-A SERVICE_PROXY_B4_0A200000_12 -j LOG", ":THEIRS - [0:0]", "-A THEIRS -j SERVICE_PROXY_B4_0A200000_12"},
 			[]string{"chain left over: SERVICE_PROXY_B4_0A200000_12"}},
 		{"one that others hold, empty", []string{":SERVICE_PROXY_B4_0A200000_12 - [0:0]", ":THEIRS - [0:0]", "-A THEIRS -j SERVICE_PROXY_B4_0A200000_12"}, nil},
@@ -124,7 +129,8 @@ func TestDiffOfNothing(t *testing.T) {
 	if drift := Diff(nothing, Table{family: IPv4}); len(drift) > 0 {
 		t.Errorf("of nothing: %v", drift)
 	}
-	if drift := Diff(sample(IPv4).Ruleset(), Table{family: IPv4}); len(drift) != 1 || drift[0].Kind != TableFlushed {
+	if drift := Diff(sample(IPv4).Ruleset(), Table{family: IPv4}); len(drift) != 1 ||
+		drift[0].Kind != TableFlushed {
 		t.Errorf("of a table that nobody has used: %v", drift)
 	}
 	held := Interception{Family: IPv4, ProxyUID: 999, ProxyGID: 999, OutboundPort: 15001}.Ruleset()
@@ -133,7 +139,8 @@ func TestDiffOfNothing(t *testing.T) {
 	for _, d := range drift {
 		kinds = append(kinds, d.Kind)
 	}
-	if want := []DriftKind{JumpLeft, ChainLeft, ChainLeft, ChainLeft, ChainLeft}; !slices.Equal(kinds, want) {
+	if want := []DriftKind{JumpLeft, ChainLeft, ChainLeft, ChainLeft, ChainLeft}; !slices.Equal(
+		kinds, want) {
 		t.Errorf("got %v", drift)
 	}
 }

@@ -9,7 +9,8 @@ import (
 	"testing"
 )
 
-// drift is one way in which others undo our rules: commands for iptables, or for nft where there is no such command.
+// drift is one way in which others undo our rules: commands for iptables, or for nft where
+// there is no such command.
 type drift struct {
 	name string
 	kind DriftKind
@@ -62,7 +63,8 @@ func (d drift) commands(backend string, f Family) (commands [][]string) {
 	}
 	for _, c := range d.do {
 		args := strings.Fields(strings.ReplaceAll(c, "FIRST", first))
-		commands = append(commands, append([]string{command(backend, f, ""), "-w", "5", "-t", "nat"}, args...))
+		commands = append(
+			commands, append([]string{command(backend, f, ""), "-w", "5", "-t", "nat"}, args...))
 	}
 	if d.nftDo != "" {
 		commands = append(commands, append([]string{"nft"}, strings.Fields(d.nftDo)...))
@@ -106,11 +108,13 @@ func TestDriftIsFoundAndRepaired(t *testing.T) {
 	})
 }
 
-// TestReadingSomeChainsSaysTheSame: what stands before our jumps is worded alike whether the whole table was read or only
-// the chain that was touched, which is what follows every notification on nft.
+// TestReadingSomeChainsSaysTheSame: what stands before our jumps is worded alike whether
+// the whole table was read or only the chain that was touched, which is what follows
+// every notification on nft.
 func TestReadingSomeChainsSaysTheSame(t *testing.T) {
 	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
-		logs := []string{"-N LOGS", "-A LOGS -j LOG", "-N DEEPER", "-A DEEPER -j LOG", "-A LOGS -j DEEPER"}
+		logs := []string{"-N LOGS", "-A LOGS -j LOG", "-N DEEPER", "-A DEEPER -j LOG",
+			"-A LOGS -j DEEPER"}
 		for _, test := range []struct {
 			name string
 			do   []string
@@ -134,7 +138,8 @@ func TestReadingSomeChainsSaysTheSame(t *testing.T) {
 			if !slices.Equal(whole, part) {
 				t.Errorf("%s: the whole table says %v, the chain %v", test.name, whole, part)
 			}
-			if test.kind == 0 && len(whole) > 0 || test.kind != 0 && (len(whole) != 1 || whole[0].Kind != test.kind) {
+			if test.kind == 0 && len(whole) > 0 ||
+				test.kind != 0 && (len(whole) != 1 || whole[0].Kind != test.kind) {
 				t.Errorf("%s: %v, want %v", test.name, whole, test.kind)
 			}
 		}
@@ -163,8 +168,10 @@ func apply(t testing.TB, k *Kernel, want Ruleset) Result {
 	return result
 }
 
-// TestNestedBuckets: the kernel takes the deepest ruleset that a set of services can make. Without nodeDepth nft refuses
-// the IPv6 one with "Too many links".
+// TestNestedBuckets: the kernel takes the deepest ruleset that a set of services can make. Without
+// nodeDepth nft refuses the IPv6 one with "Too many links".
 func TestNestedBuckets(t *testing.T) {
-	eachBackend(t, func(t *testing.T, k *Kernel, f Family) { apply(t, k, serviceSet(f, nestedPrefixes(f))) })
+	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
+		apply(t, k, serviceSet(f, nestedPrefixes(f)))
+	})
 }

@@ -45,10 +45,11 @@ func foreignSaves(t testing.TB, f Family) map[string]string {
 	return saves
 }
 
-// saveWithCounters is a save as it must come back after cleanup. On legacy, every write of anybody's, a bare
-// `iptables-legacy -A` included, sets the counters of the built-in chains' policies to zero (libiptc 1.8.9; those of the
-// rules it keeps), so those cannot be compared there. It also replaces the table first and then adds the counters to it,
-// under the lock that a save does not take: so it is taken here, or a save amid somebody's write would show zeros.
+// saveWithCounters is a save as it must come back after cleanup. On legacy, every write of
+// anybody's, a bare `iptables-legacy -A` included, sets the counters of the built-in chains'
+// policies to zero (libiptc 1.8.9; those of the rules it keeps), so those cannot be compared there.
+// It also replaces the table first and then adds the counters to it, under the lock that a save
+// does not take: so it is taken here, or a save amid somebody's write would show zeros.
 func saveWithCounters(t testing.TB, backend string, f Family) string {
 	t.Helper()
 	if backend == Legacy {
@@ -74,7 +75,8 @@ func saveWithCounters(t testing.TB, backend string, f Family) string {
 	return strings.Join(lines, "\n")
 }
 
-// others is such a save without what is ours: what must stay as it is, byte for byte, at every moment.
+// others is such a save without what is ours: what must stay as it is, byte for
+// byte, at every moment.
 func others(t testing.TB, backend string, f Family) string {
 	t.Helper()
 	var lines []string
@@ -82,7 +84,8 @@ func others(t testing.TB, backend string, f Family) string {
 		words := strings.Fields(line)
 		switch {
 		case len(words) > 0 && strings.HasPrefix(words[0], ":") && isOurs(words[0][1:]):
-		case len(words) > 2 && words[1] == "-A" && (isOurs(words[2]) || isJumpSite(words[2]) && isOurs(target(strings.Join(words[3:], " ")))):
+		case len(words) > 2 && words[1] == "-A" &&
+			(isOurs(words[2]) || isJumpSite(words[2]) && isOurs(target(strings.Join(words[3:], " ")))):
 		default:
 			lines = append(lines, line)
 		}
@@ -90,8 +93,9 @@ func others(t testing.TB, backend string, f Family) string {
 	return strings.Join(lines, "\n")
 }
 
-// Foreign rules, their order and their counters must be the same after every step of install, drift, repair, change and
-// cleanup, while a second program edits the same chains all the while; and all of its edits must be there at the end.
+// Foreign rules, their order and their counters must be the same after every step of install,
+// drift, repair, change and cleanup, while a second program edits the same chains all the while;
+// and all of its edits must be there at the end.
 func TestForeignRulesAreSacred(t *testing.T) {
 	cycles := 10
 	if soak() {
@@ -121,7 +125,8 @@ func TestForeignRulesAreSacred(t *testing.T) {
 				check := func(step string) {
 					t.Helper()
 					if now := e.without(others(t, k.Backend(), f)); now != before {
-						t.Fatalf("%s, cycle %d, after %s: foreign rules were\n%s\nand are\n%s", name, cycle, step, before, now)
+						t.Fatalf("%s, cycle %d, after %s: foreign rules were\n%s\nand are\n%s", name, cycle, step,
+							before, now)
 					}
 				}
 				want := sample(f).Ruleset()
@@ -150,8 +155,9 @@ func TestForeignRulesAreSacred(t *testing.T) {
 	})
 }
 
-// editor is a second program, a process for each of its edits: it adds rules in a chain of its own and in the built-in ones
-// that ours hang from, and takes some out again. Its rules are told by their comment.
+// editor is a second program, a process for each of its edits: it adds rules in a chain of its
+// own and in the built-in ones that ours hang from, and takes some out again. Its rules are
+// told by their comment.
 type editor struct {
 	t     *testing.T
 	save  func() string
@@ -162,7 +168,8 @@ type editor struct {
 }
 
 func newEditor(t *testing.T, backend string, f Family) *editor {
-	e := &editor{t: t, rules: map[string][]string{}, stop: make(chan struct{}), done: make(chan struct{})}
+	e := &editor{t: t, rules: map[string][]string{}, stop: make(chan struct{}),
+		done: make(chan struct{})}
 	e.save = func() string { return saveWithCounters(t, backend, f) }
 	iptables := command(backend, f, "")
 	sh(t, iptables, "-w", "5", "-t", "nat", "-N", "EDITOR")
@@ -189,7 +196,8 @@ func newEditor(t *testing.T, backend string, f Family) *editor {
 			default:
 				rules = append(rules, comment)
 			}
-			args = append([]string{"-w", "5", "-t", "nat"}, append(args, "-p", "tcp", "-m", "comment", "--comment", comment, "-j", "RETURN")...)
+			args = append([]string{"-w", "5", "-t", "nat"},
+				append(args, "-p", "tcp", "-m", "comment", "--comment", comment, "-j", "RETURN")...)
 			if out, err := exec.Command(iptables, args...).CombinedOutput(); err != nil {
 				t.Errorf("the editor's %q: %v %s", args, err, out)
 				return
@@ -204,7 +212,8 @@ func newEditor(t *testing.T, backend string, f Family) *editor {
 // without is a save without what the editor made.
 func (e *editor) without(save string) string {
 	return strings.Join(slices.DeleteFunc(strings.Split(save, "\n"), func(line string) bool {
-		return strings.Contains(line, "--comment editor-") || strings.HasPrefix(line, ":EDITOR ") || line == ":EDITOR"
+		return strings.Contains(line, "--comment editor-") || strings.HasPrefix(line, ":EDITOR ") ||
+			line == ":EDITOR"
 	}), "\n")
 }
 
@@ -251,7 +260,8 @@ func TestLegacyWithAnotherLockFile(t *testing.T) {
 			if n%2 == 1 {
 				command = "-D"
 			}
-			cmd := exec.Command("iptables-legacy", "-t", "nat", command, "POSTROUTING", "-s", "192.0.2.1/32", "-j", "MASQUERADE")
+			cmd := exec.Command("iptables-legacy", "-t", "nat", command, "POSTROUTING", "-s", "192.0.2.1/32",
+				"-j", "MASQUERADE")
 			cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+t.TempDir()+"/lock")
 			cmd.Run() // it is refused now and then as well
 		}

@@ -8,7 +8,8 @@ import (
 	"strconv"
 )
 
-// Family is an IP version; iptables and ip6tables are two tables that are compiled, read and written on their own.
+// Family is an IP version; iptables and ip6tables are two tables that are compiled, read and
+// written on their own.
 type Family uint8
 
 const (
@@ -27,8 +28,8 @@ func (f Family) String() string {
 	return "Family(" + strconv.Itoa(int(f)) + ")"
 }
 
-// Of says whether addr belongs to the family. An IPv4-mapped IPv6 address (::ffff:192.0.2.1) belongs to neither: no packet
-// carries one.
+// Of says whether addr belongs to the family. An IPv4-mapped IPv6 address (::ffff:192.0.2.1)
+// belongs to neither: no packet carries one.
 func (f Family) Of(addr netip.Addr) bool {
 	return f == IPv4 && addr.Is4() || f == IPv6 && addr.Is6() && !addr.Is4In6()
 }
@@ -36,27 +37,32 @@ func (f Family) Of(addr netip.Addr) bool {
 // PortRange is a range of ports, both ends included. A reversed one is read the other way round.
 type PortRange struct{ First, Last uint16 }
 
-// Serving is one row of the inbound side: a port that the application serves and Envoy accepts for it.
+// Serving is one row of the inbound side: a port that the application serves and
+// Envoy accepts for it.
 type Serving struct {
 	Addr netip.Addr // the zero Addr: whichever local address was asked for
 	Port uint16
 }
 
-// Interception is what one family's nat table shall do, in the words of the domain. Addresses of the other family are
-// ignored, so that the same lists can be given to both.
+// Interception is what one family's nat table shall do, in the words of the domain. Addresses of
+// the other family are ignored, so that the same lists can be given to both.
 type Interception struct {
 	Family             Family
 	ProxyUID, ProxyGID uint32 // Envoy's user and group: their traffic is never redirected
-	// Jumps says whether the built-in chains jump to ours. Without (Hold, bypass) the chains stand ready and redirect nothing.
+	// Jumps says whether the built-in chains jump to ours. Without (Hold, bypass) the chains stand
+	// ready and redirect nothing.
 	Jumps bool
 
-	OutboundPort    uint16         // where outbound connections are redirected to; 0: no outbound interception
+	// where outbound connections are redirected to; 0: no outbound interception
+	OutboundPort    uint16
 	Services        []netip.Prefix // in any order, doubles allowed
 	ServicePorts    []uint16       // services without an address of their own
 	All             bool           // everything but the excludes, root and the proxy
 	ExcludePrefixes []netip.Prefix
 	ExcludePorts    []PortRange
-	Interfaces      []string // containers' interfaces, as -i takes them ("docker0", "br-+"); their outbound connections count too
+	// containers' interfaces, as -i takes them ("docker0", "br-+"); their outbound
+	// connections count too
+	Interfaces []string
 
 	DNSPort      uint16   // Envoy's DNS listener; 0: no DNS interception
 	DNSOverTCP   bool     // Envoy takes TCP at that port, too
@@ -65,26 +71,27 @@ type Interception struct {
 	InboundPort uint16 // where inbound connections are redirected to; 0: no inbound interception
 	Serving     []Serving
 
-	// Settling heads the chains with a RETURN for everything that is not a SYN. The first NAT rule of a VM starts
-	// conntrack, to which the connections that are already there look new: without this row they would be redirected in
-	// the middle, which resets them. It must go after some minutes, since it breaks redirected connections when somebody
-	// empties conntrack's table.
+	// Settling heads the chains with a RETURN for everything that is not a SYN. The first NAT rule of
+	// a VM starts conntrack, to which the connections that are already there look new: without this
+	// row they would be redirected in the middle, which resets them. It must go after some minutes,
+	// since it breaks redirected connections when somebody empties conntrack's table.
 	Settling bool
 }
 
-// The chains, and how they hang together (each of ours is the first rule of the built-in chain it hangs from):
+// The chains, and how they hang together (each of ours is the first rule of the built-in
+// chain it hangs from):
 //
 //	OUTPUT      -p tcp            -> SERVICE_PROXY_OUTPUT
 //	OUTPUT      -p udp --dport 53 -> SERVICE_PROXY_DNS
 //	PREROUTING  -p tcp            -> SERVICE_PROXY_INBOUND
 //
-//	SERVICE_PROXY_OUTPUT ---RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
-//	  |-- (tcp 53 -> SERVICE_PROXY_DNS)            ---RETURN: proxy, resolvers; REDIRECT to Envoy's DNS listener
-//	  |-- SERVICE_PROXY_SERVICE_CIDRS              one row a service ------------------> SERVICE_PROXY_REDIRECT
-//	  |     `-- SERVICE_PROXY_B4_0A200000_12 ...   past 256 rows: one chain per 3 bits -> SERVICE_PROXY_REDIRECT
-//	  `-- SERVICE_PROXY_SERVICE_PORTS              one row a port ---------------------> SERVICE_PROXY_REDIRECT
-//	SERVICE_PROXY_INBOUND  (-i docker0 -> SERVICE_PROXY_SERVICE_CIDRS); RETURN: not for a local address
-//	  `-- one row a serving port -----------------------------------------------------> SERVICE_PROXY_IN_REDIRECT
+//	SERVICE_PROXY_OUTPUT   RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
+//	  |-- (tcp 53 -> SERVICE_PROXY_DNS)          RETURN: proxy, resolvers; else to Envoy's DNS port
+//	  |-- SERVICE_PROXY_SERVICE_CIDRS            a row a service -------> SERVICE_PROXY_REDIRECT
+//	  |     `-- SERVICE_PROXY_B4_0A200000_12 ... past 256: one per 3 bits SERVICE_PROXY_REDIRECT
+//	  `-- SERVICE_PROXY_SERVICE_PORTS            a row a port ----------> SERVICE_PROXY_REDIRECT
+//	SERVICE_PROXY_INBOUND  (-i docker0 -> SERVICE_PROXY_SERVICE_CIDRS); RETURN: not for this machine
+//	  `-- a row a serving port -----------------------------------------> SERVICE_PROXY_IN_REDIRECT
 const (
 	chainOutput       = "SERVICE_PROXY_OUTPUT"
 	chainServiceCIDRs = "SERVICE_PROXY_SERVICE_CIDRS"
@@ -107,11 +114,13 @@ const (
 
 // Rules that stand alone or protect others; the degrading apply must know them (degrade.go).
 const (
-	ruleSettling = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment settling -j RETURN"
-	ruleRouted   = "-m addrtype ! --dst-type LOCAL -m comment --comment routed-through -j RETURN"
+	ruleSettling = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -m comment --comment settling " +
+		"-j RETURN"
+	ruleRouted = "-m addrtype ! --dst-type LOCAL -m comment --comment routed-through -j RETURN"
 )
 
-// Reserved is a range that is never redirected outbound, with its name, which is the comment of its rule.
+// Reserved is a range that is never redirected outbound, with its name, which is
+// the comment of its rule.
 type Reserved struct {
 	Prefix netip.Prefix
 	Name   string
@@ -124,8 +133,8 @@ const (
 	MetadataServer = "metadata-server"
 )
 
-// Reserved lists what is never redirected outbound, whoever asks: loopback by address and not by `-o lo` (a redirected
-// packet leaves by lo as well), link-local, and the metadata server.
+// Reserved lists what is never redirected outbound, whoever asks: loopback by address and not by
+// `-o lo` (a redirected packet leaves by lo as well), link-local, and the metadata server.
 func (f Family) Reserved() []Reserved {
 	if f == IPv6 {
 		return reserved6
@@ -146,8 +155,8 @@ var (
 	}
 )
 
-// Ruleset compiles the interception into chains and rules, word for word as iptables-save prints them back. With
-// nothing to intercept it is empty: nothing of ours in the kernel.
+// Ruleset compiles the interception into chains and rules, word for word as iptables-save prints
+// them back. With nothing to intercept it is empty: nothing of ours in the kernel.
 func (i Interception) Ruleset() Ruleset {
 	outbound, dns := i.OutboundPort != 0, i.DNSPort != 0
 	serving := i.servingRows()
@@ -242,7 +251,8 @@ func (i Interception) addOutbound(b *builder, interfaces bool) {
 func (i Interception) addDNS(b *builder) {
 	b.add(chainDNS, i.proxyRows()...)
 	for _, uid := range sorted(i.ResolverUIDs) {
-		b.add(chainDNS, fmt.Sprintf("-m owner --uid-owner %d -m comment --comment local-resolver -j RETURN", uid))
+		b.add(chainDNS,
+			fmt.Sprintf("-m owner --uid-owner %d -m comment --comment local-resolver -j RETURN", uid))
 	}
 	b.add(chainDNS, fmt.Sprintf("-p udp -j REDIRECT --to-ports %d", i.DNSPort))
 	if i.DNSOverTCP {
@@ -292,8 +302,8 @@ func inInterface(name string) string {
 	return "-i " + name + " "
 }
 
-// excludeRows are the RETURNs for what the attribute excludes. They count in both modes: an excluded address stays
-// excluded when a listener asks for it.
+// excludeRows are the RETURNs for what the attribute excludes. They count in both modes: an
+// excluded address stays excluded when a listener asks for it.
 func (i Interception) excludeRows() []string {
 	var rows []string
 	for _, p := range canonical(i.Family, i.ExcludePrefixes) {

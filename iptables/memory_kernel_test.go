@@ -33,7 +33,9 @@ func TestTheMachineInMemoryDoesAsTheRealOne(t *testing.T) {
 	}
 	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
 		// The kernel has the owner match in OUTPUT alone.
-		m := &iptablestest.Machine{Backend: k.Backend(), Refuse: func(rule string) bool { return strings.HasPrefix(rule, "-A INPUT -m owner") }}
+		m := &iptablestest.Machine{Backend: k.Backend(), Refuse: func(rule string) bool {
+			return strings.HasPrefix(rule, "-A INPUT -m owner")
+		}}
 		program := command(k.Backend(), f, "")
 		real := func(program string, stdin string, args ...string) (stdout, stderr string, exit int) {
 			cmd := exec.Command(program, args...)
@@ -49,8 +51,10 @@ func TestTheMachineInMemoryDoesAsTheRealOne(t *testing.T) {
 			t.Helper()
 			stdout, stderr, exit := real(program, stdin, args...)
 			gotStdout, gotStderr, gotExit := m.Run(program, args, stdin)
-			if gotStdout = withoutComments(gotStdout); gotStdout != stdout || gotStderr != stderr || gotExit != exit {
-				t.Errorf("%s: exit %d, in memory %d\n%s\nin memory\n%s\n%s\nin memory\n%s", what, exit, gotExit, stderr, gotStderr, stdout, gotStdout)
+			if gotStdout = withoutComments(gotStdout); gotStdout != stdout || gotStderr != stderr ||
+				gotExit != exit {
+				t.Errorf("%s: exit %d, in memory %d\n%s\nin memory\n%s\n%s\nin memory\n%s", what, exit, gotExit,
+					stderr, gotStderr, stdout, gotStdout)
 			}
 		}
 		same("an unused table", program+"-save", "", "-t", "nat")
@@ -66,5 +70,7 @@ func TestTheMachineInMemoryDoesAsTheRealOne(t *testing.T) {
 }
 
 func withoutComments(save string) string {
-	return strings.Join(slices.DeleteFunc(strings.Split(save, "\n"), func(line string) bool { return strings.HasPrefix(line, "#") }), "\n")
+	return strings.Join(slices.DeleteFunc(strings.Split(save, "\n"), func(line string) bool {
+		return strings.HasPrefix(line, "#")
+	}), "\n")
 }

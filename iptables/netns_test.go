@@ -14,9 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// inNetns runs the calling (sub)test in a network namespace of its own: it starts the test binary anew for that one test
-// and says false; in the copy it says true. A whole process in the namespace needs no thread to be pinned, and nothing
-// of it is left when it ends. It needs root, and fails without.
+// inNetns runs the calling (sub)test in a network namespace of its own: it starts the test
+// binary anew for that one test and says false; in the copy it says true. A whole process in
+// the namespace needs no thread to be pinned, and nothing of it is left when it ends. It needs
+// root, and fails without.
 func inNetns(t *testing.T) bool {
 	t.Helper()
 	return inNamespaces(t, syscall.CLONE_NEWNET)
@@ -35,8 +36,9 @@ func inNamespaces(t *testing.T, flags uintptr) bool {
 	return false
 }
 
-// asOrdinaryUser runs a (sub)test that is in its namespace already once more as the agent's unit runs the agent: a user of
-// its own, in the given groups, with two ambient capabilities. In the copy it says true.
+// asOrdinaryUser runs a (sub)test that is in its namespace already once more as the agent's
+// unit runs the agent: a user of its own, in the given groups, with two ambient capabilities.
+// In the copy it says true.
 func asOrdinaryUser(t *testing.T, groups ...uint32) bool {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -60,7 +62,8 @@ func anew(t *testing.T, attributes *syscall.SysProcAttr) {
 	if soak() {
 		limit = "2h"
 	}
-	args := []string{"-test.run=" + strings.Join(pattern, "/"), "-test.count=1", "-test.timeout=" + limit}
+	args := []string{"-test.run=" + strings.Join(pattern, "/"), "-test.count=1",
+		"-test.timeout=" + limit}
 	if testing.Verbose() {
 		args = append(args, "-test.v")
 	}

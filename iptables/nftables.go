@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What of the kernel's nf_tables interface (linux/netfilter/nf_tables.h, nfnetlink.h) is used here: looking only. Every
-// write goes through iptables, whose rules iptables must be able to read back.
+// What of the kernel's nf_tables interface (linux/netfilter/nf_tables.h, nfnetlink.h) is used here:
+// looking only. Every write goes through iptables, whose rules iptables must be able to read back.
 const (
 	nfnlSubsysNFTables = 10
 	nfnlGroupNFTables  = 7 // NFNLGRP_NFTABLES
@@ -77,7 +77,8 @@ func natChains(f Family) ([]string, error) {
 	return names, nil
 }
 
-// nftChains lists the chains of a family (0: of all) by netlink, so that the nft program need not be installed.
+// nftChains lists the chains of a family (0: of all) by netlink, so that the nft program
+// need not be installed.
 func nftChains(family byte) ([]nftChain, error) {
 	conn, err := dialNetfilter()
 	if err != nil {
@@ -86,7 +87,8 @@ func nftChains(family byte) ([]nftChain, error) {
 	defer conn.Close()
 	for range interruptedReads {
 		replies, err := conn.Execute(nftRequest(nftMsgGetChain, family, netlink.Request|netlink.Dump))
-		// Somebody changed the list while it was read: it may lack a chain. (The dump is short, so this ends soon.)
+		// Somebody changed the list while it was read: it may lack a chain. (The dump is
+		// short, so this ends soon.)
 		if errors.Is(err, unix.EINTR) || slices.ContainsFunc(replies, func(m netlink.Message) bool {
 			return m.Header.Flags&netlink.DumpInterrupted != 0
 		}) {
@@ -101,7 +103,8 @@ func nftChains(family byte) ([]nftChain, error) {
 		}
 		return chains, nil
 	}
-	return nil, fmt.Errorf("list nft chains: interrupted %d times: %w", interruptedReads, ErrCouldNotLook)
+	return nil, fmt.Errorf("list nft chains: interrupted %d times: %w", interruptedReads,
+		ErrCouldNotLook)
 }
 
 func parseChains(messages []netlink.Message) ([]nftChain, error) {
@@ -148,8 +151,9 @@ func dialNetfilter() (*netlink.Conn, error) {
 
 func nftRequest(kind byte, family byte, flags netlink.HeaderFlags) netlink.Message {
 	return netlink.Message{
-		Header: netlink.Header{Type: netlink.HeaderType(nfnlSubsysNFTables<<8 | uint16(kind)), Flags: flags},
-		Data:   []byte{family, 0, 0, 0},
+		Header: netlink.Header{Type: netlink.HeaderType(nfnlSubsysNFTables<<8 | uint16(kind)),
+			Flags: flags},
+		Data: []byte{family, 0, 0, 0},
 	}
 }
 

@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestTheKernelAgrees sends real packets through random configurations. What was meant, what Walk says of the ruleset
-// and of the table read back, and what the kernel does must be the same.
+// TestTheKernelAgrees sends real packets through random configurations. What was meant, what Walk
+// says of the ruleset and of the table read back, and what the kernel does must be the same.
 func TestTheKernelAgrees(t *testing.T) {
 	configurations := 40
 	if soak() {
@@ -44,14 +44,17 @@ func TestTheKernelAgrees(t *testing.T) {
 				for range 40 {
 					p := w.packet(r, hook)
 					action, port := meant(i, p)
-					for name, v := range map[string]Verdict{"Ruleset.Walk": want.Walk(p), "Table.Walk": table.Walk(p)} {
+					for name, v := range map[string]Verdict{
+						"Ruleset.Walk": want.Walk(p), "Table.Walk": table.Walk(p)} {
 						if v.Action != action || v.Port != port {
-							t.Fatalf("seed %d, configuration %d %+v, packet %+v: meant %v %d, %s says %v %d by -A %s %s", seed, n, i, p, action, port, name, v.Action, v.Port, v.Chain, v.Rule)
+							t.Fatalf("seed %d, configuration %d %+v, packet %+v: meant %v %d, %s says %v %d by -A %s %s",
+								seed, n, i, p, action, port, name, v.Action, v.Port, v.Chain, v.Rule)
 						}
 					}
 					gotAction, gotPort := catch.send(p)
 					if gotAction != action || gotPort != port {
-						t.Fatalf("seed %d, configuration %d %+v, packet %+v: meant %v %d, the kernel did %v %d\n%s", seed, n, i, p, action, port, gotAction, gotPort, want)
+						t.Fatalf("seed %d, configuration %d %+v, packet %+v: meant %v %d, the kernel did %v %d\n%s",
+							seed, n, i, p, action, port, gotAction, gotPort, want)
 					}
 					if action == Redirect {
 						redirected++
@@ -65,9 +68,11 @@ func TestTheKernelAgrees(t *testing.T) {
 				}
 			}
 			if redirected < configurations || passed < configurations {
-				t.Errorf("seed %d: only %d packets redirected and %d passed: the world is too large", seed, redirected, passed)
+				t.Errorf("seed %d: only %d packets redirected and %d passed: the world is too large", seed,
+					redirected, passed)
 			}
-			t.Logf("seed %d, hook %d: %d configurations, %d packets redirected, %d passed", seed, hook, configurations, redirected, passed)
+			t.Logf("seed %d, hook %d: %d configurations, %d packets redirected, %d passed", seed, hook,
+				configurations, redirected, passed)
 			catch.close()
 		}
 		if spared == 0 {
@@ -77,23 +82,25 @@ func TestTheKernelAgrees(t *testing.T) {
 	})
 }
 
-// catcher sends packets and finds out where they went: every port to which anything is redirected listens, every other
-// one answers at once that nobody does.
+// catcher sends packets and finds out where they went: every port to which anything is redirected
+// listens, every other one answers at once that nobody does.
 type catcher struct {
 	t         *testing.T
 	family    int
 	hook      Hook
 	listeners map[uint16]int // TCP
 	dns       int            // UDP
-	arrived   int            // every TCP segment that came to a socket of this namespace, as it came there
-	sent      uint16         // packets that were given a port of their own
-	home      int            // this namespace
-	peers     map[string]int // the namespaces behind the interfaces
-	undo      func()
+	// every TCP segment that came to a socket of this namespace, as it came there
+	arrived int
+	sent    uint16         // packets that were given a port of their own
+	home    int            // this namespace
+	peers   map[string]int // the namespaces behind the interfaces
+	undo    func()
 }
 
 func newCatcher(t *testing.T, w world, hook Hook) *catcher {
-	c := &catcher{t: t, family: unix.AF_INET, hook: hook, listeners: map[uint16]int{}, peers: map[string]int{}}
+	c := &catcher{t: t, family: unix.AF_INET, hook: hook, listeners: map[uint16]int{},
+		peers: map[string]int{}}
 	ip := "-4"
 	if w.family == IPv6 {
 		c.family, ip = unix.AF_INET6, "-6"
@@ -113,7 +120,8 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 		c.undo = everyAddressIsLocal(t, w.family)
 		return c
 	}
-	// Two neighbours that ask, and one behind which everything is that is not local: it refuses at once what reaches it.
+	// Two neighbours that ask, and one behind which everything is that is not local: it refuses at
+	// once what reaches it.
 	sh(t, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 	sh(t, "ip", ip, "route", "add", "local", w.local.String(), "dev", "lo")
 	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -131,7 +139,8 @@ func newCatcher(t *testing.T, w world, hook Hook) *catcher {
 	return c
 }
 
-// everyAddressIsLocal makes every address this machine's own, so that whatever is not redirected is answered at once.
+// everyAddressIsLocal makes every address this machine's own, so that whatever is not
+// redirected is answered at once.
 func everyAddressIsLocal(t *testing.T, f Family) (undo func()) {
 	ip, source, everything, nodad := "-4", "10.77.0.1", "0.0.0.0/0", []string(nil)
 	if f == IPv6 {
@@ -142,7 +151,8 @@ func everyAddressIsLocal(t *testing.T, f Family) (undo func()) {
 	return func() { sh(t, "ip", ip, "route", "del", "local", everything, "dev", "lo") }
 }
 
-// neighbour makes a namespace at the other end of an interface, whose default route leads here. What it owns is routed to it.
+// neighbour makes a namespace at the other end of an interface, whose default route leads here.
+// What it owns is routed to it.
 func (c *catcher) neighbour(ip, name string, n int, owns []string) int {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -155,7 +165,8 @@ func (c *catcher) neighbour(ip, name string, n int, owns []string) int {
 	near, far, bits := fmt.Sprintf("10.60.%d.1", n), fmt.Sprintf("10.60.%d.2", n), "/24"
 	nodad := []string(nil)
 	if ip == "-6" {
-		near, far, bits, nodad = fmt.Sprintf("fd60:%d::1", n), fmt.Sprintf("fd60:%d::2", n), "/64", []string{"nodad"}
+		near, far, bits, nodad = fmt.Sprintf("fd60:%d::1", n), fmt.Sprintf("fd60:%d::2", n), "/64",
+			[]string{"nodad"}
 	}
 	c.must(unix.Setns(c.home, unix.CLONE_NEWNET))
 	sh(c.t, "ip", "link", "add", name, "type", "veth", "peer", "name", up)
@@ -207,7 +218,8 @@ func (c *catcher) send(p Packet) (Action, uint16) {
 		if err != nil && !refusedOrNowhere(err) {
 			c.t.Fatalf("send %+v: %v", p, err)
 		}
-		ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(c.dns), Events: unix.POLLIN}}
+		ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN},
+			{Fd: int32(c.dns), Events: unix.POLLIN}}
 		c.poll(ready, p)
 		if ready[1].Revents != 0 {
 			var b [16]byte
@@ -254,15 +266,16 @@ func (c *catcher) socketOf(p Packet, socket func() int) int {
 	return socket()
 }
 
-// ownPort is a source port that was not used before: conntrack decides by the first packet of a pair of ports for half a
-// minute, and the kernel's choice for UDP may repeat itself.
+// ownPort is a source port that was not used before: conntrack decides by the first packet of a
+// pair of ports for half a minute, and the kernel's choice for UDP may repeat itself.
 func (c *catcher) ownPort() uint16 {
 	c.sent++
 	return 1024 + c.sent
 }
 
-// sendMidStream sends an ACK of a stream that nobody knows. Whoever it comes to answers with a reset, be it a listener or
-// a closed port; where it came to is seen by a raw socket behind NAT, which gets a copy before that.
+// sendMidStream sends an ACK of a stream that nobody knows. Whoever it comes to answers with a
+// reset, be it a listener or a closed port; where it came to is seen by a raw socket behind NAT,
+// which gets a copy before that.
 func (c *catcher) sendMidStream(p Packet) (Action, uint16) {
 	c.t.Helper()
 	fd := c.socketOf(p, c.rawSocket)
@@ -301,7 +314,9 @@ func (c *catcher) sendMidStream(p Packet) (Action, uint16) {
 	c.must(err)
 	for answered := false; !answered; {
 		c.poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, p)
-		answered = slices.ContainsFunc(c.segments(fd), func(s segmentSeen) bool { return s.to == port && s.from == p.Dst.Port() && s.flags&reset != 0 })
+		answered = slices.ContainsFunc(c.segments(fd), func(s segmentSeen) bool {
+			return s.to == port && s.from == p.Dst.Port() && s.flags&reset != 0
+		})
 	}
 	for _, s := range c.segments(c.arrived) {
 		if s.from == port && s.flags == ack && s.to != p.Dst.Port() {
@@ -335,18 +350,21 @@ func (c *catcher) segments(fd int) (seen []segmentSeen) {
 		if c.family == unix.AF_INET {
 			tcp = tcp[int(tcp[0]&0x0f)*4:]
 		}
-		seen = append(seen, segmentSeen{binary.BigEndian.Uint16(tcp), binary.BigEndian.Uint16(tcp[2:]), tcp[13]})
+		seen = append(
+			seen, segmentSeen{binary.BigEndian.Uint16(tcp), binary.BigEndian.Uint16(tcp[2:]), tcp[13]})
 	}
 }
 
 func (c *catcher) rawSocket() int {
-	fd, err := unix.Socket(c.family, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	fd, err := unix.Socket(c.family, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC,
+		unix.IPPROTO_TCP)
 	c.must(err)
 	return fd
 }
 
 func refusedOrNowhere(err error) bool {
-	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.ENETUNREACH)
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.EHOSTUNREACH) ||
+		errors.Is(err, unix.ENETUNREACH)
 }
 
 func (c *catcher) poll(fds []unix.PollFd, p Packet) {

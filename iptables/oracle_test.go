@@ -17,7 +17,8 @@ func meant(i Interception, p Packet) (Action, uint16) {
 	excluded := in(i.ExcludePrefixes) || slices.ContainsFunc(i.ExcludePorts, func(r PortRange) bool {
 		return min(r.First, r.Last) <= port && port <= max(r.First, r.Last)
 	})
-	special := dst.IsLoopback() || dst.IsLinkLocalUnicast() || dst == netip.MustParseAddr("fd20:ce::254")
+	special := dst.IsLoopback() || dst.IsLinkLocalUnicast() ||
+		dst == netip.MustParseAddr("fd20:ce::254")
 	if !i.Jumps || i.Settling && p.Proto == TCP && !p.Syn {
 		return Pass, 0
 	}
@@ -40,7 +41,8 @@ func meant(i Interception, p Packet) (Action, uint16) {
 	if p.UID == i.ProxyUID || p.GID == i.ProxyGID {
 		return Pass, 0
 	}
-	if i.DNSPort != 0 && (p.Proto == UDP || i.DNSOverTCP) && port == 53 && !slices.Contains(i.ResolverUIDs, p.UID) {
+	if i.DNSPort != 0 && (p.Proto == UDP || i.DNSOverTCP) && port == 53 &&
+		!slices.Contains(i.ResolverUIDs, p.UID) {
 		return Redirect, i.DNSPort
 	}
 	if p.Proto != TCP || i.OutboundPort == 0 || special || excluded {
@@ -69,11 +71,14 @@ const (
 )
 
 func newWorld(f Family) world {
-	w := world{family: f, ports: []uint16{22, 53, 80, 443, 8080}, uids: []uint32{0, 101, 1000, proxyUID}}
-	addresses := []string{"10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "10.50.0.1", "10.50.0.2", "8.8.8.8", "127.0.0.53", "169.254.169.254", "192.0.2.7"}
+	w := world{family: f, ports: []uint16{22, 53, 80, 443, 8080},
+		uids: []uint32{0, 101, 1000, proxyUID}}
+	addresses := []string{"10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "10.50.0.1",
+		"10.50.0.2", "8.8.8.8", "127.0.0.53", "169.254.169.254", "192.0.2.7"}
 	w.local = netip.MustParsePrefix("10.50.0.0/24")
 	if f == IPv6 {
-		addresses = []string{"fd01::1", "fd01::2", "fd01::3", "fd01:0:0:1::1", "fd02::1", "fd50::1", "fd50::2", "2001:db8::8", "::1", "fd20:ce::254"}
+		addresses = []string{"fd01::1", "fd01::2", "fd01::3", "fd01:0:0:1::1", "fd02::1", "fd50::1",
+			"fd50::2", "2001:db8::8", "::1", "fd20:ce::254"}
 		w.local = netip.MustParsePrefix("fd50::/64")
 	}
 	for _, a := range addresses {
@@ -93,7 +98,8 @@ func (w world) prefixes(r *rand.Rand, n int) []netip.Prefix {
 }
 
 func (w world) interception(r *rand.Rand) Interception {
-	i := Interception{Family: w.family, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: r.IntN(10) > 0, Settling: r.IntN(3) == 0}
+	i := Interception{Family: w.family, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: r.IntN(10) > 0,
+		Settling: r.IntN(3) == 0}
 	port := func() uint16 { return w.ports[r.IntN(len(w.ports))] }
 	if r.IntN(8) > 0 {
 		i.OutboundPort = outboundPort
@@ -171,9 +177,11 @@ func TestPacketsGoWhereTheyAreMeantTo(t *testing.T) {
 					p := w.packet(r, hook)
 					action, port := meant(i, p)
 					redirected[port]++
-					for name, v := range map[string]Verdict{"Ruleset.Walk": want.Walk(p), "Table.Walk": table.Walk(p)} {
+					for name, v := range map[string]Verdict{
+						"Ruleset.Walk": want.Walk(p), "Table.Walk": table.Walk(p)} {
 						if v.Action != action || v.Port != port {
-							t.Fatalf("configuration %d %+v, packet %+v: meant %v %d, %s says %v %d by -A %s %s", n, i, p, action, port, name, v.Action, v.Port, v.Chain, v.Rule)
+							t.Fatalf("configuration %d %+v, packet %+v: meant %v %d, %s says %v %d by -A %s %s", n, i, p,
+								action, port, name, v.Action, v.Port, v.Chain, v.Rule)
 						}
 					}
 				}

@@ -6,8 +6,8 @@ import (
 	"strings"
 )
 
-// parsed is a rule taken apart as far as the walk needs it. Whatever it does not know sets unknown: such a rule may or
-// may not match.
+// parsed is a rule taken apart as far as the walk needs it. Whatever it does not know sets unknown:
+// such a rule may or may not match.
 type parsed struct {
 	unknown bool
 
@@ -44,7 +44,8 @@ type idRange struct {
 	not         bool
 }
 
-// parseRule takes apart what follows "-A CHAIN " in a save. It never fails: what it cannot read makes the rule unknown.
+// parseRule takes apart what follows "-A CHAIN " in a save. It never fails: what it cannot read
+// makes the rule unknown.
 func parseRule(spec string) parsed {
 	var p parsed
 	words, ok := splitWords(spec)
@@ -65,7 +66,8 @@ func parseRule(spec string) parsed {
 	return p
 }
 
-// option takes one option with its values, which are the first of the words that follow it, and returns those left.
+// option takes one option with its values, which are the first of the words that follow it,
+// and returns those left.
 func (p *parsed) option(word string, not bool, words []string) []string {
 	value := func() string {
 		if len(words) == 0 {
@@ -182,7 +184,8 @@ func (p *parsed) id(s string, not bool) *idRange {
 	}
 	a, err1 := strconv.ParseUint(first, 10, 32)
 	b, err2 := strconv.ParseUint(last, 10, 32)
-	if err1 != nil || err2 != nil { // a name: resolving it is not worth a look-up in the middle of a pass
+	// a name: resolving it is not worth a look-up in the middle of a pass
+	if err1 != nil || err2 != nil {
 		p.unknown = true
 		return nil
 	}
@@ -201,8 +204,9 @@ func protocolName(s string) string {
 	return s
 }
 
-// splitWords splits a rule as xtables does: words between blanks, double quotes around words that hold some, a
-// backslash before a quote or a backslash inside. It says false when a quote is left open.
+// splitWords splits a rule as xtables does: words between blanks, double quotes around
+// words that hold some, a backslash before a quote or a backslash inside. It says false
+// when a quote is left open.
 func splitWords(s string) ([]string, bool) {
 	var words []string
 	var word strings.Builder
@@ -232,8 +236,8 @@ func splitWords(s string) ([]string, bool) {
 	return words, !open
 }
 
-// target returns the chain or extension that a rule jumps or goes to, "" if it has none. It is the cheap part of
-// parseRule: for each rule of a large save only this is asked.
+// target returns the chain or extension that a rule jumps or goes to, "" if it has none. It is the
+// cheap part of parseRule: for each rule of a large save only this is asked.
 func target(spec string) string {
 	// A comment can hold " -j ": only then is the full parse needed.
 	if strings.ContainsRune(spec, '"') {

@@ -16,8 +16,8 @@ type chain struct {
 	rules []string
 }
 
-// Ruleset is everything of ours in one family's nat table: the chains with their rules, and the jumps to them. It is a
-// value: it is never changed once made. Compare two by Equal.
+// Ruleset is everything of ours in one family's nat table: the chains with their rules, and the
+// jumps to them. It is a value: it is never changed once made. Compare two by Equal.
 type Ruleset struct {
 	family Family
 	chains []chain // sorted by name
@@ -30,7 +30,8 @@ func (r Ruleset) Family() Family { return r.family }
 // Empty says that nothing of ours is in the ruleset.
 func (r Ruleset) Empty() bool { return len(r.chains) == 0 && len(r.jumps) == 0 }
 
-// Intercepting says whether a built-in chain jumps to a chain of ours: whether any packet is looked at at all.
+// Intercepting says whether a built-in chain jumps to a chain of ours: whether any
+// packet is looked at at all.
 func (r Ruleset) Intercepting() bool { return len(r.jumps) > 0 }
 
 // Len is the number of rules, the jumps included.
@@ -51,14 +52,17 @@ func (r Ruleset) Chains() []string {
 	return names
 }
 
-// Rules returns the rules of one chain of ours in iptables-save's form without "-A CHAIN"; nil if there is no such chain.
+// Rules returns the rules of one chain of ours in iptables-save's form without "-A CHAIN"; nil if
+// there is no such chain.
 func (r Ruleset) Rules(name string) []string {
 	rules, _ := r.chain(name)
 	return slices.Clone(rules)
 }
 
 func (r Ruleset) chain(name string) ([]string, bool) {
-	i, ok := slices.BinarySearchFunc(r.chains, name, func(c chain, name string) int { return strings.Compare(c.name, name) })
+	i, ok := slices.BinarySearchFunc(r.chains, name, func(c chain, name string) int {
+		return strings.Compare(c.name, name)
+	})
 	if !ok {
 		return nil, false
 	}
@@ -84,8 +88,8 @@ func (r Ruleset) Equal(other Ruleset) bool {
 		})
 }
 
-// String is the ruleset as iptables-save prints it: the chains sorted by name, the jumps, then the rules of each chain.
-// It is "" for an empty ruleset.
+// String is the ruleset as iptables-save prints it: the chains sorted by name, the jumps, then the
+// rules of each chain. It is "" for an empty ruleset.
 func (r Ruleset) String() string {
 	if r.Empty() {
 		return ""
@@ -127,18 +131,20 @@ func (b *builder) ruleset() Ruleset {
 	return r
 }
 
-// isOurs says whether a chain is one of ours by its name. Only names that this package can have given count, so that a
-// chain of somebody else's that merely begins alike is left alone.
+// isOurs says whether a chain is one of ours by its name. Only names that this package can have
+// given count, so that a chain of somebody else's that merely begins alike is left alone.
 func isOurs(name string) bool {
 	switch name {
-	case chainOutput, chainServiceCIDRs, chainServicePorts, chainRedirect, chainDNS, chainInbound, chainInRedirect, chainProbe:
+	case chainOutput, chainServiceCIDRs, chainServicePorts, chainRedirect, chainDNS, chainInbound,
+		chainInRedirect, chainProbe:
 		return true
 	}
 	if rest, ok := strings.CutPrefix(name, bucketPrefix4); ok {
 		address, bits, ok := strings.Cut(rest, "_")
 		n, err := strconv.Atoi(bits)
 		return ok && len(address) == 8 && strings.Trim(address, "0123456789ABCDEF") == "" &&
-			err == nil && strconv.Itoa(n) == bits && n >= 1 && n <= 32 // of any version: another may cut at other bits
+			// of any version: another may cut at other bits
+			err == nil && strconv.Itoa(n) == bits && n >= 1 && n <= 32
 	}
 	if rest, ok := strings.CutPrefix(name, bucketPrefix6); ok {
 		return len(rest) == 11 && strings.Trim(rest, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
@@ -146,5 +152,6 @@ func isOurs(name string) bool {
 	return false
 }
 
-// chainProbe holds a single rule for a moment while Apply asks the kernel whether it takes that rule.
+// chainProbe holds a single rule for a moment while Apply asks the kernel
+// whether it takes that rule.
 const chainProbe = "SERVICE_PROXY_PROBE"

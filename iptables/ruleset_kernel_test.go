@@ -26,7 +26,8 @@ func TestGoldensAreReadBack(t *testing.T) {
 			if drift, plan := Diff(want, have), NewPlan(want, have); len(drift) > 0 || !plan.Empty() {
 				t.Errorf("%s: drift right after it was installed: %v, to be mended by\n%s", name, drift, plan)
 			}
-			golden, err := os.ReadFile(filepath.Join("testdata", "golden", name+"-"+strings.ToLower(f.String())+".save"))
+			golden, err := os.ReadFile(
+				filepath.Join("testdata", "golden", name+"-"+strings.ToLower(f.String())+".save"))
 			if err != nil {
 				t.Fatal(err)
 			}

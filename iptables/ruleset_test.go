@@ -26,7 +26,8 @@ func interceptions() map[string]Interception {
 	base := Interception{ProxyUID: 999, ProxyGID: 998, Jumps: true}
 	outbound := base
 	outbound.OutboundPort = 15001
-	outbound.Services = prefixes("10.1.2.3/32", "10.1.2.3/32", "10.1.2.0/24", "10.7.7.7/16", "fd00::7/128", "fd00:7::/64")
+	outbound.Services = prefixes("10.1.2.3/32", "10.1.2.3/32", "10.1.2.0/24", "10.7.7.7/16",
+		"fd00::7/128", "fd00:7::/64")
 	outbound.ServicePorts = []uint16{8080, 81, 8080}
 	outbound.ExcludePrefixes = prefixes("8.8.8.8/32", "129.168.10.0/24", "2001:db8::/32")
 	outbound.ExcludePorts = []PortRange{{81, 81}, {8090, 8080}}
@@ -66,13 +67,15 @@ func interceptions() map[string]Interception {
 
 	buckets := base
 	buckets.OutboundPort = 15001
-	buckets.Services = slices.Concat(randomPrefixes(IPv4, 400, 1), densePrefixes(IPv4, 300), prefixes("10.0.0.0/15"),
+	buckets.Services = slices.Concat(randomPrefixes(IPv4, 400, 1), densePrefixes(IPv4, 300),
+		prefixes("10.0.0.0/15"),
 		randomPrefixes(IPv6, 400, 1), densePrefixes(IPv6, 300), prefixes("fd70::/20"))
 
 	// What a save prints in another way than it was asked for, or not at all.
 	edges := base
 	edges.OutboundPort = 15001
-	edges.Services = prefixes("0.0.0.0/0", "::/0", "::102:304/128", "::a00:0/104", "::ffff/128", "::1:0/112")
+	edges.Services = prefixes("0.0.0.0/0", "::/0", "::102:304/128", "::a00:0/104", "::ffff/128",
+		"::1:0/112")
 	edges.ServicePorts = []uint16{65535, 1}
 	edges.ExcludePrefixes = prefixes("0.0.0.0/0", "::/0", "::5:6/128", "::fffe:0:0/96")
 	edges.ExcludePorts = []PortRange{{1, 65535}, {0, 65535}, {0, 5}, {0, 0}, {65535, 65535}}
@@ -96,15 +99,19 @@ func sample(f Family) Interception {
 		Family: f, ProxyUID: 999, ProxyGID: 998, Jumps: true,
 		OutboundPort: 15001,
 		Services: []netip.Prefix{
-			netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.1.2.4/32"), netip.MustParsePrefix("10.9.0.0/24"),
-			netip.MustParsePrefix("fd00::1/128"), netip.MustParsePrefix("fd00::2/128"), netip.MustParsePrefix("fd00:9::/64"),
+			netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.1.2.4/32"),
+			netip.MustParsePrefix("10.9.0.0/24"),
+			netip.MustParsePrefix("fd00::1/128"), netip.MustParsePrefix("fd00::2/128"),
+			netip.MustParsePrefix("fd00:9::/64"),
 		},
-		ServicePorts:    []uint16{8080, 81},
-		ExcludePrefixes: []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("fd00:8::/32")},
-		ExcludePorts:    []PortRange{{90, 80}, {7, 7}},
-		DNSPort:         15053, DNSOverTCP: true, ResolverUIDs: []uint32{101},
+		ServicePorts: []uint16{8080, 81},
+		ExcludePrefixes: []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"),
+			netip.MustParsePrefix("fd00:8::/32")},
+		ExcludePorts: []PortRange{{90, 80}, {7, 7}},
+		DNSPort:      15053, DNSOverTCP: true, ResolverUIDs: []uint32{101},
 		InboundPort: 15006,
-		Serving:     []Serving{{Port: 80}, {Addr: netip.MustParseAddr("10.0.0.9"), Port: 81}, {Addr: netip.MustParseAddr("fd00::9"), Port: 81}},
+		Serving: []Serving{{Port: 80}, {Addr: netip.MustParseAddr("10.0.0.9"), Port: 81},
+			{Addr: netip.MustParseAddr("fd00::9"), Port: 81}},
 	}
 }
 
@@ -145,7 +152,8 @@ func TestNothingToInterceptIsEmpty(t *testing.T) {
 	}
 }
 
-// What String prints, Parse and Ours read back: a start that adopts finds what the one before it wrote.
+// What String prints, Parse and Ours read back: a start that adopts finds what
+// the one before it wrote.
 func TestStringIsReadBack(t *testing.T) {
 	for name, i := range interceptions() {
 		for _, f := range families {
@@ -171,7 +179,10 @@ func TestOrderOfInputsDoesNotMatter(t *testing.T) {
 			for _, s := range []func(){
 				func() { i.Services = slices.Clone(i.Services); slices.Reverse(i.Services) },
 				func() { i.ServicePorts = slices.Clone(i.ServicePorts); slices.Reverse(i.ServicePorts) },
-				func() { i.ExcludePrefixes = slices.Clone(i.ExcludePrefixes); slices.Reverse(i.ExcludePrefixes) },
+				func() {
+					i.ExcludePrefixes = slices.Clone(i.ExcludePrefixes)
+					slices.Reverse(i.ExcludePrefixes)
+				},
 				func() { i.ExcludePorts = slices.Clone(i.ExcludePorts); slices.Reverse(i.ExcludePorts) },
 				func() { i.Serving = slices.Clone(i.Serving); slices.Reverse(i.Serving) },
 				func() { i.ResolverUIDs = slices.Clone(i.ResolverUIDs); slices.Reverse(i.ResolverUIDs) },
@@ -196,7 +207,8 @@ func TestChainNamesFitAndAreOurs(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{"", "DOCKER", "SERVICE_PROXY_", "SERVICE_PROXY_OUTPUT2", "SERVICE_PROXY_B4_0A00000_16", "SERVICE_PROXY_B4_0A000000_33", "SERVICE_PROXY_B4_0A000000_016",
+	for _, name := range []string{"", "DOCKER", "SERVICE_PROXY_", "SERVICE_PROXY_OUTPUT2",
+		"SERVICE_PROXY_B4_0A00000_16", "SERVICE_PROXY_B4_0A000000_33", "SERVICE_PROXY_B4_0A000000_016",
 		"SERVICE_PROXY_B4_0a000000_16", "SERVICE_PROXY_B6_ABC", "service_proxy_output"} {
 		if isOurs(name) {
 			t.Errorf("%q is taken for ours", name)

@@ -9,8 +9,9 @@ import (
 	"time"
 )
 
-// Conntrack starts with the first NAT rule, and connections that are older look new to it. Settling keeps them out of
-// the redirect; without it they are cut, which is tested too so that the first half shows something.
+// Conntrack starts with the first NAT rule, and connections that are older look new to it. Settling
+// keeps them out of the redirect; without it they are cut, which is tested too so that the first
+// half shows something.
 func TestFirstInstallSparesOlderStreams(t *testing.T) {
 	for _, settling := range []bool{true, false} {
 		name := map[bool]string{true: "settling", false: "at-once"}[settling]
@@ -51,7 +52,8 @@ func TestFirstInstallSparesOlderStreams(t *testing.T) {
 				if !alive() {
 					t.Fatal("the stream does not work to begin with")
 				}
-				i := Interception{Family: f, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: true, OutboundPort: outboundPort, Settling: settling}
+				i := Interception{Family: f, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: true,
+					OutboundPort: outboundPort, Settling: settling}
 				i.ServicePorts = []uint16{443}
 				apply(t, k, i.Ruleset())
 				if got := alive(); got != settling {

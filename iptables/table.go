@@ -9,18 +9,20 @@ import (
 	"strings"
 )
 
-// Table is what was seen of one family's nat table: our chains, the built-in ones, and others' as far as they were read.
+// Table is what was seen of one family's nat table: our chains, the built-in ones, and others' as
+// far as they were read.
 type Table struct {
 	family Family
 	chains map[string][]string // rules in order, without "-A CHAIN "
 }
 
-// ErrTruncated says that a save ended in the middle of its nat table. What it held is not to be trusted: the missing
-// half would look like drift.
+// ErrTruncated says that a save ended in the middle of its nat table. What it held is not to be
+// trusted: the missing half would look like drift.
 var ErrTruncated = errors.New("the save ends within table nat")
 
-// Parse reads the output of iptables-save, with or without counters and with or without other tables. A save without a
-// nat table is an empty Table: nobody has used it yet. It never panics; lines that it does not know are passed over.
+// Parse reads the output of iptables-save, with or without counters and with or without other
+// tables. A save without a nat table is an empty Table: nobody has used it yet. It never panics;
+// lines that it does not know are passed over.
 func Parse(family Family, save []byte) (Table, error) {
 	t := Table{family: family, chains: map[string][]string{}}
 	inNat := false
@@ -96,8 +98,9 @@ func (t Table) Has(chain string) bool {
 // Rules returns the rules of any chain that was read, in iptables-save's form without "-A CHAIN".
 func (t Table) Rules(chain string) []string { return slices.Clone(t.chains[chain]) }
 
-// Ours is everything of ours in the table, whoever made it and in whatever state it is: what a start adopts. The jumps
-// are those that lead to chains of ours, in their order, wherever they stand in the built-in chains.
+// Ours is everything of ours in the table, whoever made it and in whatever state it is: what a
+// start adopts. The jumps are those that lead to chains of ours, in their order, wherever they
+// stand in the built-in chains.
 func (t Table) Ours() Ruleset {
 	r := Ruleset{family: t.family}
 	for _, name := range slices.Sorted(maps.Keys(t.chains)) {
@@ -115,7 +118,8 @@ func (t Table) Ours() Ruleset {
 	return r
 }
 
-// with returns the table with the given chains replaced by what was read of them. gone names chains that are no longer there.
+// with returns the table with the given chains replaced by what was read of them. gone names chains
+// that are no longer there.
 func (t Table) with(read map[string][]string, gone []string) Table {
 	chains := maps.Clone(t.chains)
 	if chains == nil {
@@ -128,8 +132,8 @@ func (t Table) with(read map[string][]string, gone []string) Table {
 	return Table{family: t.family, chains: chains}
 }
 
-// heldByOthers finds the chains of ours that a rule of somebody else's leads to, each with one such rule: iptables
-// refuses to delete them.
+// heldByOthers finds the chains of ours that a rule of somebody else's leads to, each with one such
+// rule: iptables refuses to delete them.
 func (t Table) heldByOthers() map[string]rule {
 	held := map[string]rule{}
 	for name, specs := range t.chains {

@@ -73,8 +73,9 @@ func TestShuffledTransitionsConverge(t *testing.T) {
 	})
 }
 
-// While rulesets change, connections to a service that stays are made without a pause: each must be redirected, none
-// refused, none get through to the raw address. Streams that stand keep going through every write.
+// While rulesets change, connections to a service that stays are made without a pause: each must
+// be redirected, none refused, none get through to the raw address. Streams that stand keep
+// going through every write.
 func TestNoGap(t *testing.T) {
 	reconciles, streams := 40, 20
 	if soak() {
@@ -109,17 +110,21 @@ func TestNoGap(t *testing.T) {
 		if f == IPv6 {
 			any = "::"
 		}
-		// The raw address answers as well, so that what gets through to it is seen and not merely refused.
+		// The raw address answers as well, so that what gets through to it is seen
+		// and not merely refused.
 		go echo(listen(outboundPort, any), "P")
 		go echo(listen(443, any), "R")
 		go echo(listen(7001, any), "D") // where the foreign DNAT leads
 
-		i := Interception{Family: f, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: true, OutboundPort: outboundPort, Settling: true}
+		i := Interception{Family: f, ProxyUID: proxyUID, ProxyGID: proxyGID, Jumps: true,
+			OutboundPort: outboundPort, Settling: true}
 		with := func(services ...netip.Prefix) Ruleset {
 			i.Services = append([]netip.Prefix{netip.PrefixFrom(vip, vip.BitLen())}, services...)
 			return i.Ruleset()
 		}
-		restoreText(t, k.Backend(), f, fmt.Sprintf("*nat\n:THEIRS - [0:0]\n-A OUTPUT -p tcp -j THEIRS\n-A THEIRS -d %s -p tcp -m tcp --dport 443 -j REDIRECT --to-ports 7001\nCOMMIT\n", foreign))
+		restoreText(t, k.Backend(), f,
+			fmt.Sprintf(
+				"*nat\n:THEIRS - [0:0]\n-A OUTPUT -p tcp -j THEIRS\n-A THEIRS -d %s -p tcp -m tcp --dport 443 -j REDIRECT --to-ports 7001\nCOMMIT\n", foreign))
 
 		dial := func(a netip.Addr) (net.Conn, string, error) {
 			c, err := net.DialTimeout("tcp", net.JoinHostPort(a.String(), "443"), 5*time.Second)
@@ -205,7 +210,8 @@ func TestNoGap(t *testing.T) {
 			t.Fatal(err)
 		}
 		alive("after cleanup") // others' NAT rules keep conntrack on
-		t.Logf("%d connections during %d reconciles, %d went wrong; %d streams kept going", made.Load(), reconciles, wrong.Load(), len(standing))
+		t.Logf("%d connections during %d reconciles, %d went wrong; %d streams kept going", made.Load(),
+			reconciles, wrong.Load(), len(standing))
 		if made.Load() < int64(reconciles) {
 			t.Errorf("only %d connections were made", made.Load())
 		}

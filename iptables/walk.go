@@ -40,8 +40,8 @@ type Packet struct {
 	UID, GID    uint32 // the socket's creator; of no meaning in PREROUTING
 	InInterface string // in PREROUTING
 	DstLocal    bool   // the destination is an address of this machine (addrtype LOCAL)
-	// Syn says that the packet opens a connection. A TCP packet without it belongs to one that conntrack has not seen
-	// from its start.
+	// Syn says that the packet opens a connection. A TCP packet without it belongs to one that
+	// conntrack has not seen from its start.
 	Syn bool
 }
 
@@ -49,10 +49,11 @@ type Packet struct {
 type Action uint8
 
 const (
-	Pass       Action = iota + 1 // goes its own way
-	Redirect                     // goes to Verdict.Port on this machine
-	Taken                        // another program's rule decides (DNAT, DROP, REDIRECT of its own, ...); only from Table.Walk
-	CannotTell                   // depends on a match or target that this package does not know
+	Pass     Action = iota + 1 // goes its own way
+	Redirect                   // goes to Verdict.Port on this machine
+	// another program's rule decides (DNAT, DROP, REDIRECT of its own, ...); only from Table.Walk
+	Taken
+	CannotTell // depends on a match or target that this package does not know
 )
 
 func (a Action) String() string {
@@ -63,8 +64,8 @@ func (a Action) String() string {
 	return "Action(" + strconv.Itoa(int(a)) + ")"
 }
 
-// Verdict is where a packet goes and which rule says so. Chain and Rule (in iptables-save's form without "-A CHAIN")
-// are empty when no rule took the packet.
+// Verdict is where a packet goes and which rule says so. Chain and Rule (in iptables-save's form
+// without "-A CHAIN") are empty when no rule took the packet.
 type Verdict struct {
 	Action Action
 	Port   uint16 // for Redirect
@@ -97,7 +98,8 @@ type walker struct {
 	rules  func(chain string) ([]string, bool)
 }
 
-// maxDepth bounds the walk through a table that leads in a circle; the kernel refuses those, a broken save may not.
+// maxDepth bounds the walk through a table that leads in a circle; the kernel refuses those,
+// a broken save may not.
 const maxDepth = 64
 
 func (w walker) start() Verdict {
@@ -107,12 +109,14 @@ func (w walker) start() Verdict {
 	}
 	verdict := w.chain(builtin, 0)
 	if verdict.Action == 0 {
-		return Verdict{Action: Pass} // the policy of table nat is ACCEPT; one that is not would drop, which nobody sets
+		// the policy of table nat is ACCEPT; one that is not would drop, which nobody sets
+		return Verdict{Action: Pass}
 	}
 	return verdict
 }
 
-// chain walks one chain. A verdict of no action means that the packet came to its end or was returned.
+// chain walks one chain. A verdict of no action means that the packet came to
+// its end or was returned.
 func (w walker) chain(name string, depth int) Verdict {
 	rules, ok := w.rules(name)
 	if !ok || depth > maxDepth {
@@ -163,7 +167,8 @@ func (w walker) chain(name string, depth int) Verdict {
 // letsPass says whether a packet goes on to the next rule after this target.
 func letsPass(target string) bool {
 	switch target {
-	case "", "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK", "SECMARK", "AUDIT":
+	case "", "LOG", "NFLOG", "ULOG", "MARK", "CONNMARK", "TRACE", "SET", "CONNSECMARK",
+		"SECMARK", "AUDIT":
 		return true
 	}
 	return false
@@ -172,7 +177,8 @@ func letsPass(target string) bool {
 // isTerminal says whether a target of others' is known to end a packet's way through the table.
 func isTerminal(target string) bool {
 	switch target {
-	case "DROP", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "QUEUE", "NFQUEUE": // those that table nat takes
+	case "DROP", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "QUEUE", "NFQUEUE":
+		// those that table nat takes
 		return true
 	}
 	return false
@@ -236,7 +242,8 @@ func (m interfaceMatch) matches(name string) bool {
 	return name == m.name
 }
 
-// matches is true for a rule without owner match. A packet from outside has no owner: the match, negated or not, fails.
+// matches is true for a rule without owner match. A packet from outside has no owner: the match,
+// negated or not, fails.
 func (r *idRange) matches(k Packet, id uint32) bool {
 	if r == nil {
 		return true
@@ -244,8 +251,9 @@ func (r *idRange) matches(k Packet, id uint32) bool {
 	return k.Hook == Output && (r.first <= id && id <= r.last) != r.not
 }
 
-// takes says whether a rule that stands before jump in its built-in chain may keep packets from it that the jump is
-// meant for. It errs on the side of yes: the answer only words what is repaired anyway, by putting the jump first.
+// takes says whether a rule that stands before jump in its built-in chain may keep packets from it
+// that the jump is meant for. It errs on the side of yes: the answer only words what is repaired
+// anyway, by putting the jump first.
 func (t Table) takes(spec, jump string) bool {
 	return t.mayEnd(parseRule(spec), parseRule(jump), true, 0)
 }

@@ -8,7 +8,8 @@ import (
 )
 
 func to(dst string) Packet {
-	return Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"), Dst: netip.MustParseAddrPort(dst), Proto: TCP, UID: 1000, GID: 1000, Syn: true}
+	return Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"),
+		Dst: netip.MustParseAddrPort(dst), Proto: TCP, UID: 1000, GID: 1000, Syn: true}
 }
 
 func TestWalk(t *testing.T) {
@@ -22,7 +23,9 @@ func TestWalk(t *testing.T) {
 	}
 	with := func(p Packet, change func(*Packet)) Packet { change(&p); return p }
 	inbound := func(dst string) Packet {
-		return with(to(dst), func(p *Packet) { p.Hook, p.InInterface, p.DstLocal = Prerouting, "eth0", true })
+		return with(to(dst), func(p *Packet) {
+			p.Hook, p.InInterface, p.DstLocal = Prerouting, "eth0", true
+		})
 	}
 	for _, test := range []struct {
 		name    string
@@ -66,7 +69,8 @@ func TestWalk(t *testing.T) {
 	} {
 		v := ruleset(test.ruleset).Walk(test.packet)
 		if v.Action != test.action || v.Port != test.port || v.Chain != test.chain {
-			t.Errorf("%s (%s): got %v port %d in %q by %q", test.name, test.ruleset, v.Action, v.Port, v.Chain, v.Rule)
+			t.Errorf("%s (%s): got %v port %d in %q by %q", test.name, test.ruleset, v.Action, v.Port,
+				v.Chain, v.Rule)
 		}
 	}
 }
@@ -148,7 +152,8 @@ func TestShadowIsNamed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		table = table.with(test.more, nil).with(map[string][]string{"OUTPUT": {test.before, jumpOutput}}, nil)
+		table = table.with(test.more, nil).with(map[string][]string{"OUTPUT": {test.before, jumpOutput}},
+			nil)
 		drift := Diff(want, table)
 		kind, rule := JumpMoved, jumpOutput
 		if test.shadows {
@@ -160,9 +165,11 @@ func TestShadowIsNamed(t *testing.T) {
 	}
 }
 
-// The verdict names the rule that decides, which is what explain shows, and not the one that led to its chain.
+// The verdict names the rule that decides, which is what explain shows, and not the one
+// that led to its chain.
 func TestWalkNamesTheRule(t *testing.T) {
-	have := changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")), ":A - [0:0]", ":B - [0:0]", "-A A -j B", "-A B -p tcp -m tcp --dport 443 -j DROP",
+	have := changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")), ":A - [0:0]", ":B - [0:0]",
+		"-A A -j B", "-A B -p tcp -m tcp --dport 443 -j DROP",
 		"-A B -p tcp -m tcp --dport 444 -j ACCEPT", "-A B -m set --match-set x dst -p tcp -m tcp --dport 445 -j DROP", "-I OUTPUT 1 -j A")
 	for port, want := range map[string]Verdict{
 		"443": {Action: Taken, Chain: "B", Rule: "-p tcp -m tcp --dport 443 -j DROP"},
@@ -215,7 +222,8 @@ func TestDNSIsShadowedByWhatTakesDNS(t *testing.T) {
 // What others match a packet by, on the way to our jump. The answers are the man page's
 // (iptables-extensions(8)).
 func TestMatches(t *testing.T) {
-	from := Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"), Dst: netip.MustParseAddrPort("10.0.0.1:443"), Proto: TCP, UID: 1000, GID: 100, Syn: true}
+	from := Packet{Hook: Output, Src: netip.MustParseAddrPort("10.0.0.9:40000"),
+		Dst: netip.MustParseAddrPort("10.0.0.1:443"), Proto: TCP, UID: 1000, GID: 100, Syn: true}
 	mid := from
 	mid.Syn = false
 	udp := from
@@ -257,7 +265,8 @@ func TestMatches(t *testing.T) {
 		{`-m comment --comment "a -p udp"`, from, yes},
 	} {
 		hook := map[Hook]string{Output: builtinOutput, Prerouting: builtinPrerouting}[test.packet.Hook]
-		table := Table{family: IPv4, chains: map[string][]string{hook: {strings.TrimSpace(test.match + " -j DROP")}}}
+		table := Table{
+			family: IPv4, chains: map[string][]string{hook: {strings.TrimSpace(test.match + " -j DROP")}}}
 		want := map[match]Action{no: Pass, maybe: CannotTell, yes: Taken}[test.answer]
 		if v := table.Walk(test.packet); v.Action != want {
 			t.Errorf("%q: %+v: got %v, want %v", test.match, test.packet, v.Action, want)
@@ -269,9 +278,11 @@ func TestMatches(t *testing.T) {
 // iptables-extensions(8) that a nat table takes, and those of netfilter itself.
 func TestTargets(t *testing.T) {
 	for action, targets := range map[Action][]string{
-		Redirect: {"", "-j LOG", "-j NFLOG --nflog-group 1", "-j ULOG", "-j MARK --set-mark 1", "-j CONNMARK --save-mark", "-j TRACE", "-j SET --add-set x src",
+		Redirect: {"", "-j LOG", "-j NFLOG --nflog-group 1", "-j ULOG", "-j MARK --set-mark 1",
+			"-j CONNMARK --save-mark", "-j TRACE", "-j SET --add-set x src",
 			"-j CONNSECMARK --save", "-j SECMARK --selctx x", "-j AUDIT --type accept"},
-		Taken: {"-j DROP", "-j DNAT --to-destination 10.9.9.9", "-j SNAT --to-source 10.9.9.9", "-j MASQUERADE", "-j NETMAP --to 10.9.0.0/16", "-j QUEUE", "-j NFQUEUE --queue-num 1",
+		Taken: {"-j DROP", "-j DNAT --to-destination 10.9.9.9", "-j SNAT --to-source 10.9.9.9",
+			"-j MASQUERADE", "-j NETMAP --to 10.9.0.0/16", "-j QUEUE", "-j NFQUEUE --queue-num 1",
 			"-j REDIRECT --to-ports 15001", "-j REDIRECT"},
 		Pass:       {"-j ACCEPT", "-j RETURN"},
 		CannotTell: {"-j WHAT", "-g WHAT"},
@@ -312,7 +323,8 @@ func TestParseWhateverASaveContains(t *testing.T) {
 			t.Errorf("%s: %v", test.name, err)
 		}
 		for name, rules := range test.has {
-			if !table.Has(name) || len(table.Rules(name)) != len(rules) || len(rules) > 0 && table.Rules(name)[0] != rules[0] {
+			if !table.Has(name) || len(table.Rules(name)) != len(rules) ||
+				len(rules) > 0 && table.Rules(name)[0] != rules[0] {
 				t.Errorf("%s: %s is %q", test.name, name, table.Rules(name))
 			}
 		}

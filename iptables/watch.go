@@ -14,23 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Event says that table nat may have changed. Events are hints: what is there is found out by reading.
+// Event says that table nat may have changed. Events are hints: what is there is
+// found out by reading.
 type Event struct {
 	Family Family // 0: either
-	// Chains are those of ours and the built-in ones that were changed, sorted. Empty: any may have been, read all.
+	// Chains are those of ours and the built-in ones that were changed, sorted. Empty: any
+	// may have been, read all.
 	Chains []string
-	// PID and Program are who did it, as the kernel tells on nft (Program has at most 15 bytes: "iptables-restor");
-	// 0 and "" on legacy. The pid is that of the machine's first pid namespace.
+	// PID and Program are who did it, as the kernel tells on nft (Program has at most 15 bytes:
+	// "iptables-restor"); 0 and "" on legacy. The pid is that of the machine's first pid namespace.
 	PID     int
 	Program string
 	Own     bool // by a command of this Kernel
 	Lost    bool // the kernel had more to say than we could take: read everything
 }
 
-// Watch sends an Event for each change of a chain of ours, of PREROUTING or OUTPUT in table nat, until ctx ends, and
-// then closes the channel. On nft the kernel says so within milliseconds, whatever program did it, and changes of other
-// tables and chains are left out here. On legacy the kernel says nothing: an Event then only means that a program
-// opened and closed /run/xtables.lock, be it for looking, and one that uses another lock is not seen at all: keep polling.
+// Watch sends an Event for each change of a chain of ours, of PREROUTING or OUTPUT in table nat,
+// until ctx ends, and then closes the channel. On nft the kernel says so within milliseconds,
+// whatever program did it, and changes of other tables and chains are left out here. On legacy the
+// kernel says nothing: an Event then only means that a program opened and closed /run/xtables.lock,
+// be it for looking, and one that uses another lock is not seen at all: keep polling.
 //
 // The caller must keep receiving. What it is too slow for is merged into one Event with Lost set.
 func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
@@ -60,14 +63,15 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 	return events, nil
 }
 
-// dialWatch joins the group before Watch returns, so that nothing between Watch and the caller's first read is missed.
+// dialWatch joins the group before Watch returns, so that nothing between Watch and the caller's
+// first read is missed.
 func (k *Kernel) dialWatch() (*netlink.Conn, error) {
 	conn, err := dialNetfilter()
 	if err != nil {
 		return nil, fmt.Errorf("watch nftables: %w", err)
 	}
-	// 10,000 rules in one transaction are 10,011 messages of 3 MB. Without CAP_NET_ADMIN it stays at the system's
-	// limit, and large transactions end as Lost.
+	// 10,000 rules in one transaction are 10,011 messages of 3 MB. Without CAP_NET_ADMIN it stays at
+	// the system's limit, and large transactions end as Lost.
 	if err := conn.SetReadBuffer(watchReceiveBytes); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("watch nftables: set receive buffer: %w", err)
@@ -95,7 +99,8 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 			s.put(Event{Lost: true})
 			continue
 		case err != nil:
-			// Nothing else is expected here; whatever it is, the caller must not take silence for "nothing changed".
+			// Nothing else is expected here; whatever it is, the caller must not take silence
+			// for "nothing changed".
 			s.put(Event{Lost: true})
 			select {
 			case <-ctx.Done():
@@ -116,9 +121,9 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<-
 	}
 }
 
-// isOwn says whether one of our commands did it. The kernel tells pids of the machine's first pid namespace: in another
-// one (a container, a box) ours are not known by them, and a write by the program that we use, at the moment when we use
-// it, counts as ours.
+// isOwn says whether one of our commands did it. The kernel tells pids of the machine's first pid
+// namespace: in another one (a container, a box) ours are not known by them, and a write by the
+// program that we use, at the moment when we use it, counts as ours.
 func (k *Kernel) isOwn(e Event) bool {
 	if k.own.has(e.PID) {
 		return true
@@ -145,7 +150,8 @@ var inFirstPIDNamespace = sync.OnceValue(func() bool {
 	return err != nil || link == "pid:[4026531836]" // PROC_PID_INIT_INO
 })
 
-// sender stands between the socket, which must be read without a pause, and the caller, who may be busy with a pass.
+// sender stands between the socket, which must be read without a pause, and the caller, who
+// may be busy with a pass.
 type sender struct {
 	mu      sync.Mutex
 	pending []Event
@@ -161,8 +167,8 @@ func newSender(ctx context.Context, events chan<- Event) *sender {
 	return s
 }
 
-// put never blocks. An event like the last one waiting adds nothing to it: a program that changes the same chain a
-// hundred times a second is one event a pass.
+// put never blocks. An event like the last one waiting adds nothing to it: a program that changes
+// the same chain a hundred times a second is one event a pass.
 func (s *sender) put(e Event) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -206,11 +212,13 @@ func (s *sender) run(ctx context.Context, events chan<- Event) {
 }
 
 func (e Event) same(other Event) bool {
-	return e.Family == other.Family && e.PID == other.PID && e.Program == other.Program && e.Own == other.Own &&
+	return e.Family == other.Family && e.PID == other.PID && e.Program == other.Program &&
+		e.Own == other.Own &&
 		e.Lost == other.Lost && slices.Equal(e.Chains, other.Chains)
 }
 
-// batch collects the messages of one transaction, which the kernel ends by NEWGEN with the writer's pid and name.
+// batch collects the messages of one transaction, which the kernel ends by NEWGEN with the
+// writer's pid and name.
 type batch struct {
 	chains  map[Family][]string
 	whole   map[Family]bool
@@ -292,7 +300,8 @@ func (b *batch) add(m netlink.Message) (done bool) {
 	if b.chains == nil {
 		b.chains = map[Family][]string{}
 	}
-	if seen := b.chains[family]; len(seen) == 0 || seen[len(seen)-1] != chain { // a chain's rules come in a row
+	// a chain's rules come in a row
+	if seen := b.chains[family]; len(seen) == 0 || seen[len(seen)-1] != chain {
 		b.chains[family] = append(seen, chain)
 	}
 	return false
@@ -308,7 +317,8 @@ func (b *batch) events() []Event {
 			continue
 		}
 		slices.Sort(chains)
-		events = append(events, Event{Family: f, Chains: slices.Compact(chains), PID: b.pid, Program: b.program})
+		events = append(
+			events, Event{Family: f, Chains: slices.Compact(chains), PID: b.pid, Program: b.program})
 	}
 	return events
 }
@@ -316,7 +326,8 @@ func (b *batch) events() []Event {
 // lockFile is what iptables-legacy locks unless XTABLES_LOCKFILE names another.
 const lockFile = "/run/xtables.lock"
 
-// watchLock watches the lock file being closed. iptables-legacy has made it by now: Open has run one.
+// watchLock watches the lock file being closed. iptables-legacy has made it by
+// now: Open has run one.
 func watchLock() (*os.File, error) {
 	path := lockFile
 	if p := os.Getenv("XTABLES_LOCKFILE"); p != "" {
@@ -326,7 +337,8 @@ func watchLock() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch %q: %w", path, err)
 	}
-	if _, err := unix.InotifyAddWatch(fd, path, unix.IN_CLOSE_WRITE|unix.IN_CLOSE_NOWRITE); err != nil {
+	if _, err := unix.InotifyAddWatch(
+		fd, path, unix.IN_CLOSE_WRITE|unix.IN_CLOSE_NOWRITE); err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("watch %q: %w", path, err)
 	}

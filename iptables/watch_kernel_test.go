@@ -27,7 +27,9 @@ func TestWatchTellsWhoChangedWhat(t *testing.T) {
 	other := sample(IPv4)
 	other.ServicePorts = nil
 	apply(t, k, other.Ruleset())
-	if e := next(t, events); !e.Own || e.Family != IPv4 || !slices.Equal(e.Chains, []string{chainServicePorts}) || !strings.HasPrefix("iptables-nft-restore", e.Program) {
+	if e := next(t, events); !e.Own || e.Family != IPv4 ||
+		!slices.Equal(e.Chains, []string{chainServicePorts}) ||
+		!strings.HasPrefix("iptables-nft-restore", e.Program) {
 		t.Fatalf("our own write: %+v", e)
 	}
 
@@ -46,7 +48,8 @@ func TestWatchTellsWhoChangedWhat(t *testing.T) {
 			t.Fatalf("%v: %v %s", test.command, err, out)
 		}
 		e := next(t, events)
-		if e.Family != test.family || !slices.Equal(e.Chains, test.chains) || e.Own || e.PID != cmd.Process.Pid || !strings.HasPrefix(test.command[0], e.Program) {
+		if e.Family != test.family || !slices.Equal(e.Chains, test.chains) || e.Own ||
+			e.PID != cmd.Process.Pid || !strings.HasPrefix(test.command[0], e.Program) {
 			t.Errorf("%v (pid %d): %+v", test.command, cmd.Process.Pid, e)
 		}
 		t.Logf("%v after %v", e, time.Since(start))
@@ -69,7 +72,8 @@ func TestWatchTellsWhoChangedWhat(t *testing.T) {
 	}
 }
 
-// In a container's pid namespace the kernel's pids are not ours; our own writes must still not be taken for another's.
+// In a container's pid namespace the kernel's pids are not ours; our own writes must still not
+// be taken for another's.
 func TestWatchKnowsItsOwnWritesInAPIDNamespace(t *testing.T) {
 	if !inNamespaces(t, syscall.CLONE_NEWNET|syscall.CLONE_NEWPID) {
 		return
@@ -147,8 +151,9 @@ func TestWatchLegacyHintsAtOtherWriters(t *testing.T) {
 	}
 }
 
-// With 10,000 rules a save takes 40 ms and starts over at each foreign change: under a hundred changes a second it never
-// ends. What is wrong must still be found and repaired, by reading only what matters.
+// With 10,000 rules a save takes 40 ms and starts over at each foreign change: under a
+// hundred changes a second it never ends. What is wrong must still be found and repaired, by
+// reading only what matters.
 func TestReadAndRepairUnderAStormOfForeignChanges(t *testing.T) {
 	if !inNetns(t) {
 		return
