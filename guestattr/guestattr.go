@@ -1,17 +1,22 @@
-// Package guestattr publishes short values as guest attributes of a Compute Engine VM, where people read them without logging in:
+// Package guestattr publishes short values as guest attributes of a Compute Engine VM, where people
+// read them without logging in:
 //
 //	gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
 //
-// It is the home of the rate budget. Compute Engine allows ten queries a minute for a VM, shared with Google's own agents, and above that
-// "might arbitrarily remove" attributes being written. So every query here, write or read, takes a token from a bucket that refills three
-// a minute and holds three; only changes are written; of values that come faster the newest wins; the heartbeat is written once a minute.
-// Three tokens are enough for a first start to say bootstrap-status, proxy-version and agent-heartbeat at once.
+// It is the home of the rate budget. Compute Engine allows ten queries a minute for a VM, shared
+// with Google's own agents, and above that "might arbitrarily remove" attributes being written. So
+// every query here, write or read, takes a token from a bucket that refills three a minute and
+// holds three; only changes are written; of values that come faster the newest wins; the heartbeat
+// is written once a minute. Three tokens are enough for a first start to say bootstrap-status,
+// proxy-version and agent-heartbeat at once.
 //
-// Values are read back, each about every ten minutes, because they can be lost, and because every process on the VM may overwrite them.
-// What was lost or changed is written again at that pace and counted: noticed, never trusted, never fought.
+// Values are read back, each about every ten minutes, because they can be lost, and because every
+// process on the VM may overwrite them. What was lost or changed is written again at that pace and
+// counted: noticed, never trusted, never fought.
 //
-// Package cloud.google.com/go/compute/metadata reads metadata but cannot write guest attributes, hence the plain HTTP here. What to
-// say is decided by package agent; nothing here interprets a value.
+// Package cloud.google.com/go/compute/metadata reads metadata but cannot write guest
+// attributes, hence the plain HTTP here. What to say is decided by package agent; nothing
+// here interprets a value.
 package guestattr
 
 import (
@@ -41,7 +46,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
-// Namespace is the namespace of all keys, the one the closed agent used and gcloud's documents name.
+// Namespace is the namespace of all keys, the one the closed agent used and
+// gcloud's documents name.
 const Namespace = "gce-service-proxy"
 
 // The keys. [Writer.Set] takes any other, too, of letters, digits, - and _.
@@ -53,7 +59,8 @@ const (
 	AgentHeartbeat       = "agent-heartbeat"
 )
 
-// MaxValue is the longest value written, in bytes. Google documents no limit; longer values are cut.
+// MaxValue is the longest value written, in bytes. Google documents no limit;
+// longer values are cut.
 const MaxValue = 1024
 
 const (
@@ -61,11 +68,12 @@ const (
 	refill         = 20 * time.Second // for one token
 	queryLimit     = 5 * time.Second  // a query that takes longer has failed
 	heartbeatEvery = time.Minute
-	heartbeatLate  = 2 * time.Minute  // from then on the heartbeat goes before news: at five minutes its readers call the agent stuck
-	checkEvery     = 10 * time.Minute // each value is read back this often
-	probeEvery     = 2 * time.Minute  // while the VM's guest attributes are disabled
-	firstBackOff   = 2 * time.Second  // after a failed query; doubles
-	maxBackOff     = 30 * time.Second // so that "within 60 s" holds once the server answers again
+	// from then on the heartbeat goes before news: at five minutes its readers call the agent stuck
+	heartbeatLate = 2 * time.Minute
+	checkEvery    = 10 * time.Minute // each value is read back this often
+	probeEvery    = 2 * time.Minute  // while the VM's guest attributes are disabled
+	firstBackOff  = 2 * time.Second  // after a failed query; doubles
+	maxBackOff    = 30 * time.Second // so that "within 60 s" holds once the server answers again
 )
 
 // order is who goes first among values never written before, after BootstrapStatus; see compare.
@@ -73,11 +81,13 @@ var order = []string{BootstrapLastFailure, AgentLastFailure, ProxyVersion}
 
 // Options say where and how to write. The zero value is right on a VM.
 type Options struct {
-	Host string      // of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else the real one, by IPv4 or IPv6
+	// of the metadata server, with an optional port; empty: $GCE_METADATA_HOST, else the
+	// real one, by IPv4 or IPv6
+	Host string
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
-	// Budget is a file, best below /run, whose modification time carries the budget over to the next start and to other programs that
-	// write: else an agent that crashes every two seconds would spend three tokens at each start.
-	// Empty: each New starts with a full bucket.
+	// Budget is a file, best below /run, whose modification time carries the budget over to the next
+	// start and to other programs that write: else an agent that crashes every two seconds would spend
+	// three tokens at each start. Empty: each New starts with a full bucket.
 	Budget string
 
 	dial func(ctx context.Context, network, addr string) (net.Conn, error) // a test's own network
@@ -85,19 +95,25 @@ type Options struct {
 
 // State is how the channel does. Counts are since [New].
 type State struct {
-	Enabled    bool      `json:"enabled"`              // false: the server refused with 403; tried again every two minutes
-	LastError  string    `json:"last_error,omitempty"` // of the last query; empty when it succeeded
-	Since      time.Time `json:"since"`                // when Enabled last changed, or LastError came or went; zero before the first query
-	Pending    int       `json:"pending"`              // values set and not yet written, a heartbeat that is not due aside
-	Writes     uint64    `json:"writes"`               // that succeeded
-	Reads      uint64    `json:"reads"`                // read back
-	Failures   uint64    `json:"failures"`             // queries of either kind that failed
-	Superseded uint64    `json:"superseded"`           // values replaced by a newer one before they were written
-	Lost       uint64    `json:"lost"`                 // found gone when read back, and written again
-	Changed    uint64    `json:"changed"`              // found changed by somebody else when read back, and written again
+	// false: the server refused with 403; tried again every two minutes
+	Enabled   bool   `json:"enabled"`
+	LastError string `json:"last_error,omitempty"` // of the last query; empty when it succeeded
+	// when Enabled last changed, or LastError came or went; zero before the first query
+	Since time.Time `json:"since"`
+	// values set and not yet written, a heartbeat that is not due aside
+	Pending  int    `json:"pending"`
+	Writes   uint64 `json:"writes"`   // that succeeded
+	Reads    uint64 `json:"reads"`    // read back
+	Failures uint64 `json:"failures"` // queries of either kind that failed
+	// values replaced by a newer one before they were written
+	Superseded uint64 `json:"superseded"`
+	Lost       uint64 `json:"lost"` // found gone when read back, and written again
+	// found changed by somebody else when read back, and written again
+	Changed uint64 `json:"changed"`
 }
 
-// Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be called from any goroutine.
+// Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be
+// called from any goroutine.
 //
 //	w := guestattr.New(guestattr.Options{Log: log})
 //	go w.Run(ctx)
@@ -123,7 +139,9 @@ type Writer struct {
 type value struct {
 	want    string
 	written string
-	sure    bool      // written is what the server holds, as far as we know; false after a failed write, which may have worked
+	// written is what the server holds, as far as we know; false after a failed write,
+	// which may have worked
+	sure    bool
 	last    time.Time // last successful write; zero: never
 	checked time.Time // last write or read back
 }
@@ -142,9 +160,11 @@ func New(o Options) *Writer {
 	return &Writer{
 		base: "http://" + host + "/computeMetadata/v1/instance/guest-attributes/" + Namespace + "/",
 		client: &http.Client{
-			// No proxy from the environment, no redirect: the metadata server is a neighbour. A query a minute gains nothing from a kept
-			// connection, which would only be found dead.
-			Transport:     metadata.Transport{Base: &http.Transport{DialContext: o.dial, DisableKeepAlives: true, MaxResponseHeaderBytes: 64 << 10}},
+			// No proxy from the environment, no redirect: the metadata server is a neighbour. A query a
+			// minute gains nothing from a kept connection, which would only be found dead.
+			Transport: metadata.Transport{
+				Base: &http.Transport{DialContext: o.dial, DisableKeepAlives: true,
+					MaxResponseHeaderBytes: 64 << 10}},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			Timeout:       queryLimit,
 		},
@@ -158,8 +178,9 @@ func New(o Options) *Writer {
 	}
 }
 
-// Set says what key shall hold from now on; it never blocks. The value becomes one line of at most [MaxValue] bytes (see [OneLine]). A key
-// is absent until it is Set to something; from then on an empty value is written as such, since there is no known way to delete one.
+// Set says what key shall hold from now on; it never blocks. The value becomes one line of at most
+// [MaxValue] bytes (see [OneLine]). A key is absent until it is Set to something; from then on an
+// empty value is written as such, since there is no known way to delete one.
 func (w *Writer) Set(key, val string) {
 	val = OneLine(val, MaxValue)
 	w.mu.Lock()
@@ -195,12 +216,14 @@ func (w *Writer) State() State {
 	return s
 }
 
-// Flush returns nil when all that was Set has been written, with an error when the channel is off or ctx ends first. Run must be running.
-// It is for a program that is about to end; the budget may make it wait 20 seconds a value.
+// Flush returns nil when all that was Set has been written, with an error when the channel is off
+// or ctx ends first. Run must be running. It is for a program that is about to end; the budget may
+// make it wait 20 seconds a value.
 func (w *Writer) Flush(ctx context.Context) error {
 	for {
 		w.mu.Lock()
-		pending, enabled, last, settled := w.pending(time.Now()), w.state.Enabled, w.state.LastError, w.settled
+		pending, enabled, last, settled := w.pending(time.Now()), w.state.Enabled,
+			w.state.LastError, w.settled
 		w.mu.Unlock()
 		switch {
 		case pending == 0:
@@ -238,7 +261,8 @@ func (w *Writer) Run(ctx context.Context) error {
 		}
 		var due <-chan time.Time
 		if key != "" {
-			// A token is there a hair later than computed in floating point, or another program holds the file.
+			// A token is there a hair later than computed in floating point, or another
+			// program holds the file.
 			timer.Reset(max(at.Sub(now), time.Millisecond))
 			due = timer.C
 		}
@@ -257,7 +281,8 @@ func (w *Writer) token(now time.Time) time.Time {
 	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
 }
 
-// loadBudget takes out of the bucket what others have taken, by the file. One from the future, after a clock step, counts as an empty bucket.
+// loadBudget takes out of the bucket what others have taken, by the file. One from the future,
+// after a clock step, counts as an empty bucket.
 func (w *Writer) loadBudget(now time.Time) {
 	if w.budget == "" {
 		return
@@ -319,14 +344,17 @@ func (w *Writer) keepBudget(err error) {
 	}
 }
 
-// openBudget opens the file, and makes it where it is missing: for the folder's owner, who must be able to set its time too when this is root's process (bootstrap,
-// beside the daemon). Links are not followed.
+// openBudget opens the file, and makes it where it is missing: for the folder's owner, who
+// must be able to set its time too when this is root's process (bootstrap, beside the daemon).
+// Links are not followed.
 func openBudget(name string) (f *os.File, made bool, err error) {
 	for range 2 { // another may make it at the same time
-		if f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0); !errors.Is(err, fs.ErrNotExist) {
+		f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if !errors.Is(err, fs.ErrNotExist) {
 			return f, false, err
 		}
-		if f, err = os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600); !errors.Is(err, fs.ErrExist) {
+		f, err = os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if !errors.Is(err, fs.ErrExist) {
 			break
 		}
 	}
@@ -353,7 +381,8 @@ func setTime(name string, at time.Time) error {
 	return nil
 }
 
-// next chooses what to do next and says when: a key to write or to read back; no key when there is nothing to do ever.
+// next chooses what to do next and says when: a key to write or to read back; no key when there
+// is nothing to do ever.
 func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 	later := func(t time.Time) time.Time {
 		if t.Before(w.notTill) {
@@ -361,8 +390,9 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 		}
 		return t
 	}
-	// How bootstrap stands goes first: it changes a few times in a VM's life, and everybody waits for it. Else the value not written
-	// for longest; of those never written, by order. So one that changes all the time starves no other.
+	// How bootstrap stands goes first: it changes a few times in a VM's life, and everybody waits for
+	// it. Else the value not written for longest; of those never written, by order. So one that
+	// changes all the time starves no other.
 	var dirty []string
 	for k, v := range w.values {
 		if k != AgentHeartbeat && v.dirty() {
@@ -389,10 +419,12 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 	if key != "" && key != AgentHeartbeat {
 		return key, false, later(now)
 	}
-	// Nothing to write now: read back the value looked at longest ago. The heartbeat heals by itself within a minute.
+	// Nothing to write now: read back the value looked at longest ago. The heartbeat heals by
+	// itself within a minute.
 	var oldest string
 	for k, v := range w.values {
-		if k != AgentHeartbeat && !v.dirty() && (oldest == "" || v.checked.Before(w.values[oldest].checked)) {
+		if k != AgentHeartbeat && !v.dirty() &&
+			(oldest == "" || v.checked.Before(w.values[oldest].checked)) {
 			oldest = k
 		}
 	}
@@ -418,7 +450,8 @@ func (w *Writer) compare(a, b string) int {
 		}
 		return len(order)
 	}
-	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)), cmp.Compare(a, b))
+	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)),
+		cmp.Compare(a, b))
 }
 
 func (w *Writer) pending(now time.Time) int {
@@ -496,7 +529,8 @@ func (w *Writer) failed(now time.Time, err error, forbidden bool) {
 	if !w.state.Enabled {
 		w.backOff, w.notTill = firstBackOff, now.Add(probeEvery)
 		if wasEnabled {
-			w.log.Warn("guest attributes are refused, set enable-guest-attributes=TRUE in the VM's metadata", zap.Error(err))
+			w.log.Warn("guest attributes are refused, set enable-guest-attributes=TRUE in the VM's metadata",
+				zap.Error(err))
 		}
 		return
 	}
@@ -588,11 +622,14 @@ func (w *Writer) do(ctx context.Context, method, key, body string) (string, erro
 	return answer.String(), nil
 }
 
-// OneLine makes s fit for one line of at most limit bytes (at least 3): line breaks, other control characters and runs of space become
-// one space, invalid UTF-8 the replacement character; what is too long is cut between characters and ends in "…".
+// OneLine makes s fit for one line of at most limit bytes (at least 3): line breaks, other control
+// characters and runs of space become one space, invalid UTF-8 the replacement character; what is
+// too long is cut between characters and ends in "…".
 func OneLine(s string, limit int) string {
 	s = strings.ToValidUTF8(s, "\uFFFD")
-	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) }), " ")
+	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool {
+		return unicode.IsSpace(r) || unicode.IsControl(r)
+	}), " ")
 	if len(s) <= limit {
 		return s
 	}

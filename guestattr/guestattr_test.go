@@ -39,7 +39,8 @@ type server struct {
 }
 
 func newServer(t *testing.T) *server {
-	s := &server{start: time.Now(), conns: make(chan net.Conn), done: make(chan struct{}), values: map[string]string{}}
+	s := &server{start: time.Now(), conns: make(chan net.Conn), done: make(chan struct{}),
+		values: map[string]string{}}
 	h := &http.Server{Handler: s}
 	go h.Serve(s)
 	t.Cleanup(func() { h.Close() })
@@ -88,7 +89,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.log = append(s.log, strings.TrimSpace(fmt.Sprintf("%v %s %s %s", time.Since(s.start).Round(time.Second), r.Method, key, body)))
+	s.log = append(s.log,
+		strings.TrimSpace(fmt.Sprintf("%v %s %s %s", time.Since(s.start).Round(time.Second), r.Method,
+			key, body)))
 	switch r.Method {
 	case http.MethodPut:
 		s.values[key] = string(body)
@@ -133,8 +136,8 @@ func (s *server) seen() []string {
 	return l
 }
 
-// checkBudget fails when any minute saw more than six queries, three in the bucket and three that refill it, or any second
-// more than three.
+// checkBudget fails when any minute saw more than six queries, three in the bucket and three that
+// refill it, or any second more than three.
 func (s *server) checkBudget(t *testing.T) {
 	t.Helper()
 	s.mu.Lock()
@@ -145,7 +148,8 @@ func (s *server) checkBudget(t *testing.T) {
 			return
 		}
 		if i+6 < len(s.queries) && s.queries[i+6].Sub(s.queries[i]) < time.Minute {
-			t.Errorf("seven queries within %v, at %v", s.queries[i+6].Sub(s.queries[i]), s.queries[i].Sub(s.start))
+			t.Errorf("seven queries within %v, at %v", s.queries[i+6].Sub(s.queries[i]),
+				s.queries[i].Sub(s.start))
 			return
 		}
 	}
@@ -180,7 +184,8 @@ func TestFirstStart(t *testing.T) {
 		w.Set(ProxyVersion, "1.40.0")
 		w.Set(BootstrapStatus, "FINISHED")
 		sleep(time.Second)
-		want := []string{"0s PUT bootstrap-status FINISHED", "0s PUT proxy-version 1.40.0", "0s PUT agent-heartbeat T0"}
+		want := []string{"0s PUT bootstrap-status FINISHED", "0s PUT proxy-version 1.40.0",
+			"0s PUT agent-heartbeat T0"}
 		// Run may have found the heartbeat before the rest was set.
 		got := s.seen()
 		if len(got) == 3 && strings.HasSuffix(got[0], "T0") {
@@ -228,7 +233,8 @@ func TestSteady(t *testing.T) {
 		if reads != 10 {
 			t.Errorf("%d read back in an hour; want 5 for each of the 2 values", reads)
 		}
-		if st := w.State(); st.Pending != 0 || st.Failures != 0 || st.Lost+st.Changed != 0 || !st.Enabled {
+		if st := w.State(); st.Pending != 0 || st.Failures != 0 || st.Lost+st.Changed != 0 ||
+			!st.Enabled {
 			t.Errorf("%+v", st)
 		}
 		if s.dials != len(s.queries) { // a connection kept for a minute would only be found dead
@@ -237,7 +243,8 @@ func TestSteady(t *testing.T) {
 	})
 }
 
-// TestChurn is a failure whose count grows each second: it may neither break the budget nor starve the heartbeat or a new value.
+// TestChurn is a failure whose count grows each second: it may neither break the budget nor starve
+// the heartbeat or a new value.
 func TestChurn(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		var beat time.Time
@@ -279,13 +286,15 @@ func TestFailureBeforeHeartbeat(t *testing.T) {
 		w.Set(AgentHeartbeat, "T10")
 		w.Set(AgentLastFailure, "two")
 		sleep(50 * time.Second)
-		if d := cmp.Diff([]string{"20s PUT agent-last-failure two", "40s PUT agent-heartbeat T10"}, s.seen()); d != "" {
+		if d := cmp.Diff([]string{"20s PUT agent-last-failure two", "40s PUT agent-heartbeat T10"},
+			s.seen()); d != "" {
 			t.Errorf("(-want +got)\n%s", d)
 		}
 	})
 }
 
-// TestFailures has the server fail in each way for three minutes; the newest values must be there soon after.
+// TestFailures has the server fail in each way for three minutes; the newest values
+// must be there soon after.
 func TestFailures(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -329,7 +338,8 @@ func TestFailures(t *testing.T) {
 					sleep(time.Second)
 				}
 				st := w.State()
-				if st.Enabled == tt.disabled || !strings.Contains(st.LastError, tt.says) || st.Failures == 0 || st.Pending != 2 {
+				if st.Enabled == tt.disabled || !strings.Contains(st.LastError, tt.says) || st.Failures == 0 ||
+					st.Pending != 2 {
 					t.Errorf("while failing: %+v; want %q", st, tt.says)
 				}
 				// 2 s, 4 s, … 30 s apart; once refused, two minutes apart.
@@ -374,7 +384,8 @@ func TestSlowServer(t *testing.T) {
 	})
 }
 
-// TestTimedOutWriteMayHaveWorked: the server takes a value and fails to say so; then the old value is wanted again.
+// TestTimedOutWriteMayHaveWorked: the server takes a value and fails to say so; then the old
+// value is wanted again.
 func TestTimedOutWriteMayHaveWorked(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		w.Set(BootstrapStatus, "FINISHED")
@@ -433,7 +444,8 @@ func TestReadBack(t *testing.T) {
 // TestNames: the keys by the names that people and gcloud ask for, and which of them goes first.
 func TestNames(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
-		for _, key := range []string{AgentHeartbeat, "other-b", "other-a", ProxyVersion, AgentLastFailure, BootstrapLastFailure, BootstrapStatus} {
+		for _, key := range []string{AgentHeartbeat, "other-b", "other-a", ProxyVersion, AgentLastFailure,
+			BootstrapLastFailure, BootstrapStatus} {
 			w.Set(key, "v")
 		}
 		sleep(2 * time.Minute)
@@ -441,7 +453,8 @@ func TestNames(t *testing.T) {
 		for _, l := range s.seen() {
 			keys = append(keys, strings.Fields(l)[2])
 		}
-		want := []string{"bootstrap-status", "bootstrap-last-failure", "agent-last-failure", "proxy-version", "other-a", "other-b", "agent-heartbeat"}
+		want := []string{"bootstrap-status", "bootstrap-last-failure", "agent-last-failure",
+			"proxy-version", "other-a", "other-b", "agent-heartbeat"}
 		if len(keys) > 0 && keys[0] != want[0] { // Run may have found one before the rest was set
 			keys, want = keys[1:], slices.DeleteFunc(want, func(k string) bool { return k == keys[0] })
 		}
@@ -451,8 +464,8 @@ func TestNames(t *testing.T) {
 	})
 }
 
-// TestOthersNoticed: what another process writes, or the platform loses, is said once for each time with the key, counted,
-// and written again; a value that is as it was is silent.
+// TestOthersNoticed: what another process writes, or the platform loses, is said once for each time
+// with the key, counted, and written again; a value that is as it was is silent.
 func TestOthersNoticed(t *testing.T) {
 	for _, tt := range []struct {
 		name          string
@@ -481,14 +494,16 @@ func TestOthersNoticed(t *testing.T) {
 				}
 				sleep(time.Hour) // and no more is made of it
 				st := w.State()
-				if st.Lost != tt.lost || st.Changed != tt.changed || st.Reads != 7 || st.Failures != 0 || !st.Enabled {
+				if st.Lost != tt.lost || st.Changed != tt.changed || st.Reads != 7 || st.Failures != 0 ||
+					!st.Enabled {
 					t.Errorf("%+v; want %d lost, %d changed, read back 7 times", st, tt.lost, tt.changed)
 				}
 				all := logs.All()
 				if tt.says == "" && len(all) == 0 {
 					return
 				}
-				if len(all) != 1 || all[0].Message != tt.says || all[0].ContextMap()["key"] != "bootstrap-status" {
+				if len(all) != 1 || all[0].Message != tt.says ||
+					all[0].ContextMap()["key"] != "bootstrap-status" {
 					t.Errorf("logged %v; want %q", all, tt.says)
 				}
 			})
@@ -518,8 +533,9 @@ func TestReadCutShort(t *testing.T) {
 	})
 }
 
-// TestDisabled is a VM without enable-guest-attributes=TRUE for an hour: nothing but a question every two minutes, and one
-// line. What was Set meanwhile is there within two minutes of its being enabled.
+// TestDisabled is a VM without enable-guest-attributes=TRUE for an hour: nothing but a
+// question every two minutes, and one line. What was Set meanwhile is there within two minutes
+// of its being enabled.
 func TestDisabled(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, logs *observer.ObservedLogs) {
 		s.answer(403, "Guest attributes endpoint access is disabled.")
@@ -535,16 +551,20 @@ func TestDisabled(t *testing.T) {
 		if st := w.State(); st.Enabled || st.Pending != 3 || st.Writes != 0 || !st.Since.Equal(s.start) {
 			t.Errorf("%+v; want it off since the start", st)
 		}
-		if logs.Len() != 1 || !strings.Contains(logs.All()[0].Message, "set enable-guest-attributes=TRUE in the VM's metadata") {
+		if logs.Len() != 1 ||
+			!strings.Contains(logs.All()[0].Message,
+				"set enable-guest-attributes=TRUE in the VM's metadata") {
 			t.Errorf("logged %v; want what to do, once", logs.All())
 		}
 		s.on(nil)
 		enabled := time.Now()
 		sleep(probeEvery)
-		if d := cmp.Diff(map[string]string{"bootstrap-status": "FINISHED", "agent-heartbeat": "T3599", "agent-last-failure": "failure 3599"}, s.values); d != "" {
+		if d := cmp.Diff(map[string]string{"bootstrap-status": "FINISHED", "agent-heartbeat": "T3599",
+			"agent-last-failure": "failure 3599"}, s.values); d != "" {
 			t.Errorf("(-want +got)\n%s", d)
 		}
-		if st := w.State(); !st.Enabled || st.LastError != "" || st.Pending != 0 || st.Since.Before(enabled) {
+		if st := w.State(); !st.Enabled || st.LastError != "" || st.Pending != 0 ||
+			st.Since.Before(enabled) {
 			t.Errorf("%+v; want it on", st)
 		}
 		if logs.Len() != 2 || logs.All()[1].Message != "guest attributes are written again" {
@@ -553,7 +573,8 @@ func TestDisabled(t *testing.T) {
 	})
 }
 
-// TestSince: when it last came to be as it is, which a time-out after a time-out or a success after a success does not move.
+// TestSince: when it last came to be as it is, which a time-out after a time-out or a success after
+// a success does not move.
 func TestSince(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		if st := w.State(); !st.Since.IsZero() || !st.Enabled {
@@ -586,13 +607,15 @@ func TestSince(t *testing.T) {
 			before := w.State().Since
 			tick(5 * time.Minute)
 			if moved := !w.State().Since.Equal(before); moved != step.moved {
-				t.Errorf("%s: since %v, before %v", step.what, w.State().Since.Sub(s.start), before.Sub(s.start))
+				t.Errorf("%s: since %v, before %v", step.what, w.State().Since.Sub(s.start),
+					before.Sub(s.start))
 			}
 		}
 	})
 }
 
-// TestBackOffStartsAnew: after a recovery the next failure is tried again within seconds, not after the last pause.
+// TestBackOffStartsAnew: after a recovery the next failure is tried again within seconds, not
+// after the last pause.
 func TestBackOffStartsAnew(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		s.answer(503, "")
@@ -606,7 +629,8 @@ func TestBackOffStartsAnew(t *testing.T) {
 		s.on(nil)
 		sleep(firstBackOff)
 		if got := s.get(ProxyVersion); got != "2" {
-			t.Errorf("proxy-version is %q, three seconds after a write failed once; want it tried again after %v", got, firstBackOff)
+			t.Errorf(
+				"proxy-version is %q, three seconds after a write failed once; want it tried again after %v", got, firstBackOff)
 		}
 		// Nor does a pause outlast what it was for.
 		w.Set(ProxyVersion, "3")
@@ -617,8 +641,8 @@ func TestBackOffStartsAnew(t *testing.T) {
 	})
 }
 
-// TestBackOff: a failure is tried again after 2 s, 4 s, 8 s and so on, as far as there are tokens, and never later than half
-// a minute.
+// TestBackOff: a failure is tried again after 2 s, 4 s, 8 s and so on, as far as there are tokens,
+// and never later than half a minute.
 func TestBackOff(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		s.answer(503, "")
@@ -635,7 +659,8 @@ func TestBackOff(t *testing.T) {
 	})
 }
 
-// TestLongValue: the longest value is written whole, and known again when read back; one byte more is not it.
+// TestLongValue: the longest value is written whole, and known again when read back;
+// one byte more is not it.
 func TestLongValue(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		long := strings.Repeat("x", MaxValue)
@@ -657,20 +682,23 @@ func TestLongValue(t *testing.T) {
 	})
 }
 
-// TestHeartbeatAlone: a heartbeat that came too early is written when its minute is over, though nobody says another word.
+// TestHeartbeatAlone: a heartbeat that came too early is written when its minute is over, though
+// nobody says another word.
 func TestHeartbeatAlone(t *testing.T) {
 	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
 		w.Set(AgentHeartbeat, "T0")
 		sleep(10 * time.Second)
 		w.Set(AgentHeartbeat, "T10")
 		sleep(10 * time.Minute)
-		if d := cmp.Diff([]string{"0s PUT agent-heartbeat T0", "1m0s PUT agent-heartbeat T10"}, s.seen()); d != "" {
+		if d := cmp.Diff([]string{"0s PUT agent-heartbeat T0", "1m0s PUT agent-heartbeat T10"},
+			s.seen()); d != "" {
 			t.Errorf("(-want +got)\n%s", d)
 		}
 	})
 }
 
-// TestWaitingIsFree: values that wait for tokens, day and night, cost next to no CPU: who waits sleeps.
+// TestWaitingIsFree: values that wait for tokens, day and night, cost next to no
+// CPU: who waits sleeps.
 func TestWaitingIsFree(t *testing.T) {
 	used := func() time.Duration {
 		var r unix.Rusage
@@ -762,7 +790,9 @@ func TestFlush(t *testing.T) {
 		w.Set("k0", "v")
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		if err := w.Flush(ctx); err == nil || !strings.HasPrefix(err.Error(), "write 1 guest attributes: ") || !strings.Contains(err.Error(), "503") {
+		if err := w.Flush(ctx); err == nil ||
+			!strings.HasPrefix(err.Error(), "write 1 guest attributes: ") ||
+			!strings.Contains(err.Error(), "503") {
 			t.Errorf("Flush of a server that fails = %v", err)
 		}
 		if d := time.Since(s.start); d != 5*time.Second {
@@ -771,8 +801,8 @@ func TestFlush(t *testing.T) {
 	})
 }
 
-// TestCrashLoop starts a new Writer every two seconds for ten minutes, as systemd would: together they keep to the budget, and still get
-// values out.
+// TestCrashLoop starts a new Writer every two seconds for ten minutes, as systemd would: together
+// they keep to the budget, and still get values out.
 func TestCrashLoop(t *testing.T) {
 	budget := filepath.Join(t.TempDir(), "budget")
 	synctest.Test(t, func(t *testing.T) {
@@ -841,17 +871,21 @@ func TestBudgetOfRoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st := fi.Sys().(*syscall.Stat_t); int(st.Uid) != uid || int(st.Gid) != gid || !fi.ModTime().Equal(at) || fi.Mode() != 0o600 {
+	if st := fi.Sys().(*syscall.Stat_t); int(st.Uid) != uid || int(st.Gid) != gid ||
+		!fi.ModTime().Equal(at) || fi.Mode() != 0o600 {
 		t.Errorf("it belongs to %d:%d, %v, of %v", st.Uid, st.Gid, fi.Mode(), fi.ModTime())
 	}
 }
 
-// TestBudgetFile: a file from the future (a clock step), one that cannot be made, one that is a link.
+// TestBudgetFile: a file from the future (a clock step), one that cannot be
+// made, one that is a link.
 func TestBudgetFile(t *testing.T) {
 	dir := t.TempDir()
-	link, dangling, fifo, elsewhere := filepath.Join(dir, "link"), filepath.Join(dir, "dangling"), filepath.Join(dir, "fifo"), filepath.Join(dir, "elsewhere")
+	link, dangling, fifo, elsewhere := filepath.Join(dir, "link"), filepath.Join(dir, "dangling"),
+		filepath.Join(dir, "fifo"), filepath.Join(dir, "elsewhere")
 	future := time.Unix(2e9, 0) // by synctest's clock
-	if err := errors.Join(os.Symlink(elsewhere, link), os.Symlink(filepath.Join(dir, "nowhere"), dangling), unix.Mkfifo(fifo, 0o666),
+	if err := errors.Join(os.Symlink(elsewhere, link),
+		os.Symlink(filepath.Join(dir, "nowhere"), dangling), unix.Mkfifo(fifo, 0o666),
 		os.WriteFile(elsewhere, nil, 0o600), os.Chtimes(elsewhere, future, future)); err != nil {
 		t.Fatal(err)
 	}
@@ -887,7 +921,8 @@ func TestBudgetFile(t *testing.T) {
 				if first := s.queries[0].Sub(s.start); name == "future" && first < refill {
 					t.Errorf("first query after %v; want the bucket to be taken for empty", first)
 				}
-				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1, "fifo": 1}[name]; logs.Len() != want ||
+				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1,
+					"fifo": 1}[name]; logs.Len() != want ||
 					want == 1 && logs.All()[0].Message != "guest attribute budget is not kept for the next start" {
 					t.Errorf("logged %v; want %d lines", logs.All(), want)
 				}
@@ -902,8 +937,8 @@ func TestBudgetFile(t *testing.T) {
 	}
 }
 
-// TestBudgetHeld: while another program holds the budget's file, nothing is sent, and nobody waits for it in the kernel,
-// where the daemon's stop could not reach it.
+// TestBudgetHeld: while another program holds the budget's file, nothing is sent, and nobody waits
+// for it in the kernel, where the daemon's stop could not reach it.
 func TestBudgetHeld(t *testing.T) {
 	budget := filepath.Join(t.TempDir(), "budget")
 	synctest.Test(t, func(t *testing.T) {
@@ -913,7 +948,8 @@ func TestBudgetHeld(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer held.Close()
-		if err := errors.Join(os.Chtimes(budget, time.Time{}, time.Now()), unix.Flock(int(held.Fd()), unix.LOCK_EX)); err != nil {
+		if err := errors.Join(os.Chtimes(budget, time.Time{}, time.Now()),
+			unix.Flock(int(held.Fd()), unix.LOCK_EX)); err != nil {
 			t.Fatal(err)
 		}
 		w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
@@ -948,7 +984,8 @@ func TestAbsent(t *testing.T) {
 		sleep(time.Minute)
 		w.Set(AgentLastFailure, "")
 		sleep(time.Minute)
-		if d := cmp.Diff([]string{"1m0s PUT agent-last-failure one", "2m0s PUT agent-last-failure"}, s.seen()); d != "" {
+		if d := cmp.Diff([]string{"1m0s PUT agent-last-failure one", "2m0s PUT agent-last-failure"},
+			s.seen()); d != "" {
 			t.Errorf("(-want +got)\n%s", d)
 		}
 	})
@@ -1016,7 +1053,8 @@ func FuzzOneLine(f *testing.F) {
 			return
 		}
 		got := OneLine(s, limit)
-		if len(got) > limit || !utf8.ValidString(got) || strings.ContainsAny(got, "\n\r\x00\u2028\u0085") {
+		if len(got) > limit || !utf8.ValidString(got) ||
+			strings.ContainsAny(got, "\n\r\x00\u2028\u0085") {
 			t.Errorf("OneLine(%q, %d) = %q", s, limit, got)
 		}
 	})

@@ -29,8 +29,8 @@ const (
 	RotateUnit       = "service-proxy-rotate.service"
 )
 
-// Folders for locally installed files, which systemd reads between the administrator's and the distribution's. Units in
-// /etc/systemd/system could not be masked.
+// Folders for locally installed files, which systemd reads between the administrator's and the
+// distribution's. Units in /etc/systemd/system could not be masked.
 const (
 	UnitDir     = "/usr/local/lib/systemd/system"
 	TmpfilesDir = "/usr/local/lib/tmpfiles.d"
@@ -38,13 +38,15 @@ const (
 	ConfDir     = "/etc/systemd/system" // drop-ins that depend on the VM
 )
 
-// ReadyFile is what the agent writes into its runtime folder when it is ready: service-proxy-ready.path starts the target then.
+// ReadyFile is what the agent writes into its runtime folder when it is ready:
+// service-proxy-ready.path starts the target then.
 const ReadyFile = "ready"
 
 //go:embed units tmpfiles.d sysusers.d
 var embedded embed.FS
 
-var folders = map[string]string{"units": UnitDir, "tmpfiles.d": TmpfilesDir, "sysusers.d": SysusersDir}
+var folders = map[string]string{"units": UnitDir, "tmpfiles.d": TmpfilesDir,
+	"sysusers.d": SysusersDir}
 
 // File is one file of the units' set.
 type File struct {
@@ -72,8 +74,8 @@ func Files() []File {
 	return files
 }
 
-// Install writes the files that are missing or differ, beneath root ("/" on a VM), and returns their paths. The caller reloads
-// systemd when there are any.
+// Install writes the files that are missing or differ, beneath root ("/" on a VM), and returns
+// their paths. The caller reloads systemd when there are any.
 func Install(root string) (changed []string, err error) {
 	for _, file := range Files() {
 		path := filepath.Join(root, file.Path)
@@ -118,8 +120,9 @@ func AccessLogDropIn(unit string) string {
 	return filepath.Join(ConfDir, unit+".d", "50-service-proxy-access-log.conf")
 }
 
-// SetWritable gives a unit the right to write in dir, for an access log outside /var/log/envoy, by a drop-in beneath root; "" takes the drop-in
-// away. It says whether anything changed. The path must be absolute and clean.
+// SetWritable gives a unit the right to write in dir, for an access log outside /var/log/envoy, by
+// a drop-in beneath root; "" takes the drop-in away. It says whether anything changed. The path
+// must be absolute and clean.
 func SetWritable(root, unit, dir string) (changed bool, err error) {
 	path := filepath.Join(root, AccessLogDropIn(unit))
 	if dir == "" {
@@ -135,7 +138,9 @@ func SetWritable(root, unit, dir string) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	text := []byte("# Written by service-proxy-agent bootstrap: the attribute's access-log is outside /var/log/envoy.\n[Service]\nReadWritePaths=" + quoted + "\n")
+	text := []byte(
+		"# Written by service-proxy-agent bootstrap: the attribute's access-log is outside " +
+			"/var/log/envoy.\n[Service]\nReadWritePaths=" + quoted + "\n")
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, text) {
 		return false, nil
 	}
@@ -145,12 +150,15 @@ func SetWritable(root, unit, dir string) (changed bool, err error) {
 	return true, atomicfile.Write(path, text, 0o644)
 }
 
-// quotePath writes a path as one quoted word of ReadWritePaths=, to be skipped where it does not exist ("-"): specifiers doubled
-// (systemd.unit(5)), quotes and backslashes escaped. systemd reads no \x20 there (config_parse_namespace_path_strv unquotes only), so control
+// quotePath writes a path as one quoted word of ReadWritePaths=, to be skipped where it does
+// not exist ("-"): specifiers doubled (systemd.unit(5)), quotes and backslashes escaped.
+// systemd reads no \x20 there (config_parse_namespace_path_strv unquotes only), so control
 // characters cannot be written.
 func quotePath(path string) (string, error) {
-	if !filepath.IsAbs(path) || filepath.Clean(path) != path || strings.ContainsFunc(path, unicode.IsControl) {
-		return "", fmt.Errorf("path %q in a unit: want it absolute, clean and without control characters", path)
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path ||
+		strings.ContainsFunc(path, unicode.IsControl) {
+		return "", fmt.Errorf("path %q in a unit: want it absolute, clean and without control characters",
+			path)
 	}
 	return `"-` + strings.NewReplacer("%", "%%", `"`, `\"`, `\`, `\\`).Replace(path) + `"`, nil
 }

@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// The exposures that systemd-analyze computes from the units alone. They are printed, for the record.
+// The exposures that systemd-analyze computes from the units alone. They are
+// printed, for the record.
 func TestExposure(t *testing.T) {
 	limits := map[string]float64{AgentUnit: 1.8, EnvoyUnit: 1.3}
 	for _, file := range Files() {
@@ -22,7 +23,8 @@ func TestExposure(t *testing.T) {
 		if !ok {
 			limit = 3
 		}
-		out, err := exec.Command("systemd-analyze", "security", "--offline=true", "--no-pager", filepath.Join("units", name)).CombinedOutput()
+		out, err := exec.Command("systemd-analyze", "security", "--offline=true", "--no-pager",
+			filepath.Join("units", name)).CombinedOutput()
 		if err != nil {
 			t.Fatalf("systemd-analyze (of systemd 250 or later): %v\n%s", err, out)
 		}
@@ -47,7 +49,8 @@ func TestVerify(t *testing.T) {
 	if _, err := Install(root); err != nil {
 		t.Fatal(err)
 	}
-	for _, bin := range []string{"usr/local/bin/service-proxy-agent", "usr/local/bin/envoy", "bin/true"} {
+	for _, bin := range []string{"usr/local/bin/service-proxy-agent", "usr/local/bin/envoy",
+		"bin/true"} {
 		path := filepath.Join(root, bin)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			t.Fatal(err)
@@ -60,9 +63,11 @@ func TestVerify(t *testing.T) {
 		if !strings.HasPrefix(file.Path, UnitDir) {
 			continue
 		}
-		out, _ := exec.Command("systemd-analyze", "verify", "--root="+root, "--man=no", "--recursive-errors=no", filepath.Base(file.Path)).CombinedOutput()
+		out, _ := exec.Command("systemd-analyze", "verify", "--root="+root, "--man=no",
+			"--recursive-errors=no", filepath.Base(file.Path)).CombinedOutput()
 		for line := range strings.Lines(string(out)) {
-			if strings.Contains(line, "nknown key") || strings.Contains(line, "nvalid") || strings.Contains(line, "ailed to parse") || strings.Contains(line, "Unknown section") {
+			if strings.Contains(line, "nknown key") || strings.Contains(line, "nvalid") ||
+				strings.Contains(line, "ailed to parse") || strings.Contains(line, "Unknown section") {
 				t.Error(line)
 			}
 		}

@@ -1,8 +1,8 @@
-// Package systemd is all of the agent's talk with systemd: readiness and watchdog (sd_notify), the state of a unit, and
-// the units that ship inside the binary, with installing and removing them.
+// Package systemd is all of the agent's talk with systemd: readiness and watchdog (sd_notify), the
+// state of a unit, and the units that ship inside the binary, with installing and removing them.
 //
-// It decides nothing about when: cmd/service-proxy-agent says READY=1, agent.Observe asks for Envoy's unit, and
-// internal/bootstrap installs, enables and restarts.
+// It decides nothing about when: cmd/service-proxy-agent says READY=1, agent.Observe asks for
+// Envoy's unit, and internal/bootstrap installs, enables and restarts.
 package systemd
 
 import (
@@ -21,8 +21,9 @@ import (
 // ErrNoUnit is returned for a unit that systemd does not know.
 var ErrNoUnit = errors.New("no such unit")
 
-// Notify sends states such as "READY=1" or "STATUS=…" to the service manager in one datagram. Without a manager
-// (NOTIFY_SOCKET unset) it does nothing. A newline inside a state would be a state of its own, so it becomes a space.
+// Notify sends states such as "READY=1" or "STATUS=…" to the service manager in one datagram.
+// Without a manager (NOTIFY_SOCKET unset) it does nothing. A newline inside a state would be a
+// state of its own, so it becomes a space.
 func Notify(states ...string) error {
 	lines := make([]string, len(states))
 	for i, state := range states {
@@ -48,10 +49,11 @@ type State struct {
 	Since      time.Time // of the last change of Active; zero: never
 }
 
-// Job is what systemd is doing to a unit: "start", "stop", "restart" …, "" for nothing. While a unit is stopped to be started
-// again it is "restart".
+// Job is what systemd is doing to a unit: "start", "stop", "restart" …, "" for nothing. While a
+// unit is stopped to be started again it is "restart".
 func Job(ctx context.Context, unit string) (string, error) {
-	out, err := exec.CommandContext(ctx, "systemctl", "list-jobs", "--plain", "--no-legend", "--full", "--", unit).Output()
+	out, err := exec.CommandContext(ctx, "systemctl", "list-jobs", "--plain", "--no-legend", "--full",
+		"--", unit).Output()
 	if err != nil {
 		return "", fmt.Errorf("ask systemd for jobs of %s: %w", unit, err)
 	}
@@ -64,17 +66,20 @@ func Job(ctx context.Context, unit string) (string, error) {
 	return "", nil
 }
 
-// UnitState asks systemd for a unit's state; any user may. It returns ErrNoUnit for an unknown one, and an error that holds
-// systemctl's words where systemd does not answer (a container without it, say).
+// UnitState asks systemd for a unit's state; any user may. It returns ErrNoUnit for an
+// unknown one, and an error that holds systemctl's words where systemd does not answer (a
+// container without it, say).
 func UnitState(ctx context.Context, unit string) (State, error) {
 	cmd := exec.CommandContext(ctx, "systemctl", "show", "--timestamp=unix",
-		"--property=LoadState,ActiveState,SubState,Result,MainPID,ExecMainCode,ExecMainStatus,NRestarts,UnitFileState,StateChangeTimestamp", "--", unit)
+		"--property=LoadState,ActiveState,SubState,Result,MainPID,ExecMainCode,ExecMainStatus,"+
+			"NRestarts,UnitFileState,StateChangeTimestamp", "--", unit)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	cmd.WaitDelay = time.Second
 	out, err := cmd.Output()
 	if err != nil {
-		// --timestamp came with systemd 247 (Debian 11), unix with 251: without it the time is simply not known.
+		// --timestamp came with systemd 247 (Debian 11), unix with 251: without it the
+		// time is simply not known.
 		cmd = exec.CommandContext(ctx, "systemctl", append([]string{"show"}, cmd.Args[3:]...)...)
 		stderr.Reset()
 		cmd.Stderr = &stderr
@@ -121,7 +126,8 @@ func parseState(show string) State {
 		case "StateChangeTimestamp":
 			if sec, err := strconv.ParseInt(strings.TrimPrefix(value, "@"), 10, 64); err == nil && sec > 0 {
 				state.Since = time.Unix(sec, 0)
-			} else if t, err := time.Parse("Mon 2006-01-02 15:04:05 MST", value); err == nil && t.Location() == time.UTC {
+			} else if t, err := time.Parse("Mon 2006-01-02 15:04:05 MST", value); err == nil &&
+				t.Location() == time.UTC {
 				state.Since = t
 			}
 		}

@@ -38,7 +38,8 @@ func TestParseState(t *testing.T) {
 		want State
 	}{
 		{"Result=signal\nNRestarts=3\nExecMainCode=2\nExecMainStatus=9\nMainPID=0\nLoadState=loaded\nActiveState=activating\nSubState=auto-restart\nUnitFileState=enabled\nStateChangeTimestamp=@1700000000\n",
-			State{Load: "loaded", Active: "activating", Sub: "auto-restart", Result: "signal", ExitCode: -1, ExitSignal: 9, Restarts: 3, Enabled: true, Since: time.Unix(1700000000, 0)}},
+			State{Load: "loaded", Active: "activating", Sub: "auto-restart", Result: "signal", ExitCode: -1,
+				ExitSignal: 9, Restarts: 3, Enabled: true, Since: time.Unix(1700000000, 0)}},
 		{"ExecMainCode=1\nExecMainStatus=1\nUnitFileState=disabled\nStateChangeTimestamp=Tue 2023-11-14 22:13:20 UTC\n",
 			State{ExitCode: 1, Since: time.Unix(1700000000, 0).UTC()}},
 		{"MainPID=17\nActiveState=active\nExecMainCode=0\nExecMainStatus=0\nStateChangeTimestamp=\n", State{Active: "active", MainPID: 17, ExitCode: -1}},
