@@ -1,5 +1,6 @@
-// Package atomicfile replaces a file so that a reader, or the next boot after a power cut, sees the old content or the
-// new, never half of one. It knows nothing of what is written; state, bootstrap and the readiness file use it.
+// Package atomicfile replaces a file so that a reader, or the next boot after a power cut, sees the
+// old content or the new, never half of one. It knows nothing of what is written; state, bootstrap
+// and the readiness file use it.
 package atomicfile
 
 import (
@@ -8,8 +9,9 @@ import (
 	"path/filepath"
 )
 
-// Write puts data into path with this mode (the umask does not apply), by a new file beside it and rename(2). The new
-// file is made with O_EXCL under a random name, so a link planted in the folder is never followed.
+// Write puts data into path with this mode (the umask does not apply), by a new file beside it
+// and rename(2). The new file is made with O_EXCL under a random name, so a link planted in the
+// folder is never followed.
 func Write(path string, data []byte, mode os.FileMode) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".")

@@ -1,11 +1,13 @@
-// Package attribute is the gce-service-proxy metadata attribute as a type: it parses and validates what gcloud
-// writes (compute instance-templates create --service-proxy …) and does nothing else. It reads no metadata server and
-// decides nothing: internal/bootstrap fetches and watches the text, agent.Desired and the Envoy configuration that
-// internal/bootstrap writes are what a Config turns into.
+// Package attribute is the gce-service-proxy metadata attribute as a type: it parses and
+// validates what gcloud writes (compute instance-templates create --service-proxy …) and does
+// nothing else. It reads no metadata server and decides nothing: internal/bootstrap fetches and
+// watches the text, agent.Desired and the Envoy configuration that internal/bootstrap writes are
+// what a Config turns into.
 //
-// The text is written by people, by way of gcloud, Terraform or an editor. A value of the wrong type or out of
-// range is a *KeyError that names the key by its path; a key that this version does not know is listed in
-// Config.Unknown and otherwise ignored, so that a newer gcloud does not break an older agent.
+// The text is written by people, by way of gcloud, Terraform or an editor. A value of the wrong
+// type or out of range is a *KeyError that names the key by its path; a key that this version does
+// not know is listed in Config.Unknown and otherwise ignored, so that a newer gcloud does not
+// break an older agent.
 package attribute
 
 import (
@@ -24,21 +26,27 @@ import (
 	"unicode"
 )
 
-// Name is the metadata attribute's name and the key that a KeyError names when the text as a whole is malformed.
+// Name is the metadata attribute's name and the key that a KeyError names when the text as
+// a whole is malformed.
 const Name = "gce-service-proxy"
 
-// MaxSize is the most bytes of text that Parse reads: Compute Engine limits all metadata entries of a VM together to 512 KB
-// (https://cloud.google.com/compute/docs/metadata/setting-custom-metadata), so more cannot come from there.
+// MaxSize is the most bytes of text that Parse reads: Compute Engine limits all metadata entries of
+// a VM together to 512 KB (https://cloud.google.com/compute/docs/metadata/setting-custom-metadata),
+// so more cannot come from there.
 const MaxSize = 512 << 10
 
-// ErrMissing is what a VM without the attribute gets; who reads the metadata server returns it, wrapped.
+// ErrMissing is what a VM without the attribute gets; who reads the metadata
+// server returns it, wrapped.
 var ErrMissing = errors.New("this VM has no metadata attribute " + Name)
 
-// ErrAnthos is returned for the attribute's Anthos Service Mesh form ("mode": "ON", "asm-config"), which another agent serves.
-var ErrAnthos = errors.New("the attribute has the Anthos Service Mesh form (mode, asm-config), which this agent does not serve; " +
-	"create the template with --service-proxy enabled and without --mesh")
+// ErrAnthos is returned for the attribute's Anthos Service Mesh form ("mode": "ON", "asm-config"),
+// which another agent serves.
+var ErrAnthos = errors.New(
+	"the attribute has the Anthos Service Mesh form (mode, asm-config), which this agent does not " +
+		"serve; create the template with --service-proxy enabled and without --mesh")
 
-// KeyError says which key of the attribute is malformed and why. Its text is one line, and never holds a URL's query.
+// KeyError says which key of the attribute is malformed and why. Its text is one line, and
+// never holds a URL's query.
 type KeyError struct {
 	Key    string // path of the key, such as "service.serving-ports[1]"
 	Reason string
@@ -51,8 +59,8 @@ func (e *KeyError) Error() string {
 // PortRange is First to Last, both included; First ≤ Last.
 type PortRange struct{ First, Last uint16 }
 
-// Config is what the attribute asks for. The zero value of a field means that its key is not given, except ProxyPort, which is
-// never 0 in a Config from Parse or Default.
+// Config is what the attribute asks for. The zero value of a field means that its key is not given,
+// except ProxyPort, which is never 0 in a Config from Parse or Default.
 type Config struct {
 	ServingPorts []uint16 // sorted, each once
 
@@ -83,11 +91,12 @@ func Default() Config {
 	return Config{ProxyPort: OutboundPort, XDSVersion: 3}
 }
 
-// Parse reads the attribute's text. It returns a *KeyError for the first malformed value, in the order in which the keys are
-// documented, and ErrAnthos for the Anthos form.
+// Parse reads the attribute's text. It returns a *KeyError for the first malformed value, in the
+// order in which the keys are documented, and ErrAnthos for the Anthos form.
 func Parse(text []byte) (Config, error) {
 	if len(text) > MaxSize {
-		return Config{}, &KeyError{Name, fmt.Sprintf("%d bytes of text, want at most %d", len(text), MaxSize)}
+		return Config{},
+			&KeyError{Name, fmt.Sprintf("%d bytes of text, want at most %d", len(text), MaxSize)}
 	}
 	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.UseNumber()
@@ -96,7 +105,8 @@ func Parse(text []byte) (Config, error) {
 		return Config{}, &KeyError{Name, "not JSON: " + syntaxReason(text, err)}
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return Config{}, &KeyError{Name, fmt.Sprintf("not JSON: more text after the value, at byte %d", dec.InputOffset())}
+		return Config{}, &KeyError{
+			Name, fmt.Sprintf("not JSON: more text after the value, at byte %d", dec.InputOffset())}
 	}
 	fields, ok := doc.(map[string]any)
 	if !ok {
@@ -111,13 +121,15 @@ func Parse(text []byte) (Config, error) {
 	top := object{r: &r, fields: fields}
 	top.ignore("_disclaimer")
 	if v := top.text("api-version"); v != "" && v != "0.2" {
-		cfg.Warnings = append(cfg.Warnings, fmt.Sprintf("api-version: %q is not the version this agent knows, 0.2", v))
+		cfg.Warnings = append(
+			cfg.Warnings, fmt.Sprintf("api-version: %q is not the version this agent knows, 0.2", v))
 	}
 
 	spec := top.object("proxy-spec") // first: the proxy's port is one that serving-ports may not name
 	if port, ok := spec.port("proxy-port", 1025); ok {
 		if slices.Contains([]uint16{EnvoyAdminPort, InboundPort, AgentPort}, port) {
-			spec.fail("proxy-port", fmt.Sprintf("%d is used by Envoy's admin interface, its inbound listener or the agent", port))
+			spec.fail("proxy-port",
+				fmt.Sprintf("%d is used by Envoy's admin interface, its inbound listener or the agent", port))
 		}
 		cfg.ProxyPort = port
 	}
@@ -136,14 +148,16 @@ func Parse(text []byte) (Config, error) {
 	cfg.PrimarySource = spec.source("primary-source")
 	cfg.SecondarySource = spec.source("secondary-source")
 	if n, ok := spec.number("xds-version", 2, 3); ok && n == 2 {
-		cfg.Warnings = append(cfg.Warnings, "proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used")
+		cfg.Warnings = append(
+			cfg.Warnings, "proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used")
 	}
 	spec.rest()
 
 	service := top.object("service")
 	cfg.ServingPorts = service.servingPorts("serving-ports", cfg.ProxyPort)
 	if slices.Contains(cfg.ServingPorts, 22) {
-		cfg.Warnings = append(cfg.Warnings, "service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out")
+		cfg.Warnings = append(cfg.Warnings,
+			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out")
 	}
 	service.rest()
 
@@ -165,7 +179,8 @@ func Parse(text []byte) (Config, error) {
 	return cfg, nil
 }
 
-// isAnthos tells the Anthos form: captured from gcloud with --mesh (testdata/asm-managed.attr), it has no api-version.
+// isAnthos tells the Anthos form: captured from gcloud with --mesh (testdata/asm-managed.attr),
+// it has no api-version.
 func isAnthos(fields map[string]any) bool {
 	if _, ok := fields["asm-config"]; ok {
 		return true
@@ -195,7 +210,8 @@ type reader struct {
 	unknown []string
 }
 
-// object is one JSON object of the attribute. Each method takes its key out of fields; what is left over is unknown.
+// object is one JSON object of the attribute. Each method takes its key out of fields; what is
+// left over is unknown.
 type object struct {
 	r      *reader
 	path   string
@@ -328,7 +344,8 @@ func (o object) servingPorts(key string, proxyPort uint16) []uint16 {
 		}
 		port := uint16(n)
 		if port == proxyPort || slices.Contains(OwnPorts(), port) {
-			o.fail(item, fmt.Sprintf("%d is a port of Envoy or the agent (%d, %d, %d, %d), which cannot be a serving port",
+			o.fail(item, fmt.Sprintf(
+				"%d is a port of Envoy or the agent (%d, %d, %d, %d), which cannot be a serving port",
 				port, EnvoyAdminPort, proxyPort, InboundPort, AgentPort))
 			continue
 		}
@@ -370,7 +387,8 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	if err != nil {
 		return netip.Prefix{}, err
 	}
-	if p.Addr().Is4In6() { // ::ffff:192.0.2.0/120 is 192.0.2.0/24 to whom wrote it; iptables has no such thing in IPv6
+	// ::ffff:192.0.2.0/120 is 192.0.2.0/24 to whom wrote it; iptables has no such thing in IPv6
+	if p.Addr().Is4In6() {
 		if p.Bits() < 96 {
 			return netip.Prefix{}, errors.New("not a range of either family")
 		}
@@ -437,13 +455,15 @@ func (o object) texts(key string) map[string]string {
 	return texts
 }
 
-// name reads a network, scope or mesh name. It becomes one element of Envoy's node id, projects/N/networks/NAME/nodes/ID,
-// so a slash, a space or a control character in it would make another node of this VM.
+// name reads a network, scope or mesh name. It becomes one element of Envoy's node id,
+// projects/N/networks/NAME/nodes/ID, so a slash, a space or a control character in it would make
+// another node of this VM.
 func (o object) name(key string) string {
 	s := o.text(key)
 	for _, c := range s {
 		if c == '/' || c > unicode.MaxASCII || !unicode.IsGraphic(c) || unicode.IsSpace(c) {
-			o.fail(key, fmt.Sprintf("want a name without slashes, spaces and control characters, have %s", quote(s)))
+			o.fail(key, fmt.Sprintf("want a name without slashes, spaces and control characters, have %s",
+				quote(s)))
 			return ""
 		}
 	}
@@ -463,7 +483,8 @@ func (o object) digits(key string) string {
 	return s
 }
 
-// accessLog reads a path that ends up in Envoy's configuration by way of the control plane, and its folder in a unit.
+// accessLog reads a path that ends up in Envoy's configuration by way of the control plane, and
+// its folder in a unit.
 func (o object) accessLog(key string) string {
 	s := o.text(key)
 	switch {
@@ -493,7 +514,8 @@ func (o object) source(key string) string {
 		o.fail(key, "want a gs://, https:// or file:// URL")
 	case u.Scheme != "gs" && u.Scheme != "https" && u.Scheme != "file":
 		o.fail(key, fmt.Sprintf("want a gs://, https:// or file:// URL, have scheme %s", quote(u.Scheme)))
-	case u.Scheme == "file" && (u.Host != "" || u.Path == ""), u.Scheme != "file" && u.Host == "", strings.Trim(u.Path, "/") == "":
+	case u.Scheme == "file" && (u.Host != "" || u.Path == ""), u.Scheme != "file" && u.Host == "",
+		strings.Trim(u.Path, "/") == "":
 		o.fail(key, "the URL names no file")
 	default:
 		return s

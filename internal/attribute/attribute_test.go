@@ -21,7 +21,8 @@ func TestParseCaptures(t *testing.T) {
 		change(&cfg)
 		return cfg
 	}
-	excludes := []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("129.168.10.0/24")}
+	excludes := []netip.Prefix{netip.MustParsePrefix("8.8.8.8/32"),
+		netip.MustParsePrefix("129.168.10.0/24")}
 	want := map[string]Config{
 		"agent-location": def(func(c *Config) { c.ServingPorts = []uint16{80, 8080}; c.Network = "default" }),
 		"docs-example":   def(func(c *Config) { c.Labels = map[string]string{"app": "review", "version": "canary"} }),
@@ -73,14 +74,15 @@ func TestParseCaptures(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if diff := cmp.Diff(want[name], have, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		if diff := cmp.Diff(want[name], have, cmpopts.EquateEmpty(),
+			cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
 			t.Errorf("%s (-want +have):\n%s", name, diff)
 		}
 	}
 }
 
-// Every key with every type of JSON value that is not its own: each is refused with that key's path, what is wanted
-// and what is there.
+// Every key with every type of JSON value that is not its own: each is refused with that key's
+// path, what is wanted and what is there.
 func TestParseWrongTypes(t *testing.T) {
 	values := map[string]string{ // what it is called -> one
 		"null": "null", "true or false": "true", "a number": "8080", "a string": `"x"`, "a list": `[{}]`, "an object": `{"x": {}}`,
@@ -113,7 +115,8 @@ func TestParseWrongTypes(t *testing.T) {
 			}
 		}
 	}
-	for _, key := range []string{"service.serving-ports", "traffic-interception.exclude-outbound-ip-ranges", "traffic-interception.exclude-outbound-port-ranges"} {
+	for _, key := range []string{
+		"service.serving-ports", "traffic-interception.exclude-outbound-ip-ranges", "traffic-interception.exclude-outbound-port-ranges"} {
 		for name, value := range values {
 			_, err := Parse([]byte("{" + nest(key, "["+value+"]") + "}"))
 			typ := "a string"
@@ -128,7 +131,8 @@ func TestParseWrongTypes(t *testing.T) {
 				continue
 			case name == "a string" && typ == name:
 				name = `"x"` // no address and no port
-				typ = map[bool]string{true: "an IP address or CIDR range", false: "a port or FIRST-LAST from 1 to 65535"}[strings.Contains(key, "-ip-")]
+				typ = map[bool]string{true: "an IP address or CIDR range",
+					false: "a port or FIRST-LAST from 1 to 65535"}[strings.Contains(key, "-ip-")]
 			}
 			want := fmt.Sprintf("attribute gce-service-proxy: key %s[0]: want %s, have %s", key, typ, name)
 			if err == nil || err.Error() != want {
@@ -180,7 +184,8 @@ func TestParseMalformed(t *testing.T) {
 		{`{"proxy-spec": {"access-log": "/var/log/a\u0000"}}`, "proxy-spec.access-log", "control characters"},
 		{`{"proxy-spec": {"access-log": "/var/log/a\u2028b"}}`, "proxy-spec.access-log", "control characters"},
 		{`{"proxy-spec": {"access-log": "/var/log/a\u2029b"}}`, "proxy-spec.access-log", "control characters"},
-		{`{"proxy-spec": {"access-log": "/var/log/a` + "\xff" + `b"}}`, "proxy-spec.access-log", "control characters"}, // no UTF-8
+		// no UTF-8
+		{`{"proxy-spec": {"access-log": "/var/log/a` + "\xff" + `b"}}`, "proxy-spec.access-log", "control characters"},
 		{`{"proxy-spec": {"access-log": "/var/log/./a"}}`, "proxy-spec.access-log", "without . and .."},
 		{`{"proxy-spec": {"scope": "a b"}}`, "proxy-spec.scope", `without slashes, spaces and control characters, have "a b"`},
 		{`{"proxy-spec": {"mesh": "é"}}`, "proxy-spec.mesh", `without slashes, spaces`},
@@ -216,7 +221,8 @@ func TestParseMalformed(t *testing.T) {
 			continue
 		}
 		if keyErr.Key != tt.key || !strings.Contains(keyErr.Reason, tt.reason) {
-			t.Errorf("%.80s:\nhave %s: %s\nwant %s: …%s…", tt.doc, keyErr.Key, keyErr.Reason, tt.key, tt.reason)
+			t.Errorf("%.80s:\nhave %s: %s\nwant %s: …%s…", tt.doc, keyErr.Key, keyErr.Reason,
+				tt.key, tt.reason)
 		}
 		checkLine(t, err)
 		if strings.Contains(err.Error(), "SECRET") {
@@ -242,27 +248,32 @@ func TestParseAccepts(t *testing.T) {
 		{`{"service": {}, "traffic-interception": {}, "labels": {}, "proxy-spec": {}}`, func(*Config) {}},
 		{`{"service": {"serving-ports": [8080, 22, 80, 8080]}}`, func(c *Config) {
 			c.ServingPorts = []uint16{22, 80, 8080}
-			c.Warnings = []string{"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
+			c.Warnings = []string{
+				"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
 		}},
 		{`{"traffic-interception": {"exclude-outbound-ip-ranges": ["2001:db8::1", "2001:db8::1/32", "10.1.2.3/8", "::ffff:192.0.2.7", "::ffff:192.0.2.7/120"]}}`,
 			func(c *Config) {
-				for _, s := range []string{"2001:db8::1/128", "2001:db8::/32", "10.0.0.0/8", "192.0.2.7/32", "192.0.2.0/24"} {
+				for _, s := range []string{"2001:db8::1/128", "2001:db8::/32", "10.0.0.0/8", "192.0.2.7/32",
+					"192.0.2.0/24"} {
 					c.ExcludeOutboundIPRanges = append(c.ExcludeOutboundIPRanges, netip.MustParsePrefix(s))
 				}
 			}},
 		{`{"proxy-spec": {"xds-version": 2, "tracing": "OFF", "proxy-port": 16001}}`, func(c *Config) {
 			c.ProxyPort = 16001
-			c.Warnings = []string{"proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used"}
+			c.Warnings = []string{
+				"proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used"}
 		}},
 		{`{"api-version": "0.3", "new-key": 1, "proxy-spec": {"a\nb": 2}, "service": {"x": null}}`, func(c *Config) {
 			c.Unknown = []string{"new-key", `proxy-spec."a\nb"`, "service.x"}
 			c.Warnings = []string{`api-version: "0.3" is not the version this agent knows, 0.2`}
 		}},
-		{`{"` + strings.Repeat("k", 64) + `": 1, "` + strings.Repeat("l", 65) + `": 2}`, func(c *Config) { // logged: cut
+		// logged: cut
+		{`{"` + strings.Repeat("k", 64) + `": 1, "` + strings.Repeat("l", 65) + `": 2}`, func(c *Config) {
 			c.Unknown = []string{`"` + strings.Repeat("l", 64) + `"`, strings.Repeat("k", 64)}
 		}},
 		{`{"labels": {"a\nb": "c\u0000\u001b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}}`, func(c *Config) {
-			c.Labels = map[string]string{"a\nb": "c\x00\x1b[1m\"'", "": "x", "TRAFFICDIRECTOR_NETWORK_NAME": "evil"}
+			c.Labels = map[string]string{"a\nb": "c\x00\x1b[1m\"'", "": "x",
+				"TRAFFICDIRECTOR_NETWORK_NAME": "evil"}
 		}},
 		{`{"proxy-spec": {"primary-source": "https://h/e.tgz?sig=1#sha256=00", "secondary-source": "file:///opt/e.tgz"}}`, func(c *Config) {
 			c.PrimarySource, c.SecondarySource = "https://h/e.tgz?sig=1#sha256=00", "file:///opt/e.tgz"
@@ -277,7 +288,9 @@ func TestParseAccepts(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", tt.doc, err)
 		}
-		if diff := cmp.Diff(want, have, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		if diff := cmp.Diff(want, have, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool {
+			return a == b
+		})); diff != "" {
 			t.Errorf("%s (-want +have):\n%s", tt.doc, diff)
 		}
 	}
@@ -300,11 +313,13 @@ func TestLimits(t *testing.T) {
 		{"proxy-spec.mesh", `""`, `"` + x("n", 255) + `"`, "", `"` + x("n", 256) + `"`},
 		{"proxy-spec.project-number", `""`, `"` + x("9", 20) + `"`, "", `"` + x("9", 21) + `"`},
 		{"proxy-spec.access-log", `"/a"`, `"/` + x("a", 4094) + `"`, `"/"`, `"/` + x("a", 4095) + `"`},
-		{"proxy-spec.access-log", `""`, `"/` + x("é", 2047) + `"`, "", `"/` + x("é", 2048) + `"`}, // bytes, not letters
+		// bytes, not letters
+		{"proxy-spec.access-log", `""`, `"/` + x("é", 2047) + `"`, "", `"/` + x("é", 2048) + `"`},
 		{"traffic-interception.exclude-outbound-port-ranges", list(`"1"`), list(`"65535"`), list(`"0"`), list(`"65536"`)},
 		{"traffic-interception.exclude-outbound-port-ranges", list(`"1-1"`), list(`"1-65535"`), list(`"0-1"`), list(`"1-65536"`)},
 		{"traffic-interception.exclude-outbound-port-ranges", list(`"2-1"`), list(`"65535-1"`), list(`"1-0"`), list(`"65536-1"`)},
-		// Past the end is no range the wrong way round: a port that wraps would exclude what nobody named.
+		// Past the end is no range the wrong way round: a port that wraps would
+		// exclude what nobody named.
 		{"traffic-interception.exclude-outbound-port-ranges", list(`"80-70"`), list(`"70-80"`), list(`"70000-80"`), list(`"80-70000"`)},
 		{"traffic-interception.exclude-outbound-port-ranges", list(`"1-2"`), list(`"1","2"`), list(`"1-2-3"`), list(`"-1"`)},
 		{"traffic-interception.exclude-outbound-ip-ranges", list(`"0.0.0.0/0"`), list(`"255.255.255.255/32"`), list(`"256.0.0.0"`), list(`"1.2.3.4/33"`)},
@@ -319,7 +334,8 @@ func TestLimits(t *testing.T) {
 		}
 		for _, value := range []string{tt.under, tt.over} {
 			var keyErr *KeyError
-			if _, err := Parse([]byte("{" + nest(tt.key, value) + "}")); value != "" && (!errors.As(err, &keyErr) || !strings.HasPrefix(keyErr.Key, tt.key)) {
+			if _, err := Parse([]byte("{" + nest(tt.key, value) + "}")); value != "" &&
+				(!errors.As(err, &keyErr) || !strings.HasPrefix(keyErr.Key, tt.key)) {
 				t.Errorf("%s: %.20s… of %d bytes: have %v, want it refused", tt.key, value, len(value), err)
 			}
 		}
@@ -327,8 +343,11 @@ func TestLimits(t *testing.T) {
 	for text, want := range map[string]PortRange{ // what a range excludes
 		"81": {81, 81}, "8080-8090": {8080, 8090}, "8090-8080": {8080, 8090}, "1-65535": {1, 65535}, "7-7": {7, 7},
 	} {
-		cfg, err := Parse([]byte("{" + nest("traffic-interception.exclude-outbound-port-ranges", list(`"`+text+`"`)) + "}"))
-		if err != nil || len(cfg.ExcludeOutboundPortRanges) != 1 || cfg.ExcludeOutboundPortRanges[0] != want {
+		cfg, err := Parse(
+			[]byte("{" + nest("traffic-interception.exclude-outbound-port-ranges", list(`"`+text+`"`)) +
+				"}"))
+		if err != nil || len(cfg.ExcludeOutboundPortRanges) != 1 ||
+			cfg.ExcludeOutboundPortRanges[0] != want {
 			t.Errorf("%s: have %v, %v, want %v", text, cfg.ExcludeOutboundPortRanges, err, want)
 		}
 	}
@@ -390,7 +409,8 @@ func FuzzParse(f *testing.F) {
 			return
 		}
 		for _, port := range cfg.ServingPorts {
-			if port == 0 || port == cfg.ProxyPort || port == EnvoyAdminPort || port == InboundPort || port == AgentPort {
+			if port == 0 || port == cfg.ProxyPort || port == EnvoyAdminPort || port == InboundPort ||
+				port == AgentPort {
 				t.Errorf("serving port %d got through", port)
 			}
 		}
@@ -404,7 +424,8 @@ func FuzzParse(f *testing.F) {
 				t.Errorf("prefix %v got through", p)
 			}
 		}
-		for _, s := range append([]string{cfg.AccessLog, cfg.Network, cfg.Scope, cfg.Mesh, cfg.ProjectNumber}, cfg.Unknown...) {
+		for _, s := range append(
+			[]string{cfg.AccessLog, cfg.Network, cfg.Scope, cfg.Mesh, cfg.ProjectNumber}, cfg.Unknown...) {
 			if strings.ContainsAny(s, "\n\x00") {
 				t.Errorf("%q got through", s)
 			}

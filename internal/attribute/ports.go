@@ -1,12 +1,13 @@
 package attribute
 
-// Ports that the program and its Envoy listen on, unless a setting or a listener says otherwise. A serving port among them
-// would redirect Envoy or the agent to itself.
+// Ports that the program and its Envoy listen on, unless a setting or a listener says otherwise. A
+// serving port among them would redirect Envoy or the agent to itself.
 const (
 	EnvoyAdminPort = 15000 // Envoy's admin interface
 	OutboundPort   = 15001 // outbound interception listener; proxy-port says another
-	InboundPort    = 15006 // inbound interception listener, as in Traffic Director's and Istio's samples
-	AgentPort      = 15020 // the agent's /metrics and /healthz
+	// inbound interception listener, as in Traffic Director's and Istio's samples
+	InboundPort = 15006
+	AgentPort   = 15020 // the agent's /metrics and /healthz
 )
 
 // OwnPorts are all of them.

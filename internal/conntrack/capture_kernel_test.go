@@ -17,8 +17,8 @@ import (
 
 var update = flag.Bool("update", false, "record testdata anew, from this kernel")
 
-// TestRecordedTable: this kernel, given the entries of recorded, lists them as the recording in testdata does; with -update
-// the recording is what it lists.
+// TestRecordedTable: this kernel, given the entries of recorded, lists them as the recording in
+// testdata does; with -update the recording is what it lists.
 func TestRecordedTable(t *testing.T) {
 	if *update {
 		os.Setenv("CONNTRACK_UPDATE", "1")
@@ -33,7 +33,9 @@ func TestRecordedTable(t *testing.T) {
 	defer conn.Close()
 	for _, family := range families {
 		for _, r := range recorded {
-			if _, err := conn.Execute(request(0, family.af, netlink.Request|netlink.Acknowledge|netlink.Create|netlink.Excl, r.attributes(t, family.addr))); err != nil {
+			if _, err := conn.Execute(
+				request(0, family.af, netlink.Request|netlink.Acknowledge|netlink.Create|netlink.Excl,
+					r.attributes(t, family.addr))); err != nil {
 				t.Fatalf("make %+v: %v", r, err)
 			}
 		}
@@ -44,7 +46,8 @@ func TestRecordedTable(t *testing.T) {
 		var have, want []string
 		var raw []byte
 		for _, m := range msgs {
-			// The header that the kernel sent, which Execute takes apart; sequence and port number are of the asker.
+			// The header that the kernel sent, which Execute takes apart; sequence and port
+			// number are of the asker.
 			raw = binary.NativeEndian.AppendUint32(raw, uint32(16+len(m.Data)))
 			raw = binary.NativeEndian.AppendUint16(raw, uint16(m.Header.Type))
 			raw = binary.NativeEndian.AppendUint16(raw, uint16(m.Header.Flags))
@@ -118,8 +121,9 @@ func (r row) attributes(t *testing.T, addr func(n byte) netip.Addr) []byte {
 	return b
 }
 
-// TestDeleteAsksByID: the kernel finds an entry by what parse names it with, and not one that took its place. (The id is
-// made of its address in memory, so another is put between, which gets that place.)
+// TestDeleteAsksByID: the kernel finds an entry by what parse names it with, and not one
+// that took its place. (The id is made of its address in memory, so another is put between,
+// which gets that place.)
 func TestDeleteAsksByID(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -134,7 +138,9 @@ func TestDeleteAsksByID(t *testing.T) {
 		between := r
 		between.srcPort++
 		make := func(r row) (name []byte) {
-			if _, err := conn.Execute(request(0, family.af, netlink.Request|netlink.Acknowledge|netlink.Create|netlink.Excl, r.attributes(t, family.addr))); err != nil {
+			if _, err := conn.Execute(
+				request(0, family.af, netlink.Request|netlink.Acknowledge|netlink.Create|netlink.Excl,
+					r.attributes(t, family.addr))); err != nil {
 				t.Fatal(err)
 			}
 			msgs, err := conn.Execute(request(msgGet, family.af, netlink.Request|netlink.Dump, nil))

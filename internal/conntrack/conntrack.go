@@ -1,12 +1,15 @@
-// Package conntrack deletes the few connection-tracking entries that keep new rules from taking effect.
+// Package conntrack deletes the few connection-tracking entries that keep new
+// rules from taking effect.
 //
-// NAT is decided at the first packet of a connection and kept in its conntrack entry. A connection attempt that was on
-// its way when a service's rules came stays on the old path until its entry goes, then the next retransmit takes the new
-// one; and a resolver that always asks from one UDP port keeps its entry, and so its path, for ever.
+// NAT is decided at the first packet of a connection and kept in its conntrack entry. A connection
+// attempt that was on its way when a service's rules came stays on the old path until its entry
+// goes, then the next retransmit takes the new one; and a resolver that always asks from one UDP
+// port keeps its entry, and so its path, for ever.
 //
-// It talks to the kernel by ctnetlink, so that the conntrack program need not be installed. It needs CAP_NET_ADMIN. It
-// never touches an established connection, and it does nothing else with conntrack. Package agent calls it after
-// iptables.Kernel.Apply has put the new rules in, and the cleanup command after it has taken them out.
+// It talks to the kernel by ctnetlink, so that the conntrack program need not be installed. It
+// needs CAP_NET_ADMIN. It never touches an established connection, and it does nothing else with
+// conntrack. Package agent calls it after iptables.Kernel.Apply has put the new rules in, and the
+// cleanup command after it has taken them out.
 package conntrack
 
 import (
@@ -55,8 +58,9 @@ type entry struct {
 	tcpState uint8
 }
 
-// DeleteHalfOpen deletes the entries of TCP connections to one of the prefixes that have not been answered yet, and
-// returns how many. The clients notice nothing: their next SYN makes a new entry by the new rules.
+// DeleteHalfOpen deletes the entries of TCP connections to one of the prefixes that have not been
+// answered yet, and returns how many. The clients notice nothing: their next SYN makes a new
+// entry by the new rules.
 func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	if len(to) == 0 {
 		return 0, nil
@@ -65,10 +69,12 @@ func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 }
 
 func halfOpen(to []netip.Prefix) func(entry) bool {
-	// A few thousand added prefixes against a large table: look up by binary search, in disjoint ranges.
+	// A few thousand added prefixes against a large table: look up by binary
+	// search, in disjoint ranges.
 	set := newSet(to)
 	return func(e entry) bool {
-		return e.proto == unix.IPPROTO_TCP && (e.tcpState == tcpSynSent || e.tcpState == tcpSynSent2) && set.contains(e.dst.Addr())
+		return e.proto == unix.IPPROTO_TCP && (e.tcpState == tcpSynSent || e.tcpState == tcpSynSent2) &&
+			set.contains(e.dst.Addr())
 	}
 }
 
@@ -78,12 +84,15 @@ func DeleteUDP(ctx context.Context, port uint16) (int, error) {
 }
 
 func exchange(port uint16) func(entry) bool {
-	return func(e entry) bool { return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port) }
+	return func(e entry) bool {
+		return e.proto == unix.IPPROTO_UDP && (e.dst.Port() == port || e.srcPort == port)
+	}
 }
 
-// DeleteLateUDP is to be called when no answer can be on its way any longer since DeleteUDP. An answer that came after its
-// entry had gone made a new one, from the port, in which the next question is the reply and so keeps the old path. It
-// leaves the entries of newer questions alone, whose answers would find no way back.
+// DeleteLateUDP is to be called when no answer can be on its way any longer since DeleteUDP. An
+// answer that came after its entry had gone made a new one, from the port, in which the next
+// question is the reply and so keeps the old path. It leaves the entries of newer questions alone,
+// whose answers would find no way back.
 func DeleteLateUDP(ctx context.Context, port uint16) (int, error) {
 	return deleteEntries(ctx, lateAnswer(port))
 }
@@ -92,8 +101,8 @@ func lateAnswer(port uint16) func(entry) bool {
 	return func(e entry) bool { return e.proto == unix.IPPROTO_UDP && e.srcPort == port }
 }
 
-// deleteEntries walks the tables of both families and deletes what matches. An entry that ends by itself in between is
-// not counted and no error. One family's failure does not stop the other.
+// deleteEntries walks the tables of both families and deletes what matches. An entry that ends by
+// itself in between is not counted and no error. One family's failure does not stop the other.
 func deleteEntries(ctx context.Context, match func(entry) bool) (int, error) {
 	n := 0
 	var errs []error
@@ -121,7 +130,8 @@ func deleteFamily(ctx context.Context, family byte, match func(entry) bool) (int
 	return deleteOn(ctx, conn, family, match)
 }
 
-func deleteOn(ctx context.Context, conn *netlink.Conn, family byte, match func(entry) bool) (int, error) {
+func deleteOn(ctx context.Context, conn *netlink.Conn, family byte,
+	match func(entry) bool) (int, error) {
 	var found [][]byte // the attributes that name each entry
 	_, err := conn.Send(request(msgGet, family, netlink.Request|netlink.Dump, nil))
 	if err != nil {
@@ -169,8 +179,9 @@ func request(kind, family byte, flags netlink.HeaderFlags, attributes []byte) ne
 
 var errNameless = errors.New("read conntrack entry: it has no destination or no id")
 
-// parse reads an entry. name holds the attributes by which the kernel finds exactly this entry again: its id, so that a
-// new connection with the same addresses and ports is not deleted in its place.
+// parse reads an entry. name holds the attributes by which the kernel finds exactly this
+// entry again: its id, so that a new connection with the same addresses and ports is not
+// deleted in its place.
 func parse(data []byte) (e entry, name []byte, err error) {
 	d, err := netlink.NewAttributeDecoder(data)
 	if err != nil {
@@ -277,6 +288,8 @@ func newSet(prefixes []netip.Prefix) set {
 }
 
 func (s set) contains(a netip.Addr) bool {
-	i, exact := slices.BinarySearchFunc(s, a, func(p netip.Prefix, a netip.Addr) int { return p.Addr().Compare(a) })
+	i, exact := slices.BinarySearchFunc(s, a, func(p netip.Prefix, a netip.Addr) int {
+		return p.Addr().Compare(a)
+	})
 	return exact || i > 0 && s[i-1].Contains(a)
 }

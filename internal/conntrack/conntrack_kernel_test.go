@@ -15,7 +15,8 @@ import (
 	"time"
 )
 
-// inNetns runs the calling test in a network namespace of its own, in a copy of the test binary. It needs root.
+// inNetns runs the calling test in a network namespace of its own, in a copy of the test
+// binary. It needs root.
 func inNetns(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv("CONNTRACK_TEST_NETNS") == t.Name() {
@@ -24,7 +25,8 @@ func inNetns(t *testing.T) bool {
 	if os.Geteuid() != 0 {
 		t.Fatal("needs root: it makes a network namespace")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.count=1", "-test.timeout=1m")
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.count=1",
+		"-test.timeout=1m")
 	cmd.Env = append(os.Environ(), "CONNTRACK_TEST_NETNS="+t.Name())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -40,8 +42,8 @@ func sh(t *testing.T, command string) {
 	}
 }
 
-// A SYN that is on its way when the redirect comes stays on the old path, for minutes, until its entry is deleted: then
-// its retransmit connects.
+// A SYN that is on its way when the redirect comes stays on the old path, for minutes, until its
+// entry is deleted: then its retransmit connects.
 func TestHalfOpenConnectionTakesTheNewPath(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -55,14 +57,17 @@ func TestHalfOpenConnectionTakesTheNewPath(t *testing.T) {
 		if family.ip == "-6" {
 			address, nodad = "fd00::1/64", "nodad"
 		}
-		sh(t, "ip link set lo up; ip link show v0 >/dev/null 2>&1 || ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up")
+		sh(
+			t, "ip link set lo up; ip link show v0 >/dev/null 2>&1 || ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up")
 		sh(t, fmt.Sprintf("ip %s address add %s dev v0 %s", family.ip, address, nodad))
 		gateway := strings.Replace(strings.SplitN(address, "/", 2)[0], "1", "2", 1)
 		if family.ip == "-4" {
 			gateway = "10.0.0.2"
 		}
 		// A gateway that is never there but needs no look-up: the SYN goes nowhere.
-		sh(t, fmt.Sprintf("ip %s neigh add %s lladdr 02:00:00:00:00:99 dev v0; ip %s route add default via %s", family.ip, gateway, family.ip, gateway))
+		sh(
+			t, fmt.Sprintf(
+				"ip %s neigh add %s lladdr 02:00:00:00:00:99 dev v0; ip %s route add default via %s", family.ip, gateway, family.ip, gateway))
 		// The first NAT rule starts conntrack.
 		sh(t, family.iptables+" -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE")
 
@@ -79,7 +84,8 @@ func TestHalfOpenConnectionTakesTheNewPath(t *testing.T) {
 			result <- err
 		}()
 		time.Sleep(200 * time.Millisecond)
-		sh(t, fmt.Sprintf("%s -t nat -I OUTPUT -d %s -p tcp -j REDIRECT --to-ports 15001", family.iptables, family.vip))
+		sh(t, fmt.Sprintf("%s -t nat -I OUTPUT -d %s -p tcp -j REDIRECT --to-ports 15001",
+			family.iptables, family.vip))
 		select {
 		case err := <-result:
 			t.Fatalf("%s: connected before its entry was deleted: %v", family.vip, err)
@@ -115,7 +121,8 @@ func TestUDPFromAFixedPortTakesTheNewPath(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.53:53")))
+	client, err := net.DialUDP(
+		"udp4", nil, net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.53:53")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +144,8 @@ func TestUDPFromAFixedPortTakesTheNewPath(t *testing.T) {
 	if n, err := DeleteUDP(ctx, 53); n != 1 || err != nil {
 		t.Fatalf("deleted %d, %v", n, err)
 	}
-	// An answer that was on its way makes an entry of its own, in which the next question is the reply.
+	// An answer that was on its way makes an entry of its own, in which the next
+	// question is the reply.
 	if _, err := resolver.WriteTo([]byte("a"), client.LocalAddr()); err != nil {
 		t.Fatal(err)
 	}

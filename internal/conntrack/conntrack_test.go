@@ -9,7 +9,8 @@ import (
 
 func TestSetContains(t *testing.T) {
 	s := newSet([]netip.Prefix{
-		netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("192.0.2.7/32"), netip.MustParsePrefix("fd00::/64"),
+		netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.1.0.0/16"),
+		netip.MustParsePrefix("192.0.2.7/32"), netip.MustParsePrefix("fd00::/64"),
 	})
 	for a, want := range map[string]bool{
 		"10.0.0.0": true, "10.255.255.255": true, "11.0.0.0": false, "9.255.255.255": false, "192.0.2.7": true, "192.0.2.8": false, "fd00::1": true, "fd01::": false,

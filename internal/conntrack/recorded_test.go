@@ -18,9 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The recordings in testdata are what Linux 6.18 answered in a network namespace of its own to the question for its table
-// of one family, message after message with their headers. TestRecordedTable (tag kernel) made them, and holds them
-// against the kernel that it runs on.
+// The recordings in testdata are what Linux 6.18 answered in a network namespace of its own to the
+// question for its table of one family, message after message with their headers. TestRecordedTable
+// (tag kernel) made them, and holds them against the kernel that it runs on.
 
 // row is an entry of the recordings, in both families.
 type row struct {
@@ -32,7 +32,8 @@ type row struct {
 }
 
 const (
-	tcp, udp, icmpLike = unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE // the last is any other protocol
+	// the last is any other protocol
+	tcp, udp, icmpLike = unix.IPPROTO_TCP, unix.IPPROTO_UDP, unix.IPPROTO_UDPLITE
 
 	// enum tcp_conntrack, linux/netfilter/nf_conntrack_tcp.h
 	synRecv, established, finWait, closeWait, lastAck, timeWait, closed = 2, 3, 4, 5, 6, 7, 8 + 1
@@ -103,7 +104,8 @@ func line(t testing.TB, m netlink.Message) string {
 }
 
 func (r row) line(f family) string {
-	return fmt.Sprintf("proto %d state %d from port %d to %v", r.proto, r.state, r.srcPort, netip.AddrPortFrom(f.addr(r.to), r.dstPort))
+	return fmt.Sprintf("proto %d state %d from port %d to %v", r.proto, r.state, r.srcPort,
+		netip.AddrPortFrom(f.addr(r.to), r.dstPort))
 }
 
 // TestParse: each recorded entry is read as what it was made of.
@@ -124,7 +126,8 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// TestParseNames: an entry is named by its addresses and ports, its id and its zone, as the kernel wrote them.
+// TestParseNames: an entry is named by its addresses and ports, its id and its zone, as
+// the kernel wrote them.
 func TestParseNames(t *testing.T) {
 	for _, f := range families {
 		for _, m := range recording(t, f.file) {
@@ -153,9 +156,10 @@ func TestParseNames(t *testing.T) {
 					want = append(want, a)
 				}
 			}
-			if n := 2 + map[bool]int{true: 1}[zone]; len(want) != n || !slices.EqualFunc(got, want, func(a, b netlink.Attribute) bool {
-				return a.Type == b.Type && bytes.Equal(a.Data, b.Data)
-			}) {
+			if n := 2 + map[bool]int{true: 1}[zone]; len(want) != n ||
+				!slices.EqualFunc(got, want, func(a, b netlink.Attribute) bool {
+					return a.Type == b.Type && bytes.Equal(a.Data, b.Data)
+				}) {
 				t.Errorf("%s: %s: named %v, want %v", f.name, line(t, m), got, want)
 			}
 		}
@@ -198,11 +202,15 @@ func TestParseNameless(t *testing.T) {
 			k := newTable(t, f)
 			k.msgs = k.msgs[:1]
 			k.msgs[0].Data = without(t, k.msgs[0].Data, missing)
-			if e, name, err := parse(k.msgs[0].Data[nfgenmsgLen:]); err == nil || err.Error() != "read conntrack entry: it has no destination or no id" || name != nil || e != (entry{}) {
+			if e, name, err := parse(k.msgs[0].Data[nfgenmsgLen:]); err == nil ||
+				err.Error() != "read conntrack entry: it has no destination or no id" || name != nil ||
+				e != (entry{}) {
 				t.Errorf("%s: without attribute %d: %+v, %v, %v", f.name, missing, e, name, err)
 			}
-			if n, err := k.delete(t.Context(), func(entry) bool { return true }); n != 0 || err == nil || k.asked != 0 {
-				t.Errorf("%s: without attribute %d: %d, %v, %d deletions asked", f.name, missing, n, err, k.asked)
+			if n, err := k.delete(t.Context(), func(entry) bool { return true }); n != 0 || err == nil ||
+				k.asked != 0 {
+				t.Errorf("%s: without attribute %d: %d, %v, %d deletions asked", f.name, missing, n,
+					err, k.asked)
 			}
 		}
 		m := recording(t, f.file)[0]
@@ -261,7 +269,9 @@ func without(t *testing.T, data []byte, kind uint16) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	some := slices.DeleteFunc(slices.Clone(all), func(a netlink.Attribute) bool { return a.Type&^unix.NLA_F_NESTED == kind })
+	some := slices.DeleteFunc(slices.Clone(all), func(a netlink.Attribute) bool {
+		return a.Type&^unix.NLA_F_NESTED == kind
+	})
 	if len(some) != len(all)-1 {
 		t.Fatalf("%d of %d attributes are another than %d", len(some), len(all), kind)
 	}
@@ -280,7 +290,8 @@ type table struct {
 }
 
 func (k *table) ask(reqs []netlink.Message) ([]netlink.Message, error) {
-	if len(reqs) != 1 || len(reqs[0].Data) < nfgenmsgLen || !bytes.Equal(reqs[0].Data[:nfgenmsgLen], []byte{k.family.af, 0, 0, 0}) {
+	if len(reqs) != 1 || len(reqs[0].Data) < nfgenmsgLen ||
+		!bytes.Equal(reqs[0].Data[:nfgenmsgLen], []byte{k.family.af, 0, 0, 0}) {
 		k.t.Fatalf("%s: asked %+v", k.family.name, reqs)
 	}
 	switch h := reqs[0].Header; h.Type {
@@ -291,7 +302,8 @@ func (k *table) ask(reqs []netlink.Message) ([]netlink.Message, error) {
 		if k.dump != nil {
 			return nil, k.dump
 		}
-		return nltest.Multipart(append(slices.Clone(k.msgs), netlink.Message{Data: make([]byte, 4)})) // the last ends it
+		// the last ends it
+		return nltest.Multipart(append(slices.Clone(k.msgs), netlink.Message{Data: make([]byte, 4)}))
 	case 1<<8 | 2: // IPCTNL_MSG_CT_DELETE
 		if h.Flags != netlink.Request|netlink.Acknowledge {
 			k.t.Errorf("%s: deletion with flags %v", k.family.name, h.Flags)
@@ -327,11 +339,13 @@ func (k *table) delete(ctx context.Context, match func(entry) bool) (int, error)
 	return deleteOn(ctx, conn, k.family.af, match)
 }
 
-// TestDelete: of the recorded table exactly those entries are deleted that keep new rules from taking effect; established
-// connections never.
+// TestDelete: of the recorded table exactly those entries are deleted that keep new rules from
+// taking effect; established connections never.
 func TestDelete(t *testing.T) {
 	for _, f := range families {
-		only := func(n byte) []netip.Prefix { return []netip.Prefix{netip.PrefixFrom(f.addr(n), f.addr(n).BitLen())} }
+		only := func(n byte) []netip.Prefix {
+			return []netip.Prefix{netip.PrefixFrom(f.addr(n), f.addr(n).BitLen())}
+		}
 		for _, tt := range []struct {
 			what  string
 			match func(entry) bool
@@ -354,7 +368,8 @@ func TestDelete(t *testing.T) {
 			slices.Sort(k.deleted)
 			slices.Sort(want)
 			if err != nil || n != len(want) || !slices.Equal(k.deleted, want) {
-				t.Errorf("%s, %s: %d, %v: deleted\n%s\nwant\n%s", f.name, tt.what, n, err, strings.Join(k.deleted, "\n"), strings.Join(want, "\n"))
+				t.Errorf("%s, %s: %d, %v: deleted\n%s\nwant\n%s", f.name, tt.what, n, err,
+					strings.Join(k.deleted, "\n"), strings.Join(want, "\n"))
 			}
 		}
 	}
@@ -374,7 +389,8 @@ func TestDeleteGone(t *testing.T) {
 	} {
 		k := newTable(t, families[0])
 		k.answer = tt.errno
-		if n, err := k.delete(t.Context(), all); n != tt.want || !errors.Is(err, tt.err) || tt.err == nil && err != nil {
+		if n, err := k.delete(t.Context(), all); n != tt.want || !errors.Is(err, tt.err) ||
+			tt.err == nil && err != nil {
 			t.Errorf("%s: %d, %v; want %d, %v", tt.name, n, err, tt.want, tt.err)
 		}
 	}
@@ -384,7 +400,9 @@ func TestDeleteGone(t *testing.T) {
 		t.Errorf("a table that may not be read: %d, %v", n, err)
 	}
 	k = newTable(t, families[0])
-	k.msgs = append(k.msgs[:1:1], netlink.Message{Header: k.msgs[0].Header, Data: []byte{unix.AF_INET, 0, 0}}) // no entry
+	// no entry
+	k.msgs = append(
+		k.msgs[:1:1], netlink.Message{Header: k.msgs[0].Header, Data: []byte{unix.AF_INET, 0, 0}})
 	if n, err := k.delete(t.Context(), all); n != 1 || err != nil {
 		t.Errorf("a message that is too short: %d, %v", n, err)
 	}
@@ -408,14 +426,16 @@ func TestDeleteEnds(t *testing.T) {
 		}
 		return 0
 	}
-	if n, err := k.delete(ctx, func(entry) bool { return true }); n != 2 || !errors.Is(err, context.Canceled) {
+	if n, err := k.delete(ctx, func(entry) bool { return true }); n != 2 ||
+		!errors.Is(err, context.Canceled) {
 		t.Errorf("%d, %v; want 2 and that it was canceled", n, err)
 	}
 	// Too late for a question to the kernel: an error of each family.
 	late, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
 	defer cancel()
 	n, err := deleteEntries(late, func(entry) bool { return false })
-	if n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) || strings.Count(err.Error(), "delete conntrack entries: ") != len(families) {
+	if n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) ||
+		strings.Count(err.Error(), "delete conntrack entries: ") != len(families) {
 		t.Errorf("past its time: %d, %v", n, err)
 	}
 }

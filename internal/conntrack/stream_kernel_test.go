@@ -23,7 +23,8 @@ func TestEstablishedStreamKeepsItsPath(t *testing.T) {
 	if !inNetns(t) {
 		return
 	}
-	sh(t, "ip link set lo up; ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up")
+	sh(
+		t, "ip link set lo up; ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up")
 	for _, family := range []struct {
 		af                            byte
 		ip, iptables, network, prefix string
@@ -36,10 +37,15 @@ func TestEstablishedStreamKeepsItsPath(t *testing.T) {
 		t.Run(family.network, func(t *testing.T) {
 			prefix := netip.MustParsePrefix(family.prefix)
 			// One server here, and one address to which SYNs go that nobody answers.
-			sh(t, fmt.Sprintf("ip %[1]s address add %[2]s/%[3]d dev lo %[7]s; ip %[1]s address add %[4]s dev v0 %[7]s; ip %[1]s neigh add %[5]s lladdr 02:00:00:00:00:99 dev v0; ip %[1]s route add %[6]s/%[3]d via %[5]s",
-				family.ip, family.server, prefix.Addr().BitLen(), family.own, family.gateway, family.nobody, family.nodad))
+			sh(
+				t, fmt.Sprintf(
+					"ip %[1]s address add %[2]s/%[3]d dev lo %[7]s; ip %[1]s address add %[4]s dev v0 %[7]s; ip %[1]s neigh add %[5]s lladdr 02:00:00:00:00:99 dev v0; ip %[1]s route add %[6]s/%[3]d via %[5]s",
+					family.ip, family.server, prefix.Addr().BitLen(), family.own, family.gateway, family.nobody,
+					family.nodad))
 			// A NAT rule starts conntrack, and the mark shows an entry that was made anew.
-			sh(t, fmt.Sprintf("%[1]s -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE; %[1]s -t mangle -A OUTPUT -p tcp --syn -j CONNMARK --set-mark 4711", family.iptables))
+			sh(
+				t, fmt.Sprintf(
+					"%[1]s -t nat -A POSTROUTING -p tcp --dport 1 -j MASQUERADE; %[1]s -t mangle -A OUTPUT -p tcp --syn -j CONNMARK --set-mark 4711", family.iptables))
 			l, err := net.Listen(family.network, net.JoinHostPort(family.server, "443"))
 			if err != nil {
 				t.Fatal(err)
@@ -90,7 +96,9 @@ func TestEstablishedStreamKeepsItsPath(t *testing.T) {
 			if err := unix.Connect(half, to); err != unix.EINPROGRESS {
 				t.Fatalf("a connection to nobody: %v", err)
 			}
-			sh(t, fmt.Sprintf("%s -t mangle -F; %[1]s -t nat -I OUTPUT -d %s -p tcp -j REDIRECT --to-ports 15001", family.iptables, prefix))
+			sh(
+				t, fmt.Sprintf(
+					"%s -t mangle -F; %[1]s -t nat -I OUTPUT -d %s -p tcp -j REDIRECT --to-ports 15001", family.iptables, prefix))
 
 			if n, err := DeleteHalfOpen(t.Context(), []netip.Prefix{prefix}); n != 1 || err != nil {
 				t.Errorf("deleted %d, %v; want the one that is half-open", n, err)

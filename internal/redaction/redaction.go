@@ -28,7 +28,8 @@ const Mark = "[...]"
 // words means that they are a value of the message, where line breaks are escaped.
 var (
 	constraint = regexp.MustCompile(`(?m)^(?:[^"\n]*: )?(Proto constraint validation failed \(.*)$`)
-	embedded   = regexp.MustCompile(`: embedded message failed validation \| caused by \w+?ValidationError\.`)
+	embedded   = regexp.MustCompile(
+		`: embedded message failed validation \| caused by \w+?ValidationError\.`)
 	validation = regexp.MustCompile(`(\w)ValidationError\.`)
 )
 
@@ -43,12 +44,17 @@ var quoting = []rule{
 	{regexp.MustCompile(`\b[\w.]+ \{\s*$`), Mark}, // KEY {
 	{regexp.MustCompile(`([:=]) *(?:\{|\[ *["{]).*$`), "${1} " + Mark},
 	{regexp.MustCompile(`(Field '[^']*' is missing in:) .*$`), "${1} " + Mark},
-	{regexp.MustCompile(`(script load error:) .*$`), "${1} " + Mark}, // Lua's reason begins with the script
+	// Lua's reason begins with the script
+	{regexp.MustCompile(`(script load error:) .*$`), "${1} " + Mark},
 	// RE2's reasons end in the expression or a part of it.
-	{regexp.MustCompile(`((?:^|: )(?:missing [\])]|unexpected \)|trailing \\|bad repetition operator|no argument for repetition operator|` +
-		`invalid (?:escape sequence|character class(?: range)?|repetition size|perl operator|UTF-8|named capture group)):) .*$`), "${1} " + Mark},
+	{regexp.MustCompile(`((?:^|: )(?:missing [\])]|unexpected \)|trailing \\|` +
+		`bad repetition operator|no argument for repetition operator|` +
+		`invalid (?:escape sequence|character class(?: range)?|repetition size|perl operator|` +
+		`UTF-8|named capture group)):) .*$`), "${1} " + Mark},
 	// A header's value with a % that is no command.
-	{regexp.MustCompile(`(Incorrect configuration: ).*?(\. Couldn't find valid command at position \d+)?$`), "${1}" + Mark + "${2}"},
+	{regexp.MustCompile(
+		`(Incorrect configuration: ).*?(\. Couldn't find valid command at position \d+)?$`),
+		"${1}" + Mark + "${2}"},
 	// The same of Envoys before 1.27, which give their own part of it in quotes or brackets, too.
 	{regexp.MustCompile(`(Invalid header configuration\. [\w %-]*)['"(].*$`), "${1}" + Mark},
 	{regexp.MustCompile(`(field )'.*'( not supported as custom header)`), "${1}" + Mark + "${2}"},
@@ -60,8 +66,9 @@ var quoting = []rule{
 // anywhere are what is secret in any text.
 var anywhere = []rule{
 	{regexp.MustCompile("(?i)\\b(bearer) +[^\\s\"'`]+"), "${1} " + Mark},
-	{regexp.MustCompile(`\b(?:ya29\.|eyJ)[\w.~+/=-]+`), Mark}, // Google's access tokens, JSON Web Tokens
-	{regexp.MustCompile(`://[^\s"'<>]*@`), "://"},             // the user and password of a URL
+	// Google's access tokens, JSON Web Tokens
+	{regexp.MustCompile(`\b(?:ya29\.|eyJ)[\w.~+/=-]+`), Mark},
+	{regexp.MustCompile(`://[^\s"'<>]*@`), "://"}, // the user and password of a URL
 	{regexp.MustCompile(`(://[^\s"'<>?#]*)[?#][^\s"'<>]*`), "${1}"},
 	{regexp.MustCompile(`\?[^\s"'<>=]*=[^\s"'<>]*`), ""}, // the query of a URL that is relative
 }

@@ -104,7 +104,8 @@ func TestHeaderValueOlderEnvoy(t *testing.T) {
 			t.Errorf("got %s\nwant %s", got, start+want)
 		}
 	}
-	if got := Text("field 's3cr3t' not supported as custom header"); got != "field [...] not supported as custom header" {
+	if got := Text(
+		"field 's3cr3t' not supported as custom header"); got != "field [...] not supported as custom header" {
 		t.Errorf("got %s", got)
 	}
 }

@@ -1,11 +1,13 @@
 // Package server answers those who ask the agent over HTTP.
 //
-// [Public] is what the network may see: /metrics, /healthz and /healthz/ready on --listen. It must not be brought down by its callers,
-// since a health check that gets no answer has the VM replaced: requests have time and size limits, each caller has few connections.
-// It must not bring the agent down either: a port that is taken is reported and tried again while the rules go on.
+// [Public] is what the network may see: /metrics, /healthz and /healthz/ready on --listen. It must
+// not be brought down by its callers, since a health check that gets no answer has the VM replaced:
+// requests have time and size limits, each caller has few connections. It must not bring the agent
+// down either: a port that is taken is reported and tried again while the rules go on.
 //
-// [Socket] is the Unix socket for root on this machine: /status, /pause and profiles. To hold it is to be the one agent of the
-// machine: a second one learns who does. [Dial] is its client, used by the commands status and cleanup.
+// [Socket] is the Unix socket for root on this machine: /status, /pause and profiles. To hold it is
+// to be the one agent of the machine: a second one learns who does. [Dial] is its client, used by
+// the commands status and cleanup.
 //
 // The answers themselves come from package agent as functions; nothing here knows what they mean.
 package server
@@ -57,12 +59,13 @@ type Public struct {
 	err  error
 }
 
-// NewPublic returns a server for listen ("host:port" or ":port"), which it checks but does not open before [Public.Run].
-// A nil log is silent.
+// NewPublic returns a server for listen ("host:port" or ":port"), which it checks but does not open
+// before [Public.Run]. A nil log is silent.
 //
 //	public, err := server.NewPublic(":15020", healthz, ready, metrics.Handler(), log)
 //	go public.Run(ctx)
-func NewPublic(listen string, healthz, ready Health, metrics http.Handler, log *zap.Logger) (*Public, error) {
+func NewPublic(listen string, healthz, ready Health, metrics http.Handler,
+	log *zap.Logger) (*Public, error) {
 	if _, port, err := net.SplitHostPort(listen); err != nil {
 		return nil, fmt.Errorf("listen on %q: use host:port or :port", listen)
 	} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
@@ -109,8 +112,8 @@ func (p *Public) set(addr net.Addr, err error) (was error) {
 	return was
 }
 
-// Run serves until ctx ends, and returns nil then, within half a second. An address that cannot be listened on is logged once and tried
-// again, at most each 15 s.
+// Run serves until ctx ends, and returns nil then, within half a second. An address that cannot be
+// listened on is logged once and tried again, at most each 15 s.
 func (p *Public) Run(ctx context.Context) error {
 	retry := p.retry
 	for {
@@ -149,7 +152,8 @@ func (p *Public) serve(ctx context.Context, l net.Listener) error {
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          quiet(p.log),
 	}
-	// One request a connection: idle ones would count against the limit, and scrapes and probes are seconds apart.
+	// One request a connection: idle ones would count against the limit, and scrapes and
+	// probes are seconds apart.
 	s.SetKeepAlivesEnabled(false)
 	return serve(ctx, s, newLimiter(l))
 }
@@ -202,13 +206,18 @@ func (e *ListenError) Error() string {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
 		by := ""
 		for i, uid := range e.Holders {
-			by += map[bool]string{true: " by uid ", false: ", uid "}[i == 0] + strconv.FormatUint(uint64(uid), 10)
+			by += map[bool]string{true: " by uid ", false: ", uid "}[i == 0] +
+				strconv.FormatUint(uint64(uid), 10)
 		}
-		return fmt.Sprintf("listen on %s: %s%s; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another port with --listen", e.Listen, cause, by, port)
+		return fmt.Sprintf(
+			"listen on %s: %s%s; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another "+
+				"port with --listen", e.Listen, cause, by, port)
 	case errors.Is(e.Err, syscall.EACCES):
 		return fmt.Sprintf("listen on %s: %s; choose a port above 1023 with --listen", e.Listen, cause)
 	case errors.Is(e.Err, syscall.EADDRNOTAVAIL):
-		return fmt.Sprintf("listen on %s: %s; choose an address of this VM, or :%s for all, with --listen", e.Listen, cause, port)
+		return fmt.Sprintf(
+			"listen on %s: %s; choose an address of this VM, or :%s for all, with --listen", e.Listen,
+			cause, port)
 	}
 	return fmt.Sprintf("listen on %s: %s; choose another address with --listen", e.Listen, cause)
 }
@@ -233,8 +242,8 @@ func holders(listen string, err error) (uids []uint32) {
 	return slices.Compact(uids)
 }
 
-// limiter closes connections above the limits at once. To let them wait instead would let one caller with many slow connections keep
-// the health check out.
+// limiter closes connections above the limits at once. To let them wait instead would let one
+// caller with many slow connections keep the health check out.
 type limiter struct {
 	net.Listener
 
@@ -243,7 +252,9 @@ type limiter struct {
 	hosts map[netip.Prefix]int
 }
 
-func newLimiter(l net.Listener) *limiter { return &limiter{Listener: l, hosts: map[netip.Prefix]int{}} }
+func newLimiter(l net.Listener) *limiter {
+	return &limiter{Listener: l, hosts: map[netip.Prefix]int{}}
+}
 
 func (l *limiter) Accept() (net.Conn, error) {
 	for {
@@ -278,8 +289,8 @@ func (l *limiter) leave(h netip.Prefix) {
 	}
 }
 
-// host is the caller as far as limits go; a Unix socket's are all one, and so is this machine: its users may have any
-// address of 127.0.0.0/8 as their source, and any of its own.
+// host is the caller as far as limits go; a Unix socket's are all one, and so is this machine: its
+// users may have any address of 127.0.0.0/8 as their source, and any of its own.
 func host(a net.Addr) netip.Prefix {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {
@@ -301,8 +312,9 @@ func host(a net.Addr) netip.Prefix {
 	return p
 }
 
-// local says whether an address is one of this machine's. Those of an alias range are on no interface but only routes of
-// type local; a socket that is connected to any of them has it as its own address, too. No packet is sent.
+// local says whether an address is one of this machine's. Those of an alias range are on no
+// interface but only routes of type local; a socket that is connected to any of them has it as its
+// own address, too. No packet is sent.
 func local(a netip.Addr) bool {
 	if a.IsLoopback() {
 		return true

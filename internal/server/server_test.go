@@ -62,10 +62,13 @@ func eventually(t *testing.T, what string, f func() bool) {
 	}
 }
 
-func newPublic(t *testing.T, listen string, healthz, ready Health) (*Public, *observer.ObservedLogs) {
+func newPublic(t *testing.T, listen string, healthz,
+	ready Health) (*Public, *observer.ObservedLogs) {
 	t.Helper()
 	core, logs := observer.New(zap.InfoLevel)
-	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "m 1\n") })
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		io.WriteString(w, "m 1\n")
+	})
 	p, err := NewPublic(listen, healthz, ready, metrics, zap.New(core))
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +78,9 @@ func newPublic(t *testing.T, listen string, healthz, ready Health) (*Public, *ob
 
 func TestPublic(t *testing.T) {
 	var down atomic.Bool
-	ready := func() (bool, string) { return !down.Load(), map[bool]string{true: "Envoy is\nnot LIVE"}[down.Load()] }
+	ready := func() (bool, string) {
+		return !down.Load(), map[bool]string{true: "Envoy is\nnot LIVE"}[down.Load()]
+	}
 	p, _ := newPublic(t, "127.0.0.1:0", yes, ready)
 	base := "http://" + startPublic(t, p)
 	for _, tt := range []struct {
@@ -125,7 +130,8 @@ func TestPublicHugeHeader(t *testing.T) {
 		t.Fatal(err)
 	}
 	req.Header.Set("X", strings.Repeat("x", 64<<10))
-	// The server may close while the header is still being sent: then the client sees a reset instead of the answer.
+	// The server may close while the header is still being sent: then the client sees a reset
+	// instead of the answer.
 	if res, err := http.DefaultClient.Do(req); err == nil {
 		res.Body.Close()
 		if res.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
@@ -139,8 +145,8 @@ func TestPublicHugeHeader(t *testing.T) {
 	res.Body.Close()
 }
 
-// TestPublicSlowCaller: a caller that holds its connections open is held to its share, and is cut off. This machine is one
-// caller, whose users may have all of 127.0.0.0/8 as their source.
+// TestPublicSlowCaller: a caller that holds its connections open is held to its share, and is cut
+// off. This machine is one caller, whose users may have all of 127.0.0.0/8 as their source.
 func TestPublicSlowCaller(t *testing.T) {
 	p, _ := newPublic(t, ":0", yes, yes)
 	_, port, err := net.SplitHostPort(startPublic(t, p))
@@ -156,7 +162,8 @@ func TestPublicSlowCaller(t *testing.T) {
 		defer c.Close()
 		io.WriteString(c, "GET /healthz HTTP/1.1\r\n") // and never the rest
 	}
-	client := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := http.Client{
+		Timeout: 3 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 	ask := func(at string) error {
 		res, err := client.Get("http://" + net.JoinHostPort(at, port) + "/healthz")
 		if err == nil {
@@ -260,7 +267,8 @@ func TestPublicPortTaken(t *testing.T) {
 	p, logs := newPublic(t, addr, yes, yes)
 	startPublic(t, p)
 	_, port, _ := net.SplitHostPort(addr)
-	want := fmt.Sprintf("listen on %s: address already in use by uid %d; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another port with --listen", addr, os.Getuid(), port)
+	want := fmt.Sprintf(
+		"listen on %s: address already in use by uid %d; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another port with --listen", addr, os.Getuid(), port)
 	if err := p.Err(); err == nil || err.Error() != want {
 		t.Errorf("Err = %v; want %s", err, want)
 	}
@@ -284,14 +292,16 @@ func TestPublicNoSuchAddress(t *testing.T) {
 	p, _ := newPublic(t, "192.0.2.1:15020", yes, yes)
 	startPublic(t, p)
 	var le *ListenError
-	if err := p.Err(); !errors.As(err, &le) || !strings.Contains(err.Error(), "choose an address of this VM, or :15020 for all") {
+	if err := p.Err(); !errors.As(err, &le) ||
+		!strings.Contains(err.Error(), "choose an address of this VM, or :15020 for all") {
 		t.Errorf("Err = %v", err)
 	}
 }
 
 func TestNewPublicBadListen(t *testing.T) {
 	for _, listen := range []string{"", "15020", "localhost", ":http", ":70000", "[::1:80"} {
-		if _, err := NewPublic(listen, yes, yes, http.NotFoundHandler(), nil); err == nil || !strings.Contains(err.Error(), listen) {
+		if _, err := NewPublic(listen, yes, yes, http.NotFoundHandler(), nil); err == nil ||
+			!strings.Contains(err.Error(), listen) {
 			t.Errorf("NewPublic(%q): %v; want an error that names it", listen, err)
 		}
 	}

@@ -32,7 +32,8 @@ const (
 	maxAnswer  = 16 << 20         // bytes
 )
 
-// Dir is the folder of the socket: $RUNTIME_DIRECTORY as systemd sets it, else /run/service-proxy-agent.
+// Dir is the folder of the socket: $RUNTIME_DIRECTORY as systemd sets it, else
+// /run/service-proxy-agent.
 func Dir() string {
 	// Of several folders systemd joins with colons the first is meant.
 	if dir, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); dir != "" {
@@ -52,7 +53,9 @@ func (e *HeldError) Error() string {
 	if e.PID == 0 {
 		return fmt.Sprintf("hold %s: another agent is starting or stopping; try again", e.Path)
 	}
-	return fmt.Sprintf("hold %s: another agent runs as process %d of uid %d; stop it first (`systemctl stop service-proxy-agent`)", e.Path, e.PID, e.UID)
+	return fmt.Sprintf(
+		"hold %s: another agent runs as process %d of uid %d; stop it first (`systemctl stop "+
+			"service-proxy-agent`)", e.Path, e.PID, e.UID)
 }
 
 // Local is the socket, held. Make it with [Socket].
@@ -61,19 +64,24 @@ type Local struct {
 	lock     *os.File
 }
 
-// Socket makes this process the one agent of the machine: it takes the lock in dir, which it makes if it is missing, replaces a stale
-// agent.sock and listens on a new one, of mode 0600. If another agent holds it the error is a *[HeldError].
+// Socket makes this process the one agent of the machine: it takes the lock in dir, which it makes
+// if it is missing, replaces a stale agent.sock and listens on a new one, of mode 0600. If another
+// agent holds it the error is a *[HeldError].
 //
-// The lock, and not the socket, decides, since between finding a socket dead and replacing it another could do the same. The kernel
-// gives it up when the process ends, however it ends. The lock file stays; to remove it would break that.
+// The lock, and not the socket, decides, since between finding a socket dead and replacing it
+// another could do the same. The kernel gives it up when the process ends, however it ends. The
+// lock file stays; to remove it would break that.
 func Socket(dir string) (*Local, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("make the socket's folder: %w; run as root, or set RUNTIME_DIRECTORY to a folder of yours", err)
+		return nil, fmt.Errorf(
+			"make the socket's folder: %w; run as root, or set RUNTIME_DIRECTORY to a folder of yours", err)
 	}
 	path := filepath.Join(dir, socketName)
-	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	lock, err := os.OpenFile(filepath.Join(dir, lockName),
+		os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("open lock: %w; run as root, or set RUNTIME_DIRECTORY to a folder of yours", err)
+		return nil, fmt.Errorf(
+			"open lock: %w; run as root, or set RUNTIME_DIRECTORY to a folder of yours", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		lock.Close()
@@ -136,8 +144,8 @@ type Answers struct {
 	Pause  func(ctx context.Context) error // returns when the loop will write no more
 }
 
-// Serve answers GET /status, POST /pause and GET /debug/pprof/… until ctx ends, gives the socket up and returns nil then. Only root and
-// the uid of this process are answered. A nil log is silent.
+// Serve answers GET /status, POST /pause and GET /debug/pprof/… until ctx ends, gives the socket up
+// and returns nil then. Only root and the uid of this process are answered. A nil log is silent.
 func (l *Local) Serve(ctx context.Context, a Answers, log *zap.Logger) error {
 	defer l.Close()
 	if log == nil {
@@ -177,7 +185,8 @@ func (l *Local) Serve(ctx context.Context, a Answers, log *zap.Logger) error {
 	return serve(ctx, s, newLimiter(rootOnly{l.listener}))
 }
 
-// rootOnly closes connections of other users. The socket's mode keeps them out, too, except while it is being made.
+// rootOnly closes connections of other users. The socket's mode keeps them out, too, except
+// while it is being made.
 type rootOnly struct{ net.Listener }
 
 func (l rootOnly) Accept() (net.Conn, error) {
@@ -186,7 +195,8 @@ func (l rootOnly) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if peer, err := sockdiag.PeerOfUnix(c); err == nil && (peer.UID == 0 || int(peer.UID) == os.Geteuid()) {
+		if peer, err := sockdiag.PeerOfUnix(c); err == nil &&
+			(peer.UID == 0 || int(peer.UID) == os.Geteuid()) {
 			return c, nil
 		}
 		c.Close()
@@ -202,7 +212,9 @@ type StatusError struct {
 	Text string
 }
 
-func (e *StatusError) Error() string { return fmt.Sprintf("the agent answers %d: %s", e.Code, e.Text) }
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("the agent answers %d: %s", e.Code, e.Text)
+}
 
 // Client asks a running agent. Make it with [Dial].
 type Client struct {
@@ -224,13 +236,14 @@ func Dial(dir string) *Client {
 	}}}
 }
 
-// Get asks for path and returns the body of the answer. It waits five seconds at most; the error is [ErrNoAgent], a *[StatusError], or
-// says why there was no answer.
+// Get asks for path and returns the body of the answer. It waits five seconds at most; the error is
+// [ErrNoAgent], a *[StatusError], or says why there was no answer.
 func (c *Client) Get(ctx context.Context, path string) ([]byte, error) {
 	return c.do(ctx, http.MethodGet, path, statusTime)
 }
 
-// Post has the agent do what path names, for which it waits 30 seconds at most. Errors are as with Get.
+// Post has the agent do what path names, for which it waits 30 seconds at most.
+// Errors are as with Get.
 func (c *Client) Post(ctx context.Context, path string) ([]byte, error) {
 	return c.do(ctx, http.MethodPost, path, pauseTime)
 }
@@ -243,7 +256,8 @@ func (c *Client) do(ctx context.Context, method, path string, limit time.Duratio
 		return nil, err
 	}
 	res, err := c.http.Do(req)
-	// An agent that is killed while it forks leaves a child that holds the socket until its exec, some 30 ms (seen).
+	// An agent that is killed while it forks leaves a child that holds the socket until its
+	// exec, some 30 ms (seen).
 	for range 10 {
 		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
 			break

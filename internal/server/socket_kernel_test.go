@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// TestSocketOtherUser: another user is kept out by the socket's mode, and without that by the peer's uid.
+// TestSocketOtherUser: another user is kept out by the socket's mode, and without
+// that by the peer's uid.
 func TestSocketOtherUser(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Fatal("needs root, to become another user")

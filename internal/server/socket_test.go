@@ -17,7 +17,8 @@ import (
 	"time"
 )
 
-// TestMain is also another agent, a process that holds the socket until its stdin ends, and another user who asks.
+// TestMain is also another agent, a process that holds the socket until its stdin ends, and
+// another user who asks.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("SERVER_TEST_ASK"); dir != "" {
 		askAsAnother(dir)
@@ -120,17 +121,21 @@ func TestSocket(t *testing.T) {
 	if err != nil || json.Unmarshal(body, &status) != nil || status["mode"] != "hold" {
 		t.Errorf("/status: %q, %v", body, err)
 	}
-	if body, err := c.Post(t.Context(), "/pause"); err != nil || string(body) != "paused\n" || paused.Load() != 1 {
+	if body, err := c.Post(t.Context(), "/pause"); err != nil || string(body) != "paused\n" ||
+		paused.Load() != 1 {
 		t.Errorf("/pause: %q, %v; paused %d times", body, err, paused.Load())
 	}
 	var answer *StatusError
-	if _, err := c.Get(t.Context(), "/pause"); !errors.As(err, &answer) || answer.Code != http.StatusMethodNotAllowed || paused.Load() != 1 {
+	if _, err := c.Get(t.Context(), "/pause"); !errors.As(err, &answer) ||
+		answer.Code != http.StatusMethodNotAllowed || paused.Load() != 1 {
 		t.Errorf("GET /pause: %v; want 405", err)
 	}
-	if _, err := c.Get(t.Context(), "/metrics"); !errors.As(err, &answer) || answer.Code != http.StatusNotFound {
+	if _, err := c.Get(t.Context(), "/metrics"); !errors.As(err, &answer) ||
+		answer.Code != http.StatusNotFound {
 		t.Errorf("/metrics: %v; want 404", err)
 	}
-	if body, err := c.Get(t.Context(), "/debug/pprof/goroutine?debug=1"); err != nil || !strings.Contains(string(body), "goroutine profile") {
+	if body, err := c.Get(t.Context(), "/debug/pprof/goroutine?debug=1"); err != nil ||
+		!strings.Contains(string(body), "goroutine profile") {
 		t.Errorf("goroutine profile: %.60q, %v", body, err)
 	}
 	stop()
@@ -149,10 +154,12 @@ func TestSocketErrors(t *testing.T) {
 		Pause:  func(context.Context) error { return errors.New("the loop\nis stuck") },
 	})
 	var answer *StatusError
-	if _, err := Dial(dir).Post(t.Context(), "/pause"); !errors.As(err, &answer) || answer.Text != "the loop is stuck" {
+	if _, err := Dial(dir).Post(t.Context(), "/pause"); !errors.As(err, &answer) ||
+		answer.Text != "the loop is stuck" {
 		t.Errorf("/pause: %v", err)
 	}
-	if _, err := Dial(dir).Get(t.Context(), "/status"); !errors.As(err, &answer) || answer.Code != 500 {
+	if _, err := Dial(dir).Get(t.Context(), "/status"); !errors.As(err, &answer) ||
+		answer.Code != 500 {
 		t.Errorf("/status: %v", err)
 	}
 }
@@ -264,7 +271,8 @@ func TestClientHang(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	if _, err := Dial(dir).Get(ctx, "/status"); err == nil || !strings.Contains(err.Error(), "no answer in time") {
+	if _, err := Dial(dir).Get(ctx, "/status"); err == nil ||
+		!strings.Contains(err.Error(), "no answer in time") {
 		t.Errorf("Get: %v", err)
 	}
 	if d := time.Since(start); d > 900*time.Millisecond {
@@ -273,7 +281,8 @@ func TestClientHang(t *testing.T) {
 }
 
 func TestDir(t *testing.T) {
-	for env, want := range map[string]string{"": "/run/service-proxy-agent", "/run/a": "/run/a", "/run/a:/run/b": "/run/a"} {
+	for env, want := range map[string]string{"": "/run/service-proxy-agent", "/run/a": "/run/a",
+		"/run/a:/run/b": "/run/a"} {
 		t.Setenv("RUNTIME_DIRECTORY", env)
 		if got := Dir(); got != want {
 			t.Errorf("Dir with RUNTIME_DIRECTORY=%q: %q; want %q", env, got, want)

@@ -22,8 +22,8 @@ import (
 
 var update = flag.Bool("update", false, "record testdata anew, from this kernel")
 
-// TestRecorded makes the sockets of testdata/recorded.json in a network namespace of its own and asks this kernel about
-// them; with -update its answers are the recording.
+// TestRecorded makes the sockets of testdata/recorded.json in a network namespace of its own and
+// asks this kernel about them; with -update its answers are the recording.
 func TestRecorded(t *testing.T) {
 	if os.Getenv("SOCKDIAG_RECORD") == "" {
 		args := []string{"-test.run=^TestRecorded$", "-test.count=1", "-test.timeout=1m"}
@@ -50,7 +50,9 @@ func TestRecorded(t *testing.T) {
 	defer kernel.Close()
 	var all []exchange
 	c := nltest.Dial(func(reqs []netlink.Message) ([]netlink.Message, error) {
-		q := netlink.Message{Header: netlink.Header{Type: reqs[0].Header.Type, Flags: reqs[0].Header.Flags}, Data: reqs[0].Data}
+		q := netlink.Message{
+			Header: netlink.Header{Type: reqs[0].Header.Type, Flags: reqs[0].Header.Flags},
+			Data:   reqs[0].Data}
 		msgs, err := kernel.Execute(q)
 		e := exchange{Question: slices.Clone(q.Data), Dump: q.Header.Flags&netlink.Dump == netlink.Dump}
 		var errno unix.Errno
@@ -62,7 +64,9 @@ func TestRecorded(t *testing.T) {
 		for _, m := range msgs {
 			e.Answers = append(e.Answers, m.Data)
 		}
-		if !slices.ContainsFunc(all, func(o exchange) bool { return bytes.Equal(o.Question, e.Question) }) {
+		if !slices.ContainsFunc(all, func(o exchange) bool {
+			return bytes.Equal(o.Question, e.Question)
+		}) {
 			all = append(all, e)
 		}
 		return e.answer(reqs)

@@ -15,9 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What the kernel answers about sockets that one user cannot make, or not without waiting, is recorded in
-// testdata/recorded.json: questions and answers of Linux 6.18 in a network namespace of its own. TestRecorded (tag kernel)
-// makes these sockets, recorded the file, and asks the kernel it runs on the same as TestReplay asks the recording.
+// What the kernel answers about sockets that one user cannot make, or not without waiting, is
+// recorded in testdata/recorded.json: questions and answers of Linux 6.18 in a network namespace of
+// its own. TestRecorded (tag kernel) makes these sockets, recorded the file, and asks the kernel it
+// runs on the same as TestReplay asks the recording.
 
 // exchange is one question to the kernel and its answer.
 type exchange struct {
@@ -118,7 +119,8 @@ func replay(t *testing.T, all []exchange) nltest.Func {
 			t.Fatalf("%d questions at once", len(reqs))
 		}
 		for _, e := range all {
-			if bytes.Equal(e.Question, reqs[0].Data) && e.flags() == reqs[0].Header.Flags && reqs[0].Header.Type == 20 {
+			if bytes.Equal(e.Question, reqs[0].Data) && e.flags() == reqs[0].Header.Flags &&
+				reqs[0].Header.Type == 20 {
 				return e.answer(reqs)
 			}
 		}
@@ -139,10 +141,14 @@ func (e exchange) answer(reqs []netlink.Message) (msgs []netlink.Message, err er
 		return nltest.Error(e.Errno, reqs)
 	}
 	for _, a := range e.Answers {
-		msgs = append(msgs, netlink.Message{Header: netlink.Header{Type: sockDiagByFamily, Sequence: reqs[0].Header.Sequence, PID: reqs[0].Header.PID}, Data: a})
+		msgs = append(msgs,
+			netlink.Message{Header: netlink.Header{Type: sockDiagByFamily, Sequence: reqs[0].Header.Sequence,
+				PID: reqs[0].Header.PID}, Data: a})
 	}
 	if e.Dump { // the last ends it
-		return nltest.Multipart(append(msgs, netlink.Message{Header: netlink.Header{Type: netlink.Done, Flags: netlink.Multi}, Data: make([]byte, 4)}))
+		return nltest.Multipart(
+			append(msgs, netlink.Message{Header: netlink.Header{Type: netlink.Done, Flags: netlink.Multi},
+				Data: make([]byte, 4)}))
 	}
 	return msgs, nil
 }
@@ -165,14 +171,16 @@ func script(t *testing.T, errs ...error) func(more ...[][]byte) *netlink.Conn {
 			if n >= len(more) {
 				t.Fatalf("asked for a %d. answer", n+1)
 			}
-			return exchange{Dump: reqs[0].Header.Flags == netlink.Request|netlink.Dump, Answers: more[n]}.answer(reqs)
+			return exchange{Dump: reqs[0].Header.Flags == netlink.Request|netlink.Dump,
+				Answers: more[n]}.answer(reqs)
 		})
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
 }
 
-// recordedAnswer is what the kernel answered to the question for a connection, or for the listeners of a port.
+// recordedAnswer is what the kernel answered to the question for a connection, or for
+// the listeners of a port.
 func recordedAnswer(t *testing.T, ask func(c *netlink.Conn)) (answers [][][]byte) {
 	t.Helper()
 	all := readRecorded(t)
@@ -190,38 +198,49 @@ func recordedAnswer(t *testing.T, ask func(c *netlink.Conn)) (answers [][][]byte
 	return answers
 }
 
-// TestPeerOwnerWhileAccepted: between two questions the connection may be accepted, or its listener closed; then who
-// listened is not who answers.
+// TestPeerOwnerWhileAccepted: between two questions the connection may be accepted, or its listener
+// closed; then who listened is not who answers.
 func TestPeerOwnerWhileAccepted(t *testing.T) {
 	server, accepted, waiting := at("127.0.0.1:15010"), at("127.0.0.1:40001"), at("127.0.0.1:40002")
-	// The answers for one port of the client serve as those for another: it is what they are recorded under.
+	// The answers for one port of the client serve as those for another: it is what
+	// they are recorded under.
 	first := recordedAnswer(t, func(c *netlink.Conn) { established(c, server, waiting) })[0]
-	listeners := recordedAnswer(t, func(c *netlink.Conn) { list(c, unix.IPPROTO_TCP, tcpListen, server.Port()) })
-	later := slices.Clone(recordedAnswer(t, func(c *netlink.Conn) { established(c, server, accepted) })[0])
+	listeners := recordedAnswer(t, func(c *netlink.Conn) {
+		list(c, unix.IPPROTO_TCP, tcpListen, server.Port())
+	})
+	later := slices.Clone(recordedAnswer(t, func(c *netlink.Conn) {
+		established(c, server, accepted)
+	})[0])
 	later[0] = slices.Clone(later[0])
 	copy(later[0][6:8], first[0][6:8]) // idiag_dport
 	uid, err := peerOwner(script(t)(first, listeners[0], listeners[1], later), waiting, server)
 	if uid != foreign4711 || err != nil {
 		t.Errorf("accepted meanwhile: %d, %v; want the acceptor, %d", uid, err, foreign4711)
 	}
-	if uid, err := peerOwner(script(t, nil, nil, nil, unix.ENOENT)(first, listeners[0], listeners[1]), waiting, server); !errors.Is(err, ErrNoPeer) {
+	if uid, err := peerOwner(script(t, nil, nil, nil, unix.ENOENT)(first, listeners[0], listeners[1]),
+		waiting, server); !errors.Is(err, ErrNoPeer) {
 		t.Errorf("reset meanwhile: %d, %v", uid, err)
 	}
-	if uid, err := peerOwner(script(t)(first, nil, nil), waiting, server); !errors.Is(err, ErrNoListener) {
+	if uid, err := peerOwner(script(t)(first, nil, nil), waiting, server); !errors.Is(
+		err, ErrNoListener) {
 		t.Errorf("its listener closed meanwhile: %d, %v", uid, err)
 	}
 	// An established socket of another connection is none of ours.
 	if s, err := established(script(t)(later), server, accepted); !errors.Is(err, ErrNoPeer) {
 		t.Errorf("the answer for another client: %+v, %v", s, err)
 	}
-	if s, err := established(script(t)(later), at("127.0.0.2:15010"), waiting); !errors.Is(err, ErrNoPeer) {
+	if s, err := established(script(t)(later), at("127.0.0.2:15010"), waiting); !errors.Is(
+		err, ErrNoPeer) {
 		t.Errorf("the answer for another server: %+v, %v", s, err)
 	}
 }
 
-// TestKernelCannotBeAsked: only a missing IPv6 is no error. These answers are not recorded but what netlink(7) says.
+// TestKernelCannotBeAsked: only a missing IPv6 is no error. These answers are not recorded but
+// what netlink(7) says.
 func TestKernelCannotBeAsked(t *testing.T) {
-	listeners := recordedAnswer(t, func(c *netlink.Conn) { list(c, unix.IPPROTO_TCP, tcpListen, 15010) })
+	listeners := recordedAnswer(t, func(c *netlink.Conn) {
+		list(c, unix.IPPROTO_TCP, tcpListen, 15010)
+	})
 	for _, tt := range []struct {
 		name string
 		errs []error
@@ -238,24 +257,31 @@ func TestKernelCannotBeAsked(t *testing.T) {
 			t.Errorf("%s: %v, %v", tt.name, have, err)
 		}
 	}
-	if _, err := established(script(t, unix.EPERM)(), at("127.0.0.1:1"), at("127.0.0.1:2")); !errors.Is(err, unix.EPERM) || errors.Is(err, ErrNoPeer) {
+	if _, err := established(script(t, unix.EPERM)(), at("127.0.0.1:1"),
+		at("127.0.0.1:2")); !errors.Is(err, unix.EPERM) || errors.Is(err, ErrNoPeer) {
 		t.Errorf("a connection that may not be looked up: %v", err)
 	}
-	if _, err := owner(script(t, unix.EPERM)(), at("127.0.0.1:1")); !errors.Is(err, unix.EPERM) || errors.Is(err, ErrNoListener) {
+	if _, err := owner(script(t, unix.EPERM)(), at("127.0.0.1:1")); !errors.Is(err, unix.EPERM) ||
+		errors.Is(err, ErrNoListener) {
 		t.Errorf("an owner that may not be looked up: %v", err)
 	}
 }
 
-// TestKernelAnswersAnother: rows of another port or state than were asked for decide nothing, and half a row is an error.
+// TestKernelAnswersAnother: rows of another port or state than were asked for decide nothing, and
+// half a row is an error.
 func TestKernelAnswersAnother(t *testing.T) {
-	listeners := recordedAnswer(t, func(c *netlink.Conn) { list(c, unix.IPPROTO_TCP, tcpListen, 15010) })
+	listeners := recordedAnswer(t, func(c *netlink.Conn) {
+		list(c, unix.IPPROTO_TCP, tcpListen, 15010)
+	})
 	if len(listeners[0]) == 0 {
 		t.Fatal("nothing listens on 15010 in the recording")
 	}
-	if have, err := list(script(t)(listeners...), unix.IPPROTO_TCP, tcpListen, 15011); len(have) > 0 || err != nil {
+	if have, err := list(script(t)(listeners...), unix.IPPROTO_TCP, tcpListen, 15011); len(have) > 0 ||
+		err != nil {
 		t.Errorf("of another port: %v, %v", have, err)
 	}
-	if have, err := list(script(t)(listeners...), unix.IPPROTO_TCP, tcpClose, 15010); len(have) > 0 || err != nil {
+	if have, err := list(script(t)(listeners...), unix.IPPROTO_TCP, tcpClose, 15010); len(have) > 0 ||
+		err != nil {
 		t.Errorf("in another state: %v, %v", have, err)
 	}
 	row := listeners[0][0]
@@ -265,8 +291,10 @@ func TestKernelAnswersAnother(t *testing.T) {
 			t.Fatalf("cut to %d of %d bytes: %v, %v", n, len(row), have, err)
 		}
 	}
-	for _, bad := range [][]byte{{3, 0, 1, 0}, {6, 0, attrV6Only, 0, 1, 1}} { // shorter than its header; two bytes for one
-		if have, err := list(script(t)([][]byte{append(slices.Clone(row[:messageLen]), bad...)}, nil), unix.IPPROTO_TCP, tcpListen, 15010); err == nil {
+	// shorter than its header; two bytes for one
+	for _, bad := range [][]byte{{3, 0, 1, 0}, {6, 0, attrV6Only, 0, 1, 1}} {
+		if have, err := list(script(t)([][]byte{append(slices.Clone(row[:messageLen]), bad...)}, nil),
+			unix.IPPROTO_TCP, tcpListen, 15010); err == nil {
 			t.Errorf("attribute %v: %v and no error", bad, have)
 		}
 	}
@@ -278,7 +306,8 @@ func TestKernelAnswersAnother(t *testing.T) {
 // TestNoTimeLimit: nobody is asked without one.
 func TestNoTimeLimit(t *testing.T) {
 	closed := false
-	if c, err := limited(netlink.NewConn(timeless{closed: &closed}, 0)); c != nil || err == nil || !closed {
+	if c, err := limited(netlink.NewConn(timeless{closed: &closed}, 0)); c != nil ||
+		err == nil || !closed {
 		t.Errorf("a socket that takes no time limit: %v, %v, closed: %v", c, err, closed)
 	}
 }

@@ -1,16 +1,19 @@
-// Package sockdiag says who owns a TCP or UDP socket on this machine, asked of the kernel by netlink (sock_diag(7), the interface behind ss).
+// Package sockdiag says who owns a TCP or UDP socket on this machine, asked of the kernel by
+// netlink (sock_diag(7), the interface behind ss).
 //
-// Two decisions rest on it: rules may send traffic to an interception port only while the socket that would accept it belongs to the
-// proxy's user, and an answer of Envoy's admin port counts only when that user (or root) gave it. Any local user can bind a port above
-// 1023 while Envoy is down, so a port number alone proves nothing.
+// Two decisions rest on it: rules may send traffic to an interception port only while the socket
+// that would accept it belongs to the proxy's user, and an answer of Envoy's admin port counts only
+// when that user (or root) gave it. Any local user can bind a port above 1023 while Envoy is down,
+// so a port number alone proves nothing.
 //
-// The kernel is asked, not /proc: /proc/net/tcp costs a read of every socket, and the links in /proc/PID/fd of other users are hidden
-// under ProtectProc=invisible. No capability is needed. Every call opens a netlink socket of its own in the network namespace of the
-// calling thread and ends within a second.
+// The kernel is asked, not /proc: /proc/net/tcp costs a read of every socket, and the links in
+// /proc/PID/fd of other users are hidden under ProtectProc=invisible. No capability is needed.
+// Every call opens a netlink socket of its own in the network namespace of the calling thread and
+// ends within a second.
 //
-// It does not say which process holds a socket, and does not look at other namespaces or at ports handed over by systemd
-// socket activation (those belong to root, who made them). A uid from a user namespace that is not an ancestor of ours reads as the
-// overflow uid, 65534.
+// It does not say which process holds a socket, and does not look at other namespaces or at ports
+// handed over by systemd socket activation (those belong to root, who made them). A uid from a user
+// namespace that is not an ancestor of ours reads as the overflow uid, 65534.
 //
 // Next in the flow: package agent, whose Hold policy and trust check ask here.
 package sockdiag
@@ -31,10 +34,12 @@ import (
 // ErrNoListener says that no TCP socket listens where one was looked for.
 var ErrNoListener = errors.New("no listening socket")
 
-// ErrNoPeer says that the other end of a connection is not a live socket of this network namespace: it is remote, or already closed.
+// ErrNoPeer says that the other end of a connection is not a live socket of this network namespace:
+// it is remote, or already closed.
 var ErrNoPeer = errors.New("the peer is no open socket of this network namespace")
 
-// SeveralOwnersError says that sockets of more than one user listen on one address, so that no one can tell who gets the next connection.
+// SeveralOwnersError says that sockets of more than one user listen on one address, so that no one
+// can tell who gets the next connection.
 type SeveralOwnersError struct {
 	Addr netip.AddrPort
 	UIDs []uint32 // ascending, at least two
@@ -56,17 +61,20 @@ func (e *ForeignError) Error() string {
 
 // Listener is one TCP socket in state LISTEN, or one UDP socket that takes datagrams from anybody.
 type Listener struct {
-	Addr   netip.AddrPort // an IPv4 address is never in its IPv4-mapped form; 0.0.0.0 and :: are the wildcards
-	V6Only bool           // of an IPv6 socket: it takes no IPv4 connections
-	Device uint32         // index of the interface it is bound to (SO_BINDTODEVICE); 0: any
+	// an IPv4 address is never in its IPv4-mapped form; 0.0.0.0 and :: are the wildcards
+	Addr   netip.AddrPort
+	V6Only bool   // of an IPv6 socket: it takes no IPv4 connections
+	Device uint32 // index of the interface it is bound to (SO_BINDTODEVICE); 0: any
 	UID    uint32
 }
 
-// timeLimit bounds one question to the kernel. The dump of one port takes well under a millisecond; a second is for a machine out of breath.
+// timeLimit bounds one question to the kernel. The dump of one port takes well under a millisecond;
+// a second is for a machine out of breath.
 const timeLimit = time.Second
 
-// owner is the uid of the TCP listening socket that would accept a connection to addr. Sockets that share the address
-// (SO_REUSEPORT) must all have one owner: else the error is a *[SeveralOwnersError].
+// owner is the uid of the TCP listening socket that would accept a connection to addr. Sockets that
+// share the address (SO_REUSEPORT) must all have one owner: else the error is a
+// *[SeveralOwnersError].
 func owner(c *netlink.Conn, addr netip.AddrPort) (uint32, error) {
 	uids, err := owners(c, addr)
 	if err != nil {
@@ -78,11 +86,13 @@ func owner(c *netlink.Conn, addr netip.AddrPort) (uint32, error) {
 	return uids[0], nil
 }
 
-// OwnedBy is nil when every socket that could accept a connection to addr belongs to one of the uids. Otherwise the error is
-// [ErrNoListener], a *[ForeignError] with a uid that is not among them, or that the kernel could not be asked.
+// OwnedBy is nil when every socket that could accept a connection to addr belongs to one of the
+// uids. Otherwise the error is [ErrNoListener], a *[ForeignError] with a uid that is not among
+// them, or that the kernel could not be asked.
 //
-// As in the kernel an exact address beats the wildcard, and a wildcard IPv6 socket takes IPv4 connections unless it is v6only. An
-// unspecified address means loopback, as it does for connect(2).
+// As in the kernel an exact address beats the wildcard, and a wildcard IPv6 socket
+// takes IPv4 connections unless it is v6only. An unspecified address means loopback, as
+// it does for connect(2).
 //
 //	err := sockdiag.OwnedBy(netip.MustParseAddrPort("127.0.0.1:15001"), 0, envoy)
 func OwnedBy(addr netip.AddrPort, uids ...uint32) error {
@@ -104,11 +114,15 @@ func OwnedBy(addr netip.AddrPort, uids ...uint32) error {
 }
 
 // Listeners are the TCP sockets that listen on port, of both families. None is not an error.
-func Listeners(port uint16) ([]Listener, error) { return dialList(unix.IPPROTO_TCP, tcpListen, port) }
+func Listeners(port uint16) ([]Listener, error) {
+	return dialList(unix.IPPROTO_TCP, tcpListen, port)
+}
 
-// UDPListeners are the unconnected UDP sockets bound to port, of both families. None is not an error; a kernel without the
-// module udp_diag is.
-func UDPListeners(port uint16) ([]Listener, error) { return dialList(unix.IPPROTO_UDP, tcpClose, port) }
+// UDPListeners are the unconnected UDP sockets bound to port, of both families. None is not an
+// error; a kernel without the module udp_diag is.
+func UDPListeners(port uint16) ([]Listener, error) {
+	return dialList(unix.IPPROTO_UDP, tcpClose, port)
+}
 
 func dialList(protocol, state uint8, port uint16) ([]Listener, error) {
 	c, err := dial()
@@ -143,9 +157,10 @@ func list(c *netlink.Conn, protocol, state uint8, port uint16) ([]Listener, erro
 
 // PeerOwner says which uid owns the other end of a connection made to a listener of this machine.
 //
-// Until the other side has accepted the connection its socket belongs to nobody and reads as uid 0: then the owner of the listener it
-// waits in answers, provided that it still waits there afterwards. Once closed the end belongs to nobody, and to be believed would need
-// only a quick close: the error is [ErrNoPeer]. So ask while the answer is still to come, not after its end.
+// Until the other side has accepted the connection its socket belongs to nobody and reads as uid 0:
+// then the owner of the listener it waits in answers, provided that it still waits there
+// afterwards. Once closed the end belongs to nobody, and to be believed would need only a quick
+// close: the error is [ErrNoPeer]. So ask while the answer is still to come, not after its end.
 //
 // c must be TCP; for a Unix socket ask PeerOfUnix.
 func PeerOwner(c net.Conn) (uint32, error) {
@@ -177,8 +192,9 @@ func peerOwner(nl *netlink.Conn, local, remote netip.AddrPort) (uint32, error) {
 	if err != nil {
 		return 0, err
 	}
-	// A listener that is closed resets what waits in its queue. So if the connection still waits, the listener just seen is the one
-	// it waits in; if it has been accepted meanwhile, the acceptor's uid is known.
+	// A listener that is closed resets what waits in its queue. So if the connection still waits,
+	// the listener just seen is the one it waits in; if it has been accepted meanwhile, the
+	// acceptor's uid is known.
 	s, err = established(nl, remote, local)
 	if err != nil {
 		return 0, err
@@ -207,7 +223,8 @@ func established(c *netlink.Conn, local, remote netip.AddrPort) (socket, error) 
 		return socket{}, fmt.Errorf("look up socket %v: %w", local, err)
 	}
 	for _, s := range socks {
-		// The look-up falls back to the listener, and finds TIME_WAIT and SYN_RECV entries, which read as uid 0.
+		// The look-up falls back to the listener, and finds TIME_WAIT and SYN_RECV
+		// entries, which read as uid 0.
 		if s.local != local || s.remote != remote {
 			continue
 		}
@@ -215,7 +232,8 @@ func established(c *netlink.Conn, local, remote netip.AddrPort) (socket, error) 
 		case s.state == tcpEstablished, s.state == tcpCloseWait && s.inode != 0:
 			return s, nil
 		case s.state == tcpSynRecv:
-			// Our end is connected already; theirs waits for the last ACK or for room in the queue. Nobody has accepted it.
+			// Our end is connected already; theirs waits for the last ACK or for room in the queue.
+			// Nobody has accepted it.
 			s.inode = 0
 			return s, nil
 		}
@@ -223,7 +241,8 @@ func established(c *netlink.Conn, local, remote netip.AddrPort) (socket, error) 
 	return socket{}, ErrNoPeer
 }
 
-// owners are the distinct uids, ascending and never none, of the sockets that would accept a connection to addr.
+// owners are the distinct uids, ascending and never none, of the sockets that would accept
+// a connection to addr.
 func owners(c *netlink.Conn, addr netip.AddrPort) ([]uint32, error) {
 	l, err := list(c, unix.IPPROTO_TCP, tcpListen, addr.Port())
 	if err != nil {
@@ -236,9 +255,10 @@ func owners(c *netlink.Conn, addr netip.AddrPort) ([]uint32, error) {
 	return uids, nil
 }
 
-// Accepting picks among listeners on one port those the kernel would choose from for a connection to addr (inet_lookup_listener: first
-// by exact address, then the wildcards), and returns their uids, ascending and each once. Sockets bound to a device count as candidates, since it is not known
-// where the connection will come in.
+// Accepting picks among listeners on one port those the kernel would choose from for a connection
+// to addr (inet_lookup_listener: first by exact address, then the wildcards), and returns their
+// uids, ascending and each once. Sockets bound to a device count as candidates, since it is not
+// known where the connection will come in.
 func Accepting(listeners []Listener, addr netip.Addr) []uint32 {
 	addr = addr.Unmap().WithZone("")
 	switch addr {
@@ -276,17 +296,19 @@ func addrPort(a net.Addr) (netip.AddrPort, error) {
 // States of include/net/tcp_states.h.
 const (
 	tcpEstablished = 1
-	tcpSynRecv     = 3 // of a request socket, too, whose own state is TCP_NEW_SYN_RECV (tcp_req_diag_fill)
-	tcpClose       = 7 // of UDP: not connected
-	tcpCloseWait   = 8
-	tcpListen      = 10
+	// of a request socket, too, whose own state is TCP_NEW_SYN_RECV (tcp_req_diag_fill)
+	tcpSynRecv   = 3
+	tcpClose     = 7 // of UDP: not connected
+	tcpCloseWait = 8
+	tcpListen    = 10
 )
 
 const (
 	sockDiagByFamily = 20 // SOCK_DIAG_BY_FAMILY, linux/sock_diag.h
-	attrV6Only       = 11 // INET_DIAG_SKV6ONLY, linux/inet_diag.h; sent for every listening IPv6 socket since Linux 4.9
-	requestLen       = 56 // struct inet_diag_req_v2
-	messageLen       = 72 // struct inet_diag_msg
+	// INET_DIAG_SKV6ONLY, linux/inet_diag.h; sent for every listening IPv6 socket since Linux 4.9
+	attrV6Only = 11
+	requestLen = 56 // struct inet_diag_req_v2
+	messageLen = 72 // struct inet_diag_msg
 )
 
 // sockID is struct inet_diag_sockid without interface and cookie.
@@ -322,8 +344,9 @@ type socket struct {
 	local, remote netip.AddrPort
 	device        uint32
 	uid           uint32
-	inode         uint32 // 0: no process has it open (not yet accepted, or closed), and uid means nothing
-	v6only        bool
+	// 0: no process has it open (not yet accepted, or closed), and uid means nothing
+	inode  uint32
+	v6only bool
 }
 
 func unmarshal(b []byte) (socket, error) {

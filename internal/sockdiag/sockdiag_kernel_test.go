@@ -16,7 +16,8 @@ import (
 
 const foreignUID = 65533
 
-// TestMain is also the foreign owner: a process of another user that listens, and accepts one connection per line on its stdin.
+// TestMain is also the foreign owner: a process of another user that listens, and accepts one
+// connection per line on its stdin.
 func TestMain(m *testing.M) {
 	if os.Getenv("SOCKDIAG_FOREIGN") == "" {
 		os.Exit(m.Run())
@@ -101,6 +102,7 @@ func TestForeignOwner(t *testing.T) {
 	c = dialPort(t, "127.0.0.1", addr.Port())
 	tell("accept and close")
 	if uid, err := PeerOwner(c); !errors.Is(err, ErrNoPeer) {
-		t.Errorf("PeerOwner after close = %d, %v; want ErrNoPeer: else a quick close passes for root", uid, err)
+		t.Errorf("PeerOwner after close = %d, %v; want ErrNoPeer: else a quick close passes for root",
+			uid, err)
 	}
 }

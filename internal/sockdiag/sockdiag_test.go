@@ -12,7 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ownerOf asks the kernel for the owner of a listening socket, as PeerOwner does of one whose queue a connection is in.
+// ownerOf asks the kernel for the owner of a listening socket, as PeerOwner does of one whose
+// queue a connection is in.
 func ownerOf(addr netip.AddrPort) (uint32, error) {
 	c, err := dial()
 	if err != nil {
@@ -74,7 +75,8 @@ func TestOwnerClosed(t *testing.T) {
 	if all, err := Listeners(p); len(all) > 0 || err != nil {
 		t.Errorf("Listeners(%d) = %v, %v after Close; want none", p, all, err)
 	}
-	if err := OwnedBy(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p), 0); !errors.Is(err, ErrNoListener) {
+	if err := OwnedBy(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p), 0); !errors.Is(
+		err, ErrNoListener) {
 		t.Errorf("OwnedBy after Close: %v; want ErrNoListener", err)
 	}
 }
@@ -82,7 +84,9 @@ func TestOwnerClosed(t *testing.T) {
 func TestListenersReusePort(t *testing.T) {
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var err error
-		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); e != nil {
+		if e := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+		}); e != nil {
 			return e
 		}
 		return err
@@ -102,13 +106,15 @@ func TestListenersReusePort(t *testing.T) {
 		t.Fatalf("Listeners = %v, %v; want two", all, err)
 	}
 	for _, l := range all {
-		if want := netip.MustParseAddrPort(first.Addr().String()); l.Addr != want || l.UID != uint32(os.Getuid()) {
+		if want := netip.MustParseAddrPort(first.Addr().String()); l.Addr != want ||
+			l.UID != uint32(os.Getuid()) {
 			t.Errorf("Listeners: %+v; want %v of uid %d", l, want, os.Getuid())
 		}
 	}
 }
 
-// TestAccepting covers the sockets one user cannot make: several owners and rival addresses on one port.
+// TestAccepting covers the sockets one user cannot make: several owners and rival
+// addresses on one port.
 func TestAccepting(t *testing.T) {
 	const envoy, foreign = 107, 1000
 	at := func(addr string, uid uint32) Listener {
@@ -185,7 +191,8 @@ func TestPeerOwnerNotTCP(t *testing.T) {
 	}
 	// A connection that knows its own end alone.
 	l := listen(t, "tcp4", "127.0.0.1:0")
-	if uid, err := PeerOwner(half{Conn: dialPort(t, "127.0.0.1", port(l)), remote: a.RemoteAddr()}); err == nil || uid != 0 {
+	if uid, err := PeerOwner(
+		half{Conn: dialPort(t, "127.0.0.1", port(l)), remote: a.RemoteAddr()}); err == nil || uid != 0 {
 		t.Errorf("PeerOwner without a peer's address = %d, %v; want an error", uid, err)
 	}
 }
@@ -272,7 +279,8 @@ func BenchmarkOwner(b *testing.B) {
 	}
 }
 
-// TestUDPListeners: who gets a datagram from anybody, as Envoy's DNS listener does; a connected socket does not.
+// TestUDPListeners: who gets a datagram from anybody, as Envoy's DNS listener does; a
+// connected socket does not.
 func TestUDPListeners(t *testing.T) {
 	me := uint32(os.Getuid())
 	for _, tt := range []struct {
@@ -296,7 +304,9 @@ func TestUDPListeners(t *testing.T) {
 		if got := slices.Equal(uids, []uint32{me}); got != tt.want {
 			t.Errorf("%s, asked for %s: %v of %+v", tt.listen, tt.ask, uids, all)
 		}
-		if tcp, err := Listeners(p); err != nil || slices.ContainsFunc(tcp, func(l Listener) bool { return l.Addr == c.LocalAddr().(*net.UDPAddr).AddrPort() }) {
+		if tcp, err := Listeners(p); err != nil || slices.ContainsFunc(tcp, func(l Listener) bool {
+			return l.Addr == c.LocalAddr().(*net.UDPAddr).AddrPort()
+		}) {
 			t.Errorf("%s is among the TCP listeners: %+v, %v", tt.listen, tcp, err)
 		}
 		client, err := net.Dial("udp", c.LocalAddr().String())
@@ -304,7 +314,8 @@ func TestUDPListeners(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer client.Close()
-		if all, err := UDPListeners(client.LocalAddr().(*net.UDPAddr).AddrPort().Port()); err != nil || len(all) > 0 {
+		if all, err := UDPListeners(client.LocalAddr().(*net.UDPAddr).AddrPort().Port()); err != nil ||
+			len(all) > 0 {
 			t.Errorf("a connected socket is a listener: %+v, %v", all, err)
 		}
 	}

@@ -7,8 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// UnixPeer is who is at the other end of a Unix socket's connection: the process that called connect(2), or, asked by that
-// one, the process that called listen(2) (SO_PEERCRED, unix(7)). The kernel noted it then; the process may be gone.
+// UnixPeer is who is at the other end of a Unix socket's connection: the process that called
+// connect(2), or, asked by that one, the process that called listen(2) (SO_PEERCRED, unix(7)). The
+// kernel noted it then; the process may be gone.
 type UnixPeer struct {
 	PID int
 	UID uint32
