@@ -36,26 +36,33 @@ func foreignOwner(f Facts) (out []Finding) {
 		}
 		if !p.Addr.IsValid() {
 			out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Purpose,
-				Cause: fmt.Sprintf("Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from there is believed", p.Purpose, f.Envoy.Admin, p.owner(), f.ProxyUser, f.ProxyUID),
-				Next:  "find it with `ss -lxp` and stop it, or set --proxy-user if Envoy runs as that user"})
+				Cause: fmt.Sprintf(
+					"Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from "+
+						"there is believed", p.Purpose, f.Envoy.Admin, p.owner(), f.ProxyUser, f.ProxyUID),
+				Next: "find it with `ss -lxp` and stop it, or set --proxy-user if Envoy runs as that user"})
 			continue
 		}
 		out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Addr.String(),
-			Cause: fmt.Sprintf("Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and nothing from there is believed",
+			Cause: fmt.Sprintf(
+				"Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and "+
+					"nothing from there is believed",
 				p.Addr.Port(), p.Purpose, p.owner(), f.ProxyUser, f.ProxyUID),
-			Next: fmt.Sprintf("find it with `ss -ltunp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that user", p.Addr.Port())})
+			Next: fmt.Sprintf(
+				"find it with `ss -ltunp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that "+
+					"user", p.Addr.Port())})
 	}
 	return out
 }
 
 // resolverLoop: a resolver of the VM whose own questions go to Envoy, which asks the VM's resolver.
-// Whether it asks anybody (an authoritative server does not), and whether Envoy asks it, is not known.
-// Of a socket of root's nobody can tell who asks by it: dnsmasq and unbound make theirs before they
-// become another user.
+// Whether it asks anybody (an authoritative server does not), and whether Envoy asks it, is not
+// known. Of a socket of root's nobody can tell who asks by it: dnsmasq and unbound make theirs
+// before they become another user.
 func resolverLoop(f Facts) (out []Finding) {
 	reported := map[uint32]bool{f.ProxyUID: true}
 	for _, p := range f.Resolvers {
-		if reported[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) || p.Owner == 0 && len(f.ResolverUIDs) > 0 {
+		if reported[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) ||
+			p.Owner == 0 && len(f.ResolverUIDs) > 0 {
 			continue
 		}
 		reported[p.Owner] = true
@@ -63,9 +70,11 @@ func resolverLoop(f Facts) (out []Finding) {
 		if p.Owner == 0 {
 			name = "the user it runs as"
 		}
-		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Warning, Key: strconv.FormatUint(uint64(p.Owner), 10),
-			Cause: fmt.Sprintf("Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
-				"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()),
+		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Warning,
+			Key: strconv.FormatUint(uint64(p.Owner), 10),
+			Cause: fmt.Sprintf(
+				"Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
+					"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()),
 			Next: fmt.Sprintf("then add %s to --resolver-users", name)})
 	}
 	return out
@@ -91,7 +100,8 @@ func envoyDown(f Facts) []Finding {
 	if !errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) {
 		return nil
 	}
-	cause := fmt.Sprintf("Envoy is not running: nothing accepts on its admin address %s", f.Envoy.Admin)
+	cause := fmt.Sprintf("Envoy is not running: nothing accepts on its admin address %s",
+		f.Envoy.Admin)
 	if !f.Envoy.Since.IsZero() {
 		cause += " since " + f.Envoy.Since.UTC().Format(time.RFC3339)
 	}
@@ -101,7 +111,8 @@ func envoyDown(f Facts) []Finding {
 	if f.Envoy.LastError != "" {
 		cause += ", last error in its log: " + f.Envoy.LastError
 	}
-	return one(EnvoyDown, 1, Error, "see `systemctl status service-proxy-envoy` and /var/log/envoy/envoy.err.log", "%s", cause)
+	return one(EnvoyDown, 1, Error,
+		"see `systemctl status service-proxy-envoy` and /var/log/envoy/envoy.err.log", "%s", cause)
 }
 
 func adminUnreadable(f Facts) []Finding {
@@ -110,69 +121,89 @@ func adminUnreadable(f Facts) []Finding {
 	if err == nil || errors.Is(err, envoyadmin.ErrRefused) || errors.As(err, &foreign) {
 		return nil // the last is row 32's
 	}
-	next := "the rules stay as they are; see /var/log/envoy/envoy.err.log, and restart Envoy if this lasts"
+	next := "the rules stay as they are; see /var/log/envoy/envoy.err.log, and restart Envoy if " +
+		"this lasts"
 	switch {
 	case errors.Is(err, envoyadmin.ErrForbiddenPath):
-		next = "add prefixes /config_dump, /server_info, /ready and /stats to admin.allow_paths in Envoy's bootstrap"
+		next = "add prefixes /config_dump, /server_info, /ready and /stats to admin.allow_paths in " +
+			"Envoy's bootstrap"
 	case errors.Is(err, envoyadmin.ErrTimeout):
-		next = "Envoy's main thread may be busy or stopped; the rules stay as they are; see `systemctl status service-proxy-envoy`"
+		next = "Envoy's main thread may be busy or stopped; the rules stay as they are; see `systemctl " +
+			"status service-proxy-envoy`"
 	case errors.Is(err, envoyadmin.ErrTooLarge):
-		next = "the rules stay as they are; fewer services per network or scope make the configuration smaller"
+		next = "the rules stay as they are; fewer services per network or scope make the configuration " +
+			"smaller"
 	}
-	return one(AdminUnreadable, 0, Error, next, "Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err)
+	return one(AdminUnreadable, 0, Error, next,
+		"Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err)
 }
 
 var (
 	notUsedRE = regexp.MustCompile(`has not been used in project (\S+) before or it is disabled`)
-	networkRE = regexp.MustCompile(`configuration was not found for network "([^"]*)" in project "([^"]*)"`)
+	networkRE = regexp.MustCompile(
+		`configuration was not found for network "([^"]*)" in project "([^"]*)"`)
 )
 
 func controlPlane(f Facts) []Finding {
 	if err := f.Envoy.Probe; err != nil {
-		// The code and text of the stream say nothing here: Envoy gives "closed: 13, " or no line at all for both.
+		// The code and text of the stream say nothing here: Envoy gives "closed: 13, " or no
+		// line at all for both.
 		if errors.Is(err, envoyadmin.ErrLookUp) {
-			return one(ControlPlaneLookUp, 3, Error, "check the VM's resolver (/etc/resolv.conf) and the network's DNS", "%s: %v", cannotReach, err)
+			return one(ControlPlaneLookUp, 3, Error,
+				"check the VM's resolver (/etc/resolv.conf) and the network's DNS", "%s: %v", cannotReach, err)
 		}
-		return one(ControlPlaneConnect, 4, Error, "a firewall may block TCP 443; Private Google Access or Cloud NAT is needed without an external address", "%s: %v", cannotReach, err)
+		return one(ControlPlaneConnect, 4, Error,
+			"a firewall may block TCP 443; Private Google Access or Cloud NAT is needed without an "+
+				"external address", "%s: %v", cannotReach, err)
 	}
 	s := f.Envoy.Stream
 	if s == nil {
 		if f.Envoy.Apart {
 			return one(ControlPlaneConnect, 4, Error, "see the warnings in /var/log/envoy/envoy.err.log",
-				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works", cannotReach)
+				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works",
+				cannotReach)
 		}
 		return nil
 	}
 	switch {
 	case s.Code == 7:
 		if m := notUsedRE.FindStringSubmatch(s.Message); m != nil {
-			return one(APINotEnabled, 5, Error, "enable it: gcloud services enable trafficdirector.googleapis.com --project="+m[1],
+			return one(APINotEnabled, 5, Error,
+				"enable it: gcloud services enable trafficdirector.googleapis.com --project="+m[1],
 				"%s: the API is not enabled in project %s", cannotReach, m[1])
 		}
-		// Without the scope no role helps. Envoy's own words for it are not known, the metadata server's are.
+		// Without the scope no role helps. Envoy's own words for it are not known, the
+		// metadata server's are.
 		if f.Scopes != nil && !slices.Contains(f.Scopes, cloudPlatform) {
-			return one(ScopeMissing, 7, Error, "stop the VM, then gcloud compute instances set-service-account NAME --scopes="+cloudPlatform,
+			return one(ScopeMissing, 7, Error,
+				"stop the VM, then gcloud compute instances set-service-account NAME --scopes="+cloudPlatform,
 				"%s: the VM's service account %s lacks the scope cloud-platform", cannotReach, f.Account)
 		}
 		account := f.Account
 		if account == "" {
 			account = "the VM's service account"
 		}
-		return one(PermissionDenied, 6, Error, "grant roles/trafficdirector.client to "+account, "%s: %s", cannotReach, orCode(s))
+		return one(PermissionDenied, 6, Error, "grant roles/trafficdirector.client to "+account, "%s: %s",
+			cannotReach, orCode(s))
 	case s.Code == 5:
 		next, row := "check the mesh, scope or network name in the gce-service-proxy attribute", 9
 		if strings.Contains(s.Message, "configuration was not found") {
 			row = 8
 		}
 		if m := networkRE.FindStringSubmatch(s.Message); m != nil {
-			next = fmt.Sprintf("create a forwarding rule (INTERNAL_SELF_MANAGED) or a mesh for network %q in project %q, or correct the attribute", m[1], m[2])
+			next = fmt.Sprintf(
+				"create a forwarding rule (INTERNAL_SELF_MANAGED) or a mesh for network %q in project %q, or "+
+					"correct the attribute", m[1], m[2])
 		}
 		return one(ConfigNotFound, row, Error, next, "%s: %s", cannotReach, orCode(s))
 	case s.Message == "":
-		return one(ControlPlaneConnect, 4, Error, "a firewall may block TCP 443; see the warnings in /var/log/envoy/envoy.err.log",
-			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works", cannotReach, target(s), s.Code)
+		return one(ControlPlaneConnect, 4, Error,
+			"a firewall may block TCP 443; see the warnings in /var/log/envoy/envoy.err.log",
+			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works",
+			cannotReach, target(s), s.Code)
 	}
-	return one(ControlPlaneRefused, 0, Error, "see /var/log/envoy/envoy.err.log", "%s: %s", cannotReach, orCode(s))
+	return one(ControlPlaneRefused, 0, Error, "see /var/log/envoy/envoy.err.log", "%s: %s",
+		cannotReach, orCode(s))
 }
 
 func target(s *Stream) string {
@@ -193,7 +224,9 @@ func notConfigured(f Facts) []Finding {
 	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" || f.Envoy.Configured {
 		return nil
 	}
-	return one(EnvoyNotConfigured, 2, Error, "the rules stay as they are until it has; look for `gRPC config stream` in /var/log/envoy/envoy.err.log",
+	return one(EnvoyNotConfigured, 2, Error,
+		"the rules stay as they are until it has; look for `gRPC config stream` in "+
+			"/var/log/envoy/envoy.err.log",
 		"Envoy has not received its configuration (state %s)", f.Envoy.State)
 }
 
@@ -203,9 +236,11 @@ func tooOld(f Facts) []Finding {
 	case v == (envoyadmin.Version{}):
 		return nil
 	case v.Less(envoyadmin.Minimum):
-		return one(EnvoyTooOld, 25, Error, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised), "Envoy %v is too old: %v is the minimum", v, envoyadmin.Minimum)
+		return one(EnvoyTooOld, 25, Error, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised),
+			"Envoy %v is too old: %v is the minimum", v, envoyadmin.Minimum)
 	case v.Less(envoyadmin.Advised):
-		return one(EnvoyTooOld, 25, Advice, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised), "Envoy %v is old", v)
+		return one(EnvoyTooOld, 25, Advice, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised),
+			"Envoy %v is old", v)
 	}
 	return nil
 }
@@ -213,7 +248,8 @@ func tooOld(f Facts) []Finding {
 func families(f Facts) (out []Finding) {
 	for _, fam := range f.Families {
 		add := func(id ID, row int, s Severity, next, cause string, args ...any) {
-			out = append(out, Finding{ID: id, Row: row, Severity: s, Cause: fmt.Sprintf(cause, args...), Next: next, Key: fam.Family.String()})
+			out = append(out, Finding{ID: id, Row: row, Severity: s, Cause: fmt.Sprintf(cause, args...),
+				Next: next, Key: fam.Family.String()})
 		}
 		by := ""
 		if fam.By != "" {
@@ -221,13 +257,19 @@ func families(f Facts) (out []Finding) {
 		}
 		switch {
 		case fam.Unusable != nil && fam.Family == iptables.IPv6:
-			add(FamilyUnusable, 16, Warning, "IPv4 goes on; `modprobe ip6table_nat` or a reboot brings it back", "IPv6 interception is off: %v", fam.Unusable)
+			add(FamilyUnusable, 16, Warning,
+				"IPv4 goes on; `modprobe ip6table_nat` or a reboot brings it back",
+				"IPv6 interception is off: %v", fam.Unusable)
 		case fam.Unusable != nil:
-			add(FamilyUnusable, 16, Error, "`modprobe iptable_nat` or a reboot brings it back", "%v interception is off: %v", fam.Family, fam.Unusable)
+			add(FamilyUnusable, 16, Error, "`modprobe iptable_nat` or a reboot brings it back",
+				"%v interception is off: %v", fam.Family, fam.Unusable)
 		case errors.Is(fam.Err, iptables.ErrCouldNotLook):
-			add(CouldNotLook, 17, Error, "it is tried again; look for a program that changes rules all the time", "The %v rules could not be read: %v", fam.Family, fam.Err)
+			add(CouldNotLook, 17, Error,
+				"it is tried again; look for a program that changes rules all the time",
+				"The %v rules could not be read: %v", fam.Family, fam.Err)
 		case fam.Err != nil:
-			add(RuleRefused, 17, Error, nextForRules(fam.Family, fam.Err), "The %v rules could not be applied: %v", fam.Family, fam.Err)
+			add(RuleRefused, 17, Error, nextForRules(fam.Family, fam.Err),
+				"The %v rules could not be applied: %v", fam.Family, fam.Err)
 		}
 		for i, left := range fam.Left {
 			if i > 0 && left.Rule == fam.Left[i-1].Rule {
@@ -237,13 +279,20 @@ func families(f Facts) (out []Finding) {
 			if left.Rule == iptables.CommentMatch {
 				severity = Warning // nothing is missing but words
 			}
-			add(RuleRefused, 17, severity, "`modprobe` the match or target it names; everything else is in place, and it is tried again", "The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
+			add(RuleRefused, 17, severity,
+				"`modprobe` the match or target it names; everything else is in place, and it is tried again",
+				"The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
 		}
 		for _, s := range fam.Shadow {
-			add(Shadowed, 18, Error, "take that rule out, or give it matches that leave intercepted traffic alone", "Our jump in %s is never reached for some traffic: %s stands before it (%v)", s.Chain, s.Rule, fam.Family)
+			add(Shadowed, 18, Error,
+				"take that rule out, or give it matches that leave intercepted traffic alone",
+				"Our jump in %s is never reached for some traffic: %s stands before it (%v)", s.Chain,
+				s.Rule, fam.Family)
 		}
 		if fam.Fighting {
-			add(Fight, 18, Error, "stop that program or make it leave SERVICE_PROXY_* rules alone; they are put back every few seconds until then",
+			add(Fight, 18, Error,
+				"stop that program or make it leave SERVICE_PROXY_* rules alone; they are put back every few "+
+					"seconds until then",
 				"The %v interception rules are undone again and again%s (%d times)", fam.Family, by, fam.Undone)
 		} else if len(fam.Drift) > 0 {
 			d := fam.Drift[0]
@@ -251,7 +300,8 @@ func families(f Facts) (out []Finding) {
 			if d.Rule != "" {
 				where += ": " + d.Rule
 			}
-			add(DriftRepaired, 13, Warning, "repaired; nothing to do unless it comes back", "%v rules were changed%s: %v (%s)", fam.Family, by, d.Kind, where)
+			add(DriftRepaired, 13, Warning, "repaired; nothing to do unless it comes back",
+				"%v rules were changed%s: %v (%s)", fam.Family, by, d.Kind, where)
 		}
 	}
 	return out
@@ -263,7 +313,8 @@ func nextForRules(family iptables.Family, err error) string {
 		return "it is tried again; `lsof /run/xtables.lock` names the program"
 	case errors.Is(err, iptables.ErrIncompatible):
 		nft := map[iptables.Family]string{iptables.IPv4: "ip", iptables.IPv6: "ip6"}[family]
-		return "a program made this table in a form iptables cannot read: `nft list table " + nft + " nat` shows it; remove those rules or use one backend"
+		return "a program made this table in a form iptables cannot read: `nft list table " + nft +
+			" nat` shows it; remove those rules or use one backend"
 	case errors.Is(err, iptables.ErrNotRoot):
 		return "run as root or with CAP_NET_ADMIN and CAP_NET_RAW"
 	}
@@ -276,13 +327,18 @@ func rejected(f Facts) (out []Finding) {
 	for _, r := range f.Envoy.Rejected {
 		if m := unwritableRE.FindStringSubmatch(r.Details); m != nil {
 			out = append(out, Finding{ID: AccessLogUnwritable, Row: 11, Severity: Error, Key: r.Name,
-				Cause: fmt.Sprintf("Envoy rejected listener %s: it cannot write the access log %s (%s); services new in it are not intercepted", r.Name, m[1], m[2]),
-				Next:  fmt.Sprintf("make %s writable by %s (`ls -ld` tells who owns it now), or choose another access-log path", m[1], f.ProxyUser)})
+				Cause: fmt.Sprintf(
+					"Envoy rejected listener %s: it cannot write the access log %s (%s); services new in it are "+
+						"not intercepted", r.Name, m[1], m[2]),
+				Next: fmt.Sprintf(
+					"make %s writable by %s (`ls -ld` tells who owns it now), or choose another access-log path",
+					m[1], f.ProxyUser)})
 			continue
 		}
 		out = append(out, Finding{ID: ListenerRejected, Row: 10, Severity: Error, Key: r.Name,
-			Cause: fmt.Sprintf("Envoy rejected listener %s: %s; services new in it are not intercepted", r.Name, r.Details),
-			Next:  "correct the configuration at the control plane"})
+			Cause: fmt.Sprintf("Envoy rejected listener %s: %s; services new in it are not intercepted",
+				r.Name, r.Details),
+			Next: "correct the configuration at the control plane"})
 	}
 	return out
 }
@@ -295,7 +351,8 @@ func attributeBad(f Facts) []Finding {
 	if errors.Is(f.Attribute, attribute.ErrMissing) {
 		next = "or give this VM one (docs/attribute.md)"
 	}
-	return one(AttributeBad, 26, Error, next+"; until then "+inForce(f), "The gce-service-proxy attribute cannot be used: %v", f.Attribute)
+	return one(AttributeBad, 26, Error, next+"; until then "+inForce(f),
+		"The gce-service-proxy attribute cannot be used: %v", f.Attribute)
 }
 
 // inForce says what holds while the attribute cannot be read.
@@ -317,7 +374,8 @@ func metadataServer(f Facts) []Finding {
 	if f.Metadata == nil {
 		return nil
 	}
-	return one(MetadataServer, 0, Error, "it is asked again, and until then "+inForce(f)+"; check that nothing on the VM blocks 169.254.169.254 or stands before it",
+	return one(MetadataServer, 0, Error, "it is asked again, and until then "+inForce(f)+
+		"; check that nothing on the VM blocks 169.254.169.254 or stands before it",
 		"The metadata server gives no usable answer about the attribute: %v", f.Metadata)
 }
 
@@ -331,17 +389,22 @@ func portClosed(f Facts) (out []Finding) {
 			why = p.Err.Error()
 		}
 		out = append(out, Finding{ID: InterceptionNotReady, Severity: Error, Key: p.Addr.String(),
-			Cause: fmt.Sprintf("Envoy's %s port %d does not accept %v connections (%s)", p.Purpose, p.Addr.Port(), p.Family, why),
-			Next:  "see /var/log/envoy/envoy.err.log for a bind error"})
+			Cause: fmt.Sprintf("Envoy's %s port %d does not accept %v connections (%s)", p.Purpose,
+				p.Addr.Port(), p.Family, why),
+			Next: "see /var/log/envoy/envoy.err.log for a bind error"})
 	}
 	return out
 }
 
 func servingPorts(f Facts) (out []Finding) {
 	for _, p := range f.Uncovered {
-		out = append(out, Finding{ID: ServingPortNoChain, Row: 19, Severity: Warning, Key: strconv.Itoa(int(p)),
-			Cause: fmt.Sprintf("Envoy has no inbound listener for port %d yet; its traffic goes to the application directly", p),
-			Next:  "check that the control plane knows this VM's serving port (backend service, endpoint policy)"})
+		out = append(
+			out, Finding{ID: ServingPortNoChain, Row: 19, Severity: Warning, Key: strconv.Itoa(int(p)),
+				Cause: fmt.Sprintf(
+					"Envoy has no inbound listener for port %d yet; its traffic goes to the application directly",
+					p),
+				Next: "check that the control plane knows this VM's serving port (backend service, endpoint " +
+					"policy)"})
 	}
 	return out
 }
@@ -349,8 +412,9 @@ func servingPorts(f Facts) (out []Finding) {
 func entries(f Facts) (out []Finding) {
 	for _, r := range f.Refused {
 		out = append(out, Finding{ID: EntryRefused, Severity: Warning, Key: r.Listener + " " + r.Entry,
-			Cause: fmt.Sprintf("Listener %s asks for %s, which is never intercepted: %s", r.Listener, r.Entry, r.Reason),
-			Next:  "give the service another address at the control plane"})
+			Cause: fmt.Sprintf("Listener %s asks for %s, which is never intercepted: %s", r.Listener,
+				r.Entry, r.Reason),
+			Next: "give the service another address at the control plane"})
 	}
 	return out
 }
@@ -367,8 +431,10 @@ func serverFirst(f Facts) (out []Finding) {
 	for _, p := range f.ServerFirst {
 		n := strconv.Itoa(int(p))
 		out = append(out, Finding{ID: ServerFirst, Row: 22, Severity: Advice, Key: n,
-			Cause: "Port " + n + " usually speaks a protocol in which the server talks first, which hangs behind an HTTP or TLS inspecting listener",
-			Next:  "set exclude-outbound-port-ranges=" + n})
+			Cause: "Port " + n +
+				" usually speaks a protocol in which the server talks first, which hangs behind an HTTP or " +
+				"TLS inspecting listener",
+			Next: "set exclude-outbound-port-ranges=" + n})
 	}
 	return out
 }
@@ -386,27 +452,34 @@ func guestOff(f Facts) []Finding {
 	if !f.GuestOff {
 		return nil
 	}
-	return one(GuestAttributesOff, 27, Warning, "set the metadata enable-guest-attributes=TRUE on the VM", "Guest attributes are disabled: nobody outside can read this agent's status")
+	return one(GuestAttributesOff, 27, Warning,
+		"set the metadata enable-guest-attributes=TRUE on the VM",
+		"Guest attributes are disabled: nobody outside can read this agent's status")
 }
 
 func listenAddress(f Facts) []Finding {
 	if f.ListenErr == nil {
 		return nil
 	}
-	return one(ListenAddress, 0, Warning, "stop the program that holds it or set --listen; interception goes on", "/healthz and /metrics are not served: %v", f.ListenErr)
+	return one(ListenAddress, 0, Warning,
+		"stop the program that holds it or set --listen; interception goes on",
+		"/healthz and /metrics are not served: %v", f.ListenErr)
 }
 
 func logUnreadable(f Facts) []Finding {
 	if f.Envoy.LogErr == "" {
 		return nil
 	}
-	return one(LogUnreadable, 0, Warning, "make it readable for the agent's user; until then changes are seen up to a second later and the control plane's words are not known",
+	return one(LogUnreadable, 0, Warning,
+		"make it readable for the agent's user; until then changes are seen up to a second later and "+
+			"the control plane's words are not known",
 		"Envoy's log cannot be read: %s", f.Envoy.LogErr)
 }
 
 func attributeAdvice(f Facts) (out []Finding) {
 	for _, text := range f.Advice {
-		out = append(out, Finding{ID: AttributeAdvice, Severity: Warning, Key: text, Cause: "The gce-service-proxy attribute: " + text, Next: "see docs/attribute.md"})
+		out = append(out, Finding{ID: AttributeAdvice, Severity: Warning, Key: text,
+			Cause: "The gce-service-proxy attribute: " + text, Next: "see docs/attribute.md"})
 	}
 	return out
 }

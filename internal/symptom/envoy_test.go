@@ -7,15 +7,18 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 )
 
-// TestEnvoysWords holds what is made of Envoy's and the control plane's own words against sentences written by hand. The
-// words are those that Envoy 1.40.0 logs or has in error_state.details, after internal/redaction; the control plane's
-// are those of Traffic Director in Google's documents, which the test control plane repeats.
+// TestEnvoysWords holds what is made of Envoy's and the control plane's own words against sentences
+// written by hand. The words are those that Envoy 1.40.0 logs or has in error_state.details, after
+// internal/redaction; the control plane's are those of Traffic Director in Google's documents,
+// which the test control plane repeats.
 func TestEnvoysWords(t *testing.T) {
 	rejected := func(details string) Envoy {
-		return Envoy{State: "LIVE", Configured: true, Rejected: []envoyadmin.Rejected{{Name: "out", Details: details}}}
+		return Envoy{State: "LIVE", Configured: true, Rejected: []envoyadmin.Rejected{
+			{Name: "out", Details: details}}}
 	}
 	stream := func(code int, message string) Envoy {
-		return Envoy{State: "LIVE", Configured: true, Stream: &Stream{Target: "td:443", Code: code, Message: message}}
+		return Envoy{State: "LIVE", Configured: true,
+			Stream: &Stream{Target: "td:443", Code: code, Message: message}}
 	}
 	for _, test := range []struct {
 		envoy Envoy

@@ -1,9 +1,9 @@
 // Package symptom puts what the agent found out into words.
 //
-// Check is a pure function from Facts to Findings and the only home of causes and next steps: guest attributes, serial
-// lines, status, metrics and documents all print what it returns. It asks nobody anything and keeps no state; package
-// agent gathers the Facts (Observe) and turns the Findings into a Status. The numbers of the rows are those of the
-// symptom table in docs/symptoms.md.
+// Check is a pure function from Facts to Findings and the only home of causes and next steps: guest
+// attributes, serial lines, status, metrics and documents all print what it returns. It asks nobody
+// anything and keeps no state; package agent gathers the Facts (Observe) and turns the Findings
+// into a Status. The numbers of the rows are those of the symptom table in docs/symptoms.md.
 package symptom
 
 import (
@@ -15,8 +15,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// Severity says what a finding does to the VM's state: an error makes `status` unhealthy and is told in
-// agent-last-failure, a warning is told on serial and in status, advice in status alone.
+// Severity says what a finding does to the VM's state: an error makes `status` unhealthy and is
+// told in agent-last-failure, a warning is told on serial and in status, advice in status alone.
 type Severity int
 
 const (
@@ -40,46 +40,50 @@ func (s *Severity) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// ID names a symptom for machines: the label of the findings metric. The set is fixed; it does not grow with services.
+// ID names a symptom for machines: the label of the findings metric. The set is fixed; it does
+// not grow with services.
 type ID string
 
 const (
-	EnvoyDown            ID = "envoy-down"                // row 1
-	EnvoyNotConfigured   ID = "envoy-not-configured"      // row 2
-	ControlPlaneLookUp   ID = "control-plane-look-up"     // row 3
-	ControlPlaneConnect  ID = "control-plane-unreachable" // row 4
-	APINotEnabled        ID = "api-not-enabled"           // row 5
-	PermissionDenied     ID = "permission-denied"         // row 6
-	ScopeMissing         ID = "scope-missing"             // row 7
-	ConfigNotFound       ID = "configuration-not-found"   // rows 8 and 9
-	ControlPlaneRefused  ID = "control-plane-refused"     // any other status code of the xDS stream
-	ListenerRejected     ID = "listener-rejected"         // row 10
-	AccessLogUnwritable  ID = "access-log-unwritable"     // row 11
-	DriftRepaired        ID = "drift"                     // row 13
-	ProxyUser            ID = "proxy-user"                // row 15
-	FamilyUnusable       ID = "family-unusable"           // row 16
-	RuleRefused          ID = "rules-not-applied"         // row 17
-	Shadowed             ID = "jump-shadowed"             // row 18
-	Fight                ID = "rules-undone"              // row 18: somebody keeps undoing our rules
-	ServingPortNoChain   ID = "serving-port-not-inbound"  // row 19
-	ServerFirst          ID = "server-first-protocol"     // row 22
-	EnvoyTooOld          ID = "envoy-too-old"             // row 25
-	Bootstrap            ID = "bootstrap-failed"          // row 26
-	AttributeBad         ID = "attribute-malformed"       // row 26: the attribute, read by the daemon
-	MetadataServer       ID = "metadata-server"           // the metadata server gives no usable answer
-	GuestAttributesOff   ID = "guest-attributes-off"      // row 27
-	AdminUnreadable      ID = "envoy-admin-unreadable"    // an answer of the admin interface that cannot be used
-	ForeignOwner         ID = "port-foreign-owner"        // row 32
-	OtherChain           ID = "other-nat-chain"           // row 34
-	ResolverLoop         ID = "resolver-loop"             // row 42
-	EntryRefused         ID = "listener-entry-refused"    // a guardrail of agent.Desired
-	ListenerSkipped      ID = "listener-not-intercepted"  // a listener of a shape that is not intercepted
-	LogUnreadable        ID = "envoy-log-unreadable"      // the agent cannot read Envoy's log
-	AttributeAdvice      ID = "attribute-advice"          // the attribute asks for something that is advised against
-	CouldNotLook         ID = "kernel-not-read"           // a listing of the kernel ran out of time
-	InterceptionNotReady ID = "interception-port-closed"  // Hold: Envoy does not accept yet
-	Starting             ID = "starting"                  // status asked before the first pass
-	ListenAddress        ID = "listen-address"            // :15020 is somebody else's
+	EnvoyDown           ID = "envoy-down"                // row 1
+	EnvoyNotConfigured  ID = "envoy-not-configured"      // row 2
+	ControlPlaneLookUp  ID = "control-plane-look-up"     // row 3
+	ControlPlaneConnect ID = "control-plane-unreachable" // row 4
+	APINotEnabled       ID = "api-not-enabled"           // row 5
+	PermissionDenied    ID = "permission-denied"         // row 6
+	ScopeMissing        ID = "scope-missing"             // row 7
+	ConfigNotFound      ID = "configuration-not-found"   // rows 8 and 9
+	ControlPlaneRefused ID = "control-plane-refused"     // any other status code of the xDS stream
+	ListenerRejected    ID = "listener-rejected"         // row 10
+	AccessLogUnwritable ID = "access-log-unwritable"     // row 11
+	DriftRepaired       ID = "drift"                     // row 13
+	ProxyUser           ID = "proxy-user"                // row 15
+	FamilyUnusable      ID = "family-unusable"           // row 16
+	RuleRefused         ID = "rules-not-applied"         // row 17
+	Shadowed            ID = "jump-shadowed"             // row 18
+	Fight               ID = "rules-undone"              // row 18: somebody keeps undoing our rules
+	ServingPortNoChain  ID = "serving-port-not-inbound"  // row 19
+	ServerFirst         ID = "server-first-protocol"     // row 22
+	EnvoyTooOld         ID = "envoy-too-old"             // row 25
+	Bootstrap           ID = "bootstrap-failed"          // row 26
+	AttributeBad        ID = "attribute-malformed"       // row 26: the attribute, read by the daemon
+	MetadataServer      ID = "metadata-server"           // the metadata server gives no usable answer
+	GuestAttributesOff  ID = "guest-attributes-off"      // row 27
+	// an answer of the admin interface that cannot be used
+	AdminUnreadable ID = "envoy-admin-unreadable"
+	ForeignOwner    ID = "port-foreign-owner"     // row 32
+	OtherChain      ID = "other-nat-chain"        // row 34
+	ResolverLoop    ID = "resolver-loop"          // row 42
+	EntryRefused    ID = "listener-entry-refused" // a guardrail of agent.Desired
+	// a listener of a shape that is not intercepted
+	ListenerSkipped ID = "listener-not-intercepted"
+	LogUnreadable   ID = "envoy-log-unreadable" // the agent cannot read Envoy's log
+	// the attribute asks for something that is advised against
+	AttributeAdvice      ID = "attribute-advice"
+	CouldNotLook         ID = "kernel-not-read"          // a listing of the kernel ran out of time
+	InterceptionNotReady ID = "interception-port-closed" // Hold: Envoy does not accept yet
+	Starting             ID = "starting"                 // status asked before the first pass
+	ListenAddress        ID = "listen-address"           // :15020 is somebody else's
 )
 
 // Finding is one symptom that is there now.
@@ -89,9 +93,11 @@ type Finding struct {
 	Severity Severity `json:"severity"`
 	Cause    string   `json:"cause"`
 	Next     string   `json:"next"`
-	// ExplainedBy is the finding that is the reason for this one, which is then listed under it and not counted.
+	// ExplainedBy is the finding that is the reason for this one, which is then listed
+	// under it and not counted.
 	ExplainedBy ID `json:"explained_by,omitempty"`
-	// Key tells two findings of one ID apart (a listener's name, a port); together they say when it is the same one.
+	// Key tells two findings of one ID apart (a listener's name, a port); together they say
+	// when it is the same one.
 	Key string `json:"key,omitempty"`
 }
 
@@ -138,12 +144,14 @@ type Stream struct {
 
 // Envoy is what is known of the proxy.
 type Envoy struct {
-	Admin     string    // address of the admin interface
-	Err       error     // why the admin interface told nothing; nil: it answered
-	Since     time.Time // since when Err
-	Unit      string    // systemd's word on the unit, "" when unknown: "activating, auto-restart, exit code 1, 12 restarts"
-	LastError string    // last error line of its log
-	State     string    // LIVE, PRE_INITIALIZING, INITIALIZING, DRAINING; "" unknown
+	Admin string    // address of the admin interface
+	Err   error     // why the admin interface told nothing; nil: it answered
+	Since time.Time // since when Err
+	// systemd's word on the unit, "" when unknown: "activating, auto-restart,
+	// exit code 1, 12 restarts"
+	Unit      string
+	LastError string // last error line of its log
+	State     string // LIVE, PRE_INITIALIZING, INITIALIZING, DRAINING; "" unknown
 	Version   envoyadmin.Version
 	// Configured: a first listener update was completed since Envoy started (or listeners are there).
 	Configured bool
@@ -152,11 +160,13 @@ type Envoy struct {
 	Stream     *Stream // nil: not known to be closed
 	Apart      bool    // it has no stream, whether its log says why or not
 	LogErr     string  // why its log cannot be read; "": it can, or is not there yet
-	Probe      error   // our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
-	Node       string  // node id as Envoy presents it
+	// our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
+	Probe error
+	Node  string // node id as Envoy presents it
 }
 
-// Facts is what one pass of the agent found. The zero value of a field means "nothing known against it".
+// Facts is what one pass of the agent found. The zero value of a field means
+// "nothing known against it".
 type Facts struct {
 	Envoy     Envoy
 	ProxyUser string // as set by --proxy-user
@@ -173,11 +183,12 @@ type Facts struct {
 	Bootstrap string // its last failure, "" when none
 	// NoAttribute: none is in force, so no earlier one stands in for what cannot be read.
 	NoAttribute bool
-	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables are then still to come.
+	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables
+	// are then still to come.
 	Bootstrapping bool
 	Ports         []Port
-	// Resolvers are the sockets that take DNS questions on this VM, while intercept-dns is in force, and
-	// ResolverUIDs the users whose own questions it lets out.
+	// Resolvers are the sockets that take DNS questions on this VM, while intercept-dns is in force,
+	// and ResolverUIDs the users whose own questions it lets out.
 	Resolvers    []Port
 	ResolverUIDs []uint32
 	Families     []Family
@@ -194,7 +205,8 @@ type Refusal struct {
 	Reason   string `json:"reason"`
 }
 
-// Check says what is wrong, worst first; the same facts always give the same findings in the same order.
+// Check says what is wrong, worst first; the same facts always give the same
+// findings in the same order.
 func Check(f Facts) []Finding {
 	var all []Finding
 	for _, check := range checks {
@@ -210,7 +222,8 @@ func Check(f Facts) []Finding {
 }
 
 // awaited are the findings that only say that bootstrap has not come that far.
-var awaited = map[ID]bool{EnvoyDown: true, ProxyUser: true, FamilyUnusable: true, EnvoyNotConfigured: true}
+var awaited = map[ID]bool{EnvoyDown: true, ProxyUser: true, FamilyUnusable: true,
+	EnvoyNotConfigured: true}
 
 func rank(f Finding) int {
 	r := int(f.Severity) * 2
@@ -221,12 +234,15 @@ func rank(f Finding) int {
 }
 
 var checks = []func(Facts) []Finding{
-	foreignOwner, resolverLoop, proxyUser, envoyDown, adminUnreadable, controlPlane, notConfigured, tooOld,
+	foreignOwner, resolverLoop, proxyUser, envoyDown, adminUnreadable, controlPlane,
+	notConfigured, tooOld,
 	families, rejected, attributeBad, bootstrapFailed, metadataServer, portClosed,
-	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress, logUnreadable, attributeAdvice,
+	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress, logUnreadable,
+	attributeAdvice,
 }
 
-// explain lists Envoy's missing configuration under its cause, and everything else that follows from Envoy being down.
+// explain lists Envoy's missing configuration under its cause, and everything else that follows
+// from Envoy being down.
 func explain(all []Finding) {
 	var down, why ID
 	for _, f := range all {
@@ -235,7 +251,8 @@ func explain(all []Finding) {
 			if down == "" {
 				down = f.ID
 			}
-		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing, ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
+		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
+			ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
 			if why == "" {
 				why = f.ID
 			}

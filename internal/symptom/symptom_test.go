@@ -32,8 +32,10 @@ var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
 // live is an Envoy that is well.
 func live(change func(*Facts)) Facts {
-	f := Facts{ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com", Scopes: []string{cloudPlatform},
-		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{Major: 1, Minor: 40}, Configured: true}}
+	f := Facts{ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com",
+		Scopes: []string{cloudPlatform},
+		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{
+			Major: 1, Minor: 40}, Configured: true}}
 	if change != nil {
 		change(&f)
 	}
@@ -50,7 +52,8 @@ func family(change func(*Family)) Facts {
 func stream(code int, message string) Facts {
 	return live(func(f *Facts) {
 		f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false
-		f.Envoy.Stream = &Stream{Target: "trafficdirector.googleapis.com:443", Code: code, Message: message, When: now}
+		f.Envoy.Stream = &Stream{Target: "trafficdirector.googleapis.com:443", Code: code,
+			Message: message, When: now}
 	})
 }
 
@@ -62,16 +65,19 @@ var malformed = func() error {
 var examples = []example{
 	{"all is well", live(nil), ""},
 	{"Envoy does not run", live(func(f *Facts) {
-		f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = fmt.Errorf("get: %w", envoyadmin.ErrRefused), now, "error initializing configuration"
+		f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = fmt.Errorf("get: %w", envoyadmin.ErrRefused), now,
+			"error initializing configuration"
 	}), EnvoyDown},
 	{"Envoy got no listener and nothing says why", live(func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }), EnvoyNotConfigured},
 	{"the control plane's name does not resolve", live(func(f *Facts) {
 		f.Envoy.Configured, f.Envoy.Stream = false, &Stream{Code: 13}
-		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp, Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp,
+			Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
 	}), ControlPlaneLookUp},
 	{"port 443 is blocked", live(func(f *Facts) {
 		f.Envoy.Configured = false
-		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect, Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect,
+			Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
 	}), ControlPlaneConnect},
 	{"the stream ends without a reason, our own way works", stream(13, ""), ControlPlaneConnect},
 	{"Envoy has no stream and does not say why, our own way works", live(func(f *Facts) { f.Envoy.Apart = true }), ControlPlaneConnect},
@@ -90,10 +96,12 @@ var examples = []example{
 		f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "duplicate address 0.0.0.0:15001"}}
 	}), ListenerRejected},
 	{"its access log cannot be written", live(func(f *Facts) {
-		f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "unable to open file '/var/log/envoy.log': Permission denied"}}
+		f.Envoy.Rejected = []envoyadmin.Rejected{
+			{Name: "l", Details: "unable to open file '/var/log/envoy.log': Permission denied"}}
 	}), AccessLogUnwritable},
 	{"a rule was removed and put back", family(func(f *Family) {
-		f.Drift, f.By = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}, "iptables (pid 4711)"
+		f.Drift, f.By = []iptables.Drift{
+			{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}, "iptables (pid 4711)"
 	}), DriftRepaired},
 	{"the proxy's user does not exist", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }), ProxyUser},
 	{"no ip6tables", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable},
@@ -101,7 +109,8 @@ var examples = []example{
 	{"the lock is held", family(func(f *Family) { f.Err = iptables.ErrLocked }), RuleRefused},
 	{"the table is incompatible", family(func(f *Family) { f.Err = iptables.ErrIncompatible }), RuleRefused},
 	{"a match is missing", family(func(f *Family) {
-		f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_OUTPUT -m comment --comment x -j RETURN", Stderr: "Couldn't load match `comment'"}}
+		f.Left = []iptables.RefusedError{
+			{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_OUTPUT -m comment --comment x -j RETURN", Stderr: "Couldn't load match `comment'"}}
 	}), RuleRefused},
 	{"the rules cannot be read", family(func(f *Family) { f.Err = iptables.ErrCouldNotLook }), CouldNotLook},
 	{"a rule before our jump takes its packets", family(func(f *Family) {
@@ -115,14 +124,16 @@ var examples = []example{
 	{"bootstrap failed", live(func(f *Facts) { f.Bootstrap = "install Envoy: gs://b/envoy.tgz: status 403; tried again in 30 s" }), Bootstrap},
 	{"the attribute is malformed", live(func(f *Facts) { f.Attribute = malformed }), AttributeBad},
 	{"the attribute is missing", live(func(f *Facts) {
-		f.Attribute = fmt.Errorf("%w; create its template with --service-proxy enabled", attribute.ErrMissing)
+		f.Attribute = fmt.Errorf("%w; create its template with --service-proxy enabled",
+			attribute.ErrMissing)
 	}), AttributeBad},
 	{"the attribute is malformed, and there was none before", live(func(f *Facts) { f.Attribute, f.NoAttribute = malformed, true }), AttributeBad},
 	{"the metadata server is away", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }), MetadataServer},
 	{"the metadata server is away, and there was no attribute before", live(func(f *Facts) { f.Metadata, f.NoAttribute = errors.New("no answer within 10s"), true }), MetadataServer},
 	{"guest attributes are disabled", live(func(f *Facts) { f.GuestOff = true }), GuestAttributesOff},
 	{"another user on Envoy's port", live(func(f *Facts) {
-		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
+		f.Ports = []Port{
+			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
 	}), ForeignOwner},
 	{"a resolver of the VM whose user is not exempt from intercept-dns", live(func(f *Facts) {
 		f.Resolvers = []Port{
@@ -132,33 +143,38 @@ var examples = []example{
 		f.ResolverUIDs = []uint32{101}
 	}), ResolverLoop},
 	{"Envoy's port is closed", live(func(f *Facts) {
-		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+		f.Ports = []Port{
+			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
 	}), InterceptionNotReady},
 	{"the admin interface answers garbage", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }), AdminUnreadable},
 	{"the admin interface does not answer", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/ready\": %w", envoyadmin.ErrTimeout) }), AdminUnreadable},
 	{"its answer is too large", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/config_dump\": %w", envoyadmin.ErrTooLarge) }), AdminUnreadable},
 	{"the admin interface forbids a path", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }), AdminUnreadable},
 	{"another nat chain at our hook", live(func(f *Facts) {
-		f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: iptables.Output, Priority: -110}}
+		f.Others = []iptables.OtherChain{
+			{Backend: "nft", Family: "inet", Table: "other", Chain: "output", Hook: iptables.Output, Priority: -110}}
 	}), OtherChain},
 	{"a listener asks for what is never intercepted", live(func(f *Facts) {
-		f.Refused = []Refusal{{Listener: "l", Entry: "169.254.169.254/32", Reason: "it is link-local, where the metadata server is"}}
+		f.Refused = []Refusal{
+			{Listener: "l", Entry: "169.254.169.254/32", Reason: "it is link-local, where the metadata server is"}}
 	}), EntryRefused},
 	{"a listener of a shape that is not intercepted", live(func(f *Facts) {
 		f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "l", Reason: "its address is a pipe"}}
 	}), ListenerSkipped},
 	{"Envoy's log cannot be read", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }), LogUnreadable},
 	{"the attribute asks for something that is advised against", live(func(f *Facts) {
-		f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
+		f.Advice = []string{
+			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
 	}), AttributeAdvice},
 	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
 }
 
-// TestExamples: each situation gives its finding, in one line with a next step. docs/symptoms.md is made of the same table
-// (-update), so it says what the program says.
+// TestExamples: each situation gives its finding, in one line with a next step. docs/symptoms.md is
+// made of the same table (-update), so it says what the program says.
 func TestExamples(t *testing.T) {
 	var doc strings.Builder
-	doc.WriteString("# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in `agent-last-failure`, warnings on serial and in `status`,\nadvice in `status`. The number is the row that reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
+	doc.WriteString(
+		"# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in `agent-last-failure`, warnings on serial and in `status`,\nadvice in `status`. The number is the row that reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
 	for _, e := range examples {
 		findings := Check(e.facts)
 		if e.want == "" {
@@ -182,7 +198,8 @@ func TestExamples(t *testing.T) {
 		if f.Row != 0 {
 			row = fmt.Sprint(f.Row)
 		}
-		fmt.Fprintf(&doc, "| %s | %s | %v | `%s` | %s |\n", e.when, row, f.Severity, f.ID, strings.ReplaceAll(f.Text(), "|", `\|`))
+		fmt.Fprintf(&doc, "| %s | %s | %v | `%s` | %s |\n", e.when, row, f.Severity, f.ID,
+			strings.ReplaceAll(f.Text(), "|", `\|`))
 	}
 	const path = "../../docs/symptoms.md"
 	if *update {
@@ -195,7 +212,8 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// TestEveryID: each ID has an example, and so a line in docs/symptoms.md; but Starting, which Check does not find.
+// TestEveryID: each ID has an example, and so a line in docs/symptoms.md; but Starting,
+// which Check does not find.
 func TestEveryID(t *testing.T) {
 	source, err := os.ReadFile("symptom.go")
 	if err != nil {
@@ -207,7 +225,9 @@ func TestEveryID(t *testing.T) {
 	}
 	for _, m := range ids {
 		id := ID(m[1])
-		if id != Starting && !slices.ContainsFunc(examples, func(e example) bool { return e.want == id }) {
+		if id != Starting && !slices.ContainsFunc(examples, func(e example) bool {
+			return e.want == id
+		}) {
 			t.Errorf("%s has no example", id)
 		}
 	}
@@ -226,15 +246,17 @@ func TestExplained(t *testing.T) {
 	}
 	down := live(func(f *Facts) {
 		f.Envoy.Err = envoyadmin.ErrRefused
-		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+		f.Ports = []Port{
+			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
 	})
 	if got := Check(down); len(got) != 2 || got[0].ID != EnvoyDown || got[1].ExplainedBy != EnvoyDown {
 		t.Errorf("Envoy down: %+v", got)
 	}
 }
 
-// TestResolverLoop: a resolver is named once, unless the rules let its questions out or it is Envoy. Who made a
-// socket as root and asks as another user cannot be told, so root counts only where nobody is let out.
+// TestResolverLoop: a resolver is named once, unless the rules let its questions out or it is
+// Envoy. Who made a socket as root and asks as another user cannot be told, so root counts only
+// where nobody is let out.
 func TestResolverLoop(t *testing.T) {
 	at := func(addr string, uid uint32) Port {
 		return Port{Addr: netip.MustParseAddrPort(addr), Owner: uid, Listening: true}
@@ -253,7 +275,9 @@ func TestResolverLoop(t *testing.T) {
 		{"made by root, nobody let out", []Port{at("127.0.0.1:53", 0)}, nil, []string{"0"}},
 	} {
 		var have []string
-		for _, f := range Check(live(func(f *Facts) { f.Resolvers, f.ResolverUIDs = tt.have, tt.exempt })) {
+		for _, f := range Check(live(func(f *Facts) {
+			f.Resolvers, f.ResolverUIDs = tt.have, tt.exempt
+		})) {
 			if f.ID != ResolverLoop || !strings.Contains(f.Next, "--resolver-users") {
 				t.Errorf("%s: %+v", tt.name, f)
 			}

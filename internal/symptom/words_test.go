@@ -30,14 +30,15 @@ func says(text, pattern string) bool {
 	return text == ""
 }
 
-// TestWords: what a person must be able to read of each failure, written by hand from the list of what users of such
-// systems meet, and not from the program. A finding is the first of its facts; cause and next step are what matters in
-// them, … the words in between.
+// TestWords: what a person must be able to read of each failure, written by hand from the list of
+// what users of such systems meet, and not from the program. A finding is the first of its facts;
+// cause and next step are what matters in them, … the words in between.
 func TestWords(t *testing.T) {
 	const cannot = "Cannot reach the Traffic Director API server: "
 	port := func(purpose, addr string, owner uint32, name string) func(*Facts) {
 		return func(f *Facts) {
-			f.Ports = []Port{{Family: iptables.IPv4, Purpose: purpose, Addr: netip.MustParseAddrPort(addr), Owner: owner, OwnerName: name, Listening: true}}
+			f.Ports = []Port{{Family: iptables.IPv4, Purpose: purpose, Addr: netip.MustParseAddrPort(addr),
+				Owner: owner, OwnerName: name, Listening: true}}
 		}
 	}
 	with := func(f Facts, change func(*Facts)) Facts { change(&f); return f }
@@ -52,7 +53,8 @@ func TestWords(t *testing.T) {
 		{"Envoy was stopped", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrRefused }),
 			"envoy-down", 1, Error, "Envoy is not running: nothing accepts on …127.0.0.1:15000", "…systemctl status service-proxy-envoy…envoy.err.log"},
 		{"Envoy crashes again and again", live(func(f *Facts) {
-			f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = envoyadmin.ErrRefused, now, "cannot bind '0.0.0.0:15001'"
+			f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = envoyadmin.ErrRefused, now,
+				"cannot bind '0.0.0.0:15001'"
 			f.Envoy.Unit = "activating, auto-restart, exit code 1, 12 restarts"
 		}), "envoy-down", 1, Error,
 			"Envoy is not running: …since 2026-01-02T03:04:05Z…exit code 1…12 restarts…cannot bind '0.0.0.0:15001'", "…systemctl status service-proxy-envoy…"},
@@ -60,11 +62,16 @@ func TestWords(t *testing.T) {
 			"envoy-not-configured", 2, Error, "Envoy has not received its configuration…PRE_INITIALIZING…", "…gRPC config stream…envoy.err.log"},
 		{"the name does not resolve", live(func(f *Facts) {
 			f.Envoy.Stream = &Stream{Code: 13}
-			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp, Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
-		}), "control-plane-look-up", 3, Error, cannot + "look up trafficdirector.googleapis.com: no such host", "…resolv.conf…DNS"},
+			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrLookUp,
+				Target: "trafficdirector.googleapis.com", Err: errors.New("no such host")}
+		}), "control-plane-look-up", 3, Error,
+			cannot + "look up trafficdirector.googleapis.com: no such host", "…resolv.conf…DNS"},
 		{"TCP 443 is blocked", live(func(f *Facts) {
-			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect, Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
-		}), "control-plane-unreachable", 4, Error, cannot + "connect trafficdirector.googleapis.com:443: i/o timeout", "…firewall…TCP 443…Private Google Access…Cloud NAT…"},
+			f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect,
+				Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
+		}), "control-plane-unreachable", 4, Error,
+			cannot + "connect trafficdirector.googleapis.com:443: i/o timeout",
+			"…firewall…TCP 443…Private Google Access…Cloud NAT…"},
 		{"Envoy says nothing but that the stream ended", stream(13, ""),
 			"control-plane-unreachable", 4, Error, cannot + "…trafficdirector.googleapis.com:443…code 13…", "…firewall…443…envoy.err.log"},
 		{"nor to whom", with(stream(13, ""), func(f *Facts) { f.Envoy.Stream.Target = "" }),
@@ -91,17 +98,25 @@ func TestWords(t *testing.T) {
 			"configuration-not-found", 9, Error, cannot + "Requested entity was not found…5…", "check the mesh, scope or network name…gce-service-proxy…"},
 		{"quota", stream(8, "Quota exceeded for quota metric"), "control-plane-refused", 0, Error, cannot + "Quota exceeded for quota metric…8…", "…envoy.err.log"},
 		{"a bad listener", live(func(f *Facts) {
-			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "front", Details: "duplicate address 0.0.0.0:15001"}}
-		}), "listener-rejected", 10, Error, "Envoy rejected listener front: duplicate address 0.0.0.0:15001; …new…not intercepted", "…control plane"},
+			f.Envoy.Rejected = []envoyadmin.Rejected{
+				{Name: "front", Details: "duplicate address 0.0.0.0:15001"}}
+		}), "listener-rejected", 10, Error,
+			"Envoy rejected listener front: duplicate address 0.0.0.0:15001; …new…not intercepted", "…control plane"},
 		{"an access log that cannot be written", live(func(f *Facts) {
-			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "front", Details: "unable to open file '/data/access.log': Permission denied"}}
-		}), "access-log-unwritable", 11, Error, "Envoy rejected listener front: …/data/access.log…Permission denied…new…not intercepted", "make /data/access.log writable by envoy …owns…"},
+			f.Envoy.Rejected = []envoyadmin.Rejected{
+				{Name: "front", Details: "unable to open file '/data/access.log': Permission denied"}}
+		}), "access-log-unwritable", 11, Error,
+			"Envoy rejected listener front: …/data/access.log…Permission denied…new…not intercepted", "make /data/access.log writable by envoy …owns…"},
 		{"iptables -D", family(func(f *Family) {
-			f.By, f.Drift = "iptables (pid 4711)", []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}
-		}), "drift", 13, Warning, "IPv4 rules …by iptables (pid 4711): jump removed…OUTPUT…-p tcp -j SERVICE_PROXY_OUTPUT…", "repaired…"},
+			f.By, f.Drift = "iptables (pid 4711)", []iptables.Drift{
+				{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}
+		}), "drift", 13, Warning,
+			"IPv4 rules …by iptables (pid 4711): jump removed…OUTPUT…-p tcp -j SERVICE_PROXY_OUTPUT…", "repaired…"},
 		{"iptables -F, and the kernel does not tell who", family(func(f *Family) {
-			f.Family, f.Drift = iptables.IPv6, []iptables.Drift{{Kind: iptables.ChainRemoved, Chain: "SERVICE_PROXY_OUTPUT"}}
-		}), "drift", 13, Warning, "IPv6 rules were changed: chain removed (SERVICE_PROXY_OUTPUT)", "repaired…"},
+			f.Family, f.Drift = iptables.IPv6,
+				[]iptables.Drift{{Kind: iptables.ChainRemoved, Chain: "SERVICE_PROXY_OUTPUT"}}
+		}), "drift", 13, Warning, "IPv6 rules were changed: chain removed (SERVICE_PROXY_OUTPUT)",
+			"repaired…"},
 		{"no user envoy", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }),
 			"proxy-user", 15, Error, "No rules without the proxy's user…loop: …unknown user envoy", "create the user…--proxy-user"},
 		{"ip6tables' modules are missing", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }),
@@ -117,23 +132,31 @@ func TestWords(t *testing.T) {
 		{"no capability", family(func(f *Family) { f.Err = iptables.ErrNotRoot }),
 			"rules-not-applied", 17, Error, "The IPv4 rules could not be applied: not permitted…", "run as root or with CAP_NET_ADMIN and CAP_NET_RAW"},
 		{"anything else of iptables'", family(func(f *Family) {
-			f.Err = &iptables.RefusedError{Family: iptables.IPv4, Line: 7, Rule: "-A X -m owner", Stderr: "Couldn't load match `owner'"}
-		}), "rules-not-applied", 17, Error, "The IPv4 rules could not be applied: …-A X -m owner…Couldn't load match `owner'", "…tried again; `modprobe`…"},
+			f.Err = &iptables.RefusedError{Family: iptables.IPv4, Line: 7, Rule: "-A X -m owner",
+				Stderr: "Couldn't load match `owner'"}
+		}), "rules-not-applied", 17, Error,
+			"The IPv4 rules could not be applied: …-A X -m owner…Couldn't load match `owner'", "…tried again; `modprobe`…"},
 		{"a match is missing, the rest is in", family(func(f *Family) {
-			f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_INBOUND -m addrtype ! --dst-type LOCAL -j RETURN", Stderr: "Couldn't load match `addrtype'"}}
-		}), "rules-not-applied", 17, Error, "The kernel refuses the IPv4 rule …-m addrtype ! --dst-type LOCAL…Couldn't load match `addrtype'", "`modprobe`…everything else is in place…"},
+			f.Left = []iptables.RefusedError{
+				{Family: iptables.IPv4, Rule: "-A SERVICE_PROXY_INBOUND -m addrtype ! --dst-type LOCAL -j RETURN", Stderr: "Couldn't load match `addrtype'"}}
+		}), "rules-not-applied", 17, Error,
+			"The kernel refuses the IPv4 rule …-m addrtype ! --dst-type LOCAL…Couldn't load match `addrtype'", "`modprobe`…everything else is in place…"},
 		{"comments are missing, and nothing else", family(func(f *Family) {
-			f.Left = []iptables.RefusedError{{Family: iptables.IPv4, Rule: iptables.CommentMatch, Stderr: "Couldn't load match `comment'"}}
-		}), "rules-not-applied", 17, Warning, "The kernel refuses the IPv4 rule …comment…", "`modprobe`…everything else is in place…"},
+			f.Left = []iptables.RefusedError{
+				{Family: iptables.IPv4, Rule: iptables.CommentMatch, Stderr: "Couldn't load match `comment'"}}
+		}), "rules-not-applied", 17, Warning, "The kernel refuses the IPv4 rule …comment…",
+			"`modprobe`…everything else is in place…"},
 		{"iptables-save does not end", family(func(f *Family) { f.Err = iptables.ErrCouldNotLook }),
 			"kernel-not-read", 17, Error, "The IPv4 rules could not be read: …", "…tried again…"},
 		{"Docker's rule comes first", family(func(f *Family) {
 			f.Shadow = []iptables.Drift{{Kind: iptables.Shadowed, Chain: "OUTPUT", Rule: "-p tcp -j DOCKER"}}
-		}), "jump-shadowed", 18, Error, "…jump in OUTPUT…never reached…-p tcp -j DOCKER …before it…IPv4…", "take that rule out…"},
+		}), "jump-shadowed", 18, Error, "…jump in OUTPUT…never reached…-p tcp -j DOCKER …before it…IPv4…",
+			"take that rule out…"},
 		{"firewalld fights", family(func(f *Family) {
 			f.Fighting, f.Undone, f.By = true, 12, "firewalld (pid 4711)"
 			f.Drift = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT"}}
-		}), "rules-undone", 18, Error, "The IPv4 …rules are undone again and again by firewalld (pid 4711)…12…", "stop that program…SERVICE_PROXY_*…"},
+		}), "rules-undone", 18, Error,
+			"The IPv4 …rules are undone again and again by firewalld (pid 4711)…12…", "stop that program…SERVICE_PROXY_*…"},
 		{"somebody fights", family(func(f *Family) { f.Fighting, f.Undone = true, 12 }),
 			"rules-undone", 18, Error, "The IPv4 …rules are undone again and again (12…", "stop that program…"},
 		{"a serving port of which Envoy knows nothing", live(func(f *Facts) { f.Uncovered = []uint16{8080} }),
@@ -164,16 +187,22 @@ func TestWords(t *testing.T) {
 		{"another user on 15000", live(port("admin", "127.0.0.1:15000", 4711, "")),
 			"port-foreign-owner", 32, Error, "Port 15000 (admin) is held by uid 4711, not…", "…"},
 		{"another user's admin socket", live(func(f *Facts) {
-			f.Envoy.Admin, f.Ports = "unix:///run/envoy.sock", []Port{{Purpose: "admin", Owner: 4711, OwnerName: "mallory", Listening: true}}
+			f.Envoy.Admin, f.Ports = "unix:///run/envoy.sock",
+				[]Port{{Purpose: "admin", Owner: 4711, OwnerName: "mallory", Listening: true}}
 			f.Envoy.Err = &sockdiag.ForeignError{UID: 4711} // the same thing, once
-		}), "port-foreign-owner", 32, Error, "Envoy's admin socket unix:///run/envoy.sock is held by mallory (uid 4711), not by the proxy's user envoy (uid 107)…", "…`ss -lxp`…--proxy-user…"},
+		}), "port-foreign-owner", 32, Error,
+			"Envoy's admin socket unix:///run/envoy.sock is held by mallory (uid 4711), not by the proxy's user envoy (uid 107)…", "…`ss -lxp`…--proxy-user…"},
 		{"Envoy on its own port", live(port("outbound interception", "127.0.0.1:15001", 107, "envoy")), "", 0, 0, "", ""},
 		{"Envoy's port does not accept", live(func(f *Facts) {
-			f.Ports = []Port{{Family: iptables.IPv6, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("[::1]:15001")}}
-		}), "interception-port-closed", 0, Error, "Envoy's outbound interception port 15001 does not accept IPv6 connections (nothing accepts there)", "…envoy.err.log…"},
+			f.Ports = []Port{
+				{Family: iptables.IPv6, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("[::1]:15001")}}
+		}), "interception-port-closed", 0, Error,
+			"Envoy's outbound interception port 15001 does not accept IPv6 connections (nothing accepts there)", "…envoy.err.log…"},
 		{"nobody knows whether it does", live(func(f *Facts) {
-			f.Ports = []Port{{Family: iptables.IPv4, Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Err: errors.New("ask the kernel: no buffer")}}
-		}), "interception-port-closed", 0, Error, "Envoy's DNS port 15053 does not accept IPv4 connections (ask the kernel: no buffer)", "…"},
+			f.Ports = []Port{
+				{Family: iptables.IPv4, Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Err: errors.New("ask the kernel: no buffer")}}
+		}), "interception-port-closed", 0, Error,
+			"Envoy's DNS port 15053 does not accept IPv4 connections (ask the kernel: no buffer)", "…"},
 		{"the admin port is closed, which envoy-down says", live(func(f *Facts) {
 			f.Ports = []Port{{Purpose: "admin", Addr: netip.MustParseAddrPort("127.0.0.1:15000")}}
 		}), "", 0, 0, "", ""},
@@ -186,14 +215,19 @@ func TestWords(t *testing.T) {
 		{"allow_paths", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }),
 			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …forbids…", "…/config_dump, /server_info, /ready and /stats…allow_paths…"},
 		{"named as bind", live(func(f *Facts) {
-			f.Resolvers = []Port{{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true}}
-		}), "resolver-loop", 42, Warning, "…127.0.0.1:53 of bind (uid 110) go to Envoy's DNS listener…if …in a circle", "then add bind to --resolver-users"},
+			f.Resolvers = []Port{
+				{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true}}
+		}), "resolver-loop", 42, Warning,
+			"…127.0.0.1:53 of bind (uid 110) go to Envoy's DNS listener…if …in a circle", "then add bind to --resolver-users"},
 		{"an nft chain before ours", live(func(f *Facts) {
-			f.Others = []iptables.OtherChain{{Backend: "nft", Family: "inet", Table: "mine", Chain: "out", Hook: iptables.Output, Priority: -110}}
+			f.Others = []iptables.OtherChain{
+				{Backend: "nft", Family: "inet", Table: "mine", Chain: "out", Hook: iptables.Output, Priority: -110}}
 		}), "other-nat-chain", 34, Advice, "…inet mine out…output…-110", "…nft list ruleset…"},
 		{"a listener for the metadata server", live(func(f *Facts) {
-			f.Refused = []Refusal{{Listener: "front", Entry: "169.254.169.254/32", Reason: "it is link-local"}}
-		}), "listener-entry-refused", 0, Warning, "Listener front asks for 169.254.169.254/32, which is never intercepted: it is link-local", "…control plane"},
+			f.Refused = []Refusal{
+				{Listener: "front", Entry: "169.254.169.254/32", Reason: "it is link-local"}}
+		}), "listener-entry-refused", 0, Warning,
+			"Listener front asks for 169.254.169.254/32, which is never intercepted: it is link-local", "…control plane"},
 		{"a listener on a pipe", live(func(f *Facts) {
 			f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "front", Reason: "its address is a pipe"}}
 		}),
@@ -215,22 +249,27 @@ func TestWords(t *testing.T) {
 			continue
 		}
 		// Envoy's missing configuration is listed under its cause; no other finding may come along.
-		if len(findings) == 0 || len(slices.DeleteFunc(slices.Clone(findings), func(f Finding) bool { return f.ExplainedBy != "" })) != 1 {
+		if len(findings) == 0 || len(slices.DeleteFunc(slices.Clone(findings), func(f Finding) bool {
+			return f.ExplainedBy != ""
+		})) != 1 {
 			t.Errorf("%s: %+v, want one finding", tt.when, findings)
 			continue
 		}
 		f := findings[0]
-		if f.ID != tt.id || f.Row != tt.row || f.Severity != tt.severity || !says(f.Cause, tt.cause) || !says(f.Next, tt.next) {
+		if f.ID != tt.id || f.Row != tt.row || f.Severity != tt.severity || !says(f.Cause, tt.cause) ||
+			!says(f.Next, tt.next) {
 			t.Errorf("%s:\nhave %s, row %d, %v: %s; %s\nwant %s, row %d, %v: %s; %s", tt.when,
 				f.ID, f.Row, f.Severity, f.Cause, f.Next, tt.id, tt.row, tt.severity, tt.cause, tt.next)
 		}
-		if want := f.Cause + "; " + f.Next; f.Next != "" && f.Text() != want || f.Next == "" && f.Text() != f.Cause {
+		if want := f.Cause + "; " + f.Next; f.Next != "" && f.Text() != want ||
+			f.Next == "" && f.Text() != f.Cause {
 			t.Errorf("%s: the line is %q", tt.when, f.Text())
 		}
 	}
 }
 
-// TestSilentUntilBootstrapped: while bootstrap is under way, what it has not come to yet is no failure; the rest is.
+// TestSilentUntilBootstrapped: while bootstrap is under way, what it has not come to yet is no
+// failure; the rest is.
 func TestSilentUntilBootstrapped(t *testing.T) {
 	awaited := []ID{"envoy-down", "proxy-user", "family-unusable", "envoy-not-configured"}
 	for _, e := range examples {
@@ -246,10 +285,12 @@ func TestSilentUntilBootstrapped(t *testing.T) {
 // TestFollows: what follows from another finding is listed under it, and counted with it.
 func TestFollows(t *testing.T) {
 	closed := func(f *Facts) {
-		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")})
+		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "outbound interception",
+			Addr: netip.MustParseAddrPort("127.0.0.1:15001")})
 	}
 	foreign := func(f *Facts) {
-		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "inbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15006"), Owner: 4711, Listening: true})
+		f.Ports = append(f.Ports, Port{Family: iptables.IPv4, Purpose: "inbound interception",
+			Addr: netip.MustParseAddrPort("127.0.0.1:15006"), Owner: 4711, Listening: true})
 	}
 	uncovered := func(f *Facts) { f.Uncovered = []uint16{8080} }
 	unconfigured := func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }
@@ -260,7 +301,9 @@ func TestFollows(t *testing.T) {
 		return func(f *Facts) { f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: details}} }
 	}
 	probe := func(step error) func(*Facts) {
-		return func(f *Facts) { f.Envoy.Probe = &envoyadmin.ProbeError{Step: step, Err: errors.New("no")} }
+		return func(f *Facts) {
+			f.Envoy.Probe = &envoyadmin.ProbeError{Step: step, Err: errors.New("no")}
+		}
 	}
 	down := func(f *Facts) { f.Envoy.Err = envoyadmin.ErrRefused }
 	for _, tt := range []struct {
@@ -291,7 +334,8 @@ func TestFollows(t *testing.T) {
 		{"no answer yet", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "" }}, ""},
 		{"it drains", []func(*Facts){unconfigured, func(f *Facts) { f.Envoy.State = "DRAINING" }}, ""},
 		{"without the proxy's user nobody is a foreign owner", []func(*Facts){foreign, func(f *Facts) { f.UserErr = errors.New("no") }}, "proxy-user"},
-		// An error that another explains is an error still; of one rank, the checks' order, the same each time.
+		// An error that another explains is an error still; of one rank, the checks'
+		// order, the same each time.
 		{"worst first", []func(*Facts){down, closed, func(f *Facts) {
 			f.Uncovered, f.GuestOff, f.ServerFirst = []uint16{8080, 80}, true, []uint16{25, 21}
 		}}, "envoy-down interception-port-closed<envoy-down guest-attributes-off serving-port-not-inbound<envoy-down serving-port-not-inbound<envoy-down " +
@@ -348,15 +392,18 @@ func TestLeftOut(t *testing.T) {
 
 // TestSeverityText: what `status -o json` writes, `status` reads.
 func TestSeverityText(t *testing.T) {
-	for severity, text := range map[Severity]string{Advice: `"advice"`, Warning: `"warning"`, Error: `"error"`} {
+	for severity, text := range map[Severity]string{Advice: `"advice"`, Warning: `"warning"`,
+		Error: `"error"`} {
 		have, err := json.Marshal(severity)
 		back := (severity + 1) % 3
-		if err := errors.Join(err, json.Unmarshal([]byte(text), &back)); err != nil || string(have) != text || back != severity {
+		if err := errors.Join(err, json.Unmarshal([]byte(text), &back)); err != nil ||
+			string(have) != text || back != severity {
 			t.Errorf("%v: %s, back %v, %v", severity, have, back, err)
 		}
 	}
 	var f Finding
-	if err := json.Unmarshal([]byte(`{"id": "x", "severity": "fatal"}`), &f); err != nil || f.ID != "x" {
+	if err := json.Unmarshal([]byte(`{"id": "x", "severity": "fatal"}`), &f); err != nil ||
+		f.ID != "x" {
 		t.Errorf("a severity of a newer agent's: %+v, %v", f, err)
 	}
 }
