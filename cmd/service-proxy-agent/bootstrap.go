@@ -60,10 +60,13 @@ func bootstrapCommand() *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&opts.Config, "config", "", "`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
+	flags.StringVar(&opts.Config, "config", "",
+		"`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
 	flags.StringVar(&level, "log-level", "info", "debug, info, warn or error")
-	flags.BoolVar(&rollback, "rollback", false, "undo the last upgrade, the agent's or Envoy's, until something newer comes")
-	flags.BoolVar(&remove, "remove", false, "take everything of ours off this VM and say what was removed")
+	flags.BoolVar(&rollback, "rollback", false,
+		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
+	flags.BoolVar(&remove, "remove", false,
+		"take everything of ours off this VM and say what was removed")
 	// For the archive's script, for --rollback and for service-proxy-rotate.service.
 	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")
 	flags.BoolVar(&units, "install-units", false, "install this binary's units")
@@ -88,7 +91,9 @@ func drainCommand() *cobra.Command {
 			return drain.Run(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
 		},
 	}
-	cmd.Flags().StringVar(&admin, "envoy-admin", "127.0.0.1:15000", "`ADDRESS` of Envoy's admin interface, or unix:///path")
-	cmd.Flags().DurationVar(&limit, "limit", drain.DefaultLimit, "wait no longer than this for connections to end")
+	cmd.Flags().StringVar(&admin, "envoy-admin", "127.0.0.1:15000",
+		"`ADDRESS` of Envoy's admin interface, or unix:///path")
+	cmd.Flags().DurationVar(&limit, "limit", drain.DefaultLimit,
+		"wait no longer than this for connections to end")
 	return cmd
 }

@@ -17,8 +17,9 @@ import (
 
 func cleanupCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "cleanup",
-		Short: "Take everything of ours out of the kernel and say what was removed; a running daemon pauses until restarted",
+		Use: "cleanup",
+		Short: "Take everything of ours out of the kernel and say what was removed; a running daemon " +
+			"pauses until restarted",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(cmd.Context(), 60*time.Second)
 			defer cancel()
@@ -41,7 +42,9 @@ func cleanupCommand() *cobra.Command {
 				fmt.Fprintln(cmd.OutOrStdout(), "nothing of ours was there")
 			}
 			if pauseErr != nil {
-				return fmt.Errorf("cleanup: the running agent could not be paused and may put the rules back: %w; stop it with `systemctl stop service-proxy-agent`", pauseErr)
+				return fmt.Errorf(
+					"cleanup: the running agent could not be paused and may put the rules back: %w; stop it "+
+						"with `systemctl stop service-proxy-agent`", pauseErr)
 			}
 			return nil
 		},
@@ -68,7 +71,8 @@ func clean(ctx context.Context) (removed []string, err error) {
 	if err == nil && dns {
 		// Programs that always ask from one port would ask Envoy for ever.
 		if _, err = conntrack.DeleteUDP(ctx, 53); err != nil {
-			err = fmt.Errorf("the rules are out, but DNS questions from a fixed port may still go to Envoy: %w", err)
+			err = fmt.Errorf(
+				"the rules are out, but DNS questions from a fixed port may still go to Envoy: %w", err)
 		}
 	}
 	return removed, err

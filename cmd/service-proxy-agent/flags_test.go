@@ -10,8 +10,8 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// TestEnvironmentTwins: each flag of each command is also taken from the environment, where a flag on
-// the command line wins.
+// TestEnvironmentTwins: each flag of each command is also taken from the environment, where a flag
+// on the command line wins.
 func TestEnvironmentTwins(t *testing.T) {
 	flags := 0
 	for _, c := range rootCommand().Commands() {
@@ -84,10 +84,12 @@ func TestWait(t *testing.T) {
 		code.CompareAndSwap(http.StatusAccepted, http.StatusOK) // this once not ready
 	}))
 	wait := func() int {
-		return execute(t.Context(), []string{"wait", "--listen", server.Listener.Addr().String(), "--timeout", "400ms"})
+		return execute(
+			t.Context(), []string{"wait", "--listen", server.Listener.Addr().String(), "--timeout", "400ms"})
 	}
 	for answer, want := range map[int32]int{
-		http.StatusOK: 0, http.StatusServiceUnavailable: exitNo, http.StatusNotFound: exitNo, http.StatusAccepted: 0,
+		http.StatusOK: 0, http.StatusServiceUnavailable: exitNo, http.StatusNotFound: exitNo,
+		http.StatusAccepted: 0,
 	} {
 		code.Store(answer)
 		if got := wait(); got != want {

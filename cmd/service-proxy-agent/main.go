@@ -1,5 +1,6 @@
-// Command service-proxy-agent turns a Compute Engine VM into a mesh node. This package reads flags and environment,
-// constructs the parts and runs them; every decision is made in package agent and below.
+// Command service-proxy-agent turns a Compute Engine VM into a mesh node. This package reads
+// flags and environment, constructs the parts and runs them; every decision is made in
+// package agent and below.
 package main
 
 import (
@@ -67,8 +68,9 @@ func execute(ctx context.Context, args []string) int {
 
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "service-proxy-agent",
-		Short:         "Make this VM a node of a service mesh: keep the interception rules equal to what Envoy needs",
+		Use: "service-proxy-agent",
+		Short: "Make this VM a node of a service mesh: keep the interception rules equal to " +
+			"what Envoy needs",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -91,7 +93,8 @@ func rootCommand() *cobra.Command {
 		RunE: func(_ *cobra.Command, args []string) error {
 			about, rest, err := root.Find(args)
 			if err != nil || len(rest) > 0 {
-				return usage(fmt.Errorf("no help about %q; `service-proxy-agent --help` lists the commands", strings.Join(args, " ")))
+				return usage(fmt.Errorf("no help about %q; `service-proxy-agent --help` lists the commands",
+					strings.Join(args, " ")))
 			}
 			return about.Help()
 		},
@@ -99,7 +102,8 @@ func rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath()))
 	})
-	root.AddCommand(runCommand(), statusCommand(), waitCommand(), cleanupCommand(), versionCommand(), bootstrapCommand(), drainCommand())
+	root.AddCommand(runCommand(), statusCommand(), waitCommand(), cleanupCommand(), versionCommand(),
+		bootstrapCommand(), drainCommand())
 	for _, c := range root.Commands() {
 		if c.Args == nil {
 			c.Args = func(cmd *cobra.Command, args []string) error {

@@ -11,7 +11,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
-// Wrong usage is 64 with every command, before anything is done (and what is here would do no harm to this machine if it were).
+// Wrong usage is 64 with every command, before anything is done (and what is here would do no harm
+// to this machine if it were).
 func TestWrongUsage(t *testing.T) {
 	for _, args := range []string{
 		"", "nonsense", "run x", "run --nonsense", "run --log-level loud", "run --when-envoy-down maybe", "run --listen x",
@@ -64,7 +65,9 @@ func TestWaitWithoutListener(t *testing.T) {
 		}
 	}
 	newest.Store(status.Status{})
-	time.AfterFunc(100*time.Millisecond, func() { newest.Store(status.Status{Ready: true, Heartbeat: time.Now()}) })
+	time.AfterFunc(100*time.Millisecond, func() {
+		newest.Store(status.Status{Ready: true, Heartbeat: time.Now()})
+	})
 	if have := wait(5 * time.Second); have != 0 {
 		t.Errorf("ready in time: exit code %d", have)
 	}

@@ -20,9 +20,11 @@ func runCommand() *cobra.Command {
 	var level, whenDown string
 	var interfaces, resolvers []string
 	c := &cobra.Command{
-		Use:   "run",
-		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world how the VM is doing",
-		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a flag wins.\n" +
+		Use: "run",
+		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world " +
+			"how the VM is doing",
+		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a " +
+			"flag wins.\n" +
 			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s.WhenEnvoyDown = reconcile.WhenEnvoyDown(whenDown)
@@ -36,8 +38,8 @@ func runCommand() *cobra.Command {
 			}
 			defer func() { _ = log.Sync() }() // stderr cannot be synced everywhere
 			if os.Getenv("GOGC") == "" {
-				// The agent allocates in bursts (a dump, a save) and is idle in between. At 10,000 services this holds 25 MB and
-				// not 34, for a tenth more time from start to first rule (BenchmarkStart).
+				// The agent allocates in bursts (a dump, a save) and is idle in between. At 10,000 services
+				// this holds 25 MB and not 34, for a tenth more time from start to first rule (BenchmarkStart).
 				debug.SetGCPercent(20)
 			}
 			a, err := agent.New(cmd.Context(), s, log)
@@ -48,15 +50,23 @@ func runCommand() *cobra.Command {
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&s.EnvoyAdmin, "envoy-admin", "127.0.0.1:15000", "Envoy's admin interface: host:port or unix:///path")
-	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log", "Envoy's stderr, watched for hints that something changed; empty: poll only")
-	f.StringVar(&s.ProxyUser, "proxy-user", "envoy", "user Envoy runs as, by name or uid: its traffic is never redirected")
-	f.StringVar(&s.Config, "config", "", "file with the gce-service-proxy attribute's JSON, instead of the metadata server; none: defaults")
+	f.StringVar(&s.EnvoyAdmin, "envoy-admin", "127.0.0.1:15000",
+		"Envoy's admin interface: host:port or unix:///path")
+	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log",
+		"Envoy's stderr, watched for hints that something changed; empty: poll only")
+	f.StringVar(&s.ProxyUser, "proxy-user", "envoy",
+		"user Envoy runs as, by name or uid: its traffic is never redirected")
+	f.StringVar(&s.Config, "config", "",
+		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; none: defaults")
 	f.StringVar(&s.Listen, "listen", ":15020", "address of /metrics and /healthz; empty: off")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
-	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep), "what happens to the jumps when Envoy stops accepting: keep or bypass")
-	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
-	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers, "users that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their questions are not redirected, or they would loop")
+	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
+		"what happens to the jumps when Envoy stops accepting: keep or bypass")
+	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
+		"interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
+	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
+		"users that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
+			"questions are not redirected, or they would loop")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	return c
 }

@@ -33,7 +33,8 @@ func statusCommand() *cobra.Command {
 			}
 			body, s, err := askStatus(cmd.Context())
 			if err != nil {
-				return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; `systemctl status service-proxy-agent` tells whether it runs", err)}
+				return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; "+
+					"`systemctl status service-proxy-agent` tells whether it runs", err)}
 			}
 			if output == "json" {
 				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", strings.TrimSpace(string(body)))
@@ -64,12 +65,15 @@ func askStatus(ctx context.Context) (body []byte, s status.Status, err error) {
 
 func printStatus(out io.Writer, s status.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row := func(name, format string, args ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...))
+	}
 	ready := "yes"
 	if !s.Ready {
 		ready = "no: " + s.NotReady
 	}
-	row("agent", "%s, %s, last pass %s ago", s.Version, s.Mode, time.Since(s.Heartbeat).Round(100*time.Millisecond))
+	row("agent", "%s, %s, last pass %s ago", s.Version, s.Mode,
+		time.Since(s.Heartbeat).Round(100*time.Millisecond))
 	row("ready", "%s", ready)
 	if s.Bootstrap.Status != "" {
 		row("bootstrap", "%s %s", s.Bootstrap.Status, s.Bootstrap.Failure)
@@ -85,7 +89,8 @@ func printStatus(out io.Writer, s status.Status) error {
 	if s.Envoy.State != "" {
 		envoy = s.Envoy.State + " " + s.Envoy.Version
 	}
-	row("envoy", "%s at %s, %d listeners, %d rejected", envoy, s.Envoy.Admin, s.Envoy.Listeners, s.Envoy.Rejected)
+	row("envoy", "%s at %s, %d listeners, %d rejected", envoy, s.Envoy.Admin, s.Envoy.Listeners,
+		s.Envoy.Rejected)
 	for _, f := range s.Families {
 		state := "as wanted"
 		switch {
@@ -101,7 +106,8 @@ func printStatus(out io.Writer, s status.Status) error {
 		if !f.Jumps {
 			jumps = "jumps out"
 		}
-		row(f.Family, "%s (%s), %s, %d service prefixes, %d ports, %d rules, to ports %d out %d in", state, s.Backend, jumps, f.Services, f.ServicePorts, f.Rules, f.OutboundPort, f.InboundPort)
+		row(f.Family, "%s (%s), %s, %d service prefixes, %d ports, %d rules, to ports %d out %d in",
+			state, s.Backend, jumps, f.Services, f.ServicePorts, f.Rules, f.OutboundPort, f.InboundPort)
 	}
 	if s.LastDriftBy != "" {
 		row("last drift", "%s by %s", s.LastDriftWhen.Format(time.RFC3339), s.LastDriftBy)
@@ -158,18 +164,22 @@ func waitCommand() *cobra.Command {
 		},
 	}
 	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
-	c.Flags().StringVar(&listen, "listen", ":15020", "the daemon's --listen; empty: ask its socket, which answers root only")
+	c.Flags().StringVar(&listen, "listen", ":15020",
+		"the daemon's --listen; empty: ask its socket, which answers root only")
 	return c
 }
 
-// readiness is how to ask a daemon with this --listen whether the mesh is ready, and if not, why. An error of the answer's says that to ask again is of no use.
-func readiness(listen string) (ask func(context.Context) (ready bool, why string, err error), err error) {
+// readiness is how to ask a daemon with this --listen whether the mesh is ready, and if not, why.
+// An error of the answer's says that to ask again is of no use.
+func readiness(listen string) (ask func(context.Context) (ready bool, why string, err error),
+	err error) {
 	if listen == "" {
 		return askSocket, nil
 	}
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {
-		return nil, fmt.Errorf("--listen is %q; use host:port or :port, or nothing to ask the agent's socket", listen)
+		return nil, fmt.Errorf(
+			"--listen is %q; use host:port or :port, or nothing to ask the agent's socket", listen)
 	}
 	if host == "" || host == "0.0.0.0" || host == "::" {
 		host = "127.0.0.1"
@@ -181,12 +191,15 @@ func readiness(listen string) (ask func(context.Context) (ready bool, why string
 	}, nil
 }
 
-// askSocket says of the socket's status what /healthz/ready does: one that is older than five minutes is a stuck loop's.
+// askSocket says of the socket's status what /healthz/ready does: one that is older than five
+// minutes is a stuck loop's.
 func askSocket(ctx context.Context) (ready bool, why string, err error) {
 	_, s, err := askStatus(ctx)
 	switch {
-	case err != nil && errors.Is(unix.Access(filepath.Join(server.Dir(), "agent.sock"), unix.W_OK), fs.ErrPermission):
-		return false, "", fmt.Errorf("--listen is empty, so that only the agent's socket can tell: %w; or give the agent, and wait, a --listen", err)
+	case err != nil && errors.Is(unix.Access(filepath.Join(server.Dir(), "agent.sock"), unix.W_OK),
+		fs.ErrPermission):
+		return false, "", fmt.Errorf("--listen is empty, so that only the agent's socket can tell: %w; "+
+			"or give the agent, and wait, a --listen", err)
 	case err != nil:
 		return false, err.Error(), nil
 	case s.Ready && time.Since(s.Heartbeat) > 5*time.Minute:
@@ -195,7 +208,8 @@ func askSocket(ctx context.Context) (ready bool, why string, err error) {
 	return s.Ready, s.NotReady, nil
 }
 
-var readyClient = &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+var readyClient = &http.Client{
+	Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
 
 func askReady(ctx context.Context, url string) (bool, string) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)

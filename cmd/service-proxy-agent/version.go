@@ -18,7 +18,8 @@ func versionCommand() *cobra.Command {
 		Use:   "version",
 		Short: "Print the version, commit, platform and Go release",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), "service-proxy-agent %s (%s) %s/%s %s\n", version, commit, runtime.GOOS, runtime.GOARCH, runtime.Version())
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "service-proxy-agent %s (%s) %s/%s %s\n", version,
+				commit, runtime.GOOS, runtime.GOARCH, runtime.Version())
 			return err
 		},
 	}
