@@ -53,7 +53,8 @@ func ready(t *testing.T, opts options) *VM {
 	return v
 }
 
-// waitFinished waits for bootstrap itself, not for the guest attribute, which comes within its rate budget.
+// waitFinished waits for bootstrap itself, not for the guest attribute, which comes
+// within its rate budget.
 func (v *VM) waitFinished(limit time.Duration) {
 	v.t.Helper()
 	v.eventually(limit, "bootstrap has finished", func() error {
@@ -66,12 +67,14 @@ func (v *VM) waitFinished(limit time.Duration) {
 
 // checkInbound says whether the serving port answers through Envoy, from outside.
 func (v *VM) checkInbound() error {
-	resp, err := v.lab.Client.HTTP().Get("http://" + netip.AddrPortFrom(lab.VMAddr, servingPort).String() + "/")
+	resp, err := v.lab.Client.HTTP().Get(
+		"http://" + netip.AddrPortFrom(lab.VMAddr, servingPort).String() + "/")
 	if err != nil {
 		return err
 	}
 	resp.Body.Close()
-	if have, want := resp.Header.Get(controlplane.ServedByHeader), fmt.Sprintf("inbound-%d", servingPort); !strings.HasPrefix(have, want) {
+	if have, want := resp.Header.Get(controlplane.ServedByHeader),
+		fmt.Sprintf("inbound-%d", servingPort); !strings.HasPrefix(have, want) {
 		return fmt.Errorf("%s is %q, want %q…", controlplane.ServedByHeader, have, want)
 	}
 	return nil
@@ -86,9 +89,10 @@ func (v *VM) property(unit, name string) string {
 func (v *VM) envoyPID() string { return v.property("service-proxy-envoy.service", "MainPID") }
 func (v *VM) agentPID() string { return v.property("service-proxy-agent.service", "MainPID") }
 
-// TestFirstBoot is the whole way: boot, gcloud's recipe, IN PROGRESS, FINISHED, the node as the control plane sees it, a service from inside, a
-// serving port from outside, an application that waited, the serial port, and that nothing was found wrong. Then what was written, the units, and
-// an agent that hangs.
+// TestFirstBoot is the whole way: boot, gcloud's recipe, IN PROGRESS, FINISHED, the node as the
+// control plane sees it, a service from inside, a serving port from outside, an application that
+// waited, the serial port, and that nothing was found wrong. Then what was written, the units,
+// and an agent that hangs.
 func TestFirstBoot(t *testing.T) {
 	t.Parallel()
 	for _, release := range releases() {
@@ -100,7 +104,8 @@ func TestFirstBoot(t *testing.T) {
 			if have := v.guest(guestattr.BootstrapStatus); have != "" {
 				t.Errorf("before: bootstrap-status %q", have)
 			}
-			if _, err := v.lab.Echo(v.lab.VM, servingPort, lab.EchoOptions{Name: "application"}); err != nil {
+			if _, err := v.lab.Echo(v.lab.VM, servingPort,
+				lab.EchoOptions{Name: "application"}); err != nil {
 				t.Fatal(err)
 			}
 			start := time.Now()
@@ -125,7 +130,8 @@ func TestFirstBoot(t *testing.T) {
 				t.Error("IN PROGRESS was never seen from outside")
 			}
 			v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-			t.Logf("the recipe took %.1f s; FINISHED after %.1f s; the service answered after %.1f s", took.Seconds(), finished.Seconds(), time.Since(start).Seconds())
+			t.Logf("the recipe took %.1f s; FINISHED after %.1f s; the service answered after %.1f s",
+				took.Seconds(), finished.Seconds(), time.Since(start).Seconds())
 			v.eventually(30*time.Second, "the serving port answers through Envoy", v.checkInbound)
 			v.eventually(60*time.Second, "proxy-version", func() error {
 				if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "1.40.0") {
@@ -152,12 +158,14 @@ func TestFirstBoot(t *testing.T) {
 			if node.Authorization != "Bearer "+v.platform.Token() {
 				t.Errorf("authorization %q: not the VM's own token", node.Authorization)
 			}
-			if diff := cmp.Diff(nodeMetadata(map[string]any{"app": "review", "TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "8080",
-				"TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}), node.Metadata); diff != "" {
+			if diff := cmp.Diff(
+				nodeMetadata(map[string]any{"app": "review", "TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "8080",
+					"TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}), node.Metadata); diff != "" {
 				t.Errorf("node metadata (-want +have):\n%s", diff)
 			}
 			serial := v.Serial()
-			for _, line := range []string{bootstrap.StepInstall, bootstrap.StepPackages, bootstrap.StepEnvoy, bootstrap.StepStart, "finished: Envoy 1.40.0"} {
+			for _, line := range []string{bootstrap.StepInstall, bootstrap.StepPackages, bootstrap.StepEnvoy,
+				bootstrap.StepStart, "finished: Envoy 1.40.0"} {
 				if !strings.Contains(serial, line) {
 					t.Errorf("the serial port does not tell %q:\n%s", line, serial)
 				}
@@ -165,7 +173,8 @@ func TestFirstBoot(t *testing.T) {
 			v.checkQuiet(t)
 			v.checkWritten(t, before)
 			v.checkUnits(t)
-			if out := v.run("systemctl", "list-units", "--no-legend", "--failed", "service-proxy-*"); out != "" {
+			if out := v.run("systemctl", "list-units", "--no-legend", "--failed",
+				"service-proxy-*"); out != "" {
 				t.Errorf("failed units:\n%s", out)
 			}
 			v.checkWatchdog(t)
@@ -191,8 +200,9 @@ func nodeMetadata(more map[string]any) map[string]any {
 	return meta
 }
 
-// TestLiveAttribute changes the attribute of a running VM: what Envoy need not know takes effect without its restart, what it must know by a restart that
-// drains, within 2 s for new connections; a malformed one changes nothing. The captures of real gcloud go through it one after the other.
+// TestLiveAttribute changes the attribute of a running VM: what Envoy need not know takes effect
+// without its restart, what it must know by a restart that drains, within 2 s for new connections;
+// a malformed one changes nothing. The captures of real gcloud go through it one after the other.
 func TestLiveAttribute(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{})
@@ -214,16 +224,20 @@ func TestLiveAttribute(t *testing.T) {
 	// Over a restart, too: the agent's own user has kept the last good one.
 	v.run("systemctl", "restart", "service-proxy-agent.service")
 	v.eventually(15*time.Second, "the kept attribute is in force", func() error {
-		status := v.run("sh", "-c", "service-proxy-agent status; stat -c '%a %U' /var/lib/service-proxy-agent/attribute.json")
-		if !strings.Contains(status, "by an earlier run, and kept") || !strings.Contains(status, "600 service-proxy-agent\n") {
+		status := v.run("sh", "-c",
+			"service-proxy-agent status; stat -c '%a %U' /var/lib/service-proxy-agent/attribute.json")
+		if !strings.Contains(status, "by an earlier run, and kept") ||
+			!strings.Contains(status, "600 service-proxy-agent\n") {
 			return errors.New(status)
 		}
 		return nil
 	})
-	if kept := v.run("cat", "/var/lib/service-proxy-agent/attribute.json"); !strings.Contains(kept, `"machine":"`) || !strings.Contains(kept, `"instance":"`) {
+	if kept := v.run("cat", "/var/lib/service-proxy-agent/attribute.json"); !strings.Contains(
+		kept, `"machine":"`) || !strings.Contains(kept, `"instance":"`) {
 		t.Errorf("it does not say whose it is: %s", kept)
 	}
-	agent := strings.TrimSpace(v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
+	agent := strings.TrimSpace(
+		v.run("systemctl", "show", "--value", "-p", "MainPID", "service-proxy-agent.service"))
 	if rules := v.run("iptables-save", "-t", "nat"); !excluded.MatchString(rules) {
 		t.Errorf("a malformed attribute changed the rules:\n%s", rules)
 	}
@@ -233,8 +247,12 @@ func TestLiveAttribute(t *testing.T) {
 
 	load := v.startLoad(200)
 	time.Sleep(time.Second)
-	v.platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "other"}, "proxy-spec": {"network": ""}}`, servingPort))
-	v.waitNode(30*time.Second, func(n controlplane.Node) string { return cmp.Diff("other", n.Metadata["app"]) })
+	v.platform.SetAttribute("gce-service-proxy",
+		fmt.Sprintf(
+			`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "other"}, "proxy-spec": {"network": ""}}`, servingPort))
+	v.waitNode(30*time.Second, func(n controlplane.Node) string {
+		return cmp.Diff("other", n.Metadata["app"])
+	})
 	time.Sleep(3 * time.Second)
 	load.outage(t, "a changed label restarted Envoy")
 	if have := v.agentPID(); have != agent {
@@ -245,7 +263,8 @@ func TestLiveAttribute(t *testing.T) {
 	if err != nil || len(files) == 0 {
 		t.Fatal("no captures", err)
 	}
-	ports := map[string]any{"TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "80,8080", "TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}
+	ports := map[string]any{"TRAFFICDIRECTOR_INBOUND_BACKEND_PORTS": "80,8080",
+		"TRAFFICDIRECTOR_INBOUND_INTERCEPTION_PORT": "15006"}
 	with := func(a, b map[string]any) map[string]any { c := maps.Clone(a); maps.Copy(c, b); return c }
 	labels := map[string]any{"app": "review", "version": "canary"}
 	want := map[string]map[string]any{
@@ -272,7 +291,9 @@ func TestLiveAttribute(t *testing.T) {
 			id = "projects/123456789012/networks/mesh:sidecar-mesh/nodes/vm-1.us-central1-a.10.128.0.2"
 		}
 		v.platform.SetAttribute("gce-service-proxy", string(text))
-		v.waitNode(60*time.Second, func(n controlplane.Node) string { return cmp.Diff(want[name], n.Metadata) + cmp.Diff(id, n.ID) })
+		v.waitNode(60*time.Second, func(n controlplane.Node) string {
+			return cmp.Diff(want[name], n.Metadata) + cmp.Diff(id, n.ID)
+		})
 	}
 }
 
@@ -304,7 +325,8 @@ type load struct {
 	firstError    string
 	cut           int       // failures of connections that Envoy had accepted
 	began, ended  time.Time // when the first and the last connection that failed were begun
-	unexplained   []string  // failures other than these and of a port that nobody listens on for the moment
+	// failures other than these and of a port that nobody listens on for the moment
+	unexplained []string
 }
 
 func (v *VM) startLoad(perSecond int) *load {
@@ -365,12 +387,14 @@ func get(client *http.Client) error {
 		return err
 	}
 	if resp.StatusCode != http.StatusOK || resp.Header.Get(controlplane.ServedByHeader) != "web" {
-		return fmt.Errorf("status %d, served by %q", resp.StatusCode, resp.Header.Get(controlplane.ServedByHeader))
+		return fmt.Errorf("status %d, served by %q", resp.StatusCode,
+			resp.Header.Get(controlplane.ServedByHeader))
 	}
 	return nil
 }
 
-// stop ends the load and says how many connections were made, how many failed or escaped, and the longest time between two successes.
+// stop ends the load and says how many connections were made, how many failed or escaped, and the
+// longest time between two successes.
 func (l *load) stop() (total, failed int, gap time.Duration) {
 	l.cancel()
 	<-l.done
@@ -378,18 +402,20 @@ func (l *load) stop() (total, failed int, gap time.Duration) {
 }
 
 // outage ends the load, during which Envoy was restarted. It has held if all connections that were
-// lost were begun within 2 s, when nobody listened: none hung, none went past Envoy, and few were cut
-// that Envoy took in its last moment, before it ended at TERM.
+// lost were begun within 2 s, when nobody listened: none hung, none went past Envoy, and few were
+// cut that Envoy took in its last moment, before it ended at TERM.
 func (l *load) outage(t *testing.T, what string) {
 	t.Helper()
 	const limit = 2 * time.Second
 	total, failed, gap := l.stop()
-	t.Logf("%s: of %d new connections %d failed, %d of them cut, the longest time without one was %v", what, total, failed, l.cut, gap)
+	t.Logf("%s: of %d new connections %d failed, %d of them cut, the longest time without one was %v",
+		what, total, failed, l.cut, gap)
 	if gap > limit {
 		t.Errorf("%s: the gap for new connections was %v, want at most %v", what, gap, limit)
 	}
 	if len(l.unexplained) > 0 {
-		t.Errorf("%s: %d connections neither refused nor cut, first %s", what, len(l.unexplained), l.unexplained[0])
+		t.Errorf("%s: %d connections neither refused nor cut, first %s", what, len(l.unexplained),
+			l.unexplained[0])
 	}
 	if lastMoment := l.perSecond / 10; l.cut > lastMoment {
 		t.Errorf("%s: %d connections were cut, want at most %d", what, l.cut, lastMoment)
@@ -402,7 +428,8 @@ func (l *load) outage(t *testing.T, what string) {
 	}
 }
 
-// TestUpgrade reinstalls, upgrades and rolls back under load, without a lost connection and with the same Envoy process; then reboots.
+// TestUpgrade reinstalls, upgrades and rolls back under load, without a lost connection and with
+// the same Envoy process; then reboots.
 func TestUpgrade(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{})
@@ -448,10 +475,12 @@ func TestUpgrade(t *testing.T) {
 	v.waitStatus(90*time.Second, progress.Finished)
 }
 
-// TestEnvoyUpgrade has primary-source name another Envoy, and rolls back: proxy-version tells each time, and the next look of bootstrap leaves it so.
+// TestEnvoyUpgrade has primary-source name another Envoy, and rolls back: proxy-version tells each
+// time, and the next look of bootstrap leaves it so.
 func TestEnvoyUpgrade(t *testing.T) {
 	t.Parallel()
-	other, err := os.ReadFile(filepath.Join(moduleRoot(t), "build", "envoy-1.36.4")) // as `make tools` brings it
+	// as `make tools` brings it
+	other, err := os.ReadFile(filepath.Join(moduleRoot(t), "build", "envoy-1.36.4"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -462,12 +491,16 @@ func TestEnvoyUpgrade(t *testing.T) {
 		do            func()
 	}{
 		{"upgrade", "1.36.4", func() {
-			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
+			v.platform.SetAttribute("gce-service-proxy",
+				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
 		}},
 		{"a source that is not there", "1.36.4", func() {
-			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz"}))
-			v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "status 404", "Envoy 1.36.4 from gs://"+bucket+"/other.tgz goes on meanwhile")
-			v.platform.SetAttribute("gce-service-proxy", attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
+			v.platform.SetAttribute("gce-service-proxy",
+				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz"}))
+			v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "status 404", "Envoy 1.36.4 from gs://"+
+				bucket+"/other.tgz goes on meanwhile")
+			v.platform.SetAttribute("gce-service-proxy",
+				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
 		}},
 		{"rollback", "1.40.0", func() {
 			t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback"))
@@ -477,7 +510,8 @@ func TestEnvoyUpgrade(t *testing.T) {
 		step.do()
 		v.eventually(90*time.Second, step.name+": proxy-version", func() error {
 			if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "/"+step.version+"/") {
-				return fmt.Errorf("it is %q, want %s; bootstrap: %q", have, step.version, v.state().FailureLine())
+				return fmt.Errorf("it is %q, want %s; bootstrap: %q", have, step.version,
+					v.state().FailureLine())
 			}
 			return nil
 		})
@@ -492,15 +526,18 @@ func TestEnvoyUpgrade(t *testing.T) {
 	}
 }
 
-// TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED. OS Config, which records a recipe when it has
-// ended, runs it again where it was cut off itself. The short form cuts in the recipe and in the two steps that write most; the long one at 20 random moments.
+// TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED.
+// OS Config, which records a recipe when it has ended, runs it again where it was cut off
+// itself. The short form cuts in the recipe and in the two steps that write most; the long one
+// at 20 random moments.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	type cut struct {
 		step  string // wait until bootstrap is there; "": from the recipe's start
 		after time.Duration
 	}
-	cuts := []cut{{"", 900 * time.Millisecond}, {bootstrap.StepPackages, time.Second}, {bootstrap.StepEnvoy, 0}}
+	cuts := []cut{{"", 900 * time.Millisecond}, {bootstrap.StepPackages, time.Second},
+		{bootstrap.StepEnvoy, 0}}
 	if os.Getenv("SOAK") != "" {
 		cuts = nil
 		for range 20 {
@@ -535,7 +572,8 @@ func TestPowerCut(t *testing.T) {
 			}
 			v.waitFinished(120 * time.Second)
 			v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-			for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent", "usr/local/lib/service-proxy-agent"} {
+			for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent",
+				"usr/local/lib/service-proxy-agent"} {
 				left, err := filepath.Glob(filepath.Join(v.root, dir, ".*new*"))
 				if err != nil || len(left) > 0 {
 					t.Errorf("left behind: %v, %v", left, err)
@@ -545,9 +583,9 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
-// TestShutdown looks at the order: application, agent, rules, Envoy drained, Envoy. On an image that has
-// iptables and uses its legacy backend: the agent's own user takes the lock that root made, and has the
-// modules loaded for it.
+// TestShutdown looks at the order: application, agent, rules, Envoy drained, Envoy. On an image
+// that has iptables and uses its legacy backend: the agent's own user takes the lock that root
+// made, and has the modules loaded for it.
 func TestShutdown(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{prepare: func(root string) {
@@ -556,7 +594,8 @@ func TestShutdown(t *testing.T) {
 		}
 		// The kernel here may have them built in, so there is only the call to see.
 		const modprobe = "#!/bin/sh\necho \"$*\" >>/run/modprobe.log\n"
-		if err := os.WriteFile(filepath.Join(root, "usr/sbin/modprobe"), []byte(modprobe), 0o755); err != nil {
+		if err := os.WriteFile(filepath.Join(root, "usr/sbin/modprobe"), []byte(modprobe),
+			0o755); err != nil {
 			t.Fatal(err)
 		}
 		const legacy = `apt-get -qq update && apt-get -qq -y install iptables &&
@@ -567,24 +606,29 @@ func TestShutdown(t *testing.T) {
 	}})
 	v.boot()
 	v.run("systemctl", "enable", "application.service")
-	v.run("sh", "-c", "rm -f /run/xtables.lock; iptables -t nat -nL") // as Docker might: the lock is root's, 0600
+	// as Docker might: the lock is root's, 0600
+	v.run("sh", "-c", "rm -f /run/xtables.lock; iptables -t nat -nL")
 	if have := v.run("stat", "-c", "%a %U", "/run/xtables.lock"); have != "600 root\n" {
 		t.Errorf("the lock is %q before", have)
 	}
 	v.install()
 	v.waitFinished(90 * time.Second)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-	v.eventually(30*time.Second, "the serving port's row", func() error { return v.checkRows("iptables-legacy-save", true) })
+	v.eventually(30*time.Second, "the serving port's row", func() error {
+		return v.checkRows("iptables-legacy-save", true)
+	})
 	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
 		if err := v.checkRows(program, false); err != nil {
 			t.Error(err)
 		}
 	}
 	v.checkQuiet(t)
-	if have := v.run("stat", "-c", "%a %U %G", "/run/xtables.lock"); have != "660 root service-proxy-agent\n" {
+	if have := v.run("stat", "-c", "%a %U %G",
+		"/run/xtables.lock"); have != "660 root service-proxy-agent\n" {
 		t.Errorf("the lock is %q", have)
 	}
-	if asked := v.run("cat", "/run/modprobe.log"); !strings.Contains(asked, "ip_tables") || !strings.Contains(asked, "ip6_tables") {
+	if asked := v.run("cat", "/run/modprobe.log"); !strings.Contains(asked, "ip_tables") ||
+		!strings.Contains(asked, "ip6_tables") {
 		t.Errorf("modprobe was asked for %q", asked)
 	}
 	for _, module := range []string{"ip_tables", "ip6_tables"} {
@@ -612,16 +656,20 @@ func TestShutdown(t *testing.T) {
 		t.Error(err)
 	}
 	v.run("systemctl", "start", "service-proxy-agent.service")
-	v.eventually(30*time.Second, "the rules are back", func() error { return v.checkRows("iptables-legacy-save", true) })
+	v.eventually(30*time.Second, "the rules are back", func() error {
+		return v.checkRows("iptables-legacy-save", true)
+	})
 	start := time.Now()
 	v.shutdown()
 	t.Logf("the shutdown took %.1f s", time.Since(start).Seconds())
-	journal, err := v.lab.Service.Run(context.Background(), "journalctl", "--no-pager", "-o", "cat", "-D", filepath.Join(v.root, "var/log/journal"))
+	journal, err := v.lab.Service.Run(context.Background(), "journalctl", "--no-pager", "-o", "cat",
+		"-D", filepath.Join(v.root, "var/log/journal"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	at := 0
-	for _, line := range []string{"Stopped application.service", "Stopped service-proxy-agent.service", "Stopped service-proxy-interception.service", "Stopped service-proxy-envoy.service"} {
+	for _, line := range []string{"Stopped application.service", "Stopped service-proxy-agent.service",
+		"Stopped service-proxy-interception.service", "Stopped service-proxy-envoy.service"} {
 		next := strings.LastIndex(journal, line)
 		if next < 0 || next < at {
 			t.Errorf("%q is not in its place in the journal", line)
@@ -646,7 +694,8 @@ func (v *VM) checkRows(program string, want bool) error {
 // checkNoRules is for after a shutdown: the network namespace outlives the box.
 func (v *VM) checkNoRules() {
 	v.t.Helper()
-	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save", "ip6tables-legacy-save"} {
+	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save", "iptables-legacy-save",
+		"ip6tables-legacy-save"} {
 		if err := v.checkRows(program, false); err != nil {
 			v.t.Errorf("after the shutdown: %v", err)
 		}
@@ -666,7 +715,8 @@ func TestIPv6Only(t *testing.T) {
 	v.waitNode(10*time.Second, func(n controlplane.Node) string {
 		return cmp.Diff(want, n.ID) + cmp.Diff(any(lab.VMAddr6.String()), n.Metadata["INSTANCE_IP"])
 	})
-	if rules := v.run("ip6tables-save", "-t", "nat"); !strings.Contains(rules, "-d "+vip6.Addr().String()+"/128") {
+	if rules := v.run("ip6tables-save", "-t", "nat"); !strings.Contains(
+		rules, "-d "+vip6.Addr().String()+"/128") {
 		t.Errorf("the rules are\n%s", rules)
 	}
 	v.checkQuiet(t)
@@ -683,7 +733,8 @@ func TestRemove(t *testing.T) {
 			t.Errorf("it does not say that it removed %s", rule)
 		}
 	}
-	for _, name := range []string{"/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent", "/etc/service-proxy-agent", "/usr/local/lib/service-proxy-agent",
+	for _, name := range []string{"/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent",
+		"/etc/service-proxy-agent", "/usr/local/lib/service-proxy-agent",
 		"/var/lib/service-proxy-agent", "/var/log/envoy", "/run/service-proxy-agent", "/usr/local/lib/systemd/system/service-proxy-agent.service"} {
 		if out, err := v.try("test", "-e", name); err == nil {
 			t.Errorf("left behind: %s %s", name, out)
@@ -692,7 +743,8 @@ func TestRemove(t *testing.T) {
 			t.Errorf("it does not say that it removed %s", name)
 		}
 	}
-	if out := v.run("sh", "-c", "find / -xdev -name 'service-proxy*' -not -path '/proc/*' -not -path '/var/log/journal/*'; grep -E '^(envoy|service-proxy-agent):' /etc/passwd || true"); strings.TrimSpace(out) != "" {
+	if out := v.run("sh", "-c",
+		"find / -xdev -name 'service-proxy*' -not -path '/proc/*' -not -path '/var/log/journal/*'; grep -E '^(envoy|service-proxy-agent):' /etc/passwd || true"); strings.TrimSpace(out) != "" {
 		t.Errorf("left behind:\n%s", out)
 	}
 	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules, "SERVICE_PROXY") {
@@ -704,9 +756,9 @@ func TestRemove(t *testing.T) {
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
 
-// TestStartupScript installs from deploy/examples/startup-script.sh at every boot, as Google's guest agent
-// runs it, on a VM whose /tmp is noexec: the boot is not held up, nothing waits for itself, nothing is left
-// over, and a second boot finds everything done.
+// TestStartupScript installs from deploy/examples/startup-script.sh at every boot, as Google's
+// guest agent runs it, on a VM whose /tmp is noexec: the boot is not held up, nothing waits for
+// itself, nothing is left over, and a second boot finds everything done.
 func TestStartupScript(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{prepare: func(root string) {
@@ -718,16 +770,21 @@ func TestStartupScript(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := os.Symlink("/etc/systemd/system/google-startup-scripts.service", filepath.Join(root, "etc/systemd/system/multi-user.target.wants/google-startup-scripts.service")); err != nil {
+		if err := os.Symlink("/etc/systemd/system/google-startup-scripts.service",
+			filepath.Join(root,
+				"etc/systemd/system/multi-user.target.wants/google-startup-scripts.service")); err != nil {
 			t.Fatal(err)
 		}
 	}})
-	const placeholder = "gs://BUCKET/service-proxy-agent-VERSION.tgz" // which template.tf replaces, too
+	// which template.tf replaces, too
+	const placeholder = "gs://BUCKET/service-proxy-agent-VERSION.tgz"
 	script := v.example("startup-script.sh")
-	if !strings.Contains(script, placeholder) || !strings.Contains(v.example("template.tf"), placeholder) {
+	if !strings.Contains(script, placeholder) ||
+		!strings.Contains(v.example("template.tf"), placeholder) {
 		t.Fatalf("no %q in the examples", placeholder)
 	}
-	v.platform.SetAttribute("startup-script", strings.ReplaceAll(script, placeholder, "gs://"+bucket+"/"+archive))
+	v.platform.SetAttribute(
+		"startup-script", strings.ReplaceAll(script, placeholder, "gs://"+bucket+"/"+archive))
 	for boot := range 2 {
 		start := time.Now()
 		v.boot()
@@ -744,10 +801,12 @@ func TestStartupScript(t *testing.T) {
 			}
 			return nil
 		})
-		if left := v.run("sh", "-c", "ls -d /var/lib/service-proxy-agent-* /var/lib/metadata-scripts* 2>/dev/null || true"); left != "" {
+		if left := v.run("sh", "-c",
+			"ls -d /var/lib/service-proxy-agent-* /var/lib/metadata-scripts* 2>/dev/null || true"); left != "" {
 			t.Errorf("left behind: %s", left)
 		}
-		t.Logf("boot %d: multi-user.target after %.1f s, the service answered after %.1f s", boot+1, booted.Seconds(), time.Since(start).Seconds())
+		t.Logf("boot %d: multi-user.target after %.1f s, the service answered after %.1f s", boot+1,
+			booted.Seconds(), time.Since(start).Seconds())
 		if boot == 0 {
 			v.shutdown()
 		}

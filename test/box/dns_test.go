@@ -10,8 +10,9 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// serveDNS is the VM's resolver, which on Compute Engine is the metadata server: names in hosts have their one address, all others do not exist.
-// Without one, gRPC's c-ares waits 2 s for an answer before each first connection of Envoy's.
+// serveDNS is the VM's resolver, which on Compute Engine is the metadata server: names in hosts
+// have their one address, all others do not exist. Without one, gRPC's c-ares waits 2 s for an
+// answer before each first connection of Envoy's.
 func serveDNS(conn net.PacketConn, hosts map[string]string) {
 	buf := make([]byte, 1500)
 	for {
@@ -25,7 +26,8 @@ func serveDNS(conn net.PacketConn, hosts map[string]string) {
 		}
 		q := query.Questions[0]
 		answer := dnsmessage.Message{
-			Header:    dnsmessage.Header{ID: query.ID, Response: true, RecursionDesired: query.RecursionDesired, RecursionAvailable: true},
+			Header: dnsmessage.Header{ID: query.ID, Response: true,
+				RecursionDesired: query.RecursionDesired, RecursionAvailable: true},
 			Questions: query.Questions,
 		}
 		host, known := hosts[strings.TrimSuffix(strings.ToLower(q.Name.String()), ".")]

@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it when it is idle: the restart
-// keeps the jumps, so that new connections wait for Envoy's own start only, and the stop takes them out before nobody
-// accepts any more.
+// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it
+// when it is idle: the restart keeps the jumps, so that new connections wait for Envoy's own start
+// only, and the stop takes them out before nobody accepts any more.
 func TestPlannedStop(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{})
@@ -26,7 +26,8 @@ func TestPlannedStop(t *testing.T) {
 	if _, err := io.WriteString(held, "GET / HTTP/1.1\r\nHost: held\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
-	if resp, err := http.ReadResponse(bufio.NewReader(held), nil); err != nil || resp.StatusCode != http.StatusOK {
+	if resp, err := http.ReadResponse(bufio.NewReader(held), nil); err != nil ||
+		resp.StatusCode != http.StatusOK {
 		t.Fatal(resp, err)
 	}
 
@@ -47,9 +48,13 @@ func TestPlannedStop(t *testing.T) {
 	}
 
 	held.Close()
-	v.eventually(30*time.Second, "ready again", func() error { _, err := v.try("service-proxy-agent", "wait", "--timeout", "1s"); return err })
+	v.eventually(30*time.Second, "ready again", func() error {
+		_, err := v.try("service-proxy-agent", "wait", "--timeout", "1s")
+		return err
+	})
 	v.run("systemctl", "stop", "service-proxy-envoy.service")
-	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") || !strings.Contains(rules, "SERVICE_PROXY_SERVICE_CIDRS") {
+	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules,
+		"-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") || !strings.Contains(rules, "SERVICE_PROXY_SERVICE_CIDRS") {
 		t.Errorf("Envoy is stopped; want the chains without the jump, have\n%s", rules)
 	}
 	v.run("systemctl", "start", "service-proxy-envoy.service")

@@ -58,10 +58,12 @@ func main() {
 }
 
 func envoyTgz(t *testing.T, content []byte) []byte {
-	return tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
+	return tgz(
+		t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
 }
 
-// waitFailure waits until bootstrap has failed with a line that holds all the words, and checks the line's form and that nothing half-installed is there.
+// waitFailure waits until bootstrap has failed with a line that holds all the words, and checks the
+// line's form and that nothing half-installed is there.
 func (v *VM) waitFailure(limit time.Duration, words ...string) {
 	v.t.Helper()
 	v.eventually(limit, fmt.Sprintf("a failure with %q", words), func() error {
@@ -74,21 +76,24 @@ func (v *VM) waitFailure(limit time.Duration, words ...string) {
 		return nil
 	})
 	line := v.state().FailureLine()
-	if strings.Contains(line, "\n") || len(line) > 1024 || !strings.Contains(line, "it is tried again") {
+	if strings.Contains(line, "\n") || len(line) > 1024 ||
+		!strings.Contains(line, "it is tried again") {
 		v.t.Errorf("not one line of at most 1 KB that says what comes next: %q", line)
 	}
 	if strings.Contains(line, "SECRET") {
 		v.t.Errorf("a URL's query is shown: %q", line)
 	}
 	v.t.Logf("%s", line)
-	for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent", "usr/local/lib/service-proxy-agent"} {
+	for _, dir := range []string{"usr/local/bin", "etc/service-proxy-agent",
+		"usr/local/lib/service-proxy-agent"} {
 		if left, err := filepath.Glob(filepath.Join(v.root, dir, ".*new*")); err != nil || len(left) > 0 {
 			v.t.Errorf("half installed: %v, %v", left, err)
 		}
 	}
 }
 
-// forget takes Envoy and its configuration off the VM, so that the next case starts as the first did.
+// forget takes Envoy and its configuration off the VM, so that the next case
+// starts as the first did.
 func (v *VM) forget() {
 	v.t.Helper()
 	v.run("sh", "-c", `systemctl stop service-proxy-bootstrap.service service-proxy-envoy.service
@@ -118,7 +123,8 @@ type sick struct {
 
 func newSick(t *testing.T) sick {
 	t.Helper()
-	s := sick{VM: newVM(t, options{archive: packageRelease(t, "1.0.0", "none")}), good: envoyArchive(t)}
+	s := sick{VM: newVM(t, options{archive: packageRelease(t, "1.0.0", "none")}),
+		good: envoyArchive(t)}
 	sum := sha256.Sum256(s.good)
 	s.platform.PutObject(bucket, "good.tgz", s.good)
 	s.attribute = primary(t, "good.tgz#sha256="+hex.EncodeToString(sum[:]))
@@ -137,14 +143,16 @@ func (s sick) put(name string, content []byte) string {
 	return primary(s.t, name)
 }
 
-// check shows of each failure the right line, nothing half installed, and recovery by itself when the cause has gone.
+// check shows of each failure the right line, nothing half installed, and recovery by itself
+// when the cause has gone.
 func (s sick) check(failures []failure) {
 	v, whole := s.VM, s.t
 	for _, tt := range failures {
 		whole.Run(tt.name, func(t *testing.T) {
 			v.t = t
 			defer func() { v.t = whole }()
-			v.run("systemctl", "stop", "service-proxy-bootstrap.path") // the daemon shall not start it before all is broken
+			// the daemon shall not start it before all is broken
+			v.run("systemctl", "stop", "service-proxy-bootstrap.path")
 			attribute := tt.attribute
 			if attribute == "" {
 				attribute = s.attribute
@@ -169,7 +177,8 @@ func (s sick) check(failures []failure) {
 			}
 			start = time.Now()
 			v.waitFinished(90 * time.Second)
-			t.Logf("said after %.1f s, recovered after %.1f s", failed.Seconds(), time.Since(start).Seconds())
+			t.Logf("said after %.1f s, recovered after %.1f s", failed.Seconds(),
+				time.Since(start).Seconds())
 			if tt.want == nil && tt.mend != nil {
 				tt.mend()
 			}
@@ -206,17 +215,21 @@ func TestEnvoyFailures(t *testing.T) {
 	v.check([]failure{
 		{name: "primary dead, secondary fine", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "gs://" + bucket + "/sub dir/good.tgz"})},
 		{name: "both dead", attribute: attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz", "secondary-source": "https://storage.googleapis.com/" + bucket + "/none.tgz?sig=SECRET"}),
-			want: []string{bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404", "secondary-source: ", "status 403"}},
+			want: []string{
+				bootstrap.StepEnvoy, "primary-source: download gs://the-bucket/none.tgz: status 404",
+				"secondary-source: ", "status 403"}},
 		{name: "truncated archive", attribute: v.put("truncated.tgz", v.good[:len(v.good)/2]), want: []string{bootstrap.StepEnvoy, "bad archive: it ends early"},
 			mend: func() { v.platform.PutObject(bucket, "truncated.tgz", v.good) }},
 		{name: "corrupt archive", attribute: v.put("corrupt.tgz", corrupt(v.good)), want: []string{bootstrap.StepEnvoy, "bad archive"}},
 		{name: "wrong checksum", attribute: primary(t, "good.tgz#sha256="+strings.Repeat("0", 64)), want: []string{bootstrap.StepEnvoy, "wrong checksum"}},
 		{name: "checksum beside", attribute: func() string {
-			v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(strings.Repeat("a", 64)+"  beside.tgz\n"))
+			v.platform.PutObject(bucket, "beside.tgz.sha256",
+				[]byte(strings.Repeat("a", 64)+"  beside.tgz\n"))
 			return v.put("beside.tgz", v.good)
 		}(), want: []string{bootstrap.StepEnvoy, "wrong checksum"},
 			mend: func() {
-				v.platform.PutObject(bucket, "beside.tgz.sha256", []byte(hex.EncodeToString(sum[:])+"  beside.tgz\n"))
+				v.platform.PutObject(bucket, "beside.tgz.sha256",
+					[]byte(hex.EncodeToString(sum[:])+"  beside.tgz\n"))
 			}},
 		{name: "archive that leaves its folder", attribute: v.put("dots.tgz", tgz(t, entry{tar.Header{Name: "usr/local/bin/../../../etc/evil", Mode: 0o644, Typeflag: tar.TypeReg}, []byte("x")})),
 			want: []string{bootstrap.StepEnvoy, "leaves its folder"}},
@@ -227,7 +240,8 @@ func TestEnvoyFailures(t *testing.T) {
 		{name: "too old in the archive", attribute: v.put("old.tgz", envoyTgz(t, old)), want: []string{bootstrap.StepEnvoy, "version 1.20.3 is too old"}},
 		{name: "too old on the image", attribute: attributeWith(t, map[string]any{}), brk: func() {
 			v.write("usr/local/bin/envoy", string(old), 0o755)
-		}, want: []string{bootstrap.StepEnvoy, "/usr/local/bin/envoy: bad Envoy: version 1.20.3 is too old, want 1.24.9"}},
+		}, want: []string{
+			bootstrap.StepEnvoy, "/usr/local/bin/envoy: bad Envoy: version 1.20.3 is too old, want 1.24.9"}},
 		{name: "refuses its configuration", attribute: v.put("refusing.tgz", envoyTgz(t, refusing)), want: []string{bootstrap.StepConfigure, "Envoy 1.33.0 refuses its configuration", "no such field"}},
 	})
 }
@@ -250,14 +264,18 @@ func TestMachineFailures(t *testing.T) {
 	metadata403, mend403 := fault(platform.Fault{Prefix: attributePath, Status: 403})
 	metadata503, mend503 := fault(platform.Fault{Prefix: attributePath, Status: 503})
 	metadataHang, mendHang := fault(platform.Fault{Prefix: attributePath, Hang: true})
-	metadataSlow, mendSlow := fault(platform.Fault{Prefix: "/computeMetadata/v1/instance/", Delay: 2 * time.Second})
+	metadataSlow, mendSlow := fault(
+		platform.Fault{Prefix: "/computeMetadata/v1/instance/", Delay: 2 * time.Second})
 	v.check([]failure{
 		{name: "disk full", brk: script("mkdir -p /usr/local/lib/service-proxy-agent; mount -t tmpfs -o size=4m tmpfs /usr/local/lib/service-proxy-agent"),
-			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"}, mend: script("umount -l /usr/local/lib/service-proxy-agent")},
+			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"},
+			mend: script("umount -l /usr/local/lib/service-proxy-agent")},
 		{name: "read-only /usr/local", brk: script("mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"),
-			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"}, mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
+			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"},
+			mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
 		{name: "no certificates and a broken repository", brk: script("rm /etc/ssl/certs/ca-certificates.crt; dpkg --purge --force-depends ca-certificates; mv /var/local/repo /var/local/repo.away"),
-			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "}, mend: script("mv /var/local/repo.away /var/local/repo")},
+			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "},
+			mend: script("mv /var/local/repo.away /var/local/repo")},
 		{name: "malformed JSON", attribute: `{"service": {`, want: []string{bootstrap.StepAttribute, "ends early"}},
 		{name: "wrong type", attribute: `{"service": {"serving-ports": ["80"]}}`, want: []string{bootstrap.StepAttribute, "service.serving-ports[0]", "want a whole number, have a string"}},
 		{name: "Anthos form", attribute: capture(t, "asm-managed"), want: []string{bootstrap.StepAttribute, "Anthos"}},
@@ -286,7 +304,8 @@ func capture(t *testing.T, name string) string {
 	return string(text)
 }
 
-// TestInstallOnReadOnlyDisk: the recipe runs once, even if it fails; what it could not install then is installed when that becomes possible.
+// TestInstallOnReadOnlyDisk: the recipe runs once, even if it fails; what it could not install then
+// is installed when that becomes possible.
 func TestInstallOnReadOnlyDisk(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{})
@@ -306,7 +325,8 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	}
 	v.waitStatus(30*time.Second, progress.Failed)
 	have := v.guest(guestattr.BootstrapLastFailure)
-	if !strings.Contains(have, bootstrap.StepInstall) || !strings.Contains(have, "read-only file system") {
+	if !strings.Contains(have, bootstrap.StepInstall) ||
+		!strings.Contains(have, "read-only file system") {
 		t.Errorf("bootstrap-last-failure %q", have)
 	}
 	const copied = "/var/lib/service-proxy-agent-archive"
@@ -324,8 +344,9 @@ func TestInstallOnReadOnlyDisk(t *testing.T) {
 	}
 }
 
-// TestPartsMissing: without ip6tables, guest attributes and the HTTP listener all the rest goes on, and the serial port names what is missing. It is taken up by itself
-// when it is there. (One box for all: each is asked for again every minute or two.)
+// TestPartsMissing: without ip6tables, guest attributes and the HTTP listener all the rest goes on,
+// and the serial port names what is missing. It is taken up by itself when it is there. (One box
+// for all: each is asked for again every minute or two.)
 func TestPartsMissing(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{})
@@ -335,7 +356,8 @@ func TestPartsMissing(t *testing.T) {
 	v.install()
 	v.waitFinished(90 * time.Second)
 	const files = "/usr/sbin/ip6tables* /etc/alternatives/ip6tables*"
-	v.run("sh", "-c", "tar -cPf /root/ip6tables.tar "+files+"; rm -f "+files+"; systemctl restart --no-block service-proxy-agent.service")
+	v.run("sh", "-c", "tar -cPf /root/ip6tables.tar "+files+"; rm -f "+files+
+		"; systemctl restart --no-block service-proxy-agent.service")
 	for _, word := range []string{"ip6tables", "enable-guest-attributes"} {
 		v.eventually(60*time.Second, "the serial port names "+word, func() error {
 			serial := v.Serial()
@@ -361,8 +383,10 @@ func TestPartsMissing(t *testing.T) {
 		t.Errorf("there is a listener: %s", out)
 	}
 	v.run("service-proxy-agent", "wait", "--listen", "", "--timeout", "10s")
-	out, err := v.try("setpriv", "--reuid=65534", "--clear-groups", "service-proxy-agent", "wait", "--listen", "", "--timeout", "10s")
-	if err == nil || !strings.Contains(out, "--listen") || !strings.Contains(out, "agent.sock") || !strings.Contains(out, "root") {
+	out, err := v.try("setpriv", "--reuid=65534", "--clear-groups", "service-proxy-agent", "wait",
+		"--listen", "", "--timeout", "10s")
+	if err == nil || !strings.Contains(out, "--listen") || !strings.Contains(out, "agent.sock") ||
+		!strings.Contains(out, "root") {
 		t.Errorf("another user is told %q, %v", out, err)
 	}
 
@@ -382,16 +406,20 @@ func TestPartsMissing(t *testing.T) {
 	ipv6 := time.Since(start)
 	v.waitStatus(150*time.Second, progress.Finished)
 	v.eventually(80*time.Second, "the timer has the log rotated", func() error {
-		sizes, err := v.try("stat", "-c", "%s", "/var/log/envoy/envoy.out.log", "/var/log/envoy/envoy.out.log.1")
+		sizes, err := v.try("stat", "-c", "%s", "/var/log/envoy/envoy.out.log",
+			"/var/log/envoy/envoy.out.log.1")
 		if want := fmt.Sprintf("0\n%d\n", 65<<20); err != nil || sizes != want {
-			return fmt.Errorf("sizes %q, want %q; the timer's last was at %q", sizes, want, v.property("service-proxy-rotate.timer", "LastTriggerUSec"))
+			return fmt.Errorf("sizes %q, want %q; the timer's last was at %q", sizes, want,
+				v.property("service-proxy-rotate.timer", "LastTriggerUSec"))
 		}
 		return nil
 	})
-	t.Logf("IPv6 was back after %.0f s, guest attributes after %.0f s", ipv6.Seconds(), time.Since(start).Seconds())
+	t.Logf("IPv6 was back after %.0f s, guest attributes after %.0f s", ipv6.Seconds(),
+		time.Since(start).Seconds())
 }
 
-// TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in, and the rotation's lets that rotate it.
+// TestAccessLogElsewhere: Envoy's sandbox lets it write where the attribute says, by a drop-in, and
+// the rotation's lets that rotate it.
 func TestAccessLogElsewhere(t *testing.T) {
 	t.Parallel()
 	const log = `/srv/my "100%" logs/access.log`
@@ -401,7 +429,8 @@ func TestAccessLogElsewhere(t *testing.T) {
 	v.install()
 	v.waitFinished(90 * time.Second)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-	v.eventually(30*time.Second, "a line in the access log", func() error { // Envoy writes it each 10 s
+	// Envoy writes it each 10 s
+	v.eventually(30*time.Second, "a line in the access log", func() error {
 		text, err := os.ReadFile(filepath.Join(v.root, log))
 		if err != nil || len(text) == 0 {
 			return fmt.Errorf("%d bytes, %v", len(text), err)

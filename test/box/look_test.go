@@ -18,8 +18,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 )
 
-// checkQuiet: a first boot at which nothing is wrong says of nothing that it is, neither to those who
-// look from outside nor on the VM. Envoy is not there from the start, and that is no failure.
+// checkQuiet: a first boot at which nothing is wrong says of nothing that it is, neither to those
+// who look from outside nor on the VM. Envoy is not there from the start, and that is no failure.
 func (v *VM) checkQuiet(t *testing.T) {
 	t.Helper()
 	if have := v.guest(guestattr.AgentLastFailure); have != "" {
@@ -66,15 +66,16 @@ func (v *VM) written(t *testing.T) map[string]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for line := range strings.Lines(v.run("find", "/run", "-not", "-type", "d", "-printf", "%p %t\n")) {
+	for line := range strings.Lines(
+		v.run("find", "/run", "-not", "-type", "d", "-printf", "%p %t\n")) {
 		path, changed, _ := strings.Cut(strings.TrimSpace(line), " ")
 		all[path] = changed
 	}
 	return all
 }
 
-// mayWrite is the README's list, and what else changes while packages and users are added and systemd
-// works.
+// mayWrite is the README's list, and what else changes while packages and users are
+// added and systemd works.
 var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 	// "What it writes on your VM".
 	`/var/lib/service-proxy-agent/.*`, `/run/service-proxy-agent/.*`, `/usr/local/bin/(service-proxy-agent|envoy)`,
@@ -82,7 +83,8 @@ var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-[a-z-]+(\.lock)?`,
 	// The users.
 	`/etc/\.?(passwd|shadow|group|gshadow)(-|\.lock|\.pwd\.lock)?`, `/etc/\.pwd\.lock`,
-	// apt and dpkg, beside the files of the packages themselves; certificates are made at installation.
+	// apt and dpkg, beside the files of the packages themselves; certificates are
+	// made at installation.
 	`/var/(lib|cache|log)/(apt|dpkg|debconf|ldconfig|alternatives)/.*`, `/var/log/(dpkg|alternatives|apt/.*)\.log`, `/etc/ld\.so\.cache`,
 	`/etc/(alternatives|ssl/certs|ca-certificates)/.*`, `/etc/networks`,
 	`/usr/sbin/(ip|ip6|arp|eb)tables(-save|-restore)?`, // alternatives
@@ -97,7 +99,9 @@ var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 func (v *VM) checkWritten(t *testing.T, before map[string]string) {
 	t.Helper()
 	packaged := map[string]bool{}
-	for line := range strings.Lines(v.run("sh", "-c", `for f in /var/local/repo/*.deb; do dpkg -L "$(dpkg-deb -f "$f" Package)" 2>/dev/null; done; true`)) {
+	for line := range strings.Lines(
+		v.run("sh", "-c",
+			`for f in /var/local/repo/*.deb; do dpkg -L "$(dpkg-deb -f "$f" Package)" 2>/dev/null; done; true`)) {
 		packaged[strings.TrimSpace(line)] = true
 		packaged["/usr"+strings.TrimSpace(line)] = true // /sbin and /lib are links to below /usr
 	}
@@ -113,7 +117,8 @@ func (v *VM) checkWritten(t *testing.T, before map[string]string) {
 		t.Errorf("written, and not in the README's list:\n%s", strings.Join(extra, "\n"))
 	}
 	// The look itself works: it sees what must be there.
-	for _, path := range []string{"/usr/local/bin/envoy", "/var/lib/service-proxy-agent/bootstrap.json", "/etc/service-proxy-agent/envoy.json", "/run/xtables.lock"} {
+	for _, path := range []string{
+		"/usr/local/bin/envoy", "/var/lib/service-proxy-agent/bootstrap.json", "/etc/service-proxy-agent/envoy.json", "/run/xtables.lock"} {
 		if after[path] == "" || before[path] == after[path] {
 			t.Errorf("%s was not written", path)
 		}
@@ -131,12 +136,14 @@ func (v *VM) checkUnits(t *testing.T) {
 	} {
 		status := v.run("cat", "/proc/"+v.property(p.unit, "MainPID")+"/status")
 		uid := strings.TrimSpace(v.run("id", "-u", p.user))
-		want := regexp.MustCompile(`(?s)\nUid:\t` + uid + `\t` + uid + `\t.*\nCapEff:\t` + p.caps + `\nCapBnd:\t` + p.caps + `\n.*\nNoNewPrivs:\t1\nSeccomp:\t2\n`)
+		want := regexp.MustCompile(`(?s)\nUid:\t` + uid + `\t` + uid + `\t.*\nCapEff:\t` + p.caps +
+			`\nCapBnd:\t` + p.caps + `\n.*\nNoNewPrivs:\t1\nSeccomp:\t2\n`)
 		if !want.MatchString(status) {
 			t.Errorf("%s: want %s, have\n%s", p.unit, want, status)
 		}
 	}
-	for unit, most := range map[string]float64{"agent": 1.7, "envoy": 1.1, "bootstrap": 2.8, "interception": 1.7, "ready": 1.2, "rotate": 1.1} {
+	for unit, most := range map[string]float64{"agent": 1.7, "envoy": 1.1, "bootstrap": 2.8,
+		"interception": 1.7, "ready": 1.2, "rotate": 1.1} {
 		out, err := v.try("systemd-analyze", "security", "--no-pager", "service-proxy-"+unit+".service")
 		score := regexp.MustCompile(`exposure level for \S+: ([0-9.]+)`).FindStringSubmatch(out)
 		if err != nil || score == nil {
@@ -148,16 +155,18 @@ func (v *VM) checkUnits(t *testing.T) {
 			t.Errorf("the exposure of %s is %s, want %.1f", unit, score[1], most)
 		}
 	}
-	if out, err := v.try("sh", "-c", "systemd-analyze verify /usr/local/lib/systemd/system/service-proxy-* 2>&1 | grep /usr/local/lib/systemd/system"); err == nil {
+	if out, err := v.try("sh", "-c",
+		"systemd-analyze verify /usr/local/lib/systemd/system/service-proxy-* 2>&1 | grep /usr/local/lib/systemd/system"); err == nil {
 		t.Errorf("systemd-analyze verify:\n%s", out)
 	}
-	if next := v.property("service-proxy-rotate.timer", "NextElapseUSecMonotonic"); next == "" || next == "infinity" {
+	if next := v.property("service-proxy-rotate.timer", "NextElapseUSecMonotonic"); next == "" ||
+		next == "infinity" {
 		t.Errorf("the rotation's timer elapses next at %q", next)
 	}
 }
 
-// checkWatchdog: systemd ends an agent that hangs and starts another; its stack is in the journal, and
-// the rules stay. (WatchdogSec is 30 in the unit; 2 here, to be short.)
+// checkWatchdog: systemd ends an agent that hangs and starts another; its stack is in the journal,
+// and the rules stay. (WatchdogSec is 30 in the unit; 2 here, to be short.)
 func (v *VM) checkWatchdog(t *testing.T) {
 	t.Helper()
 	if have := v.property("service-proxy-agent.service", "WatchdogUSec"); have != "30s" {
@@ -192,8 +201,8 @@ systemctl daemon-reload; systemctl restart service-proxy-agent.service`)
 	}
 }
 
-// watchJump looks at the rules all the time until end is called, which returns the first ones that had
-// no jump or no row for the service: "" if they always had.
+// watchJump looks at the rules all the time until end is called, which returns the first ones that
+// had no jump or no row for the service: "" if they always had.
 func (v *VM) watchJump() (end func() string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	bad := make(chan string, 1)
@@ -205,7 +214,8 @@ func (v *VM) watchJump() (end func() string) {
 				break
 			}
 			looks++
-			if err != nil || !strings.Contains(rules, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") || !strings.Contains(rules, "-d "+vip.Addr().String()+"/32") {
+			if err != nil || !strings.Contains(rules, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") ||
+				!strings.Contains(rules, "-d "+vip.Addr().String()+"/32") {
 				bad <- fmt.Sprintf("look %d: %v\n%s", looks, err, rules)
 				return
 			}

@@ -33,7 +33,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform/authority"
 )
 
-// Boxes wait more than they work: more of them at a time than two cores would have. (A -parallel on the command line wins: it is parsed in Run.)
+// Boxes wait more than they work: more of them at a time than two cores would have. (A -parallel on
+// the command line wins: it is parsed in Run.)
 func TestMain(m *testing.M) {
 	if err := flag.Set("test.parallel", "5"); err != nil {
 		panic(err)
@@ -112,7 +113,8 @@ func newVM(t *testing.T, opts options) *VM {
 		opts.release = "bookworm"
 	}
 	if opts.attribute == "" {
-		opts.attribute = fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"}, "proxy-spec": {"network": ""}}`, servingPort)
+		opts.attribute = fmt.Sprintf(
+			`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"}, "proxy-spec": {"network": ""}}`, servingPort)
 	}
 	base := filepath.Join(moduleRoot(t), "build", "box")
 	if err := os.MkdirAll(base, 0o755); err != nil {
@@ -128,11 +130,13 @@ func newVM(t *testing.T, opts options) *VM {
 	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6}
 	v.lab = lab.T(t, lab.Options{})
 	if v.ipv6 {
-		if out, err := v.lab.VM.Run(context.Background(), "ip", "-4", "addr", "flush", "dev", "eth0"); err != nil {
+		if out, err := v.lab.VM.Run(context.Background(), "ip", "-4", "addr", "flush", "dev",
+			"eth0"); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		for _, addr := range []string{controlPlaneAddr6, storageAddr6} {
-			if out, err := v.lab.Service.Run(context.Background(), "ip", "addr", "add", addr+"/128", "dev", "lo", "nodad"); err != nil {
+			if out, err := v.lab.Service.Run(context.Background(), "ip", "addr", "add", addr+"/128", "dev",
+				"lo", "nodad"); err != nil {
 				t.Fatalf("%v\n%s", err, out)
 			}
 		}
@@ -149,7 +153,8 @@ func newVM(t *testing.T, opts options) *VM {
 			t.Fatal(err)
 		}
 	}
-	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, filepath.Join(work, "upper"), filepath.Join(work, "work"))
+	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, filepath.Join(work, "upper"),
+		filepath.Join(work, "work"))
 	if err := unix.Mount("overlay", v.root, "overlay", 0, data); err != nil {
 		t.Fatalf("mount the overlay: %v", err)
 	}
@@ -238,11 +243,13 @@ func (v *VM) servers() {
 		t.Fatal(err)
 	}
 	t.Cleanup(v.xds.Close)
-	if _, err := v.lab.Echo(v.lab.Service, endpointPort, lab.EchoOptions{Name: "endpoint"}); err != nil {
+	if _, err := v.lab.Echo(v.lab.Service, endpointPort,
+		lab.EchoOptions{Name: "endpoint"}); err != nil {
 		t.Fatal(err)
 	}
 	v.push()
-	if err := os.MkdirAll(filepath.Join(v.root, "usr/local/share/ca-certificates"), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(v.root, "usr/local/share/ca-certificates"),
+		0o755); err != nil {
 		t.Fatal(err)
 	}
 	// update-ca-certificates takes it in when bootstrap installs ca-certificates.
@@ -269,8 +276,9 @@ func (v *VM) pushWith(accessLog string) {
 	}
 	_, err := v.xds.Set(controlplane.Config{
 		TLSInspector: true, AccessLog: accessLog, IPv6: families,
-		Services: []controlplane.Service{{Name: "web", Prefixes: controlplane.VIPs(v.vip().Addr().String()), Port: vip.Port(), HTTP: true,
-			Endpoints: []netip.AddrPort{netip.AddrPortFrom(endpoint, endpointPort)}}},
+		Services: []controlplane.Service{
+			{Name: "web", Prefixes: controlplane.VIPs(v.vip().Addr().String()), Port: vip.Port(), HTTP: true,
+				Endpoints: []netip.AddrPort{netip.AddrPortFrom(endpoint, endpointPort)}}},
 		Inbound: []controlplane.Inbound{{Addr: own, Port: servingPort, HTTP: true}},
 	})
 	if err != nil {
@@ -288,10 +296,10 @@ func (v *VM) write(name, text string, mode os.FileMode) {
 	}
 }
 
-// gsutil is Google's image's part: `gsutil [-q] cp gs://BUCKET/OBJECT DEST`, with the VM's token. That
-// -q stands before the command, and that a DEST which is a folder gets a file of the object's name, is
-// from `gsutil help` and `gsutil help cp`; that it exits with 1 when it fails, from gslib/__main__.py.
-// The real one asks the JSON API; what it says on the wire is not seen here.
+// gsutil is Google's image's part: `gsutil [-q] cp gs://BUCKET/OBJECT DEST`, with the VM's token.
+// That -q stands before the command, and that a DEST which is a folder gets a file of the object's
+// name, is from `gsutil help` and `gsutil help cp`; that it exits with 1 when it fails, from
+// gslib/__main__.py. The real one asks the JSON API; what it says on the wire is not seen here.
 const gsutil = `#!/bin/sh
 set -eu
 [ "$1" != -q ] || shift
@@ -303,9 +311,9 @@ curl -sSf --cacert /usr/local/share/ca-certificates/test.crt -H "Authorization: 
 `
 
 // recipe is the script step of gcloud's software recipe, word for word as gcloud writes it into
-// gce-software-declaration, with what the OS Config agent does around it: a temporary folder that is
-// deleted afterwards, and waiting for stdout to close. (The archive's folder gcloud leaves; here it
-// goes, too, as it does at a boot.)
+// gce-software-declaration, with what the OS Config agent does around it: a temporary folder that
+// is deleted afterwards, and waiting for stdout to close. (The archive's folder gcloud leaves; here
+// it goes, too, as it does at a boot.)
 const recipe = `#! /bin/bash
 cd "$(mktemp -d)"
 trap 'rm -rf "$SERVICE_PROXY_AGENT_DIRECTORY" "$PWD"' EXIT
@@ -316,10 +324,11 @@ sudo tar -xzf ${SERVICE_PROXY_AGENT_DIRECTORY}/${ARCHIVE_NAME} -C ${SERVICE_PROX
 ${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstrap.sh
 `
 
-// startupScripts stands for Google's guest agent: it writes the attribute startup-script to a file of
-// a new folder below run_dir and has a shell run that, at each boot (google_metadata_script_runner/main.go
-// and google-startup-scripts.service in GoogleCloudPlatform/guest-agent). run_dir, in
-// /etc/default/instance_configs.cfg, is /tmp where nothing is set; a VM with a noexec /tmp must set it.
+// startupScripts stands for Google's guest agent: it writes the attribute startup-script to a file
+// of a new folder below run_dir and has a shell run that, at each boot
+// (google_metadata_script_runner/main.go and google-startup-scripts.service in
+// GoogleCloudPlatform/guest-agent). run_dir, in /etc/default/instance_configs.cfg, is /tmp where
+// nothing is set; a VM with a noexec /tmp must set it.
 const (
 	startupScripts = `#!/bin/sh
 set -eu
@@ -343,8 +352,9 @@ WantedBy=multi-user.target
 )
 
 // fstab has /run as Debian's and Ubuntu's initramfs mounts it (`mount -t tmpfs -o
-// "nodev,noexec,nosuid,size=${RUNSIZE:-10%},mode=0755" tmpfs /run` in initramfs-tools' init), on a VM
-// with 1 GB, an e2-micro. systemd-remount-fs.service gives it to the box, which has no initramfs.
+// "nodev,noexec,nosuid,size=${RUNSIZE:-10%},mode=0755" tmpfs /run` in initramfs-tools'
+// init), on a VM with 1 GB, an e2-micro. systemd-remount-fs.service gives it to the box,
+// which has no initramfs.
 const fstab = "tmpfs /run tmpfs nodev,noexec,nosuid,size=100m,mode=0755 0 0\n"
 
 // application is what the unit of deploy/examples starts.
@@ -370,13 +380,15 @@ func (v *VM) files() {
 	if v.ipv6 {
 		metadata = lab.MetadataAddr6.String()
 	}
-	v.write("etc/hosts", "127.0.0.1 localhost\n"+metadata+" metadata.google.internal metadata.google.internal. metadata\n", 0o644)
+	v.write("etc/hosts", "127.0.0.1 localhost\n"+metadata+
+		" metadata.google.internal metadata.google.internal. metadata\n", 0o644)
 	v.write("etc/resolv.conf", "nameserver "+metadata+"\n", 0o644)
 	v.write("etc/hostname", "vm-1\n", 0o644)
 	v.write("etc/fstab", fstab, 0o644)
 }
 
-// openSerial makes the pty that stands for /dev/ttyS0 and copies it to the test and to the platform.
+// openSerial makes the pty that stands for /dev/ttyS0 and copies it to the
+// test and to the platform.
 func (v *VM) openSerial() {
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -390,7 +402,8 @@ func (v *VM) openSerial() {
 		v.t.Fatal(err)
 	}
 	v.pts = fmt.Sprintf("/dev/pts/%d", n)
-	// Like ttyS0 on a real image: group tty may write. Kept open, so that the master does not see a hang-up between writers.
+	// Like ttyS0 on a real image: group tty may write. Kept open, so that the master does not see a
+	// hang-up between writers.
 	slave, err := os.OpenFile(v.pts, os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		v.t.Fatal(err)
@@ -427,10 +440,12 @@ func (v *VM) boot() {
 	t.Helper()
 	v.platform.Rebooted()
 	name := fmt.Sprintf("spa-box-%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
-	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no", "--keep-unit", "--machine="+name,
+	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no",
+		"--keep-unit", "--machine="+name,
 		"--network-namespace-path=/run/netns/"+v.lab.VM.Name, "--bind="+v.pts+":/dev/ttyS0", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
 		"--console=pipe",
-		"--capability=CAP_NET_ADMIN,CAP_SYS_MODULE") // the one nspawn gives only with a namespace of its own making, the other modprobe@.service wants
+		// the one nspawn gives only with a namespace of its own making, the other modprobe@.service wants
+		"--capability=CAP_NET_ADMIN,CAP_SYS_MODULE")
 	v.nspawn.Stdout, v.nspawn.Stderr = v.log, v.log
 	v.nspawn.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := lab.Start(v.nspawn); err != nil {
@@ -448,14 +463,16 @@ func (v *VM) boot() {
 	})
 	v.eventually(60*time.Second, "systemd is up", func() error {
 		out, _ := v.try("systemctl", "is-system-running")
-		if state := strings.TrimSpace(out); state != "running" && state != "degraded" && state != "starting" {
+		if state := strings.TrimSpace(out); state != "running" && state != "degraded" &&
+			state != "starting" {
 			return fmt.Errorf("systemd is %q", state)
 		}
 		return nil
 	})
 }
 
-// leaderOf finds the box's pid 1: nspawn's child (of its outer child, which has gone) that is pid 1 in its own namespace.
+// leaderOf finds the box's pid 1: nspawn's child (of its outer child, which has gone) that is pid 1
+// in its own namespace.
 func leaderOf(pid int) (int, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
 	if err != nil {
@@ -497,7 +514,8 @@ func (v *VM) power() {
 		return nil
 	})
 	// The kernel's rules live in the network namespace, which outlives the box but not a real VM.
-	for _, family := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy", "ip6tables-legacy"} {
+	for _, family := range []string{"iptables-nft", "ip6tables-nft", "iptables-legacy",
+		"ip6tables-legacy"} {
 		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-F")
 		_, _ = v.lab.VM.Run(context.Background(), family, "-t", "nat", "-X")
 	}
@@ -519,8 +537,11 @@ func (v *VM) shutdown() {
 func (v *VM) try(name string, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", strconv.Itoa(v.leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--", name}, args...)...)
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C", "HOME=/root"}
+	cmd := exec.CommandContext(ctx, "nsenter",
+		append([]string{"--target", strconv.Itoa(v.leader), "--mount", "--uts", "--ipc", "--net", "--pid",
+			"--", name}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C",
+		"HOME=/root"}
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
@@ -551,7 +572,9 @@ func (v *VM) eventually(limit time.Duration, what string, check func() error) {
 }
 
 // guest is a guest attribute as the world outside reads it.
-func (v *VM) guest(key string) string { return v.platform.GuestAttributes(guestattr.Namespace)[key] }
+func (v *VM) guest(key string) string {
+	return v.platform.GuestAttributes(guestattr.Namespace)[key]
+}
 
 // waitStatus waits until bootstrap-status, seen from outside, is want.
 func (v *VM) waitStatus(limit time.Duration, want string) {
@@ -576,7 +599,8 @@ func (v *VM) state() progress.State {
 
 // checkVIP says whether the service's address answers through Envoy, from inside.
 func (v *VM) checkVIP() error {
-	out, err := v.try("curl", "-s", "-m", "3", "-D", "-", "-o", "/dev/null", "http://"+v.vip().String()+"/")
+	out, err := v.try("curl", "-s", "-m", "3", "-D", "-", "-o", "/dev/null",
+		"http://"+v.vip().String()+"/")
 	if err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
@@ -611,7 +635,8 @@ var built struct {
 	archives map[string][]byte
 }
 
-// packageRelease is deploy/package.sh's archive of that version; ENVOY as its environment has it ("none", or "" for the tests').
+// packageRelease is deploy/package.sh's archive of that version; ENVOY as its environment has it
+// ("none", or "" for the tests').
 func packageRelease(t *testing.T, version, envoy string) []byte {
 	t.Helper()
 	built.Lock()
@@ -690,7 +715,8 @@ func envoyArchive(t *testing.T) []byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		goodEnvoy.archive = tgz(t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
+		goodEnvoy.archive = tgz(
+			t, entry{tar.Header{Name: "usr/local/bin/envoy", Mode: 0o755, Typeflag: tar.TypeReg}, content})
 	})
 	return goodEnvoy.archive
 }
@@ -701,7 +727,8 @@ func attributeWith(t *testing.T, spec map[string]any) string {
 	if spec["network"] == nil {
 		spec["network"] = ""
 	}
-	text, err := json.Marshal(map[string]any{"api-version": "0.2", "service": map[string]any{"serving-ports": []uint16{servingPort}}, "proxy-spec": spec})
+	text, err := json.Marshal(map[string]any{"api-version": "0.2", "service": map[string]any{
+		"serving-ports": []uint16{servingPort}}, "proxy-spec": spec})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,8 +35,9 @@ import (
 const (
 	OutboundListener = "TRAFFICDIRECTOR_INTERCEPTION_LISTENER"
 	InboundListener  = "TRAFFICDIRECTOR_INBOUND_INTERCEPTION_LISTENER"
-	DNSListener      = "DNS_INTERCEPTION_LISTENER" // the name is ours: Traffic Director's is not published
-	RuntimeLayer     = "traffic_director_runtime"
+	// the name is ours: Traffic Director's is not published
+	DNSListener  = "DNS_INTERCEPTION_LISTENER"
+	RuntimeLayer = "traffic_director_runtime"
 )
 
 // The ports used where a Config leaves them 0.
@@ -46,8 +47,9 @@ const (
 	DefaultDNSPort      = 15053
 )
 
-// ServedByHeader is the response header by which an HTTP answer proves that it came through Envoy, and through which chain: its value is
-// the service's name, or "inbound-PORT". (Envoy also puts `server: envoy`.)
+// ServedByHeader is the response header by which an HTTP answer proves that it came through
+// Envoy, and through which chain: its value is the service's name, or "inbound-PORT". (Envoy also
+// puts `server: envoy`.)
 const ServedByHeader = "x-served-by"
 
 // IPv6 is how the interception listeners take IPv6.
@@ -70,16 +72,18 @@ type Config struct {
 	InboundPort  uint16 // 0: 15006
 	IPv6         IPv6
 	TLSInspector bool // a tls_inspector in the outbound listener, as Traffic Director sends
-	// Passthrough gives the outbound listener a default chain that sends what no service takes to where it was going (ORIGINAL_DST),
-	// as intercept-all-outbound needs. Without it, Envoy closes such connections.
+	// Passthrough gives the outbound listener a default chain that sends what no service takes to
+	// where it was going (ORIGINAL_DST), as intercept-all-outbound needs. Without it, Envoy
+	// closes such connections.
 	Passthrough bool
-	// AccessLog is a file that both listeners log to, one line a connection or request; empty: none. A path that Envoy's user cannot
-	// open makes Envoy refuse the listener.
+	// AccessLog is a file that both listeners log to, one line a connection or request; empty: none. A
+	// path that Envoy's user cannot open makes Envoy refuse the listener.
 	AccessLog string
 	// Runtime is what the runtime layer `traffic_director_runtime` answers; it answers in any case.
 	Runtime map[string]any
 
-	// Listeners, Clusters and Routes are sent as they are besides the compiled ones: other shapes, refused listeners, Istio's way.
+	// Listeners, Clusters and Routes are sent as they are besides the compiled ones: other shapes,
+	// refused listeners, Istio's way.
 	Listeners []*listenerv3.Listener
 	Clusters  []*clusterv3.Cluster
 	Routes    []*routev3.RouteConfiguration
@@ -87,7 +91,8 @@ type Config struct {
 	Edit func(*listenerv3.Listener)
 }
 
-// Service is one forwarding rule: a filter chain in the outbound listener, a cluster, and, for HTTP, a route that comes by RDS.
+// Service is one forwarding rule: a filter chain in the outbound listener, a cluster, and, for
+// HTTP, a route that comes by RDS.
 type Service struct {
 	Name     string
 	Prefixes []netip.Prefix // the VIPs; none: address-less, the chain matches the port alone
@@ -95,13 +100,16 @@ type Service struct {
 	HTTP     bool           // else a TCP proxy
 	// Endpoints may be none: Envoy then answers HTTP with 503 and closes TCP.
 	Endpoints []netip.AddrPort
-	// Unhealthy are endpoints too, which the control plane says are unhealthy. When they are most, Envoy panics: it uses them all the same.
+	// Unhealthy are endpoints too, which the control plane says are unhealthy. When they are most,
+	// Envoy panics: it uses them all the same.
 	Unhealthy []netip.AddrPort
-	// Cluster, when set, is the cluster's name; services of the same Cluster share the first one's endpoints. 10,000 clusters of their own cost Envoy seconds.
+	// Cluster, when set, is the cluster's name; services of the same Cluster share the first one's
+	// endpoints. 10,000 clusters of their own cost Envoy seconds.
 	Cluster string
 }
 
-// VIPs makes full-length prefixes of addresses; it panics on what is no address, as it is meant for constants.
+// VIPs makes full-length prefixes of addresses; it panics on what is no address, as it
+// is meant for constants.
 func VIPs(addrs ...string) []netip.Prefix {
 	prefixes := make([]netip.Prefix, 0, len(addrs))
 	for _, a := range addrs {
@@ -115,7 +123,8 @@ func VIPs(addrs ...string) []netip.Prefix {
 	return prefixes
 }
 
-// Inbound is a serving port of the VM: a filter chain in the inbound listener that matches the VM's own address.
+// Inbound is a serving port of the VM: a filter chain in the inbound listener that matches
+// the VM's own address.
 type Inbound struct {
 	Addr   netip.Addr // the VM's own; the zero Addr: any
 	Port   uint16
@@ -132,8 +141,8 @@ type DNS struct {
 	TCPUpstream netip.AddrPort
 }
 
-// RefusedListener is a listener that Envoy refuses with `unable to open file 'PATH': Permission denied` (or another errno): its access log is
-// a file that Envoy's user cannot open.
+// RefusedListener is a listener that Envoy refuses with `unable to open file 'PATH': Permission
+// denied` (or another errno): its access log is a file that Envoy's user cannot open.
 func RefusedListener(name string, port uint16, path string) *listenerv3.Listener {
 	b := builder{cfg: Config{AccessLog: path}}
 	return b.listener(name, corev3.TrafficDirection_OUTBOUND, port, []*listenerv3.FilterChain{
@@ -179,10 +188,12 @@ func (c Config) resources() (map[string][]types.Resource, error) {
 		inbound = append(inbound, b.chain(s, cluster))
 	}
 	if len(outbound) > 0 || c.Passthrough {
-		b.listeners = append(b.listeners, b.listener(OutboundListener, corev3.TrafficDirection_OUTBOUND, or(c.OutboundPort, DefaultOutboundPort), outbound)...)
+		b.listeners = append(b.listeners, b.listener(OutboundListener, corev3.TrafficDirection_OUTBOUND,
+			or(c.OutboundPort, DefaultOutboundPort), outbound)...)
 	}
 	if len(inbound) > 0 {
-		b.listeners = append(b.listeners, b.listener(InboundListener, corev3.TrafficDirection_INBOUND, or(c.InboundPort, DefaultInboundPort), inbound)...)
+		b.listeners = append(b.listeners, b.listener(InboundListener, corev3.TrafficDirection_INBOUND,
+			or(c.InboundPort, DefaultInboundPort), inbound)...)
 	}
 	if c.Passthrough {
 		b.clusters = append(b.clusters, &clusterv3.Cluster{
@@ -242,10 +253,12 @@ type builder struct {
 	err       error
 }
 
-// any packs m. Traffic Director packs with deterministic bytes; so do we, so that equal configs are equal resources.
+// any packs m. Traffic Director packs with deterministic bytes; so do we, so that equal
+// configs are equal resources.
 func (b *builder) any(m proto.Message) *anypb.Any {
 	a := new(anypb.Any)
-	if err := anypb.MarshalFrom(a, m, proto.MarshalOptions{Deterministic: true}); err != nil && b.err == nil {
+	if err := anypb.MarshalFrom(a, m, proto.MarshalOptions{Deterministic: true}); err != nil &&
+		b.err == nil {
 		b.err = fmt.Errorf("pack %s: %w", m.ProtoReflect().Descriptor().FullName(), err)
 	}
 	return a
@@ -273,7 +286,8 @@ func (b *builder) cluster(name string, healthy, unhealthy []netip.AddrPort) {
 		Name:                 name,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(connectTimeout),
-		LoadAssignment:       &endpointv3.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{locality}},
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{
+			ClusterName: name, Endpoints: []*endpointv3.LocalityLbEndpoints{locality}},
 	})
 }
 
@@ -316,8 +330,9 @@ func (b *builder) http(name, cluster string) *listenerv3.Filter {
 			Name:    name,
 			Domains: []string{"*"},
 			Routes: []*routev3.Route{{
-				Match:  &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-				Action: &routev3.Route_Route{Route: &routev3.RouteAction{ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: cluster}}},
+				Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+				Action: &routev3.Route_Route{
+					Route: &routev3.RouteAction{ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: cluster}}},
 			}},
 		}},
 		ResponseHeadersToAdd: []*corev3.HeaderValueOption{{
@@ -353,17 +368,21 @@ func (b *builder) accessLog() []*accesslogv3.AccessLog {
 		Name: "envoy.access_loggers.file",
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: b.any(&fileaccesslogv3.FileAccessLog{
 			Path: b.cfg.AccessLog,
-			AccessLogFormat: &fileaccesslogv3.FileAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
-				Format: &corev3.SubstitutionFormatString_TextFormatSource{TextFormatSource: &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{
-					InlineString: "[%START_TIME%] %FILTER_CHAIN_NAME% %DOWNSTREAM_REMOTE_ADDRESS% -> %DOWNSTREAM_LOCAL_ADDRESS% -> %UPSTREAM_HOST% %RESPONSE_CODE% %RESPONSE_FLAGS%\n",
-				}}},
-			}},
+			AccessLogFormat: &fileaccesslogv3.FileAccessLog_LogFormat{
+				LogFormat: &corev3.SubstitutionFormatString{
+					Format: &corev3.SubstitutionFormatString_TextFormatSource{
+						TextFormatSource: &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{
+							InlineString: "[%START_TIME%] %FILTER_CHAIN_NAME% %DOWNSTREAM_REMOTE_ADDRESS% -> " +
+								"%DOWNSTREAM_LOCAL_ADDRESS% -> %UPSTREAM_HOST% %RESPONSE_CODE% %RESPONSE_FLAGS%\n",
+						}}},
+				}},
 		})},
 	}}
 }
 
 // listener is one interception listener, or two for IPv6Separate.
-func (b *builder) listener(name string, direction corev3.TrafficDirection, port uint16, chains []*listenerv3.FilterChain) []*listenerv3.Listener {
+func (b *builder) listener(name string, direction corev3.TrafficDirection, port uint16,
+	chains []*listenerv3.FilterChain) []*listenerv3.Listener {
 	make1 := func(name string, addr netip.Addr) *listenerv3.Listener {
 		l := &listenerv3.Listener{
 			Name:             name,
@@ -371,19 +390,22 @@ func (b *builder) listener(name string, direction corev3.TrafficDirection, port 
 			TrafficDirection: direction,
 			FilterChains:     chains,
 			ListenerFilters: []*listenerv3.ListenerFilter{{
-				Name:       "envoy.filters.listener.original_dst",
-				ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: b.any(&originaldstv3.OriginalDst{})},
+				Name: "envoy.filters.listener.original_dst",
+				ConfigType: &listenerv3.ListenerFilter_TypedConfig{
+					TypedConfig: b.any(&originaldstv3.OriginalDst{})},
 			}},
 		}
 		if direction == corev3.TrafficDirection_OUTBOUND {
 			if b.cfg.TLSInspector {
 				l.ListenerFilters = append(l.ListenerFilters, &listenerv3.ListenerFilter{
-					Name:       "envoy.filters.listener.tls_inspector",
-					ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: b.any(&tlsinspectorv3.TlsInspector{})},
+					Name: "envoy.filters.listener.tls_inspector",
+					ConfigType: &listenerv3.ListenerFilter_TypedConfig{
+						TypedConfig: b.any(&tlsinspectorv3.TlsInspector{})},
 				})
 			}
 			if b.cfg.Passthrough {
-				l.DefaultFilterChain = &listenerv3.FilterChain{Name: passthrough, Filters: []*listenerv3.Filter{b.tcp(passthrough, passthrough)}}
+				l.DefaultFilterChain = &listenerv3.FilterChain{
+					Name: passthrough, Filters: []*listenerv3.Filter{b.tcp(passthrough, passthrough)}}
 			}
 		}
 		return l
@@ -392,7 +414,8 @@ func (b *builder) listener(name string, direction corev3.TrafficDirection, port 
 	switch b.cfg.IPv6 {
 	case IPv6Additional:
 		l := make1(name, any4)
-		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: address(any6, port, corev3.SocketAddress_TCP)}}
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{
+			{Address: address(any6, port, corev3.SocketAddress_TCP)}}
 		return []*listenerv3.Listener{l}
 	case IPv6DualStack:
 		l := make1(name, any6)
@@ -427,8 +450,9 @@ func (b *builder) dns(d DNS) {
 			list.Address = append(list.Address, a.String())
 		}
 		table.VirtualDomains = append(table.VirtualDomains, &dnstablev3.DnsTable_DnsVirtualDomain{
-			Name:     name,
-			Endpoint: &dnstablev3.DnsTable_DnsEndpoint{EndpointConfig: &dnstablev3.DnsTable_DnsEndpoint_AddressList{AddressList: list}},
+			Name: name,
+			Endpoint: &dnstablev3.DnsTable_DnsEndpoint{
+				EndpointConfig: &dnstablev3.DnsTable_DnsEndpoint_AddressList{AddressList: list}},
 		})
 	}
 	for _, on := range at {
@@ -441,12 +465,14 @@ func (b *builder) dns(d DNS) {
 			},
 			ListenerFilters: []*listenerv3.ListenerFilter{{
 				Name: "envoy.filters.udp.dns_filter",
-				ConfigType: &listenerv3.ListenerFilter_TypedConfig{TypedConfig: b.any(&dnsfilterv3.DnsFilterConfig{
-					StatPrefix: "dns",
-					ServerConfig: &dnsfilterv3.DnsFilterConfig_ServerContextConfig{
-						ConfigSource: &dnsfilterv3.DnsFilterConfig_ServerContextConfig_InlineDnsTable{InlineDnsTable: table},
-					},
-				})},
+				ConfigType: &listenerv3.ListenerFilter_TypedConfig{
+					TypedConfig: b.any(&dnsfilterv3.DnsFilterConfig{
+						StatPrefix: "dns",
+						ServerConfig: &dnsfilterv3.DnsFilterConfig_ServerContextConfig{
+							ConfigSource: &dnsfilterv3.DnsFilterConfig_ServerContextConfig_InlineDnsTable{
+								InlineDnsTable: table},
+						},
+					})},
 			}},
 		})
 	}
@@ -460,7 +486,8 @@ func (b *builder) dns(d DNS) {
 			Name:             on.name + "_TCP",
 			Address:          address(on.addr, port, corev3.SocketAddress_TCP),
 			TrafficDirection: corev3.TrafficDirection_OUTBOUND,
-			FilterChains:     []*listenerv3.FilterChain{{Name: upstream, Filters: []*listenerv3.Filter{b.tcp(upstream, upstream)}}},
+			FilterChains: []*listenerv3.FilterChain{
+				{Name: upstream, Filters: []*listenerv3.Filter{b.tcp(upstream, upstream)}}},
 		})
 	}
 }

@@ -1,10 +1,14 @@
-// Package controlplane is an xDS control plane for tests, with listeners in Traffic Director's shape. A test says in the domain's words
-// what the mesh looks like (Config), pushes it (Set), reads who connected (Nodes) and what Envoy said to it (Accepted, Rejections), and
-// chooses how the control plane misbehaves: refuse streams with Traffic Director's own words (Refuse), go silent (Hang), go away and come back on the
-// same address (GoAway, ComeBack), stand still (Pause, Continue), send a refused listener again and again (Storm), or send a listener that Envoy refuses (RefusedListener).
+// Package controlplane is an xDS control plane for tests, with listeners in Traffic Director's
+// shape. A test says in the domain's words what the mesh looks like (Config), pushes it (Set),
+// reads who connected (Nodes) and what Envoy said to it (Accepted, Rejections), and chooses how
+// the control plane misbehaves: refuse streams with Traffic Director's own words (Refuse), go
+// silent (Hang), go away and come back on the same address (GoAway, ComeBack), stand still (Pause,
+// Continue), send a refused listener again and again (Storm), or send a listener that Envoy
+// refuses (RefusedListener).
 //
-// It serves ADS (state of the world) with CDS, LDS, RDS and RTDS, and LRS, whose reports it drops. It knows no incremental xDS, no EDS (endpoints
-// stand in the clusters), and gives every node the same answer. Streams are answered by go-control-plane's snapshot cache.
+// It serves ADS (state of the world) with CDS, LDS, RDS and RTDS, and LRS, whose reports it drops.
+// It knows no incremental xDS, no EDS (endpoints stand in the clusters), and gives every node the
+// same answer. Streams are answered by go-control-plane's snapshot cache.
 //
 // test/lab starts the Envoy that connects here.
 package controlplane
@@ -37,7 +41,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// connectTimeout is what clusters give an endpoint to accept: short, since every endpoint of a test is a veth away.
+// connectTimeout is what clusters give an endpoint to accept: short, since every endpoint of
+// a test is a veth away.
 const connectTimeout = 2 * time.Second
 
 // everyone is the one node id in the snapshot cache: every node gets the same answer.
@@ -49,7 +54,8 @@ func (sameForAll) ID(*corev3.Node) string { return everyone }
 
 // Options of a control plane.
 type Options struct {
-	// Listen opens the listening socket. It is called by Start and by each ComeBack, and must give the same address each time.
+	// Listen opens the listening socket. It is called by Start and by each ComeBack, and must give the
+	// same address each time.
 	Listen func() (net.Listener, error)
 	// Certificate, when set, makes the control plane speak TLS.
 	Certificate *tls.Certificate
@@ -103,7 +109,8 @@ type Rejection struct {
 	Details string
 }
 
-// New makes a control plane that has nothing configured: until the first Set it answers no request but takes streams. Call Start.
+// New makes a control plane that has nothing configured: until the first Set it answers no request
+// but takes streams. Call Start.
 func New(opts Options) *Server {
 	ctx, stop := context.WithCancel(context.Background())
 	s := &Server{
@@ -115,7 +122,8 @@ func New(opts Options) *Server {
 		changed:  make(chan struct{}),
 		accepted: make(map[string]string),
 	}
-	// Ordered: clusters before the routes and listeners that name them, so that an unchanged service sees no gap.
+	// Ordered: clusters before the routes and listeners that name them, so that an
+	// unchanged service sees no gap.
 	s.inner = sotw.NewServer(ctx, s.cache, nil, sotw.WithOrderedADS())
 	return s
 }
@@ -137,7 +145,8 @@ func (s *Server) Close() {
 	s.GoAway()
 }
 
-// GoAway closes the listening socket and every connection: the address refuses connections from here on.
+// GoAway closes the listening socket and every connection: the address refuses
+// connections from here on.
 func (s *Server) GoAway() {
 	s.mu.Lock()
 	g := s.grpc
@@ -173,8 +182,8 @@ func (s *Server) ComeBack() error {
 	return nil
 }
 
-// Pause does to every connection, present and future, what SIGSTOP of the process would: the kernel goes on accepting and
-// acknowledging, and nothing is read or written. Continue undoes it.
+// Pause does to every connection, present and future, what SIGSTOP of the process would: the kernel
+// goes on accepting and acknowledging, and nothing is read or written. Continue undoes it.
 func (s *Server) Pause() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -250,8 +259,8 @@ type Push struct {
 	Changed   []string  // type URLs whose resources changed
 }
 
-// Set publishes cfg to every stream. A type of resource whose content did not change keeps its version and is not sent again, as with Traffic
-// Director.
+// Set publishes cfg to every stream. A type of resource whose content did not change keeps its
+// version and is not sent again, as with Traffic Director.
 func (s *Server) Set(cfg Config) (Push, error) {
 	byType, err := cfg.resources()
 	if err != nil {
@@ -275,7 +284,8 @@ func (s *Server) Set(cfg Config) (Push, error) {
 			// Kept as copies, since the caller may go on changing its own listeners.
 			s.sent[typeURL] = clone(items)
 		}
-		snapshot.Resources[cachev3.GetResponseType(typeURL)] = cachev3.NewResources(s.version(typeURL), slices.Collect(maps.Values(s.sent[typeURL])))
+		snapshot.Resources[cachev3.GetResponseType(typeURL)] = cachev3.NewResources(
+			s.version(typeURL), slices.Collect(maps.Values(s.sent[typeURL])))
 	}
 	push.Listeners = s.version(resourcev3.ListenerType)
 	push.At = time.Now()
@@ -285,7 +295,9 @@ func (s *Server) Set(cfg Config) (Push, error) {
 	return push, nil
 }
 
-func (s *Server) version(typeURL string) string { return strconv.FormatUint(s.versions[typeURL], 10) }
+func (s *Server) version(typeURL string) string {
+	return strconv.FormatUint(s.versions[typeURL], 10)
+}
 
 func same(a, b map[string]types.Resource) bool {
 	return maps.EqualFunc(a, b, func(x, y types.Resource) bool { return proto.Equal(x, y) })
@@ -299,7 +311,8 @@ func clone(in map[string]types.Resource) map[string]types.Resource {
 	return out
 }
 
-// Serve answers as usual again after Refuse or Hang. Streams that hang go on; refused ones come again by Envoy's own back-off (0.5 to 30 s).
+// Serve answers as usual again after Refuse or Hang. Streams that hang go on; refused ones come
+// again by Envoy's own back-off (0.5 to 30 s).
 func (s *Server) Serve() { s.set(mode{}) }
 
 // Refuse ends every stream, present and future, with a status.
@@ -307,13 +320,18 @@ func (s *Server) Refuse(code codes.Code, message string) {
 	s.set(mode{refuse: status.New(code, message)})
 }
 
-// Traffic Director's own words for what a VM gets wrong, as in its documentation and in users' logs.
+// Traffic Director's own words for what a VM gets wrong, as in its
+// documentation and in users' logs.
 func (s *Server) RefuseNotFound(network, project string) {
-	s.Refuse(codes.NotFound, fmt.Sprintf("Traffic Director configuration was not found for network %q in project %q.", network, project))
+	s.Refuse(codes.NotFound,
+		fmt.Sprintf("Traffic Director configuration was not found for network %q in project %q.",
+			network, project))
 }
 
 // RefuseUnknownEntity is what a wrong mesh or scope name gets.
-func (s *Server) RefuseUnknownEntity() { s.Refuse(codes.NotFound, "Requested entity was not found.") }
+func (s *Server) RefuseUnknownEntity() {
+	s.Refuse(codes.NotFound, "Requested entity was not found.")
+}
 
 // RefusePermission is what a service account without roles/trafficdirector.client gets.
 func (s *Server) RefusePermission() {
@@ -322,14 +340,18 @@ func (s *Server) RefusePermission() {
 
 // RefuseDisabled is what a project without the API gets.
 func (s *Server) RefuseDisabled(project string) {
-	s.Refuse(codes.PermissionDenied, fmt.Sprintf("Traffic Director API has not been used in project %s before or it is disabled. Enable it by visiting https://console.developers.google.com/apis/api/trafficdirector.googleapis.com/overview?project=%s then retry.", project, project))
+	s.Refuse(codes.PermissionDenied, fmt.Sprintf(
+		"Traffic Director API has not been used in project %s before or it is disabled. Enable it by "+
+			"visiting https://console.developers.google.com/apis/api/"+
+			"trafficdirector.googleapis.com/overview?project=%s then retry.", project, project))
 }
 
 // Hang leaves streams open and new ones unanswered.
 func (s *Server) Hang() { s.set(mode{hang: true}) }
 
-// Storm chooses what follows a NACK: sent again at once and for ever (on), as a control plane does that takes a NACK for a request, or not before the
-// next Set (off, the default, as Traffic Director). Storms were seen at 1,300 rejections a second. It counts from the next NACK on.
+// Storm chooses what follows a NACK: sent again at once and for ever (on), as a control plane does
+// that takes a NACK for a request, or not before the next Set (off, the default, as Traffic
+// Director). Storms were seen at 1,300 rejections a second. It counts from the next NACK on.
 func (s *Server) Storm(on bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -416,20 +438,25 @@ func (s *Server) WaitNodes(ctx context.Context, n int) error {
 	return s.wait(ctx, fmt.Sprintf("%d streams", n), func() bool { return len(s.nodes) >= n })
 }
 
-// ads is the stream handler: it stands before go-control-plane's own, records, and does the misbehaving.
+// ads is the stream handler: it stands before go-control-plane's own, records, and
+// does the misbehaving.
 type ads struct {
 	discoveryv3.UnimplementedAggregatedDiscoveryServiceServer
 	s *Server
 }
 
-func (a ads) StreamAggregatedResources(grpcStream discoveryv3.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
-	st := &stream{AggregatedDiscoveryService_StreamAggregatedResourcesServer: grpcStream, s: a.s, last: make(map[string]answer)}
+func (a ads) StreamAggregatedResources(
+	grpcStream discoveryv3.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
+	st := &stream{AggregatedDiscoveryService_StreamAggregatedResourcesServer: grpcStream, s: a.s,
+		last: make(map[string]answer)}
 	ended := make(chan error, 1)
-	// The inner handler ends by itself once this one has returned: gRPC then cancels the stream, and its Recv fails.
+	// The inner handler ends by itself once this one has returned: gRPC then cancels the
+	// stream, and its Recv fails.
 	go func() { ended <- a.s.inner.StreamHandler(st, resourcev3.AnyType) }()
 	for {
 		a.s.mu.Lock()
-		// A stream is refused after it has introduced itself: the real one reads the node before it knows the network.
+		// A stream is refused after it has introduced itself: the real one reads the node before
+		// it knows the network.
 		m, changed, introduced := a.s.mode, a.s.changed, st.introduced
 		a.s.mu.Unlock()
 		if m.refuse != nil && introduced {
@@ -474,7 +501,8 @@ func (st *stream) Recv() (*discoveryv3.DiscoveryRequest, error) {
 		st.s.refusals++
 		if len(st.s.rejected) < 10_000 {
 			st.s.rejected = append(st.s.rejected, Rejection{
-				At: time.Now(), TypeURL: req.GetTypeUrl(), Version: last.version, Details: req.GetErrorDetail().GetMessage(),
+				At: time.Now(), TypeURL: req.GetTypeUrl(), Version: last.version,
+				Details: req.GetErrorDetail().GetMessage(),
 			})
 			st.s.notify()
 		}
@@ -490,7 +518,9 @@ func (st *stream) Recv() (*discoveryv3.DiscoveryRequest, error) {
 }
 
 func (st *stream) Send(resp *discoveryv3.DiscoveryResponse) error {
-	if err := st.s.wait(st.Context(), "end of hang", func() bool { return !st.s.mode.hang }); err != nil {
+	if err := st.s.wait(st.Context(), "end of hang", func() bool {
+		return !st.s.mode.hang
+	}); err != nil {
 		return err
 	}
 	st.s.mu.Lock()

@@ -58,15 +58,18 @@ func connect(t *testing.T, s *controlplane.Server, creds credentials.TransportCr
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	t.Cleanup(cancel)
 	ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer x")
-	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(ctx, grpc.WaitForReady(true))
+	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(
+		ctx, grpc.WaitForReady(true))
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := &client{t: t, stream: stream}
 	c.send(&discoveryv3.DiscoveryRequest{
 		TypeUrl: resourcev3.ListenerType,
-		Node: &corev3.Node{Id: "projects/1/networks/n/nodes/u", Cluster: "cluster", Locality: &corev3.Locality{Zone: "z"},
-			UserAgentVersionType: &corev3.Node_UserAgentBuildVersion{UserAgentBuildVersion: &corev3.BuildVersion{}}},
+		Node: &corev3.Node{Id: "projects/1/networks/n/nodes/u", Cluster: "cluster",
+			Locality: &corev3.Locality{Zone: "z"},
+			UserAgentVersionType: &corev3.Node_UserAgentBuildVersion{
+				UserAgentBuildVersion: &corev3.BuildVersion{}}},
 	})
 	return c
 }
@@ -98,20 +101,23 @@ func (c *client) recv() (*discoveryv3.DiscoveryResponse, map[string]*listenerv3.
 
 func (c *client) ack(resp *discoveryv3.DiscoveryResponse) {
 	c.t.Helper()
-	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: resp.GetTypeUrl(), VersionInfo: resp.GetVersionInfo(), ResponseNonce: resp.GetNonce()})
+	c.send(&discoveryv3.DiscoveryRequest{
+		TypeUrl: resp.GetTypeUrl(), VersionInfo: resp.GetVersionInfo(), ResponseNonce: resp.GetNonce()})
 }
 
 func (c *client) nack(resp *discoveryv3.DiscoveryResponse, accepted, why string) {
 	c.t.Helper()
-	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: resp.GetTypeUrl(), VersionInfo: accepted, ResponseNonce: resp.GetNonce(),
-		ErrorDetail: &rpcstatus.Status{Code: 13, Message: why}})
+	c.send(&discoveryv3.DiscoveryRequest{TypeUrl: resp.GetTypeUrl(), VersionInfo: accepted,
+		ResponseNonce: resp.GetNonce(),
+		ErrorDetail:   &rpcstatus.Status{Code: 13, Message: why}})
 }
 
 func mesh(names ...string) controlplane.Config {
 	var c controlplane.Config
 	for i, n := range names {
 		c.Services = append(c.Services, controlplane.Service{
-			Name: n, Prefixes: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}), 32)}, Port: 80, HTTP: true,
+			Name: n, Prefixes: []netip.Prefix{
+				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}), 32)}, Port: 80, HTTP: true,
 		})
 	}
 	return c
@@ -133,7 +139,8 @@ func TestPushAckAndReject(t *testing.T) {
 
 	resp, listeners := c.recv()
 	l := listeners[controlplane.OutboundListener]
-	if l == nil || len(l.GetFilterChains()) != 1 || l.GetListenerFilters()[0].GetName() != "envoy.filters.listener.original_dst" {
+	if l == nil || len(l.GetFilterChains()) != 1 ||
+		l.GetListenerFilters()[0].GetName() != "envoy.filters.listener.original_dst" {
 		t.Fatalf("listeners: %v", listeners)
 	}
 	c.ack(resp)
@@ -141,7 +148,8 @@ func TestPushAckAndReject(t *testing.T) {
 		t.Fatal(err)
 	}
 	nodes := s.Nodes()
-	if len(nodes) != 1 || nodes[0].ID != "projects/1/networks/n/nodes/u" || nodes[0].Zone != "z" || nodes[0].Authorization != "Bearer x" {
+	if len(nodes) != 1 || nodes[0].ID != "projects/1/networks/n/nodes/u" || nodes[0].Zone != "z" ||
+		nodes[0].Authorization != "Bearer x" {
 		t.Fatalf("nodes: %+v", nodes)
 	}
 
@@ -171,7 +179,8 @@ func TestPushAckAndReject(t *testing.T) {
 		c.nack(third, resp.GetVersionInfo(), "no")
 		third, _ = c.recv()
 	}
-	if got := s.Rejections(); len(got) < 5 || got[0].Details != "no" || got[0].Version != refused.GetVersionInfo() {
+	if got := s.Rejections(); len(got) < 5 || got[0].Details != "no" ||
+		got[0].Version != refused.GetVersionInfo() {
 		t.Fatalf("rejections: %+v", got)
 	}
 }
@@ -203,9 +212,11 @@ func TestMisbehaviour(t *testing.T) {
 		before := connect(t, s, creds)
 		before.recv()
 		refuse.do()
-		for name, c := range map[string]*client{"an open stream": before, "a new stream": connect(t, s, creds)} {
+		for name, c := range map[string]*client{
+			"an open stream": before, "a new stream": connect(t, s, creds)} {
 			_, err := c.stream.Recv()
-			if st := status.Convert(err); st.Code() != refuse.code || !strings.HasPrefix(st.Message(), refuse.text) && !strings.Contains(st.Message(), refuse.text) {
+			if st := status.Convert(err); st.Code() != refuse.code ||
+				!strings.HasPrefix(st.Message(), refuse.text) && !strings.Contains(st.Message(), refuse.text) {
 				t.Errorf("%s: %v, want %v %q", name, err, refuse.code, refuse.text)
 			}
 		}

@@ -44,13 +44,15 @@ func (d *demo) silent(ctx context.Context, at place, name string, args ...string
 		cmd.Env = at.env
 	}
 	cmd.Env = withoutProxies(append(cmd.Env, "CURL_HOME="+d.mesh.Dir))
-	// A group of its own, so that what is a script (gcloud) ends whole; and with it goes what it would still write.
+	// A group of its own, so that what is a script (gcloud) ends whole; and with it goes what
+	// it would still write.
 	cmd.SysProcAttr.Setpgid = true
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	return command{name, cmd}
 }
 
-// run runs it to its end. Nothing is shown. What it said on stderr comes after what it printed, if it failed.
+// run runs it to its end. Nothing is shown. What it said on stderr comes after what it
+// printed, if it failed.
 func (c command) run() (code int, out string, err error) {
 	var stdout, stderr strings.Builder
 	c.cmd.Stdout, c.cmd.Stderr = &stdout, &stderr
@@ -83,7 +85,8 @@ func (d *demo) curl(ctx context.Context, at place, url string) (code int, out st
 			head = false
 			continue
 		}
-		if head && header && !strings.HasPrefix(line, "curl:") && name != "server" && name != "x-served-by" {
+		if head && header && !strings.HasPrefix(line, "curl:") && name != "server" &&
+			name != "x-served-by" {
 			continue
 		}
 		shown.WriteString(line)
@@ -92,16 +95,19 @@ func (d *demo) curl(ctx context.Context, at place, url string) (code int, out st
 	return code, out, err
 }
 
-// answers checks that url is answered by Envoy for a service, and that the endpoint behind it was reached at local.
+// answers checks that url is answered by Envoy for a service, and that the endpoint behind it
+// was reached at local.
 func (d *demo) answers(ctx context.Context, at place, url, service, local string) error {
 	code, out, err := d.curl(ctx, at, url)
 	if err != nil {
 		return err
 	}
 	text := strings.ReplaceAll(out, "\r\n", "\n")
-	for _, want := range []string{"HTTP/1.1 200 OK\n", "\nserver: envoy\n", "\nx-served-by: " + service + "\n", " local=" + local + " "} {
+	for _, want := range []string{"HTTP/1.1 200 OK\n", "\nserver: envoy\n", "\nx-served-by: " +
+		service + "\n", " local=" + local + " "} {
 		if code != 0 || !strings.Contains(text, want) {
-			return fmt.Errorf("curl %s: exit code %d, and the answer lacks %q:\n%s", url, code, strings.TrimSpace(want), text)
+			return fmt.Errorf("curl %s: exit code %d, and the answer lacks %q:\n%s", url, code,
+				strings.TrimSpace(want), text)
 		}
 	}
 	return nil

@@ -49,7 +49,8 @@ func TestParsePrefix(t *testing.T) {
 }
 
 func TestWithoutProxies(t *testing.T) {
-	got := withoutProxies([]string{"PATH=/bin", "http_proxy=x", "HTTPS_PROXY=x", "no_proxy=y", "ALL_PROXY=z"})
+	got := withoutProxies(
+		[]string{"PATH=/bin", "http_proxy=x", "HTTPS_PROXY=x", "no_proxy=y", "ALL_PROXY=z"})
 	if want := []string{"PATH=/bin", "no_proxy=y"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}

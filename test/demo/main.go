@@ -1,9 +1,11 @@
-// Command demo shows the main job on real parts, in network namespaces of its own: a VM with a real Envoy and the built service-proxy-agent, a client,
-// a control plane and the emulated platform (package mesh). It runs the commands that a visitor would type and shows what they print.
+// Command demo shows the main job on real parts, in network namespaces of its own: a VM with a real
+// Envoy and the built service-proxy-agent, a client, a control plane and the emulated platform
+// (package mesh). It runs the commands that a visitor would type and shows what they print.
 //
-// Every claim is checked: a step that does not hold is named, everything is taken down, and the exit code is 1. SIGINT, SIGTERM, SIGHUP and a reader
-// that goes away end it at any moment with nothing left behind; after kill -9 the lab's own reaper does the same. Your own network namespace and
-// rules are never touched.
+// Every claim is checked: a step that does not hold is named, everything is taken down, and the
+// exit code is 1. SIGINT, SIGTERM, SIGHUP and a reader that goes away end it at any moment with
+// nothing left behind; after kill -9 the lab's own reaper does the same. Your own network namespace
+// and rules are never touched.
 //
 //	demo          the steps, then takes everything down
 //	demo -keep    the steps, then stays up with a prompt (see play.go)
@@ -54,7 +56,8 @@ func run() (code int) {
 
 	ctx, end := context.WithCancelCause(context.Background())
 	defer end(nil)
-	// With SIGPIPE taken, writing to a reader that went away is an error like any other, and everything is taken down in order.
+	// With SIGPIPE taken, writing to a reader that went away is an error like any other, and
+	// everything is taken down in order.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	go func() {
@@ -101,8 +104,9 @@ func run() (code int) {
 	return max(code, d.takeDown())
 }
 
-// cause is the signal that explains an error, if there was one. Ctrl-C goes to everything that runs on the terminal, so that the end of the others can be
-// seen before the signal itself: it gets a moment.
+// cause is the signal that explains an error, if there was one. Ctrl-C goes to everything
+// that runs on the terminal, so that the end of the others can be seen before the signal
+// itself: it gets a moment.
 func cause(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -126,7 +130,8 @@ func lookFirst() (envoy string, err error) {
 	// Debian's `su` leaves root without the folders that iptables and ip are in.
 	os.Setenv("PATH", os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin")
 	if os.Geteuid() != 0 {
-		return "", errors.New(`network namespaces and iptables need root: try sudo env "PATH=$PATH" make demo`)
+		return "", errors.New(
+			`network namespaces and iptables need root: try sudo env "PATH=$PATH" make demo`)
 	}
 	if _, err := exec.LookPath("curl"); err != nil {
 		return "", errors.New("curl is not on PATH: `make tools` installs it, or apt-get install curl")

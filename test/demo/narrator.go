@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// narrator sets the text: prose wrapped to the terminal, at most proseWidth columns; what commands print as it came.
+// narrator sets the text: prose wrapped to the terminal, at most proseWidth columns; what
+// commands print as it came.
 type narrator struct {
 	out    io.Writer
 	broken func(error) // told of the first write that fails
@@ -24,7 +25,8 @@ const (
 	indent     = "   "
 )
 
-// newNarrator writes to f. Colour is for terminals only, and not for those who set NO_COLOR (no-color.org).
+// newNarrator writes to f. Colour is for terminals only, and not for those who set
+// NO_COLOR (no-color.org).
 func newNarrator(f *os.File, broken func(error)) *narrator {
 	n := &narrator{out: f, broken: broken, width: proseWidth, blank: true}
 	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
@@ -121,7 +123,8 @@ func (n *narrator) prose(first, rest, text string) {
 	}
 }
 
-// wrap breaks text at white space into lines of at most width characters; a longer word has a line of its own.
+// wrap breaks text at white space into lines of at most width characters; a longer word
+// has a line of its own.
 func wrap(text string, width int) (lines []string) {
 	line := ""
 	for _, word := range strings.Fields(text) {

@@ -27,7 +27,8 @@ func (d *demo) you() (place, error) {
 		return place{}, err
 	}
 	// Without a log file gcloud leaves nothing of value in that folder, which goes with the lab.
-	env := append(d.mesh.Platform.GcloudEnv(d.apiBase(), config, os.Getenv("PATH")), "CLOUDSDK_CORE_DISABLE_FILE_LOGGING=true")
+	env := append(d.mesh.Platform.GcloudEnv(d.apiBase(), config, os.Getenv("PATH")),
+		"CLOUDSDK_CORE_DISABLE_FILE_LOGGING=true")
 	return place{prompt: "you$", in: d.mesh.Client, env: env}, nil
 }
 
@@ -39,10 +40,12 @@ func (d *demo) outside(ctx context.Context) error {
 	const ready = "ready: Envoy "
 	err := d.mesh.Platform.Wait(ctx, func() bool {
 		g := attributes()
-		return g["agent-heartbeat"] != "" && g["proxy-version"] != "" && strings.Contains(d.mesh.Platform.Serial(), ready)
+		return g["agent-heartbeat"] != "" && g["proxy-version"] != "" &&
+			strings.Contains(d.mesh.Platform.Serial(), ready)
 	})
 	if err != nil {
-		return d.withLog(fmt.Errorf("the guest attributes %v and the serial port %q: %w", attributes(), d.mesh.Platform.Serial(), err))
+		return d.withLog(fmt.Errorf("the guest attributes %v and the serial port %q: %w", attributes(),
+			d.mesh.Platform.Serial(), err))
 	}
 	at, err := d.you()
 	if err != nil {
@@ -50,7 +53,9 @@ func (d *demo) outside(ctx context.Context) error {
 	}
 	ask := d.gcloud
 	if _, err := exec.LookPath("gcloud"); err != nil {
-		d.tell("gcloud is not on PATH, so the Compute API is asked itself, with the very calls that gcloud makes.")
+		d.tell(
+			"gcloud is not on PATH, so the Compute API is asked itself, with the very calls that gcloud " +
+				"makes.")
 		ask = d.api
 	} else {
 		d.tell("gcloud takes some seconds to start.")
@@ -76,16 +81,22 @@ func (d *demo) outside(ctx context.Context) error {
 			return fmt.Errorf("the answer has %q for %s, want %q", table[key], key, now[key])
 		}
 	}
-	if !slices.ContainsFunc(serial, func(line string) bool { return strings.Contains(line, ready+d.version) }) {
-		return fmt.Errorf("the serial port's output lacks %q:\n%s", ready+d.version, strings.Join(serial, "\n"))
+	if !slices.ContainsFunc(serial, func(line string) bool {
+		return strings.Contains(line, ready+d.version)
+	}) {
+		return fmt.Errorf("the serial port's output lacks %q:\n%s", ready+d.version,
+			strings.Join(serial, "\n"))
 	}
 	d.tell("hold: no jump goes in until Envoy accepts connections; then it is intercepting.")
-	d.ok("the heartbeat is fresh, the version is that of the Envoy that runs, and the serial port tells what happened")
+	d.ok(
+		"the heartbeat is fresh, the version is that of the Envoy that runs, and the serial port tells " +
+			"what happened")
 	return nil
 }
 
 // gcloud asks as a user does.
-func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, serial []string, err error) {
+func (d *demo) gcloud(
+	ctx context.Context, at place) (table map[string]string, serial []string, err error) {
 	// It takes seconds to start, so both questions are asked at once, and shown one after the other.
 	ctx, cancel := context.WithCancel(ctx)
 	var port struct {
@@ -100,7 +111,8 @@ func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, s
 		port.out, port.err = d.must(second)
 	}()
 	defer func() { cancel(); <-asked }()
-	out, err := d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-guest-attributes", vmName, "--query-path="+namespace+"/"))
+	out, err := d.must(d.command(ctx, at, "gcloud", "compute", "instances", "get-guest-attributes",
+		vmName, "--query-path="+namespace+"/"))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -118,9 +130,11 @@ func (d *demo) gcloud(ctx context.Context, at place) (table map[string]string, s
 }
 
 // api makes gcloud's calls.
-func (d *demo) api(ctx context.Context, at place) (table map[string]string, serial []string, err error) {
+func (d *demo) api(
+	ctx context.Context, at place) (table map[string]string, serial []string, err error) {
 	vm := d.apiBase() + "/compute/v1/projects/my-project/zones/us-central1-a/instances/" + vmName
-	out, err := d.must(d.command(ctx, at, "curl", "-sS", "--max-time", "5", vm+"/getGuestAttributes?queryPath="+namespace+"/"))
+	out, err := d.must(d.command(ctx, at, "curl", "-sS", "--max-time", "5",
+		vm+"/getGuestAttributes?queryPath="+namespace+"/"))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -170,7 +184,8 @@ func (d *demo) must(c command) (string, error) {
 	code, out, err := c.run()
 	switch {
 	case err != nil:
-		return out, fmt.Errorf("%s: %w after %.1f s: %s", c.name, err, time.Since(began).Seconds(), strings.TrimSpace(out))
+		return out, fmt.Errorf("%s: %w after %.1f s: %s", c.name, err, time.Since(began).Seconds(),
+			strings.TrimSpace(out))
 	case code != 0:
 		return out, fmt.Errorf("%s: exit code %d: %s", c.name, code, strings.TrimSpace(out))
 	}

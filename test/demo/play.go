@@ -22,7 +22,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-const helpText = `add NAME VIP     a service more, e.g. add pay 10.10.0.3 (also a prefix, 10.20.0.0/24, or IPv6)
+const helpText = `add NAME VIP     a service more, e.g. add pay 10.10.0.3 (or a prefix, 10.20.0.0/24, or IPv6)
 remove NAME      one less
 list             the services
 status           what the agent says
@@ -30,7 +30,8 @@ log              the end of the agent's log
 help             this
 quit             the end (Ctrl-C and Ctrl-D too)`
 
-// play stays up until quit or a signal. Services come and go by commands from in; everything else the visitor does from another terminal.
+// play stays up until quit or a signal. Services come and go by commands from in; everything else
+// the visitor does from another terminal.
 func (d *demo) play(ctx context.Context, in *os.File) error {
 	if err := d.invite(); err != nil {
 		return err
@@ -38,8 +39,8 @@ func (d *demo) play(ctx context.Context, in *os.File) error {
 	d.taken = d.services
 	_, err := unix.IoctlGetTermios(int(in.Fd()), unix.TCGETS)
 	terminal := err == nil
-	// In the background (`make demo KEEP=1 &`, or Ctrl-Z and bg) reading the terminal would stop the whole job, agent and Envoy included.
-	// With SIGTTIN ignored it is an error, EIO.
+	// In the background (`make demo KEEP=1 &`, or Ctrl-Z and bg) reading the terminal would stop the
+	// whole job, agent and Envoy included. With SIGTTIN ignored it is an error, EIO.
 	signal.Ignore(syscall.SIGTTIN)
 	typedLines := make(chan string)
 	go func() { // ends with the program: a read from a terminal cannot be called off
@@ -66,7 +67,8 @@ func (d *demo) play(ctx context.Context, in *os.File) error {
 				return nil
 			case !more:
 				d.line("")
-				d.say("Nothing more to read here: everything stays up until Ctrl-C (or SIGTERM to %d).", os.Getpid())
+				d.say("Nothing more to read here: everything stays up until Ctrl-C (or SIGTERM to %d).",
+					os.Getpid())
 				typedLines = nil
 				continue
 			}
@@ -96,9 +98,11 @@ func (d *demo) invite() error {
 	if err != nil {
 		return err
 	}
-	// gcloud's settings are a dozen variables: they go into a script, so that the line stays one that can be copied.
+	// gcloud's settings are a dozen variables: they go into a script, so that the line stays
+	// one that can be copied.
 	script := filepath.Join(d.mesh.Dir, "gcloud.sh")
-	line := typed(append(append([]string{"env", "-i"}, at.env...), "nsenter", "--net="+path(d.mesh.Client), "gcloud"))
+	line := typed(append(append([]string{"env", "-i"}, at.env...), "nsenter",
+		"--net="+path(d.mesh.Client), "gcloud"))
 	if err := os.WriteFile(script, []byte("#!/bin/sh\nexec "+line+` "$@"`+"\n"), 0o755); err != nil {
 		return err
 	}
@@ -110,10 +114,13 @@ func (d *demo) invite() error {
 		vm + " " + iptables + " -t nat -nL SERVICE_PROXY_SERVICE_CIDRS",
 		vm + " " + iptables + " -t nat -F SERVICE_PROXY_OUTPUT     # look again: it is back",
 		client + fmt.Sprintf(" curl -sSi --noproxy '*' http://10.128.0.2:%d/", mesh.AppPort),
-		"RUNTIME_DIRECTORY=" + filepath.Join(d.mesh.Dir, "agent", "run") + " " + typed([]string{binary}) + " status",
+		"RUNTIME_DIRECTORY=" + filepath.Join(d.mesh.Dir, "agent", "run") + " " +
+			typed([]string{binary}) + " status",
 		script + " compute instances get-guest-attributes " + vmName + " --query-path=" + namespace + "/",
 		script + " compute instances get-serial-port-output " + vmName,
-		fmt.Sprintf("kill -STOP %d; sleep 20; kill -CONT %d     # Envoy hangs: status tells after about 10 s", d.mesh.Envoy.PID(), d.mesh.Envoy.PID()),
+		fmt.Sprintf(
+			"kill -STOP %d; sleep 20; kill -CONT %d     # Envoy hangs: status tells after about 10 s",
+			d.mesh.Envoy.PID(), d.mesh.Envoy.PID()),
 	} {
 		d.line(indent + l)
 	}
@@ -179,7 +186,8 @@ func (d *demo) add(ctx context.Context, name, at string) error {
 	// Endpoints 1 to 254 in turn.
 	s := service(name, byte(3+len(d.services)%250))
 	s.Prefixes = []netip.Prefix{prefix}
-	return d.change(ctx, append(slices.Clone(d.services), s), s, d.reachable, "from the push to the first redirected connection")
+	return d.change(ctx, append(slices.Clone(d.services), s), s, d.reachable,
+		"from the push to the first redirected connection")
 }
 
 // remove has it send one less.
@@ -189,15 +197,21 @@ func (d *demo) remove(ctx context.Context, name string) error {
 		return fmt.Errorf("there is no service %q: see list", name)
 	}
 	s := d.services[i]
-	return d.change(ctx, slices.Delete(slices.Clone(d.services), i, i+1), s, d.gone, "from the push to the first connection that is not redirected")
+	return d.change(ctx, slices.Delete(slices.Clone(d.services), i, i+1), s, d.gone,
+		"from the push to the first connection that is not redirected")
 }
 
-// change pushes services and waits a while for what the agent makes of it, which may be nothing: Envoy refuses two services at one VIP, the agent
-// addresses that nobody may intercept.
+// change pushes services and waits a while for what the agent makes of it, which may be nothing:
+// Envoy refuses two services at one VIP, the agent addresses that nobody may intercept.
 func (d *demo) change(ctx context.Context, services []controlplane.Service, s controlplane.Service,
-	wait func(context.Context, controlplane.Service, time.Time) (time.Duration, error), what string) error {
-	others := slices.DeleteFunc(slices.Clone(services), func(o controlplane.Service) bool { return o.Name == s.Name })
-	shared := slices.IndexFunc(others, func(o controlplane.Service) bool { return o.Prefixes[0].Overlaps(s.Prefixes[0]) })
+	wait func(context.Context, controlplane.Service, time.Time) (time.Duration, error),
+	what string) error {
+	others := slices.DeleteFunc(slices.Clone(services), func(o controlplane.Service) bool {
+		return o.Name == s.Name
+	})
+	shared := slices.IndexFunc(others, func(o controlplane.Service) bool {
+		return o.Prefixes[0].Overlaps(s.Prefixes[0])
+	})
 	refused := len(d.mesh.CP.Rejections())
 	d.services = services
 	push, err := d.push()

@@ -88,7 +88,8 @@ func (s started) wait(t *testing.T) int {
 
 // left is what is left of it: namespaces, files, processes.
 func (s started) left() (left []string) {
-	namespaces, _ := filepath.Glob("/run/netns/spa-" + strconv.Itoa(s.pid) + "-*") // the pattern is a good one
+	// the pattern is a good one
+	namespaces, _ := filepath.Glob("/run/netns/spa-" + strconv.Itoa(s.pid) + "-*")
 	files, _ := filepath.Glob(s.dir + "/*")
 	left = append(namespaces, files...)
 	processes, _ := filepath.Glob("/proc/[0-9]*")
@@ -117,11 +118,13 @@ func agentBinary(t *testing.T) string {
 // TestShow is one whole run with the prompt at its end.
 func TestShow(t *testing.T) {
 	t.Parallel()
-	s := start(t, build(t), agentBinary(t), "add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nadd twin 10.10.0.1\nlist\nremove twin\nnonsense\nquit\n", "-keep")
+	s := start(t, build(t), agentBinary(t),
+		"add pay 10.10.0.3\nadd pay 10.10.0.4\nremove pay\nadd twin 10.10.0.1\nlist\nremove twin\nnonsense\nquit\n", "-keep")
 	if code := s.wait(t); code != 0 {
 		t.Fatalf("exit code %d:\n%s", code, s.out)
 	}
-	for _, want := range []string{"Every step held", "server: envoy", "from the push to the first redirected connection", "there is a service pay",
+	for _, want := range []string{"Every step held", "server: envoy",
+		"from the push to the first redirected connection", "there is a service pay",
 		"from the push to the first connection that is not redirected", `"nonsense" is no command`,
 		"Envoy refuses the listeners", "twin         [10.10.0.1/32]  not taken by Envoy", "Taken down"} {
 		if !strings.Contains(s.out.String(), want) {
@@ -136,7 +139,8 @@ func TestShow(t *testing.T) {
 	}
 }
 
-// TestBackground is `make demo KEEP=1 &` in a shell with job control: asking the terminal for commands would stop the whole job.
+// TestBackground is `make demo KEEP=1 &` in a shell with job control: asking the terminal for
+// commands would stop the whole job.
 func TestBackground(t *testing.T) {
 	t.Parallel()
 	s := prepare(t, build(t), agentBinary(t), "-keep")
@@ -156,7 +160,8 @@ func TestBackground(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	shell := exec.Command("sh", append([]string{"-c", `set -m; "$@" & wait $!`, "sh", s.cmd.Path}, s.cmd.Args[1:]...)...)
+	shell := exec.Command(
+		"sh", append([]string{"-c", `set -m; "$@" & wait $!`, "sh", s.cmd.Path}, s.cmd.Args[1:]...)...)
 	shell.Env, shell.Stdin, shell.Stdout, shell.Stderr = s.cmd.Env, inside, inside, inside
 	shell.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := shell.Start(); err != nil {
@@ -170,7 +175,8 @@ func TestBackground(t *testing.T) {
 	var out strings.Builder
 	waits := regexp.MustCompile(`everything stays up until Ctrl-C \(or SIGTERM\s+to (\d+)\)`)
 	signalled := false
-	giveUp := time.AfterFunc(2*time.Minute, func() { shell.Process.Kill() }) // the session's leader: everything in it gets SIGHUP
+	// the session's leader: everything in it gets SIGHUP
+	giveUp := time.AfterFunc(2*time.Minute, func() { shell.Process.Kill() })
 	defer giveUp.Stop()
 	for lines := bufio.NewScanner(terminal); lines.Scan(); {
 		out.WriteString(lines.Text() + "\n")
@@ -206,7 +212,8 @@ func TestShowFails(t *testing.T) {
 				t.Fatal(err)
 			}
 			s := start(t, binary, path, "")
-			if code := s.wait(t); code != 1 || !strings.Contains(s.out.String(), "does not hold") || strings.Contains(s.out.String(), "Every step held") {
+			if code := s.wait(t); code != 1 || !strings.Contains(s.out.String(), "does not hold") ||
+				strings.Contains(s.out.String(), "Every step held") {
 				t.Errorf("exit code %d:\n%s", code, s.out)
 			}
 			if left := s.left(); left != nil {
@@ -229,7 +236,8 @@ func TestInterrupted(t *testing.T) {
 	}
 	signals := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL}
 	for i := range runs {
-		after := time.Duration(r.Float64() * float64([]time.Duration{300 * time.Millisecond, time.Second, 4 * time.Second}[i%3]))
+		after := time.Duration(r.Float64() * float64(
+			[]time.Duration{300 * time.Millisecond, time.Second, 4 * time.Second}[i%3]))
 		signal, whole := signals[r.IntN(len(signals))], r.IntN(2) == 0
 		s := start(t, binary, agent, "", [][]string{nil, {"-keep"}}[r.IntN(2)]...)
 		time.Sleep(after)
@@ -251,7 +259,8 @@ func TestInterrupted(t *testing.T) {
 			t.Errorf("%s: ended after %s", what, took)
 		}
 		left := s.left()
-		for deadline := time.Now().Add(5 * time.Second); code == -1 && left != nil && time.Now().Before(deadline); left = s.left() {
+		for deadline := time.Now().Add(5 * time.Second); code == -1 && left != nil && time.Now().Before(
+			deadline); left = s.left() {
 			time.Sleep(20 * time.Millisecond) // the reaper's turn
 		}
 		if left != nil {

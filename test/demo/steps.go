@@ -35,19 +35,22 @@ type demo struct {
 	version  string                 // Envoy's, as /server_info has it
 }
 
-// patience is how long a step may take. What it waits for takes milliseconds, but on a busy machine Envoy takes seconds to start; gcloud does on
-// any, and was seen to take 20 s on one that was very busy.
+// patience is how long a step may take. What it waits for takes milliseconds, but on a busy
+// machine Envoy takes seconds to start; gcloud does on any, and was seen to take 20 s on
+// one that was very busy.
 const (
 	patience       = 10 * time.Second
 	gcloudPatience = 2 * time.Minute
 )
 
-// vip is a service's port: no server in the lab listens there, so that a connection which nobody redirects is refused.
+// vip is a service's port: no server in the lab listens there, so that a connection which nobody
+// redirects is refused.
 const vipPort = 80
 
 // service is an HTTP service at a VIP with one endpoint, the n-th.
 func service(name string, n byte, vips ...string) controlplane.Service {
-	return controlplane.Service{Name: name, Prefixes: controlplane.VIPs(vips...), Port: vipPort, HTTP: true,
+	return controlplane.Service{Name: name, Prefixes: controlplane.VIPs(vips...),
+		Port: vipPort, HTTP: true,
 		Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(n), mesh.EndpointPort)}}
 }
 
@@ -71,7 +74,9 @@ func (d *demo) steps(ctx context.Context) error {
 		return err // during prepare
 	}
 	d.line(d.in(bold, "service-proxy-agent, the main job on real parts"))
-	d.say("What follows `vm#` is run in the VM, `client$` in another machine, `you$` on your desk. Output is real, cut to what matters.")
+	d.say(
+		"What follows `vm#` is run in the VM, `client$` in another machine, `you$` on your desk. " +
+			"Output is real, cut to what matters.")
 	for i, s := range []struct {
 		title string
 		limit time.Duration
@@ -123,7 +128,8 @@ func (d *demo) prepare(ctx context.Context) (err error) {
 // envoyAlone starts Envoy, and no agent yet.
 func (d *demo) envoyAlone(ctx context.Context) (err error) {
 	m := d.mesh
-	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{Binary: d.envoyBinary, ControlPlane: m.CPAddr, Runtime: true}); err != nil {
+	if m.Envoy, err = m.StartEnvoy(
+		lab.EnvoyOptions{Binary: d.envoyBinary, ControlPlane: m.CPAddr, Runtime: true}); err != nil {
 		return err
 	}
 	if err := m.Envoy.WaitReady(ctx); err != nil {
@@ -139,8 +145,11 @@ func (d *demo) envoyAlone(ctx context.Context) (err error) {
 	if d.version, err = envoyVersion(ctx, m.Envoy); err != nil {
 		return err
 	}
-	d.tell("Three network namespaces are joined by veth: the VM, a client, and all the rest (endpoints, metadata server, control plane). "+
-		"Envoy %s runs in the VM as uid %d and knows the service web from the control plane, 10.10.0.1 and fd10::1, port 80.", short(d.version), m.Envoy.UID)
+	d.tell(
+		"Three network namespaces are joined by veth: the VM, a client, and all the rest (endpoints, "+
+			"metadata server, control plane). "+
+			"Envoy %s runs in the VM as uid %d and knows the service web from the control plane, 10.10.0.1 "+
+			"and fd10::1, port 80.", short(d.version), m.Envoy.UID)
 	code, out, err := d.curl(ctx, d.vm(), "http://10.10.0.1/")
 	if err != nil {
 		return err
@@ -174,14 +183,18 @@ func (d *demo) agentStarts(ctx context.Context) error {
 			return err
 		}
 	}
-	d.ok("Envoy answers for the service (`server: envoy`, `x-served-by: web`) and the endpoint saw Envoy's connection, not one to the VIP")
+	d.ok(
+		"Envoy answers for the service (`server: envoy`, `x-served-by: web`) and the endpoint saw " +
+			"Envoy's connection, not one to the VIP")
 	return d.chain(ctx, "SERVICE_PROXY_SERVICE_CIDRS", map[string]int{"10.10.0.1": 1})
 }
 
 // serviceAppears adds a service at the control plane.
 func (d *demo) serviceAppears(ctx context.Context) error {
-	if reach, err := lab.HTTPProbe(ctx, d.mesh.VM, 0, vip(shop)); !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("10.10.0.2 should refuse connections before it is a service: %+v, %v", reach, err)
+	if reach, err := lab.HTTPProbe(ctx, d.mesh.VM, 0, vip(shop)); !errors.Is(
+		err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("10.10.0.2 should refuse connections before it is a service: %+v, %v", reach,
+			err)
 	}
 	d.services = []controlplane.Service{web, shop}
 	quiet(ctx)
@@ -193,7 +206,9 @@ func (d *demo) serviceAppears(ctx context.Context) error {
 	if err != nil {
 		return d.withLog(err)
 	}
-	d.tell("The control plane sends one service more: shop, 10.10.0.2. Nobody tells the agent: it sees what Envoy listens for.")
+	d.tell(
+		"The control plane sends one service more: shop, 10.10.0.2. Nobody tells the agent: it sees " +
+			"what Envoy listens for.")
 	d.ok("%s from the push to the first redirected connection", ms(took))
 	if err := d.answers(ctx, d.vm(), "http://10.10.0.2/", "shop", "10.130.0.2:8080"); err != nil {
 		return err
@@ -203,14 +218,16 @@ func (d *demo) serviceAppears(ctx context.Context) error {
 
 // ruleDeleted deletes a rule by hand and waits for it.
 func (d *demo) ruleDeleted(ctx context.Context) error {
-	// Once the agent has ended its own write: who writes in the middle of that is repaired too, but is not always named.
+	// Once the agent has ended its own write: who writes in the middle of that is repaired too,
+	// but is not always named.
 	before, err := d.agent.Wait(ctx, "both services in its status", func(s status.Status) bool {
 		return len(s.Families) > 0 && s.Families[0].Services == len(d.services) && s.Families[0].Equal
 	})
 	if err != nil {
 		return err
 	}
-	rule := []string{"SERVICE_PROXY_SERVICE_CIDRS", "-d", "10.10.0.1/32", "-j", "SERVICE_PROXY_REDIRECT"}
+	rule := []string{"SERVICE_PROXY_SERVICE_CIDRS", "-d", "10.10.0.1/32", "-j",
+		"SERVICE_PROXY_REDIRECT"}
 	deletion := d.command(ctx, d.vm(), "iptables", append([]string{"-t", "nat", "-D"}, rule...)...)
 	if code, out, err := deletion.run(); err != nil || code != 0 {
 		return fmt.Errorf("delete the rule: exit code %d: %s (%v)", code, out, err)
@@ -218,7 +235,8 @@ func (d *demo) ruleDeleted(ctx context.Context) error {
 	deleted := time.Now()
 	// -C looks without changing anything.
 	for {
-		if _, err := d.mesh.VM.Run(ctx, "iptables", append([]string{"-t", "nat", "-C"}, rule...)...); err == nil {
+		if _, err := d.mesh.VM.Run(
+			ctx, "iptables", append([]string{"-t", "nat", "-C"}, rule...)...); err == nil {
 			break
 		}
 		if ctx.Err() != nil {
@@ -226,14 +244,19 @@ func (d *demo) ruleDeleted(ctx context.Context) error {
 		}
 	}
 	back := time.Since(deleted)
-	d.ok("the rule is back, at most %s after `iptables -D` had ended (which is how long it took to look)", ms(back))
+	d.ok(
+		"the rule is back, at most %s after `iptables -D` had ended (which is how long it took to look)",
+		ms(back))
 	by := fmt.Sprintf("iptables (pid %d)", deletion.pid())
-	after, err := d.agent.Wait(ctx, "the repair in its status", func(s status.Status) bool { return s.Undone > before.Undone })
+	after, err := d.agent.Wait(ctx, "the repair in its status", func(s status.Status) bool {
+		return s.Undone > before.Undone
+	})
 	if err != nil {
 		return err
 	}
 	if after.LastDriftBy != by {
-		return d.withLog(fmt.Errorf("the rule was deleted by %s, and the agent names %q", by, after.LastDriftBy))
+		return d.withLog(
+			fmt.Errorf("the rule was deleted by %s, and the agent names %q", by, after.LastDriftBy))
 	}
 	d.ok("the agent knows who it was: %s", by)
 	return d.answers(ctx, d.vm(), "http://10.10.0.1/", "web", "10.130.0.1:8080")
@@ -263,7 +286,8 @@ func (d *demo) serviceGoes(ctx context.Context) error {
 	if err := d.answers(ctx, d.vm(), "http://10.10.0.1/", "web", "10.130.0.1:8080"); err != nil {
 		return err
 	}
-	if err := d.chain(ctx, "SERVICE_PROXY_SERVICE_CIDRS", map[string]int{"10.10.0.1": 1, "10.10.0.2": 0}); err != nil {
+	if err := d.chain(ctx, "SERVICE_PROXY_SERVICE_CIDRS",
+		map[string]int{"10.10.0.1": 1, "10.10.0.2": 0}); err != nil {
 		return err
 	}
 	d.ok("shop is out of reach and out of the chain, web is as it was")
@@ -272,12 +296,16 @@ func (d *demo) serviceGoes(ctx context.Context) error {
 
 // inbound calls the VM's serving port from the client.
 func (d *demo) inbound(ctx context.Context) error {
-	d.tell("An application listens on port %d of the VM, which the gce-service-proxy attribute names as a serving port.", mesh.AppPort)
+	d.tell(
+		"An application listens on port %d of the VM, which the gce-service-proxy attribute names as a "+
+			"serving port.", mesh.AppPort)
 	url := fmt.Sprintf("http://%s:%d/", lab.VMAddr, mesh.AppPort)
-	if err := d.answers(ctx, d.client(), url, fmt.Sprintf("inbound-%d-%s", mesh.AppPort, lab.VMAddr), fmt.Sprintf("127.0.0.1:%d", mesh.AppPort)); err != nil {
+	if err := d.answers(ctx, d.client(), url, fmt.Sprintf("inbound-%d-%s", mesh.AppPort, lab.VMAddr),
+		fmt.Sprintf("127.0.0.1:%d", mesh.AppPort)); err != nil {
 		return err
 	}
-	if err := d.chain(ctx, "SERVICE_PROXY_INBOUND", map[string]int{fmt.Sprintf("dpt:%d", mesh.AppPort): 1}); err != nil {
+	if err := d.chain(ctx, "SERVICE_PROXY_INBOUND",
+		map[string]int{fmt.Sprintf("dpt:%d", mesh.AppPort): 1}); err != nil {
 		return err
 	}
 	d.tell("settling: leaves connections alone that are older than the rules, for five minutes.")
@@ -375,8 +403,9 @@ func (d *demo) stopAgent() {
 	}
 }
 
-// quiet leaves Envoy alone for a moment: the agent asks for all of its listeners at once when one changed after a quiet time, and not five times a second when
-// one change follows another, as they would here and seldom do in a mesh.
+// quiet leaves Envoy alone for a moment: the agent asks for all of its listeners at once when one
+// changed after a quiet time, and not five times a second when one change follows another, as they
+// would here and seldom do in a mesh.
 func quiet(ctx context.Context) {
 	select {
 	case <-ctx.Done():
@@ -384,9 +413,12 @@ func quiet(ctx context.Context) {
 	}
 }
 
-// reachable waits for the first connection to a service that is redirected and answered, and says how long after since it began.
-func (d *demo) reachable(ctx context.Context, s controlplane.Service, since time.Time) (time.Duration, error) {
-	// Short at first: an answer without a service's (a 503) ends only after Envoy's delayed_close_timeout of 1 s.
+// reachable waits for the first connection to a service that is redirected and answered, and says
+// how long after since it began.
+func (d *demo) reachable(ctx context.Context, s controlplane.Service,
+	since time.Time) (time.Duration, error) {
+	// Short at first: an answer without a service's (a 503) ends only after Envoy's
+	// delayed_close_timeout of 1 s.
 	limit := 50 * time.Millisecond
 	return retry(ctx, since, fmt.Sprintf("%s to be redirected to Envoy", vip(s)), func() error {
 		one, cancel := context.WithTimeout(ctx, limit)
@@ -404,7 +436,8 @@ func (d *demo) reachable(ctx context.Context, s controlplane.Service, since time
 }
 
 // gone waits for the first connection that arrives at the VIP itself, where nobody listens.
-func (d *demo) gone(ctx context.Context, s controlplane.Service, since time.Time) (time.Duration, error) {
+func (d *demo) gone(ctx context.Context, s controlplane.Service,
+	since time.Time) (time.Duration, error) {
 	return retry(ctx, since, fmt.Sprintf("%s to be redirected no longer", vip(s)), func() error {
 		conn, err := d.mesh.VM.Dial(ctx, vip(s))
 		if errors.Is(err, syscall.ECONNREFUSED) {
@@ -418,7 +451,8 @@ func (d *demo) gone(ctx context.Context, s controlplane.Service, since time.Time
 }
 
 // retry calls try every 2 ms until it holds, and says how long after since the one that held began.
-func retry(ctx context.Context, since time.Time, what string, try func() error) (time.Duration, error) {
+func retry(ctx context.Context, since time.Time, what string,
+	try func() error) (time.Duration, error) {
 	var why error // of the last try that ctx did not cut
 	for {
 		began := time.Now()
@@ -468,7 +502,8 @@ func short(version string) string {
 	return version
 }
 
-// forEverybody says whether any user may read and run path, folders on the way included: a checkout under /root is out of reach for Envoy's user.
+// forEverybody says whether any user may read and run path, folders on the way included: a checkout
+// under /root is out of reach for Envoy's user.
 func forEverybody(path string) bool {
 	info, err := os.Stat(path)
 	if err != nil || info.Mode().Perm()&0o005 != 0o005 {

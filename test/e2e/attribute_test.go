@@ -16,16 +16,18 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// TestAttribute: a change of the attribute takes effect without a restart. One that is malformed or gone changes nothing and
-// is named, as is a metadata server that gives none, and the last good one is in force over a restart of the agent: new
-// services come in, and what is removed is repaired. On a clone it is not.
+// TestAttribute: a change of the attribute takes effect without a restart. One that is malformed or
+// gone changes nothing and is named, as is a metadata server that gives none, and the last good one
+// is in force over a restart of the agent: new services come in, and what is removed is repaired.
+// On a clone it is not.
 func TestAttribute(t *testing.T) {
 	t.Parallel()
 	const name = "gce-service-proxy"
 	m, a := start(t, mesh.Options{Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	changed := time.Now()
-	m.Platform.SetAttribute(name, `{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]}}`)
+	m.Platform.SetAttribute(name,
+		`{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]}}`)
 	escapes(t, m, db4)
 	through(t, m, web4)
 	s, err := a.Wait(within(t, 5*time.Second), "the attribute in force", func(s status.Status) bool {
@@ -34,7 +36,9 @@ func TestAttribute(t *testing.T) {
 	must(t, err)
 	read := s.Attribute.Read
 
-	malform := func() { m.Platform.SetAttribute(name, `{"api-version":"0.2","service":{"serving-ports":["eighty"]}}`) }
+	malform := func() {
+		m.Platform.SetAttribute(name, `{"api-version":"0.2","service":{"serving-ports":["eighty"]}}`)
+	}
 	answers := func(f platform.Fault) func() func() {
 		f.Prefix = "/computeMetadata/"
 		return func() func() { return m.Platform.Inject(f) }
@@ -76,7 +80,9 @@ func TestAttribute(t *testing.T) {
 				return hasFinding(s, row.id) && strings.Contains(s.LastFailure, row.says) && s.Ready
 			})
 			must(t, err)
-			if row.id == symptom.MetadataServer && !strings.HasPrefix(s.LastFailure, "The metadata server gives no usable answer about the attribute: ") ||
+			if row.id == symptom.MetadataServer &&
+				!strings.HasPrefix(
+					s.LastFailure, "The metadata server gives no usable answer about the attribute: ") ||
 				!strings.Contains(s.LastFailure, "until then the last good one stays in force") {
 				t.Errorf("said: %s", s.LastFailure)
 			}
@@ -85,7 +91,8 @@ func TestAttribute(t *testing.T) {
 			}
 			text, _, _, err := a.Run(t.Context(), "status")
 			must(t, err)
-			if !strings.Contains(text, "read at "+read.Format(time.RFC3339)) || strings.Contains(text, "by an earlier run, and kept") == row.running {
+			if !strings.Contains(text, "read at "+read.Format(time.RFC3339)) ||
+				strings.Contains(text, "by an earlier run, and kept") == row.running {
 				t.Errorf("status: %s", text)
 			}
 			eventually(t, 15*time.Second, "a new service", func() (bool, string) {
@@ -97,7 +104,8 @@ func TestAttribute(t *testing.T) {
 				}
 				return true, out
 			})
-			_, err = m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+			_, err = m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j",
+				"SERVICE_PROXY_OUTPUT")
 			must(t, err)
 			through(t, m, web4)
 			escapes(t, m, db4) // that attribute, and not the defaults
@@ -113,7 +121,9 @@ func TestAttribute(t *testing.T) {
 	}
 	m.Platform.SetAttribute(name, mesh.Attribute)
 	through(t, m, db4)
-	s, err = a.Wait(within(t, 5*time.Second), "the end of the failure", func(s status.Status) bool { return strings.Contains(s.LastFailure, "(over; ") })
+	s, err = a.Wait(within(t, 5*time.Second), "the end of the failure", func(s status.Status) bool {
+		return strings.Contains(s.LastFailure, "(over; ")
+	})
 	must(t, err)
 	if s.Attribute.Kept || !s.Attribute.Read.After(read) {
 		t.Errorf("attribute in force: %+v", s.Attribute)
@@ -127,7 +137,8 @@ func TestAttribute(t *testing.T) {
 	for range 2 { // said once
 		must(t, a.Start())
 		s, err := a.Wait(within(t, 10*time.Second), "the failure on a clone", func(s status.Status) bool {
-			return hasFinding(s, symptom.AttributeBad) && strings.Contains(s.LastFailure, "until then the rules stay as they are")
+			return hasFinding(s, symptom.AttributeBad) &&
+				strings.Contains(s.LastFailure, "until then the rules stay as they are")
 		})
 		must(t, err)
 		if s.Attribute != nil || s.Ready {

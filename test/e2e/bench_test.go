@@ -29,9 +29,10 @@ func times(full, short int) int {
 	return full
 }
 
-// BenchmarkPushToRedirect is how long after the control plane's push the first connection to the new service is redirected,
-// at 10 services and one change a second, and what share of Envoy's main thread the agent's questions take meanwhile and idle.
-// The floor in the same run is Envoy's own time: from the push until its log says that it has the change.
+// BenchmarkPushToRedirect is how long after the control plane's push the first connection to the
+// new service is redirected, at 10 services and one change a second, and what share of Envoy's main
+// thread the agent's questions take meanwhile and idle. The floor in the same run is Envoy's own
+// time: from the push until its log says that it has the change.
 func BenchmarkPushToRedirect(b *testing.B) {
 	for _, backend := range lab.Backends {
 		for _, hint := range []bool{true, false} {
@@ -50,7 +51,9 @@ func BenchmarkPushToRedirect(b *testing.B) {
 				}
 				m, a := start(b, mesh.Options{Backend: backend, Config: config(0)}, args...)
 				must(b, a.WaitReady(within(b, 20*time.Second)))
-				vip := func(i int) netip.AddrPort { return netip.AddrPortFrom(service(100 + i).Prefixes[0].Addr(), 9000) }
+				vip := func(i int) netip.AddrPort {
+					return netip.AddrPortFrom(service(100 + i).Prefixes[0].Addr(), 9000)
+				}
 				thread := mainThread(m.Envoy.PID())
 				var took, floor []time.Duration
 				busy, begin := cpu(b, thread), time.Now()
@@ -96,8 +99,8 @@ func BenchmarkPushToRedirect(b *testing.B) {
 	}
 }
 
-// BenchmarkStart is the agent's time from its start to its first rule, and what it holds in memory then, at 10 and at
-// 10,000 services, none next to another: those would be one rule.
+// BenchmarkStart is the agent's time from its start to its first rule, and what it holds in memory
+// then, at 10 and at 10,000 services, none next to another: those would be one rule.
 func BenchmarkStart(b *testing.B) {
 	for _, backend := range lab.Backends {
 		for _, n := range []int{10, times(10_000, 100)} {
@@ -120,7 +123,8 @@ func BenchmarkStart(b *testing.B) {
 					begin := time.Now()
 					must(b, a.Start())
 					for {
-						if r, err := lab.Probe(b.Context(), m.VM, 1000, netip.AddrPortFrom(service(2*n - 2).Prefixes[0].Addr(), 9000)); err == nil && !r.Escaped {
+						if r, err := lab.Probe(b.Context(), m.VM, 1000,
+							netip.AddrPortFrom(service(2*n - 2).Prefixes[0].Addr(), 9000)); err == nil && !r.Escaped {
 							break
 						}
 						if time.Since(begin) > 60*time.Second {
@@ -128,8 +132,9 @@ func BenchmarkStart(b *testing.B) {
 						}
 					}
 					took = append(took, time.Since(begin))
-					// Not killed while it starts programs: one that is forked and has not come to its exec holds the agent's
-					// socket and lock for up to 30 ms more, and cleanup takes that for an agent that hangs up.
+					// Not killed while it starts programs: one that is forked and has not come to its exec
+					// holds the agent's socket and lock for up to 30 ms more, and cleanup takes that for
+					// an agent that hangs up.
 					must(b, a.WaitReady(within(b, 60*time.Second)))
 				}
 				s, err := a.Status(b.Context())
@@ -138,7 +143,8 @@ func BenchmarkStart(b *testing.B) {
 				if rules < n {
 					b.Errorf("%d rules for %d services", rules, n)
 				}
-				time.Sleep(time.Duration(times(30, 1)) * time.Second) // the heap of the first dump is given back
+				// the heap of the first dump is given back
+				time.Sleep(time.Duration(times(30, 1)) * time.Second)
 				own := cpuAll(b, a.PID())
 				begin := time.Now()
 				time.Sleep(time.Duration(times(30, 1)) * time.Second)
@@ -162,7 +168,8 @@ func BenchmarkRepair(b *testing.B) {
 			for range times(100, 3) {
 				s, err := a.Status(b.Context())
 				must(b, err)
-				_, err = m.VM.Run(b.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+				_, err = m.VM.Run(b.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j",
+					"SERVICE_PROXY_OUTPUT")
 				must(b, err)
 				begin := time.Now()
 				for {
@@ -171,7 +178,9 @@ func BenchmarkRepair(b *testing.B) {
 					}
 				}
 				took = append(took, time.Since(begin))
-				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n status.Status) bool { return n.Undone > s.Undone })
+				_, err = a.Wait(within(b, 10*time.Second), "repair", func(n status.Status) bool {
+					return n.Undone > s.Undone
+				})
 				must(b, err)
 				time.Sleep(2500 * time.Millisecond) // more often is met with back-off
 			}
@@ -202,7 +211,8 @@ func cpuAll(b testing.TB, pid int) time.Duration {
 	return ticks(b, fmt.Sprintf("/proc/%d/stat", pid), 11, 12, 13, 14)
 }
 
-// ticks adds fields of proc_pid_stat(5), counted after the command's name; USER_HZ is 100 everywhere.
+// ticks adds fields of proc_pid_stat(5), counted after the command's name;
+// USER_HZ is 100 everywhere.
 func ticks(b testing.TB, stat string, fields ...int) (d time.Duration) {
 	text, err := os.ReadFile(stat)
 	must(b, err)

@@ -1,7 +1,8 @@
 //go:build lab
 
-// Package e2e tests the built binary with a real Envoy and the kernel's netfilter in a lab of network namespaces, on nft
-// and on legacy. Run it with `go test -tags lab ./test/e2e` as root, or by make test.
+// Package e2e tests the built binary with a real Envoy and the kernel's netfilter in a lab of
+// network namespaces, on nft and on legacy. Run it with `go test -tags lab ./test/e2e` as
+// root, or by make test.
 package e2e
 
 import (
@@ -53,20 +54,24 @@ func endpoints() []netip.AddrPort {
 // service is one more TCP service.
 func service(i int) controlplane.Service {
 	addr := netip.AddrFrom4([4]byte{10, 20, byte(i >> 8), byte(i)})
-	return controlplane.Service{Name: fmt.Sprintf("s%d", i), Prefixes: controlplane.VIPs(addr.String()), Port: 9000, Endpoints: endpoints()}
+	return controlplane.Service{Name: fmt.Sprintf("s%d", i),
+		Prefixes: controlplane.VIPs(addr.String()), Port: 9000, Endpoints: endpoints()}
 }
 
 // both is one more TCP service, with an address in each family.
 func both(i int) controlplane.Service {
 	s := service(i)
-	s.Prefixes = append(s.Prefixes, controlplane.VIPs(netip.AddrFrom16([16]byte{0xfd, 0x20, 14: byte(i >> 8), 15: byte(i)}).String())...)
+	s.Prefixes = append(s.Prefixes,
+		controlplane.VIPs(
+			netip.AddrFrom16([16]byte{0xfd, 0x20, 14: byte(i >> 8), 15: byte(i)}).String())...)
 	return s
 }
 
 // metadataAnswers checks that the metadata server is reached from the VM.
 func metadataAnswers(t *testing.T, m *mesh.Mesh) {
 	t.Helper()
-	req, err := http.NewRequest(http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
+	req, err := http.NewRequest(
+		http.MethodGet, "http://169.254.169.254/computeMetadata/v1/instance/name", nil)
 	must(t, err)
 	req.Header.Set("Metadata-Flavor", "Google")
 	resp, err := m.VM.HTTPAs(1000).Do(req)
@@ -184,18 +189,22 @@ func TestVIPs(t *testing.T) {
 		for _, other := range []netip.AddrPort{other4, other6, extra} {
 			escapes(t, m, other)
 		}
-		// Envoy's own connections go where it sends them: with its uid a VIP is the raw address, so it cannot loop.
+		// Envoy's own connections go where it sends them: with its uid a VIP is the raw
+		// address, so it cannot loop.
 		if r, err := lab.HTTPProbe(t.Context(), m.VM, lab.EnvoyUID, web4); err != nil || !r.Escaped {
 			t.Errorf("as Envoy's user: %+v %v, want no redirection", r, err)
 		}
 		metadataAnswers(t, m)
 		s, err := a.Status(t.Context())
 		must(t, err)
-		if want := map[lab.Backend]string{lab.NFT: "nft", lab.Legacy: "legacy"}[backend]; s.Backend != want || !s.Healthy() || s.Mode != "intercepting" {
+		if want := map[lab.Backend]string{
+			lab.NFT: "nft", lab.Legacy: "legacy"}[backend]; s.Backend != want || !s.Healthy() ||
+			s.Mode != "intercepting" {
 			t.Errorf("status: backend %s, mode %s, findings %v", s.Backend, s.Mode, s.Findings)
 		}
 		// A second one leaves the first alone.
-		_, stderr, code, err := a.Run(t.Context(), "run", "--config", "none", "--proxy-user", fmt.Sprint(lab.EnvoyUID))
+		_, stderr, code, err := a.Run(t.Context(), "run", "--config", "none", "--proxy-user",
+			fmt.Sprint(lab.EnvoyUID))
 		must(t, err)
 		if code == 0 || !strings.Contains(stderr, fmt.Sprint(a.PID())) {
 			t.Errorf("a second agent: exit code %d, %q; want it to name pid %d", code, stderr, a.PID())
@@ -214,12 +223,15 @@ func TestVIPs(t *testing.T) {
 func TestServingPort(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		config := services()
-		inbound := append(config.Inbound, controlplane.Inbound{Addr: lab.VMAddr6, Port: mesh.AppPort, HTTP: true})
+		inbound := append(
+			config.Inbound, controlplane.Inbound{Addr: lab.VMAddr6, Port: mesh.AppPort, HTTP: true})
 		config.Inbound = nil
 		m, a := start(t, mesh.Options{Backend: backend, Config: config})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		own := []netip.Addr{lab.VMAddr, lab.VMAddr6}
-		app := func(own netip.Addr) string { return "http://" + netip.AddrPortFrom(own, mesh.AppPort).String() + "/" }
+		app := func(own netip.Addr) string {
+			return "http://" + netip.AddrPortFrom(own, mesh.AppPort).String() + "/"
+		}
 		served := func(own netip.Addr) string {
 			resp, err := m.Client.HTTP().Get(app(own))
 			must(t, err)
@@ -247,7 +259,8 @@ func TestServingPort(t *testing.T) {
 				by := served(own)
 				return by == "inbound-8081-"+own.String(), by
 			})
-			if row := "-A SERVICE_PROXY_INBOUND -d " + netip.PrefixFrom(own, own.BitLen()).String() + " -p tcp"; strings.Count(chains(t, m), row) != 1 {
+			if row := "-A SERVICE_PROXY_INBOUND -d " + netip.PrefixFrom(own, own.BitLen()).String() +
+				" -p tcp"; strings.Count(chains(t, m), row) != 1 {
 				t.Errorf("want one %q in\n%s", row, chains(t, m))
 			}
 		}
@@ -279,14 +292,15 @@ func hasFinding(s status.Status, id symptom.ID) bool {
 	return false
 }
 
-// TestKill: kill -9 of the agent in the middle of changes. After each restart the chains converge; new connections to an
-// unchanged VIP neither fail nor escape in between.
+// TestKill: kill -9 of the agent in the middle of changes. After each restart the chains converge;
+// new connections to an unchanged VIP neither fail nor escape in between.
 func TestKill(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
-		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6},
+			PerSecond: 100, HTTP: true})
 		changes := soak(50, 8)
 		for i := range changes {
 			_, err := m.CP.Set(services(both(i), both(1000+i/2)))
@@ -297,7 +311,8 @@ func TestKill(t *testing.T) {
 			eventually(t, 10*time.Second, "convergence after kill -9", func() (bool, string) {
 				out := chains(t, m)
 				for family, vip := range both(i).Prefixes {
-					if !strings.Contains(out, "-d "+vip.String()+" ") || i > 0 && strings.Contains(out, "-d "+both(i - 1).Prefixes[family].String()+" ") {
+					if !strings.Contains(out, "-d "+vip.String()+" ") ||
+						i > 0 && strings.Contains(out, "-d "+both(i - 1).Prefixes[family].String()+" ") {
 						return false, out
 					}
 				}
@@ -318,7 +333,8 @@ func TestEnvoyDown(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		for _, policy := range []reconcile.WhenEnvoyDown{reconcile.Keep, reconcile.Bypass} {
 			t.Run(string(policy), func(t *testing.T) {
-				m, a := start(t, mesh.Options{Backend: backend, Config: services()}, "--when-envoy-down", string(policy))
+				m, a := start(t, mesh.Options{Backend: backend, Config: services()}, "--when-envoy-down",
+					string(policy))
 				must(t, a.WaitReady(within(t, 20*time.Second)))
 				through(t, m, web4)
 				m.Envoy.Kill()
@@ -333,7 +349,9 @@ func TestEnvoyDown(t *testing.T) {
 					}
 				} else {
 					escapes(t, m, web4)
-					_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool { return s.Mode == "bypass" })
+					_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool {
+						return s.Mode == "bypass"
+					})
 					must(t, err)
 				}
 				must(t, m.Envoy.Start())
@@ -349,8 +367,8 @@ func TestEnvoyDown(t *testing.T) {
 	})
 }
 
-// TestControlPlaneAway: Envoy restarted while the control plane is away has no listeners; that is no news, and unchanged
-// VIPs stay in the chains.
+// TestControlPlaneAway: Envoy restarted while the control plane is away has no listeners; that is
+// no news, and unchanged VIPs stay in the chains.
 func TestControlPlaneAway(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -360,14 +378,19 @@ func TestControlPlaneAway(t *testing.T) {
 		before := chains(t, m)
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
-		_, err := a.Wait(within(t, 20*time.Second), "an Envoy without listeners", func(s status.Status) bool {
-			return s.Envoy.State != "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
-		})
-		must(t, err)
-		if backend == lab.NFT { // Envoy waits 15 s for its clusters and 15 s for its listeners, and is LIVE then, with none
-			_, err = a.Wait(within(t, 60*time.Second), "Envoy live without listeners", func(s status.Status) bool {
-				return s.Envoy.State == "LIVE" && !s.Envoy.Configured && hasFinding(s, symptom.EnvoyNotConfigured)
+		_, err := a.Wait(within(t, 20*time.Second), "an Envoy without listeners",
+			func(s status.Status) bool {
+				return s.Envoy.State != "LIVE" && !s.Envoy.Configured &&
+					hasFinding(s, symptom.EnvoyNotConfigured)
 			})
+		must(t, err)
+		// Envoy waits 15 s for its clusters and 15 s for its listeners, and is LIVE then, with none
+		if backend == lab.NFT {
+			_, err = a.Wait(within(t, 60*time.Second), "Envoy live without listeners",
+				func(s status.Status) bool {
+					return s.Envoy.State == "LIVE" && !s.Envoy.Configured &&
+						hasFinding(s, symptom.EnvoyNotConfigured)
+				})
 			must(t, err)
 		}
 		time.Sleep(2 * time.Second)
@@ -388,7 +411,8 @@ func TestControlPlaneAway(t *testing.T) {
 	})
 }
 
-// TestForeignOwner: another local user on Envoy's ports while Envoy is down. The jumps go, it is said, nothing is believed.
+// TestForeignOwner: another local user on Envoy's ports while Envoy is down. The jumps go, it is
+// said, nothing is believed.
 func TestForeignOwner(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
@@ -407,12 +431,14 @@ func TestForeignOwner(t *testing.T) {
 		go lies.Serve(admin)
 		named := func(s status.Status, addr string) bool {
 			return slices.ContainsFunc(s.Findings, func(f symptom.Finding) bool {
-				return f.ID == symptom.ForeignOwner && f.Key == addr && strings.Contains(f.Cause, "is held by uid 4711, ")
+				return f.ID == symptom.ForeignOwner && f.Key == addr &&
+					strings.Contains(f.Cause, "is held by uid 4711, ")
 			})
 		}
-		s, err := a.Wait(within(t, 10*time.Second), "the foreign owner is named in IPv6", func(s status.Status) bool {
-			return named(s, "[::1]:15001") && strings.Contains(s.LastFailure, "uid 4711")
-		})
+		s, err := a.Wait(within(t, 10*time.Second), "the foreign owner is named in IPv6",
+			func(s status.Status) bool {
+				return named(s, "[::1]:15001") && strings.Contains(s.LastFailure, "uid 4711")
+			})
 		must(t, err)
 		escapes(t, m, web6)
 		if s.Ready {
@@ -424,7 +450,9 @@ func TestForeignOwner(t *testing.T) {
 		}
 		ln4, err := m.VM.ListenAs(foreign, "tcp", "127.0.0.1:15001")
 		must(t, err)
-		both := func(s status.Status) bool { return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001") }
+		both := func(s status.Status) bool {
+			return named(s, "127.0.0.1:15001") && named(s, "[::1]:15001")
+		}
 		s, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named", both)
 		must(t, err)
 		escapes(t, m, web4)
@@ -452,23 +480,26 @@ func TestForeignOwner(t *testing.T) {
 	})
 }
 
-// TestForeignOwnerInbound: inbound connections are redirected to an address of the interface, and not to loopback, so that is where
-// a foreign owner would get them.
+// TestForeignOwnerInbound: inbound connections are redirected to an address of the interface, and
+// not to loopback, so that is where a foreign owner would get them.
 func TestForeignOwnerInbound(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	m.Envoy.Kill()
-	ln, err := m.VM.ListenAs(4711, "tcp", netip.AddrPortFrom(lab.VMAddr, attribute.InboundPort).String())
+	ln, err := m.VM.ListenAs(
+		4711, "tcp", netip.AddrPortFrom(lab.VMAddr, attribute.InboundPort).String())
 	must(t, err)
 	defer ln.Close()
-	_, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named", func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
+	_, err = a.Wait(within(t, 10*time.Second), "the foreign owner is named",
+		func(s status.Status) bool { return hasFinding(s, symptom.ForeignOwner) })
 	must(t, err)
 	eventually(t, 5*time.Second, "the inbound jump is out", func() (bool, string) {
 		out, err := m.Chains(t.Context(), "IPv4")
 		return err == nil && !strings.Contains(out, "-j SERVICE_PROXY_INBOUND"), out
 	})
 	// The outbound jump stays: Envoy's port is closed, and who is kept waits for it.
-	if out, err := m.Chains(t.Context(), "IPv4"); err != nil || !strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") {
+	if out, err := m.Chains(t.Context(), "IPv4"); err != nil ||
+		!strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	ln.Close()
@@ -476,7 +507,8 @@ func TestForeignOwnerInbound(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 }
 
-// TestForeignOwnerAfterRestart: the jumps that an earlier run left lead to a foreign owner when the agent starts.
+// TestForeignOwnerAfterRestart: the jumps that an earlier run left lead to a foreign owner
+// when the agent starts.
 func TestForeignOwnerAfterRestart(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -492,22 +524,27 @@ func TestForeignOwnerAfterRestart(t *testing.T) {
 	escapes(t, m, web6)
 }
 
-// TestRuleDeleted: a rule deleted by hand is back within the poll interval, at once where the kernel notifies, and who did
-// it is told where the kernel tells.
+// TestRuleDeleted: a rule deleted by hand is back within the poll interval, at once where the
+// kernel notifies, and who did it is told where the kernel tells.
 func TestRuleDeleted(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
-		for i, family := range []struct{ name, program string }{{"IPv4", "iptables"}, {"IPv6", "ip6tables"}} {
-			_, err := m.VM.Run(t.Context(), family.program, "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+		for i, family := range []struct{ name, program string }{
+			{"IPv4", "iptables"}, {"IPv6", "ip6tables"}} {
+			_, err := m.VM.Run(t.Context(), family.program, "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp",
+				"-j", "SERVICE_PROXY_OUTPUT")
 			must(t, err)
 			start := time.Now()
 			eventually(t, 5*time.Second, "the jump back in "+family.name, func() (bool, string) {
 				out, err := m.Chains(t.Context(), family.name)
 				return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
 			})
-			t.Logf("%s: back after %v (looking included)", family.name, time.Since(start).Round(time.Millisecond))
-			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s status.Status) bool { return s.Undone == uint64(i+1) })
+			t.Logf("%s: back after %v (looking included)", family.name,
+				time.Since(start).Round(time.Millisecond))
+			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s status.Status) bool {
+				return s.Undone == uint64(i+1)
+			})
 			must(t, err)
 			if backend == lab.NFT && !strings.Contains(s.LastDriftBy, family.program) {
 				t.Errorf("%s: done by %q, want the program named", family.name, s.LastDriftBy)
@@ -525,9 +562,11 @@ func TestCleanup(t *testing.T) {
 		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})
 		must(t, err)
 		defer func() { must(t, m.Close()) }()
-		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.2")
+		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1/32", "-p",
+			"tcp", "-j", "DNAT", "--to-destination", "192.0.2.2")
 		must(t, err)
-		_, err = m.VM.Run(ctx, "ip6tables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "2001:db8::1/128", "-p", "tcp", "-j", "DNAT", "--to-destination", "2001:db8::2")
+		_, err = m.VM.Run(ctx, "ip6tables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "2001:db8::1/128",
+			"-p", "tcp", "-j", "DNAT", "--to-destination", "2001:db8::2")
 		must(t, err)
 		save := func() (both string) {
 			for _, program := range []string{"iptables-save", "ip6tables-save"} {
@@ -546,17 +585,21 @@ func TestCleanup(t *testing.T) {
 		// 1.8.9.
 		refusing := t.TempDir()
 		for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
-			must(t, os.WriteFile(filepath.Join(refusing, name), []byte("#!/bin/sh\necho \"$0: line 2 failed\" >&2\nexit 1\n"), 0o755))
+			must(t, os.WriteFile(filepath.Join(refusing, name),
+				[]byte("#!/bin/sh\necho \"$0: line 2 failed\" >&2\nexit 1\n"), 0o755))
 		}
-		out, stderr, code, err := a.RunAs(ctx, 0, []string{"PATH=" + refusing + ":" + m.Lab.Shims() + ":" + os.Getenv("PATH")}, "cleanup")
-		if err != nil || code != 1 || strings.Contains(out, "removed") || !strings.Contains(stderr, "IPv4") || !strings.Contains(stderr, "IPv6") {
+		out, stderr, code, err := a.RunAs(
+			ctx, 0, []string{"PATH=" + refusing + ":" + m.Lab.Shims() + ":" + os.Getenv("PATH")}, "cleanup")
+		if err != nil || code != 1 || strings.Contains(out, "removed") ||
+			!strings.Contains(stderr, "IPv4") || !strings.Contains(stderr, "IPv6") {
 			t.Errorf("cleanup by a restore that refuses: %d %v\n%s%s", code, err, out, stderr)
 		}
 		if now := chains(t, m); now != in {
 			t.Errorf("after a cleanup that was refused:\n%s\nbefore:\n%s", now, in)
 		}
 		out, stderr, code, err = a.Run(ctx, "cleanup")
-		if err != nil || code != 0 || !strings.Contains(out, "paused") || !strings.Contains(out, "removed") {
+		if err != nil || code != 0 || !strings.Contains(out, "paused") ||
+			!strings.Contains(out, "removed") {
 			t.Errorf("cleanup: %d %v\n%s%s", code, err, out, stderr)
 		}
 		time.Sleep(3 * time.Second) // the agent must not put anything back
@@ -567,7 +610,8 @@ func TestCleanup(t *testing.T) {
 		if left := strings.TrimSpace(chains(t, m)); left != "" {
 			t.Errorf("after cleanup ours are\n%s", left)
 		}
-		if code, body, err := a.Get("/healthz/ready"); err != nil || code != http.StatusServiceUnavailable || !strings.Contains(body, "paused") {
+		if code, body, err := a.Get("/healthz/ready"); err != nil ||
+			code != http.StatusServiceUnavailable || !strings.Contains(body, "paused") {
 			t.Errorf("/healthz/ready: %d %q %v", code, body, err)
 		}
 		a.Kill()

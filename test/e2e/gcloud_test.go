@@ -22,9 +22,9 @@ import (
 func writeFile(path, text string) error { return os.WriteFile(path, []byte(text), 0o644) }
 func mkdir(path string) error           { return os.MkdirAll(path, 0o755) }
 
-// TestGcloud: what the agent wrote is read from outside, all keys and one alone: by the request that
-// gcloud 528 was seen to make and, where it is on PATH, by gcloud itself. It comes with Google's own
-// installer only, so `make test` says at its end when there was none.
+// TestGcloud: what the agent wrote is read from outside, all keys and one alone: by the request
+// that gcloud 528 was seen to make and, where it is on PATH, by gcloud itself. It comes with
+// Google's own installer only, so `make test` says at its end when there was none.
 func TestGcloud(t *testing.T) {
 	m, a := start(t, mesh.Options{Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -39,7 +39,8 @@ func TestGcloud(t *testing.T) {
 	if got := m.Platform.GuestAttributes("gce-service-proxy")["proxy-version"]; got != server.Version {
 		t.Errorf("proxy-version %q, want Envoy's %q", got, server.Version)
 	}
-	beat, err := time.Parse(time.RFC3339, m.Platform.GuestAttributes("gce-service-proxy")["agent-heartbeat"])
+	beat, err := time.Parse(
+		time.RFC3339, m.Platform.GuestAttributes("gce-service-proxy")["agent-heartbeat"])
 	if err != nil || time.Since(beat) > time.Minute || beat.Location() != time.UTC {
 		t.Errorf("heartbeat %v, %v", beat, err)
 	}
@@ -51,9 +52,13 @@ func TestGcloud(t *testing.T) {
 	must(t, err)
 	m.Platform.Serve(ln, nil)
 	base := "http://" + ln.Addr().String()
-	readers := map[string]func(query string) [][]string{"by API": func(query string) [][]string { return askAPI(t, base, query) }}
+	readers := map[string]func(query string) [][]string{"by API": func(query string) [][]string {
+		return askAPI(t, base, query)
+	}}
 	if gcloud, err := exec.LookPath("gcloud"); err == nil {
-		readers["by gcloud"] = func(query string) [][]string { return askGcloud(t, m, gcloud, base, query) }
+		readers["by gcloud"] = func(query string) [][]string {
+			return askGcloud(t, m, gcloud, base, query)
+		}
 	}
 	header := []string{"NAMESPACE", "KEY", "VALUE"}
 	want := [][]string{header, {"gce-service-proxy", "proxy-version", server.Version}}
@@ -81,13 +86,15 @@ func TestGcloud(t *testing.T) {
 	}
 	const vm = "GET /compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=gce-service-proxy%2F"
 	if len(asked) != 2 || !asked[vm] || !asked[vm+"proxy-version"] {
-		t.Errorf("requests %q, want %q and one with proxy-version at its end", slices.Collect(maps.Keys(asked)), vm)
+		t.Errorf("requests %q, want %q and one with proxy-version at its end",
+			slices.Collect(maps.Keys(asked)), vm)
 	}
 }
 
 // askGcloud has the real one print its table.
 func askGcloud(t *testing.T, m *mesh.Mesh, gcloud, base, query string) (rows [][]string) {
-	cmd := exec.CommandContext(t.Context(), gcloud, "compute", "instances", "get-guest-attributes", "vm-1", "--zone=us-central1-a", "--project=my-project", "--query-path="+query)
+	cmd := exec.CommandContext(t.Context(), gcloud, "compute", "instances", "get-guest-attributes",
+		"vm-1", "--zone=us-central1-a", "--project=my-project", "--query-path="+query)
 	cmd.Env = m.Platform.GcloudEnv(base, t.TempDir(), os.Getenv("PATH"))
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -101,7 +108,8 @@ func askGcloud(t *testing.T, m *mesh.Mesh, gcloud, base, query string) (rows [][
 
 // askAPI is the call that gcloud makes, as rows of its table.
 func askAPI(t *testing.T, base, query string) [][]string {
-	resp, err := http.Get(base + "/compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=" + url.QueryEscape(query))
+	resp, err := http.Get(base +
+		"/compute/v1/projects/my-project/zones/us-central1-a/instances/vm-1/getGuestAttributes?alt=json&queryPath=" + url.QueryEscape(query))
 	must(t, err)
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)

@@ -11,8 +11,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestHotRestart: the Envoy of before answers on connections that it had until it ends, here after a minute, and takes no
-// more listeners. What the control plane sends is in the rules long before.
+// TestHotRestart: the Envoy of before answers on connections that it had until it ends, here after
+// a minute, and takes no more listeners. What the control plane sends is in the rules long before.
 func TestHotRestart(t *testing.T) {
 	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services(), NoEnvoy: true})

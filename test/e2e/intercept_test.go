@@ -31,9 +31,11 @@ func interception(what string) string {
 	return `{"api-version":"0.2","proxy-spec":{"network":""},"traffic-interception":{` + what + `}}`
 }
 
-// relayed says whether somebody stands between us and the server: the server then saw another connection than ours. Envoy's
-// passthrough goes to the address that was called, so the address says nothing.
-func relayed(ctx context.Context, from *lab.Namespace, uid uint32, to netip.AddrPort) (bool, error) {
+// relayed says whether somebody stands between us and the server: the server then saw another
+// connection than ours. Envoy's passthrough goes to the address that was called, so the
+// address says nothing.
+func relayed(ctx context.Context, from *lab.Namespace, uid uint32,
+	to netip.AddrPort) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	c, err := from.DialAs(ctx, uid, to)
@@ -84,8 +86,9 @@ func stat(t *testing.T, m *mesh.Mesh, name string) (n int) {
 	return n
 }
 
-// TestInterceptAll: everything goes through Envoy but the excludes, root and the proxy, in both families. What becomes of a
-// connection that is no service's is up to Envoy: it passes it through, or closes it when it has no chain for it.
+// TestInterceptAll: everything goes through Envoy but the excludes, root and the proxy, in both
+// families. What becomes of a connection that is no service's is up to Envoy: it passes it through,
+// or closes it when it has no chain for it.
 func TestInterceptAll(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -103,7 +106,8 @@ func TestInterceptAll(t *testing.T) {
 		through(t, m, web6)
 
 		passed := stat(t, m, "tcp.passthrough.downstream_cx_total")
-		others := addrPorts("198.51.100.7:81", "[2001:db8::7]:81", "198.51.100.7:83", "198.51.100.7:8999", "198.51.100.7:9011", "[2001:db8::7]:9011", "203.0.112.255:81")
+		others := addrPorts("198.51.100.7:81", "[2001:db8::7]:81", "198.51.100.7:83", "198.51.100.7:8999",
+			"198.51.100.7:9011", "[2001:db8::7]:9011", "203.0.112.255:81")
 		wantRelayed(t, m.VM, 1000, true, others...)
 		if n := stat(t, m, "tcp.passthrough.downstream_cx_total") - passed; n != len(others) {
 			t.Errorf("Envoy passed %d connections through, want %d", n, len(others))
@@ -126,7 +130,8 @@ func TestInterceptAll(t *testing.T) {
 		must(t, err)
 		must(t, m.CP.WaitAccepted(within(t, 10*time.Second), push))
 		closed := stat(t, m, "listener.0.0.0.0_15001.no_filter_chain_match")
-		eventually(t, 10*time.Second, "a connection that Envoy closes", func() (bool, string) { // the old listener drains
+		// the old listener drains
+		eventually(t, 10*time.Second, "a connection that Envoy closes", func() (bool, string) {
 			_, err := relayed(t.Context(), m.VM, 1000, other4)
 			n := stat(t, m, "listener.0.0.0.0_15001.no_filter_chain_match") - closed
 			return err != nil && n > 0, fmt.Sprintf("%v, %d without a chain", err, n)
@@ -168,7 +173,8 @@ func resolver(t *testing.T, m *mesh.Mesh) (answerLate func()) {
 	return sync.OnceFunc(func() { close(late) })
 }
 
-// answer answers on a socket with the address that was asked as the source, which is none of the machine's own.
+// answer answers on a socket with the address that was asked as the source, which is none
+// of the machine's own.
 func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
 	raw, err := conn.SyscallConn()
 	must(t, err)
@@ -189,8 +195,9 @@ func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
 			}
 			q.Response, q.Additionals = true, nil
 			q.Answers = []dnsmessage.Resource{{
-				Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET},
-				Body:   &dnsmessage.AResource{A: fromResolver.As4()},
+				Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Type: dnsmessage.TypeA,
+					Class: dnsmessage.ClassINET},
+				Body: &dnsmessage.AResource{A: fromResolver.As4()},
 			}}
 			reply, err := q.Pack()
 			if err != nil {
@@ -215,7 +222,8 @@ func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
 // lateName is a name that the resolver answers for only when told to.
 const lateName = "late.test."
 
-// asker is a UDP socket of a user of the VM: one port for all its questions, as some resolvers have.
+// asker is a UDP socket of a user of the VM: one port for all its questions,
+// as some resolvers have.
 type asker struct {
 	uid  uint32
 	conn net.PacketConn
@@ -245,8 +253,9 @@ func listenUDPAs(t *testing.T, m *mesh.Mesh, uid uint32, addr string) (conn net.
 // question sends one and returns its ID.
 func (a asker) question(server netip.AddrPort, name string) (id uint16, err error) {
 	q := dnsmessage.Message{
-		Header:    dnsmessage.Header{ID: uint16(time.Now().UnixNano()), RecursionDesired: true},
-		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
+		Header: dnsmessage.Header{ID: uint16(time.Now().UnixNano()), RecursionDesired: true},
+		Questions: []dnsmessage.Question{
+			{Name: dnsmessage.MustNewName(name), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}},
 	}
 	b, err := q.Pack()
 	if err == nil {
@@ -271,7 +280,8 @@ func (a asker) ask(server netip.AddrPort) (netip.Addr, error) {
 		if err := r.Unpack(b[:n]); err != nil || r.ID != id {
 			continue // an answer that came too late
 		}
-		if at := from.(*net.UDPAddr).AddrPort(); at.Addr().Unmap() != server.Addr() || at.Port() != server.Port() {
+		if at := from.(*net.UDPAddr).AddrPort(); at.Addr().Unmap() != server.Addr() ||
+			at.Port() != server.Port() {
 			return netip.Addr{}, fmt.Errorf("%v was asked, %v answered", server, at)
 		}
 		for _, rr := range r.Answers {
@@ -286,21 +296,24 @@ func (a asker) ask(server netip.AddrPort) (netip.Addr, error) {
 // answered waits until the server's answer is want.
 func (a asker) answered(t *testing.T, server netip.AddrPort, want netip.Addr) {
 	t.Helper()
-	eventually(t, 10*time.Second, fmt.Sprintf("uid %d: answer %v of %v", a.uid, want, server), func() (bool, string) {
-		got, err := a.ask(server)
-		return err == nil && got == want, fmt.Sprint(got, err)
-	})
+	eventually(t, 10*time.Second, fmt.Sprintf("uid %d: answer %v of %v", a.uid, want, server),
+		func() (bool, string) {
+			got, err := a.ask(server)
+			return err == nil && got == want, fmt.Sprint(got, err)
+		})
 }
 
-// TestInterceptDNS: while Envoy has a DNS listener it answers what the VM asks any resolver, in each family and by TCP where
-// it listens there, but for what Envoy and the VM's resolvers ask. Sockets that asked before the rules came or went are
-// taken along. A resolver that is not let out is named.
+// TestInterceptDNS: while Envoy has a DNS listener it answers what the VM asks any resolver,
+// in each family and by TCP where it listens there, but for what Envoy and the VM's resolvers
+// ask. Sockets that asked before the rules came or went are taken along. A resolver that is
+// not let out is named.
 func TestInterceptDNS(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		without := services()
 		const ownResolver, otherResolver = 4711, 4712
-		m, a := start(t, mesh.Options{Backend: backend, Config: without, Attribute: interception(`"intercept-dns":true`)},
+		m, a := start(t,
+			mesh.Options{Backend: backend, Config: without, Attribute: interception(`"intercept-dns":true`)},
 			"--resolver-users", fmt.Sprintf("%d, no-such-user", ownResolver))
 		answerLate := resolver(t, m)
 		if _, err := m.Echo(m.Service, 53, lab.EchoOptions{Name: "resolver"}); err != nil {
@@ -309,7 +322,8 @@ func TestInterceptDNS(t *testing.T) {
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
 
-		user, root, envoy, own := newAsker(t, m, 1000), newAsker(t, m, 0), newAsker(t, m, lab.EnvoyUID), newAsker(t, m, ownResolver)
+		user, root, envoy, own := newAsker(t, m, 1000), newAsker(t, m, 0), newAsker(t, m, lab.EnvoyUID),
+			newAsker(t, m, ownResolver)
 		servers := addrPorts("169.254.169.254:53", "198.51.100.53:53")
 		resolver6 := netip.MustParseAddrPort("[fd20:ce::254]:53")
 		tcp := func(uid uint32, server netip.AddrPort) string {
@@ -335,8 +349,10 @@ func TestInterceptDNS(t *testing.T) {
 		past() // no DNS listener yet
 
 		with := services()
-		with.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {fromEnvoy}}} // as Envoy's DNS filter is: UDP only
-		// An answer that comes after the rules brings a new conntrack entry of the old path, which does not last.
+		// as Envoy's DNS filter is: UDP only
+		with.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {fromEnvoy}}}
+		// An answer that comes after the rules brings a new conntrack entry of the old
+		// path, which does not last.
 		patient := newAsker(t, m, 1000)
 		_, err := patient.question(servers[1], lateName)
 		must(t, err)
@@ -360,7 +376,8 @@ func TestInterceptDNS(t *testing.T) {
 		}
 
 		full := services()
-		full.DNS = &controlplane.DNS{Names: with.DNS.Names, IPv6: true, TCPUpstream: netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort)}
+		full.DNS = &controlplane.DNS{Names: with.DNS.Names, IPv6: true,
+			TCPUpstream: netip.AddrPortFrom(lab.EndpointAddr(1), mesh.EndpointPort)}
 		_, err = m.CP.Set(full)
 		must(t, err)
 		servers = append(servers, resolver6)
@@ -390,24 +407,29 @@ func TestInterceptDNS(t *testing.T) {
 		must(t, a.WaitReady(within(t, 5*time.Second)))
 		listenUDPAs(t, m, ownResolver, "127.0.0.2:53")
 		looping := listenUDPAs(t, m, otherResolver, "127.0.0.1:53")
-		s, err := a.Wait(within(t, 5*time.Second), "the resolver that would loop", func(s status.Status) bool { return hasFinding(s, symptom.ResolverLoop) })
+		s, err := a.Wait(within(t, 5*time.Second), "the resolver that would loop",
+			func(s status.Status) bool { return hasFinding(s, symptom.ResolverLoop) })
 		must(t, err)
 		named := slices.ContainsFunc(s.Findings, func(f symptom.Finding) bool {
-			return f.ID == symptom.ResolverLoop && f.Severity == symptom.Warning && strings.Contains(f.Cause, "resolver on 127.0.0.1:53 of uid 4712 ")
+			return f.ID == symptom.ResolverLoop && f.Severity == symptom.Warning &&
+				strings.Contains(f.Cause, "resolver on 127.0.0.1:53 of uid 4712 ")
 		})
 		// It may ask nobody, so it is no failure.
 		if !named || strings.Contains(s.LastFailure, "127.0.0.1:53") {
-			t.Errorf("findings %+v, last failure %q: want a warning that names uid %d", s.Findings, s.LastFailure, otherResolver)
+			t.Errorf("findings %+v, last failure %q: want a warning that names uid %d", s.Findings,
+				s.LastFailure, otherResolver)
 		}
 		looping.Close()
-		_, err = a.Wait(within(t, 5*time.Second), "no resolver that would loop", func(s status.Status) bool { return !hasFinding(s, symptom.ResolverLoop) })
+		_, err = a.Wait(within(t, 5*time.Second), "no resolver that would loop",
+			func(s status.Status) bool { return !hasFinding(s, symptom.ResolverLoop) })
 		must(t, err)
 
 		_, err = m.CP.Set(without)
 		must(t, err)
 		eventually(t, 10*time.Second, "the DNS rules gone", func() (bool, string) {
 			out := chains(t, m)
-			return !strings.Contains(out, "SERVICE_PROXY_DNS") && strings.Contains(out, "SERVICE_PROXY_OUTPUT"), out
+			return !strings.Contains(out, "SERVICE_PROXY_DNS") &&
+				strings.Contains(out, "SERVICE_PROXY_OUTPUT"), out
 		})
 		past()
 		through(t, m, web4)
@@ -425,7 +447,8 @@ func TestInterceptDNS(t *testing.T) {
 	})
 }
 
-// container is a network that is routed through the VM: the lab's client by a second cable, "cont0" in the VM.
+// container is a network that is routed through the VM: the lab's client by a second
+// cable, "cont0" in the VM.
 func container(t *testing.T, m *mesh.Mesh) {
 	t.Helper()
 	for _, b := range []struct {
@@ -449,28 +472,32 @@ route replace default via fd18::1
 		must(t, err)
 	}
 	must(t, m.VM.Do(func() error {
-		for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		for _, path := range []string{
+			"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
 			if err := os.WriteFile(path, []byte("1"), 0); err != nil {
 				return err
 			}
 		}
 		return nil
 	}))
-	eventually(t, 10*time.Second, "the container's way out", func() (bool, string) { // IPv6 has to look for its neighbours
+	// IPv6 has to look for its neighbours
+	eventually(t, 10*time.Second, "the container's way out", func() (bool, string) {
 		_, err := relayed(t.Context(), m.Client, 1000, other6)
 		return err == nil, fmt.Sprint(err)
 	})
 }
 
-// TestInterceptInterfaces: what comes in by a named interface to be routed is treated as the VM's own traffic is; without the
-// setting it is only routed.
+// TestInterceptInterfaces: what comes in by a named interface to be routed is treated as the VM's
+// own traffic is; without the setting it is only routed.
 func TestInterceptInterfaces(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
-		config := services(controlplane.Service{Name: "excluded", Prefixes: controlplane.VIPs("10.10.0.9"), Port: 81, Endpoints: endpoints()})
+		config := services(controlplane.Service{
+			Name: "excluded", Prefixes: controlplane.VIPs("10.10.0.9"), Port: 81, Endpoints: endpoints()})
 		config.Passthrough = true
 		const excludes = `"exclude-outbound-ip-ranges":["10.10.0.9"]`
-		m, a := start(t, mesh.Options{Backend: backend, Config: config, Attribute: interception(excludes)})
+		m, a := start(
+			t, mesh.Options{Backend: backend, Config: config, Attribute: interception(excludes)})
 		container(t, m)
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
@@ -484,12 +511,13 @@ func TestInterceptInterfaces(t *testing.T) {
 		must(t, a.Start())
 		viaEnvoy := func(to netip.AddrPort) {
 			t.Helper()
-			eventually(t, 5*time.Second, fmt.Sprintf("the container to %s through Envoy", to), func() (bool, string) {
-				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-				defer cancel()
-				r, err := lab.HTTPProbe(ctx, m.Client, 1000, to)
-				return err == nil && !r.Escaped && r.Name == "endpoint", fmt.Sprintf("%+v %v", r, err)
-			})
+			eventually(t, 5*time.Second, fmt.Sprintf("the container to %s through Envoy", to),
+				func() (bool, string) {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					defer cancel()
+					r, err := lab.HTTPProbe(ctx, m.Client, 1000, to)
+					return err == nil && !r.Escaped && r.Name == "endpoint", fmt.Sprintf("%+v %v", r, err)
+				})
 		}
 		for _, vip := range vips {
 			viaEnvoy(vip)
@@ -497,12 +525,14 @@ func TestInterceptInterfaces(t *testing.T) {
 		wantRelayed(t, m.Client, 1000, false, excluded, other4, other6)
 		through(t, m, web4)
 
-		m.Platform.SetAttribute("gce-service-proxy", interception(`"intercept-all-outbound":true,`+excludes))
+		m.Platform.SetAttribute(
+			"gce-service-proxy", interception(`"intercept-all-outbound":true,`+excludes))
 		for _, other := range []netip.AddrPort{other4, other6} {
-			eventually(t, 5*time.Second, fmt.Sprintf("the container to %s through Envoy", other), func() (bool, string) {
-				got, err := relayed(t.Context(), m.Client, 1000, other)
-				return got, fmt.Sprint(err)
-			})
+			eventually(t, 5*time.Second, fmt.Sprintf("the container to %s through Envoy", other),
+				func() (bool, string) {
+					got, err := relayed(t.Context(), m.Client, 1000, other)
+					return got, fmt.Sprint(err)
+				})
 		}
 		viaEnvoy(web4)
 		// Root of a container is not root of the VM, and what is asked of the VM itself is not outbound.

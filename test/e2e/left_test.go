@@ -21,25 +21,28 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestRuleRefused: the kernel refuses the rules that spare Envoy's own traffic. Outbound interception
-// would loop without them and is left out, what else the kernel takes is installed and kept so, the
-// refused rules are named in both families, and a change offers them again.
+// TestRuleRefused: the kernel refuses the rules that spare Envoy's own traffic. Outbound
+// interception would loop without them and is left out, what else the kernel takes is installed and
+// kept so, the refused rules are named in both families, and a change offers them again.
 func TestRuleRefused(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoOwnerMatch: true})
 		left := func(family string) string {
-			return fmt.Sprintf(`The kernel refuses the %s rule "-A SERVICE_PROXY_OUTPUT -m owner --uid-owner %d -m comment --comment proxy-user -j RETURN": `, family, lab.EnvoyUID)
+			return fmt.Sprintf(
+				`The kernel refuses the %s rule "-A SERVICE_PROXY_OUTPUT -m owner --uid-owner %d -m comment --comment proxy-user -j RETURN": `, family, lab.EnvoyUID)
 		}
-		s, err := a.Wait(within(t, 20*time.Second), "the refused rules named", func(s status.Status) bool {
-			said := 0
-			for _, f := range s.Findings {
-				if f.ID == symptom.RuleRefused && (strings.HasPrefix(f.Cause, left("IPv4")) || strings.HasPrefix(f.Cause, left("IPv6"))) {
-					said++
+		s, err := a.Wait(within(t, 20*time.Second), "the refused rules named",
+			func(s status.Status) bool {
+				said := 0
+				for _, f := range s.Findings {
+					if f.ID == symptom.RuleRefused &&
+						(strings.HasPrefix(f.Cause, left("IPv4")) || strings.HasPrefix(f.Cause, left("IPv6"))) {
+						said++
+					}
 				}
-			}
-			return said == 2 && strings.HasPrefix(s.LastFailure, "The kernel refuses the ")
-		})
+				return said == 2 && strings.HasPrefix(s.LastFailure, "The kernel refuses the ")
+			})
 		must(t, err)
 		t.Log(s.LastFailure)
 		if !strings.Contains(s.LastFailure, "nvalid argument") && backend == lab.NFT {
@@ -48,17 +51,20 @@ func TestRuleRefused(t *testing.T) {
 		if s.Ready || !strings.Contains(s.NotReady, "rules are not as wanted") {
 			t.Errorf("ready: %v, %q", s.Ready, s.NotReady)
 		}
-		if n := metric(t, a, finding(symptom.RuleRefused)); n != 4 { // the user's and the group's, in two families
+		// the user's and the group's, in two families
+		if n := metric(t, a, finding(symptom.RuleRefused)); n != 4 {
 			t.Errorf("finding rules-not-applied: %v", n)
 		}
-		says(t, a, 0, 1, []string{`^error +The kernel refuses the IPv4 rule`, `^error +The kernel refuses the IPv6 rule`}, "status")
+		says(t, a, 0, 1, []string{`^error +The kernel refuses the IPv4 rule`,
+			`^error +The kernel refuses the IPv6 rule`}, "status")
 		if code, body, err := a.Get("/healthz"); err != nil || code != http.StatusOK {
 			t.Errorf("/healthz: %d %q %v: a new VM has the same kernel", code, body, err)
 		}
 		// The rest is in: inbound goes through Envoy, and nothing is led outbound to where it could loop.
 		inbound := func() {
 			t.Helper()
-			resp, err := m.Client.HTTP().Get("http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/")
+			resp, err := m.Client.HTTP().Get(
+				"http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/")
 			must(t, err)
 			resp.Body.Close()
 			if by := resp.Header.Get(controlplane.ServedByHeader); !strings.HasPrefix(by, "inbound-") {
@@ -69,7 +75,8 @@ func TestRuleRefused(t *testing.T) {
 		escapes(t, m, web4)
 		escapes(t, m, web6)
 		have := chains(t, m)
-		if strings.Contains(have, "-j SERVICE_PROXY_OUTPUT") || strings.Contains(have, "-m owner") || !strings.Contains(have, "-d 10.10.0.1/32") || !strings.Contains(have, "-d fd10::1/128") {
+		if strings.Contains(have, "-j SERVICE_PROXY_OUTPUT") || strings.Contains(have, "-m owner") ||
+			!strings.Contains(have, "-d 10.10.0.1/32") || !strings.Contains(have, "-d fd10::1/128") {
 			t.Errorf("the chains:\n%s", have)
 		}
 		// Such rules are kept like any others, and the refused ones are not offered again and again.
@@ -82,9 +89,13 @@ func TestRuleRefused(t *testing.T) {
 		if n := tried(); n != 2 {
 			t.Errorf("offered %v times in two families", n)
 		}
-		_, err = m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "PREROUTING", "-p", "tcp", "-j", "SERVICE_PROXY_INBOUND")
+		_, err = m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "PREROUTING", "-p", "tcp",
+			"-j", "SERVICE_PROXY_INBOUND")
 		must(t, err)
-		eventually(t, 5*time.Second, "the chains as before", func() (bool, string) { now := chains(t, m); return now == have, now })
+		eventually(t, 5*time.Second, "the chains as before", func() (bool, string) {
+			now := chains(t, m)
+			return now == have, now
+		})
 		inbound()
 		if n := tried(); n != 2 {
 			t.Errorf("offered %v times in two families after a repair", n)
@@ -94,9 +105,13 @@ func TestRuleRefused(t *testing.T) {
 		must(t, err)
 		eventually(t, 10*time.Second, "the change in the chains", func() (bool, string) {
 			now := chains(t, m)
-			return strings.Contains(now, "-d "+service(1).Prefixes[0].String()+" ") && !strings.Contains(now, "-m owner"), now
+			return strings.Contains(now, "-d "+service(1).Prefixes[0].String()+" ") && !strings.Contains(
+				now, "-m owner"), now
 		})
-		eventually(t, 5*time.Second, "the whole offered again", func() (bool, string) { n := tried(); return n > 2, fmt.Sprint(n) })
+		eventually(t, 5*time.Second, "the whole offered again", func() (bool, string) {
+			n := tried()
+			return n > 2, fmt.Sprint(n)
+		})
 		says(t, a, 0, 0, []string{`^removed `}, "cleanup")
 		if now := chains(t, m); strings.TrimSpace(now) != "" {
 			t.Errorf("after cleanup:\n%s", now)
@@ -108,7 +123,8 @@ func TestRuleRefused(t *testing.T) {
 // own: the usual one is the whole machine's, and other labs would wait as well.)
 func TestLocked(t *testing.T) {
 	t.Parallel()
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.Legacy, Config: services()})
+	m, err := mesh.New(within(t, 30*time.Second),
+		mesh.Options{Backend: lab.Legacy, Config: services()})
 	must(t, err)
 	lock, err := os.Create(filepath.Join(m.Dir, "xtables.lock"))
 	must(t, err)
@@ -136,7 +152,8 @@ func TestLocked(t *testing.T) {
 	_, err = m.CP.Set(services(service(7)))
 	must(t, err)
 	s, err := a.Wait(within(t, 30*time.Second), "the words", func(s status.Status) bool {
-		return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: apply IPv4 rules: another program holds the iptables lock: ") &&
+		return strings.HasPrefix(s.LastFailure,
+			"The IPv4 rules could not be applied: apply IPv4 rules: another program holds the iptables lock: ") &&
 			strings.Contains(s.LastFailure, "it is tried again; `lsof /run/xtables.lock` names the program")
 	})
 	must(t, err)
@@ -149,7 +166,9 @@ func TestLocked(t *testing.T) {
 	}
 	through(t, m, web4) // what was in stays
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
-	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s status.Status) bool {
+		return s.Ready && strings.Contains(s.LastFailure, "(over; ")
+	})
 	must(t, err)
 	through(t, m, netip.AddrPortFrom(service(7).Prefixes[0].Addr(), 9000))
 	if n := metric(t, a, finding(symptom.RuleRefused)); n != 0 {

@@ -44,27 +44,29 @@ func (r *refusals) speak(t *testing.T) {
 	must(t, err)
 }
 
-// check refuses, waits until that is named by all of want in agent-last-failure, and until it is over after ok. The rules
-// and what goes through them stay.
+// check refuses, waits until that is named by all of want in agent-last-failure, and until it is
+// over after ok. The rules and what goes through them stay.
 func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ...string) {
 	t.Helper()
 	before := chains(t, r.Mesh)
 	refuse()
-	_, err := r.agent.Wait(within(t, 60*time.Second), "the refusal is named", func(s status.Status) bool {
-		for _, text := range want {
-			if !strings.Contains(s.LastFailure, text) {
-				return false
+	_, err := r.agent.Wait(within(t, 60*time.Second), "the refusal is named",
+		func(s status.Status) bool {
+			for _, text := range want {
+				if !strings.Contains(s.LastFailure, text) {
+					return false
+				}
 			}
-		}
-		return hasFinding(s, id) && strings.Contains(s.LastFailure, "(since ")
-	})
+			return hasFinding(s, id) && strings.Contains(s.LastFailure, "(since ")
+		})
 	must(t, err)
 	if now := chains(t, r.Mesh); now != before {
 		t.Errorf("the rules changed:\n%s\nbefore:\n%s", now, before)
 	}
 	through(t, r.Mesh, web4)
 	ok()
-	_, err = r.agent.Wait(within(t, 60*time.Second), "it is over", func(s status.Status) bool { // Envoy's own back-off is up to 30 s
+	// Envoy's own back-off is up to 30 s
+	_, err = r.agent.Wait(within(t, 60*time.Second), "it is over", func(s status.Status) bool {
 		return len(s.Findings) == 0 && s.Ready && strings.Contains(s.LastFailure, "(over; ")
 	})
 	must(t, err)
@@ -72,7 +74,8 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 		return
 	}
 	// The stream stands before what it brings is in the rules.
-	for ctx, newest := within(t, 20*time.Second), service(r.extras).Prefixes[0].String(); ; time.Sleep(10 * time.Millisecond) {
+	for ctx, newest := within(t, 20*time.Second), service(r.extras).Prefixes[0].String(); ; time.Sleep(
+		10 * time.Millisecond) {
 		rules, err := r.Chains(ctx, "IPv4")
 		must(t, err)
 		if strings.Contains(rules, newest) {
@@ -81,8 +84,8 @@ func (r *refusals) check(t *testing.T, refuse, ok func(), id symptom.ID, want ..
 	}
 }
 
-// TestControlPlaneRefuses: whatever the control plane says no to is named with its next step, and it is over by itself once
-// the control plane has changed its mind.
+// TestControlPlaneRefuses: whatever the control plane says no to is named with its next step, and
+// it is over by itself once the control plane has changed its mind.
 func TestControlPlaneRefuses(t *testing.T) {
 	t.Parallel()
 	r := startRefusals(t)
@@ -98,7 +101,8 @@ func TestControlPlaneRefuses(t *testing.T) {
 		"Requested entity was not found", "check the mesh, scope or network name")
 	r.check(t, func() {
 		bad := services(service(r.extras))
-		bad.Listeners = append(bad.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
+		bad.Listeners = append(
+			bad.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
 		_, err := r.CP.Set(bad)
 		must(t, err)
 	}, speak, symptom.AccessLogUnwritable, "Envoy rejected listener bad", "/root/access.log")
@@ -113,7 +117,9 @@ func TestControlPlaneRefuses(t *testing.T) {
 		if n := r.CP.Rejections(); !strings.Contains(n[len(n)-1].Details, secret) {
 			t.Errorf("Envoy says %q, which holds no header", n[len(n)-1].Details)
 		}
-		_, err = r.agent.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool { return strings.Contains(s.LastFailure, "quoted") })
+		_, err = r.agent.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
+			return strings.Contains(s.LastFailure, "quoted")
+		})
 		must(t, err)
 		r.quiet(t, secret)
 	}, speak, symptom.ListenerRejected,
@@ -144,21 +150,27 @@ func quotedListener(t *testing.T, name string, port uint16, value string) *liste
 		return packed
 	}
 	route := &routev3.Route{
-		Match:  &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
-		Action: &routev3.Route_Route{Route: &routev3.RouteAction{ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: "cluster-web"}}},
+		Match: &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: "/"}},
+		Action: &routev3.Route_Route{
+			Route: &routev3.RouteAction{
+				ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: "cluster-web"}}},
 		RequestHeadersToAdd: []*corev3.HeaderValueOption{{
 			Header: &corev3.HeaderValue{Key: "authorization", Value: value}, AppendAction: 99,
 		}},
 	}
 	l := controlplane.RefusedListener(name, port, "")
 	l.FilterChains = []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
-		Name: "http", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: pack(&hcmv3.HttpConnectionManager{
-			StatPrefix:  "x",
-			HttpFilters: []*hcmv3.HttpFilter{{Name: "router", ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(&routerv3.Router{})}}},
-			RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: &routev3.RouteConfiguration{
-				Name: "r", VirtualHosts: []*routev3.VirtualHost{{Name: "v", Domains: []string{"*"}, Routes: []*routev3.Route{route}}},
-			}},
-		})},
+		Name: "http", ConfigType: &listenerv3.Filter_TypedConfig{
+			TypedConfig: pack(&hcmv3.HttpConnectionManager{
+				StatPrefix: "x",
+				HttpFilters: []*hcmv3.HttpFilter{
+					{Name: "router", ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: pack(&routerv3.Router{})}}},
+				RouteSpecifier: &hcmv3.HttpConnectionManager_RouteConfig{
+					RouteConfig: &routev3.RouteConfiguration{
+						Name: "r", VirtualHosts: []*routev3.VirtualHost{
+							{Name: "v", Domains: []string{"*"}, Routes: []*routev3.Route{route}}},
+					}},
+			})},
 	}}}}
 	return l
 }
@@ -167,13 +179,19 @@ func quotedListener(t *testing.T, name string, port uint16, value string) *liste
 func TestControlPlaneBusy(t *testing.T) {
 	t.Parallel()
 	r := startRefusals(t)
-	r.check(t, func() { r.CP.Refuse(codes.ResourceExhausted, "Quota exceeded.") }, func() { r.speak(t) }, symptom.ControlPlaneRefused, "Quota exceeded (gRPC code 8)")
+	r.check(t, func() {
+		r.CP.Refuse(codes.ResourceExhausted, "Quota exceeded.")
+	}, func() { r.speak(t) }, symptom.ControlPlaneRefused, "Quota exceeded (gRPC code 8)")
 }
 
-// TestControlPlaneUnreachable: Envoy logs that the stream was reset, and nothing of the connections that are refused then.
+// TestControlPlaneUnreachable: Envoy logs that the stream was reset, and nothing of the connections
+// that are refused then.
 func TestControlPlaneUnreachable(t *testing.T) {
 	t.Parallel()
 	r := startRefusals(t)
-	r.check(t, r.CP.GoAway, func() { must(t, r.CP.ComeBack()); r.speak(t) }, symptom.ControlPlaneConnect,
+	r.check(t, r.CP.GoAway, func() {
+		must(t, r.CP.ComeBack())
+		r.speak(t)
+	}, symptom.ControlPlaneConnect,
 		"Cannot reach the Traffic Director API server: connect ", "connection refused")
 }

@@ -31,9 +31,10 @@ func seeded(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(seed, 0))
 }
 
-// TestLateControlPlane: Envoy restarts while its control plane stands still, which answers some time later, and in every
-// second case just behind the agent's dump of an Envoy without listeners. Nothing that the new Envoy says before counts:
-// the rules are not touched, and no connection goes to the raw address.
+// TestLateControlPlane: Envoy restarts while its control plane stands still, which answers some
+// time later, and in every second case just behind the agent's dump of an Envoy without
+// listeners. Nothing that the new Envoy says before counts: the rules are not touched, and no
+// connection goes to the raw address.
 func TestLateControlPlane(t *testing.T) {
 	t.Parallel()
 	// Each round ends within five minutes: then the rows for older connections go, which is a
@@ -52,7 +53,8 @@ func lateControlPlane(t *testing.T, backend lab.Backend) {
 	through(t, m, web4)
 	through(t, m, web6)
 	before, applies := chains(t, m), applied(t, a)
-	steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+	steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6},
+		PerSecond: 100, HTTP: true})
 	restarts := soak(40, 5)
 	for i := range restarts {
 		const dumpReads = "envoy_dump_reads_total"
@@ -71,7 +73,8 @@ func lateControlPlane(t *testing.T, backend lab.Backend) {
 		must(t, a.WaitReady(within(t, 60*time.Second)))
 		through(t, m, web4)
 		if n := applied(t, a); n != applies {
-			t.Errorf("restart %d, control plane after %v: %d transactions were written, want none\n%s", i, delay, n-applies, chains(t, m))
+			t.Errorf("restart %d, control plane after %v: %d transactions were written, want none\n%s", i,
+				delay, n-applies, chains(t, m))
 			applies = n
 		}
 	}
@@ -85,12 +88,14 @@ func lateControlPlane(t *testing.T, backend lab.Backend) {
 	}
 }
 
-// TestStartWithoutEnvoy: the agent starts while Envoy is away and rules are in. Those of an agent of this boot stay, unless
-// bypass asks for the contrary; those that something else restored at boot wait until Envoy accepts.
+// TestStartWithoutEnvoy: the agent starts while Envoy is away and rules are in. Those of an agent
+// of this boot stay, unless bypass asks for the contrary; those that something else restored at
+// boot wait until Envoy accepts.
 func TestStartWithoutEnvoy(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
-		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true}, "--when-envoy-down", "bypass")
+		m, a := start(t, mesh.Options{Backend: backend, Config: services(), NoRuntime: true},
+			"--when-envoy-down", "bypass")
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		through(t, m, web4)
 		through(t, m, web6)
@@ -99,7 +104,9 @@ func TestStartWithoutEnvoy(t *testing.T) {
 		must(t, a.Start())
 		escapes(t, m, web4)
 		escapes(t, m, web6)
-		_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool { return s.Mode == "bypass" })
+		_, err := a.Wait(within(t, 5*time.Second), "mode bypass", func(s status.Status) bool {
+			return s.Mode == "bypass"
+		})
 		must(t, err)
 		must(t, m.Envoy.Start())
 		must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -109,9 +116,11 @@ func TestStartWithoutEnvoy(t *testing.T) {
 		a.Kill()
 		keeps := m.NewAgent("--when-envoy-down", "keep")
 		before := chains(t, m)
-		// An agent that meets rules which are not of this boot, and an Envoy that accepts, takes nothing out.
+		// An agent that meets rules which are not of this boot, and an Envoy that
+		// accepts, takes nothing out.
 		must(t, keeps.Reboot())
-		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6}, PerSecond: 100, HTTP: true})
+		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6},
+			PerSecond: 100, HTTP: true})
 		must(t, keeps.Start())
 		must(t, keeps.WaitReady(within(t, 20*time.Second)))
 		if c := steady.Stop(); c.Bad() != 0 || c.OK == 0 {
@@ -142,7 +151,8 @@ func TestStartWithoutEnvoy(t *testing.T) {
 	})
 }
 
-// staticEnvoy is the whole configuration of an Envoy without a control plane, for VIP 10.10.0.2 and its TCP port 9000.
+// staticEnvoy is the whole configuration of an Envoy without a control plane, for VIP 10.10.0.2
+// and its TCP port 9000.
 var staticEnvoy = fmt.Sprintf(`{
 "node": {"id": "static", "cluster": "static"},
 "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 15000}}},
@@ -157,7 +167,8 @@ var staticEnvoy = fmt.Sprintf(`{
     "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": "db", "cluster": "db"}}]}]}]}}`,
 	lab.EndpointAddr(1), mesh.EndpointPort)
 
-// TestStaticEnvoy: an Envoy that takes no listeners from a control plane is configured once it is live.
+// TestStaticEnvoy: an Envoy that takes no listeners from a control plane is
+// configured once it is live.
 func TestStaticEnvoy(t *testing.T) {
 	t.Parallel()
 	m, a := start(t, mesh.Options{Backend: lab.NFT, NoEnvoy: true})
@@ -174,8 +185,9 @@ func TestStaticEnvoy(t *testing.T) {
 	}
 }
 
-// TestEmptyEnvoyWithoutControlPlane: an Envoy that gave up waiting for its control plane is live and has no listeners. That
-// counts for nothing, whatever its statistics say or leave out: connections are refused, and none goes around it.
+// TestEmptyEnvoyWithoutControlPlane: an Envoy that gave up waiting for its control plane is live
+// and has no listeners. That counts for nothing, whatever its statistics say or leave out:
+// connections are refused, and none goes around it.
 func TestEmptyEnvoyWithoutControlPlane(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -210,12 +222,15 @@ func TestEmptyEnvoyWithoutControlPlane(t *testing.T) {
 			eventually(t, 20*time.Second, "a live Envoy without listeners", func() (bool, string) {
 				state, err := m.Envoy.Admin(t.Context(), "/ready")
 				listeners, err2 := m.Envoy.Admin(t.Context(), "/listeners")
-				return err == nil && err2 == nil && strings.TrimSpace(state) == "LIVE" && listeners == "", fmt.Sprint(state, listeners, err, err2)
+				return err == nil && err2 == nil && strings.TrimSpace(state) == "LIVE" && listeners == "",
+					fmt.Sprint(state, listeners, err, err2)
 			})
 			s, err := a.Status(t.Context())
 			must(t, err)
 			// The connection to an Envoy that was hot restarted may be 30 s old before the agent dials anew.
-			_, err = a.Wait(within(t, 50*time.Second), "more passes", func(n status.Status) bool { return n.Passes > s.Passes+4 && !n.Envoy.Configured })
+			_, err = a.Wait(within(t, 50*time.Second), "more passes", func(n status.Status) bool {
+				return n.Passes > s.Passes+4 && !n.Envoy.Configured
+			})
 			must(t, err)
 			if after := chains(t, m); after != before {
 				t.Errorf("the rules changed:\n%s\nbefore\n%s", after, before)
@@ -235,7 +250,8 @@ func TestEmptyEnvoyWithoutControlPlane(t *testing.T) {
 	}
 }
 
-// TestRestoredAfterStart: what restores rules at boot may come after the agent's start. They wait for Envoy all the same.
+// TestRestoredAfterStart: what restores rules at boot may come after the agent's start. They wait
+// for Envoy all the same.
 func TestRestoredAfterStart(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -256,7 +272,9 @@ func TestRestoredAfterStart(t *testing.T) {
 		}
 		must(t, a.Reboot())
 		must(t, a.Start())
-		_, err := a.Wait(within(t, 10*time.Second), "some passes", func(s status.Status) bool { return s.Passes > 3 })
+		_, err := a.Wait(within(t, 10*time.Second), "some passes", func(s status.Status) bool {
+			return s.Passes > 3
+		})
 		must(t, err)
 		for program, text := range saved {
 			_, err := m.VM.RunInput(t.Context(), text, program+"-restore")

@@ -43,12 +43,15 @@ var drifts = []struct {
 	{"shadowed", []string{"IPT -t nat -I OUTPUT 1 -p tcp -j ACCEPT"}},
 }
 
-// driftLimit is how long a repair may take: the kernel's notification leads to it within milliseconds on nft (make bench
-// has the figures), the poll of 1.5 s does on legacy. Back-off adds 1.5 s at least.
-var driftLimit = map[lab.Backend]time.Duration{lab.NFT: 500 * time.Millisecond, lab.Legacy: 2500 * time.Millisecond}
+// driftLimit is how long a repair may take: the kernel's notification leads to it within
+// milliseconds on nft (make bench has the figures), the poll of 1.5 s does on legacy.
+// Back-off adds 1.5 s at least.
+var driftLimit = map[lab.Backend]time.Duration{
+	lab.NFT: 500 * time.Millisecond, lab.Legacy: 2500 * time.Millisecond}
 
-// TestDrift: every kind, both families, both backends, put right by the running agent at once: each kind in a lab of its own,
-// so that none meets the back-off that another began. Not beside other tests: the repairs are timed.
+// TestDrift: every kind, both families, both backends, put right by the running agent at once: each
+// kind in a lab of its own, so that none meets the back-off that another began. Not beside other
+// tests: the repairs are timed.
 func TestDrift(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		for _, d := range drifts {
@@ -65,7 +68,8 @@ func TestDrift(t *testing.T) {
 					families = families[:1] // both at once
 				}
 				for _, family := range families {
-					// A busy machine only adds to what a repair takes, so the best of three counts; back-off begins at five.
+					// A busy machine only adds to what a repair takes, so the best of three counts;
+					// back-off begins at five.
 					took := drift(t, m, a, family, d.do)
 					for again := 0; again < 2 && took > driftLimit[backend]; again++ {
 						took = min(took, drift(t, m, a, family, d.do))
@@ -85,8 +89,10 @@ func TestDrift(t *testing.T) {
 	})
 }
 
-// drift does the damage, waits until the chains are what they were, and says how long the repair took.
-func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, do []string) (took time.Duration) {
+// drift does the damage, waits until the chains are what they were, and says how
+// long the repair took.
+func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string,
+	do []string) (took time.Duration) {
 	t.Helper()
 	program, vip, to := "iptables -w", "10.10.0.1/32", web4
 	if family == "IPv6" {
@@ -104,7 +110,9 @@ func drift(t *testing.T, m *mesh.Mesh, a *mesh.Agent, family string, do []string
 		run(line)
 	}
 	began := time.Now()
-	_, err = a.Wait(within(t, 10*time.Second), "repair", func(n status.Status) bool { return n.Undone > s.Undone })
+	_, err = a.Wait(within(t, 10*time.Second), "repair", func(n status.Status) bool {
+		return n.Undone > s.Undone
+	})
 	must(t, err)
 	took = time.Since(began).Round(time.Millisecond)
 	t.Logf("%s repaired %v after the damage", family, took)
@@ -129,8 +137,8 @@ func chains(t *testing.T, m *mesh.Mesh) string {
 	return v4 + "\n" + v6
 }
 
-// TestFight: a program deletes our jump every 100 ms. After back-off there is under one write a second, the program is
-// named, and it is put right for good once that ends.
+// TestFight: a program deletes our jump every 100 ms. After back-off there is under one write a
+// second, the program is named, and it is put right for good once that ends.
 func TestFight(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -142,7 +150,8 @@ func TestFight(t *testing.T) {
 			defer close(done)
 			for ctx.Err() == nil {
 				// It fails while there is nothing to delete.
-				_, _ = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+				_, _ = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j",
+					"SERVICE_PROXY_OUTPUT")
 				select {
 				case <-ctx.Done():
 				case <-time.After(100 * time.Millisecond):
@@ -151,7 +160,8 @@ func TestFight(t *testing.T) {
 		}()
 		defer func() { stop(); <-done }()
 		s, err := a.Wait(within(t, 30*time.Second), "back-off named", func(s status.Status) bool {
-			return hasFinding(s, symptom.Fight) && strings.HasPrefix(s.LastFailure, "The IPv4 interception rules are undone again and again")
+			return hasFinding(s, symptom.Fight) &&
+				strings.HasPrefix(s.LastFailure, "The IPv4 interception rules are undone again and again")
 		})
 		must(t, err)
 		t.Log(s.LastFailure)
@@ -216,7 +226,8 @@ func applied(t *testing.T, a *mesh.Agent) (n int) {
 		t.Fatalf("/metrics: %d %v", code, err)
 	}
 	for line := range strings.Lines(body) {
-		if labels, value, _ := strings.Cut(line, "} "); strings.HasPrefix(labels, "service_proxy_agent_applies_total{") && strings.Contains(labels, `outcome="applied"`) {
+		if labels, value, _ := strings.Cut(line, "} "); strings.HasPrefix(
+			labels, "service_proxy_agent_applies_total{") && strings.Contains(labels, `outcome="applied"`) {
 			one, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
 			must(t, err)
 			n += int(one)
@@ -225,9 +236,10 @@ func applied(t *testing.T, a *mesh.Agent) (n int) {
 	return n
 }
 
-// TestNoGap: reconciles with changing services under a storm of new connections to an unchanged VIP and to an address that
-// a foreign rule DNATs, with streams that are older than the first rule and newer ones. Nothing escapes, fails or breaks,
-// and the streams outlive cleanup. Each change is waited for, since the agent takes several at once as one.
+// TestNoGap: reconciles with changing services under a storm of new connections to an unchanged VIP
+// and to an address that a foreign rule DNATs, with streams that are older than the first rule and
+// newer ones. Nothing escapes, fails or breaks, and the streams outlive cleanup. Each change is
+// waited for, since the agent takes several at once as one.
 func TestNoGap(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		ctx := within(t, 30*time.Minute)
@@ -249,11 +261,13 @@ func TestNoGap(t *testing.T) {
 		if broken := old.speak(); len(broken) > 0 {
 			t.Errorf("the first install broke %d of %d streams: %v", len(broken), n, broken[0])
 		}
-		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9/32", "-p", "tcp", "-j", "DNAT", "--to-destination", fmt.Sprintf("%s:%d", lab.EndpointAddr(2), mesh.EndpointPort))
+		_, err = m.VM.Run(ctx, "iptables", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9/32", "-p",
+			"tcp", "-j", "DNAT", "--to-destination", fmt.Sprintf("%s:%d", lab.EndpointAddr(2), mesh.EndpointPort))
 		must(t, err)
 		young := new(streams)
 		young.open(t, m, db4, n)
-		steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6, foreign}, PerSecond: 100, HTTP: true})
+		steady := m.Steady(lab.SteadyOptions{
+			From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6, foreign}, PerSecond: 100, HTTP: true})
 		reconciles := soak(1000, 40)
 		random := rand.New(rand.NewPCG(1, uint64(len(backend))))
 		var last []controlplane.Service
@@ -287,7 +301,8 @@ func TestNoGap(t *testing.T) {
 			through(t, m, netip.AddrPortFrom(s.Prefixes[0].Addr(), 9000))
 		}
 		c := steady.Stop()
-		// The last one may not be counted yet: the rules are in before the pass that wrote them has ended.
+		// The last one may not be counted yet: the rules are in before the pass that
+		// wrote them has ended.
 		eventually(t, 5*time.Second, fmt.Sprintf("%d applies", reconciles), func() (bool, string) {
 			n := applied(t, a) - before
 			return n >= reconciles, fmt.Sprint(n)
@@ -320,7 +335,8 @@ func distinct(all []controlplane.Service) (some []controlplane.Service) {
 	return some
 }
 
-// generation makes one more nft change and says its number in this network namespace, by the kernel's count.
+// generation makes one more nft change and says its number in this network namespace,
+// by the kernel's count.
 func generation(t *testing.T, m *mesh.Mesh) (n int) {
 	t.Helper()
 	out, err := m.VM.Run(t.Context(), "nft", "-e", "add", "rule", "ip", "storm", "c", "counter")
@@ -332,8 +348,8 @@ func generation(t *testing.T, m *mesh.Mesh) (n int) {
 	return n
 }
 
-// TestForeignStorm: over 100 changes a second in another nft table; drift in ours is still put right within a second, and
-// the agent stays under 5 % of a core.
+// TestForeignStorm: over 100 changes a second in another nft table; drift in ours is still put
+// right within a second, and the agent stays under 5 % of a core.
 func TestForeignStorm(t *testing.T) {
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -357,7 +373,8 @@ func TestForeignStorm(t *testing.T) {
 	}
 	changes, busy, began := generation(t, m), cpuAll(t, a.PID()), time.Now()
 	for range soak(20, 3) {
-		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j", "SERVICE_PROXY_OUTPUT")
+		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp", "-j",
+			"SERVICE_PROXY_OUTPUT")
 		must(t, err)
 		deleted := time.Now()
 		through(t, m, web4)
@@ -368,7 +385,8 @@ func TestForeignStorm(t *testing.T) {
 	}
 	took := time.Since(began)
 	used := share(cpuAll(t, a.PID())-busy, took)
-	rate := float64(generation(t, m)-changes) / took.Seconds() // our own and the agent's few among them
+	// our own and the agent's few among them
+	rate := float64(generation(t, m)-changes) / took.Seconds()
 	t.Logf("%.0f changes a second: the agent used %.1f %% of a core", rate, used)
 	if used > 5 {
 		t.Errorf("the agent used %.1f %% of a core", used)
@@ -378,22 +396,26 @@ func TestForeignStorm(t *testing.T) {
 	}
 }
 
-// TestBackendSwitched: iptables is another backend at the agent's next start. The rules go into it, and those of ours in the
-// old one are removed; others' stay.
+// TestBackendSwitched: iptables is another backend at the agent's next start. The rules go into it,
+// and those of ours in the old one are removed; others' stay.
 func TestBackendSwitched(t *testing.T) {
 	t.Parallel()
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
-	_, err := m.VM.Run(t.Context(), "iptables-nft", "-w", "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.9/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.8")
+	_, err := m.VM.Run(t.Context(), "iptables-nft", "-w", "-t", "nat", "-A", "OUTPUT", "-d",
+		"192.0.2.9/32", "-p", "tcp", "-j", "DNAT", "--to-destination", "192.0.2.8")
 	must(t, err)
 	a.Kill()
 	must(t, m.SetBackend(lab.Legacy))
 	must(t, a.Start())
-	s, err := a.Wait(within(t, 20*time.Second), "ready on legacy", func(s status.Status) bool { return s.Ready && s.Backend == "legacy" })
+	s, err := a.Wait(within(t, 20*time.Second), "ready on legacy", func(s status.Status) bool {
+		return s.Ready && s.Backend == "legacy"
+	})
 	must(t, err)
 	eventually(t, 40*time.Second, "ours gone from nft", func() (bool, string) {
 		out, err := m.VM.Run(t.Context(), "iptables-nft-save", "-t", "nat")
-		return err == nil && !strings.Contains(out, "SERVICE_PROXY_") && strings.Contains(out, "192.0.2.9/32"), fmt.Sprint(out, err)
+		return err == nil && !strings.Contains(out, "SERVICE_PROXY_") &&
+			strings.Contains(out, "192.0.2.9/32"), fmt.Sprint(out, err)
 	})
 	through(t, m, web4)
 	if !s.Healthy() {
@@ -401,11 +423,13 @@ func TestBackendSwitched(t *testing.T) {
 	}
 }
 
-// TestLockHeldAtStart: a lock that is held while the agent starts, for longer than iptables waits, makes no family unusable:
-// the rules are in as soon as it is free, and nobody is sent after kernel modules.
+// TestLockHeldAtStart: a lock that is held while the agent starts, for longer than iptables
+// waits, makes no family unusable: the rules are in as soon as it is free, and nobody is sent
+// after kernel modules.
 func TestLockHeldAtStart(t *testing.T) {
 	t.Parallel()
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.Legacy, Config: services()})
+	m, err := mesh.New(within(t, 30*time.Second),
+		mesh.Options{Backend: lab.Legacy, Config: services()})
 	must(t, err)
 	defer m.Close()
 	a := m.NewAgent()
@@ -421,13 +445,15 @@ func TestLockHeldAtStart(t *testing.T) {
 	for _, family := range []string{"IPv4", "IPv6"} {
 		eventually(t, 5*time.Second, family+" rules", func() (bool, string) {
 			out, err := m.Chains(t.Context(), family)
-			return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out + "\n" + a.Log()
+			return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"),
+				out + "\n" + a.Log()
 		})
 	}
 	t.Logf("rules %v after the release", time.Since(released).Round(time.Millisecond))
 	must(t, a.WaitReady(within(t, 5*time.Second)))
 	through(t, m, web4)
-	if log := a.Log(); strings.Contains(log, "modprobe") || strings.Contains(log, string(symptom.FamilyUnusable)) {
+	if log := a.Log(); strings.Contains(log, "modprobe") ||
+		strings.Contains(log, string(symptom.FamilyUnusable)) {
 		t.Errorf("a family was given up:\n%s", log)
 	}
 }

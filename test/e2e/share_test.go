@@ -69,7 +69,8 @@ func TestShareOfMainThread(t *testing.T) {
 				out := chains(t, m)
 				return strings.Contains(out, newest()), newest() + a.Log()
 			})
-			t.Logf("idle: %.2f %% alone, %.2f %% with the agent; one change a second: %.1f %% alone, %.1f %% with the agent; %d passes",
+			t.Logf(
+				"idle: %.2f %% alone, %.2f %% with the agent; one change a second: %.1f %% alone, %.1f %% with the agent; %d passes",
 				alone, idle, aloneChanging, withChanging, last.Passes-first.Passes)
 			if cost := idle - alone; cost > 1 {
 				t.Errorf("idle, the agent costs %.2f %%", cost)

@@ -15,8 +15,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestShuffle does what can happen to a node in any order and then looks whether it is as it should be: every service
-// through Envoy, those that are gone not, the agent ready, no chain of an earlier configuration left. SEED repeats a run.
+// TestShuffle does what can happen to a node in any order and then looks whether it is as it should
+// be: every service through Envoy, those that are gone not, the agent ready, no chain of an earlier
+// configuration left. SEED repeats a run.
 func TestShuffle(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -109,7 +110,8 @@ func converged(t *testing.T, m *mesh.Mesh, a *mesh.Agent, now []controlplane.Ser
 					return false, fmt.Sprintf("%s is missing of %d in\n%.2000s", p, len(want), out)
 				}
 			}
-			return len(have) == len(want) && !strings.Contains(out, "SERVICE_PROXY_DNS") && strings.Count(out, "-A OUTPUT") == 1,
+			return len(have) == len(want) && !strings.Contains(out, "SERVICE_PROXY_DNS") &&
+					strings.Count(out, "-A OUTPUT") == 1,
 				fmt.Sprintf("want %d services, have %d in\n%.2000s", len(want), len(have), out)
 		})
 	}

@@ -16,12 +16,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// sickness is a way for an admin interface to answer. The fake below stands before a real Envoy's and gives it for the
-// dumps; nil: Envoy's own answer.
+// sickness is a way for an admin interface to answer. The fake below stands before a real Envoy's
+// and gives it for the dumps; nil: Envoy's own answer.
 type sickness func(w http.ResponseWriter, r *http.Request, healthy []byte)
 
-// TestSickAdmin: whatever the admin interface answers, the rules stay, the heartbeat goes on, the failure is named, and it
-// is over by itself.
+// TestSickAdmin: whatever the admin interface answers, the rules stay, the heartbeat goes on, the
+// failure is named, and it is over by itself.
 func TestSickAdmin(t *testing.T) {
 	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
@@ -93,7 +93,8 @@ func TestSickAdmin(t *testing.T) {
 			must(t, err)
 			sick.Store(&test.sick)
 			s, err := a.Wait(within(t, test.wait), "the failure", func(s status.Status) bool {
-				return strings.HasPrefix(s.LastFailure, "Envoy's admin interface on 127.0.0.1:15100 gives no usable answer: ") &&
+				return strings.HasPrefix(
+					s.LastFailure, "Envoy's admin interface on 127.0.0.1:15100 gives no usable answer: ") &&
 					strings.Contains(s.LastFailure, test.says) && strings.Contains(s.LastFailure, "(since ")
 			})
 			must(t, err)
@@ -102,7 +103,9 @@ func TestSickAdmin(t *testing.T) {
 				t.Error("the heartbeat stands still")
 			}
 			passes := s.Passes
-			if _, err := a.Wait(within(t, 5*time.Second), "more passes", func(s status.Status) bool { return s.Passes > passes+2 }); err != nil {
+			if _, err := a.Wait(within(t, 5*time.Second), "more passes", func(s status.Status) bool {
+				return s.Passes > passes+2
+			}); err != nil {
 				t.Error(err)
 			}
 			if after := chains(t, m); after != before {
@@ -113,13 +116,16 @@ func TestSickAdmin(t *testing.T) {
 				t.Errorf("/healthz: %d %q %v: a new VM would not mend this", code, body, err)
 			}
 			sick.Store(nil)
-			_, err = a.Wait(within(t, 40*time.Second), "recovery", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+			_, err = a.Wait(within(t, 40*time.Second), "recovery", func(s status.Status) bool {
+				return s.Ready && strings.Contains(s.LastFailure, "(over; ")
+			})
 			must(t, err)
 		})
 	}
 }
 
-// TestBadInput: one line that names the thing and the next step, an exit code that is not 0, nothing changed.
+// TestBadInput: one line that names the thing and the next step, an exit code that is
+// not 0, nothing changed.
 func TestBadInput(t *testing.T) {
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
 	must(t, err)
@@ -165,12 +171,14 @@ func TestBadInput(t *testing.T) {
 		must(t, err)
 		out, err := m.VM.Command(within(t, 20*time.Second), "unshare", "-m", "sh", "-c",
 			`mount --bind "$1" /usr/sbin && PATH=$1 && export PATH && shift && exec "$@"`, "sh", empty, binary, "run", "--config", "none").CombinedOutput()
-		if err == nil || strings.Count(string(out), "\n") != 1 || !strings.Contains(string(out), "install the package iptables") {
+		if err == nil || strings.Count(string(out), "\n") != 1 ||
+			!strings.Contains(string(out), "install the package iptables") {
 			t.Errorf("%v: %q", err, out)
 		}
 	})
 	t.Run("not root", func(t *testing.T) {
-		check(t, a, 1000, []string{"RUNTIME_DIRECTORY=" + m.Dir}, []string{"run", "--config", "none", "--proxy-user", fmt.Sprint(lab.EnvoyUID)}, 1, []string{"run as root"})
+		check(t, a, 1000, []string{"RUNTIME_DIRECTORY=" + m.Dir}, []string{
+			"run", "--config", "none", "--proxy-user", fmt.Sprint(lab.EnvoyUID)}, 1, []string{"run as root"})
 	})
 	after, err := m.VM.Run(t.Context(), "iptables-save")
 	must(t, err)

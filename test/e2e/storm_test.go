@@ -14,8 +14,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestRejectionStorm: the control plane sends a refused listener again as fast as it can. It is one failure, told once with
-// Envoy's words; the rules stay, the agent uses 2 % of a core at most, and it is over when the storm is.
+// TestRejectionStorm: the control plane sends a refused listener again as fast as it can. It is one
+// failure, told once with Envoy's words; the rules stay, the agent uses 2 % of a core at most, and
+// it is over when the storm is.
 func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -30,28 +31,34 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 		}
 	}
 	bad := services()
-	bad.Listeners = append(bad.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
+	bad.Listeners = append(
+		bad.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
 	m.CP.Storm(true)
 	_, err := m.CP.Set(bad)
 	must(t, err)
-	s, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool { return s.LastFailure != "" })
+	s, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
+		return s.LastFailure != ""
+	})
 	must(t, err)
 	first := s.LastFailure
 	t.Log(first)
-	for _, want := range []string{"Envoy rejected listener bad", "/root/access.log", "Permission denied", "(since ", ", 1 time)"} {
+	for _, want := range []string{"Envoy rejected listener bad", "/root/access.log",
+		"Permission denied", "(since ", ", 1 time)"} {
 		if !strings.Contains(first, want) {
 			t.Errorf("%q does not say %q", first, want)
 		}
 	}
 
 	refused, busy, began := m.CP.Refusals(), cpuAll(t, a.PID()), time.Now()
-	for length := time.Duration(soak(60, 10)) * time.Second; time.Since(began) < length; time.Sleep(100 * time.Millisecond) {
+	for length := time.Duration(soak(60, 10)) * time.Second; time.Since(began) < length; time.Sleep(
+		100 * time.Millisecond) {
 		note()
 	}
 	took := time.Since(began)
 	rate := float64(m.CP.Refusals()-refused) / took.Seconds()
 	used := share(cpuAll(t, a.PID())-busy, took)
-	t.Logf("%.0f rejections a second for %.0f s: the agent used %.2f %% of a core", rate, took.Seconds(), used)
+	t.Logf("%.0f rejections a second for %.0f s: the agent used %.2f %% of a core", rate,
+		took.Seconds(), used)
 	if rate < 300 {
 		t.Errorf("only %.0f rejections a second: no storm", rate)
 	}
@@ -66,7 +73,11 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	if len(s.Findings) != 1 || !hasFinding(s, symptom.AccessLogUnwritable) || !s.Ready {
 		t.Errorf("ready: %v, findings %v", s.Ready, s.Findings)
 	}
-	eventually(t, 30*time.Second, "the guest attribute", func() (bool, string) { note(); return values[first], "" }) // within its budget of writes
+	// within its budget of writes
+	eventually(t, 30*time.Second, "the guest attribute", func() (bool, string) {
+		note()
+		return values[first], ""
+	})
 	if len(values) != 1 {
 		t.Errorf("agent-last-failure had %d values in the storm, want one: %v", len(values), values)
 	}
@@ -79,7 +90,8 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	_, err = m.CP.Set(services(service(1)))
 	must(t, err)
 	_, err = a.Wait(within(t, 20*time.Second), "the end", func(s status.Status) bool {
-		return len(s.Findings) == 0 && strings.Contains(s.LastFailure, "(over; ") && strings.Contains(s.LastFailure, ", 1 time)")
+		return len(s.Findings) == 0 && strings.Contains(s.LastFailure, "(over; ") &&
+			strings.Contains(s.LastFailure, ", 1 time)")
 	})
 	must(t, err)
 	eventually(t, 5*time.Second, "the service that came with the end", func() (bool, string) {

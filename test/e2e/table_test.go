@@ -80,11 +80,12 @@ func fullDisk(t *testing.T, a *mesh.Agent) (makeRoom func()) {
 	return func() { must(t, os.Remove(filepath.Join("/proc", pid, "root", a.StateDir(), "full"))) }
 }
 
-// TestTable walks through rows of the README's table that no other test reads to their end: what the
-// agent does, its words, the metric that moves, and how it is over.
+// TestTable walks through rows of the README's table that no other test reads to their end: what
+// the agent does, its words, the metric that moves, and how it is over.
 func TestTable(t *testing.T) {
 	t.Parallel()
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.NFT, Config: services(), NoRuntime: true})
+	m, err := mesh.New(within(t, 30*time.Second),
+		mesh.Options{Backend: lab.NFT, Config: services(), NoRuntime: true})
 	must(t, err)
 	a := m.NewAgent()
 	t.Cleanup(func() {
@@ -99,23 +100,30 @@ func TestTable(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	through(t, m, web4)
 	before := chains(t, m)
-	healthy := []string{`^agent +\S+, intercepting, last pass \S+ ago$`, `^ready +yes$`, `^envoy +LIVE \S+/1\.\S+ at 127\.0\.0\.1:15000, 2 listeners, 0 rejected$`,
+	healthy := []string{`^agent +\S+, intercepting, last pass \S+ ago$`, `^ready +yes$`,
+		`^envoy +LIVE \S+/1\.\S+ at 127\.0\.0\.1:15000, 2 listeners, 0 rejected$`,
 		`^IPv4 +as wanted \(nft\), jumps in, 2 service prefixes, 0 ports, \d+ rules, to ports 15001 out 15006 in$`, `^IPv6 +as wanted \(nft\), jumps in, 1 service prefixes`}
 
 	t.Run("guest attributes disabled", func(t *testing.T) {
-		eventually(t, 5*time.Second, "the metric", func() (bool, string) { return metric(t, a, "guest_attributes_enabled") == 0, "1" })
+		eventually(t, 5*time.Second, "the metric", func() (bool, string) {
+			return metric(t, a, "guest_attributes_enabled") == 0, "1"
+		})
 		const words = "Guest attributes are disabled: nobody outside can read this agent's status; set the metadata enable-guest-attributes=TRUE on the VM"
-		eventually(t, 5*time.Second, "the words on serial", func() (bool, string) { return strings.Contains(m.Platform.Serial(), words), m.Platform.Serial() })
+		eventually(t, 5*time.Second, "the words on serial", func() (bool, string) {
+			return strings.Contains(m.Platform.Serial(), words), m.Platform.Serial()
+		})
 		if !strings.Contains(a.Log(), words) {
 			t.Error("not in the log")
 		}
-		says(t, a, 0, 0, append(healthy, `^warning +Guest attributes are disabled`), "status") // a warning: healthy
+		// a warning: healthy
+		says(t, a, 0, 0, append(healthy, `^warning +Guest attributes are disabled`), "status")
 	})
 
 	t.Run("Envoy is down, disk full", func(t *testing.T) {
 		m.Envoy.Kill()
 		_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
-			return strings.HasPrefix(s.LastFailure, "Envoy is not running: nothing accepts on its admin address 127.0.0.1:15000")
+			return strings.HasPrefix(
+				s.LastFailure, "Envoy is not running: nothing accepts on its admin address 127.0.0.1:15000")
 		})
 		must(t, err)
 		if n := metric(t, a, finding(symptom.EnvoyDown)); n != 1 {
@@ -126,16 +134,21 @@ func TestTable(t *testing.T) {
 				t.Errorf("%s with Envoy down: %v, want it refused", to, err)
 			}
 		}
-		says(t, a, 0, 1, []string{`^ready +no: Envoy: `, `^envoy +no answer at 127\.0\.0\.1:15000`, `^error +Envoy is not running`, `^last failure +Envoy is not running`}, "status")
+		says(t, a, 0, 1, []string{`^ready +no: Envoy: `, `^envoy +no answer at 127\.0\.0\.1:15000`,
+			`^error +Envoy is not running`, `^last failure +Envoy is not running`}, "status")
 		must(t, m.Envoy.Start())
-		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool {
+			return s.Ready && strings.Contains(s.LastFailure, "(over; ")
+		})
 		must(t, err)
 		if n := metric(t, a, finding(symptom.EnvoyDown)); n != 0 {
 			t.Errorf("finding envoy-down when it is over: %v", n)
 		}
 		through(t, m, web4)
-		// The disk: it went on, said so once for two failures to write, and knows nothing after a restart.
-		if n := strings.Count(a.Log(), "history is not kept"); n != 1 || !strings.Contains(a.Log(), "no space left on device") {
+		// The disk: it went on, said so once for two failures to write, and knows
+		// nothing after a restart.
+		if n := strings.Count(a.Log(), "history is not kept"); n != 1 ||
+			!strings.Contains(a.Log(), "no space left on device") {
 			t.Errorf("said %d times that history is not kept", n)
 		}
 		a.Kill()
@@ -157,7 +170,8 @@ func TestTable(t *testing.T) {
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
 		_, err := a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
-			return strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") && strings.Contains(s.LastFailure, "connection refused")
+			return strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") &&
+				strings.Contains(s.LastFailure, "connection refused")
 		})
 		must(t, err)
 		if n := metric(t, a, finding(symptom.ControlPlaneConnect)); n != 1 {
@@ -167,7 +181,9 @@ func TestTable(t *testing.T) {
 			t.Errorf("the rules changed:\n%s", now)
 		}
 		must(t, m.CP.ComeBack())
-		_, err = a.Wait(within(t, 45*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 45*time.Second), "its end", func(s status.Status) bool {
+			return s.Ready && strings.Contains(s.LastFailure, "(over; ")
+		})
 		must(t, err)
 		if n := metric(t, a, finding(symptom.ControlPlaneConnect)); n != 0 {
 			t.Errorf("finding control-plane-unreachable when it is over: %v", n)
@@ -175,7 +191,9 @@ func TestTable(t *testing.T) {
 		// With room on the disk a restart forgets nothing.
 		a.Kill()
 		must(t, a.Start())
-		s, err := a.Wait(within(t, 10*time.Second), "ready", func(s status.Status) bool { return s.Ready })
+		s, err := a.Wait(within(t, 10*time.Second), "ready", func(s status.Status) bool {
+			return s.Ready
+		})
 		must(t, err)
 		if !strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") {
 			t.Errorf("remembered %q", s.LastFailure)
@@ -187,17 +205,23 @@ func TestTable(t *testing.T) {
 		if n := metric(t, a, series); n != 0 {
 			t.Errorf("before: %v", n)
 		}
-		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D", "SERVICE_PROXY_SERVICE_CIDRS", "-d", "10.10.0.1/32", "-j", "SERVICE_PROXY_REDIRECT")
+		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D",
+			"SERVICE_PROXY_SERVICE_CIDRS", "-d", "10.10.0.1/32", "-j", "SERVICE_PROXY_REDIRECT")
 		must(t, err)
-		eventually(t, 5*time.Second, "the metric", func() (bool, string) { n := metric(t, a, series); return n == 1, fmt.Sprint(n) })
+		eventually(t, 5*time.Second, "the metric", func() (bool, string) {
+			n := metric(t, a, series)
+			return n == 1, fmt.Sprint(n)
+		})
 		if now := chains(t, m); now != before {
 			t.Errorf("not as before:\n%s", now)
 		}
-		says(t, a, 0, 0, []string{`^warning +IPv4 rules were changed by iptables \(pid \d+\): rule removed`}, "status")
+		says(t, a, 0, 0,
+			[]string{`^warning +IPv4 rules were changed by iptables \(pid \d+\): rule removed`}, "status")
 	})
 
 	t.Run("table incompatible", func(t *testing.T) {
-		out, err := m.VM.Run(t.Context(), "nft", "--echo", "--handle", "add", "rule", "ip", "nat", "OUTPUT", "jhash", "ip", "saddr", "mod", "2", "0")
+		out, err := m.VM.Run(t.Context(), "nft", "--echo", "--handle", "add", "rule", "ip", "nat",
+			"OUTPUT", "jhash", "ip", "saddr", "mod", "2", "0")
 		must(t, err)
 		_, handle, ok := strings.Cut(strings.TrimSpace(out), "# handle ")
 		if !ok {
@@ -205,7 +229,8 @@ func TestTable(t *testing.T) {
 		}
 		handle, _, _ = strings.Cut(handle, "\n")
 		_, err = a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
-			return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: ") && strings.Contains(s.LastFailure, "table nat is incompatible") &&
+			return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: ") &&
+				strings.Contains(s.LastFailure, "table nat is incompatible") &&
 				strings.Contains(s.LastFailure, "`nft list table ip nat` shows it")
 		})
 		must(t, err)
@@ -215,7 +240,9 @@ func TestTable(t *testing.T) {
 		through(t, m, web4)
 		_, err = m.VM.Run(t.Context(), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle", handle)
 		must(t, err)
-		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool { return s.Ready && strings.Contains(s.LastFailure, "(over; ") })
+		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool {
+			return s.Ready && strings.Contains(s.LastFailure, "(over; ")
+		})
 		must(t, err)
 		if now := chains(t, m); now != before {
 			t.Errorf("not as before:\n%s", now)
@@ -230,7 +257,10 @@ func TestTable(t *testing.T) {
 			_, err := m.CP.Set(services(service(i)))
 			must(t, err)
 			row := "-d " + service(i).Prefixes[0].String() + " "
-			eventually(t, 5*time.Second, "the service in the rules", func() (bool, string) { out := chains(t, m); return strings.Contains(out, row), out })
+			eventually(t, 5*time.Second, "the service in the rules", func() (bool, string) {
+				out := chains(t, m)
+				return strings.Contains(out, row), out
+			})
 		}
 		if took := time.Since(began); took > pushes*time.Second/2 {
 			t.Errorf("%d changes one after the other took %v", pushes, took)
@@ -244,7 +274,9 @@ func TestTable(t *testing.T) {
 		a.Kill()
 		must(t, a.Start())
 		must(t, a.WaitReady(within(t, 10*time.Second)))
-		must(t, m.Platform.Wait(within(t, 10*time.Second), func() bool { return m.Platform.GuestAttributes("gce-service-proxy")["proxy-version"] != "" }))
+		must(t, m.Platform.Wait(within(t, 10*time.Second), func() bool {
+			return m.Platform.GuestAttributes("gce-service-proxy")["proxy-version"] != ""
+		}))
 		eventually(t, 5*time.Second, "ready on serial", func() (bool, string) {
 			return strings.Count(m.Platform.Serial(), "ready: Envoy ") >= 6, m.Platform.Serial()
 		})
@@ -267,13 +299,18 @@ func TestTable(t *testing.T) {
 	// What needs no root, and what says that it does.
 	t.Run("another user", func(t *testing.T) {
 		const user = 1000
-		says(t, a, user, 0, []string{`^service-proxy-agent \S+ \([0-9a-f]+\) linux/\w+ go1\.\d+`}, "version")
-		for _, help := range [][]string{{"--help"}, {"help"}, {"help", "run"}, {"run", "--help"}, {"status", "--help"}, {"cleanup", "--help"}} {
+		says(t, a, user, 0, []string{`^service-proxy-agent \S+ \([0-9a-f]+\) linux/\w+ go1\.\d+`},
+			"version")
+		for _, help := range [][]string{{"--help"}, {"help"}, {"help", "run"}, {"run", "--help"},
+			{"status", "--help"}, {"cleanup", "--help"}} {
 			says(t, a, user, 0, []string{`^Usage:$`}, help...)
 		}
 		says(t, a, user, 0, nil, "wait", "--timeout", "5s")
-		says(t, a, user, 2, []string{`^service-proxy-agent: no answer from the agent: .*agent\.sock.*permission denied`}, "status")
-		says(t, a, user, 1, []string{`^service-proxy-agent: --listen is empty, so that only the agent's socket can tell`}, "wait", "--listen", "", "--timeout", "5s")
+		says(t, a, user, 2, []string{
+			`^service-proxy-agent: no answer from the agent: .*agent\.sock.*permission denied`}, "status")
+		says(t, a, user, 1,
+			[]string{`^service-proxy-agent: --listen is empty, so that only the agent's socket can tell`},
+			"wait", "--listen", "", "--timeout", "5s")
 		says(t, a, user, 1, []string{`^service-proxy-agent: cleanup: .*root`}, "cleanup")
 		if now := chains(t, m); !strings.Contains(now, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") {
 			t.Errorf("cleanup by another user:\n%s", now)
@@ -281,15 +318,18 @@ func TestTable(t *testing.T) {
 	})
 }
 
-// TestOwnEnvoy: an Envoy and a control plane of one's own, no bootstrap, and the attribute from a file
-// or none at all: the metadata server is not asked for it.
+// TestOwnEnvoy: an Envoy and a control plane of one's own, no bootstrap, and the attribute from a
+// file or none at all: the metadata server is not asked for it.
 func TestOwnEnvoy(t *testing.T) {
 	t.Parallel()
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.NFT, Config: services(), NoRuntime: true})
+	m, err := mesh.New(within(t, 30*time.Second),
+		mesh.Options{Backend: lab.NFT, Config: services(), NoRuntime: true})
 	must(t, err)
 	t.Cleanup(func() { must(t, m.Close()) })
 	file := filepath.Join(m.Dir, "attribute.json")
-	must(t, writeFile(file, `{"api-version":"0.2","proxy-spec":{},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]},"service":{"serving-ports":[8081]}}`))
+	must(
+		t, writeFile(file,
+			`{"api-version":"0.2","proxy-spec":{},"traffic-interception":{"exclude-outbound-ip-ranges":["10.10.0.2"]},"service":{"serving-ports":[8081]}}`))
 	for _, test := range []struct {
 		config   string
 		excluded bool
@@ -310,7 +350,8 @@ func TestOwnEnvoy(t *testing.T) {
 		} else {
 			through(t, m, db4)
 		}
-		resp, err := m.Client.HTTP().Get("http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/")
+		resp, err := m.Client.HTTP().Get(
+			"http://" + netip.AddrPortFrom(lab.VMAddr, mesh.AppPort).String() + "/")
 		must(t, err)
 		resp.Body.Close()
 		if by := resp.Header.Get(controlplane.ServedByHeader); by != test.inbound {
@@ -335,7 +376,8 @@ func TestOwnEnvoy(t *testing.T) {
 	a := m.NewAgent("--config", "none", "--proxy-user", "root")
 	must(t, a.Start())
 	_, err = a.Wait(within(t, 10*time.Second), "root refused", func(s status.Status) bool {
-		return !s.Ready && strings.Contains(s.LastFailure, "it is root, whose traffic cannot be told from everybody else's")
+		return !s.Ready &&
+			strings.Contains(s.LastFailure, "it is root, whose traffic cannot be told from everybody else's")
 	})
 	must(t, err)
 }

@@ -20,9 +20,11 @@ const (
 	NameHeader  = "X-Echo-Name"
 )
 
-// Echo is a server that says which address it was reached at. It speaks HTTP to those who begin with an HTTP request (keep-alive, headers above, the
-// same in the body), and else answers each line with `name=NAME local=ADDR peer=ADDR`. On a wildcard address in "service" it stands for every
-// VIP (see the package), so one Echo on port 80 is both the endpoint behind Envoy and the place where an escaped connection arrives.
+// Echo is a server that says which address it was reached at. It speaks HTTP to those who begin
+// with an HTTP request (keep-alive, headers above, the same in the body), and else answers each
+// line with `name=NAME local=ADDR peer=ADDR`. On a wildcard address in "service" it stands for
+// every VIP (see the package), so one Echo on port 80 is both the endpoint behind Envoy and the
+// place where an escaped connection arrives.
 type Echo struct {
 	Name string
 	Port uint16
@@ -53,7 +55,8 @@ func (l *Lab) Echo(n *Namespace, port uint16, opts EchoOptions) (*Echo, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start echo server: %w", err)
 	}
-	e := &Echo{Name: opts.Name, Port: port, ln: ln, seen: make(map[netip.Addr]int), conns: make(map[net.Conn]bool)}
+	e := &Echo{Name: opts.Name, Port: port, ln: ln, seen: make(map[netip.Addr]int),
+		conns: make(map[net.Conn]bool)}
 	l.atEnd(e.Close)
 	go func() {
 		for {

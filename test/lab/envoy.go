@@ -29,7 +29,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// EnvoyUID is the uid and gid that Envoy runs under unless told otherwise. It needs no entry in /etc/passwd.
+// EnvoyUID is the uid and gid that Envoy runs under unless told otherwise. It needs no
+// entry in /etc/passwd.
 const EnvoyUID = 21337
 
 // AdminAddr is where Envoy's admin interface listens, in "vm".
@@ -66,14 +67,20 @@ type EnvoyOptions struct {
 	Binary       string         // empty: FindEnvoy
 	UID          uint32         // and gid; 0: EnvoyUID
 	ControlPlane netip.AddrPort // ADS, by plain HTTP/2 unless CA is set
-	CA           []byte         // PEM of the authority that the control plane's certificate is checked against
-	ServerName   string         // the name in that certificate; empty: trafficdirector.googleapis.com
-	NodeID       string         // empty: projects/123456789012/networks/default/nodes/lab
-	Metadata     map[string]any // node metadata
-	Runtime      bool           // an RTDS layer traffic_director_runtime: until it is answered, or 15 s long, Envoy is PRE_INITIALIZING
-	LogLevel     string         // empty: info
-	FetchTimeout time.Duration  // initial_fetch_timeout of clusters and listeners: until then Envoy waits for each; 0: Envoy's 15 s
-	// Bootstrap, when set, is the whole configuration, and of the above only Binary, UID and LogLevel count.
+	// PEM of the authority that the control plane's certificate is checked against
+	CA         []byte
+	ServerName string         // the name in that certificate; empty: trafficdirector.googleapis.com
+	NodeID     string         // empty: projects/123456789012/networks/default/nodes/lab
+	Metadata   map[string]any // node metadata
+	// an RTDS layer traffic_director_runtime: until it is answered, or 15 s long,
+	// Envoy is PRE_INITIALIZING
+	Runtime  bool
+	LogLevel string // empty: info
+	// initial_fetch_timeout of clusters and listeners: until then Envoy waits for
+	// each; 0: Envoy's 15 s
+	FetchTimeout time.Duration
+	// Bootstrap, when set, is the whole configuration, and of the above only Binary,
+	// UID and LogLevel count.
 	Bootstrap []byte
 	Args      []string // more arguments
 	// HotRestart lets Envoy.HotRestart start the next one beside it.
@@ -94,7 +101,8 @@ type Envoy struct {
 	epoch  int
 }
 
-// StartEnvoy writes a bootstrap and starts an Envoy; it ends with the lab. It does not wait: see WaitReady.
+// StartEnvoy writes a bootstrap and starts an Envoy; it ends with the lab. It does
+// not wait: see WaitReady.
 func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	if opts.Binary == "" {
 		var err error
@@ -124,14 +132,16 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	}
 	e := &Envoy{
 		LogPath: filepath.Join(l.Dir, "envoy.err.log"), UID: opts.UID, lab: l,
-		argv:  append([]string{opts.Binary, "-c", config, "--concurrency", "1", "-l", opts.LogLevel}, opts.Args...),
+		argv: append([]string{opts.Binary, "-c", config, "--concurrency", "1", "-l", opts.LogLevel},
+			opts.Args...),
 		admin: l.VM.HTTP(),
 	}
 	if opts.HotRestart {
 		// The id names shared memory of the whole machine, ten times the id, which stays there.
 		id := os.Getpid()
 		l.atEnd(func() { os.Remove(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", 10*id)) })
-		e.argv = append(e.argv, "--base-id", fmt.Sprint(id), "--drain-time-s", "1", "--parent-shutdown-time-s", "60")
+		e.argv = append(e.argv, "--base-id", fmt.Sprint(id), "--drain-time-s", "1",
+			"--parent-shutdown-time-s", "60")
 	} else {
 		e.argv = append(e.argv, "--disable-hot-restart")
 	}
@@ -139,7 +149,8 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 	return e, e.Start()
 }
 
-// reachable is the binary at a path where the user can run it: a checkout may lie in a folder that only root can enter.
+// reachable is the binary at a path where the user can run it: a checkout may lie in a folder
+// that only root can enter.
 func (l *Lab) reachable(binary string, uid uint32) (string, error) {
 	if l.VM.CommandAs(context.Background(), uid, "test", "-x", binary).Run() == nil {
 		return binary, nil
@@ -195,8 +206,8 @@ func (e *Envoy) Start() error {
 	return nil
 }
 
-// HotRestart starts the next Envoy beside the running one, which hands its listeners over and ends a minute later, or with the lab.
-// From now on e is the new one.
+// HotRestart starts the next Envoy beside the running one, which hands its listeners over and ends
+// a minute later, or with the lab. From now on e is the new one.
 func (e *Envoy) HotRestart() error {
 	e.mu.Lock()
 	old := *e.cmd
@@ -219,7 +230,8 @@ func (e *Envoy) PID() int {
 	return e.cmd.Process.Pid
 }
 
-// signal sends to the running Envoy and returns the channel that its exit closes (nil if none runs).
+// signal sends to the running Envoy and returns the channel that its exit
+// closes (nil if none runs).
 func (e *Envoy) signal(sig os.Signal) chan struct{} {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -276,7 +288,8 @@ func (e *Envoy) Admin(ctx context.Context, path string) (string, error) {
 		return "", fmt.Errorf("ask Envoy %s: %w", path, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return string(body), fmt.Errorf("ask Envoy %s: %s: %s", path, resp.Status, strings.TrimSpace(string(body)))
+		return string(body),
+			fmt.Errorf("ask Envoy %s: %s: %s", path, resp.Status, strings.TrimSpace(string(body)))
 	}
 	return string(body), nil
 }
@@ -303,7 +316,8 @@ func (e *Envoy) LogTail(n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-// bootstrap is a plain ADS bootstrap: what the product writes for Traffic Director is the product's business, and goes in by EnvoyOptions.Bootstrap.
+// bootstrap is a plain ADS bootstrap: what the product writes for Traffic Director is the product's
+// business, and goes in by EnvoyOptions.Bootstrap.
 func bootstrap(opts EnvoyOptions) ([]byte, error) {
 	if !opts.ControlPlane.IsValid() {
 		return nil, errors.New("write Envoy's bootstrap: no control plane named")
@@ -319,7 +333,8 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 		return nil, fmt.Errorf("write Envoy's bootstrap: node metadata: %w", err)
 	}
 	const xds = "xds"
-	ads := &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3, ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}}}
+	ads := &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}}}
 	if opts.FetchTimeout > 0 {
 		ads.InitialFetchTimeout = durationpb.New(opts.FetchTimeout)
 	}
@@ -327,50 +342,63 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 		Name:                 xds,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(2 * time.Second),
-		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: xds, Endpoints: []*endpointv3.LocalityLbEndpoints{{
-			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socket(opts.ControlPlane)}}}},
-		}}},
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{
+			ClusterName: xds, Endpoints: []*endpointv3.LocalityLbEndpoints{{
+				LbEndpoints: []*endpointv3.LbEndpoint{
+					{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+						Endpoint: &endpointv3.Endpoint{Address: socket(opts.ControlPlane)}}}},
+			}}},
 	}
-	http2, err := packed(&httpv3.HttpProtocolOptions{UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
-		ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
-			ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
-		},
-	}})
+	http2, err := packed(&httpv3.HttpProtocolOptions{
+		UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+			ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
+				ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+					Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
+			},
+		}})
 	if err != nil {
 		return nil, err
 	}
-	cluster.TypedExtensionProtocolOptions = map[string]*anypb.Any{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2}
+	cluster.TypedExtensionProtocolOptions = map[string]*anypb.Any{
+		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2}
 	if opts.CA != nil {
 		context, err := packed(&tlsv3.UpstreamTlsContext{
 			Sni: opts.ServerName,
 			CommonTlsContext: &tlsv3.CommonTlsContext{
 				AlpnProtocols: []string{"h2"}, // gRPC refuses a handshake without it
-				ValidationContextType: &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-					TrustedCa: &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: opts.CA}},
-				}},
+				ValidationContextType: &tlsv3.CommonTlsContext_ValidationContext{
+					ValidationContext: &tlsv3.CertificateValidationContext{
+						TrustedCa: &corev3.DataSource{
+							Specifier: &corev3.DataSource_InlineBytes{InlineBytes: opts.CA}},
+					}},
 			},
 		})
 		if err != nil {
 			return nil, err
 		}
-		cluster.TransportSocket = &corev3.TransportSocket{Name: "envoy.transport_sockets.tls", ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: context}}
+		cluster.TransportSocket = &corev3.TransportSocket{Name: "envoy.transport_sockets.tls",
+			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: context}}
 	}
 	b := &bootstrapv3.Bootstrap{
-		Node:            &corev3.Node{Id: opts.NodeID, Cluster: "cluster", Locality: &corev3.Locality{Zone: "us-central1-a"}, Metadata: metadata},
+		Node: &corev3.Node{Id: opts.NodeID, Cluster: "cluster", Locality: &corev3.Locality{
+			Zone: "us-central1-a"}, Metadata: metadata},
 		Admin:           &bootstrapv3.Admin{Address: socket(AdminAddr)},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{cluster}},
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			LdsConfig: ads, CdsConfig: ads,
 			AdsConfig: &corev3.ApiConfigSource{
 				ApiType: corev3.ApiConfigSource_GRPC, TransportApiVersion: corev3.ApiVersion_V3,
-				GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: xds}}}},
+				GrpcServices: []*corev3.GrpcService{
+					{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+						EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: xds}}}},
 			},
 		},
 	}
 	if opts.Runtime {
 		const layer = "traffic_director_runtime"
 		b.LayeredRuntime = &bootstrapv3.LayeredRuntime{Layers: []*bootstrapv3.RuntimeLayer{{
-			Name: "rtds_layer", LayerSpecifier: &bootstrapv3.RuntimeLayer_RtdsLayer_{RtdsLayer: &bootstrapv3.RuntimeLayer_RtdsLayer{Name: layer, RtdsConfig: ads}},
+			Name: "rtds_layer", LayerSpecifier: &bootstrapv3.RuntimeLayer_RtdsLayer_{
+				RtdsLayer: &bootstrapv3.RuntimeLayer_RtdsLayer{Name: layer, RtdsConfig: ads}},
 		}}}
 	}
 	out, err := protojson.MarshalOptions{UseProtoNames: true, Multiline: true}.Marshal(b)
@@ -390,6 +418,7 @@ func packed(m proto.Message) (*anypb.Any, error) {
 
 func socket(a netip.AddrPort) *corev3.Address {
 	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
-		Address: a.Addr().String(), PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: uint32(a.Port())},
+		Address: a.Addr().String(), PortSpecifier: &corev3.SocketAddress_PortValue{
+			PortValue: uint32(a.Port())},
 	}}}
 }

@@ -1,19 +1,24 @@
-// Package lab is a small network of namespaces on one machine, for tests and the demo: a "vm" in which Envoy and the agent run, a "client" that
-// calls the VM's serving ports, and a "service" that is everything else (the internet, the services' endpoints, the metadata server, the control plane).
+// Package lab is a small network of namespaces on one machine, for tests and the demo: a "vm"
+// in which Envoy and the agent run, a "client" that calls the VM's serving ports, and a
+// "service" that is everything else (the internet, the services' endpoints, the metadata
+// server, the control plane).
 //
 //	client ─ 10.129.0.3/24 ── 10.129.0.1 ─ service ─ 10.128.0.1 ── 10.128.0.2/24 ─ vm
 //	         fd29::3/64           fd29::1            fd28::1         fd28::2/64
 //
-// "service" routes between the two, is their default gateway, and takes *every* other address as its own (a local default route): a
-// connection to a VIP that nobody redirects arrives there, at a server that says which address it saw. That is how an escape is told from a connection
-// that went through Envoy, whose endpoint is EndpointAddr. So no VIP needs a server of its own.
+// "service" routes between the two, is their default gateway, and takes *every* other address as
+// its own (a local default route): a connection to a VIP that nobody redirects arrives there, at a
+// server that says which address it saw. That is how an escape is told from a connection that went
+// through Envoy, whose endpoint is EndpointAddr. So no VIP needs a server of its own.
 //
-// What belongs to a lab ends with it: a helper process outside of this process's session holds the list, and takes the namespaces and the folder away
-// when this process ends, however it ends (Close, panic, ctrl-C, kill -9). Nothing is ever made in the host's own namespace but the files in /run/netns.
-// Labs of several processes stand side by side.
+// What belongs to a lab ends with it: a helper process outside of this process's session holds the
+// list, and takes the namespaces and the folder away when this process ends, however it ends
+// (Close, panic, ctrl-C, kill -9). Nothing is ever made in the host's own namespace but the files
+// in /run/netns. Labs of several processes stand side by side.
 //
-// The lab knows nothing of the agent, the control plane (test/controlplane) or the emulator (test/platform): it gives them sockets (Namespace.Listen)
-// and starts the Envoy that talks to them (StartEnvoy).
+// The lab knows nothing of the agent, the control plane (test/controlplane) or the emulator
+// (test/platform): it gives them sockets (Namespace.Listen) and starts the Envoy that talks
+// to them (StartEnvoy).
 package lab
 
 import (
@@ -46,7 +51,8 @@ var (
 	// MetadataAddr is where the metadata server listens (port 80), in "service".
 	MetadataAddr  = netip.MustParseAddr("169.254.169.254")
 	MetadataAddr6 = netip.MustParseAddr("fd20:ce::254")
-	// ControlPlaneAddr is where the control plane listens, in "service"; other servers of the tests' own take its port or neighbours.
+	// ControlPlaneAddr is where the control plane listens, in "service"; other servers of the tests'
+	// own take its port or neighbours.
 	ControlPlaneAddr = netip.MustParseAddr("10.131.0.1")
 )
 
@@ -136,7 +142,8 @@ func New(opts Options) (l *Lab, err error) {
 	return l, nil
 }
 
-// T makes a lab for a test and closes it at its end. Where there can be no lab, the test fails: it never skips.
+// T makes a lab for a test and closes it at its end. Where there can be no lab, the test
+// fails: it never skips.
 func T(t testing.TB, opts Options) *Lab {
 	t.Helper()
 	l, err := New(opts)
@@ -154,11 +161,14 @@ func T(t testing.TB, opts Options) *Lab {
 // namePrefix starts every namespace's name: spa-PID-N-ROLE.
 const namePrefix = "spa-"
 
-// reap waits for the end of its input, then removes the namespaces ($2...) and the folder ($1). Processes in a namespace are not its business: they
-// have a parent-death signal.
-const reap = `read -r _; dir=$1; shift; for n; do ip netns delete "$n" 2>/dev/null; done; rm -rf "$dir"; exit 0`
+// reap waits for the end of its input, then removes the namespaces ($2...) and the folder ($1).
+// Processes in a namespace are not its business: they have a parent-death signal.
+const reap = `read -r _; dir=$1; shift
+for n; do ip netns delete "$n" 2>/dev/null; done
+rm -rf "$dir"; exit 0`
 
-// leashReaper starts the process that cleans up. It has a session of its own, so that a ctrl-C on the terminal does not reach it.
+// leashReaper starts the process that cleans up. It has a session of its own, so that a ctrl-C on
+// the terminal does not reach it.
 func (l *Lab) leashReaper(names []string) error {
 	l.reaper = exec.Command("sh", append([]string{"-c", reap, "lab-reaper", l.Dir}, names...)...)
 	l.reaper.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -211,8 +221,9 @@ func (l *Lab) atEnd(f func()) {
 	l.mu.Unlock()
 }
 
-// removeLeftovers deletes namespaces of labs whose process is gone and whose reaper did not get its turn (a machine that lost power keeps none:
-// /run is a tmpfs; this is for a killed reaper). What cannot be removed is another's, or is being removed: no error.
+// removeLeftovers deletes namespaces of labs whose process is gone and whose reaper did not get its
+// turn (a machine that lost power keeps none: /run is a tmpfs; this is for a killed reaper). What
+// cannot be removed is another's, or is being removed: no error.
 func removeLeftovers() {
 	entries, err := os.ReadDir("/run/netns")
 	if err != nil {
@@ -221,7 +232,8 @@ func removeLeftovers() {
 	for _, e := range entries {
 		rest, ours := strings.CutPrefix(e.Name(), namePrefix)
 		pid, _, ok := strings.Cut(rest, "-")
-		if n, err := strconv.Atoi(pid); !ours || !ok || err != nil || n <= 0 || !errors.Is(syscall.Kill(n, 0), syscall.ESRCH) {
+		if n, err := strconv.Atoi(pid); !ours || !ok || err != nil || n <= 0 ||
+			!errors.Is(syscall.Kill(n, 0), syscall.ESRCH) {
 			continue
 		}
 		exec.Command("ip", "netns", "delete", e.Name()).Run()
@@ -248,7 +260,8 @@ func (l *Lab) namespace(name string, others bool) (*Namespace, error) {
 		add = []string{"ip", "netns", "attach", name, strconv.Itoa(holder.Process.Pid)}
 	}
 	if out, err := exec.Command(add[0], add[1:]...).CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("make namespace %q: %w: %s", name, ErrNoNamespaces, strings.TrimSpace(string(out)))
+		return nil, fmt.Errorf("make namespace %q: %w: %s", name, ErrNoNamespaces,
+			strings.TrimSpace(string(out)))
 	}
 	path := "/run/netns/" + name
 	file, err := os.Open(path)
@@ -279,7 +292,8 @@ link set eth0 up
 addr add 10.129.0.3/24 dev eth0
 addr add fd29::3/64 dev eth0 nodad
 `},
-		// The local default route stands in table main, where the connected routes are longer; in table local it would take the answers too.
+		// The local default route stands in table main, where the connected routes are longer; in table
+		// local it would take the answers too.
 		{l.Service, `
 link set lo up
 link set vm up
@@ -315,7 +329,8 @@ route add local ::/0 dev lo table main
 	})
 }
 
-// makeShims makes the folder with iptables, iptables-save, … of the chosen backend under their plain names.
+// makeShims makes the folder with iptables, iptables-save, … of the chosen backend
+// under their plain names.
 func (l *Lab) makeShims() error {
 	l.shims = filepath.Join(l.Dir, "bin")
 	if err := os.RemoveAll(l.shims); err != nil {
@@ -345,7 +360,8 @@ func (l *Lab) SetBackend(b Backend) error {
 	return l.makeShims()
 }
 
-// Env is the environment of the lab's commands: this process's, with the backend's iptables first on PATH.
+// Env is the environment of the lab's commands: this process's, with the backend's
+// iptables first on PATH.
 func (l *Lab) Env() []string {
 	env := []string{"PATH=" + l.shims + ":" + os.Getenv("PATH")}
 	for _, kv := range os.Environ() {
@@ -356,7 +372,8 @@ func (l *Lab) Env() []string {
 	return env
 }
 
-// Shims is the folder with the backend's iptables under their plain names, for a program that is started another way.
+// Shims is the folder with the backend's iptables under their plain names, for a program that
+// is started another way.
 func (l *Lab) Shims() string { return l.shims }
 
 // Listen opens a listening socket in a namespace and closes it with the lab.

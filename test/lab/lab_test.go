@@ -57,10 +57,13 @@ const byHand = `*nat
 COMMIT
 `
 
-func startControlPlane(t *testing.T, l *lab.Lab, ca *authority.Authority) (*controlplane.Server, netip.AddrPort) {
+func startControlPlane(t *testing.T, l *lab.Lab,
+	ca *authority.Authority) (*controlplane.Server, netip.AddrPort) {
 	t.Helper()
 	addr := netip.AddrPortFrom(lab.ControlPlaneAddr, 443)
-	opts := controlplane.Options{Listen: func() (net.Listener, error) { return l.Service.Listen("tcp", addr.String()) }}
+	opts := controlplane.Options{Listen: func() (net.Listener, error) {
+		return l.Service.Listen("tcp", addr.String())
+	}}
 	if ca != nil {
 		cert, err := ca.Certificate("trafficdirector.googleapis.com")
 		if err != nil {
@@ -113,7 +116,8 @@ func TestRedirectByHand(t *testing.T) {
 
 			version, err := l.VM.Run(ctx, "iptables", "--version")
 			must(t, err)
-			if want := map[lab.Backend]string{lab.NFT: "nf_tables", lab.Legacy: "legacy"}[backend]; !strings.Contains(version, want) {
+			if want := map[lab.Backend]string{
+				lab.NFT: "nf_tables", lab.Legacy: "legacy"}[backend]; !strings.Contains(version, want) {
 				t.Fatalf("iptables --version: %s, want %s", version, want)
 			}
 
@@ -123,23 +127,28 @@ func TestRedirectByHand(t *testing.T) {
 					t.Errorf("%s without rules: %+v, %v; want an escape", vip, r, err)
 				}
 			}
-			for family, prefix := range map[string]string{"iptables": "10.10.0.0/16", "ip6tables": "fd10::/64"} {
-				_, err := l.VM.RunInput(ctx, fmt.Sprintf(byHand, envoy.UID, prefix), family+"-restore", "--noflush", "-w", "5")
+			for family, prefix := range map[string]string{
+				"iptables": "10.10.0.0/16", "ip6tables": "fd10::/64"} {
+				_, err := l.VM.RunInput(ctx, fmt.Sprintf(byHand, envoy.UID, prefix), family+"-restore",
+					"--noflush", "-w", "5")
 				must(t, err)
 			}
 			for _, vip := range []netip.AddrPort{httpVIP4, httpVIP6} {
 				resp, err := l.VM.HTTP().Get("http://" + vip.String() + "/")
 				must(t, err)
 				resp.Body.Close()
-				if resp.StatusCode != http.StatusOK || resp.Header.Get("Server") != "envoy" || resp.Header.Get(controlplane.ServedByHeader) != "web" {
+				if resp.StatusCode != http.StatusOK || resp.Header.Get("Server") != "envoy" ||
+					resp.Header.Get(controlplane.ServedByHeader) != "web" {
 					t.Errorf("GET %s: %s %v, want Envoy's", vip, resp.Status, resp.Header)
 				}
-				out, err := l.VM.CommandAs(ctx, 4711, "curl", "-sS", "-D-", "http://"+vip.String()+"/").CombinedOutput()
+				out, err := l.VM.CommandAs(ctx, 4711, "curl", "-sS", "-D-", "http://"+vip.String()+
+					"/").CombinedOutput()
 				if err != nil || !strings.Contains(string(out), "x-served-by: web") {
 					t.Errorf("curl of %s as another user: %v\n%s", vip, err, out)
 				}
 			}
-			if r, err := lab.Probe(ctx, l.VM, 0, tcpVIP4); err != nil || r.Local.Addr() != lab.EndpointAddr(1) {
+			if r, err := lab.Probe(ctx, l.VM, 0, tcpVIP4); err != nil ||
+				r.Local.Addr() != lab.EndpointAddr(1) {
 				t.Errorf("TCP service: %+v, %v", r, err)
 			}
 			// Envoy's own uid and addresses that are no service go out as they are.
@@ -152,21 +161,25 @@ func TestRedirectByHand(t *testing.T) {
 				}
 			}
 			// Inbound, from the other namespace.
-			resp, err := l.Client.HTTP().Get("http://" + netip.AddrPortFrom(lab.VMAddr, appPort).String() + "/")
+			resp, err := l.Client.HTTP().Get(
+				"http://" + netip.AddrPortFrom(lab.VMAddr, appPort).String() + "/")
 			must(t, err)
 			resp.Body.Close()
-			if resp.Header.Get(controlplane.ServedByHeader) != "inbound-8081-10.128.0.2" || resp.Header.Get(lab.NameHeader) != "app" {
+			if resp.Header.Get(controlplane.ServedByHeader) != "inbound-8081-10.128.0.2" ||
+				resp.Header.Get(lab.NameHeader) != "app" {
 				t.Errorf("inbound: %s %v", resp.Status, resp.Header)
 			}
 
 			// The steady stream tells the three outcomes apart.
-			steady := l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4, httpVIP6}, PerSecond: 100, HTTP: true, Timeout: time.Second})
+			steady := l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4, httpVIP6},
+				PerSecond: 100, HTTP: true, Timeout: time.Second})
 			time.Sleep(500 * time.Millisecond)
 			if c := steady.Stop(); c.OK < 30 || c.Bad() != 0 || c.Tried != c.OK {
 				t.Errorf("steady stream: %v", c)
 			}
 			envoy.Kill()
-			steady = l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4}, PerSecond: 100, HTTP: true, Timeout: time.Second})
+			steady = l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4}, PerSecond: 100,
+				HTTP: true, Timeout: time.Second})
 			time.Sleep(300 * time.Millisecond)
 			if c := steady.Stop(); c.Failed < 20 || c.Failed != c.Tried {
 				t.Errorf("steady stream without Envoy: %v", c)
@@ -178,7 +191,8 @@ func TestRedirectByHand(t *testing.T) {
 			}
 			_, err = l.VM.Run(ctx, "iptables", "-t", "nat", "-F", "TEST")
 			must(t, err)
-			steady = l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4}, PerSecond: 100, HTTP: true, Timeout: time.Second})
+			steady = l.Steady(lab.SteadyOptions{From: l.VM, To: []netip.AddrPort{httpVIP4}, PerSecond: 100,
+				HTTP: true, Timeout: time.Second})
 			time.Sleep(300 * time.Millisecond)
 			if c := steady.Stop(); c.Escaped < 20 || c.Escaped != c.Tried {
 				t.Errorf("steady stream without rules: %v", c)
@@ -187,7 +201,8 @@ func TestRedirectByHand(t *testing.T) {
 	}
 }
 
-// TestListenerShapes has the real Envoy take every shape that Config can make, and refuse the one that is meant to be refused.
+// TestListenerShapes has the real Envoy take every shape that Config can make, and refuse the one
+// that is meant to be refused.
 func TestListenerShapes(t *testing.T) {
 	l := lab.T(t, lab.Options{})
 	ctx := within(t, 60*time.Second)
@@ -199,13 +214,16 @@ func TestListenerShapes(t *testing.T) {
 
 	// Silent control plane: Envoy waits.
 	must(t, cp.WaitNodes(ctx, 1))
-	if body, err := envoy.Admin(ctx, "/ready"); err == nil || !strings.Contains(body, "PRE_INITIALIZING") {
+	if body, err := envoy.Admin(ctx, "/ready"); err == nil ||
+		!strings.Contains(body, "PRE_INITIALIZING") {
 		t.Errorf("/ready before the first answer: %q, %v", body, err)
 	}
 	shapes := []controlplane.Config{{}}
-	for _, v6 := range []controlplane.IPv6{controlplane.IPv6Off, controlplane.IPv6Additional, controlplane.IPv6DualStack, controlplane.IPv6Separate} {
+	for _, v6 := range []controlplane.IPv6{controlplane.IPv6Off, controlplane.IPv6Additional,
+		controlplane.IPv6DualStack, controlplane.IPv6Separate} {
 		if v6 == controlplane.IPv6Separate {
-			// The control plane sends listeners in no order, and Envoy refuses one whose address another still has.
+			// The control plane sends listeners in no order, and Envoy refuses one whose
+			// address another still has.
 			shapes = append(shapes, controlplane.Config{})
 		}
 		shapes = append(shapes, mesh(v6))
@@ -214,11 +232,15 @@ func TestListenerShapes(t *testing.T) {
 	full.TLSInspector, full.Passthrough = true, true
 	full.AccessLog = "/dev/null"
 	full.Runtime = map[string]any{"envoy.reloadable_features.x": false}
-	full.Services = append(full.Services, controlplane.Service{Name: "address-less", Port: 7000, Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(2), 1)}})
-	full.Services = append(full.Services, controlplane.Service{Name: "sick", Prefixes: controlplane.VIPs("10.10.0.9"), Port: 80,
-		Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(3), 1)},
-		Unhealthy: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(4), 1), netip.AddrPortFrom(lab.EndpointAddr(5), 1)}})
-	full.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {httpVIP4.Addr()}}, TCPUpstream: netip.MustParseAddrPort("10.131.0.1:53")}
+	full.Services = append(full.Services, controlplane.Service{Name: "address-less", Port: 7000,
+		Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(2), 1)}})
+	full.Services = append(full.Services,
+		controlplane.Service{Name: "sick", Prefixes: controlplane.VIPs("10.10.0.9"), Port: 80,
+			Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(3), 1)},
+			Unhealthy: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(4), 1),
+				netip.AddrPortFrom(lab.EndpointAddr(5), 1)}})
+	full.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {httpVIP4.Addr()}},
+		TCPUpstream: netip.MustParseAddrPort("10.131.0.1:53")}
 	shapes = append(shapes, full)
 	for i, c := range shapes {
 		push, err := cp.Set(c)
@@ -245,11 +267,13 @@ func TestListenerShapes(t *testing.T) {
 
 	// A refused listener, once, and in a storm.
 	refused := full
-	refused.Listeners = append(refused.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
+	refused.Listeners = append(
+		refused.Listeners, controlplane.RefusedListener("bad", 16001, "/root/access.log"))
 	_, err = cp.Set(refused)
 	must(t, err)
 	must(t, cp.WaitRejected(ctx, 1))
-	if d := cp.Rejections()[0].Details; !strings.Contains(d, "unable to open file '/root/access.log'") {
+	if d := cp.Rejections()[0].Details; !strings.Contains(
+		d, "unable to open file '/root/access.log'") {
 		t.Errorf("rejected for %q", d)
 	}
 	time.Sleep(300 * time.Millisecond)
@@ -265,7 +289,8 @@ func TestListenerShapes(t *testing.T) {
 
 	// Envoy's log has Traffic Director's words, and the way back works.
 	cp.RefuseNotFound("default", "my-project")
-	waitLog(t, ctx, envoy, `closed: 5, Traffic Director configuration was not found for network "default" in project "my-project".`)
+	waitLog(t, ctx, envoy,
+		`closed: 5, Traffic Director configuration was not found for network "default" in project "my-project".`)
 	cp.Serve()
 	nodes := len(cp.Nodes())
 	must(t, cp.WaitNodes(ctx, nodes+1))
@@ -309,9 +334,10 @@ func askDNS(t *testing.T, n *lab.Namespace, name string) netip.Addr {
 	conn, err := n.ListenPacket("udp", "127.0.0.1:0")
 	must(t, err)
 	defer conn.Close()
-	resolver := &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
-		return packetTo{conn, net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:15053"))}, nil
-	}}
+	resolver := &net.Resolver{
+		PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+			return packetTo{conn, net.UDPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:15053"))}, nil
+		}}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	addrs, err := resolver.LookupNetIP(ctx, "ip4", name+".")

@@ -22,19 +22,23 @@ import (
 // Errors that say why a machine has no lab. Test with errors.Is.
 var (
 	ErrNotRoot      = errors.New("the lab needs root (network namespaces, iptables): run it with sudo")
-	ErrNoNamespaces = errors.New("the lab needs network namespaces (kernel with CONFIG_NET_NS and veth, and a container that may mount /run/netns)")
+	ErrNoNamespaces = errors.New(
+		"the lab needs network namespaces (kernel with CONFIG_NET_NS and veth, and a container that " +
+			"may mount /run/netns)")
 )
 
 // MissingError says which program the lab lacks and what installs it.
 type MissingError struct{ Program, Package string }
 
 func (e *MissingError) Error() string {
-	return fmt.Sprintf("find %q: not on PATH; install the package %s (apt-get install %s)", e.Program, e.Package, e.Package)
+	return fmt.Sprintf("find %q: not on PATH; install the package %s (apt-get install %s)", e.Program,
+		e.Package, e.Package)
 }
 
 // programs are what the lab runs, and Debian's packages that hold them.
 var programs = map[string]string{
-	"ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "setpriv": "util-linux", "iptables-nft": "iptables", "iptables-legacy": "iptables",
+	"ip": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "setpriv": "util-linux",
+	"iptables-nft": "iptables", "iptables-legacy": "iptables",
 }
 
 // look finds what the lab needs, before anything is made.
@@ -58,11 +62,13 @@ type Namespace struct {
 	env  func() []string
 }
 
-// Do runs f on a thread that is in the namespace: sockets made and files of /proc/sys/net opened in f are the namespace's. Goroutines that
-// f starts are not in it. f must not block for long (it holds a thread).
+// Do runs f on a thread that is in the namespace: sockets made and files of /proc/sys/net
+// opened in f are the namespace's. Goroutines that f starts are not in it. f must not block for
+// long (it holds a thread).
 func (n *Namespace) Do(f func() error) error { return n.doAs(0, f) }
 
-// doAs is Do with the thread's file-system uid and gid changed: a socket belongs to the fsuid that made it, and that is what `-m owner` matches.
+// doAs is Do with the thread's file-system uid and gid changed: a socket belongs to the fsuid that
+// made it, and that is what `-m owner` matches.
 func (n *Namespace) doAs(uid uint32, f func() error) error {
 	runtime.LockOSThread()
 	home, err := os.Open("/proc/thread-self/ns/net")
@@ -75,14 +81,16 @@ func (n *Namespace) doAs(uid uint32, f func() error) error {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter namespace %q: %w", n.Name, err)
 	}
-	// A thread that cannot be brought home is left locked: it ends with its goroutine, so no other ever runs on it.
+	// A thread that cannot be brought home is left locked: it ends with its goroutine, so no
+	// other ever runs on it.
 	defer func() {
 		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
 	}()
 	if uid != 0 {
-		// setfsuid and setfsgid are per thread; they return the previous id and cannot be asked for an error, so look.
+		// setfsuid and setfsgid are per thread; they return the previous id and cannot be asked
+		// for an error, so look.
 		unix.SetfsgidRetGid(int(uid))
 		unix.SetfsuidRetUid(int(uid))
 		defer func() {
@@ -133,13 +141,16 @@ func (n *Namespace) Dial(ctx context.Context, to netip.AddrPort) (net.Conn, erro
 	return n.DialAs(ctx, 0, to)
 }
 
-// DialAs connects by TCP from the namespace with a socket that belongs to uid (and gid of the same number). The thread is held for the socket's making
-// only, not for the connecting, so that hundreds of connections may hang at once.
+// DialAs connects by TCP from the namespace with a socket that belongs to uid (and gid of the same
+// number). The thread is held for the socket's making only, not for the connecting, so that
+// hundreds of connections may hang at once.
 func (n *Namespace) DialAs(ctx context.Context, uid uint32, to netip.AddrPort) (net.Conn, error) {
 	fd := -1
-	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
+	family, sa := unix.AF_INET6,
+		unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
 	if to.Addr().Unmap().Is4() {
-		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().Unmap().As4()}
+		family, sa = unix.AF_INET,
+			&unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().Unmap().As4()}
 	}
 	err := n.doAs(uid, func() (err error) {
 		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
@@ -200,7 +211,8 @@ func connected(ctx context.Context, file *os.File) error {
 	return errors.Join(err, result)
 }
 
-// HTTP is a client that connects from the namespace, to literal addresses only, and keeps no connection.
+// HTTP is a client that connects from the namespace, to literal addresses only,
+// and keeps no connection.
 func (n *Namespace) HTTP() *http.Client { return n.HTTPAs(0) }
 
 // HTTPAs is HTTP with sockets that belong to uid.
@@ -221,8 +233,10 @@ func (n *Namespace) HTTPAs(uid uint32) *http.Client {
 	}
 }
 
-// starts are commands to start on the one thread that lives as long as the process: the parent-death signal is sent when the *thread* dies that forked,
-// and threads do die (a test that locks its goroutine to one and does not unlock, which is how kernel tests leave a namespace behind).
+// starts are commands to start on the one thread that lives as long as the process: the
+// parent-death signal is sent when the *thread* dies that forked, and threads do die (a
+// test that locks its goroutine to one and does not unlock, which is how kernel tests
+// leave a namespace behind).
 var starts = sync.OnceValue(func() chan<- func() {
 	c := make(chan func())
 	go func() {
@@ -234,28 +248,35 @@ var starts = sync.OnceValue(func() chan<- func() {
 	return c
 })
 
-// Start is cmd.Start on a thread that lives as long as this process, for a command of Command or CommandAs that runs longer than the
-// caller's goroutine or beside goroutines that give up their threads.
+// Start is cmd.Start on a thread that lives as long as this process, for a command of
+// Command or CommandAs that runs longer than the caller's goroutine or beside goroutines
+// that give up their threads.
 func Start(cmd *exec.Cmd) error {
 	err := make(chan error)
 	starts() <- func() { err <- cmd.Start() }
 	return <-err
 }
 
-// Command is a command in the namespace, as root, with the lab's backend first on PATH. It dies with this process.
+// Command is a command in the namespace, as root, with the lab's backend first on PATH. It
+// dies with this process.
 func (n *Namespace) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	return n.command(ctx, append([]string{name}, args...))
 }
 
 // CommandAs is Command under another uid and gid, without other groups or capabilities.
-func (n *Namespace) CommandAs(ctx context.Context, uid uint32, name string, args ...string) *exec.Cmd {
+func (n *Namespace) CommandAs(ctx context.Context, uid uint32, name string,
+	args ...string) *exec.Cmd {
 	id := strconv.FormatUint(uint64(uid), 10)
-	// setpriv changes ids, which makes the kernel forget the parent-death signal: it must be set again.
-	return n.command(ctx, append([]string{"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--pdeathsig", "KILL", "--", name}, args...))
+	// setpriv changes ids, which makes the kernel forget the parent-death signal:
+	// it must be set again.
+	return n.command(ctx,
+		append([]string{"setpriv", "--reuid", id, "--regid", id, "--clear-groups", "--pdeathsig", "KILL",
+			"--", name}, args...))
 }
 
 func (n *Namespace) command(ctx context.Context, argv []string) *exec.Cmd {
-	// nsenter and setpriv exec: the pid is the command's own. /sys stays the host's; /proc/net is the namespace's.
+	// nsenter and setpriv exec: the pid is the command's own. /sys stays the host's;
+	// /proc/net is the namespace's.
 	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + n.path, "--"}, argv...)...)
 	cmd.Env = n.env()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -269,13 +290,15 @@ func (n *Namespace) Run(ctx context.Context, name string, args ...string) (strin
 }
 
 // RunInput is Run with text on standard input.
-func (n *Namespace) RunInput(ctx context.Context, input, name string, args ...string) (string, error) {
+func (n *Namespace) RunInput(ctx context.Context, input, name string,
+	args ...string) (string, error) {
 	cmd := n.Command(ctx, name, args...)
 	cmd.Stdin = strings.NewReader(input)
 	var stdout, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("run %s %s in %q: %w: %s", name, strings.Join(args, " "), n.Name, err, strings.TrimSpace(stderr.String()))
+		return stdout.String(), fmt.Errorf("run %s %s in %q: %w: %s", name, strings.Join(args, " "),
+			n.Name, err, strings.TrimSpace(stderr.String()))
 	}
 	return stdout.String(), nil
 }

@@ -18,8 +18,8 @@ type Reach struct {
 	Escaped     bool           // it reached the very address that was called: nobody redirected it
 }
 
-// Probe connects once by TCP, sends a line, and says which echo server answered. It works through TCP chains and without Envoy, not through HTTP
-// chains: ask those with HTTPProbe.
+// Probe connects once by TCP, sends a line, and says which echo server answered. It works through
+// TCP chains and without Envoy, not through HTTP chains: ask those with HTTPProbe.
 func Probe(ctx context.Context, from *Namespace, uid uint32, to netip.AddrPort) (Reach, error) {
 	return probe(ctx, from, uid, to, "hello\n")
 }
@@ -29,7 +29,8 @@ func HTTPProbe(ctx context.Context, from *Namespace, uid uint32, to netip.AddrPo
 	return probe(ctx, from, uid, to, "GET / HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n")
 }
 
-func probe(ctx context.Context, from *Namespace, uid uint32, to netip.AddrPort, say string) (Reach, error) {
+func probe(ctx context.Context, from *Namespace, uid uint32, to netip.AddrPort,
+	say string) (Reach, error) {
 	conn, err := from.DialAs(ctx, uid, to)
 	if err != nil {
 		return Reach{}, err
@@ -87,8 +88,10 @@ type Counts struct {
 	Failed    int            // no answer
 	Errors    map[string]int // by text
 	Slowest   time.Duration  // of the OK ones
-	Late      int            // ticks that this machine was too slow to start in time, not connections; they were started as soon as possible
-	FirstBad  time.Time      // when the first that failed or escaped was started
+	// ticks that this machine was too slow to start in time, not connections; they were
+	// started as soon as possible
+	Late     int
+	FirstBad time.Time // when the first that failed or escaped was started
 }
 
 // Bad is Escaped + Failed.
@@ -99,10 +102,12 @@ func (c Counts) String() string {
 	for text, n := range c.Errors {
 		fmt.Fprintf(&errs, "; %d × %s", n, text)
 	}
-	return fmt.Sprintf("%d connections: %d ok, %d escaped, %d failed, slowest %s%s", c.Tried, c.OK, c.Escaped, c.Failed, c.Slowest.Round(time.Millisecond), errs.String())
+	return fmt.Sprintf("%d connections: %d ok, %d escaped, %d failed, slowest %s%s", c.Tried, c.OK,
+		c.Escaped, c.Failed, c.Slowest.Round(time.Millisecond), errs.String())
 }
 
-// Steady makes new connections at a steady rate until stopped, whatever becomes of the earlier ones.
+// Steady makes new connections at a steady rate until stopped, whatever
+// becomes of the earlier ones.
 type Steady struct {
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -119,7 +124,8 @@ func (l *Lab) Steady(opts SteadyOptions) *Steady {
 		panic("lab.Steady: no rate or no address")
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Steady{cancel: cancel, done: make(chan struct{}), counts: Counts{Errors: make(map[string]int)}}
+	s := &Steady{cancel: cancel, done: make(chan struct{}),
+		counts: Counts{Errors: make(map[string]int)}}
 	l.atEnd(func() { s.Stop() })
 	go s.run(ctx, opts)
 	return s

@@ -14,7 +14,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// TestMetadataServer has "vm" and "client" reach the emulator at the metadata server's own addresses, in two labs side by side.
+// TestMetadataServer has "vm" and "client" reach the emulator at the metadata server's own
+// addresses, in two labs side by side.
 func TestMetadataServer(t *testing.T) {
 	for _, name := range []string{"first", "second"} {
 		t.Run(name, func(t *testing.T) {
@@ -29,7 +30,8 @@ func TestMetadataServer(t *testing.T) {
 			}
 			for _, ns := range []*lab.Namespace{l.VM, l.Client} {
 				for _, host := range []string{"169.254.169.254", "[fd20:ce::254]"} {
-					out, err := ns.Run(t.Context(), "curl", "-sSf", "-H", "Metadata-Flavor: Google", "http://"+host+"/computeMetadata/v1/instance/name")
+					out, err := ns.Run(t.Context(), "curl", "-sSf", "-H", "Metadata-Flavor: Google",
+						"http://"+host+"/computeMetadata/v1/instance/name")
 					if err != nil || out != name {
 						t.Errorf("%s in %s: %q, %v", host, ns.Name, out, err)
 					}
@@ -39,7 +41,8 @@ func TestMetadataServer(t *testing.T) {
 	}
 }
 
-// TestTenThousandServices shows that the control plane and Envoy carry the scale that later tests and benchmarks stand on.
+// TestTenThousandServices shows that the control plane and Envoy carry the scale that later tests
+// and benchmarks stand on.
 func TestTenThousandServices(t *testing.T) {
 	l := lab.T(t, lab.Options{})
 	ctx := within(t, 120*time.Second)
@@ -47,7 +50,9 @@ func TestTenThousandServices(t *testing.T) {
 	var c controlplane.Config
 	for i := range 10_000 {
 		c.Services = append(c.Services, controlplane.Service{
-			Name: fmt.Sprintf("s%d", i), Prefixes: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 20, byte(i >> 8), byte(i)}), 32)}, Port: 80, Cluster: "shared",
+			Name: fmt.Sprintf("s%d", i), Prefixes: []netip.Prefix{
+				netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 20, byte(i >> 8), byte(i)}), 32)}, Port: 80,
+			Cluster: "shared",
 		})
 	}
 	began := time.Now()
@@ -59,7 +64,8 @@ func TestTenThousandServices(t *testing.T) {
 	must(t, err)
 	must(t, envoy.WaitReady(ctx))
 	t.Logf("Envoy ready after %s", time.Since(began).Round(time.Millisecond))
-	c.Services = append(c.Services, controlplane.Service{Name: "one more", Prefixes: controlplane.VIPs("10.30.0.1"), Port: 80, Cluster: "shared"})
+	c.Services = append(c.Services, controlplane.Service{
+		Name: "one more", Prefixes: controlplane.VIPs("10.30.0.1"), Port: 80, Cluster: "shared"})
 	push, err := cp.Set(c)
 	must(t, err)
 	must(t, cp.WaitAccepted(ctx, push))

@@ -1,8 +1,9 @@
-// Package mesh puts a whole node together for the end-to-end tests, the benchmarks and the demo: a lab with a control
-// plane, the platform emulator and a real Envoy in it, and the built service-proxy-agent as a process of its own.
+// Package mesh puts a whole node together for the end-to-end tests, the benchmarks and the demo: a
+// lab with a control plane, the platform emulator and a real Envoy in it, and the built
+// service-proxy-agent as a process of its own.
 //
-// It decides nothing and checks nothing: tests change the control plane (CP), the platform or Envoy and look at what
-// becomes of connections. Everything ends with the lab.
+// It decides nothing and checks nothing: tests change the control plane (CP), the platform or Envoy
+// and look at what becomes of connections. Everything ends with the lab.
 package mesh
 
 import (
@@ -48,7 +49,8 @@ type Options struct {
 	NoEnvoy   bool   // the test starts it
 	// NoOwnerMatch: the kernel refuses every rule with -m owner (lab.Options).
 	NoOwnerMatch bool
-	NoRuntime    bool // Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
+	// Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
+	NoRuntime bool
 }
 
 // Mesh is one running node and what is around it.
@@ -65,7 +67,8 @@ type Mesh struct {
 // New starts everything but the agent.
 func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	m = &Mesh{CPAddr: netip.AddrPortFrom(lab.ControlPlaneAddr, 443)}
-	if m.Lab, err = lab.New(lab.Options{Backend: opts.Backend, NoOwnerMatch: opts.NoOwnerMatch}); err != nil {
+	if m.Lab, err = lab.New(
+		lab.Options{Backend: opts.Backend, NoOwnerMatch: opts.NoOwnerMatch}); err != nil {
 		return nil, err
 	}
 	defer func(m *Mesh) { // as it is now: a return of nil sets the result
@@ -76,7 +79,8 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	if opts.Attribute == "" {
 		opts.Attribute = Attribute
 	}
-	m.Platform = platform.New(platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute}})
+	m.Platform = platform.New(
+		platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute}})
 	for _, port := range []uint16{80} {
 		ln, err := m.Listen(m.Service, netip.AddrPortFrom(lab.MetadataAddr, port))
 		if err != nil {
@@ -84,7 +88,9 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		}
 		m.Platform.Serve(ln, nil)
 	}
-	m.CP = controlplane.New(controlplane.Options{Listen: func() (net.Listener, error) { return m.Service.Listen("tcp", m.CPAddr.String()) }})
+	m.CP = controlplane.New(controlplane.Options{Listen: func() (net.Listener, error) {
+		return m.Service.Listen("tcp", m.CPAddr.String())
+	}})
 	m.ends = append(m.ends, m.CP.Close)
 	push, err := m.CP.Set(opts.Config)
 	if err != nil {
@@ -98,9 +104,11 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		port uint16
 		opts lab.EchoOptions
 	}{
-		{m.Service, EndpointPort, lab.EchoOptions{Name: "endpoint"}}, {m.VM, AppPort, lab.EchoOptions{Name: "app"}},
+		{m.Service, EndpointPort, lab.EchoOptions{Name: "endpoint"}},
+		{m.VM, AppPort, lab.EchoOptions{Name: "app"}},
 		// Where connections arrive that nobody redirected.
-		{m.Service, 81, lab.EchoOptions{Name: "escaped"}}, {m.Service, 9000, lab.EchoOptions{Name: "escaped"}},
+		{m.Service, 81, lab.EchoOptions{Name: "escaped"}},
+		{m.Service, 9000, lab.EchoOptions{Name: "escaped"}},
 	} {
 		if _, err := m.Echo(e.in, e.port, e.opts); err != nil {
 			return nil, err
@@ -112,7 +120,8 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	if opts.NoEnvoy {
 		return m, nil
 	}
-	if m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Runtime: !opts.NoRuntime}); err != nil {
+	if m.Envoy, err = m.StartEnvoy(
+		lab.EnvoyOptions{ControlPlane: m.CPAddr, Runtime: !opts.NoRuntime}); err != nil {
 		return nil, err
 	}
 	if err := m.Envoy.WaitReady(ctx); err != nil {
@@ -121,7 +130,8 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	return m, m.CP.WaitAccepted(ctx, push)
 }
 
-// openSerial makes the pty that stands for /dev/ttyS0 and hands what is written there to the emulator, where gcloud reads it.
+// openSerial makes the pty that stands for /dev/ttyS0 and hands what is written there to the
+// emulator, where gcloud reads it.
 func (m *Mesh) openSerial() error {
 	pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -146,8 +156,8 @@ func (m *Mesh) openSerial() error {
 	return nil
 }
 
-// Close ends everything, the agent before the folder that it writes to. An error may be what the agent did: it exceeded the
-// budget of guest attributes.
+// Close ends everything, the agent before the folder that it writes to. An error may be what the
+// agent did: it exceeded the budget of guest attributes.
 func (m *Mesh) Close() error {
 	for i := len(m.ends) - 1; i >= 0; i-- {
 		m.ends[i]()
@@ -207,7 +217,8 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
 	}
 	a.args = append(a.args, args...) // of two the later one counts
-	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+filepath.Join(a.dir, "state"))
+	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+
+		filepath.Join(a.dir, "state"))
 	return a
 }
 
@@ -242,8 +253,9 @@ func (a *Agent) Start() error {
 	return nil
 }
 
-// Reboot empties the runtime folder, as a tmpfs is after a reboot, but for the note of what guest attributes were spent: a
-// real reboot takes longer than this one, which is within the same minute's budget. The agent must not run.
+// Reboot empties the runtime folder, as a tmpfs is after a reboot, but for the note of what guest
+// attributes were spent: a real reboot takes longer than this one, which is within the same
+// minute's budget. The agent must not run.
 func (a *Agent) Reboot() error {
 	dir := filepath.Join(a.dir, "run")
 	entries, err := os.ReadDir(dir)
@@ -293,12 +305,14 @@ func (a *Agent) Log() string {
 }
 
 // Run runs another command of the binary beside the agent, in "vm".
-func (a *Agent) Run(ctx context.Context, args ...string) (stdout, stderr string, code int, err error) {
+func (a *Agent) Run(
+	ctx context.Context, args ...string) (stdout, stderr string, code int, err error) {
 	return a.RunAs(ctx, 0, nil, args...)
 }
 
 // RunAs is Run as another user (0: root), with more in the environment.
-func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string, args ...string) (stdout, stderr string, code int, err error) {
+func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string,
+	args ...string) (stdout, stderr string, code int, err error) {
 	binary, err := Binary()
 	if err != nil {
 		return "", "", 0, err
@@ -334,7 +348,8 @@ func (a *Agent) Status(ctx context.Context) (s status.Status, err error) {
 }
 
 // Wait asks for the status until holds.
-func (a *Agent) Wait(ctx context.Context, what string, holds func(status.Status) bool) (status.Status, error) {
+func (a *Agent) Wait(ctx context.Context, what string, holds func(status.Status) bool) (
+	status.Status, error) {
 	for {
 		s, err := a.Status(ctx)
 		if err == nil && holds(s) {
@@ -343,7 +358,8 @@ func (a *Agent) Wait(ctx context.Context, what string, holds func(status.Status)
 		select {
 		case <-ctx.Done():
 			text, _ := json.MarshalIndent(s, "", " ")
-			return s, fmt.Errorf("wait for %s: last status %s (%v)\nagent's log:\n%s", what, text, err, a.Log())
+			return s, fmt.Errorf("wait for %s: last status %s (%v)\nagent's log:\n%s", what, text,
+				err, a.Log())
 		case <-a.done:
 			return s, fmt.Errorf("wait for %s: the agent ended (%v):\n%s", what, a.err, a.Log())
 		case <-time.After(20 * time.Millisecond):

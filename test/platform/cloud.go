@@ -14,8 +14,9 @@ import (
 	"time"
 )
 
-// GcloudEnv points an unmodified gcloud at this emulator: base is http://ADDRESS:PORT of a listener that gcloud reaches, config an empty folder of
-// the test's own. It replaces the whole environment but PATH and HOME, so that nothing of the developer's own gcloud counts.
+// GcloudEnv points an unmodified gcloud at this emulator: base is http://ADDRESS:PORT of a listener
+// that gcloud reaches, config an empty folder of the test's own. It replaces the whole environment
+// but PATH and HOME, so that nothing of the developer's own gcloud counts.
 func (e *Emulator) GcloudEnv(base, config, path string) []string {
 	return []string{
 		"PATH=" + path, "HOME=" + config,
@@ -36,7 +37,8 @@ func (e *Emulator) GcloudEnv(base, config, path string) []string {
 // apiError answers as Google's JSON APIs do.
 func apiError(w http.ResponseWriter, code int, message string) {
 	respond(w, code, map[string]any{"error": map[string]any{
-		"code": code, "message": message, "status": strings.ToUpper(strings.ReplaceAll(http.StatusText(code), " ", "_")),
+		"code": code, "message": message,
+		"status": strings.ToUpper(strings.ReplaceAll(http.StatusText(code), " ", "_")),
 		"errors": []any{map[string]any{"message": message, "domain": "global", "reason": "notFound"}},
 	}})
 }
@@ -52,15 +54,17 @@ func respond(w http.ResponseWriter, code int, v any) {
 	w.Write(body)
 }
 
-// compute is the Compute API: GET /compute/v1/projects/P/zones/Z/instances/VM[/getGuestAttributes|/serialPort]. It wants no token, since gcloud is
-// pointed here without one.
+// compute is the Compute API: GET
+// /compute/v1/projects/P/zones/Z/instances/VM[/getGuestAttributes|/serialPort]. It wants no token,
+// since gcloud is pointed here without one.
 func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	self := fmt.Sprintf("projects/%s/zones/%s/instances/%s", e.vm.ProjectID, e.vm.Zone, e.vm.Name)
 	rest, ok := strings.CutPrefix(r.URL.Path, "/compute/v1/"+self)
 	if !ok || r.Method != http.MethodGet {
-		apiError(w, http.StatusNotFound, fmt.Sprintf("The resource '%s' was not found", strings.TrimPrefix(r.URL.Path, "/compute/v1/")))
+		apiError(w, http.StatusNotFound,
+			fmt.Sprintf("The resource '%s' was not found", strings.TrimPrefix(r.URL.Path, "/compute/v1/")))
 		return
 	}
 	switch rest {
@@ -70,10 +74,13 @@ func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 			items = append(items, map[string]any{"key": key, "value": e.vm.Attributes[key]})
 		}
 		respond(w, http.StatusOK, map[string]any{
-			"kind": "compute#instance", "id": strconv.FormatUint(e.vm.ID, 10), "name": e.vm.Name, "status": "RUNNING", "zone": e.vm.Zone,
-			"metadata":          map[string]any{"kind": "compute#metadata", "items": items},
-			"networkInterfaces": []any{map[string]any{"name": "nic0", "network": "global/networks/" + e.vm.Network, "networkIP": e.vm.IP}},
-			"serviceAccounts":   []any{map[string]any{"email": e.vm.ServiceAccount, "scopes": e.vm.Scopes}},
+			"kind": "compute#instance", "id": strconv.FormatUint(e.vm.ID, 10), "name": e.vm.Name,
+			"status": "RUNNING", "zone": e.vm.Zone,
+			"metadata": map[string]any{"kind": "compute#metadata", "items": items},
+			"networkInterfaces": []any{
+				map[string]any{"name": "nic0", "network": "global/networks/" + e.vm.Network,
+					"networkIP": e.vm.IP}},
+			"serviceAccounts": []any{map[string]any{"email": e.vm.ServiceAccount, "scopes": e.vm.Scopes}},
 		})
 	case "/getGuestAttributes":
 		path := r.URL.Query().Get("queryPath")
@@ -90,16 +97,20 @@ func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		if len(items) == 0 {
-			apiError(w, http.StatusNotFound, fmt.Sprintf("The resource '%s/guestAttributes/%s' of type 'Guest Attribute' was not found.", self, path))
+			apiError(w, http.StatusNotFound,
+				fmt.Sprintf("The resource '%s/guestAttributes/%s' of type 'Guest Attribute' was not found.",
+					self, path))
 			return
 		}
 		respond(w, http.StatusOK, map[string]any{
-			"kind": "compute#guestAttributes", "queryPath": path, "queryValue": map[string]any{"items": items},
+			"kind": "compute#guestAttributes", "queryPath": path, "queryValue": map[string]any{
+				"items": items},
 		})
 	case "/serialPort":
 		start, _ := strconv.Atoi(cmp.Or(r.URL.Query().Get("start"), "0"))
 		contents := ""
-		if port := cmp.Or(r.URL.Query().Get("port"), "1"); port == "1" && start >= 0 && start < len(e.serial) {
+		if port := cmp.Or(r.URL.Query().Get("port"), "1"); port == "1" && start >= 0 &&
+			start < len(e.serial) {
 			contents = string(e.serial[start:])
 		}
 		respond(w, http.StatusOK, map[string]any{
@@ -111,7 +122,8 @@ func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// Write appends to serial port 1, as it is read by get-serial-port-output: copy the pty that stands for /dev/ttyS0 here.
+// Write appends to serial port 1, as it is read by get-serial-port-output: copy the pty that
+// stands for /dev/ttyS0 here.
 func (e *Emulator) Write(p []byte) (int, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -156,7 +168,8 @@ func (e *Emulator) LogEntries() []LogEntry {
 // maxLogBody is Cloud Logging's limit for one entries:write.
 const maxLogBody = 10 << 20
 
-// logging is POST /v2/entries:write (with the VM's token) and /v2/entries:list (without one, as gcloud is pointed here).
+// logging is POST /v2/entries:write (with the VM's token) and /v2/entries:list (without one, as
+// gcloud is pointed here).
 func (e *Emulator) logging(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodPost {
 		apiError(w, http.StatusMethodNotAllowed, "method not allowed")
@@ -208,8 +221,11 @@ func (e *Emulator) writeEntries(w http.ResponseWriter, body []byte) {
 				entry.Labels[key] = value
 			}
 		}
-		if !strings.HasPrefix(entry.LogName, "projects/"+e.vm.ProjectID+"/logs/") || entry.Resource.Type == "" {
-			apiError(w, http.StatusBadRequest, fmt.Sprintf("entry %d: log name %q or resource type %q is invalid", i, entry.LogName, entry.Resource.Type))
+		if !strings.HasPrefix(entry.LogName, "projects/"+e.vm.ProjectID+"/logs/") ||
+			entry.Resource.Type == "" {
+			apiError(w, http.StatusBadRequest,
+				fmt.Sprintf("entry %d: log name %q or resource type %q is invalid", i, entry.LogName,
+					entry.Resource.Type))
 			return
 		}
 		if entry.Timestamp.IsZero() {
@@ -263,19 +279,22 @@ func (e *Emulator) listEntries(w http.ResponseWriter, body []byte) {
 	respond(w, http.StatusOK, map[string]any{"entries": out})
 }
 
-var severities = []string{"DEFAULT", "DEBUG", "INFO", "NOTICE", "WARNING", "ERROR", "CRITICAL", "ALERT", "EMERGENCY"}
+var severities = []string{"DEFAULT", "DEBUG", "INFO", "NOTICE", "WARNING", "ERROR", "CRITICAL",
+	"ALERT", "EMERGENCY"}
 
-var comparison = regexp.MustCompile(`^\(?\s*([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s*\)?\s*(?:AND\s+|$)`)
+var comparison = regexp.MustCompile(
+	`^\(?\s*([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s*\)?\s*(?:AND\s+|$)`)
 
-// parseFilter understands what this project's documents use: comparisons of logName, severity, timestamp, resource.type, resource.labels.X and
-// jsonPayload.X, joined by AND or white space.
+// parseFilter understands what this project's documents use: comparisons of logName, severity,
+// timestamp, resource.type, resource.labels.X and jsonPayload.X, joined by AND or white space.
 func parseFilter(filter string) (func(LogEntry) bool, error) {
 	var all []func(LogEntry) bool
 	for rest := strings.TrimSpace(filter); rest != ""; {
 		m := comparison.FindStringSubmatch(rest)
 		if m == nil {
 			// Comparisons side by side are joined by AND too.
-			if m = regexp.MustCompile(`^([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s+`).FindStringSubmatch(rest); m == nil {
+			if m = regexp.MustCompile(
+				`^([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s+`).FindStringSubmatch(rest); m == nil {
 				return nil, fmt.Errorf("the emulator does not understand the filter at %q", rest)
 			}
 		}
@@ -290,7 +309,8 @@ func parseFilter(filter string) (func(LogEntry) bool, error) {
 			order := strings.Compare(got, want)
 			switch field {
 			case "severity":
-				order = cmp.Compare(slices.Index(severities, cmp.Or(got, "DEFAULT")), slices.Index(severities, want))
+				order = cmp.Compare(slices.Index(severities, cmp.Or(got, "DEFAULT")),
+					slices.Index(severities, want))
 			case "timestamp":
 				a, errA := time.Parse(time.RFC3339Nano, got)
 				b, errB := time.Parse(time.RFC3339Nano, want)

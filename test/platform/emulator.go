@@ -1,13 +1,17 @@
-// Package platform is an emulator of what Compute Engine gives a VM and its owner, as far as this project meets it:
+// Package platform is an emulator of what Compute Engine gives a VM and its owner, as far as
+// this project meets it:
 //
-//   - the metadata server: attributes, recursion, long polls with ETags, tokens, guest attributes with their documented budget counted;
-//   - the Compute API calls by which gcloud reads a VM from outside (getGuestAttributes, serialPort, instances.get);
+//   - the metadata server: attributes, recursion, long polls with ETags, tokens, guest attributes
+//     with their documented budget counted;
+//   - the Compute API calls by which gcloud reads a VM from outside (getGuestAttributes,
+//     serialPort, instances.get);
 //   - Cloud Logging's entries:write and entries:list;
 //   - Cloud Storage's reads, JSON and XML form, with the VM's own token.
 //
-// Unmodified gcloud works against it (GcloudEnv), so does the Go metadata package (GCE_METADATA_HOST). One Emulator is one VM. Everything is served by
-// one http.Handler, since the paths of the services do not overlap: give it as many listeners as there are addresses to stand for (Serve), with TLS
-// where the real one has it (package authority, below this one).
+// Unmodified gcloud works against it (GcloudEnv), so does the Go metadata package
+// (GCE_METADATA_HOST). One Emulator is one VM. Everything is served by one http.Handler, since the
+// paths of the services do not overlap: give it as many listeners as there are addresses to stand
+// for (Serve), with TLS where the real one has it (package authority, below this one).
 //
 // What each part does is as its real one was seen or is documented, and says where; what is not
 // known of the real one is said there too:
@@ -23,8 +27,9 @@
 //     and the reference pages of the methods;
 //   - Cloud Storage: see storage.
 //
-// Faults are the test's to choose (Inject). What nobody asks for is not here: an unknown path is a 404 in the service's own words, an unknown filter of
-// entries:list a 400 that names it. It writes no file and knows no iptables or Envoy.
+// Faults are the test's to choose (Inject). What nobody asks for is not here: an unknown path is a
+// 404 in the service's own words, an unknown filter of entries:list a 400 that names it. It writes
+// no file and knows no iptables or Envoy.
 package platform
 
 import (
@@ -43,16 +48,18 @@ import (
 
 // VM is what the metadata server says of the VM. Zero fields take the values in brackets.
 type VM struct {
-	ProjectID      string   // [my-project]
-	ProjectNumber  int64    // [123456789012]
-	Zone           string   // [us-central1-a]
-	Name           string   // [vm-1]
-	ID             uint64   // [4520031799277581759]
-	Network        string   // [default]
-	IP, IPv6       string   // of the first interface [10.128.0.2, none]; "none": no IPv4
-	ServiceAccount string   // e-mail [123456789012-compute@developer.gserviceaccount.com]; "none": the VM has no account
+	ProjectID     string // [my-project]
+	ProjectNumber int64  // [123456789012]
+	Zone          string // [us-central1-a]
+	Name          string // [vm-1]
+	ID            uint64 // [4520031799277581759]
+	Network       string // [default]
+	IP, IPv6      string // of the first interface [10.128.0.2, none]; "none": no IPv4
+	// e-mail [123456789012-compute@developer.gserviceaccount.com]; "none": the VM has no account
+	ServiceAccount string
 	Scopes         []string // [cloud-platform]
-	// Attributes are the instance's; gce-service-proxy is one of them. Project attributes are not emulated but as an empty folder.
+	// Attributes are the instance's; gce-service-proxy is one of them. Project attributes are not
+	// emulated but as an empty folder.
 	Attributes map[string]string
 	// GuestAttributesDisabled is a VM without enable-guest-attributes=TRUE.
 	GuestAttributesDisabled bool
@@ -127,8 +134,9 @@ func (e *Emulator) Serve(ln net.Listener, certificate *tls.Certificate) {
 	go s.Serve(ln) // ends by Close
 }
 
-// Close ends every server, and with them what hangs or polls. It is an error of whoever ran on this VM if the budget of
-// guest attributes was exceeded, in any test: what the real one then does cannot be seen here.
+// Close ends every server, and with them what hangs or polls. It is an error of whoever ran on
+// this VM if the budget of guest attributes was exceeded, in any test: what the real one then
+// does cannot be seen here.
 func (e *Emulator) Close() error {
 	e.mu.Lock()
 	servers := e.servers
@@ -144,8 +152,11 @@ func (e *Emulator) Close() error {
 				all = append(all, fmt.Sprintf("%s %s %s", r.At.UTC().Format("15:04:05.000"), r.Method, key))
 			}
 		}
-		return fmt.Errorf("guest attributes: %d queries within a minute, %d within a second, %d of ours within a minute; the budget is %d, %d and %d: %s",
-			b.PeakPerMinute, b.PeakPerSecond, b.OursPerMinute, BudgetPerMinute, BudgetPerSecond, OursPerMinute, strings.Join(all, ", "))
+		return fmt.Errorf(
+			"guest attributes: %d queries within a minute, %d within a second, %d of ours within a "+
+				"minute; the budget is %d, %d and %d: %s",
+			b.PeakPerMinute, b.PeakPerSecond, b.OursPerMinute, BudgetPerMinute, BudgetPerSecond,
+			OursPerMinute, strings.Join(all, ", "))
 	}
 	return nil
 }
@@ -164,7 +175,9 @@ func (e *Emulator) SetAttribute(key, value string) {
 }
 
 // DeleteAttribute removes an instance attribute.
-func (e *Emulator) DeleteAttribute(key string) { e.Update(func(v *VM) { delete(v.Attributes, key) }) }
+func (e *Emulator) DeleteAttribute(key string) {
+	e.Update(func(v *VM) { delete(v.Attributes, key) })
+}
 
 // SetClock shifts the emulator's clock, as its Date header tells it, against this machine's.
 func (e *Emulator) SetClock(offset time.Duration) {
@@ -182,7 +195,8 @@ func (e *Emulator) notify() {
 	e.changed = make(chan struct{})
 }
 
-// Wait blocks until holds, looking after each change that the metadata server shows (guest attributes included), log entry and serial line.
+// Wait blocks until holds, looking after each change that the metadata server shows (guest
+// attributes included), log entry and serial line.
 func (e *Emulator) Wait(ctx context.Context, holds func() bool) error {
 	for {
 		e.mu.Lock()
@@ -201,7 +215,8 @@ func (e *Emulator) Wait(ctx context.Context, holds func() bool) error {
 
 // Fault is something that goes wrong. The first that matches counts.
 type Fault struct {
-	Prefix string // of the path, e.g. "/computeMetadata/v1/instance/guest-attributes/"; empty: everything
+	// of the path, e.g. "/computeMetadata/v1/instance/guest-attributes/"; empty: everything
+	Prefix string
 	Method string // empty: any
 	Status int    // answered instead; 0: the answer is as usual (with Delay: slow)
 	Body   string
@@ -268,7 +283,8 @@ func (e *Emulator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		e.requests = slices.Delete(e.requests, 0, 1)
 	}
 	e.requests = append(e.requests, Request{
-		At: time.Now(), Method: r.Method, Host: r.Host, Path: r.URL.Path, Query: r.URL.RawQuery, Authorization: r.Header.Get("Authorization") != "",
+		At: time.Now(), Method: r.Method, Host: r.Host, Path: r.URL.Path, Query: r.URL.RawQuery,
+		Authorization: r.Header.Get("Authorization") != "",
 	})
 	if strings.HasPrefix(r.URL.Path, guestPath) {
 		e.budget.count(time.Now(), r.URL.Path) // a query counts whatever becomes of it
@@ -318,6 +334,7 @@ func (e *Emulator) authorized(w http.ResponseWriter, r *http.Request) bool {
 		return true
 	}
 	w.Header().Set("WWW-Authenticate", "Bearer")
-	apiError(w, http.StatusUnauthorized, "Request had invalid authentication credentials. Expected OAuth 2 access token.")
+	apiError(w, http.StatusUnauthorized,
+		"Request had invalid authentication credentials. Expected OAuth 2 access token.")
 	return false
 }

@@ -60,7 +60,9 @@ func ask(t *testing.T, method, url, body string, headers ...string) reply {
 	for i := 0; i < len(headers); i += 2 {
 		req.Header.Set(headers[i], headers[i+1])
 	}
-	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse
+	}}
 	resp, err := client.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +85,8 @@ var flavor = []string{"Metadata-Flavor", "Google"}
 
 func TestMetadataPaths(t *testing.T) {
 	const attribute = `{"labels":{"a":"<é>"}}`
-	e, base := start(t, platform.VM{Attributes: map[string]string{"gce-service-proxy": attribute, "enable-oslogin": "TRUE"}})
+	e, base := start(t, platform.VM{
+		Attributes: map[string]string{"gce-service-proxy": attribute, "enable-oslogin": "TRUE"}})
 	e.SetGuestAttribute("ns", "key", "value")
 	for _, c := range []struct {
 		path   string
@@ -121,7 +124,8 @@ func TestMetadataPaths(t *testing.T) {
 		if r.status != c.status || c.body != "" && r.body != c.body {
 			t.Errorf("GET %s: %d %q, want %d %q", c.path, r.status, r.body, c.status, c.body)
 		}
-		if r.header.Get("Metadata-Flavor") != "Google" || r.header.Get("Date") == "" || r.status == 200 && r.header.Get("Etag") == "" {
+		if r.header.Get("Metadata-Flavor") != "Google" || r.header.Get("Date") == "" ||
+			r.status == 200 && r.header.Get("Etag") == "" {
 			t.Errorf("GET %s: headers %v", c.path, r.header)
 		}
 	}
@@ -131,21 +135,25 @@ func TestMetadataPaths(t *testing.T) {
 		ExpiresIn   int    `json:"expires_in"`
 	}
 	r := ask(t, "GET", base+v1+"/instance/service-accounts/default/token", "", flavor...)
-	if err := json.Unmarshal([]byte(r.body), &token); err != nil || token.AccessToken != e.Token() || token.TokenType != "Bearer" || token.ExpiresIn <= 0 {
+	if err := json.Unmarshal([]byte(r.body), &token); err != nil || token.AccessToken != e.Token() ||
+		token.TokenType != "Bearer" || token.ExpiresIn <= 0 {
 		t.Errorf("token %q: %v", r.body, err)
 	}
 	all := ask(t, "GET", base+v1+"/?recursive=true", "", flavor...)
-	if !json.Valid([]byte(all.body)) || strings.Contains(all.body, e.Token()) || !strings.Contains(all.body, `"networkInterfaces":[{`) {
+	if !json.Valid([]byte(all.body)) || strings.Contains(all.body, e.Token()) ||
+		!strings.Contains(all.body, `"networkInterfaces":[{`) {
 		t.Errorf("everything: %s", all.body)
 	}
 	if r := ask(t, "GET", base+v1+"/instance/id", ""); r.status != 403 {
 		t.Errorf("without Metadata-Flavor: %d", r.status)
 	}
-	if r := ask(t, "GET", base+v1+"/instance/id", "", append(flavor, "X-Forwarded-For", "10.0.0.1")...); r.status != 403 {
+	if r := ask(t, "GET", base+v1+"/instance/id", "",
+		append(flavor, "X-Forwarded-For", "10.0.0.1")...); r.status != 403 {
 		t.Errorf("with X-Forwarded-For: %d", r.status)
 	}
 	e.ResetBudget() // we asked faster than a VM may
-	if r := ask(t, "GET", base+"/", ""); r.status != 200 || r.header.Get("Metadata-Flavor") != "Google" {
+	if r := ask(t, "GET", base+"/", ""); r.status != 200 ||
+		r.header.Get("Metadata-Flavor") != "Google" {
 		t.Errorf("the root, by which clients find out that they are on GCE: %d %v", r.status, r.header)
 	}
 }
@@ -173,19 +181,20 @@ func TestMetadataLibrary(t *testing.T) {
 	}
 	// A subscription sees a change and a deletion.
 	var values []string
-	err := client.SubscribeWithContext(ctx, "instance/attributes/gce-service-proxy", func(_ context.Context, value string, ok bool) error {
-		if !ok {
-			value = "deleted"
-		}
-		values = append(values, value)
-		switch len(values) {
-		case 1:
-			e.SetAttribute("gce-service-proxy", `{"a":1}`)
-		case 2:
-			e.DeleteAttribute("gce-service-proxy")
-		}
-		return nil
-	})
+	err := client.SubscribeWithContext(ctx, "instance/attributes/gce-service-proxy",
+		func(_ context.Context, value string, ok bool) error {
+			if !ok {
+				value = "deleted"
+			}
+			values = append(values, value)
+			switch len(values) {
+			case 1:
+				e.SetAttribute("gce-service-proxy", `{"a":1}`)
+			case 2:
+				e.DeleteAttribute("gce-service-proxy")
+			}
+			return nil
+		})
 	// The library returns without an error after a deletion that it told of.
 	if got := strings.Join(values, " "); err != nil || got != `{} {"a":1} deleted` {
 		t.Errorf("subscription saw %q, %v", got, err)
@@ -200,7 +209,8 @@ func TestLongPoll(t *testing.T) {
 
 	began := time.Now()
 	same := ask(t, "GET", wait+"&timeout_sec=0.2", "", flavor...)
-	if took := time.Since(began); same.body != "1" || same.header.Get("Etag") != first.header.Get("Etag") || took < 150*time.Millisecond {
+	if took := time.Since(began); same.body != "1" ||
+		same.header.Get("Etag") != first.header.Get("Etag") || took < 150*time.Millisecond {
 		t.Errorf("timeout: %+v after %s", same, took)
 	}
 	go func() {
@@ -210,7 +220,8 @@ func TestLongPoll(t *testing.T) {
 		e.SetAttribute("a", "2")
 	}()
 	began = time.Now()
-	if r := ask(t, "GET", wait+"&timeout_sec=60", "", flavor...); r.body != "2" || time.Since(began) < 90*time.Millisecond {
+	if r := ask(t, "GET", wait+"&timeout_sec=60", "", flavor...); r.body != "2" ||
+		time.Since(began) < 90*time.Millisecond {
 		t.Errorf("change: %+v after %s", r, time.Since(began))
 	}
 	// An ETag of long ago is answered at once; so is one that is gone.
@@ -225,7 +236,9 @@ func TestLongPoll(t *testing.T) {
 
 func TestGuestAttributes(t *testing.T) {
 	e, base := start(t, platform.VM{})
-	put := func(path, body string) int { return ask(t, "PUT", base+guest+path, body, flavor...).status }
+	put := func(path, body string) int {
+		return ask(t, "PUT", base+guest+path, body, flavor...).status
+	}
 	if s := put("ns/key", "v"); s != 200 || e.GuestAttributes("ns")["key"] != "v" {
 		t.Fatalf("PUT: %d, %v", s, e.GuestAttributes("ns"))
 	}
@@ -243,19 +256,21 @@ func TestGuestAttributes(t *testing.T) {
 	if s := ask(t, "PUT", base+v1+"/instance/attributes/a", "v", flavor...).status; s != 405 {
 		t.Errorf("PUT of an attribute: %d", s)
 	}
-	if b := e.Budget(); b.Queries != 7 || b.PeakPerMinute != 7 || b.PeakPerSecond != 7 || b.OursPerMinute != 0 || b.Kept() {
+	if b := e.Budget(); b.Queries != 7 || b.PeakPerMinute != 7 || b.PeakPerSecond != 7 ||
+		b.OursPerMinute != 0 || b.Kept() {
 		t.Errorf("budget: %+v", b)
 	}
 	e.ResetBudget()
 	e.Update(func(v *platform.VM) { v.GuestAttributesDisabled = true })
 	r := ask(t, "PUT", base+guest+"ns/key", "v", flavor...)
-	if r.status != 403 || strings.TrimSpace(r.body) != "Guest attributes endpoint access is disabled." {
+	if r.status != 403 ||
+		strings.TrimSpace(r.body) != "Guest attributes endpoint access is disabled." {
 		t.Errorf("disabled: %+v", r)
 	}
 }
 
-// TestBudget: whoever writes more than the VM's budget, or than our share of it, loses writes without a word, and the
-// test fails when the emulator is closed.
+// TestBudget: whoever writes more than the VM's budget, or than our share of it, loses writes
+// without a word, and the test fails when the emulator is closed.
 func TestBudget(t *testing.T) {
 	for _, c := range []struct {
 		name    string
@@ -276,14 +291,16 @@ func TestBudget(t *testing.T) {
 				e, began := platform.New(platform.VM{}), time.Now()
 				for _, at := range c.at {
 					time.Sleep(at - time.Since(began))
-					w, r := httptest.NewRecorder(), httptest.NewRequest("PUT", guest+c.path, strings.NewReader("v"))
+					w, r := httptest.NewRecorder(),
+						httptest.NewRequest("PUT", guest+c.path, strings.NewReader("v"))
 					r.Header.Set("Metadata-Flavor", "Google")
 					if e.ServeHTTP(w, r); w.Code != 200 {
 						t.Errorf("after %v: %d", at, w.Code)
 					}
 				}
 				namespace, key, _ := strings.Cut(c.path, "/")
-				if _, kept := e.GuestAttributes(namespace)[key]; kept == (c.lost > 0) || e.Budget().Lost != c.lost {
+				if _, kept := e.GuestAttributes(namespace)[key]; kept == (c.lost > 0) ||
+					e.Budget().Lost != c.lost {
 					t.Errorf("the value is there: %v, %+v", kept, e.Budget())
 				}
 				e.Rebooted() // which makes up for nothing
@@ -295,13 +312,15 @@ func TestBudget(t *testing.T) {
 	}
 }
 
-// TestBudgetOfAReboot: a VM that starts anew has a bucket of its own again, and the VM's budget still.
+// TestBudgetOfAReboot: a VM that starts anew has a bucket of its own again, and
+// the VM's budget still.
 func TestBudgetOfAReboot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := platform.New(platform.VM{})
 		put := func(n int) {
 			for range n {
-				w, r := httptest.NewRecorder(), httptest.NewRequest("PUT", guest+"gce-service-proxy/k", strings.NewReader("v"))
+				w, r := httptest.NewRecorder(), httptest.NewRequest("PUT", guest+"gce-service-proxy/k",
+					strings.NewReader("v"))
 				r.Header.Set("Metadata-Flavor", "Google")
 				e.ServeHTTP(w, r)
 				time.Sleep(time.Second)
@@ -330,14 +349,16 @@ func TestFaults(t *testing.T) {
 			t.Errorf("request %d: %d, want %d", i, r.status, want)
 		}
 	}
-	remove := e.Inject(platform.Fault{Method: "GET", Status: 429, Header: map[string]string{"Retry-After": "1"}})
+	remove := e.Inject(
+		platform.Fault{Method: "GET", Status: 429, Header: map[string]string{"Retry-After": "1"}})
 	if r := ask(t, "GET", url, "", flavor...); r.status != 429 || r.header.Get("Retry-After") != "1" {
 		t.Errorf("429: %+v", r)
 	}
 	remove()
 	e.Inject(platform.Fault{Delay: 100 * time.Millisecond, Times: 1})
 	began := time.Now()
-	if r := ask(t, "GET", url, "", flavor...); r.status != 200 || time.Since(began) < 100*time.Millisecond {
+	if r := ask(t, "GET", url, "", flavor...); r.status != 200 ||
+		time.Since(began) < 100*time.Millisecond {
 		t.Errorf("slow: %+v after %s", r, time.Since(began))
 	}
 	remove = e.Inject(platform.Fault{Hang: true})
@@ -383,7 +404,8 @@ func TestStorage(t *testing.T) {
 	e.MakePublic("open")
 	e.PutObject("denied", "y", []byte("for others"))
 	e.Deny("denied")
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: ca.ClientConfig("storage.googleapis.com")}}
+	client := &http.Client{
+		Transport: &http.Transport{TLSClientConfig: ca.ClientConfig("storage.googleapis.com")}}
 	for _, c := range []struct {
 		path, token string
 		status      int
@@ -453,7 +475,8 @@ func TestLogging(t *testing.T) {
 		`resource.type="gce_instance" AND timestamp>="2100-01-01T00:00:00Z"`:       "",
 		`timestamp>="2000-01-01T00:00:00Z" AND resource.labels.zone=z`:             "one,two",
 	} {
-		body, err := json.Marshal(map[string]any{"resourceNames": []string{"projects/my-project"}, "filter": filter})
+		body, err := json.Marshal(
+			map[string]any{"resourceNames": []string{"projects/my-project"}, "filter": filter})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -475,9 +498,9 @@ func TestLogging(t *testing.T) {
 	}
 }
 
-// TestGcloud reads the VM from outside, by the requests that gcloud 528 was seen to make and, where it
-// is on PATH, by gcloud itself: it comes with Google's own installer only, so `make test` says at its
-// end when there was none.
+// TestGcloud reads the VM from outside, by the requests that gcloud 528 was seen to make and, where
+// it is on PATH, by gcloud itself: it comes with Google's own installer only, so `make test` says
+// at its end when there was none.
 func TestGcloud(t *testing.T) {
 	e, base := start(t, platform.VM{})
 	e.SetGuestAttribute("gce-service-proxy", "proxy-version", "1.40.0")
@@ -500,7 +523,8 @@ func TestGcloud(t *testing.T) {
 		{"", 200, `"status":"RUNNING"`},
 		{"x", 404, ""},
 	} {
-		if r := ask(t, "GET", instance+c.path, ""); r.status != c.status || !strings.Contains(r.body, c.has) {
+		if r := ask(t, "GET", instance+c.path, ""); r.status != c.status ||
+			!strings.Contains(r.body, c.has) {
 			t.Errorf("GET %s: %d %s, want %d %s", c.path, r.status, r.body, c.status, c.has)
 		}
 	}
@@ -511,7 +535,8 @@ func TestGcloud(t *testing.T) {
 		return
 	}
 	const entry = `{"logName":"projects/my-project/logs/service-proxy-agent","resource":{"type":"gce_instance"},"entries":[{"severity":"INFO","jsonPayload":{"message":"Envoy Version: 1.40.0"}}]}`
-	if r := ask(t, "POST", base+"/v2/entries:write", entry, "Authorization", "Bearer "+e.Token()); r.status != 200 {
+	if r := ask(t, "POST", base+"/v2/entries:write", entry, "Authorization",
+		"Bearer "+e.Token()); r.status != 200 {
 		t.Fatalf("write entry: %+v", r)
 	}
 	env := e.GcloudEnv(base, t.TempDir(), os.Getenv("PATH"))
@@ -532,7 +557,8 @@ func TestGcloud(t *testing.T) {
 		cmd.Stderr = &stderr
 		out, err := cmd.Output()
 		if err != nil || string(out) != c.want {
-			t.Errorf("gcloud %s: %v\n%s%s\nwant\n%s", strings.Join(c.args, " "), err, out, stderr.String(), c.want)
+			t.Errorf("gcloud %s: %v\n%s%s\nwant\n%s", strings.Join(c.args, " "), err, out,
+				stderr.String(), c.want)
 		}
 	}
 }

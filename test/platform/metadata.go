@@ -21,8 +21,9 @@ const (
 	guestPath    = metadataPath + "/instance/guest-attributes/"
 )
 
-// The budget of guest attributes: Compute Engine's documented one for a whole VM ("10 queries a minute per VM, bursts of
-// 3 a second"), which its own agents share, and what of it is this project's.
+// The budget of guest attributes: Compute Engine's documented one for a whole VM ("10
+// queries a minute per VM, bursts of 3 a second"), which its own agents share, and what of
+// it is this project's.
 const (
 	BudgetPerMinute = 10
 	BudgetPerSecond = 3
@@ -73,13 +74,17 @@ type Budget struct {
 	Queries       int
 	PeakPerMinute int // most in any 60 s; the budget is BudgetPerMinute
 	PeakPerSecond int // most in any second; the budget is BudgetPerSecond
-	OursPerMinute int // most in any 60 s of the namespace gce-service-proxy; the budget is OursPerMinute
-	Lost          int // writes that were dropped beyond the VM's budget, answered 200: it "might arbitrarily remove" them then
+	// most in any 60 s of the namespace gce-service-proxy; the budget is OursPerMinute
+	OursPerMinute int
+	// writes that were dropped beyond the VM's budget, answered 200: it "might
+	// arbitrarily remove" them then
+	Lost int
 }
 
 // Kept says whether the budget was kept.
 func (b Budget) Kept() bool {
-	return b.PeakPerMinute <= BudgetPerMinute && b.PeakPerSecond <= BudgetPerSecond && b.OursPerMinute <= OursPerMinute
+	return b.PeakPerMinute <= BudgetPerMinute && b.PeakPerSecond <= BudgetPerSecond &&
+		b.OursPerMinute <= OursPerMinute
 }
 
 // Budget is how guest attributes were queried since the start or ResetBudget.
@@ -87,7 +92,8 @@ func (e *Emulator) Budget() Budget {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	b := &e.budget
-	return Budget{Queries: len(b.all), PeakPerMinute: peak(b.all, time.Minute), PeakPerSecond: peak(b.all, time.Second),
+	return Budget{Queries: len(b.all), PeakPerMinute: peak(b.all, time.Minute),
+		PeakPerSecond: peak(b.all, time.Second),
 		OursPerMinute: max(b.oursBefore, peak(b.ours, time.Minute)), Lost: b.lost}
 }
 
@@ -98,8 +104,8 @@ func (e *Emulator) ResetBudget() {
 	e.budget = budget{}
 }
 
-// Rebooted says that the VM starts anew: it has forgotten what it spent of its own share, which it notes in /run. The VM's
-// budget goes on.
+// Rebooted says that the VM starts anew: it has forgotten what it spent of its own share, which it
+// notes in /run. The VM's budget goes on.
 func (e *Emulator) Rebooted() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -137,8 +143,8 @@ func (e *Emulator) setGuest(namespace, key, value string) {
 	e.notify()
 }
 
-// The metadata tree: folders, lists of folders, and leaves (string, []string, bool, int64, uint64). Recursive JSON spells a folder's names in camel case,
-// but an attribute's name as it is.
+// The metadata tree: folders, lists of folders, and leaves (string, []string, bool, int64, uint64).
+// Recursive JSON spells a folder's names in camel case, but an attribute's name as it is.
 type (
 	folder     map[string]any
 	attributes map[string]any
@@ -151,10 +157,13 @@ func (e *Emulator) tree() folder {
 	v := e.vm
 	project := fmt.Sprintf("projects/%d", v.ProjectNumber)
 	nic := folder{
-		"ip": v.IP, "mac": "42:01:0a:80:00:02", "mtu": int64(1460), "network": project + "/networks/" + v.Network,
-		"gateway": "10.128.0.1", "subnetmask": "255.255.240.0", "dns-servers": []string{"169.254.169.254"},
+		"ip": v.IP, "mac": "42:01:0a:80:00:02", "mtu": int64(1460), "network": project +
+			"/networks/" + v.Network,
+		"gateway": "10.128.0.1", "subnetmask": "255.255.240.0", "dns-servers": []string{
+			"169.254.169.254"},
 	}
-	if v.IP == "none" { // an IPv6-only interface; whether the real server leaves it out or empty is not documented
+	// an IPv6-only interface; whether the real server leaves it out or empty is not documented
+	if v.IP == "none" {
 		delete(nic, "ip")
 		delete(nic, "gateway")
 		delete(nic, "subnetmask")
@@ -164,11 +173,13 @@ func (e *Emulator) tree() folder {
 	}
 	accounts := folder{}
 	if v.ServiceAccount != "none" {
-		token, err := json.Marshal(map[string]any{"access_token": e.token, "expires_in": 3599, "token_type": "Bearer"})
+		token, err := json.Marshal(
+			map[string]any{"access_token": e.token, "expires_in": 3599, "token_type": "Bearer"})
 		if err != nil {
 			panic(err) // strings and a number always marshal
 		}
-		account := folder{"aliases": []string{"default"}, "email": v.ServiceAccount, "scopes": v.Scopes, "token": secret(token)}
+		account := folder{"aliases": []string{"default"}, "email": v.ServiceAccount, "scopes": v.Scopes,
+			"token": secret(token)}
 		accounts["default"], accounts[v.ServiceAccount] = account, account
 	}
 	attrs := attributes{}
@@ -198,8 +209,9 @@ func (e *Emulator) tree() folder {
 	}
 }
 
-// guestTree is instance/guest-attributes/, which is kept out of tree: the recursive answer for the instance does not show the values here, so that
-// writing one does not wake those who poll the instance. (Whether the real one does so is not known.)
+// guestTree is instance/guest-attributes/, which is kept out of tree: the recursive answer for the
+// instance does not show the values here, so that writing one does not wake those who poll the
+// instance. (Whether the real one does so is not known.)
 func (e *Emulator) guestTree() attributes {
 	out := attributes{}
 	for namespace, values := range e.guest {
@@ -217,7 +229,8 @@ var (
 	errRedirect = errors.New("a folder asked for without its slash")
 )
 
-// look is what stands at a path below /computeMetadata/v1; a folder's path ends with a slash. e.mu is held.
+// look is what stands at a path below /computeMetadata/v1; a folder's path ends with
+// a slash. e.mu is held.
 func (e *Emulator) look(path string) (any, error) {
 	var at any = e.tree()
 	path = strings.TrimPrefix(path, "/")
@@ -299,7 +312,9 @@ func plain(at any) any {
 				continue
 			}
 			if !strings.Contains(name, "@") { // an account's e-mail is no word
-				name = hyphen.ReplaceAllStringFunc(name, func(s string) string { return strings.ToUpper(s[1:]) })
+				name = hyphen.ReplaceAllStringFunc(name, func(s string) string {
+					return strings.ToUpper(s[1:])
+				})
 			}
 			out[name] = plain(value)
 		}
@@ -405,7 +420,8 @@ func (e *Emulator) metadata(w http.ResponseWriter, r *http.Request) {
 	h.Set("Metadata-Flavor", "Google")
 	h.Set("Server", "Metadata Server for VM")
 	if r.Header.Get("X-Forwarded-For") != "" {
-		http.Error(w, "Requests with X-Forwarded-For are refused: they came through a proxy.", http.StatusForbidden)
+		http.Error(w, "Requests with X-Forwarded-For are refused: they came through a proxy.",
+			http.StatusForbidden)
 		return
 	}
 	path, ok := strings.CutPrefix(r.URL.Path, metadataPath)
@@ -507,7 +523,8 @@ const maxGuestValue = 256 << 10
 func (e *Emulator) writeGuest(w http.ResponseWriter, r *http.Request) {
 	name := strings.TrimPrefix(r.URL.Path, guestPath)
 	if !guestName.MatchString(name) {
-		http.Error(w, "a guest attribute is NAMESPACE/KEY, of letters, digits, _ and -", http.StatusBadRequest)
+		http.Error(w, "a guest attribute is NAMESPACE/KEY, of letters, digits, _ and -",
+			http.StatusBadRequest)
 		return
 	}
 	namespace, key, _ := strings.Cut(name, "/")

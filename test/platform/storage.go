@@ -36,7 +36,8 @@ func (e *Emulator) DeleteObject(bucketName, name string) {
 	delete(e.bucket(bucketName).objects, name)
 }
 
-// MakePublic lets everybody read a bucket: its objects are https:// sources as well, at https://storage.googleapis.com/BUCKET/NAME.
+// MakePublic lets everybody read a bucket: its objects are https:// sources as well, at
+// https://storage.googleapis.com/BUCKET/NAME.
 func (e *Emulator) MakePublic(bucketName string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -54,8 +55,11 @@ func (e *Emulator) Deny(bucketName string) {
 func accessDenied(w http.ResponseWriter, who string) {
 	w.Header().Set("Content-Type", "application/xml; charset=UTF-8")
 	w.WriteHeader(http.StatusForbidden)
-	fmt.Fprintf(w, "<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access denied.</Message><Details>%s does not have "+
-		"storage.objects.get access to the Google Cloud Storage object. Permission 'storage.objects.get' denied on resource (or it may not exist).</Details></Error>", who)
+	fmt.Fprintf(
+		w, "<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access "+
+			"denied.</Message><Details>%s does not have "+
+			"storage.objects.get access to the Google Cloud Storage object. Permission "+
+			"'storage.objects.get' denied on resource (or it may not exist).</Details></Error>", who)
 }
 
 func (e *Emulator) bucket(name string) *bucket {
@@ -65,8 +69,9 @@ func (e *Emulator) bucket(name string) *bucket {
 	return e.buckets[name]
 }
 
-// storage is Cloud Storage for readers: GET /storage/v1/b/BUCKET/o/OBJECT (with ?alt=media the content, else what is known of it), the same under
-// /download, and the XML form GET /BUCKET/OBJECT. A private bucket wants the VM's token. Ranges work.
+// storage is Cloud Storage for readers: GET /storage/v1/b/BUCKET/o/OBJECT (with ?alt=media the
+// content, else what is known of it), the same under /download, and the XML form GET
+// /BUCKET/OBJECT. A private bucket wants the VM's token. Ranges work.
 //
 // What the real one says to those who may not read, there or not there ("or it may not exist"):
 //   - XML form, no token: 403, <Code>AccessDenied</Code>, "Anonymous caller does not have
@@ -107,7 +112,8 @@ func (e *Emulator) storage(w http.ResponseWriter, r *http.Request) {
 		case !e.authorized(w, r):
 			return
 		case denied && isJSON:
-			apiError(w, http.StatusForbidden, account+" does not have storage.objects.get access to the Google Cloud Storage object.")
+			apiError(w, http.StatusForbidden,
+				account+" does not have storage.objects.get access to the Google Cloud Storage object.")
 			return
 		case denied:
 			accessDenied(w, account)
@@ -123,21 +129,25 @@ func (e *Emulator) storage(w http.ResponseWriter, r *http.Request) {
 		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
 	default:
 		respond(w, http.StatusOK, map[string]any{
-			"kind": "storage#object", "bucket": bucketName, "name": name, "size": strconv.Itoa(len(content)), "generation": "1", "metageneration": "1",
+			"kind": "storage#object", "bucket": bucketName, "name": name, "size": strconv.Itoa(len(content)),
+			"generation": "1", "metageneration": "1",
 			"contentType": "application/octet-stream", "crc32c": crc32c(content), "md5Hash": md5sum(content),
-			"mediaLink": fmt.Sprintf("https://%s/download/storage/v1/b/%s/o/%s?generation=1&alt=media", storageHost, bucketName, url.PathEscape(name)),
+			"mediaLink": fmt.Sprintf("https://%s/download/storage/v1/b/%s/o/%s?generation=1&alt=media",
+				storageHost, bucketName, url.PathEscape(name)),
 		})
 	}
 }
 
-// parseObject reads the two forms of an object's address. In the JSON form the name's slashes are escaped, so the path is read as it was sent.
+// parseObject reads the two forms of an object's address. In the JSON form the name's slashes are
+// escaped, so the path is read as it was sent.
 func parseObject(u *url.URL) (bucketName, name string, media, ok bool) {
 	path := strings.TrimPrefix(u.EscapedPath(), "/download")
 	if rest, isJSON := strings.CutPrefix(path, "/storage/v1/b/"); isJSON {
 		b, o, found := strings.Cut(rest, "/o/")
 		bucketName, err1 := url.PathUnescape(b)
 		name, err2 := url.PathUnescape(o)
-		return bucketName, name, u.Query().Get("alt") == "media", found && err1 == nil && err2 == nil && name != ""
+		return bucketName, name, u.Query().Get("alt") == "media", found && err1 == nil &&
+			err2 == nil && name != ""
 	}
 	bucketName, name, ok = strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
 	return bucketName, name, true, ok && bucketName != "" && name != ""

@@ -1,8 +1,10 @@
-// Package authority is a certificate authority made on the fly for one test: it issues server certificates for names like
-// trafficdirector.googleapis.com and storage.googleapis.com, and its PEM goes where the program under test looks for trusted
-// authorities (/etc/ssl/certs/ca-certificates.crt in the box, a file of its own in the lab).
+// Package authority is a certificate authority made on the fly for one test: it issues server
+// certificates for names like trafficdirector.googleapis.com and storage.googleapis.com, and its
+// PEM goes where the program under test looks for trusted authorities
+// (/etc/ssl/certs/ca-certificates.crt in the box, a file of its own in the lab).
 //
-// It does not revoke, renew or store anything. The servers of test/controlplane and test/platform take what it issues.
+// It does not revoke, renew or store anything. The servers of test/controlplane and
+// test/platform take what it issues.
 package authority
 
 import (
@@ -19,7 +21,8 @@ import (
 	"time"
 )
 
-// life is how long certificates are valid: longer than any soak, short enough that a leaked one is worth nothing.
+// life is how long certificates are valid: longer than any soak, short enough that a leaked
+// one is worth nothing.
 const life = 48 * time.Hour
 
 // Authority signs certificates. Its methods may be called from several goroutines.
@@ -87,10 +90,12 @@ func (a *Authority) Certificate(hosts ...string) (tls.Certificate, error) {
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("sign certificate for %q: %w", hosts, err)
 	}
-	return tls.Certificate{Certificate: [][]byte{leaf.Raw, a.cert.Raw}, PrivateKey: key, Leaf: leaf}, nil
+	return tls.Certificate{Certificate: [][]byte{leaf.Raw, a.cert.Raw}, PrivateKey: key, Leaf: leaf},
+		nil
 }
 
-func sign(template, parent *x509.Certificate, public *ecdsa.PublicKey, key *ecdsa.PrivateKey) (*x509.Certificate, error) {
+func sign(template, parent *x509.Certificate, public *ecdsa.PublicKey,
+	key *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	der, err := x509.CreateCertificate(rand.Reader, template, parent, public, key)
 	if err != nil {
 		return nil, err
