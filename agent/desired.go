@@ -21,8 +21,8 @@ type Inputs struct {
 	Listeners []envoyadmin.Listener // active and static ones only
 	ProxyUID  uint32
 	ProxyGID  uint32
-	// Local holds the addresses of the VM's own interfaces, every NIC. Not the kernel's `local` routes: an internal load
-	// balancer's address is one, and may be a service.
+	// Local holds the addresses of the VM's own interfaces, every NIC. Not the kernel's `local`
+	// routes: an internal load balancer's address is one, and may be a service.
 	Local        []netip.Addr
 	Interfaces   []string // --intercept-interfaces
 	ResolverUIDs []uint32 // users whose DNS questions must leave the VM: the local resolver
@@ -32,7 +32,8 @@ type Inputs struct {
 // families are those whose rules are kept, in the order of Want.Families.
 var families = [2]iptables.Family{iptables.IPv4, iptables.IPv6}
 
-// Want is what the kernel shall have: one Interception per family, and what was left out of it and why.
+// Want is what the kernel shall have: one Interception per family, and what was
+// left out of it and why.
 type Want struct {
 	Families [2]iptables.Interception // IPv4, IPv6
 	Refused  []symptom.Refusal
@@ -46,11 +47,12 @@ func (w Want) interceptsDNS() bool {
 	return w.Families[0].DNSPort != 0 || w.Families[1].DNSPort != 0
 }
 
-// serverFirst are the well-known ports of protocols in which the server speaks first: FTP, SMTP, POP3, IMAP, submission, MySQL.
+// serverFirst are the well-known ports of protocols in which the server speaks first: FTP, SMTP,
+// POP3, IMAP, submission, MySQL.
 var serverFirst = []uint16{21, 25, 110, 143, 587, 3306}
 
-// Desired decides what to intercept, from Envoy's live listeners and the attribute alone. It is pure: whether the jumps
-// go in (Hold, bypass) is policy and is decided elsewhere.
+// Desired decides what to intercept, from Envoy's live listeners and the attribute alone. It is
+// pure: whether the jumps go in (Hold, bypass) is policy and is decided elsewhere.
 func Desired(in Inputs) Want {
 	var w Want
 	g := guard{local: in.Local, own: in.OwnPorts}
@@ -58,7 +60,8 @@ func Desired(in Inputs) Want {
 	inbound := interceptionListeners(in.Listeners, true)
 
 	for i, family := range families {
-		want := iptables.Interception{Family: family, ProxyUID: in.ProxyUID, ProxyGID: in.ProxyGID, Interfaces: in.Interfaces}
+		want := iptables.Interception{Family: family, ProxyUID: in.ProxyUID, ProxyGID: in.ProxyGID,
+			Interfaces: in.Interfaces}
 		want.OutboundPort = redirectPort(out, family, in.Config.ProxyPort, false)
 		if want.OutboundPort != 0 {
 			want.All = in.Config.InterceptAllOutbound
@@ -67,10 +70,13 @@ func Desired(in Inputs) Want {
 				want.ExcludePorts = append(want.ExcludePorts, iptables.PortRange(r))
 			}
 			want.Services, want.ServicePorts = outbound(in.Listeners, family, want.OutboundPort, &g)
-			if len(in.Interfaces) > 0 && redirectPort(out, family, want.OutboundPort, true) != want.OutboundPort {
+			if len(in.Interfaces) > 0 &&
+				redirectPort(out, family, want.OutboundPort, true) != want.OutboundPort {
 				// PREROUTING's REDIRECT leads to the interface's own address.
 				want.Interfaces = nil
-				g.note(out[0].Name, "--intercept-interfaces", fmt.Sprintf("port %d is on loopback alone, where no %v connection of a container arrives", want.OutboundPort, family))
+				g.note(out[0].Name, "--intercept-interfaces",
+					fmt.Sprintf("port %d is on loopback alone, where no %v connection of a container arrives",
+						want.OutboundPort, family))
 			}
 		}
 		want.InboundPort = redirectPort(inbound, family, attribute.InboundPort, true)
@@ -87,13 +93,18 @@ func Desired(in Inputs) Want {
 		w.Families[i] = want
 	}
 	for _, l := range out {
-		if !slices.ContainsFunc(w.Families[:], func(f iptables.Interception) bool { return leadsTo(l, f.Family, f.OutboundPort, false) }) {
+		if !slices.ContainsFunc(w.Families[:], func(f iptables.Interception) bool {
+			return leadsTo(l, f.Family, f.OutboundPort, false)
+		}) {
 			for _, a := range l.Addresses {
-				g.note(l.Name, a.String(), "REDIRECT does not lead there: it wants a listener on the wildcard or loopback address, and one port for all")
+				g.note(l.Name, a.String(),
+					"REDIRECT does not lead there: it wants a listener on the wildcard or loopback address, and "+
+						"one port for all")
 			}
 		}
 		if l.FCDS {
-			g.note(l.Name, "fcds_config", "its filter chains come by a discovery of their own, which /config_dump does not show")
+			g.note(l.Name, "fcds_config",
+				"its filter chains come by a discovery of their own, which /config_dump does not show")
 		}
 	}
 	w.Refused = g.refused
@@ -102,8 +113,10 @@ func Desired(in Inputs) Want {
 	return w
 }
 
-// interceptionListeners are those that a REDIRECT may point to: bound, TCP, and looking up the original destination.
-func interceptionListeners(all []envoyadmin.Listener, wantInbound bool) (found []envoyadmin.Listener) {
+// interceptionListeners are those that a REDIRECT may point to: bound, TCP, and looking up the
+// original destination.
+func interceptionListeners(all []envoyadmin.Listener,
+	wantInbound bool) (found []envoyadmin.Listener) {
 	for _, l := range all {
 		if l.Bound && !l.UDP && l.OriginalDst && isInbound(l) == wantInbound {
 			found = append(found, l)
@@ -113,8 +126,8 @@ func interceptionListeners(all []envoyadmin.Listener, wantInbound bool) (found [
 	return found
 }
 
-// isInbound goes by traffic_direction, then the name, then the port: Traffic Director sets all three, hand-written
-// configurations often only the last.
+// isInbound goes by traffic_direction, then the name, then the port: Traffic Director sets all
+// three, hand-written configurations often only the last.
 func isInbound(l envoyadmin.Listener) bool {
 	switch l.Direction {
 	case corev3.TrafficDirection_INBOUND:
@@ -137,11 +150,12 @@ func isInbound(l envoyadmin.Listener) bool {
 	return false
 }
 
-// redirectPort is the port that REDIRECT points to, 0 when no listener can be reached that way in this family. On OUTPUT
-// REDIRECT rewrites the destination to 127.0.0.1 or ::1, on PREROUTING to the address of the interface the packet came in
-// by (iptables-extensions(8)), so a listener on one other address never sees the connection. The expected port wins when
-// there are several.
-func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expected uint16, inbound bool) uint16 {
+// redirectPort is the port that REDIRECT points to, 0 when no listener can be reached that way in
+// this family. On OUTPUT REDIRECT rewrites the destination to 127.0.0.1 or ::1, on PREROUTING to
+// the address of the interface the packet came in by (iptables-extensions(8)), so a listener on one
+// other address never sees the connection. The expected port wins when there are several.
+func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expected uint16,
+	inbound bool) uint16 {
 	var first uint16
 	for _, l := range listeners {
 		for _, a := range l.Addresses {
@@ -159,9 +173,12 @@ func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expec
 	return first
 }
 
-// leadsTo says whether REDIRECT to port, on OUTPUT or for inbound connections on PREROUTING, ends at the listener.
+// leadsTo says whether REDIRECT to port, on OUTPUT or for inbound connections on PREROUTING,
+// ends at the listener.
 func leadsTo(l envoyadmin.Listener, family iptables.Family, port uint16, inbound bool) bool {
-	return port != 0 && slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool { return a.Port() == port && reachable(l, a.Addr(), family, inbound) })
+	return port != 0 && slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool {
+		return a.Port() == port && reachable(l, a.Addr(), family, inbound)
+	})
 }
 
 func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbound bool) bool {
@@ -173,13 +190,15 @@ func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbo
 	if inbound {
 		return !a.IsLoopback()
 	}
-	return a.IsUnspecified() || a == netip.AddrFrom4([4]byte{127, 0, 0, 1}) || a == netip.IPv6Loopback()
+	return a.IsUnspecified() || a == netip.AddrFrom4([4]byte{127, 0, 0, 1}) ||
+		a == netip.IPv6Loopback()
 }
 
-// outbound collects the service prefixes and address-less ports of one family: from the filter chains of the interception
-// listener that REDIRECT leads to (Traffic Director; Envoy closes what has no chain there) and from the addresses of the
-// unbound listeners behind one (Istio).
-func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g *guard) (prefixes []netip.Prefix, ports []uint16) {
+// outbound collects the service prefixes and address-less ports of one family: from the filter
+// chains of the interception listener that REDIRECT leads to (Traffic Director; Envoy closes what
+// has no chain there) and from the addresses of the unbound listeners behind one (Istio).
+func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
+	g *guard) (prefixes []netip.Prefix, ports []uint16) {
 	for _, l := range all {
 		if l.UDP || isInbound(l) {
 			continue
@@ -214,9 +233,11 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16, g 
 	return sortedPrefixes(prefixes), sortedPorts(ports)
 }
 
-// serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that the inbound listener at REDIRECT's
-// port has a chain for, with the address where the chain has one; of a wider prefix the VM's own addresses in it.
-func serving(listeners []envoyadmin.Listener, family iptables.Family, to uint16, local []netip.Addr, ports []uint16) (rows []iptables.Serving) {
+// serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that the
+// inbound listener at REDIRECT's port has a chain for, with the address where the chain has one; of
+// a wider prefix the VM's own addresses in it.
+func serving(listeners []envoyadmin.Listener, family iptables.Family, to uint16, local []netip.Addr,
+	ports []uint16) (rows []iptables.Serving) {
 	for _, l := range listeners {
 		if !leadsTo(l, family, to, true) {
 			continue
@@ -271,8 +292,9 @@ func uncovered(ports []uint16, families []iptables.Interception) (missing []uint
 	return sortedPorts(missing)
 }
 
-// dnsPort is the port of Envoy's DNS listener: UDP, bound, with the dns_filter. 0: there is none, nothing is redirected.
-// The filter answers UDP alone: questions by TCP go there only where another listener takes them at the same port.
+// dnsPort is the port of Envoy's DNS listener: UDP, bound, with the dns_filter. 0: there is none,
+// nothing is redirected. The filter answers UDP alone: questions by TCP go there only where another
+// listener takes them at the same port.
 func dnsPort(all []envoyadmin.Listener, family iptables.Family) (port uint16, overTCP bool) {
 	for _, l := range all {
 		if !l.UDP || !l.Bound || !l.DNS {
@@ -300,15 +322,17 @@ func serverFirstPorts(all []envoyadmin.Listener) (ports []uint16) {
 	return sortedPorts(ports)
 }
 
-// guard keeps out of the rules what no control plane may ask for: a wide or reserved range, the VM's own addresses, SSH
-// and our own ports. What it refuses is noted once, and the rest of the listener goes on.
+// guard keeps out of the rules what no control plane may ask for: a wide or reserved range,
+// the VM's own addresses, SSH and our own ports. What it refuses is noted once, and the rest
+// of the listener goes on.
 type guard struct {
 	local   []netip.Addr
 	own     []uint16
 	refused []symptom.Refusal
 }
 
-// Shortest prefixes a listener may ask for: anything wider is a mistake that takes the VM off the network.
+// Shortest prefixes a listener may ask for: anything wider is a mistake that takes
+// the VM off the network.
 const (
 	shortest4 = 8
 	shortest6 = 16
@@ -338,7 +362,8 @@ func (g *guard) prefix(listener string, p netip.Prefix) bool {
 	return g.note(listener, p.String(), reason)
 }
 
-// reservedReason says what an entry holds that the rules never redirect, whatever they are asked for.
+// reservedReason says what an entry holds that the rules never redirect,
+// whatever they are asked for.
 func reservedReason(p netip.Prefix) string {
 	for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
 		for _, r := range family.Reserved() {

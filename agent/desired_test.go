@@ -56,7 +56,8 @@ func TestDesired(t *testing.T) {
 		l.Bound, l.OriginalDst = false, false
 		return l
 	}
-	dns := envoyadmin.Listener{Name: "dns", Bound: true, UDP: true, DNS: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:15053")}}
+	dns := envoyadmin.Listener{Name: "dns", Bound: true, UDP: true, DNS: true,
+		Addresses: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:15053")}}
 
 	tests := []struct {
 		name      string
@@ -69,9 +70,12 @@ func TestDesired(t *testing.T) {
 		{name: "nothing", config: none},
 		{
 			name: "Traffic Director, both families", config: none,
-			listeners: []envoyadmin.Listener{listener(td, both, chain(80, "10.1.0.2/32"), chain(443, "10.1.0.1/32", "fd00:1::1/128"), chain(81, "10.1.0.2/32"))},
-			v4:        iptables.Interception{OutboundPort: 15001, Services: prefixes("10.1.0.1/32", "10.1.0.2/32")},
-			v6:        iptables.Interception{OutboundPort: 15001, Services: prefixes("fd00:1::1/128")},
+			listeners: []envoyadmin.Listener{
+				listener(td, both, chain(80, "10.1.0.2/32"), chain(443, "10.1.0.1/32", "fd00:1::1/128"),
+					chain(81, "10.1.0.2/32"))},
+			v4: iptables.Interception{
+				OutboundPort: 15001, Services: prefixes("10.1.0.1/32", "10.1.0.2/32")},
+			v6: iptables.Interception{OutboundPort: 15001, Services: prefixes("fd00:1::1/128")},
 		},
 		{
 			name: "IPv6 VIPs wait for a listener with an IPv6 address", config: none,
@@ -94,15 +98,23 @@ func TestDesired(t *testing.T) {
 			v4:        iptables.Interception{OutboundPort: 15001, ServicePorts: []uint16{8080, 9000}},
 		},
 		{
-			name: "the expected port wins, a listener on another address is out of REDIRECT's reach", config: none,
-			listeners: []envoyadmin.Listener{listener("a", []string{"127.0.0.1:15101"}), listener("b", v4), listener("c", []string{"10.0.0.9:15001"}, chain(1, "10.9.9.9/32"))},
-			v4:        iptables.Interception{OutboundPort: 15001},
-			refused:   []symptom.Refusal{{Listener: "a", Entry: "127.0.0.1:15101"}, {Listener: "c", Entry: "10.0.0.9:15001"}},
+			name:   "the expected port wins, a listener on another address is out of REDIRECT's reach",
+			config: none,
+			listeners: []envoyadmin.Listener{listener("a", []string{"127.0.0.1:15101"}), listener("b", v4),
+				listener("c", []string{"10.0.0.9:15001"}, chain(1, "10.9.9.9/32"))},
+			v4: iptables.Interception{OutboundPort: 15001},
+			refused: []symptom.Refusal{{Listener: "a", Entry: "127.0.0.1:15101"},
+				{Listener: "c", Entry: "10.0.0.9:15001"}},
 		},
 		{
-			name: "never: own address, loopback, link-local, multicast, too wide, SSH, own ports", config: none,
-			listeners: []envoyadmin.Listener{listener(td, both, chain(80, "10.0.0.5/32"), chain(80, "10.0.0.0/24"), chain(1, "127.0.0.1/32"), chain(1, "169.254.169.254/32"),
-				chain(1, "224.0.0.1/32"), chain(1, "0.0.0.0/0"), chain(1, "8.0.0.0/7"), chain(1, "::/0"), chain(1, "fd20:ce::/32"), chain(1, "0.0.0.0/32"), chain(22), chain(15020), chain(80, "10.1.0.1/32"))},
+			name:   "never: own address, loopback, link-local, multicast, too wide, SSH, own ports",
+			config: none,
+			listeners: []envoyadmin.Listener{
+				listener(td, both, chain(80, "10.0.0.5/32"), chain(80, "10.0.0.0/24"), chain(1, "127.0.0.1/32"),
+					chain(1, "169.254.169.254/32"),
+					chain(1, "224.0.0.1/32"), chain(1, "0.0.0.0/0"), chain(1, "8.0.0.0/7"), chain(1, "::/0"),
+					chain(1, "fd20:ce::/32"), chain(1, "0.0.0.0/32"), chain(22), chain(15020),
+					chain(80, "10.1.0.1/32"))},
 			v4: iptables.Interception{OutboundPort: 15001, Services: prefixes("10.1.0.1/32")},
 			v6: iptables.Interception{OutboundPort: 15001},
 			refused: []symptom.Refusal{
@@ -113,8 +125,10 @@ func TestDesired(t *testing.T) {
 		},
 		{
 			name: "Istio: unbound listeners behind the interception listener", config: none,
-			listeners: []envoyadmin.Listener{listener("virtualOutbound", v4, chain(0)), istio("10.2.0.1_443", "10.2.0.1:443"), istio("0.0.0.0_80", "0.0.0.0:80")},
-			v4:        iptables.Interception{OutboundPort: 15001, Services: prefixes("10.2.0.1/32"), ServicePorts: []uint16{80}},
+			listeners: []envoyadmin.Listener{listener("virtualOutbound", v4, chain(0)),
+				istio("10.2.0.1_443", "10.2.0.1:443"), istio("0.0.0.0_80", "0.0.0.0:80")},
+			v4: iptables.Interception{OutboundPort: 15001, Services: prefixes("10.2.0.1/32"),
+				ServicePorts: []uint16{80}},
 		},
 		{
 			name: "intercept-all with excludes",
@@ -124,17 +138,23 @@ func TestDesired(t *testing.T) {
 				c.ExcludeOutboundPortRanges = []attribute.PortRange{{First: 8000, Last: 9000}}
 			}),
 			listeners: []envoyadmin.Listener{listener(td, both)},
-			v4:        iptables.Interception{OutboundPort: 15001, All: true, ExcludePrefixes: prefixes("8.8.8.8/32"), ExcludePorts: []iptables.PortRange{{First: 8000, Last: 9000}}},
-			v6:        iptables.Interception{OutboundPort: 15001, All: true, ExcludePrefixes: prefixes("2001:db8::/32"), ExcludePorts: []iptables.PortRange{{First: 8000, Last: 9000}}},
+			v4: iptables.Interception{OutboundPort: 15001, All: true, ExcludePrefixes: prefixes(
+				"8.8.8.8/32"), ExcludePorts: []iptables.PortRange{{First: 8000, Last: 9000}}},
+			v6: iptables.Interception{OutboundPort: 15001, All: true, ExcludePrefixes: prefixes(
+				"2001:db8::/32"), ExcludePorts: []iptables.PortRange{{First: 8000, Last: 9000}}},
 		},
 		{
-			name: "inbound: only ports that are served and that Envoy has a chain for", config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80, 8080} }),
-			listeners: []envoyadmin.Listener{inbound(listener(tdIn, []string{"0.0.0.0:15006"}, chain(80, "10.0.0.5/32"), chain(9090)))},
-			v4:        iptables.Interception{InboundPort: 15006, Serving: []iptables.Serving{{Addr: netip.MustParseAddr("10.0.0.5"), Port: 80}}},
+			name:   "inbound: only ports that are served and that Envoy has a chain for",
+			config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80, 8080} }),
+			listeners: []envoyadmin.Listener{
+				inbound(listener(tdIn, []string{"0.0.0.0:15006"}, chain(80, "10.0.0.5/32"), chain(9090)))},
+			v4: iptables.Interception{InboundPort: 15006, Serving: []iptables.Serving{
+				{Addr: netip.MustParseAddr("10.0.0.5"), Port: 80}}},
 			uncovered: []uint16{8080},
 		},
 		{
-			name: "inbound by name and by port; a default chain takes every serving port", config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80} }),
+			name:   "inbound by name and by port; a default chain takes every serving port",
+			config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80} }),
 			listeners: []envoyadmin.Listener{func() envoyadmin.Listener {
 				l := listener("x", []string{"0.0.0.0:15006"})
 				l.DefaultChain = &envoyadmin.FilterChain{}
@@ -143,19 +163,27 @@ func TestDesired(t *testing.T) {
 			v4: iptables.Interception{InboundPort: 15006, Serving: []iptables.Serving{{Port: 80}}},
 		},
 		{
-			name: "inbound on loopback is out of PREROUTING's reach", config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80} }),
-			listeners: []envoyadmin.Listener{inbound(listener(tdIn, []string{"127.0.0.1:15006"}, chain(80)))},
+			name:   "inbound on loopback is out of PREROUTING's reach",
+			config: with(func(c *attribute.Config) { c.ServingPorts = []uint16{80} }),
+			listeners: []envoyadmin.Listener{
+				inbound(listener(tdIn, []string{"127.0.0.1:15006"}, chain(80)))},
 			uncovered: []uint16{80},
 		},
 		{
-			name: "intercept-dns needs a DNS listener", config: with(func(c *attribute.Config) { c.InterceptDNS = true }),
+			name: "intercept-dns needs a DNS listener", config: with(func(c *attribute.Config) {
+				c.InterceptDNS = true
+			}),
 			listeners: []envoyadmin.Listener{dns},
 			v4:        iptables.Interception{DNSPort: 15053},
 		},
 		{
-			name: "DNS by TCP only where Envoy takes it", config: with(func(c *attribute.Config) { c.InterceptDNS = true }),
-			listeners: []envoyadmin.Listener{dns, {Name: "dns-tcp", Bound: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:15053")}}},
-			v4:        iptables.Interception{DNSPort: 15053, DNSOverTCP: true},
+			name: "DNS by TCP only where Envoy takes it", config: with(func(c *attribute.Config) {
+				c.InterceptDNS = true
+			}),
+			listeners: []envoyadmin.Listener{
+				dns, {Name: "dns-tcp", Bound: true, Addresses: []netip.AddrPort{
+					netip.MustParseAddrPort("0.0.0.0:15053")}}},
+			v4: iptables.Interception{DNSPort: 15053, DNSOverTCP: true},
 		},
 		{name: "no DNS interception unless asked for", config: none, listeners: []envoyadmin.Listener{dns}},
 	}
@@ -163,16 +191,20 @@ func TestDesired(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			got := Desired(Inputs{
 				Config: test.config, Listeners: test.listeners, ProxyUID: 107, ProxyGID: 108,
-				Local: []netip.Addr{netip.MustParseAddr("10.0.0.5")}, OwnPorts: []uint16{15000, 15001, 15006, 15020},
+				Local:    []netip.Addr{netip.MustParseAddr("10.0.0.5")},
+				OwnPorts: []uint16{15000, 15001, 15006, 15020},
 			})
 			test.v4.Family, test.v6.Family = iptables.IPv4, iptables.IPv6
 			for _, f := range []*iptables.Interception{&test.v4, &test.v6} {
 				f.ProxyUID, f.ProxyGID = 107, 108
 			}
-			if diff := cmp.Diff([2]iptables.Interception{test.v4, test.v6}, got.Families, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
+			if diff := cmp.Diff([2]iptables.Interception{test.v4, test.v6}, got.Families,
+				cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+				cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("interception (-want +got):\n%s", diff)
 			}
-			if diff := cmp.Diff(test.refused, got.Refused, cmpopts.IgnoreFields(symptom.Refusal{}, "Reason"), cmpopts.EquateEmpty()); diff != "" {
+			if diff := cmp.Diff(test.refused, got.Refused, cmpopts.IgnoreFields(symptom.Refusal{}, "Reason"),
+				cmpopts.EquateEmpty()); diff != "" {
 				t.Errorf("refused (-want +got):\n%s", diff)
 			}
 			for _, r := range got.Refused {
