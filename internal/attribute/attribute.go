@@ -125,7 +125,38 @@ func Parse(text []byte) (Config, error) {
 			cfg.Warnings, fmt.Sprintf("api-version: %q is not the version this agent knows, 0.2", v))
 	}
 
-	spec := top.object("proxy-spec") // first: the proxy's port is one that serving-ports may not name
+	// First: the proxy's port is one that serving-ports may not name.
+	top.proxySpec(&cfg)
+
+	service := top.object("service")
+	cfg.ServingPorts = service.servingPorts("serving-ports", cfg.ProxyPort)
+	if slices.Contains(cfg.ServingPorts, 22) {
+		cfg.Warnings = append(cfg.Warnings,
+			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out")
+	}
+	service.rest()
+
+	traffic := top.object("traffic-interception")
+	cfg.InterceptAllOutbound = traffic.flag("intercept-all-outbound")
+	cfg.ExcludeOutboundIPRanges = traffic.prefixes("exclude-outbound-ip-ranges")
+	cfg.ExcludeOutboundPortRanges = traffic.portRanges("exclude-outbound-port-ranges")
+	cfg.InterceptDNS = traffic.flag("intercept-dns")
+	traffic.rest()
+
+	cfg.Labels = top.texts("labels")
+	top.rest()
+
+	if r.err != nil {
+		return Config{}, r.err
+	}
+	sort.Strings(r.unknown)
+	cfg.Unknown = r.unknown
+	return cfg, nil
+}
+
+// proxySpec reads what Envoy is told of itself.
+func (o object) proxySpec(cfg *Config) {
+	spec := o.object("proxy-spec")
 	if port, ok := spec.port("proxy-port", 1025); ok {
 		if slices.Contains([]uint16{EnvoyAdminPort, InboundPort, AgentPort}, port) {
 			spec.fail("proxy-port",
@@ -152,31 +183,6 @@ func Parse(text []byte) (Config, error) {
 			cfg.Warnings, "proxy-spec.xds-version: version 2 is gone from Envoy since 1.18; 3 is used")
 	}
 	spec.rest()
-
-	service := top.object("service")
-	cfg.ServingPorts = service.servingPorts("serving-ports", cfg.ProxyPort)
-	if slices.Contains(cfg.ServingPorts, 22) {
-		cfg.Warnings = append(cfg.Warnings,
-			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out")
-	}
-	service.rest()
-
-	traffic := top.object("traffic-interception")
-	cfg.InterceptAllOutbound = traffic.flag("intercept-all-outbound")
-	cfg.ExcludeOutboundIPRanges = traffic.prefixes("exclude-outbound-ip-ranges")
-	cfg.ExcludeOutboundPortRanges = traffic.portRanges("exclude-outbound-port-ranges")
-	cfg.InterceptDNS = traffic.flag("intercept-dns")
-	traffic.rest()
-
-	cfg.Labels = top.texts("labels")
-	top.rest()
-
-	if r.err != nil {
-		return Config{}, r.err
-	}
-	sort.Strings(r.unknown)
-	cfg.Unknown = r.unknown
-	return cfg, nil
 }
 
 // isAnthos tells the Anthos form: captured from gcloud with --mesh (testdata/asm-managed.attr),

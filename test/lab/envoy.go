@@ -316,28 +316,11 @@ func (e *Envoy) LogTail(n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-// bootstrap is a plain ADS bootstrap: what the product writes for Traffic Director is the product's
-// business, and goes in by EnvoyOptions.Bootstrap.
-func bootstrap(opts EnvoyOptions) ([]byte, error) {
-	if !opts.ControlPlane.IsValid() {
-		return nil, errors.New("write Envoy's bootstrap: no control plane named")
-	}
-	if opts.NodeID == "" {
-		opts.NodeID = "projects/123456789012/networks/default/nodes/lab"
-	}
-	if opts.ServerName == "" {
-		opts.ServerName = "trafficdirector.googleapis.com"
-	}
-	metadata, err := structpb.NewStruct(opts.Metadata)
-	if err != nil {
-		return nil, fmt.Errorf("write Envoy's bootstrap: node metadata: %w", err)
-	}
-	const xds = "xds"
-	ads := &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3,
-		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}}}
-	if opts.FetchTimeout > 0 {
-		ads.InitialFetchTimeout = durationpb.New(opts.FetchTimeout)
-	}
+// xds is the name of the control plane's cluster.
+const xds = "xds"
+
+// xdsCluster is where Envoy finds its control plane.
+func xdsCluster(opts EnvoyOptions) (*clusterv3.Cluster, error) {
 	cluster := &clusterv3.Cluster{
 		Name:                 xds,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
@@ -378,6 +361,34 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 		}
 		cluster.TransportSocket = &corev3.TransportSocket{Name: "envoy.transport_sockets.tls",
 			ConfigType: &corev3.TransportSocket_TypedConfig{TypedConfig: context}}
+	}
+	return cluster, nil
+}
+
+// bootstrap is a plain ADS bootstrap: what the product writes for Traffic Director is the product's
+// business, and goes in by EnvoyOptions.Bootstrap.
+func bootstrap(opts EnvoyOptions) ([]byte, error) {
+	if !opts.ControlPlane.IsValid() {
+		return nil, errors.New("write Envoy's bootstrap: no control plane named")
+	}
+	if opts.NodeID == "" {
+		opts.NodeID = "projects/123456789012/networks/default/nodes/lab"
+	}
+	if opts.ServerName == "" {
+		opts.ServerName = "trafficdirector.googleapis.com"
+	}
+	metadata, err := structpb.NewStruct(opts.Metadata)
+	if err != nil {
+		return nil, fmt.Errorf("write Envoy's bootstrap: node metadata: %w", err)
+	}
+	ads := &corev3.ConfigSource{ResourceApiVersion: corev3.ApiVersion_V3,
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}}}
+	if opts.FetchTimeout > 0 {
+		ads.InitialFetchTimeout = durationpb.New(opts.FetchTimeout)
+	}
+	cluster, err := xdsCluster(opts)
+	if err != nil {
+		return nil, err
 	}
 	b := &bootstrapv3.Bootstrap{
 		Node: &corev3.Node{Id: opts.NodeID, Cluster: "cluster", Locality: &corev3.Locality{
