@@ -1,9 +1,12 @@
 #!/bin/sh
-# Installs the agent from the unpacked archive that this script stands in. It is what gcloud's own recipe runs, as
-# ${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstrap.sh, and what a startup-script may run; as often as one likes.
+# Installs the agent from the unpacked archive that this script stands in. It is what gcloud's own
+# recipe runs, as
+# ${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstrap.sh, and what a
+# startup-script may run; as often as one likes.
 #
-# OS Config runs it once per disk, even if it fails, and waits until its output is closed; the folder is deleted afterwards. So it starts
-# units, without waiting for them, and ends: every retry is the program's own.
+# OS Config runs it once per disk, even if it fails, and waits until its output is closed; the
+# folder is deleted afterwards. So it starts units, without waiting for them, and ends: every retry
+# is the program's own.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

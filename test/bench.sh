@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# make bench: every benchmark, which prints figures and ratios against a floor or a peer of the same run.
-# "once" runs each a single time, as make test does, to see that it works; its figures then mean little.
+# make bench: every benchmark, which prints figures and ratios against a floor or a peer of the
+# same run. "once" runs each a single time, as make test does, to see that it works; its
+# figures then mean little.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $(id -u) == 0 ]] || { echo "make bench: needs root for network namespaces" >&2; exit 1; }

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# make test: everything, each distinct case once, in groups; prints the seconds of each. usage: run.sh [GROUP…]
-# Kernel, lab and box tests need root and network namespaces of their own: without them this fails, it does not skip.
+# make test: everything, each distinct case once, in groups; prints the seconds of each.
+# usage: run.sh [GROUP…]
+# Kernel, lab and box tests need root and network namespaces of their own: without them this fails,
+# it does not skip.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 if [[ $(id -u) != 0 ]]; then
-  echo "make test: needs root for network namespaces: run it with sudo, or \`make check\` for what needs none" >&2; exit 1
+  echo "make test: needs root for network namespaces: run it with sudo," \
+    "or \`make check\` for what needs none" >&2
+  exit 1
 fi
 if ! unshare -n true 2>/dev/null; then
-  echo "make test: this machine gives no network namespaces (unshare -n is refused): use a VM, or a container with CAP_SYS_ADMIN" >&2; exit 1
+  echo "make test: this machine gives no network namespaces (unshare -n is refused):" \
+    "use a VM, or a container with CAP_SYS_ADMIN" >&2
+  exit 1
 fi
 
 declare -a report
@@ -32,8 +38,11 @@ host() {
   done
   grep . /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding
 }
-untouched() { # demo and tests have namespaces of their own; the machine's rules are nobody's business
-  diff "$before" <(host 2>&1) || { echo "make test: the rules of this machine itself changed (< before, > now)"; return 1; }
+# Demo and tests have namespaces of their own; the machine's rules are nobody's business.
+untouched() {
+  diff "$before" <(host 2>&1) && return
+  echo "make test: the rules of this machine itself changed (< before, > now)"
+  return 1
 }
 
 setup() {
@@ -45,27 +54,33 @@ unit()   { go test -race -timeout 5m ./...; }
 kernel() { tagged kernel -timeout 10m; }
 lab()    { tagged lab -timeout 12m -parallel 8; }
 box()    { tagged box -timeout 12m; }
-tagged() { # TAG FLAG…: the tests in files with this build tag. The others of their packages ran in unit.
-  local tag=$1 files tests; shift
-  files=$(git ls-files '*_test.go' | xargs grep -lE "^//go:build .*\b$tag\b") || { echo "no test with the tag $tag"; return 1; }
-  tests=$(sed -nE 's/^func ((Test|Fuzz|Example)[A-Za-z0-9_]*)\(.*/\1/p' $files | grep -vx TestMain | paste -sd '|')
-  go test -tags "$tag" -p 1 -count=1 -run "^($tests)\$" "$@" $(dirname $files | sort -u | sed 's,^,./,')
+# The tests in files with this build tag. The others of their packages ran in unit.
+tagged() { # TAG FLAG…
+  local tag=$1 files tests packages; shift
+  files=$(git ls-files '*_test.go' | xargs grep -lE "^//go:build .*\b$tag\b") ||
+    { echo "no test with the tag $tag"; return 1; }
+  tests=$(sed -nE 's/^func ((Test|Fuzz|Example)[A-Za-z0-9_]*)\(.*/\1/p' $files |
+    grep -vx TestMain | paste -sd '|')
+  packages=$(dirname $files | sort -u | sed 's,^,./,')
+  go test -tags "$tag" -p 1 -count=1 -run "^($tests)\$" "$@" $packages
 }
 
 bench()  { test/bench.sh once; }
-box+bench() { # Boxes mostly wait; whether a benchmark works can be seen meanwhile. (Its figures mean little here.)
-  local said ended=0
-  said=$(mktemp)
-  bench >"$said" 2>&1 &
+# Boxes mostly wait; whether a benchmark works can be seen meanwhile. (Its figures mean little here.)
+box+bench() {
+  local figures ended=0
+  figures=$(mktemp)
+  bench >"$figures" 2>&1 &
   box || ended=1
   wait $! || ended=1
-  cat "$said"; rm -f "$said"
+  cat "$figures"; rm -f "$figures"
   return $ended
 }
 
 group set-up setup
 command -v gcloud >/dev/null ||
-  report+=("NOT RUN: the real gcloud, which no registry has (https://cloud.google.com/sdk); TestGcloud made its requests")
+  report+=("NOT RUN: the real gcloud, which no registry has (https://cloud.google.com/sdk);"
+    "         TestGcloud made its requests")
 
 if (( ! failed )); then
   (( $# )) || set -- lint unit kernel lab box+bench

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# make soak: the full counts and durations. usage: soak.sh [GROUP]; each group takes at most 80 minutes.
+# make soak: the full counts and durations.
+# usage: soak.sh [GROUP]; each group takes at most 80 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $(id -u) == 0 ]] || { echo "make soak: needs root for network namespaces" >&2; exit 1; }

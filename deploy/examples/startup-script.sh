@@ -1,6 +1,8 @@
 #!/bin/sh
-# The same without OS Config, for images that lack its agent: a plain startup-script, run at each boot. The VM needs the metadata gce-service-proxy
-# (JSON: docs/attribute.md) and enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still running while this does.
+# The same without OS Config, for images that lack its agent: a plain startup-script, run at each
+# boot. The VM needs the metadata gce-service-proxy (JSON: docs/attribute.md) and
+# enable-guest-attributes=TRUE. Order nothing after google-startup-scripts.service: it is still
+# running while this does.
 set -eu
 archive=gs://BUCKET/service-proxy-agent-VERSION.tgz
 # Not in /tmp: what is run from there would fail where that is mounted noexec.

@@ -1,5 +1,5 @@
-# A managed instance group of mesh nodes, autohealed on the agent's /healthz: it is 200 only once bootstrap has finished, and fails only for
-# what a new VM would mend.
+# A managed instance group of mesh nodes, autohealed on the agent's /healthz: it is 200 only once
+# bootstrap has finished, and fails only for what a new VM would mend.
 variable "archive" { description = "gs://BUCKET/service-proxy-agent-VERSION.tgz" }
 variable "service_account" { description = "e-mail; needs roles/trafficdirector.client and roles/storage.objectViewer" }
 
@@ -20,10 +20,10 @@ resource "google_compute_instance_template" "mesh" {
   disk { source_image = "debian-cloud/debian-12" }
   network_interface {
     network = "default"
-    # The way out: to the bucket, trafficdirector.googleapis.com and, where the image lacks iptables or
-    # ca-certificates, the distribution's packages. Without an external address the subnet needs Cloud
-    # NAT, or Private Google Access and an image that has both packages; with neither, autohealing would
-    # recreate the VMs for ever.
+    # The way out: to the bucket, trafficdirector.googleapis.com and, where the image lacks iptables
+    # or ca-certificates, the distribution's packages. Without an external address the subnet needs
+    # Cloud NAT, or Private Google Access and an image that has both packages; with neither,
+    # autohealing would recreate the VMs for ever.
     access_config {}
   }
   service_account {

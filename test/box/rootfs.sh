@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the root filesystem of a box: rootfs.sh RELEASE DIR. Debian's minimal base with systemd, *without* iptables and ca-certificates, as a
-# minimal image may be; a file: repository in it holds both, for bootstrap to install. Kept between runs: nothing is done when DIR stands.
+# Makes the root filesystem of a box: rootfs.sh RELEASE DIR. Debian's minimal base with systemd,
+# *without* iptables and ca-certificates, as a minimal image may be; a file: repository in it holds
+# both, for bootstrap to install. Kept between runs: nothing is done when DIR stands.
 set -eu
 release=$1 dir=$2
 [ ! -e "$dir/.complete" ] || exit 0
