@@ -13,11 +13,11 @@ import (
 // process is what belongs to one Envoy process. Another one gets a new value. The zero value is
 // that of an Envoy which was not met yet.
 type process struct {
-	id    uint64 // of its Fingerprints; 0: none met yet
-	info  envoyadmin.ServerInfo
-	state string    // LIVE, PRE_INITIALIZING, …
-	since time.Time // when it was first seen
-	told  bool      // the set that counts is of this process
+	id      uint64 // of its Fingerprints; 0: none met yet
+	info    envoyadmin.ServerInfo
+	state   string    // LIVE, PRE_INITIALIZING, …
+	warming time.Time // when a dump first showed listeners that wait
+	told    bool      // the set that counts is of this process
 	// confirmed: it was seen to have completed a listener update, so that an empty set read from
 	// now on counts. That is asked anew once it has had listeners: it may be another process by
 	// then, which uptimes of whole seconds do not tell.
@@ -47,7 +47,7 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 			zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
 	}
 	w.process = process{
-		id: id, info: info, state: info.State, since: w.o.Now(),
+		id: id, info: info, state: info.State,
 		stream: w.process.stream.after(w.began),
 	}
 	return nil
@@ -58,6 +58,13 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	w.set.rejected = s.Rejected
 	p := &w.process
+	if len(s.Warming) > 0 && p.warming.IsZero() {
+		p.warming = w.o.Now()
+	}
+	if w.warms(s) {
+		p.untaken = &s
+		return
+	}
 	// An active listener of the control plane's shows that an update came before the dump. Without
 	// one the update may have come between the dump and the answers that tell of it.
 	empty := !hasDynamic(s)
@@ -85,6 +92,12 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took),
 		zap.Uint64("generation", w.set.generation))
 	w.put() // the next question may hang
+}
+
+// warms says whether a dump lacks listeners that the process will have soon, for the first time.
+func (w *Watch) warms(s envoyadmin.Snapshot) bool {
+	p := &w.process
+	return !p.told && len(s.Warming) > 0 && w.o.Now().Sub(p.warming) < warmLimit
 }
 
 // becomesConfigured notes whether Envoy has completed a listener update by now; s is its last dump.
@@ -115,7 +128,7 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	// The first listeners of an Envoy come together, but one waits for its routes under
 	// warming_state while others are active: without it the set is no news either, unless it never
 	// gets ready.
-	if len(s.Warming) > 0 && w.o.Now().Sub(w.process.since) < warmLimit {
+	if w.warms(s) {
 		return false, nil
 	}
 	if hasDynamic(s) {

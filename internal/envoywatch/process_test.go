@@ -151,7 +151,7 @@ func TestConfigured(t *testing.T) {
 			func(e *envoy) { e.fails["ready"] = envoyadmin.ErrForbiddenPath }, false,
 			"dump info ready; "},
 		{"warms one listener", func(e *envoy) { e.warming = true }, false,
-			"dump info ready stats; look"},
+			"dump info ready ready stats; look"},
 	} {
 		w := watch(t, running())
 		tt.change(w.envoy)
@@ -258,10 +258,10 @@ func TestWarming(t *testing.T) {
 	}
 	w.restart()
 	w.after(time.Second)
-	met := w.clock
 	w.serve()
 	w.warming = true
 	w.after(time.Second)
+	met := w.clock
 	for w.clock.Sub(met) < time.Minute-time.Second {
 		if v := w.after(time.Second); v.Configured || v.Generation != 2 {
 			t.Fatalf("after %v: configured %v, generation %d",
@@ -280,6 +280,44 @@ func TestWarming(t *testing.T) {
 	w.after(time.Second)
 	w.warming = false
 	if v = w.after(time.Second); !v.Configured || v.Generation != 4 {
+		t.Errorf("all are ready: configured %v, generation %d", v.Configured, v.Generation)
+	}
+}
+
+// TestHalfWarm: the first set of an Envoy whose other listeners are warming does not count, though
+// Envoy had told meanwhile that it is configured, and however late its control plane came: the rules
+// of the services behind the others would go.
+func TestHalfWarm(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.restart()
+	w.after(time.Second) // an empty dump
+	w.state, w.stats.Version = "LIVE", 7
+	w.while["stats"] = func() { w.dynamic, w.warming, w.sets = true, true, w.sets+1 }
+	w.after(time.Second)
+	if v := w.after(time.Second); v.Configured || v.Generation != 1 {
+		t.Errorf("configured %v, generation %d", v.Configured, v.Generation)
+	}
+	w.warming = false
+	w.sets++
+	if v := w.after(time.Second); !v.Configured || v.Generation != 2 {
+		t.Errorf("all are ready: configured %v, generation %d", v.Configured, v.Generation)
+	}
+
+	w.restart()
+	w.after(time.Second)
+	w.state = "LIVE" // by initial_fetch_timeout, and the control plane comes much later
+	for range 300 {
+		w.after(time.Second)
+	}
+	w.serve()
+	w.warming = true
+	if v := w.after(time.Second); v.Configured || v.Generation != 2 {
+		t.Errorf("a late control plane: configured %v, generation %d", v.Configured, v.Generation)
+	}
+	w.warming = false
+	w.sets++
+	if v := w.after(time.Second); !v.Configured || v.Generation != 3 {
 		t.Errorf("all are ready: configured %v, generation %d", v.Configured, v.Generation)
 	}
 }

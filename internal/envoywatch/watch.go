@@ -94,7 +94,8 @@ const (
 	// stateEvery is how often Envoy is asked for its state when nothing happens: /ready costs less
 	// than a masked dump.
 	stateEvery = time.Second
-	// warmLimit is how long the listeners of an Envoy that was just started are waited for.
+	// warmLimit is how long the listeners that are warming are waited for before the first set of a
+	// process counts.
 	warmLimit = time.Minute
 	// probeEvery is how often our own way to the control plane is tried while Envoy's is broken.
 	probeEvery = 30 * time.Second
