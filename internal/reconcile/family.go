@@ -292,7 +292,7 @@ func (f *Family) adopt(ctx context.Context, p *pass) error {
 	if err := f.sight.read(ctx, f.kernel, f.family, p); err != nil {
 		return err
 	}
-	f.sight.adopted = true
+	f.sight.adopted, f.retry = true, retry{}
 	ours := f.sight.have.Ours()
 	f.standing.jumps = ours.Intercepting()
 	if f.standing.jumps && p.order.Marked {
@@ -321,6 +321,7 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	switch {
 	case why == watch || why == leave && !f.mustLeave():
 		f.standing.jumps = ours.Intercepting() // somebody else put them in, or took them away
+		f.retry = retry{}
 		return nil
 	case why == leave:
 		f.goal.leave(ours)

@@ -623,6 +623,34 @@ func TestFailures(t *testing.T) {
 	}
 }
 
+// TestFailedWhileUnknown: an error of a read is over with the next read, also while Envoy has told
+// nothing and there is nothing to be equal to.
+func TestFailedWhileUnknown(t *testing.T) {
+	r := newRig(t)
+	r.order.Known = false
+	r.fails = iptables.ErrLocked
+	if out := r.pass(0); out.Facts.Err == nil {
+		t.Fatalf("no error: %+v", out)
+	}
+	r.fails = nil
+	for range 3 { // adopts
+		r.pass(time.Second)
+	}
+	if out := r.pass(time.Second); out.Facts.Err != nil || out.Status.Error != "" {
+		t.Errorf("adopted, and it says %v", out.Facts.Err)
+	}
+	r.fails = iptables.ErrLocked
+	r.f.Note(iptables.Event{}, r.now)
+	if out := r.pass(time.Second); out.Facts.Err == nil {
+		t.Fatalf("no error: %+v", out)
+	}
+	r.fails = nil
+	r.pass(time.Second)
+	if out := r.pass(time.Second); out.Facts.Err != nil || out.Status.Error != "" {
+		t.Errorf("read again, and it says %v", out.Facts.Err)
+	}
+}
+
 // TestFailedWrite: a new want does not wait for another try, and what was never done nobody undid.
 func TestFailedWrite(t *testing.T) {
 	r := installed(t)
