@@ -110,7 +110,7 @@ func New(o Options) *Watch {
 		o.Log = zap.NewNop()
 	}
 	if o.Now == nil {
-		o.Now = time.Now
+		o.Now = time.Now //nolint:forbidigo // the clock where none is given
 	}
 	return &Watch{o: o, box: mailbox.New[View](), probes: make(chan probed, 1)}
 }
