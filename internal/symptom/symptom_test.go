@@ -174,7 +174,7 @@ var examples = []example{
 func TestExamples(t *testing.T) {
 	var doc strings.Builder
 	doc.WriteString(
-		"# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in `agent-last-failure`, warnings on serial and in `status`,\nadvice in `status`. The number is the row that reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
+		"# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in\n`agent-last-failure`, warnings on serial and in `status`, advice in `status`. The number is the row\nthat reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
 	for _, e := range examples {
 		findings := Check(e.facts)
 		if e.want == "" {
