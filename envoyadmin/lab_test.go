@@ -63,7 +63,9 @@ func binary(t testing.TB, version string) string {
 }
 
 const bootstrapYAML = `
-node: {id: lab-node, cluster: lab, locality: {zone: z1}, metadata: {TRAFFICDIRECTOR_NETWORK_NAME: default, N: 5, deep: {a: b}}}
+node:
+  {id: lab-node, cluster: lab, locality: {zone: z1},
+   metadata: {TRAFFICDIRECTOR_NETWORK_NAME: default, N: 5, deep: {a: b}}}
 admin: {address: {pipe: {path: LABDIR/admin.sock}}}
 bootstrap_extensions:
 - {name: internal, typed_config: {"@type": type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener}}
@@ -76,8 +78,10 @@ static_resources:
     address: {socket_address: {address: 127.0.0.1, port_value: 15090}}
     filter_chains: [{filters: [{name: tcp, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: x, cluster: a}}]}]
   clusters:
-  - {name: a, type: STATIC, load_assignment: {cluster_name: a, endpoints: [{lb_endpoints: [HOST1, HOST2]}]}}
-  - {name: b, type: STATIC, load_assignment: {cluster_name: b, endpoints: [{lb_endpoints: [HOST1]}]}}
+  - {name: a, type: STATIC,
+     load_assignment: {cluster_name: a, endpoints: [{lb_endpoints: [HOST1, HOST2]}]}}
+  - {name: b, type: STATIC,
+     load_assignment: {cluster_name: b, endpoints: [{lb_endpoints: [HOST1]}]}}
 CLUSTERS
 `
 
@@ -406,7 +410,9 @@ func TestWarming(t *testing.T) {
   address: {socket_address: {address: 127.0.0.1, port_value: 15033}}
   filter_chains: [{filters: [{name: http, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager, stat_prefix: x,
     http_filters: [{name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}],
-    rds: {route_config_name: r, config_source: {resource_api_version: V3, initial_fetch_timeout: 2s, api_config_source: {api_type: GRPC, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: b}}]}}}}}]}]
+    rds: {route_config_name: r, config_source: {resource_api_version: V3, initial_fetch_timeout: 2s,
+      api_config_source: {api_type: GRPC, transport_api_version: V3,
+        grpc_services: [{envoy_grpc: {cluster_name: b}}]}}}}}]}]
 `)
 			var s Snapshot
 			e.until(5*time.Second, func() (err error) {

@@ -85,7 +85,7 @@ type Interception struct {
 //	OUTPUT      -p udp --dport 53 -> SERVICE_PROXY_DNS
 //	PREROUTING  -p tcp            -> SERVICE_PROXY_INBOUND
 //
-//	SERVICE_PROXY_OUTPUT   RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
+//	SERVICE_PROXY_OUTPUT  RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
 //	  |-- (tcp 53 -> SERVICE_PROXY_DNS)          RETURN: proxy, resolvers; else to Envoy's DNS port
 //	  |-- SERVICE_PROXY_SERVICE_CIDRS            a row a service -------> SERVICE_PROXY_REDIRECT
 //	  |     `-- SERVICE_PROXY_B4_0A200000_12 ... past 256: one per 3 bits SERVICE_PROXY_REDIRECT

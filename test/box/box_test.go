@@ -599,7 +599,8 @@ func TestShutdown(t *testing.T) {
 			t.Fatal(err)
 		}
 		const legacy = `apt-get -qq update && apt-get -qq -y install iptables &&
-			update-alternatives --set iptables /usr/sbin/iptables-legacy && update-alternatives --set ip6tables /usr/sbin/ip6tables-legacy`
+			update-alternatives --set iptables /usr/sbin/iptables-legacy &&
+			update-alternatives --set ip6tables /usr/sbin/ip6tables-legacy`
 		if out, err := exec.Command("chroot", root, "sh", "-c", legacy).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}

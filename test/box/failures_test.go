@@ -97,7 +97,9 @@ func (v *VM) waitFailure(limit time.Duration, words ...string) {
 func (v *VM) forget() {
 	v.t.Helper()
 	v.run("sh", "-c", `systemctl stop service-proxy-bootstrap.service service-proxy-envoy.service
-rm -rf /usr/local/bin/envoy /etc/service-proxy-agent/envoy.json /usr/local/lib/service-proxy-agent/previous /var/lib/service-proxy-agent/bootstrap.json /run/service-proxy-envoy-restart`)
+rm -rf /usr/local/bin/envoy /etc/service-proxy-agent/envoy.json \
+	/usr/local/lib/service-proxy-agent/previous /var/lib/service-proxy-agent/bootstrap.json \
+	/run/service-proxy-envoy-restart`)
 }
 
 func (v *VM) bootstrapAgain() {

@@ -22,7 +22,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-const helpText = `add NAME VIP     a service more, e.g. add pay 10.10.0.3 (or a prefix, 10.20.0.0/24, or IPv6)
+const helpText = "" +
+	`add NAME VIP     a service more, e.g. add pay 10.10.0.3 (also a prefix, 10.20.0.0/24, or IPv6)
 remove NAME      one less
 list             the services
 status           what the agent says

@@ -94,8 +94,10 @@ func TestInterceptAll(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		config := services()
 		config.Passthrough = true
-		m, a := start(t, mesh.Options{Backend: backend, Config: config, Attribute: interception(`"intercept-all-outbound":true,
-			"exclude-outbound-ip-ranges":["203.0.113.0/24","198.51.100.9","2001:db8:9::/48"],"exclude-outbound-port-ranges":["9010-9000","82"]`)})
+		attribute := interception(`"intercept-all-outbound":true,
+			"exclude-outbound-ip-ranges":["203.0.113.0/24","198.51.100.9","2001:db8:9::/48"],
+			"exclude-outbound-port-ranges":["9010-9000","82"]`)
+		m, a := start(t, mesh.Options{Backend: backend, Config: config, Attribute: attribute})
 		for _, port := range []uint16{82, 83, 8999, 9005, 9010, 9011} {
 			if _, err := m.Echo(m.Service, port, lab.EchoOptions{}); err != nil {
 				t.Fatal(err)
