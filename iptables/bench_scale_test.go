@@ -286,7 +286,7 @@ func benchConnect(b *testing.B, k *Kernel) {
 }
 
 // benchIdle is what looking costs when nothing happens: a read each 1.5 s on legacy, and each five
-// minutes on nft, where the kernel tells of changes (package agent, legacyPoll and resync).
+// minutes on nft, where the kernel tells of changes (internal/reconcile).
 func benchIdle(b *testing.B, k *Kernel) {
 	want := serviceSet(IPv4, randomPrefixes(IPv4, scale, 1))
 	apply(b, k, want)

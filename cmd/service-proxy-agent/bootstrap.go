@@ -91,7 +91,7 @@ func drainCommand() *cobra.Command {
 			return drain.Run(cmd.Context(), admin, os.Getenv("MAINPID"), limit)
 		},
 	}
-	cmd.Flags().StringVar(&admin, "envoy-admin", "127.0.0.1:15000",
+	cmd.Flags().StringVar(&admin, "envoy-admin", defaultAdmin,
 		"`ADDRESS` of Envoy's admin interface, or unix:///path")
 	cmd.Flags().DurationVar(&limit, "limit", drain.DefaultLimit,
 		"wait no longer than this for connections to end")

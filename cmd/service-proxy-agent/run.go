@@ -11,8 +11,15 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+)
+
+// Defaults that several commands share.
+var (
+	defaultAdmin  = fmt.Sprintf("127.0.0.1:%d", attribute.EnvoyAdminPort)
+	defaultListen = fmt.Sprintf(":%d", attribute.AgentPort)
 )
 
 func runCommand() *cobra.Command {
@@ -23,8 +30,8 @@ func runCommand() *cobra.Command {
 		Use: "run",
 		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world " +
 			"how the VM is doing",
-		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a " +
-			"flag wins.\n" +
+		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); " +
+			"a flag wins.\n" +
 			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s.WhenEnvoyDown = reconcile.WhenEnvoyDown(whenDown)
@@ -50,15 +57,16 @@ func runCommand() *cobra.Command {
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&s.EnvoyAdmin, "envoy-admin", "127.0.0.1:15000",
+	f.StringVar(&s.EnvoyAdmin, "envoy-admin", defaultAdmin,
 		"Envoy's admin interface: host:port or unix:///path")
 	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log",
 		"Envoy's stderr, watched for hints that something changed; empty: poll only")
 	f.StringVar(&s.ProxyUser, "proxy-user", "envoy",
 		"user Envoy runs as, by name or uid: its traffic is never redirected")
 	f.StringVar(&s.Config, "config", "",
-		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; none: defaults")
-	f.StringVar(&s.Listen, "listen", ":15020", "address of /metrics and /healthz; empty: off")
+		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
+			"none: defaults")
+	f.StringVar(&s.Listen, "listen", defaultListen, "address of /metrics and /healthz; empty: off")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
 		"what happens to the jumps when Envoy stops accepting: keep or bypass")

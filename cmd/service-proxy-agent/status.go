@@ -164,7 +164,7 @@ func waitCommand() *cobra.Command {
 		},
 	}
 	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
-	c.Flags().StringVar(&listen, "listen", ":15020",
+	c.Flags().StringVar(&listen, "listen", defaultListen,
 		"the daemon's --listen; empty: ask its socket, which answers root only")
 	return c
 }

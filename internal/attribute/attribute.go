@@ -1,6 +1,6 @@
 // Package attribute is the gce-service-proxy metadata attribute as a type: it parses and
 // validates what gcloud writes (compute instance-templates create --service-proxy …) and does
-// nothing else. It reads no metadata server and decides nothing: internal/bootstrap fetches and
+// nothing else. It reads no metadata server and decides nothing: internal/metadata fetches and
 // watches the text, agent.Desired and the Envoy configuration that internal/bootstrap writes are
 // what a Config turns into.
 //

@@ -15,7 +15,7 @@
 // handed over by systemd socket activation (those belong to root, who made them). A uid from a user
 // namespace that is not an ancestor of ours reads as the overflow uid, 65534.
 //
-// Next in the flow: package agent, whose Hold policy and trust check ask here.
+// Next in the flow: package agent, which asks here who listens on Envoy's ports.
 package sockdiag
 
 import (

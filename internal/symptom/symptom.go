@@ -2,7 +2,7 @@
 //
 // Check is a pure function from Facts to Findings and the only home of causes and next steps: guest
 // attributes, serial lines, status, metrics and documents all print what it returns. It asks nobody
-// anything and keeps no state; package agent gathers the Facts (Observe) and turns the Findings
+// anything and keeps no state; package agent gathers the Facts (observe) and turns the Findings
 // into a Status. The numbers of the rows are those of the symptom table in docs/symptoms.md.
 package symptom
 
