@@ -557,7 +557,7 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 	}
 	own.started(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
 	defer own.ended(cmd.Process.Pid)
-	in.Write(stdin) // a command that ends early says so by its exit
+	_, _ = in.Write(stdin) // a command that ends early says so by its exit
 	in.Close()
 	err = cmd.Wait()
 	command := strings.Join(append([]string{filepath.Base(name)}, args...), " ")

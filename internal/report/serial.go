@@ -134,7 +134,7 @@ func (s *Serial) session(ctx context.Context) error {
 		return fmt.Errorf("open serial port: %w", err)
 	}
 	defer f.Close()
-	stop := context.AfterFunc(ctx, func() { f.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)) })
+	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)) })
 	defer stop()
 	s.mu.Lock()
 	s.state.Open, s.state.LastError = true, ""
