@@ -1,15 +1,15 @@
 // Package agent is the domain: it decides what the kernel shall intercept and keeps it so.
 //
-//	envoywatch.View ────┐
-//	                    ├─> Desired -> Want -> iptables.Interception ─> Ruleset ┐
-//	attribute.Config ───┘    (pure)                                             ├─> Diff ─> Plan ─> Apply
-//	iptables.Read ────────────────────────────────────────────────────> have ───┘
+//	envoywatch.View ──┐
+//	                  ├─> Desired ─> Want ─> iptables.Ruleset ┐
+//	attribute.Config ─┘    (pure)                             ├─> Diff ─> Plan ─> Apply
+//	iptables.Read ──────────────────────────────────> have ───┘
 //	Facts ─> symptom.Check ─> Status ─> guest attributes, serial, metrics, sd_notify, socket
 //
 // One goroutine (loop) owns the kernel. What is slow or can hang (Envoy's admin interface, the
-// metadata server, the kernel's notifications, every reporter) is a task beside it and meets it only
-// by values. How one family's rules are kept is internal/reconcile's, and how Envoy is looked at
-// internal/envoywatch's.
+// metadata server, the kernel's notifications, every reporter) is a task beside it and meets it
+// only by values. How one family's rules are kept is internal/reconcile's, and how Envoy is looked
+// at internal/envoywatch's.
 //
 // It installs nothing (internal/bootstrap does), and stopping it leaves the rules in place.
 package agent
@@ -65,9 +65,10 @@ type Agent struct {
 	status     atomic.Pointer[status.Status]    // nil: no pass yet
 	account    atomic.Pointer[metadata.Account] // nil: not read yet
 
-	config         *attribute.Config // of --config; nil: the metadata server tells
-	awaitBootstrap bool              // its unit is enabled: a VM without its result is not finished yet
-	withoutTools   bool              // iptables was not installed when the agent started
+	config *attribute.Config // of --config; nil: the metadata server tells
+	// its unit is enabled: a VM without its result is not finished yet
+	awaitBootstrap bool
+	withoutTools   bool // iptables was not installed when the agent started
 }
 
 // New checks the settings and opens the kernel; nothing is changed there. Errors name the thing and

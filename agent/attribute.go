@@ -30,8 +30,8 @@ type goodAttribute struct {
 	Kept   bool      // to an earlier run, which kept it
 }
 
-// attributeNews is what came of the newest look at the attribute. It always tells the one in force, since the loop takes only
-// the newest news.
+// attributeNews is what came of the newest look at the attribute. It always tells the one in force,
+// since the loop takes only the newest news.
 type attributeNews struct {
 	Good   *goodAttribute // in force; nil: none yet
 	Err    error          // the attribute itself is missing or malformed
@@ -64,7 +64,8 @@ func (a *attributeInForce) take(n attributeNews, log *zap.Logger) {
 		a.Serial++
 		return
 	}
-	if !good.Kept { // bootstrap reads for itself, and may have seen a newer one than an earlier run kept
+	// bootstrap reads for itself, and may have seen a newer one than an earlier run kept
+	if !good.Kept {
 		a.text = good.Text
 	}
 	if was != nil && bytes.Equal(was.Text, good.Text) {
@@ -91,12 +92,14 @@ func (a *attributeInForce) reportUnknown(keys []string, log *zap.Logger) {
 	log.Warn("unknown keys in the gce-service-proxy attribute are ignored", zap.Strings("keys", keys))
 }
 
-// keptAttribute is the last good attribute as the state folder keeps it for the next start, with whose it is.
+// keptAttribute is the last good attribute as the state folder keeps it for the next
+// start, with whose it is.
 type keptAttribute struct {
-	Text     string    `json:"text"`
-	Read     time.Time `json:"read"`
-	Instance string    `json:"instance,omitempty"` // the VM's id, "" where the metadata server did not tell it
-	Machine  string    `json:"machine,omitempty"`  // machineSum
+	Text string    `json:"text"`
+	Read time.Time `json:"read"`
+	// the VM's id, "" where the metadata server did not tell it
+	Instance string `json:"instance,omitempty"`
+	Machine  string `json:"machine,omitempty"` // machineSum
 }
 
 const keptFile = "attribute.json"
@@ -133,16 +136,19 @@ func saveKept(dir string, k *keptAttribute) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil { // systemd makes it; without, somebody runs the agent by hand
+	// systemd makes it; without, somebody runs the agent by hand
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	return atomicfile.Write(path, text, 0o600) // URLs in it may be signed
 }
 
-// machineSum stands for this machine without the metadata server, "" where nothing tells. A disk's clone may have the same
-// machine-id, but not the same asset tag: Compute Engine puts an UUID of the instance there. (product_uuid is the same, and
-// root's alone.)
-func machineSum() string { return sumOfFiles("/etc/machine-id", "/sys/class/dmi/id/board_asset_tag") }
+// machineSum stands for this machine without the metadata server, "" where nothing tells. A disk's
+// clone may have the same machine-id, but not the same asset tag: Compute Engine puts an UUID of
+// the instance there. (product_uuid is the same, and root's alone.)
+func machineSum() string {
+	return sumOfFiles("/etc/machine-id", "/sys/class/dmi/id/board_asset_tag")
+}
 
 func sumOfFiles(paths ...string) string {
 	h, known := sha256.New(), false
@@ -158,16 +164,17 @@ func sumOfFiles(paths ...string) string {
 	return hex.EncodeToString(h.Sum(nil))[:32]
 }
 
-// attributeSource decides which attribute is in force: the newest good one; until this run has read one, that of an earlier
-// run, if it is this VM's own.
+// attributeSource decides which attribute is in force: the newest good one; until this run has read
+// one, that of an earlier run, if it is this VM's own.
 type attributeSource struct {
 	kept *keptAttribute // nil: none, or out of date
 	good *goodAttribute
 }
 
-// next is what a look makes of it. instance is the VM's id, "" while the metadata server has not told it: then the machine
-// must do. foreign: what was kept is another instance's, and is dropped.
-func (s *attributeSource) next(look metadata.Attribute, instance, machine string, now time.Time) (news attributeNews, foreign bool) {
+// next is what a look makes of it. instance is the VM's id, "" while the metadata server has not
+// told it: then the machine must do. foreign: what was kept is another instance's, and is dropped.
+func (s *attributeSource) next(look metadata.Attribute, instance, machine string,
+	now time.Time) (news attributeNews, foreign bool) {
 	if look.Err == nil {
 		s.kept, s.good = nil, &goodAttribute{Config: look.Config, Text: look.Text, Read: now}
 		return attributeNews{Good: s.good}, false
@@ -193,7 +200,8 @@ func (s *attributeSource) next(look metadata.Attribute, instance, machine string
 	return news, foreign
 }
 
-// watchAttribute passes on what the metadata server says of the attribute, and has the last good one kept for the next start.
+// watchAttribute passes on what the metadata server says of the attribute, and has the last good
+// one kept for the next start.
 func (a *Agent) watchAttribute(ctx context.Context) error {
 	kept, err := loadKept(a.settings.StateDir)
 	if err != nil {
@@ -216,7 +224,8 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 			if instance == "" {
 				instance, _ = metadata.ReadInstance(ctx) // without it, the machine tells whose it is
 			}
-			a.keep.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance, Machine: machine})
+			a.keep.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance,
+				Machine: machine})
 		}
 	})
 	return nil

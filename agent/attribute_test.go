@@ -22,7 +22,8 @@ import (
 
 const keptText = `{"proxy-spec":{"proxy-port":15101}}`
 
-// TestAttributeSource: what is in force after each look of a run, with an attribute of an earlier run in the state folder.
+// TestAttributeSource: what is in force after each look of a run, with an attribute of an earlier
+// run in the state folder.
 func TestAttributeSource(t *testing.T) {
 	var (
 		good = func(port string) metadata.Attribute {
@@ -32,7 +33,8 @@ func TestAttributeSource(t *testing.T) {
 		}
 		malformed = good(`"x"`)
 		missing   = metadata.Attribute{Err: metadata.ErrNoAttribute}
-		away      = metadata.Attribute{Err: &metadata.Error{Path: "x", Code: http.StatusServiceUnavailable}}
+		away      = metadata.Attribute{
+			Err: &metadata.Error{Path: "x", Code: http.StatusServiceUnavailable}}
 	)
 	const none, kept, own = 0, 15101, 15102
 	type look struct {
@@ -63,14 +65,16 @@ func TestAttributeSource(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			read := time.Unix(1e9, 0)
-			s := attributeSource{kept: &keptAttribute{Text: keptText, Read: read, Instance: test.instance, Machine: "m"}}
+			s := attributeSource{
+				kept: &keptAttribute{Text: keptText, Read: read, Instance: test.instance, Machine: "m"}}
 			for i, l := range test.looks {
 				now := time.Unix(2e9+int64(i), 0)
 				news, foreign := s.next(l.look, l.instance, test.machine, now)
 				if foreign != l.foreign {
 					t.Errorf("look %d: foreign is %v", i, foreign)
 				}
-				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) || (news.Source != nil) != errors.As(l.look.Err, new(*metadata.Error)) {
+				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) ||
+					(news.Source != nil) != errors.As(l.look.Err, new(*metadata.Error)) {
 					t.Errorf("look %d: %v and %v of %v", i, news.Err, news.Source, l.look.Err)
 				}
 				switch {
@@ -86,19 +90,22 @@ func TestAttributeSource(t *testing.T) {
 			}
 		})
 	}
-	if news, foreign := (&attributeSource{}).next(missing, "1", "m", time.Now()); news.Good != nil || foreign {
+	if news, foreign := (&attributeSource{}).next(missing, "1", "m", time.Now()); news.Good != nil ||
+		foreign {
 		t.Errorf("nothing kept: %+v, foreign %v", news, foreign)
 	}
 }
 
-// TestKeptAttribute: what is kept comes back as it was, for nobody else to read; what cannot be used is not there.
+// TestKeptAttribute: what is kept comes back as it was, for nobody else to read; what cannot
+// be used is not there.
 func TestKeptAttribute(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	path := filepath.Join(dir, keptFile)
 	if k, err := loadKept(dir); k != nil || err != nil {
 		t.Errorf("before the first: %v, %v", k, err)
 	}
-	want := keptAttribute{Text: keptText, Read: time.Date(2026, 11, 24, 21, 0, 0, 0, time.UTC), Instance: "4520031799277581759", Machine: "m"}
+	want := keptAttribute{Text: keptText, Read: time.Date(2026, 11, 24, 21, 0, 0, 0, time.UTC),
+		Instance: "4520031799277581759", Machine: "m"}
 	for range 2 {
 		if err := saveKept(dir, &want); err != nil {
 			t.Fatal(err)
@@ -113,11 +120,13 @@ func TestKeptAttribute(t *testing.T) {
 	if all, err := os.ReadDir(dir); err != nil || len(all) != 1 {
 		t.Errorf("beside it: %v, %v", all, err)
 	}
-	for name, text := range map[string]string{"half of it": `{"text":"{}`, "a malformed attribute": `{"text":"{\"labels\":1}"}`, "nothing": ""} {
+	for name, text := range map[string]string{"half of it": `{"text":"{}`,
+		"a malformed attribute": `{"text":"{\"labels\":1}"}`, "nothing": ""} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if k, err := loadKept(dir); k != nil || err == nil || !strings.Contains(err.Error(), "kept by an earlier run") {
+		if k, err := loadKept(dir); k != nil || err == nil ||
+			!strings.Contains(err.Error(), "kept by an earlier run") {
 			t.Errorf("%s: %v, %v", name, k, err)
 		}
 	}
@@ -141,12 +150,14 @@ func TestMachineSum(t *testing.T) {
 		}
 		return path
 	}
-	a, same, b, empty, absent := file("a", "1\n"), file("same", "1"), file("b", "2\n"), file("empty", "\n"), filepath.Join(dir, "absent")
+	a, same, b, empty, absent := file("a", "1\n"), file("same", "1"), file("b", "2\n"),
+		file("empty", "\n"), filepath.Join(dir, "absent")
 	sum := sumOfFiles(a, b)
 	if sum == "" || sum != sumOfFiles(same, b) {
 		t.Errorf("%q and %q", sum, sumOfFiles(same, b))
 	}
-	for _, other := range []string{sumOfFiles(a, a), sumOfFiles(b, a), sumOfFiles(a, absent), sumOfFiles(absent, b)} {
+	for _, other := range []string{sumOfFiles(a, a), sumOfFiles(b, a), sumOfFiles(a, absent),
+		sumOfFiles(absent, b)} {
 		if other == sum || other == "" {
 			t.Errorf("another machine is %q, too", other)
 		}
@@ -156,8 +167,8 @@ func TestMachineSum(t *testing.T) {
 	}
 }
 
-// TestTakeAttribute: the loop goes by the attribute in force, whatever it hears of the newest, and asks for bootstrap only on
-// behalf of one that this run has read.
+// TestTakeAttribute: the loop goes by the attribute in force, whatever it hears of the newest, and
+// asks for bootstrap only on behalf of one that this run has read.
 func TestTakeAttribute(t *testing.T) {
 	config := func(port uint16) attribute.Config {
 		c := attribute.Default()
@@ -186,7 +197,8 @@ func TestTakeAttribute(t *testing.T) {
 	} {
 		was := a.Serial
 		a.take(step.news, log)
-		if a.Known != (step.port != 0) || a.Known && a.Config.ProxyPort != step.port || a.Serial != was != step.stale || string(a.text) != step.text {
+		if a.Known != (step.port != 0) || a.Known && a.Config.ProxyPort != step.port ||
+			a.Serial != was != step.stale || string(a.text) != step.text {
 			t.Errorf("%s: %+v, the serial was %d", step.name, a, was)
 		}
 		if a.Err != step.news.Err || a.Source != step.news.Source {
@@ -201,12 +213,13 @@ func TestTakeAttribute(t *testing.T) {
 	}
 }
 
-// TestWatchAttribute: what the loop hears, and what is kept for the next start, for each answer of the metadata server that a
-// run may begin with.
+// TestWatchAttribute: what the loop hears, and what is kept for the next start, for each answer of
+// the metadata server that a run may begin with.
 func TestWatchAttribute(t *testing.T) {
 	const own = "4520031799277581759"
 	kept := func(instance, machine string) *keptAttribute {
-		return &keptAttribute{Text: keptText, Read: time.Unix(1e9, 0).UTC(), Instance: instance, Machine: machine}
+		return &keptAttribute{Text: keptText, Read: time.Unix(1e9, 0).UTC(), Instance: instance,
+			Machine: machine}
 	}
 	machine, here := machineSum(), uint16(15101)
 	if machine == "" { // a container without a machine-id: nothing tells that it is the same
@@ -250,7 +263,8 @@ func TestWatchAttribute(t *testing.T) {
 			looks := 0
 			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				w.Header().Set("ETag", "e")
-				if strings.HasSuffix(r.URL.Path, "/instance/id") { // one request at a time: the watch waits for each
+				// one request at a time: the watch waits for each
+				if strings.HasSuffix(r.URL.Path, "/instance/id") {
 					asks++
 					io.WriteString(w, own)
 					return
@@ -267,7 +281,8 @@ func TestWatchAttribute(t *testing.T) {
 			t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(server.URL, "http://"))
 			core, logs := observer.New(zap.InfoLevel)
 			a := &Agent{
-				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: mailbox.New[attributeNews](), keep: mailbox.New[*keptAttribute](),
+				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: mailbox.New[attributeNews](),
+				keep: mailbox.New[*keptAttribute](),
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := make(chan struct{})
@@ -301,26 +316,29 @@ func TestWatchAttribute(t *testing.T) {
 				if keep != nil {
 					t.Errorf("kept: %+v, want nothing", keep)
 				}
-			case keep == nil || *keep != keptAttribute{Text: test.keeps, Read: news.Good.Read, Instance: own, Machine: machine}:
+			case keep == nil ||
+				*keep != keptAttribute{Text: test.keeps, Read: news.Good.Read, Instance: own, Machine: machine}:
 				t.Errorf("kept: %+v", keep)
 			}
 			if asks != test.asks {
 				t.Errorf("the VM's id was asked for %d times, want %d", asks, test.asks)
 			}
 			all := logs.All()
-			if test.logs == "" && len(all) > 0 || test.logs != "" && (len(all) != 1 || !strings.Contains(all[0].Message, test.logs)) {
+			if test.logs == "" && len(all) > 0 ||
+				test.logs != "" && (len(all) != 1 || !strings.Contains(all[0].Message, test.logs)) {
 				t.Errorf("logged: %v", all)
 			}
 		})
 	}
 }
 
-// TestRunHistory: what the loop and the watch leave there is in the state folder soon, and one that cannot be written
-// is said once.
+// TestRunHistory: what the loop and the watch leave there is in the state folder soon, and one that
+// cannot be written is said once.
 func TestRunHistory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	core, logs := observer.New(zap.InfoLevel)
-	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir}, history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute]()}
+	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir},
+		history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute]()}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); a.keepHistory(ctx) }()
@@ -370,7 +388,8 @@ func TestRunHistory(t *testing.T) {
 	wait("nothing is said", func() bool { return logs.Len() >= 2 })
 	cancel()
 	<-ended
-	if logs.Len() != 2 || logs.FilterMessage("the attribute is not kept").Len() != 1 || logs.FilterMessage("history is not kept").Len() != 1 {
+	if logs.Len() != 2 || logs.FilterMessage("the attribute is not kept").Len() != 1 ||
+		logs.FilterMessage("history is not kept").Len() != 1 {
 		t.Errorf("logged: %v", logs.All())
 	}
 }

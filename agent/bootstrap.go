@@ -27,8 +27,8 @@ type bootstrapProgress struct {
 	told      int       // the last line of its story that was told
 }
 
-// read looks at the state file now and then. What cannot be read is half of nothing: bootstrap writes
-// it anew at its next step.
+// read looks at the state file now and then. What cannot be read is half of nothing: bootstrap
+// writes it anew at its next step.
 func (b *bootstrapProgress) read(now time.Time, ask func() (progress.State, error)) {
 	if now.Sub(b.looked) < bootstrapEvery {
 		return
@@ -40,8 +40,8 @@ func (b *bootstrapProgress) read(now time.Time, ask func() (progress.State, erro
 	}
 }
 
-// due says whether bootstrap, which only root may run, is to be asked for: it has finished for another
-// attribute than this text. It looks first, and restarts Envoy only where Envoy must know.
+// due says whether bootstrap, which only root may run, is to be asked for: it has finished for
+// another attribute than this text. It looks first, and restarts Envoy only where Envoy must know.
 func (b *bootstrapProgress) due(now time.Time, text []byte) bool {
 	if text == nil || !b.state.Stale(text) {
 		return false
@@ -53,8 +53,8 @@ func (b *bootstrapProgress) due(now time.Time, text []byte) bool {
 	return true
 }
 
-// story is what of bootstrap's story was not told yet. The daemon tells it on the serial port while it
-// runs; bootstrap itself does where there is no daemon.
+// story is what of bootstrap's story was not told yet. The daemon tells it on the serial port while
+// it runs; bootstrap itself does where there is no daemon.
 func (b *bootstrapProgress) story(started time.Time) (lines []progress.Line) {
 	for _, line := range b.state.Story {
 		if line.Seq <= b.told {

@@ -28,14 +28,17 @@ func (f Failure) is(found symptom.Finding) bool { return f.ID == found.ID && f.K
 
 // Failures are those that last, and what remains of the one that ended last.
 type Failures struct {
-	Lasting []Failure `json:"lasting,omitempty"` // oldest first; of those that came in one pass the worst last
+	// oldest first; of those that came in one pass the worst last
+	Lasting []Failure `json:"lasting,omitempty"`
 	Over    Failure   `json:"over,omitzero"`
 }
 
-// forgetAfter is how long after its end the same failure counts as the same one come again, not as a new one.
+// forgetAfter is how long after its end the same failure counts as the same one come
+// again, not as a new one.
 const forgetAfter = time.Hour
 
-// next are the failures after a pass with these findings, worst first. One that lasts keeps its start.
+// next are the failures after a pass with these findings, worst first. One that
+// lasts keeps its start.
 func (f Failures) next(findings []symptom.Finding, now time.Time) Failures {
 	now = now.UTC().Truncate(time.Second)
 	next := Failures{Over: f.Over}
@@ -70,8 +73,8 @@ func (f Failures) equal(g Failures) bool {
 	return f.Over == g.Over && slices.Equal(f.Lasting, g.Lasting)
 }
 
-// String is the value of agent-last-failure: the newest of those that last, since an older one may last for days and is known;
-// else the last one.
+// String is the value of agent-last-failure: the newest of those that last, since an older one may
+// last for days and is known; else the last one.
 func (f Failures) String() string {
 	n := len(f.Lasting)
 	if n == 0 {
@@ -96,12 +99,14 @@ func (f Failure) String() string {
 	case f.Last.IsZero():
 		return fmt.Sprintf("%s (since %s, %s)", f.Text, f.First.Format(time.RFC3339), times)
 	}
-	return fmt.Sprintf("%s (over; %s to %s, %s)", f.Text, f.First.Format(time.RFC3339), f.Last.Format(time.RFC3339), times)
+	return fmt.Sprintf("%s (over; %s to %s, %s)", f.Text, f.First.Format(time.RFC3339),
+		f.Last.Format(time.RFC3339), times)
 }
 
 const failureFile = "last-failure.json"
 
-// loadFailures reads the failures of an earlier run; a missing or unreadable file loses nothing but history.
+// loadFailures reads the failures of an earlier run; a missing or unreadable file
+// loses nothing but history.
 func loadFailures(dir string) (f Failures) {
 	b, err := os.ReadFile(filepath.Join(dir, failureFile))
 	if err != nil || json.Unmarshal(b, &f) != nil {
@@ -115,7 +120,8 @@ func (f Failures) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil { // systemd makes it; without, somebody runs the agent by hand
+	// systemd makes it; without, somebody runs the agent by hand
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	return atomicfile.Write(filepath.Join(dir, failureFile), b, 0o600)

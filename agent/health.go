@@ -43,11 +43,11 @@ func (a *Agent) moving() (s *status.Status, why string) {
 }
 
 // healthz is for autohealing: it fails only for what a new VM would mend, never for the control
-// plane, the metadata server or logging, which would have the whole fleet recreated. Before bootstrap
-// has finished once it is not healthy either: one healthy answer ends the initial delay of a managed
-// instance group. A later run that is under way or fails (an upgrade, a changed or malformed
-// attribute, for the whole fleet at once) is nothing that a new VM would mend, as long as Envoy
-// answers.
+// plane, the metadata server or logging, which would have the whole fleet recreated. Before
+// bootstrap has finished once it is not healthy either: one healthy answer ends the initial
+// delay of a managed instance group. A later run that is under way or fails (an upgrade, a
+// changed or malformed attribute, for the whole fleet at once) is nothing that a new VM would
+// mend, as long as Envoy answers.
 func (a *Agent) healthz() (ok bool, why string) {
 	s, why := a.moving()
 	if s == nil {

@@ -10,7 +10,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
-// TestHealthz: autohealing recreates a VM for what a new one would mend, and for nothing that hits the whole fleet at once.
+// TestHealthz: autohealing recreates a VM for what a new one would mend, and for nothing that hits
+// the whole fleet at once.
 func TestHealthz(t *testing.T) {
 	live := status.Envoy{State: "LIVE"}
 	for _, test := range []struct {
@@ -44,14 +45,16 @@ func TestStuck(t *testing.T) {
 		a := &Agent{started: time.Now()}
 		check := func(when string, want bool, says string) {
 			t.Helper()
-			for name, ask := range map[string]func() (bool, string){"/healthz": a.healthz, "/healthz/ready": a.readyz} {
+			for name, ask := range map[string]func() (bool, string){
+				"/healthz": a.healthz, "/healthz/ready": a.readyz} {
 				if ok, why := ask(); ok != want || !strings.Contains(why, says) {
 					t.Errorf("%s, %s: %v, %q; want %v, %q", when, name, ok, why, want, says)
 				}
 			}
 		}
 		pass := func() {
-			a.status.Store(&status.Status{Heartbeat: time.Now(), Ready: true, Envoy: status.Envoy{State: "LIVE"}})
+			a.status.Store(
+				&status.Status{Heartbeat: time.Now(), Ready: true, Envoy: status.Envoy{State: "LIVE"}})
 		}
 		check("no pass yet", false, "no pass yet")
 		pass()

@@ -17,8 +17,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 )
 
-// TestUnknownKeysLoggedOnce: keys that this version does not know are logged once, however often the rest of the attribute
-// changes; others are news.
+// TestUnknownKeysLoggedOnce: keys that this version does not know are logged once, however often
+// the rest of the attribute changes; others are news.
 func TestUnknownKeysLoggedOnce(t *testing.T) {
 	core, logs := observer.New(zap.WarnLevel)
 	var a attributeInForce
@@ -50,10 +50,12 @@ func TestUnknownKeysLoggedOnce(t *testing.T) {
 	}
 }
 
-// TestAttributeChangesRules: what docs/attribute.md calls live is in the rules; what is for Envoy or bootstrap alone is not.
+// TestAttributeChangesRules: what docs/attribute.md calls live is in the rules; what is for Envoy
+// or bootstrap alone is not.
 func TestAttributeChangesRules(t *testing.T) {
 	listeners := []envoyadmin.Listener{
-		listener(td, both, chain(80, "10.1.0.1/32")), listener("other", []string{"0.0.0.0:16001"}, chain(80, "10.1.0.1/32")),
+		listener(td, both, chain(80, "10.1.0.1/32")),
+		listener("other", []string{"0.0.0.0:16001"}, chain(80, "10.1.0.1/32")),
 		{Name: "dns", Bound: true, UDP: true, DNS: true, Addresses: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:15053")}},
 		func() envoyadmin.Listener {
 			l := listener(tdIn, []string{"0.0.0.0:15006"}, chain(80), chain(8080))
@@ -66,7 +68,8 @@ func TestAttributeChangesRules(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := Desired(Inputs{Config: config, Listeners: listeners, ProxyUID: 107, ProxyGID: 108, OwnPorts: []uint16{15000, 15001, 15006, 15020}})
+		want := Desired(Inputs{Config: config, Listeners: listeners, ProxyUID: 107, ProxyGID: 108,
+			OwnPorts: []uint16{15000, 15001, 15006, 15020}})
 		want.Refused = nil // of the listener at the other port
 		return want
 	}
@@ -92,12 +95,15 @@ func TestAttributeChangesRules(t *testing.T) {
 		{`{}`, `{"proxy-spec": {"xds-version": 3}}`, false},
 		{`{}`, `{"api-version": "0.3", "new-key": 1}`, false},
 	} {
-		same := cmp.Equal(rules(tt.from), rules(tt.to), cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}), cmpopts.EquateEmpty())
+		same := cmp.Equal(rules(tt.from), rules(tt.to),
+			cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{}), cmpopts.EquateEmpty())
 		if same == tt.changes {
 			t.Errorf("from %s to %s: the rules change: %v, want %v", tt.from, tt.to, !same, tt.changes)
 		}
 	}
-	if w := rules(`{}`); !slices.ContainsFunc(w.Families[0].Services, func(p netip.Prefix) bool { return p.String() == "10.1.0.1/32" }) {
+	if w := rules(`{}`); !slices.ContainsFunc(w.Families[0].Services, func(p netip.Prefix) bool {
+		return p.String() == "10.1.0.1/32"
+	}) {
 		t.Errorf("there are no rules to change: %+v", w)
 	}
 }

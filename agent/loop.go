@@ -174,13 +174,15 @@ func (w *wanted) desired(s Settings, seen Observation) (want Want, known bool) {
 		return Want{}, false
 	}
 	of := &w.of
-	if w.serial > 0 && of.generation == seen.Envoy.Generation && of.attribute == seen.Attribute.Serial &&
+	if w.serial > 0 && of.generation == seen.Envoy.Generation &&
+		of.attribute == seen.Attribute.Serial &&
 		of.uid == seen.User.UID && of.gid == seen.User.GID && slices.Equal(of.local, seen.Local) &&
 		slices.Equal(of.resolverUIDs, seen.Resolvers.UIDs) {
 		return w.want, true
 	}
 	of.generation, of.attribute = seen.Envoy.Generation, seen.Attribute.Serial
-	of.uid, of.gid, of.local, of.resolverUIDs = seen.User.UID, seen.User.GID, seen.Local, seen.Resolvers.UIDs
+	of.uid, of.gid, of.local, of.resolverUIDs = seen.User.UID, seen.User.GID, seen.Local,
+		seen.Resolvers.UIDs
 	w.want = Desired(Inputs{
 		Config: seen.Attribute.Config, Listeners: seen.Envoy.Snapshot.Listeners,
 		ProxyUID: seen.User.UID, ProxyGID: seen.User.GID, Local: seen.Local,

@@ -18,10 +18,10 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// markName is the file in the runtime folder that says which rules a start may adopt: an agent of this
-// boot put jumps in, and had seen the ports ready that they lead to. It holds the boot's id. Rules
-// without it were restored by something else at boot (netfilter-persistent, a snapshot of the VM)
-// before Envoy could accept anything.
+// markName is the file in the runtime folder that says which rules a start may adopt: an agent of
+// this boot put jumps in, and had seen the ports ready that they lead to. It holds the boot's id.
+// Rules without it were restored by something else at boot (netfilter-persistent, a snapshot of the
+// VM) before Envoy could accept anything.
 const markName = "intercepting"
 
 // mark is that file.
@@ -31,8 +31,8 @@ type mark struct {
 	log *zap.Logger
 }
 
-// readMark looks for the mark of this boot. Where there is none, but an agent was ready in this boot,
-// it was of a version that made none, and this one comes by an upgrade.
+// readMark looks for the mark of this boot. Where there is none, but an agent was ready in this
+// boot, it was of a version that made none, and this one comes by an upgrade.
 func readMark(dir string, log *zap.Logger) *mark {
 	id, err := os.ReadFile(filepath.Join(dir, markName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -59,14 +59,14 @@ func bootID() string {
 	return strings.TrimSpace(string(id))
 }
 
-// writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user: links
-// are not followed, and that user can replace it again.
+// writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user:
+// links are not followed, and that user can replace it again.
 func writeMark(dir, boot string) error {
 	return atomicfile.Write(filepath.Join(dir, markName), []byte(boot+"\n"), 0o644)
 }
 
-// Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later was
-// put there by somebody else.
+// Unmark makes the mark that of no boot. Call it when the rules were taken out: what is there later
+// was put there by somebody else.
 func Unmark() error {
 	err := writeMark(server.Dir(), "none")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // no agent has run

@@ -13,7 +13,8 @@ import (
 
 func marked(dir string) bool { return readMark(dir, zap.NewNop()).set }
 
-// TestMark: rules may be adopted once an agent of this boot had its jumps in, and not after they were taken out.
+// TestMark: rules may be adopted once an agent of this boot had its jumps in, and not
+// after they were taken out.
 func TestMark(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "run")
 	t.Setenv("RUNTIME_DIRECTORY", dir)
@@ -40,11 +41,13 @@ func TestMark(t *testing.T) {
 	if err := Unmark(); err != nil || marked(dir) {
 		t.Errorf("marked after the rules were taken out: %v", err)
 	}
-	victim := filepath.Join(t.TempDir(), "victim") // of a link that the folder's owner planted for root
+	// of a link that the folder's owner planted for root
+	victim := filepath.Join(t.TempDir(), "victim")
 	if err := os.WriteFile(victim, []byte("kept"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Remove(filepath.Join(dir, markName)), os.Symlink(victim, filepath.Join(dir, markName)), Unmark()); err != nil {
+	if err := errors.Join(os.Remove(filepath.Join(dir, markName)),
+		os.Symlink(victim, filepath.Join(dir, markName)), Unmark()); err != nil {
 		t.Fatal(err)
 	}
 	if text, err := os.ReadFile(victim); err != nil || string(text) != "kept" || marked(dir) {
@@ -56,7 +59,8 @@ func TestMark(t *testing.T) {
 	if m.put(); !marked(dir) {
 		t.Error("not marked anew")
 	}
-	if err := os.WriteFile(filepath.Join(dir, markName), []byte("another-boot\n"), 0o600); err != nil || marked(dir) {
+	if err := os.WriteFile(filepath.Join(dir, markName), []byte("another-boot\n"),
+		0o600); err != nil || marked(dir) {
 		t.Errorf("marked by another boot: %v", err)
 	}
 }

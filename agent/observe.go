@@ -79,7 +79,8 @@ func (l *loop) observe(now time.Time) Observation {
 	}
 	l.bootstrap.read(now, l.vm.progress)
 	seen := Observation{
-		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute, Envoy: l.envoy,
+		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute,
+		Envoy:     l.envoy,
 		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Account: l.vm.account(),
 		Others: l.others, GuestOff: l.vm.guestOff(), ListenErr: l.vm.listenErr(),
 	}
@@ -131,8 +132,8 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 	return f
 }
 
-// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
-// was asked before that tells nothing of the Envoy which it started.
+// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs:
+// what was asked before that tells nothing of the Envoy which it started.
 func bootstrapping(boot progress.State, awaited bool, envoy envoywatch.View) bool {
 	switch boot.Status {
 	case progress.InProgress:
@@ -174,8 +175,8 @@ func (v vm) look(family iptables.Family, ports reconcile.Ports, seen Observation
 }
 
 // lookAt asks who would get what REDIRECT sends to this port. On OUTPUT it leads to loopback, on
-// PREROUTING (inbound, and outbound of containers) to an address of the interface that a packet came
-// in by. A foreign owner on any of these counts, one on another address does not.
+// PREROUTING (inbound, and outbound of containers) to an address of the interface that a packet
+// came in by. A foreign owner on any of these counts, one on another address does not.
 func (v vm) lookAt(
 	family iptables.Family, purpose string, port uint16,
 	list func(uint16) ([]sockdiag.Listener, error), seen Observation,
@@ -215,7 +216,8 @@ func (v vm) lookAt(
 	return p
 }
 
-// localOf are the addresses of one family, without link-local ones, to which REDIRECT does not lead.
+// localOf are the addresses of one family, without link-local ones, to which
+// REDIRECT does not lead.
 func localOf(family iptables.Family, local []netip.Addr) (some []netip.Addr) {
 	for _, addr := range local {
 		if family.Of(addr) && !addr.IsLinkLocalUnicast() {

@@ -19,8 +19,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// scene is one random VM: Envoy's listeners by what they are for, which no name, port or direction has to tell the
-// expectation, and the attribute in the words of whoever wrote it.
+// scene is one random VM: Envoy's listeners by what they are for, which no name, port or direction
+// has to tell the expectation, and the attribute in the words of whoever wrote it.
 type scene struct {
 	outbound  []envoyadmin.Listener // interception listeners
 	behind    []envoyadmin.Listener // Istio's: unbound, reached through the outbound one
@@ -60,14 +60,16 @@ const (
 var (
 	scenePorts    = []uint16{22, 53, 80, 443, 8080, 9000}
 	sceneOwnPorts = []uint16{15000, 15001, 15006, 15020}
-	// ownAddresses are the VM's interfaces; balancer is local as well, by a route that an internal load balancer's agent
-	// made, and may be a service.
+	// ownAddresses are the VM's interfaces; balancer is local as well, by a route that an internal
+	// load balancer's agent made, and may be a service.
 	ownAddresses = addresses("10.50.0.1", "10.50.1.1", "fd50::1")
 	balancer     = addresses("10.50.0.9", "fd50::9")
-	serviceLike  = addresses("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "192.0.2.7", "8.8.8.8", "9.9.9.9",
+	serviceLike  = addresses("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "192.0.2.7",
+		"8.8.8.8", "9.9.9.9",
 		"fd01::1", "fd01::2", "fd01::3", "fd01:0:0:1::1", "fd02::1", "2001:db8::8", "fd20:ce::255")
-	forbidden = addresses("127.0.0.53", "::1", "169.254.169.254", "169.254.1.1", "fe80::1", "fd20:ce::254", "224.0.0.1", "ff02::1")
-	everyone  = slices.Concat(serviceLike, serviceLike, serviceLike, ownAddresses, balancer, forbidden)
+	forbidden = addresses("127.0.0.53", "::1", "169.254.169.254", "169.254.1.1", "fe80::1",
+		"fd20:ce::254", "224.0.0.1", "ff02::1")
+	everyone = slices.Concat(serviceLike, serviceLike, serviceLike, ownAddresses, balancer, forbidden)
 )
 
 func addresses(texts ...string) (a []netip.Addr) {
@@ -77,8 +79,9 @@ func addresses(texts ...string) (a []netip.Addr) {
 	return a
 }
 
-// expect is design section 4 in a straight line: what shall become of a packet, from the listeners and the attribute. It
-// knows of no chain, no rule and none of Desired's functions. The third result says why.
+// expect is design section 4 in a straight line: what shall become of a packet, from the
+// listeners and the attribute. It knows of no chain, no rule and none of Desired's functions. The
+// third result says why.
 func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Action, uint16, string) {
 	dst, port := p.Dst.Addr(), p.Dst.Port()
 	if s.settling && p.Proto == iptables.TCP && !p.Syn {
@@ -96,23 +99,27 @@ func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Actio
 		}
 		return min(a, b) <= port && port <= max(a, b)
 	})
-	special := dst.IsLoopback() || dst.IsLinkLocalUnicast() || dst == netip.MustParseAddr("fd20:ce::254")
+	special := dst.IsLoopback() || dst.IsLinkLocalUnicast() ||
+		dst == netip.MustParseAddr("fd20:ce::254")
 
-	// Envoy's outbound listener, as REDIRECT on OUTPUT reaches it: at 127.0.0.1 or ::1. The attribute's port wins.
+	// Envoy's outbound listener, as REDIRECT on OUTPUT reaches it: at 127.0.0.1 or ::1. The
+	// attribute's port wins.
 	var outPort uint16
 	for _, l := range s.outbound {
 		for _, a := range l.Addresses {
-			if takes(l, a, family) && (a.Addr().IsUnspecified() || a.Addr().IsLoopback()) && (outPort == 0 || a.Port() == s.attribute.Spec.ProxyPort) {
+			if takes(l, a, family) && (a.Addr().IsUnspecified() || a.Addr().IsLoopback()) &&
+				(outPort == 0 || a.Port() == s.attribute.Spec.ProxyPort) {
 				outPort = a.Port()
 			}
 		}
 	}
-	// What is a service is what that listener, or one behind it, has an address for. fromContainers: it takes connections
-	// on other addresses than loopback, where those of containers arrive.
+	// What is a service is what that listener, or one behind it, has an address for. fromContainers:
+	// it takes connections on other addresses than loopback, where those of containers arrive.
 	address, anyAddress, fromContainers := false, false, false
 	for _, l := range s.outbound {
 		for _, a := range l.Addresses {
-			if !takes(l, a, family) || a.Port() != outPort || !a.Addr().IsUnspecified() && !a.Addr().IsLoopback() {
+			if !takes(l, a, family) || a.Port() != outPort ||
+				!a.Addr().IsUnspecified() && !a.Addr().IsLoopback() {
 				continue
 			}
 			fromContainers = fromContainers || !a.Addr().IsLoopback()
@@ -127,7 +134,8 @@ func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Actio
 	for _, l := range s.behind {
 		for _, a := range l.Addresses {
 			address = address || a.Addr() == dst && allowed(netip.PrefixFrom(dst, dst.BitLen()))
-			anyAddress = anyAddress || a.Addr().IsUnspecified() && takes(l, a, family) && a.Port() == port && allowedPort(port)
+			anyAddress = anyAddress || a.Addr().IsUnspecified() && takes(l, a, family) && a.Port() == port &&
+				allowedPort(port)
 		}
 	}
 
@@ -163,14 +171,19 @@ func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Actio
 			}
 		}
 		for _, l := range s.inbound {
-			if !slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool { return reached(l, a) && a.Port() == inPort }) {
+			if !slices.ContainsFunc(l.Addresses, func(a netip.AddrPort) bool {
+				return reached(l, a) && a.Port() == inPort
+			}) {
 				continue
 			}
 			if l.DefaultChain != nil {
 				return iptables.Redirect, inPort, "served by the default chain"
 			}
 			for _, c := range l.Chains {
-				if (c.Port == 0 || c.Port == port) && (len(c.Prefixes) == 0 || slices.ContainsFunc(c.Prefixes, func(x netip.Prefix) bool { return x.Contains(dst) })) {
+				if (c.Port == 0 || c.Port == port) &&
+					(len(c.Prefixes) == 0 || slices.ContainsFunc(c.Prefixes, func(x netip.Prefix) bool {
+						return x.Contains(dst)
+					})) {
 					return iptables.Redirect, inPort, "served by a chain"
 				}
 			}
@@ -231,7 +244,8 @@ func takes(l envoyadmin.Listener, a netip.AddrPort, family iptables.Family) bool
 
 // allowed says whether a listener may ask for a prefix (design: "Never").
 func allowed(p netip.Prefix) bool {
-	for _, never := range prefixes("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "0.0.0.0/32", "::1/128", "fe80::/10", "ff00::/8", "fd20:ce::254/128", "::/128") {
+	for _, never := range prefixes("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "0.0.0.0/32",
+		"::1/128", "fe80::/10", "ff00::/8", "fd20:ce::254/128", "::/128") {
 		if p.Overlaps(never) {
 			return false
 		}
@@ -293,11 +307,14 @@ func (r scenes) scene() scene {
 		main.Chains = r.chains(false)
 		if r.oneIn(8) { // buckets
 			for range 300 + r.IntN(400) {
-				main.Chains = append(main.Chains, chain(443, netip.AddrFrom4([4]byte{11, byte(r.IntN(4)), byte(r.IntN(256)), byte(r.IntN(256))}).String()+"/32"))
+				main.Chains = append(main.Chains,
+					chain(443, netip.AddrFrom4(
+						[4]byte{11, byte(r.IntN(4)), byte(r.IntN(256)), byte(r.IntN(256))}).String()+"/32"))
 			}
 		}
 		s.outbound = append(s.outbound, main)
-		if port == a.Spec.ProxyPort && r.oneIn(4) { // of the two, that at the attribute's port wins where it can be reached
+		// of the two, that at the attribute's port wins where it can be reached
+		if port == a.Spec.ProxyPort && r.oneIn(4) {
 			second := r.listener(false, 15102)
 			second.OriginalDst = true
 			second.Chains = r.chains(false)
@@ -328,11 +345,13 @@ func (r scenes) scene() scene {
 	}
 	if r.oneIn(2) {
 		l := envoyadmin.Listener{Name: "dns", Bound: true, UDP: true, DNS: true, Ipv4Compat: r.oneIn(2)}
-		l.Addresses = pick(r, [][]netip.AddrPort{ports(15053, "127.0.0.1"), ports(15053, "127.0.0.1", "::1"), ports(15053, "::")})
+		l.Addresses = pick(r, [][]netip.AddrPort{
+			ports(15053, "127.0.0.1"), ports(15053, "127.0.0.1", "::1"), ports(15053, "::")})
 		s.dns = append(s.dns, l)
 		if r.oneIn(2) {
 			l := envoyadmin.Listener{Name: "dns-tcp", Bound: true, Ipv4Compat: r.oneIn(2)}
-			l.Addresses = pick(r, [][]netip.AddrPort{ports(15053, "127.0.0.1"), ports(15053, "::1"), ports(15053, "::"), ports(15055, "0.0.0.0", "::")})
+			l.Addresses = pick(r, [][]netip.AddrPort{ports(15053, "127.0.0.1"), ports(15053, "::1"),
+				ports(15053, "::"), ports(15055, "0.0.0.0", "::")})
 			s.dnsTCP = append(s.dnsTCP, l)
 		}
 	}
@@ -352,15 +371,16 @@ func (r scenes) scene() scene {
 				l.Addresses = ports(l.Addresses[0].Port(), pick(r, serviceLike).String())
 			}
 		case 3: // Envoy answers no questions at one that is not bound
-			l = envoyadmin.Listener{Name: "a" + l.Name, UDP: true, DNS: true, Addresses: ports(15054, "127.0.0.1", "::1")}
+			l = envoyadmin.Listener{Name: "a" + l.Name, UDP: true, DNS: true,
+				Addresses: ports(15054, "127.0.0.1", "::1")}
 		}
 		s.unrelated = append(s.unrelated, l)
 	}
 	return s
 }
 
-// listener makes one of which direction, name or port says whether it is inbound; the direction may contradict the name,
-// and the name the port.
+// listener makes one of which direction, name or port says whether it is inbound; the direction may
+// contradict the name, and the name the port.
 func (r scenes) listener(inbound bool, port uint16) envoyadmin.Listener {
 	name, other, direction := "outbound", "inbound", corev3.TrafficDirection_OUTBOUND
 	if inbound {
@@ -388,7 +408,8 @@ func (r scenes) listener(inbound bool, port uint16) envoyadmin.Listener {
 }
 
 func (r scenes) wildcard(port uint16) []netip.AddrPort {
-	return pick(r, [][]netip.AddrPort{ports(port, "0.0.0.0"), ports(port, "::"), ports(port, "0.0.0.0", "::")})
+	return pick(
+		r, [][]netip.AddrPort{ports(port, "0.0.0.0"), ports(port, "::"), ports(port, "0.0.0.0", "::")})
 }
 
 func ports(port uint16, texts ...string) (a []netip.AddrPort) {
@@ -443,16 +464,18 @@ func (r scenes) packet(s scene, family iptables.Family) iptables.Packet {
 		dst = pick(r, to)
 	}
 	p.Dst = netip.AddrPortFrom(dst, port)
-	p.DstLocal = dst.IsLoopback() || slices.Contains(ownAddresses, dst) || slices.Contains(balancer, dst)
+	p.DstLocal = dst.IsLoopback() || slices.Contains(ownAddresses, dst) ||
+		slices.Contains(balancer, dst)
 	if r.oneIn(12) {
 		p.Proto, p.Syn = iptables.UDP, false
 	}
 	return p
 }
 
-// TestDesiredMeansWhatTheListenersSay: for random listeners and attributes, the rules that follow from Desired do to
-// random packets what was to be expected of the listeners. That the kernel does what Ruleset.Walk says is shown with real
-// packets in package iptables (TestTheKernelAgrees), whose test code cannot be had from here.
+// TestDesiredMeansWhatTheListenersSay: for random listeners and attributes, the rules that follow
+// from Desired do to random packets what was to be expected of the listeners. That the kernel does
+// what Ruleset.Walk says is shown with real packets in package iptables (TestTheKernelAgrees),
+// whose test code cannot be had from here.
 func TestDesiredMeansWhatTheListenersSay(t *testing.T) {
 	const configurations, packets = 300, 200
 	seed := uint64(time.Now().UnixNano())
@@ -472,11 +495,14 @@ func TestDesiredMeansWhatTheListenersSay(t *testing.T) {
 			t.Fatalf("seed %d, configuration %d: %v\n%s", seed, n, err, text)
 		}
 		in := Inputs{
-			Config: config, ProxyUID: sceneUID, ProxyGID: sceneGID, Local: ownAddresses, Interfaces: s.interfaces,
+			Config: config, ProxyUID: sceneUID, ProxyGID: sceneGID, Local: ownAddresses,
+			Interfaces:   s.interfaces,
 			ResolverUIDs: s.resolvers, OwnPorts: sceneOwnPorts,
 			Listeners: slices.Concat(s.outbound, s.behind, s.inbound, s.dns, s.dnsTCP, s.unrelated),
 		}
-		r.Shuffle(len(in.Listeners), func(i, j int) { in.Listeners[i], in.Listeners[j] = in.Listeners[j], in.Listeners[i] })
+		r.Shuffle(len(in.Listeners), func(i, j int) {
+			in.Listeners[i], in.Listeners[j] = in.Listeners[j], in.Listeners[i]
+		})
 		want := Desired(in)
 		for _, i := range want.Families {
 			i.Jumps, i.Settling = true, s.settling // the loop's to decide
@@ -485,7 +511,8 @@ func TestDesiredMeansWhatTheListenersSay(t *testing.T) {
 				p := r.packet(s, i.Family)
 				action, port, why := s.expect(i.Family, p)
 				if v := rules.Walk(p); v.Action != action || v.Port != port {
-					t.Fatalf("seed %d, configuration %d, packet %+v:\nexpected %v %d (%s), the rules say %v %d by -A %s %s\nattribute %s\nlisteners %+v\n%s",
+					t.Fatalf(
+						"seed %d, configuration %d, packet %+v:\nexpected %v %d (%s), the rules say %v %d by -A %s %s\nattribute %s\nlisteners %+v\n%s",
 						seed, n, p, action, port, why, v.Action, v.Port, v.Chain, v.Rule, text, in.Listeners, rules)
 				}
 				reasons[why]++

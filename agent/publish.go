@@ -185,14 +185,15 @@ func (t *told) tellFailures(was, is Failures) {
 }
 
 // tellFindings logs warnings when they come, and errors that another explains; the others are
-// tellFailures', and advice is for those who look at the status. What came before is known by ID and
-// key, so a changing text (a count) is not news.
+// tellFailures', and advice is for those who look at the status. What came before is known by ID
+// and key, so a changing text (a count) is not news.
 func (t *told) tellFindings(findings []symptom.Finding) {
 	now := map[string]bool{}
 	for _, f := range findings {
 		key := string(f.ID) + " " + f.Key
 		now[key] = true
-		if t.findings[key] || f.Severity == symptom.Advice || f.Severity == symptom.Error && f.ExplainedBy == "" {
+		if t.findings[key] || f.Severity == symptom.Advice || f.Severity == symptom.Error &&
+			f.ExplainedBy == "" {
 			continue
 		}
 		t.log.Warn("finding", zap.String("id", string(f.ID)), zap.String("text", f.Text()))

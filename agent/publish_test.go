@@ -26,8 +26,9 @@ var testStart = time.Date(2026, 11, 28, 18, 0, 0, 0, time.UTC)
 func intercepting() passed {
 	return passed{
 		seen: Observation{
-			Now:       testStart,
-			Settings:  Settings{Version: "1.2.3", EnvoyAdmin: "127.0.0.1:15000", WhenEnvoyDown: reconcile.Keep},
+			Now: testStart,
+			Settings: Settings{Version: "1.2.3", EnvoyAdmin: "127.0.0.1:15000",
+				WhenEnvoyDown: reconcile.Keep},
 			Attribute: attributeInForce{Known: true, Config: attribute.Default()},
 			Envoy: envoywatch.View{
 				State: "LIVE", Configured: true, Generation: 1, Dumps: 3,
@@ -124,13 +125,16 @@ func TestStatus(t *testing.T) {
 	p.seen.Attribute.Config.ServingPorts = []uint16{80}
 	p.seen.Bootstrap = progress.State{Status: progress.Finished, AttributeSum: "x"}
 	p.outcomes[0].Undone, p.outcomes[0].LastDriftBy, p.outcomes[0].LastDriftAt = 2, "nft", testStart
-	p.outcomes[1].Undone, p.outcomes[1].LastDriftBy, p.outcomes[1].LastDriftAt = 3, "docker", testStart.Add(-time.Second)
+	p.outcomes[1].Undone, p.outcomes[1].LastDriftBy, p.outcomes[1].LastDriftAt = 3, "docker",
+		testStart.Add(-time.Second)
 	s := p.status()
-	if s.Envoy.Rejected != 2 || s.Envoy.Listeners != 5 || s.Envoy.State != "LIVE" || s.Envoy.Version != "1.40.0" ||
+	if s.Envoy.Rejected != 2 || s.Envoy.Listeners != 5 || s.Envoy.State != "LIVE" ||
+		s.Envoy.Version != "1.40.0" ||
 		s.Envoy.Admin != "127.0.0.1:15000" || !s.Envoy.Down.IsZero() || s.Version != "1.2.3" {
 		t.Errorf("%+v", s)
 	}
-	if s.Attribute == nil || !s.Attribute.Kept || !s.Attribute.Read.Equal(testStart) || !slices.Equal(s.ServingPorts, []uint16{80}) {
+	if s.Attribute == nil || !s.Attribute.Kept || !s.Attribute.Read.Equal(testStart) ||
+		!slices.Equal(s.ServingPorts, []uint16{80}) {
 		t.Errorf("attribute %+v, serving ports %v", s.Attribute, s.ServingPorts)
 	}
 	if s.Undone != 5 || s.LastDriftBy != "nft" || !s.LastDriftWhen.Equal(testStart) {
@@ -179,10 +183,12 @@ func heard() (t *told, take func() string) {
 // TestTold: transitions are told once, the metrics and the status each pass.
 func TestTold(t *testing.T) {
 	told, take := heard()
-	failure := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "Envoy is not running"}
+	failure := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error,
+		Cause: "Envoy is not running"}
 	warning := symptom.Finding{ID: symptom.DriftRepaired, Severity: symptom.Warning, Cause: "drift"}
 	explained := symptom.Finding{
-		ID: symptom.InterceptionNotReady, Severity: symptom.Error, Cause: "closed", ExplainedBy: symptom.EnvoyDown,
+		ID: symptom.InterceptionNotReady, Severity: symptom.Error, Cause: "closed",
+		ExplainedBy: symptom.EnvoyDown,
 	}
 	advice := symptom.Finding{ID: symptom.AttributeAdvice, Severity: symptom.Advice, Cause: "advice"}
 	for _, step := range []struct {
@@ -224,8 +230,8 @@ func TestTold(t *testing.T) {
 	}
 }
 
-// TestBootstrapProgress: the state file is read each second, its story is told once, and bootstrap is
-// asked for again while it has finished for another attribute.
+// TestBootstrapProgress: the state file is read each second, its story is told once, and bootstrap
+// is asked for again while it has finished for another attribute.
 func TestBootstrapProgress(t *testing.T) {
 	now, reads := testStart, 0
 	state := progress.State{Status: progress.Finished, Time: now, AttributeSum: progress.Sum("old")}
@@ -236,7 +242,10 @@ func TestBootstrapProgress(t *testing.T) {
 	if reads != 1 || b.state.Status != progress.Finished {
 		t.Errorf("read %d times: %+v", reads, b.state)
 	}
-	b.read(now.Add(bootstrapEvery), func() (progress.State, error) { reads++; return progress.State{}, errors.New("half") })
+	b.read(now.Add(bootstrapEvery), func() (progress.State, error) {
+		reads++
+		return progress.State{}, errors.New("half")
+	})
 	if reads != 2 || b.state.Status != progress.Finished {
 		t.Errorf("half of a file: read %d times, %+v", reads, b.state)
 	}

@@ -28,8 +28,8 @@ type missingUser struct {
 	Err  error
 }
 
-// resolvers looks up the users of --resolver-users, and who listens on port 53. A kernel that cannot
-// be asked tells nothing.
+// resolvers looks up the users of --resolver-users, and who listens on port 53. A kernel that
+// cannot be asked tells nothing.
 func (v vm) resolvers(users []string) (r resolvers) {
 	for _, name := range users {
 		uid, _, err := v.userIDs(name)

@@ -35,9 +35,9 @@ func TestResolverUsers(t *testing.T) {
 	}
 }
 
-// TestResolvers: who takes DNS questions is a fact only while they are led to Envoy, lowest address
-// first, so that a finding does not change with the kernel's order; users that come later change the
-// rules.
+// TestResolvers: who takes DNS questions is a fact only while they are led to Envoy, lowest
+// address first, so that a finding does not change with the kernel's order; users that come
+// later change the rules.
 func TestResolvers(t *testing.T) {
 	at := func(addr string, uid uint32) sockdiag.Listener {
 		return sockdiag.Listener{Addr: netip.MustParseAddrPort(addr), UID: uid}
@@ -51,7 +51,8 @@ func TestResolvers(t *testing.T) {
 		return 0, 0, errors.New("not there")
 	}
 	l.vm.udp = func(uint16) ([]sockdiag.Listener, error) {
-		return []sockdiag.Listener{at("127.0.0.53:53", 4711), at("127.0.0.1:53", 0), at("127.0.0.53:53", 4710)}, nil
+		return []sockdiag.Listener{at("127.0.0.53:53", 4711), at("127.0.0.1:53", 0),
+			at("127.0.0.53:53", 4710)}, nil
 	}
 	now := time.Unix(1e9, 0)
 	if seen := l.observe(now); seen.Resolvers.UIDs != nil || seen.Resolvers.Sockets != nil {
@@ -67,7 +68,8 @@ func TestResolvers(t *testing.T) {
 		var want Want
 		want.Families[i] = iptables.Interception{DNSPort: 15053}
 		f := seen.Facts(want, nil)
-		if have := f.Resolvers; len(have) != 3 || have[0].OwnerName != "root" || have[0].Addr.String() != "127.0.0.1:53" || have[1].Owner != 4710 || have[2].Owner != 4711 {
+		if have := f.Resolvers; len(have) != 3 || have[0].OwnerName != "root" ||
+			have[0].Addr.String() != "127.0.0.1:53" || have[1].Owner != 4710 || have[2].Owner != 4711 {
 			t.Errorf("family %d: %+v", i, have)
 		}
 		if !slices.Equal(f.ResolverUIDs, []uint32{4711}) {
@@ -91,8 +93,8 @@ func TestResolvers(t *testing.T) {
 	}
 }
 
-// TestForeignOwnerOnDNSOverTCP: while Envoy is down somebody else may take the TCP side of its DNS port
-// alone.
+// TestForeignOwnerOnDNSOverTCP: while Envoy is down somebody else may take the TCP side
+// of its DNS port alone.
 func TestForeignOwnerOnDNSOverTCP(t *testing.T) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {

@@ -14,20 +14,23 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
 
-// Settings describe the VM; the gce-service-proxy attribute describes the traffic. Each field is a flag of `run` of the
-// same name with an environment twin (see cmd/service-proxy-agent).
+// Settings describe the VM; the gce-service-proxy attribute describes the traffic. Each field is a
+// flag of `run` of the same name with an environment twin (see cmd/service-proxy-agent).
 type Settings struct {
-	EnvoyAdmin    string                  // "127.0.0.1:15000" or "unix:///path"
-	EnvoyLog      string                  // Envoy's stderr, the hint that something changed; "" turns the hint off
-	ProxyUser     string                  // name or uid that Envoy runs as
-	Config        string                  // a file with the attribute's JSON; "": the metadata server; "none": defaults
+	EnvoyAdmin string // "127.0.0.1:15000" or "unix:///path"
+	// Envoy's stderr, the hint that something changed; "" turns the hint off
+	EnvoyLog  string
+	ProxyUser string // name or uid that Envoy runs as
+	// a file with the attribute's JSON; "": the metadata server; "none": defaults
+	Config        string
 	Listen        string                  // /metrics, /healthz; "" turns it off
 	SerialPort    string                  // "" turns it off
 	WhenEnvoyDown reconcile.WhenEnvoyDown // keep or bypass
 	Interfaces    []string                // --intercept-interfaces
-	ResolverUsers []string                // names or uids of the VM's resolvers, whose DNS questions are never redirected
-	StateDir      string                  // what is kept between starts
-	Version       string                  // of this agent, for status and metrics
+	// names or uids of the VM's resolvers, whose DNS questions are never redirected
+	ResolverUsers []string
+	StateDir      string // what is kept between starts
+	Version       string // of this agent, for status and metrics
 	Commit        string
 }
 
@@ -48,9 +51,13 @@ func (s Settings) Validate() error {
 		}
 	}
 	for _, i := range s.Interfaces {
-		// IFNAMSIZ is 16 with its NUL; the kernel refuses '/' and white space; iptables reads a '+' at the end as a wildcard.
-		if i == "" || len(i) > 15 || slices.ContainsFunc([]byte(i), func(c byte) bool { return c <= ' ' || c == '/' || c == '"' || c == '\'' || c == '\\' || c >= 0x7f }) {
-			return fmt.Errorf("%w: --intercept-interfaces has %q, which is no interface name", ErrSettings, i)
+		// IFNAMSIZ is 16 with its NUL; the kernel refuses '/' and white space; iptables reads a '+' at
+		// the end as a wildcard.
+		if i == "" || len(i) > 15 || slices.ContainsFunc([]byte(i), func(c byte) bool {
+			return c <= ' ' || c == '/' || c == '"' || c == '\'' || c == '\\' || c >= 0x7f
+		}) {
+			return fmt.Errorf("%w: --intercept-interfaces has %q, which is no interface name",
+				ErrSettings, i)
 		}
 	}
 	return nil
@@ -63,8 +70,8 @@ func validPort(s string) bool {
 
 func portString(p uint16) string { return strconv.Itoa(int(p)) }
 
-// ownPorts are never intercepted as port rules: Envoy's admin and interception ports and the agent's
-// own.
+// ownPorts are never intercepted as port rules: Envoy's admin and interception
+// ports and the agent's own.
 func ownPorts(s Settings) []uint16 {
 	ports := attribute.OwnPorts()
 	for _, addr := range []string{s.EnvoyAdmin, s.Listen} {
@@ -87,8 +94,8 @@ func proxyIDs(name string, userIDs func(string) (uid, gid uint32, err error)) pr
 	return proxyUser{uid, gid, err}
 }
 
-// userIDs resolves a user to numbers: rules with names would look them up in NSS in the middle of a change.
-// A bare uid need not have a passwd entry; its gid is then the same number.
+// userIDs resolves a user to numbers: rules with names would look them up in NSS in the middle of a
+// change. A bare uid need not have a passwd entry; its gid is then the same number.
 func userIDs(name string) (uid, gid uint32, err error) {
 	u, err := user.Lookup(name)
 	if err != nil {

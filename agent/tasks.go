@@ -36,8 +36,8 @@ func (a *Agent) readAccount(ctx context.Context) error {
 }
 
 // How often other nat chains at our hooks, and a switch of iptables' backend, are looked for. The
-// first time comes once the loop has installed its rules: those that an earlier run left in the other
-// backend redirect until then.
+// first time comes once the loop has installed its rules: those that an earlier run left in the
+// other backend redirect until then.
 const (
 	othersFirst = 20 * time.Second
 	othersEvery = 5 * time.Minute
@@ -47,8 +47,8 @@ const (
 // one stay until the new ones are in.
 var errSwitched = errors.New("the iptables backend was switched")
 
-// watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left in
-// the other backend.
+// watchOthers looks for chains of others that may shadow ours, and removes what an earlier run left
+// in the other backend.
 func (a *Agent) watchOthers(ctx context.Context) error {
 	for wait := othersFirst; sleep(ctx, wait); wait = othersEvery {
 		// Another Kernel: this one is the loop's.
@@ -77,7 +77,8 @@ func (a *Agent) watchOthers(ctx context.Context) error {
 	return nil
 }
 
-// errToolsCame ends an agent that was started before iptables was installed; systemd starts it again.
+// errToolsCame ends an agent that was started before iptables was installed;
+// systemd starts it again.
 var errToolsCame = errors.New("iptables is installed now: starting anew")
 
 func (a *Agent) awaitTools(ctx context.Context) error {
@@ -164,8 +165,8 @@ func setAttributes(w *guestattr.Writer, s status.Status) {
 }
 
 // notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is
-// /healthz/ready), the watchdog at each one, so that a loop that hangs is ended with its stack in the
-// journal.
+// /healthz/ready), the watchdog at each one, so that a loop that hangs is ended with its
+// stack in the journal.
 func notify(s status.Status) error {
 	text := s.Mode
 	if !s.Ready {

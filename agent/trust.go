@@ -8,9 +8,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 )
 
-// trust lets the admin interface's answers count only when the proxy's user or root holds its socket:
-// any local user can listen on the port while Envoy is down. The user is looked up at each new
-// connection, since bootstrap may create it after the daemon was started.
+// trust lets the admin interface's answers count only when the proxy's user or root holds its
+// socket: any local user can listen on the port while Envoy is down. The user is looked up at each
+// new connection, since bootstrap may create it after the daemon was started.
 func trust(user string) func(net.Conn) error {
 	return func(c net.Conn) error {
 		trusted := []uint32{0}

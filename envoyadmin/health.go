@@ -139,7 +139,8 @@ func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	var p ControlPlane
 	seen := 0
 	err := c.stats(ctx,
-		`^(control_plane\.connected_state|listener_manager\.(lds\.(version|update_(attempt|success|failure|rejected))|listener_create_failure))$`,
+		`^(control_plane\.connected_state|listener_manager\.(lds\.(version|`+
+			`update_(attempt|success|failure|rejected))|listener_create_failure))$`,
 		func(name string, value uint64) {
 			seen++
 			switch name {

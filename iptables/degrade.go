@@ -43,12 +43,14 @@ func (k *Kernel) degrade(
 	return result, nil
 }
 
-// CommentMatch is the Rule of a RefusedError when only comments were left out: every packet goes the way it should.
+// CommentMatch is the Rule of a RefusedError when only comments were left out: every packet
+// goes the way it should.
 const CommentMatch = "-m comment"
 
-// reduce asks the kernel about every rule of want that differs in more than an address or a port, and returns those that
-// it refuses and the ruleset without them.
-func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []RefusedError, reduced Ruleset, err error) {
+// reduce asks the kernel about every rule of want that differs in more than an address or a port,
+// and returns those that it refuses and the ruleset without them.
+func (k *Kernel) reduce(ctx context.Context, t tool,
+	want Ruleset) (left []RefusedError, reduced Ruleset, err error) {
 	verdicts := map[string]error{}
 	ask := func(spec string) (error, error) {
 		kind := kindOf(spec)
@@ -108,7 +110,8 @@ func (k *Kernel) reduce(ctx context.Context, t tool, want Ruleset) (left []Refus
 			b.jumps = append(b.jumps, j)
 		}
 	}
-	return slices.CompactFunc(left, func(a, b RefusedError) bool { return a.Rule == b.Rule }), b.ruleset(), nil
+	return slices.CompactFunc(left, func(a, b RefusedError) bool { return a.Rule == b.Rule }),
+		b.ruleset(), nil
 }
 
 // protects says whether leaving out the rule would make its chain do harm.
@@ -120,10 +123,12 @@ func protects(chain, spec string) bool {
 	if p.target != "RETURN" {
 		return false
 	}
-	return (chain == chainOutput || chain == chainDNS) && p.uid != nil || chain == chainInbound && p.dstLocal
+	return (chain == chainOutput || chain == chainDNS) && p.uid != nil ||
+		chain == chainInbound && p.dstLocal
 }
 
-// kindOf is the rule with its addresses, ports and target chain left out: 10,000 services are one kind.
+// kindOf is the rule with its addresses, ports and target chain left out: 10,000
+// services are one kind.
 func kindOf(spec string) string {
 	words, _ := splitWords(spec)
 	for i := 1; i < len(words); i++ {
@@ -149,8 +154,8 @@ func withoutComment(spec string) string {
 	return spec
 }
 
-// probeRule asks the kernel whether it takes one rule. verdict is its refusal, err that it could not
-// be asked.
+// probeRule asks the kernel whether it takes one rule. verdict is its refusal, err that
+// it could not be asked.
 func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, err error) {
 	if to := target(spec); isOurs(to) { // that chain may not be there yet
 		spec = strings.TrimSuffix(spec, to) + "RETURN"
@@ -169,8 +174,9 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	return nil, nil
 }
 
-// probing restores lines that touch the probe's chain alone. Legacy refuses COMMIT also when another
-// program wrote at the same moment, so that is tried again: no rule is left out for it, and no probe.
+// probing restores lines that touch the probe's chain alone. Legacy refuses COMMIT also
+// when another program wrote at the same moment, so that is tried again: no rule is left
+// out for it, and no probe.
 func (k *Kernel) probing(ctx context.Context, t tool, lines ...string) (err error) {
 	for range attempts {
 		err = k.restore(ctx, t, Plan{family: t.family, lines: lines})

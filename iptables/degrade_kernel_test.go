@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// wrapped puts programs in front of the real ones in a folder of the test's own. restore is a shell script's body that
-// runs before the real restore reads its payload, which is in the file $1.
+// wrapped puts programs in front of the real ones in a folder of the test's own. restore is a shell
+// script's body that runs before the real restore reads its payload, which is in the file $1.
 func wrapped(t *testing.T, backend, restore string) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -25,7 +25,8 @@ func wrapped(t *testing.T, backend, restore string) string {
 			name := command(backend, f, suffix)
 			script := "#!/bin/sh\nexec /usr/sbin/" + name + " \"$@\"\n"
 			if suffix == "-restore" {
-				script = "#!/bin/sh\nin=$(mktemp)\ntrap 'rm -f $in' EXIT\ncat > $in\ncheck() {\n" + restore + "\n}\ncheck $in || exit $?\n/usr/sbin/" + name + " \"$@\" < $in\n"
+				script = "#!/bin/sh\nin=$(mktemp)\ntrap 'rm -f $in' EXIT\ncat > $in\ncheck() {\n" + restore +
+					"\n}\ncheck $in || exit $?\n/usr/sbin/" + name + " \"$@\" < $in\n"
 			}
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
 				t.Fatal(err)
@@ -49,10 +50,12 @@ return 4`, match)
 func TestARefusedRuleIsLeftOutByTheRealPrograms(t *testing.T) {
 	for _, test := range refusals[:3] {
 		t.Run(strings.NewReplacer(" ", "-", ":", "").Replace(test.name), func(t *testing.T) {
-			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() ||
+				!inNetns(t) {
 				return
 			}
-			k, err := Open(t.Context(), Options{Backend: NFT, Path: wrapped(t, NFT, refuse(strings.Join(test.refuse, "\\|")))})
+			k, err := Open(t.Context(),
+				Options{Backend: NFT, Path: wrapped(t, NFT, refuse(strings.Join(test.refuse, "\\|")))})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -63,7 +66,8 @@ func TestARefusedRuleIsLeftOutByTheRealPrograms(t *testing.T) {
 	}
 }
 
-// The real thing: a kernel in a user namespace of one uid refuses --uid-owner of any other (EINVAL).
+// The real thing: a kernel in a user namespace of one uid refuses --uid-owner
+// of any other (EINVAL).
 func TestLegacyNamesNoLineAndTheRuleIsStillFound(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -89,7 +93,8 @@ func TestLegacyNamesNoLineAndTheRuleIsStillFound(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s %s: %v", backend, f, err)
 			}
-			if len(degraded.Left) != 1 || degraded.Left[0].Rule != "-m comment" || !strings.Contains(degraded.Left[0].Stderr, "comment") {
+			if len(degraded.Left) != 1 || degraded.Left[0].Rule != "-m comment" ||
+				!strings.Contains(degraded.Left[0].Stderr, "comment") {
 				t.Errorf("%s %s: left out %v", backend, f, degraded.Left)
 			}
 			if d := Diff(degraded.Ruleset, read(t, k, f)); len(d) > 0 {
@@ -120,13 +125,15 @@ func TestErrorsHaveClasses(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range families {
-			if _, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f))); !errors.Is(err, test.is) {
+			if _, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f))); !errors.Is(
+				err, test.is) {
 				t.Errorf("%s: %s: %v", test.name, f, err)
 			}
 		}
 	}
 
-	if _, err := Open(t.Context(), Options{Backend: NFT, Path: t.TempDir()}); !errors.Is(err, ErrNoIPTables) {
+	if _, err := Open(t.Context(), Options{Backend: NFT, Path: t.TempDir()}); !errors.Is(
+		err, ErrNoIPTables) {
 		t.Errorf("no iptables: %v", err)
 	}
 	if _, err := Open(t.Context(), Options{Backend: "ipfw"}); err == nil {
@@ -134,8 +141,9 @@ func TestErrorsHaveClasses(t *testing.T) {
 	}
 }
 
-// An iptables that hangs is a script whose child keeps the pipes open, the worst there is: killing the script does not
-// end the reading. Each call ends within the caller's deadline and waitDelay, and never says that all is well.
+// An iptables that hangs is a script whose child keeps the pipes open, the worst there is: killing
+// the script does not end the reading. Each call ends within the caller's deadline and waitDelay,
+// and never says that all is well.
 func TestASlowIPTablesIsGivenUp(t *testing.T) {
 	const limit, slack = 300 * time.Millisecond, 500 * time.Millisecond
 	eachBackend(t, func(t *testing.T, k *Kernel, f Family) {
@@ -155,8 +163,10 @@ func TestASlowIPTablesIsGivenUp(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, suffix := range []string{"", "-save", "-restore"} {
-			script := "#!/bin/sh\nexec 3<&0\nsleep 5 <&3 &\nsleep 5\n" // "&" alone gives its child another stdin
-			if err := os.WriteFile(filepath.Join(dir, command(k.Backend(), f, suffix)), []byte(script), 0o755); err != nil {
+			// "&" alone gives its child another stdin
+			script := "#!/bin/sh\nexec 3<&0\nsleep 5 <&3 &\nsleep 5\n"
+			if err := os.WriteFile(filepath.Join(dir, command(k.Backend(), f, suffix)), []byte(script),
+				0o755); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -204,7 +214,8 @@ func TestOneFamilyGoesOnWithoutTheOther(t *testing.T) {
 		t.Errorf("families: %+v", states)
 	}
 	apply(t, k, sample(IPv4).Ruleset())
-	if _, err := k.Read(t.Context(), IPv6); !errors.Is(err, ErrUnusable) || !errors.Is(err, ErrNoIPTables) {
+	if _, err := k.Read(t.Context(), IPv6); !errors.Is(err, ErrUnusable) ||
+		!errors.Is(err, ErrNoIPTables) {
 		t.Errorf("reading the family that is not usable: %v", err)
 	}
 	if _, err := k.Cleanup(t.Context()); err != nil {
@@ -212,7 +223,8 @@ func TestOneFamilyGoesOnWithoutTheOther(t *testing.T) {
 	}
 }
 
-// A chain in table nat that only nft can read makes every whole save fail; ours can still be read and written.
+// A chain in table nat that only nft can read makes every whole save fail; ours can
+// still be read and written.
 func TestAnIncompatibleChainBesideOurs(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -236,17 +248,20 @@ func TestAnIncompatibleChainBesideOurs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, table := range []string{"ip", "ip6"} {
-		if left := sh(t, "nft", "list", "table", table, "nat"); strings.Contains(left, "SERVICE_PROXY") || !strings.Contains(left, "jhash") {
+		if left := sh(t, "nft", "list", "table", table, "nat"); strings.Contains(left, "SERVICE_PROXY") ||
+			!strings.Contains(left, "jhash") {
 			t.Errorf("after cleanup:\n%s", left)
 		}
 	}
 }
 
-// Rules of ours in the backend that is not used are removed, others' there never, and it is not made to be there.
+// Rules of ours in the backend that is not used are removed, others' there never, and it is
+// not made to be there.
 func TestTheOtherBackend(t *testing.T) {
 	for _, backends := range [][2]string{{NFT, Legacy}, {Legacy, NFT}} {
 		t.Run(backends[0], func(t *testing.T) {
-			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() ||
+				!inNetns(t) {
 				return
 			}
 			used, other := open(t, backends[0]), backends[1]
@@ -291,8 +306,8 @@ func TestTheOtherBackend(t *testing.T) {
 	}
 }
 
-// The agent's user may not read which legacy tables there are. What is ours there is found all the same, or it is said
-// that nobody looked; and no look makes a table, unless its module is loaded.
+// The agent's user may not read which legacy tables there are. What is ours there is found all the
+// same, or it is said that nobody looked; and no look makes a table, unless its module is loaded.
 func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -305,7 +320,8 @@ func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
 		{"ours-group-root", true, []uint32{0}}, // as service-proxy-interception.service
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() || !inNetns(t) {
+			if os.Getenv("IPTABLES_TEST_NETNS") != "" && os.Getenv("IPTABLES_TEST_NETNS") != t.Name() ||
+				!inNetns(t) {
 				return
 			}
 			if root := os.Geteuid() == 0; root && test.ours {
@@ -323,15 +339,18 @@ func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
 				}
 				return
 			}
-			os.Setenv("XTABLES_LOCKFILE", t.TempDir()+"/lock") // the host's is root's; tmpfiles.d mends that on a VM
+			// the host's is root's; tmpfiles.d mends that on a VM
+			os.Setenv("XTABLES_LOCKFILE", t.TempDir()+"/lock")
 			k := open(t, NFT)
 			mayRead := byModules || len(test.groups) > 0
 			others, err := k.Others(t.Context())
-			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) || looked && (len(others) > 0) != test.ours {
+			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) ||
+				looked && (len(others) > 0) != test.ours {
 				t.Errorf("others: %v %v", others, err)
 			}
 			removed, err := k.Cleanup(t.Context())
-			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) || looked && (len(removed) > 0) != test.ours {
+			if looked := err == nil; looked != mayRead || !looked && !errors.Is(err, ErrCouldNotLook) ||
+				looked && (len(removed) > 0) != test.ours {
 				t.Errorf("cleanup: %q %v", removed, err)
 			}
 			if !mayRead {

@@ -38,7 +38,8 @@ var sampleOutput = []string{
 
 var refusals = []refusal{
 	{"no comment match", []string{"-m comment"}, []string{"-m comment"}, []string{jumpInbound, jumpOutput, jumpDNS}, map[string][]string{
-		chainDNS: {"-m owner --uid-owner 999 -j RETURN", "-m owner --gid-owner 998 -j RETURN", "-m owner --uid-owner 101 -j RETURN",
+		chainDNS: {"-m owner --uid-owner 999 -j RETURN", "-m owner --gid-owner 998 -j RETURN",
+			"-m owner --uid-owner 101 -j RETURN",
 			"-p udp -j REDIRECT --to-ports 15053", "-p tcp -j REDIRECT --to-ports 15053"},
 	}},
 	{"no owner match: outbound would loop", []string{"--uid-owner", "--gid-owner"}, []string{
@@ -50,27 +51,33 @@ var refusals = []refusal{
 			chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput),
 		}},
 	{"no uid of the proxy", []string{"--uid-owner 999"}, []string{"-A SERVICE_PROXY_DNS " + uidOf999, "-A SERVICE_PROXY_OUTPUT " + uidOf999}, []string{jumpInbound}, map[string][]string{
-		chainOutput: slices.Concat([]string{gidOf998}, sampleOutput), // its row for DNS leads to a chain that would loop
-		chainDNS:    {gidOf998, uidOf101, "-p udp -j REDIRECT --to-ports 15053", "-p tcp -j REDIRECT --to-ports 15053"},
+		// its row for DNS leads to a chain that would loop
+		chainOutput: slices.Concat([]string{gidOf998}, sampleOutput),
+		chainDNS: {gidOf998, uidOf101, "-p udp -j REDIRECT --to-ports 15053",
+			"-p tcp -j REDIRECT --to-ports 15053"},
 	}},
 	{"no gid of the proxy: its user is spared all the same", []string{"--gid-owner"}, []string{"-A SERVICE_PROXY_DNS " + gidOf998, "-A SERVICE_PROXY_OUTPUT " + gidOf998},
 		[]string{jumpInbound, jumpOutput, jumpDNS}, map[string][]string{
-			chainDNS: {uidOf999, uidOf101, "-p udp -j REDIRECT --to-ports 15053", "-p tcp -j REDIRECT --to-ports 15053"},
+			chainDNS: {uidOf999, uidOf101, "-p udp -j REDIRECT --to-ports 15053",
+				"-p tcp -j REDIRECT --to-ports 15053"},
 		}},
 	{"no addrtype match: routed traffic would be taken", []string{"addrtype"}, []string{"-A SERVICE_PROXY_INBOUND " + ruleRouted},
 		[]string{jumpOutput, jumpDNS}, map[string][]string{chainServicePorts: {
 			"-p tcp -m tcp --dport 81 -j SERVICE_PROXY_REDIRECT", "-p tcp -m tcp --dport 8080 -j SERVICE_PROXY_REDIRECT"}}},
 	{"one exclude", []string{"-d 8.8.8.8"}, []string{"-A SERVICE_PROXY_OUTPUT -d 8.8.8.8/32 -m comment --comment excluded -j RETURN"},
 		[]string{jumpInbound, jumpOutput, jumpDNS}, map[string][]string{
-			chainOutput: slices.Concat([]string{uidOf999, gidOf998, tcpDNS}, slices.Delete(slices.Clone(sampleOutput), 3, 4)),
+			chainOutput: slices.Concat([]string{uidOf999, gidOf998, tcpDNS},
+				slices.Delete(slices.Clone(sampleOutput), 3, 4)),
 		}},
 	{"no redirect of UDP: DNS stays out", []string{"-p udp -j REDIRECT"}, []string{"-A SERVICE_PROXY_DNS -p udp -j REDIRECT --to-ports 15053"},
-		[]string{jumpInbound, jumpOutput}, map[string][]string{chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput)}},
+		[]string{jumpInbound, jumpOutput},
+		map[string][]string{chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput)}},
 	{"no redirect at all: nothing leads to what does nothing", []string{"-j REDIRECT"}, []string{
 		"-A SERVICE_PROXY_DNS -p udp -j REDIRECT --to-ports 15053", "-A SERVICE_PROXY_DNS -p tcp -j REDIRECT --to-ports 15053",
 		"-A SERVICE_PROXY_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006", "-A SERVICE_PROXY_REDIRECT -p tcp -j REDIRECT --to-ports 15001",
 	}, []string{jumpInbound, jumpOutput}, map[string][]string{
-		chainServiceCIDRs: {}, chainServicePorts: {}, chainInbound: {ruleRouted}, chainRedirect: {}, chainInRedirect: {}, chainDNS: {uidOf999, gidOf998, uidOf101},
+		chainServiceCIDRs: {}, chainServicePorts: {}, chainInbound: {ruleRouted}, chainRedirect: {},
+		chainInRedirect: {}, chainDNS: {uidOf999, gidOf998, uidOf101},
 	}},
 	{"no tcp match: what has no port goes on", []string{"-m tcp"}, []string{
 		"-A SERVICE_PROXY_INBOUND -p tcp -m tcp --dport 80 -j SERVICE_PROXY_IN_REDIRECT",
@@ -78,7 +85,8 @@ var refusals = []refusal{
 		"-A SERVICE_PROXY_OUTPUT " + tcpDNS, "-A SERVICE_PROXY_OUTPUT " + sampleOutput[4], "-A SERVICE_PROXY_OUTPUT " + sampleOutput[5],
 		"-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 81 -j SERVICE_PROXY_REDIRECT", "-A SERVICE_PROXY_SERVICE_PORTS -p tcp -m tcp --dport 8080 -j SERVICE_PROXY_REDIRECT",
 	}, []string{jumpInbound, jumpOutput, jumpDNS}, map[string][]string{
-		chainInbound: {ruleRouted}, chainServicePorts: {}, chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput[:4], sampleOutput[6:]),
+		chainInbound: {ruleRouted}, chainServicePorts: {},
+		chainOutput: slices.Concat([]string{uidOf999, gidOf998}, sampleOutput[:4], sampleOutput[6:]),
 	}},
 	{"a jump", []string{"-p udp -m udp --dport 53"}, []string{"-A OUTPUT " + jumpDNS}, []string{jumpInbound, jumpOutput}, map[string][]string{
 		chainOutput: slices.Concat([]string{uidOf999, gidOf998, tcpDNS}, sampleOutput),
@@ -90,7 +98,8 @@ func inFamily(f Family, text string) string {
 	if f == IPv4 {
 		return text
 	}
-	return strings.NewReplacer("8.8.8.8/32", "fd00:8::/32", "-d 8.8.8.8", "-d fd00:8::", "10.0.0.9/32", "fd00::9/128", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
+	return strings.NewReplacer("8.8.8.8/32", "fd00:8::/32", "-d 8.8.8.8", "-d fd00:8::", "10.0.0.9/32",
+		"fd00::9/128", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10",
 		"169.254.169.254/32", "fd20:ce::254/128").Replace(text)
 }
 
@@ -160,7 +169,9 @@ func TestARefusedRuleIsLeftOutAndNamed(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
 				m.Refuse = func(rule string) bool {
-					return slices.ContainsFunc(test.refuse, func(part string) bool { return strings.Contains(rule, inFamily(f, part)) })
+					return slices.ContainsFunc(test.refuse, func(part string) bool {
+						return strings.Contains(rule, inFamily(f, part))
+					})
 				}
 				test.check(t, openInMemory(t, m), f)
 			})
@@ -174,14 +185,17 @@ func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
 	for name, i := range interceptions() {
 		for _, f := range families {
 			i.Family = f
-			m := &iptablestest.Machine{Backend: NFT, Refuse: func(rule string) bool { return strings.Contains(rule, "-m comment") }}
+			m := &iptablestest.Machine{Backend: NFT, Refuse: func(rule string) bool {
+				return strings.Contains(rule, "-m comment")
+			}}
 			degraded, err := openInMemory(t, m).Apply(t.Context(),
 				NewPlan(i.Ruleset(), Table{family: f}))
 			if err != nil {
 				t.Fatal(err)
 			}
 			want := comment.ReplaceAllString(i.Ruleset().String(), "")
-			if got := holds(m, NFT, f).String(); got != want || len(degraded.Left) > 1 || len(degraded.Left) == 1 && degraded.Left[0].Rule != CommentMatch {
+			if got := holds(m, NFT, f).String(); got != want || len(degraded.Left) > 1 ||
+				len(degraded.Left) == 1 && degraded.Left[0].Rule != CommentMatch {
 				t.Errorf("%s %s: left out %v, installed\n%s\nwant\n%s", name, f, degraded.Left, got, want)
 			}
 		}
@@ -190,7 +204,8 @@ func TestWithoutCommentsNothingElseIsLost(t *testing.T) {
 
 // restores counts those of a family, and says what else is to come of the n-th, counted from 1: ""
 // lets it do its work.
-func restores(m *iptablestest.Machine, f Family, answer func(n int, payload string) (stderr string, exit int)) *int {
+func restores(m *iptablestest.Machine, f Family,
+	answer func(n int, payload string) (stderr string, exit int)) *int {
 	n := new(int)
 	m.Before = func(program string, _ []string, stdin string) (string, int) {
 		if stdin == "" || m.NAT(program) != m.NAT(programOf(m.Backend, f)) {
@@ -220,11 +235,14 @@ func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 			}
 			return asked
 		}
-		few := Interception{Family: f, ProxyUID: 999, ProxyGID: 998, Jumps: true, OutboundPort: 15001, All: true, Services: randomPrefixes(f, 1, 1), ServicePorts: []uint16{80},
-			ExcludePrefixes: randomPrefixes(f, 1, 2), ExcludePorts: []PortRange{{1, 2}}, Interfaces: []string{"eth1"}, InboundPort: 15006, Serving: []Serving{{Port: 80}}}
+		few := Interception{Family: f, ProxyUID: 999, ProxyGID: 998, Jumps: true, OutboundPort: 15001,
+			All: true, Services: randomPrefixes(f, 1, 1), ServicePorts: []uint16{80},
+			ExcludePrefixes: randomPrefixes(f, 1, 2), ExcludePorts: []PortRange{{1, 2}},
+			Interfaces: []string{"eth1"}, InboundPort: 15006, Serving: []Serving{{Port: 80}}}
 		many := few
 		many.ExcludePrefixes, many.ServicePorts = randomPrefixes(f, 50, 2), []uint16{80, 81, 82}
-		many.ExcludePorts, many.Interfaces = []PortRange{{1, 2}, {4, 4}, {5, 9}}, []string{"eth1", "eth2", "br-+"}
+		many.ExcludePorts, many.Interfaces = []PortRange{{1, 2}, {4, 4}, {5, 9}},
+			[]string{"eth1", "eth2", "br-+"}
 		many.Serving = append(many.Serving, Serving{Port: 81}, Serving{Port: 82})
 		if one, more := asked("--comment root", few), asked("--comment root", many); one != more {
 			t.Errorf("%d restores for few rules and %d for many of the same kinds", one, more)
@@ -232,7 +250,8 @@ func TestEachKindOfRuleIsAskedAboutOnce(t *testing.T) {
 		few.All, many.All = false, false
 		few.Services, many.Services = randomPrefixes(f, 300, 1), randomPrefixes(f, 3000, 1)
 		// Legacy makes many new chains before each of the two plans.
-		if one, more := asked("--comment proxy-group", few), asked("--comment proxy-group", many); more > one+2 {
+		if one, more := asked("--comment proxy-group", few),
+			asked("--comment proxy-group", many); more > one+2 {
 			t.Errorf("%d restores for 300 services and %d for 3000", one, more)
 		}
 	})
@@ -244,8 +263,10 @@ func TestApplyOfAKernelThatTakesEverything(t *testing.T) {
 		n := restores(m, f, func(int, string) (string, int) { return "", 0 })
 		want := sample(f).Ruleset()
 		degraded, err := openInMemory(t, m).Apply(t.Context(), NewPlan(want, Table{family: f}))
-		if err != nil || len(degraded.Left) > 0 || !degraded.Ruleset.Equal(want) || !holds(m, m.Backend, f).Equal(want) || *n != 1 {
-			t.Errorf("%v, left out %v, %d restores, installed\n%s", err, degraded.Left, *n, holds(m, m.Backend, f))
+		if err != nil || len(degraded.Left) > 0 || !degraded.Ruleset.Equal(want) ||
+			!holds(m, m.Backend, f).Equal(want) || *n != 1 {
+			t.Errorf("%v, left out %v, %d restores, installed\n%s", err, degraded.Left, *n,
+				holds(m, m.Backend, f))
 		}
 	})
 }
@@ -258,7 +279,9 @@ func TestApplyOfARefusedRuleThatFails(t *testing.T) {
 		locked      = "Another app is currently holding the xtables lock. Stopped waiting after 5s.\n"
 	)
 	isProbe := func(payload string) bool { return strings.Contains(payload, chainProbe) }
-	asksFor := func(payload string) bool { return isProbe(payload) && strings.Contains(payload, "\n-A ") }
+	asksFor := func(payload string) bool {
+		return isProbe(payload) && strings.Contains(payload, "\n-A ")
+	}
 	for _, test := range []struct {
 		name    string
 		answer  func(n int, payload string) (string, int)
@@ -317,11 +340,14 @@ func TestApplyOfARefusedRuleThatFails(t *testing.T) {
 				_, err := openInMemory(t, m).Apply(t.Context(),
 					NewPlan(sample(f).Ruleset(), Table{family: f}))
 				var refused *RefusedError
-				if err == nil || errors.As(err, &refused) != test.refused || test.is != nil && !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.says) {
-					t.Errorf("error %v, want one that is %v, of a refused rule %v, and says %q", err, test.is, test.refused, test.says)
+				if err == nil || errors.As(err, &refused) != test.refused ||
+					test.is != nil && !errors.Is(err, test.is) || !strings.Contains(err.Error(), test.says) {
+					t.Errorf("error %v, want one that is %v, of a refused rule %v, and says %q", err, test.is,
+						test.refused, test.says)
 				}
 				left := holds(m, m.Backend, f)
-				if left.Intercepting() || left.Len() > 1 { // the probe may be there, with its one rule, and nothing leads to it
+				// the probe may be there, with its one rule, and nothing leads to it
+				if left.Intercepting() || left.Len() > 1 {
 					t.Errorf("there is\n%s", left)
 				}
 			})
@@ -351,7 +377,8 @@ func TestApplyOfARefusedRuleThatCannotLook(t *testing.T) {
 
 // A family that is not usable is said to be so, before anything is asked.
 func TestApplyOfAFamilyThatIsNotUsable(t *testing.T) {
-	m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (string, int) {
+	m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (
+		string, int) {
 		if strings.Contains(program, "ip6tables") && slices.Contains(args, "-S") {
 			return "ip6tables v1.8.7 (legacy): can't initialize ip6tables table `nat': Table does not exist (do you need to insmod?)\n", 3
 		}
@@ -373,7 +400,8 @@ func TestTheRefusedLineIsNamed(t *testing.T) {
 		if n >= 1 && n <= len(lines) {
 			want = lines[n-1]
 		}
-		err := refused(plan, &CommandError{Command: "iptables-restore", Exit: 1, Stderr: "line " + strconv.Itoa(n) + " failed"})
+		err := refused(plan, &CommandError{Command: "iptables-restore", Exit: 1, Stderr: "line " +
+			strconv.Itoa(n) + " failed"})
 		var refusal *RefusedError
 		if n < 0 {
 			if errors.As(err, &refusal) {
@@ -381,7 +409,8 @@ func TestTheRefusedLineIsNamed(t *testing.T) {
 			}
 			continue
 		}
-		if !errors.As(err, &refusal) || refusal.Rule != want || refusal.Line != n || refusal.Family != IPv4 {
+		if !errors.As(err, &refusal) || refusal.Rule != want || refusal.Line != n ||
+			refusal.Family != IPv4 {
 			t.Errorf("line %d: %+v, want %q", n, refusal, want)
 		}
 	}

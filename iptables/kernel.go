@@ -23,14 +23,16 @@ const (
 )
 
 const (
-	// writeLimit ends a restore that hangs. It is longer than lockWait, so that a held lock says so itself.
+	// writeLimit ends a restore that hangs. It is longer than lockWait, so that a
+	// held lock says so itself.
 	writeLimit = 20 * time.Second
 	readLimit  = 10 * time.Second
-	// saveLimit is how long a whole save may take on nft before the chains are listed one by one: iptables-nft starts
-	// over whenever anybody changes any nft table, and a save of 10,000 rules (40 ms) never ends under 30 changes a second.
+	// saveLimit is how long a whole save may take on nft before the chains are listed one by one:
+	// iptables-nft starts over whenever anybody changes any nft table, and a save of 10,000 rules (40
+	// ms) never ends under 30 changes a second.
 	saveLimit = time.Second
-	// waitDelay is how long a killed command's pipes may stay open: a child of a wrapper script inherits them. It comes on
-	// top of a caller's deadline, for each family.
+	// waitDelay is how long a killed command's pipes may stay open: a child of a wrapper script
+	// inherits them. It comes on top of a caller's deadline, for each family.
 	waitDelay = time.Second
 	// lockWait is given to -w, in seconds: how long iptables waits for another one.
 	lockWait = "5"
@@ -40,18 +42,19 @@ const (
 
 // Options of Open.
 type Options struct {
-	// Backend picks the programs: "" is what `iptables` is on this machine, "nft" and "legacy" are iptables-nft and
-	// iptables-legacy.
+	// Backend picks the programs: "" is what `iptables` is on this machine, "nft" and "legacy" are
+	// iptables-nft and iptables-legacy.
 	Backend string
-	// Path are folders to search for the programs, separated by colons. Empty: $PATH, then the sbin folders, which an
-	// ordinary user's PATH may lack.
+	// Path are folders to search for the programs, separated by colons. Empty: $PATH, then the sbin
+	// folders, which an ordinary user's PATH may lack.
 	Path string
 	// Machine replaces this machine, in tests.
 	Machine Machine
 }
 
-// Kernel reads and writes the nat tables by running iptables. Its methods may be called by several goroutines, but two
-// plans for the same family made from the same Table conflict: let one goroutine own the kernel state.
+// Kernel reads and writes the nat tables by running iptables. Its methods may be called by several
+// goroutines, but two plans for the same family made from the same Table conflict: let one
+// goroutine own the kernel state.
 type Kernel struct {
 	options Options
 	machine machine
@@ -63,8 +66,8 @@ type Kernel struct {
 	saves    map[string]lastSave // by the program that made it
 }
 
-// lastSave is the last save of a program. On legacy the same one is read each 1.5 s: to see that nothing has changed costs a
-// tenth of parsing 10,000 rules, and no memory.
+// lastSave is the last save of a program. On legacy the same one is read each 1.5 s: to see that
+// nothing has changed costs a tenth of parsing 10,000 rules, and no memory.
 type lastSave struct {
 	sum   uint64
 	table Table
@@ -72,13 +75,16 @@ type lastSave struct {
 
 // machine is what a Kernel asks of the machine it runs on.
 type machine struct {
-	lookPath  func(path, name string) (string, error)
-	run       func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error
+	lookPath func(path, name string) (string, error)
+	run      func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte,
+		stdout *bytes.Buffer, name string, args ...string) error
 	natChains func(Family) ([]string, error) // of iptables-nft
 	hasLegacy func(Family) (bool, error)     // whether there is a legacy nat table, without making it
 }
 
-var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) { return hasLegacyTable(f, os.ReadFile) }}
+var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
+	return hasLegacyTable(f, os.ReadFile)
+}}
 
 // tool are the programs of one family.
 type tool struct {
@@ -95,10 +101,11 @@ type FamilyState struct {
 
 var families = []Family{IPv4, IPv6}
 
-// Open finds the programs and tries each family once. It fails with ErrNoIPTables if there are none, and with the first
-// family's error if neither is usable (the Kernel is returned all the same: Probe tries again); one that is not usable is
-// otherwise only noted (Families) and can be tried again (Probe). A held lock and a look that did not end make nothing
-// unusable: the next read or write meets them again, or does not.
+// Open finds the programs and tries each family once. It fails with ErrNoIPTables if there are
+// none, and with the first family's error if neither is usable (the Kernel is returned all the
+// same: Probe tries again); one that is not usable is otherwise only noted (Families) and can be
+// tried again (Probe). A held lock and a look that did not end make nothing unusable: the next read
+// or write meets them again, or does not.
 func Open(ctx context.Context, options Options) (*Kernel, error) {
 	m := thisMachine
 	if options.Machine != nil {
@@ -108,7 +115,8 @@ func Open(ctx context.Context, options Options) (*Kernel, error) {
 }
 
 func openOn(ctx context.Context, m machine, options Options) (*Kernel, error) {
-	k := &Kernel{options: options, machine: m, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
+	k := &Kernel{options: options, machine: m, tools: map[Family]tool{}, unusable: map[Family]error{},
+		saves: map[string]lastSave{}}
 	var first error
 	usable := false
 	for _, f := range families {
@@ -124,8 +132,8 @@ func openOn(ctx context.Context, m machine, options Options) (*Kernel, error) {
 	return k, nil
 }
 
-// Probe finds out anew whether the family is usable and returns why not. ErrLocked and ErrCouldNotLook are no answer: what
-// was known of it (Families) stands.
+// Probe finds out anew whether the family is usable and returns why not. ErrLocked and
+// ErrCouldNotLook are no answer: what was known of it (Families) stands.
 func (k *Kernel) Probe(ctx context.Context, f Family) error {
 	err := k.probe(ctx, f)
 	if mayPass(err) {
@@ -183,7 +191,8 @@ func (k *Kernel) any() tool {
 	return tool{}
 }
 
-// tool returns the programs of a usable family. Where they did not say their version in time yet, they are asked again.
+// tool returns the programs of a usable family. Where they did not say their version in time yet,
+// they are asked again.
 func (k *Kernel) tool(ctx context.Context, f Family) (tool, error) {
 	t, ok, unusable := k.known(f)
 	if !ok && unusable == nil {
@@ -221,10 +230,12 @@ func (k *Kernel) find(ctx context.Context, backend string, f Family) (tool, erro
 		return tool{}, fmt.Errorf("backend %q: want nft or legacy", backend)
 	}
 	t := tool{family: f}
-	for suffix, path := range map[string]*string{"": &t.list, "-restore": &t.restore, "-save": &t.saving} {
+	for suffix, path := range map[string]*string{"": &t.list, "-restore": &t.restore,
+		"-save": &t.saving} {
 		var err error
 		if *path, err = k.machine.lookPath(k.options.Path, name+suffix); err != nil {
-			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)", name+suffix, ErrNoIPTables)
+			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)", name+suffix,
+				ErrNoIPTables)
 		}
 	}
 	out, err := k.run(ctx, readLimit, nil, t.list, "--version")
@@ -255,8 +266,9 @@ func lookPath(path, name string) (string, error) {
 	return "", exec.ErrNotFound
 }
 
-// Read reads a family's whole nat table. On nft, a save that does not end within a second is given up and our chains
-// and the built-in ones are listed one by one, which ends under any storm. ErrCouldNotLook if that does not end either.
+// Read reads a family's whole nat table. On nft, a save that does not end within a second is given
+// up and our chains and the built-in ones are listed one by one, which ends under any storm.
+// ErrCouldNotLook if that does not end either.
 func (k *Kernel) Read(ctx context.Context, f Family) (Table, error) {
 	t, err := k.tool(ctx, f)
 	if err != nil {
@@ -281,8 +293,8 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 	if t.backend != NFT || err != nil && !errors.Is(err, ErrCouldNotLook) {
 		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
 	}
-	// Either others write too fast for a save, or somebody has put a chain into table nat that iptables cannot read:
-	// the chains that matter to us can still be listed.
+	// Either others write too fast for a save, or somebody has put a chain into table nat that
+	// iptables cannot read: the chains that matter to us can still be listed.
 	names, err := k.machine.natChains(t.family)
 	if err != nil {
 		return Table{}, fmt.Errorf("read %s table nat: %w", t.family, err)
@@ -319,7 +331,8 @@ func (k *Kernel) parse(t tool, save []byte) (Table, error) {
 
 var sumSeed = maphash.MakeSeed()
 
-// sumOf sums up a save but for what changes by itself: comments, which hold the time, and the counters of chains.
+// sumOf sums up a save but for what changes by itself: comments, which hold the time, and
+// the counters of chains.
 func sumOf(save []byte) uint64 {
 	var h maphash.Hash
 	h.SetSeed(sumSeed)
@@ -335,9 +348,9 @@ func sumOf(save []byte) uint64 {
 	return h.Sum64()
 }
 
-// ReadChains reads only the given chains and returns have with them replaced. It is the cheap verification after an
-// Event or a write; what it does not read stays as it was in have. On legacy, where reading any chain copies the whole
-// table out of the kernel, it reads everything.
+// ReadChains reads only the given chains and returns have with them replaced. It is the cheap
+// verification after an Event or a write; what it does not read stays as it was in have. On legacy,
+// where reading any chain copies the whole table out of the kernel, it reads everything.
 func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (Table, error) {
 	t, err := k.tool(ctx, have.family)
 	if err != nil {
@@ -353,10 +366,12 @@ func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (T
 	return k.listChains(ctx, t, have, chains, names)
 }
 
-// listChains lists chains one by one, and then those of others by which a packet may be taken before it comes to a jump of
-// ours: what they hold tells whether that is shadowed. existing are the names of the chains that the kernel has:
-// iptables-nft has the same message for a chain that is missing and for one that it cannot read.
-func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, existing []string) (Table, error) {
+// listChains lists chains one by one, and then those of others by which a packet may be taken
+// before it comes to a jump of ours: what they hold tells whether that is shadowed. existing are
+// the names of the chains that the kernel has: iptables-nft has the same message for a chain that
+// is missing and for one that it cannot read.
+func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains,
+	existing []string) (Table, error) {
 	chains = slices.Clone(chains) // it grows below
 	asked := len(chains)
 	read := map[string][]string{}
@@ -380,7 +395,8 @@ func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, exi
 		for _, spec := range beforeJumps(name, rules) {
 			// One that is left unread counts as shadowing, which errs on the safe side (Table.takes).
 			to := target(spec)
-			if len(chains) < asked+listLimit && slices.Contains(existing, to) && !isOurs(to) && !slices.Contains(chains, to) {
+			if len(chains) < asked+listLimit && slices.Contains(existing, to) && !isOurs(to) &&
+				!slices.Contains(chains, to) {
 				chains = append(chains, to)
 			}
 		}
@@ -388,8 +404,8 @@ func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains, exi
 	return have.with(read, gone), nil
 }
 
-// beforeJumps are the rules of a chain that a packet may meet before the last jump to a chain of ours: all of them in a
-// chain of somebody else's, none in one of ours.
+// beforeJumps are the rules of a chain that a packet may meet before the last jump to a chain of
+// ours: all of them in a chain of somebody else's, none in one of ours.
 func beforeJumps(chain string, rules []string) []string {
 	switch {
 	case isOurs(chain):
@@ -417,10 +433,11 @@ type Result struct {
 	Took     time.Duration // of the writing, without the read-back
 }
 
-// manyChains is from how many new chains on legacy is given them in a restore of their own before the plan. libiptc finds
-// a chain by an index that it makes only of the chains that were there when it started, and one by one among the others:
-// with 270 new chains and 10,000 rules that is 45 of 60 ms. Empty chains that nothing leads to change nothing for any
-// packet, and the plan itself stays one transaction.
+// manyChains is from how many new chains on legacy is given them in a restore of their own before
+// the plan. libiptc finds a chain by an index that it makes only of the chains that were there when
+// it started, and one by one among the others: with 270 new chains and 10,000 rules that is 45 of
+// 60 ms. Empty chains that nothing leads to change nothing for any packet, and the plan itself
+// stays one transaction.
 const manyChains = 40
 
 // attempts is how often Apply makes its plan anew when the table changed between plan and restore.
@@ -428,8 +445,8 @@ const attempts = 3
 
 // Apply runs the plan in one iptables-restore and reads back what it changed. A plan that was
 // overtaken (a rule to be deleted is gone, a place to insert at is not there) is made anew from a
-// fresh read. Of one that is refused for a rule's own sake as much is installed as the kernel takes,
-// again in one transaction (see degrade): the Result says what, and what was left out.
+// fresh read. Of one that is refused for a rule's own sake as much is installed as the kernel
+// takes, again in one transaction (see degrade): the Result says what, and what was left out.
 //
 // No packet's way was changed if it returns an error, but for ErrCouldNotLook, which says that a
 // write was begun and could not be verified: read, and see. Errors: *RefusedError, ErrLocked,
@@ -502,10 +519,11 @@ func (k *Kernel) readBack(ctx context.Context, t tool, p Plan) (Table, error) {
 	return k.listChains(ctx, t, p.have, p.touched, names)
 }
 
-// mayBeOvertaken says whether a line depends on what others do to the table. COMMIT is what legacy names whatever it
-// was; on nft a deletion that others hold up names itself.
+// mayBeOvertaken says whether a line depends on what others do to the table. COMMIT is what legacy
+// names whatever it was; on nft a deletion that others hold up names itself.
 func mayBeOvertaken(line string) bool {
-	return strings.HasPrefix(line, "-D ") || strings.HasPrefix(line, "-I ") || strings.HasPrefix(line, "-X ") || line == "COMMIT"
+	return strings.HasPrefix(line, "-D ") || strings.HasPrefix(line, "-I ") ||
+		strings.HasPrefix(line, "-X ") || line == "COMMIT"
 }
 
 // mayBeForItsOwnSake says whether a line may have been refused for what is in it. A deletion
@@ -519,8 +537,10 @@ func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
 	return refused(p, err)
 }
 
-// run runs one command within limit and remembers its pid, by which the kernel's notifications tell our writes.
-func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, name string, args ...string) ([]byte, error) {
+// run runs one command within limit and remembers its pid, by which the kernel's
+// notifications tell our writes.
+func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, name string,
+	args ...string) ([]byte, error) {
 	var stdout bytes.Buffer
 	if err := k.machine.run(ctx, limit, &k.own, stdin, &stdout, name, args...); err != nil {
 		return nil, err
@@ -528,8 +548,10 @@ func (k *Kernel) run(ctx context.Context, limit time.Duration, stdin []byte, nam
 	return stdout.Bytes(), nil
 }
 
-// runInto writes what the command said to stdout, which is not to be used again after an error: a copy may still go on.
-func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error {
+// runInto writes what the command said to stdout, which is not to be used again after an error: a
+// copy may still go on.
+func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte,
+	stdout *bytes.Buffer, name string, args ...string) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := exec.CommandContext(limited, name, args...)

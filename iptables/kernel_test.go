@@ -9,15 +9,17 @@ import (
 	"time"
 )
 
-// TestProbeMeetsTheMoment: a lock that is held, and a program that does not end, when a family is tried make it neither
-// unusable nor usable again, and the next read says itself what it met.
+// TestProbeMeetsTheMoment: a lock that is held, and a program that does not end, when a family is
+// tried make it neither unusable nor usable again, and the next read says itself what it met.
 func TestProbeMeetsTheMoment(t *testing.T) {
 	const (
 		version = "[ \"$1\" != --version ] || { echo 'iptables v1.8.9 (legacy)'; exit 0; }\n"
-		locked  = version + "echo 'Another app is currently holding the xtables lock; still 0s 0us time ahead to have a chance to grab the lock...' >&2; exit 4\n"
-		noTable = version + "echo \"iptables v1.8.9 (legacy): can't initialize iptables table 'nat': Table does not exist (do you need to insmod?)\" >&2; exit 3\n"
-		works   = version
-		hangs   = "exec sleep 60\n"
+		locked  = version +
+			"echo 'Another app is currently holding the xtables lock; still 0s 0us time ahead to have a chance to grab the lock...' >&2; exit 4\n"
+		noTable = version +
+			"echo \"iptables v1.8.9 (legacy): can't initialize iptables table 'nat': Table does not exist (do you need to insmod?)\" >&2; exit 3\n"
+		works = version
+		hangs = "exec sleep 60\n"
 	)
 	dir := t.TempDir()
 	put := func(name, script string) {
@@ -59,7 +61,8 @@ func TestProbeMeetsTheMoment(t *testing.T) {
 				t.Cleanup(cancel)
 				return ctx
 			}
-			k := &Kernel{options: Options{Backend: Legacy, Path: dir}, machine: thisMachine, tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
+			k := &Kernel{options: Options{Backend: Legacy, Path: dir}, machine: thisMachine,
+				tools: map[Family]tool{}, unusable: map[Family]error{}, saves: map[string]lastSave{}}
 			first := k.Probe(patience(test.at == hangs), IPv4)
 			if first == nil {
 				t.Fatal("the first probe found nothing wrong")
@@ -83,7 +86,8 @@ func TestProbeMeetsTheMoment(t *testing.T) {
 	}
 }
 
-// TestOpenWhileLocked: an agent that starts while both families' lock is held has a kernel to go on with.
+// TestOpenWhileLocked: an agent that starts while both families' lock is held has a
+// kernel to go on with.
 func TestOpenWhileLocked(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"iptables-legacy", "ip6tables-legacy"} {
@@ -91,7 +95,8 @@ func TestOpenWhileLocked(t *testing.T) {
 			"-save": "", "-restore": "",
 			"": "[ \"$1\" != --version ] || { echo 'iptables v1.8.9 (legacy)'; exit 0; }\necho 'Another app is currently holding the xtables lock.' >&2; exit 4\n",
 		} {
-			if err := os.WriteFile(filepath.Join(dir, name+suffix), []byte("#!/bin/sh\n"+script), 0o700); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, name+suffix), []byte("#!/bin/sh\n"+script),
+				0o700); err != nil {
 				t.Fatal(err)
 			}
 		}

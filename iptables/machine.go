@@ -24,7 +24,8 @@ type Machine interface {
 func onMachine(m Machine) machine {
 	return machine{
 		lookPath: func(_, name string) (string, error) { return "/usr/sbin/" + name, nil },
-		run: func(ctx context.Context, _ time.Duration, _ *ownPIDs, stdin []byte, stdout *bytes.Buffer, name string, args ...string) error {
+		run: func(ctx context.Context, _ time.Duration, _ *ownPIDs, stdin []byte, stdout *bytes.Buffer,
+			name string, args ...string) error {
 			command := strings.Join(append([]string{filepath.Base(name)}, args...), " ")
 			if err := ctx.Err(); err != nil {
 				return fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)

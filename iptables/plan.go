@@ -7,8 +7,9 @@ import (
 	"strings"
 )
 
-// Plan is the text that leads one family's table from what it is to what is wanted, in one transaction: all of it is
-// applied, or nothing is. It names chains of ours and, by -I and -D of our jumps, PREROUTING and OUTPUT; nothing else.
+// Plan is the text that leads one family's table from what it is to what is wanted, in one
+// transaction: all of it is applied, or nothing is. It names chains of ours and, by -I and -D of
+// our jumps, PREROUTING and OUTPUT; nothing else.
 type Plan struct {
 	family  Family
 	want    Ruleset
@@ -66,14 +67,15 @@ func (p Plan) line(n int) string {
 	return ""
 }
 
-// maxInsertions is how many rows are inserted one by one before the chain is declared anew. On nft each insertion
-// rereads the rows before it (4 ms in a bucket of 256, like an append), a new declaration costs the 16 ms that any
-// deletion costs; on legacy both are the same.
+// maxInsertions is how many rows are inserted one by one before the chain is declared anew. On nft
+// each insertion rereads the rows before it (4 ms in a bucket of 256, like an append), a new
+// declaration costs the 16 ms that any deletion costs; on legacy both are the same.
 const maxInsertions = 8
 
-// NewPlan makes the plan. A chain in which only rows were added gets them inserted at their places; any other chain of
-// ours that differs is declared, which empties it, and filled in the same transaction, so that no packet sees it half
-// full. The jumps are put first in their built-in chains.
+// NewPlan makes the plan. A chain in which only rows were added gets them inserted at their
+// places; any other chain of ours that differs is declared, which empties it, and filled in
+// the same transaction, so that no packet sees it half full. The jumps are put first in
+// their built-in chains.
 func NewPlan(want Ruleset, have Table) Plan {
 	p := planner{touched: map[string]bool{}}
 	for _, c := range want.chains {
@@ -142,7 +144,8 @@ func (p *planner) insert(chain string, i, n int, spec string) {
 	p.rule("-I", chain, strconv.Itoa(i+1)+" "+spec)
 }
 
-// insertions says where rows must be put into have to make it want, and whether that is all that it takes.
+// insertions says where rows must be put into have to make it want, and whether that
+// is all that it takes.
 func insertions(want, have []string) (places []int, only bool) {
 	i := 0
 	for w, spec := range want {
@@ -155,8 +158,9 @@ func insertions(want, have []string) (places []int, only bool) {
 	return places, i == len(have)
 }
 
-// jumps brings our jumps to the head of a built-in chain. Those that stand there already at the right place stay; when
-// any is wrong, all of ours are taken out by their own words and put in anew, in the one transaction.
+// jumps brings our jumps to the head of a built-in chain. Those that stand there already at the
+// right place stay; when any is wrong, all of ours are taken out by their own words and put in
+// anew, in the one transaction.
 func (p *planner) jumps(builtin string, want, have []string) {
 	var ours []string
 	for _, spec := range have {

@@ -12,7 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
-// restored is what iptables-restore --noflush makes of a table: all of the payload, or an error and nothing of it.
+// restored is what iptables-restore --noflush makes of a table: all of the payload, or an
+// error and nothing of it.
 func restored(have Table, payload string) (Table, error) {
 	nat := iptablestest.New(have.chains)
 	if payload != "" {
@@ -50,7 +51,8 @@ func checkPlan(want Ruleset, have Table) error {
 			return slices.DeleteFunc(slices.Clone(specs), func(s string) bool { return isOurs(target(s)) })
 		}
 		if !slices.Equal(foreign(rules), foreign(after.chains[name])) {
-			return fmt.Errorf("the plan\n%s\nmade of the foreign chain %s %q:\n%q", plan, name, rules, after.chains[name])
+			return fmt.Errorf("the plan\n%s\nmade of the foreign chain %s %q:\n%q", plan, name, rules,
+				after.chains[name])
 		}
 	}
 	for _, line := range plan.lines {
@@ -127,13 +129,15 @@ func TestPlanText(t *testing.T) {
 		},
 			"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
 		{"a chain of ours that another's rule leads to", Ruleset{family: IPv4}, func(Table) Table {
-			return Table{family: IPv4, chains: map[string][]string{"FOREIGN": {"-j SERVICE_PROXY_REDIRECT"}, "SERVICE_PROXY_REDIRECT": {"-p tcp -j REDIRECT --to-ports 1"}, "SERVICE_PROXY_DNS": nil}}
+			return Table{family: IPv4, chains: map[string][]string{"FOREIGN": {"-j SERVICE_PROXY_REDIRECT"},
+				"SERVICE_PROXY_REDIRECT": {"-p tcp -j REDIRECT --to-ports 1"}, "SERVICE_PROXY_DNS": nil}}
 		}, ":SERVICE_PROXY_DNS - [0:0]\n:SERVICE_PROXY_REDIRECT - [0:0]\n-X SERVICE_PROXY_DNS\n"},
 	}
 	many := func(n int) Ruleset { // n services, of which the first two are those of want
 		services := prefixes("10.0.0.1/32", "10.0.0.3/32")
 		for len(services) < n {
-			services = append(services, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(2*len(services) + 1)}), 32))
+			services = append(
+				services, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(2*len(services) + 1)}), 32))
 		}
 		return serviceSet(IPv4, services)
 	}
@@ -170,13 +174,15 @@ func TestPlanText(t *testing.T) {
 			"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
 		{"a jump too many behind ours", want, func(t Table) Table {
 			return t.with(map[string][]string{"OUTPUT": {jumpOutput, "-j DOCKER", jumpDNS}}, nil)
-		}, "-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-D OUTPUT " + jumpDNS + "\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
+		}, "-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-D OUTPUT " + jumpDNS +
+			"\n-I OUTPUT 1 -p tcp -j SERVICE_PROXY_OUTPUT\n"},
 		{"nothing any more", Ruleset{family: IPv4}, same,
 			":SERVICE_PROXY_OUTPUT - [0:0]\n:SERVICE_PROXY_REDIRECT - [0:0]\n:SERVICE_PROXY_SERVICE_CIDRS - [0:0]\n:SERVICE_PROXY_SERVICE_PORTS - [0:0]\n" +
 				"-D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT\n-X SERVICE_PROXY_OUTPUT\n-X SERVICE_PROXY_REDIRECT\n-X SERVICE_PROXY_SERVICE_CIDRS\n-X SERVICE_PROXY_SERVICE_PORTS\n"},
 	}...)
 	for _, test := range tests {
-		got := strings.TrimSuffix(strings.TrimPrefix(NewPlan(test.want, test.have(table)).String(), "*nat\n"), "COMMIT\n")
+		got := strings.TrimSuffix(
+			strings.TrimPrefix(NewPlan(test.want, test.have(table)).String(), "*nat\n"), "COMMIT\n")
 		if got != test.plan {
 			t.Errorf("%s: got\n%s\nwant\n%s", test.name, got, test.plan)
 		}
@@ -200,8 +206,10 @@ func TestPlanNamesWhatItTouches(t *testing.T) {
 		{"all out", want, Ruleset{family: IPv4}, []string{builtinOutput, chainOutput, chainRedirect, chainServiceCIDRs, chainServicePorts}, 9},
 	} {
 		plan := NewPlan(test.want, changed(t, test.from))
-		if !slices.Equal(plan.Chains(), test.chains) || plan.Len() != test.lines || plan.Empty() != (test.lines == 0) || plan.Family() != IPv4 {
-			t.Errorf("%s: chains %q, %d lines, %s:\n%s", test.name, plan.Chains(), plan.Len(), plan.Family(), plan)
+		if !slices.Equal(plan.Chains(), test.chains) || plan.Len() != test.lines ||
+			plan.Empty() != (test.lines == 0) || plan.Family() != IPv4 {
+			t.Errorf("%s: chains %q, %d lines, %s:\n%s", test.name, plan.Chains(), plan.Len(),
+				plan.Family(), plan)
 		}
 	}
 	// Where nothing is wanted, not even a family, it is that of what is there.
@@ -213,7 +221,8 @@ func TestPlanNamesWhatItTouches(t *testing.T) {
 // On legacy many new chains are made before the plan that fills them. Nothing leads to them until
 // it is done.
 func TestNewChainsAreMadeFirst(t *testing.T) {
-	few, many := serviceSet(IPv4, randomPrefixes(IPv4, 1000, 1)), serviceSet(IPv4, randomPrefixes(IPv4, 10000, 1))
+	few, many := serviceSet(IPv4, randomPrefixes(IPv4, 1000, 1)),
+		serviceSet(IPv4, randomPrefixes(IPv4, 10000, 1))
 	before := changed(t, few)
 	chains := NewPlan(many, before).newChains()
 	var want []string
@@ -225,7 +234,8 @@ func TestNewChainsAreMadeFirst(t *testing.T) {
 	if len(want) < manyChains || !slices.Equal(chains.lines, want) || chains.Family() != IPv4 {
 		t.Errorf("%s:\n%s", chains.Family(), chains)
 	}
-	if chains := NewPlan(serviceSet(IPv4, nil), changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")))).newChains(); !chains.Empty() {
+	if chains := NewPlan(serviceSet(IPv4, nil),
+		changed(t, serviceSet(IPv4, prefixes("10.0.0.1/32")))).newChains(); !chains.Empty() {
 		t.Errorf("no new chains:\n%s", chains)
 	}
 	for f, backend := range map[Family]string{IPv4: Legacy, IPv6: NFT} {
@@ -241,7 +251,8 @@ func TestNewChainsAreMadeFirst(t *testing.T) {
 		if err != nil || len(result.Drift) > 0 || !holds(m, backend, f).Equal(want) {
 			t.Fatalf("%s: %v %v", backend, err, result.Drift)
 		}
-		if first := strings.Contains(payloads[0], "\n-"); first != (backend == NFT) || (len(payloads) == 1) != (backend == NFT) {
+		if first := strings.Contains(payloads[0], "\n-"); first != (backend == NFT) ||
+			(len(payloads) == 1) != (backend == NFT) {
 			t.Errorf("%s: %d restores, the first with rules: %v", backend, len(payloads), first)
 		}
 	}
@@ -249,7 +260,8 @@ func TestNewChainsAreMadeFirst(t *testing.T) {
 
 // seeds are saves as iptables printed them, foreign ones, and pieces of them.
 func seeds(f *testing.F) {
-	for _, pattern := range []string{"testdata/foreign/*.save", "testdata/golden/*-ipv4.save", "testdata/real/*.save"} {
+	for _, pattern := range []string{"testdata/foreign/*.save", "testdata/golden/*-ipv4.save",
+		"testdata/real/*.save"} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
 			f.Fatal(pattern, files, err)
@@ -263,8 +275,12 @@ func seeds(f *testing.F) {
 			f.Add(text[:len(text)/2])
 		}
 	}
-	f.Add([]byte("*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m addrtype [unsupported revision] -j SERVICE_PROXY_OUTPUT\n-A\n:\n-A  x\n-A OUTPUT -j\nCOMMIT\n"))
-	f.Add([]byte("*nat\n-A FOREIGN -j SERVICE_PROXY_DNS\n:SERVICE_PROXY_DNS -\n-A POSTROUTING -g SERVICE_PROXY_INBOUND\n-A SERVICE_PROXY_INBOUND -j SERVICE_PROXY_DNS\nCOMMIT\n"))
+	f.Add(
+		[]byte(
+			"*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -m addrtype [unsupported revision] -j SERVICE_PROXY_OUTPUT\n-A\n:\n-A  x\n-A OUTPUT -j\nCOMMIT\n"))
+	f.Add(
+		[]byte(
+			"*nat\n-A FOREIGN -j SERVICE_PROXY_DNS\n:SERVICE_PROXY_DNS -\n-A POSTROUTING -g SERVICE_PROXY_INBOUND\n-A SERVICE_PROXY_INBOUND -j SERVICE_PROXY_DNS\nCOMMIT\n"))
 }
 
 func FuzzParse(f *testing.F) {
@@ -298,7 +314,8 @@ func FuzzParse(f *testing.F) {
 
 func FuzzPlan(f *testing.F) {
 	seeds(f)
-	wanted := []Ruleset{sampleRuleset(), {family: IPv4}, serviceSet(IPv4, randomPrefixes(IPv4, 300, 1))}
+	wanted := []Ruleset{
+		sampleRuleset(), {family: IPv4}, serviceSet(IPv4, randomPrefixes(IPv4, 300, 1))}
 	f.Fuzz(func(t *testing.T, save []byte) {
 		table, err := Parse(IPv4, save)
 		if err != nil {

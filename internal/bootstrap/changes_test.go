@@ -163,7 +163,8 @@ func TestSourceChange(t *testing.T) {
 				_, err := os.Lstat(b.path(restartFile))
 				restart = err == nil
 			}
-			if have := strings.TrimPrefix(read(t, b.path(EnvoyBinary)), string(header)); have != tt.installed || restart != tt.restart {
+			if have := strings.TrimPrefix(read(t, b.path(EnvoyBinary)),
+				string(header)); have != tt.installed || restart != tt.restart {
 				t.Errorf("Envoy %s is there, restart: %v; want %s, %v", have, restart, tt.installed, tt.restart)
 			}
 		})

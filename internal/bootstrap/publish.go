@@ -41,7 +41,7 @@ func (p *publisher) publish(state progress.State, unread bool) {
 		p.writer, p.cancel, p.ended = guestattr.New(opts), cancel, make(chan struct{})
 		go func() {
 			defer close(p.ended)
-			p.writer.Run(ctx)
+			_ = p.writer.Run(ctx) // ends with ctx, which is no error
 		}()
 	}
 	p.writer.Set(guestattr.BootstrapStatus, state.Status)

@@ -53,7 +53,8 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) error {
 	deadline := time.Now().Add(limit)
 	for {
-		conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", attribute.EnvoyAdminPort), time.Second)
+		conn, err := net.DialTimeout("tcp", fmt.Sprintf("127.0.0.1:%d", attribute.EnvoyAdminPort),
+			time.Second)
 		if err == nil {
 			conn.Close()
 			return nil

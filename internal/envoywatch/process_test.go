@@ -285,8 +285,8 @@ func TestWarming(t *testing.T) {
 }
 
 // TestHalfWarm: the first set of an Envoy whose other listeners are warming does not count, though
-// Envoy had told meanwhile that it is configured, and however late its control plane came: the rules
-// of the services behind the others would go.
+// Envoy had told meanwhile that it is configured, and however late its control plane came: the
+// rules of the services behind the others would go.
 func TestHalfWarm(t *testing.T) {
 	w := watch(t, running())
 	w.step()

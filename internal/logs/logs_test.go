@@ -85,7 +85,8 @@ func TestRotateAccessLog(t *testing.T) {
 		if err := rotateAccessLog(root, name, 100); err != nil {
 			t.Fatal(err)
 		}
-		if have, old := read(t, filepath.Join(root, name)), read(t, filepath.Join(root, name+".1")); have != "" || old != big {
+		if have, old := read(t, filepath.Join(root, name)),
+			read(t, filepath.Join(root, name+".1")); have != "" || old != big {
 			t.Errorf("%s: %d bytes, and %d in the copy", name, len(have), len(old))
 		}
 

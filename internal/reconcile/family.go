@@ -94,7 +94,8 @@ type standing struct {
 // New is a family of which nothing is known yet.
 func New(f iptables.Family, k Kernel, flows Flows, log *zap.Logger) *Family {
 	return &Family{
-		family: f, kernel: k, log: log, clock: time.Now, paths: paths{flows: flows, log: log},
+		family: f, kernel: k, log: log, paths: paths{flows: flows, log: log},
+		clock: time.Now, //nolint:forbidigo // it times commands, and decides nothing
 	}
 }
 
@@ -271,7 +272,7 @@ func (f *Family) usable(ctx context.Context, now time.Time) bool {
 	first := f.usability.when.IsZero()
 	f.usability.when = now
 	if !first {
-		f.kernel.Probe(ctx, f.family) // Families has what came of it
+		_ = f.kernel.Probe(ctx, f.family) // Families has what came of it
 	}
 	for _, s := range f.kernel.Families() {
 		if s.Family == f.family {

@@ -66,7 +66,7 @@ type Sources struct {
 // Metrics is the state behind /metrics. Make it with [NewMetrics]. A scrape sees whole passes only,
 // and never waits for one.
 //
-//	m := report.NewMetrics(report.Sources{Version: version, GuestAttributes: attrs.State, Serial: serial.State})
+//	m := report.NewMetrics(report.Sources{Version: version, Serial: serial.State})
 //	m.Pass(status, report.Pass{Duration: took, DumpReads: 1, …})
 //	public.Metrics = m.Handler()
 type Metrics struct {
@@ -98,7 +98,8 @@ func NewMetrics(s Sources) *Metrics {
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: Prefix + "pass_duration_seconds",
 			Help: "How long a pass of the loop took, from observing to reporting.",
-			// An idle pass takes under a millisecond; one that writes 10,000 rules some seconds; the time limits end it at about a minute.
+			// An idle pass takes under a millisecond; one that writes 10,000 rules some seconds; the time
+			// limits end it at about a minute.
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 		}),
 		registry: prometheus.NewRegistry(),
@@ -112,14 +113,16 @@ func NewMetrics(s Sources) *Metrics {
 	for _, source := range ErrorSources {
 		m.errors[source] = 0
 	}
-	m.registry.MustRegister(m, collectors.NewProcessCollector(collectors.ProcessCollectorOpts{Namespace: strings.TrimSuffix(Prefix, "_")}))
+	m.registry.MustRegister(m, collectors.NewProcessCollector(
+		collectors.ProcessCollectorOpts{Namespace: strings.TrimSuffix(Prefix, "_")}))
 	prometheus.WrapRegistererWithPrefix(Prefix, m.registry).MustRegister(collectors.NewGoCollector())
 	return m
 }
 
 // Handler serves the metrics.
 func (m *Metrics) Handler() http.Handler {
-	// ContinueOnError: a collector that fails must not hide the others. More than four scrapes at once are answered 503.
+	// ContinueOnError: a collector that fails must not hide the others. More than four scrapes at
+	// once are answered 503.
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
 		ErrorHandling: promhttp.ContinueOnError, MaxRequestsInFlight: 4, Timeout: 10 * time.Second,
 	})
@@ -159,13 +162,16 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	buildInfo = desc("build_info", "Version and commit of this program, and of Go; always 1.", "version", "commit", "goversion")
+	buildInfo = desc("build_info", "Version and commit of this program, and of Go; always 1.",
+		"version", "commit", "goversion")
 	passes    = desc("passes_total", "Passes of the loop that ran to their end, whatever they found.")
-	heartbeat = desc("heartbeat_timestamp_seconds", "When the last pass ended, in Unix time; older than five minutes means stuck.")
-	ready     = desc("ready", "1 when /healthz/ready answers 200.")
-	mode      = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
-	finding   = desc("finding", "How many of a finding stand now; absent when none.", "id", "severity")
-	refused   = desc("refused_entries", "Entries of Envoy's listeners that are left out because they never may be intercepted.")
+	heartbeat = desc("heartbeat_timestamp_seconds",
+		"When the last pass ended, in Unix time; older than five minutes means stuck.")
+	ready   = desc("ready", "1 when /healthz/ready answers 200.")
+	mode    = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
+	finding = desc("finding", "How many of a finding stand now; absent when none.", "id", "severity")
+	refused = desc("refused_entries",
+		"Entries of Envoy's listeners that are left out because they never may be intercepted.")
 	errorsMet = desc("errors_total", "Errors that passes met, by what was asked.", "source")
 
 	envoyState     = desc("envoy_state", "1 for the state Envoy is in, 0 for the others.", "state")
@@ -173,26 +179,36 @@ var (
 	envoyListeners = desc("envoy_listeners", "Listeners that Envoy has.")
 	envoyRejected  = desc("envoy_rejected_listeners", "Listeners whose last update Envoy rejected.")
 	envoyDumps     = desc("envoy_dump_reads_total", "Full dumps read from Envoy's admin port.")
-	untrusted      = desc("envoy_untrusted_answers_total", "Answers on Envoy's admin port that were not believed, because another user's process gave them.")
+	untrusted      = desc("envoy_untrusted_answers_total",
+		"Answers on Envoy's admin port that were not believed, because another user's process gave them.")
 
-	usable       = desc("family_usable", "1 when this machine can intercept the family.", "family")
-	inSync       = desc("in_sync", "1 when the kernel has the rules it should have.", "family")
-	jumps        = desc("jumps", "1 when jumps lead traffic to Envoy.", "family")
-	rules        = desc("rules", "Rules of ours in the kernel.", "family")
-	services     = desc("service_prefixes", "Address prefixes of services that are intercepted.", "family")
-	servicePorts = desc("service_ports", "Ports of services without an address that are intercepted.", "family")
-	applies      = desc("applies_total", "Transactions of iptables-restore, by outcome.", "family", "outcome")
-	written      = desc("rules_written_total", "Rules added, changed or removed.", "family")
-	drift        = desc("drift_repaired_total", "Changes others made to our rules that were put right, by kind.", "kind")
+	usable   = desc("family_usable", "1 when this machine can intercept the family.", "family")
+	inSync   = desc("in_sync", "1 when the kernel has the rules it should have.", "family")
+	jumps    = desc("jumps", "1 when jumps lead traffic to Envoy.", "family")
+	rules    = desc("rules", "Rules of ours in the kernel.", "family")
+	services = desc("service_prefixes", "Address prefixes of services that are intercepted.",
+		"family")
+	servicePorts = desc("service_ports", "Ports of services without an address that are intercepted.",
+		"family")
+	applies = desc("applies_total", "Transactions of iptables-restore, by outcome.",
+		"family", "outcome")
+	written = desc("rules_written_total", "Rules added, changed or removed.", "family")
+	drift   = desc("drift_repaired_total",
+		"Changes others made to our rules that were put right, by kind.", "kind")
 
-	guestEnabled    = desc("guest_attributes_enabled", "0 when the VM refuses guest attributes.")
-	guestUp         = desc("guest_attributes_up", "1 when the last query of guest attributes succeeded.")
-	guestPending    = desc("guest_attributes_pending", "Values that wait to be written.")
-	guestWrites     = desc("guest_attributes_writes_total", "Guest attributes written.")
-	guestReads      = desc("guest_attributes_reads_total", "Guest attributes read back.")
-	guestFailures   = desc("guest_attributes_failures_total", "Queries of guest attributes that failed.")
-	guestSuperseded = desc("guest_attributes_superseded_total", "Values replaced by a newer one before they were written, as most heartbeats are: nothing is lost by it.")
-	guestRepaired   = desc("guest_attributes_repaired_total", "Values found lost, or changed by others, and written again.", "kind")
+	guestEnabled = desc("guest_attributes_enabled", "0 when the VM refuses guest attributes.")
+	guestUp      = desc("guest_attributes_up",
+		"1 when the last query of guest attributes succeeded.")
+	guestPending  = desc("guest_attributes_pending", "Values that wait to be written.")
+	guestWrites   = desc("guest_attributes_writes_total", "Guest attributes written.")
+	guestReads    = desc("guest_attributes_reads_total", "Guest attributes read back.")
+	guestFailures = desc("guest_attributes_failures_total",
+		"Queries of guest attributes that failed.")
+	guestSuperseded = desc("guest_attributes_superseded_total",
+		"Values replaced by a newer one before they were written, as most heartbeats are: nothing is "+
+			"lost by it.")
+	guestRepaired = desc("guest_attributes_repaired_total",
+		"Values found lost, or changed by others, and written again.", "kind")
 
 	serialUp      = desc("serial_up", "1 when the serial port is open and takes lines.")
 	serialLines   = desc("serial_lines_total", "Lines written to the serial port.")
@@ -202,7 +218,8 @@ var (
 		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet,
 		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, untrusted,
 		usable, inSync, jumps, rules, services, servicePorts, applies, written, drift,
-		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestSuperseded, guestRepaired,
+		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestSuperseded,
+		guestRepaired,
 		serialUp, serialLines, serialDropped,
 	}
 )
@@ -215,7 +232,8 @@ func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
 	}
 }
 
-// Collect is a method of [prometheus.Collector]. What stands after a pass is left out before the first.
+// Collect is a method of [prometheus.Collector]. What stands after a pass is left
+// out before the first.
 func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	// A copy first: to may be read slowly, and Pass must not wait for that.
 	var out []prometheus.Metric
@@ -316,7 +334,8 @@ func (m *Metrics) stands(gauge, counter func(*prometheus.Desc, float64, ...strin
 	}
 }
 
-// clean makes a label value valid: a byte that is no UTF-8, in a version Envoy tells, must not cost the whole scrape.
+// clean makes a label value valid: a byte that is no UTF-8, in a version Envoy tells, must not
+// cost the whole scrape.
 func clean(s string) string { return guestattr.OneLine(s, 200) }
 
 func one(b bool) float64 {

@@ -25,9 +25,12 @@ func sources() Sources {
 	return Sources{
 		Version: "1.2.3", Commit: "0123abc",
 		GuestAttributes: func() guestattr.State {
-			return guestattr.State{Enabled: true, LastError: "503", Pending: 1, Writes: 20, Reads: 4, Failures: 3, Superseded: 90, Lost: 2, Changed: 1}
+			return guestattr.State{Enabled: true, LastError: "503", Pending: 1, Writes: 20, Reads: 4,
+				Failures: 3, Superseded: 90, Lost: 2, Changed: 1}
 		},
-		Serial: func() SerialState { return SerialState{Path: "/dev/ttyS0", Open: true, Lines: 12, Dropped: 5} },
+		Serial: func() SerialState {
+			return SerialState{Path: "/dev/ttyS0", Open: true, Lines: 12, Dropped: 5}
+		},
 	}
 }
 
@@ -74,13 +77,15 @@ func twoPasses() [2]pass {
 		},
 		Pass{
 			Duration: 400 * time.Microsecond, EnvoyVersion: "1.40.0", Refused: 3,
-			Writes: map[string]Writes{"IPv4": {Applies: map[string]int{"applied": 1, "refused": 1}, Rules: 116}},
+			Writes: map[string]Writes{
+				"IPv4": {Applies: map[string]int{"applied": 1, "refused": 1}, Rules: 116}},
 		},
 	}
 	return [2]pass{first, second}
 }
 
-// TestMetricsGolden holds a whole scrape, without the runtime's own metrics, against testdata/metrics.golden.
+// TestMetricsGolden holds a whole scrape, without the runtime's own metrics, against
+// testdata/metrics.golden.
 func TestMetricsGolden(t *testing.T) {
 	m := NewMetrics(sources())
 	for _, p := range twoPasses() {
@@ -115,7 +120,8 @@ func TestMetricsLint(t *testing.T) {
 	}
 }
 
-// TestMetricsScrape is a scrape over HTTP: everything has the prefix, and the first one before any pass works.
+// TestMetricsScrape is a scrape over HTTP: everything has the prefix, and the first one
+// before any pass works.
 func TestMetricsScrape(t *testing.T) {
 	m := NewMetrics(Sources{Version: "1.2.3"})
 	s := httptest.NewServer(m.Handler())
@@ -144,7 +150,8 @@ func TestMetricsScrape(t *testing.T) {
 	}
 }
 
-// TestMetricsGuestAttributes: a VM that refuses guest attributes is told from one whose metadata server fails.
+// TestMetricsGuestAttributes: a VM that refuses guest attributes is told from one whose
+// metadata server fails.
 func TestMetricsGuestAttributes(t *testing.T) {
 	for _, tt := range []struct {
 		state       guestattr.State
@@ -158,7 +165,8 @@ func TestMetricsGuestAttributes(t *testing.T) {
 		s := httptest.NewServer(m.Handler())
 		body := scrape(t, s.URL)
 		s.Close()
-		for name, want := range map[string]string{"guest_attributes_enabled": tt.enabled, "guest_attributes_up": tt.up} {
+		for name, want := range map[string]string{"guest_attributes_enabled": tt.enabled,
+			"guest_attributes_up": tt.up} {
 			if !strings.Contains(body, "\n"+Prefix+name+" "+want+"\n") {
 				t.Errorf("%+v: no %s %s", tt.state, name, want)
 			}
@@ -193,7 +201,8 @@ func scrape(t *testing.T, url string) string {
 func TestMetricsOddText(t *testing.T) {
 	m := NewMetrics(Sources{Version: "1\xff"})
 	m.Pass(status.Status{Mode: "?", Envoy: status.Envoy{State: "odd"}},
-		Pass{EnvoyVersion: "1.40\xfe\n" + strings.Repeat("x", 5000), Errors: map[string]int{"\xfd": 1, "\xfe": 1}})
+		Pass{EnvoyVersion: "1.40\xfe\n" + strings.Repeat("x", 5000), Errors: map[string]int{
+			"\xfd": 1, "\xfe": 1}})
 	s := httptest.NewServer(m.Handler())
 	defer s.Close()
 	body := scrape(t, s.URL)
@@ -205,7 +214,8 @@ func TestMetricsOddText(t *testing.T) {
 	}
 }
 
-// TestMetricsRaces scrapes while passes are reported, for the race detector, and checks that a scrape sees whole passes.
+// TestMetricsRaces scrapes while passes are reported, for the race detector, and checks that a
+// scrape sees whole passes.
 func TestMetricsRaces(t *testing.T) {
 	m := NewMetrics(sources())
 	r := prometheus.NewRegistry()

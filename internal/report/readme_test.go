@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestReadmeTable: the words and the metrics of the README's table are the program's. docs/symptoms.md
-// is made of its words, and metrics.golden of its metrics.
+// TestReadmeTable: the words and the metrics of the README's table are the program's.
+// docs/symptoms.md is made of its words, and metrics.golden of its metrics.
 func TestReadmeTable(t *testing.T) {
 	read := func(path string) string {
 		t.Helper()
@@ -28,7 +28,8 @@ func TestReadmeTable(t *testing.T) {
 	words, series := 0, 0
 	for line := range strings.Lines(table) {
 		cells := strings.Split(line, "|")
-		if len(cells) != 7 || strings.HasPrefix(line, "|-") || strings.HasPrefix(cells[1], " what fails") {
+		if len(cells) != 7 || strings.HasPrefix(line, "|-") ||
+			strings.HasPrefix(cells[1], " what fails") {
 			continue
 		}
 		for _, m := range quoted.FindAllStringSubmatch(cells[3], -1) {
@@ -47,7 +48,8 @@ func TestReadmeTable(t *testing.T) {
 			if id := regexp.MustCompile(`^id="([^"]+)"}$`).FindStringSubmatch(labels); id != nil {
 				name = id[1]
 			}
-			if !strings.Contains(metrics, "\n# HELP "+Prefix+name+" ") && !strings.Contains(symptoms, "| `"+name+"` |") {
+			if !strings.Contains(metrics, "\n# HELP "+Prefix+name+" ") &&
+				!strings.Contains(symptoms, "| `"+name+"` |") {
 				t.Errorf("%s: neither a metric nor the ID of a finding: %q", cells[1], m[1])
 			}
 		}

@@ -33,14 +33,15 @@ const (
 	blockedFrom = 5 * time.Second
 )
 
-// Serial writes lines to serial port 1, which `gcloud compute instances get-serial-port-output` shows even when the VM's network is
-// broken. Make it with [NewSerial]. The format has a version, after the slash, that changes when a line that was understood before would
-// no longer be:
+// Serial writes lines to serial port 1, which `gcloud compute instances get-serial-port-output`
+// shows even when the VM's network is broken. Make it with [NewSerial]. The format has a version,
+// after the slash, that changes when a line that was understood before would no longer be:
 //
 //	2006-01-02T15:04:05.0000Z service-proxy-agent/1 SEVERITY: message
 //
-// in UTC, with a message of one line. A port nobody drains blocks, so writes wait in Run alone; a line more than 64 waiting drops the
-// oldest, and the port is told how many were dropped once it takes lines again. A missing device is looked for again, at most each 30 s.
+// in UTC, with a message of one line. A port nobody drains blocks, so writes wait in Run alone; a
+// line more than 64 waiting drops the oldest, and the port is told how many were dropped once it
+// takes lines again. A missing device is looked for again, at most each 30 s.
 type Serial struct {
 	path string
 	wake chan struct{} // one slot
@@ -54,20 +55,23 @@ type Serial struct {
 
 // SerialState is how the port does. Counts are since [NewSerial].
 type SerialState struct {
-	Path      string `json:"path"` // empty: off
-	Open      bool   `json:"open"`
-	Blocked   bool   `json:"blocked,omitempty"`    // a line has been waiting for the device for five seconds
+	Path string `json:"path"` // empty: off
+	Open bool   `json:"open"`
+	// a line has been waiting for the device for five seconds
+	Blocked   bool   `json:"blocked,omitempty"`
 	LastError string `json:"last_error,omitempty"` // why it is not open
 	Lines     uint64 `json:"lines"`                // written
 	Dropped   uint64 `json:"dropped"`              // lines that found the queue full for too long
 }
 
-// NewSerial returns a Serial for the device at path; with an empty path nothing is ever written. The device is opened by [Serial.Run].
+// NewSerial returns a Serial for the device at path; with an empty path nothing is ever written.
+// The device is opened by [Serial.Run].
 func NewSerial(path string) *Serial {
 	return &Serial{path: path, wake: make(chan struct{}, 1), state: SerialState{Path: path}}
 }
 
-// Say queues one line and never blocks. Line breaks in message become spaces, and what is longer than 1024 bytes is cut.
+// Say queues one line and never blocks. Line breaks in message become spaces, and what is longer
+// than 1024 bytes is cut.
 func (s *Serial) Say(severity Severity, message string) {
 	if s.path == "" {
 		return
@@ -95,8 +99,8 @@ func (s *Serial) State() SerialState {
 	return st
 }
 
-// Run writes what is said until ctx ends, which also ends a write that is blocked, and returns nil then. What is queued at the end gets
-// through only if the device takes it at once.
+// Run writes what is said until ctx ends, which also ends a write that is blocked, and returns nil
+// then. What is queued at the end gets through only if the device takes it at once.
 func (s *Serial) Run(ctx context.Context) error {
 	if s.path == "" {
 		<-ctx.Done()
@@ -126,15 +130,18 @@ func (s *Serial) Run(ctx context.Context) error {
 
 // session opens the device and writes until that fails or ctx ends.
 func (s *Serial) session(ctx context.Context) error {
-	// O_NONBLOCK: opening a port without carrier would wait for one. Writes wait in Go's poller, where a deadline can end them.
-	// O_NOCTTY: else the port may become this process's terminal, and its hang-up our SIGHUP. No O_CREATE: a device that is missing
-	// must not become a file.
-	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	// O_NONBLOCK: opening a port without carrier would wait for one. Writes wait in Go's poller, where
+	// a deadline can end them. O_NOCTTY: else the port may become this process's terminal, and its
+	// hang-up our SIGHUP. No O_CREATE: a device that is missing must not become a file.
+	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC,
+		0)
 	if err != nil {
 		return fmt.Errorf("open serial port: %w", err)
 	}
 	defer f.Close()
-	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)) })
+	stop := context.AfterFunc(ctx, func() {
+		_ = f.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	})
 	defer stop()
 	s.mu.Lock()
 	s.state.Open, s.state.LastError = true, ""
@@ -168,7 +175,8 @@ func (s *Serial) next() (line string, ok bool) {
 	case len(s.queue) == 0:
 		return "", false
 	case s.missed > 0:
-		line = formatLine(time.Now(), Warning, fmt.Sprintf("%d lines dropped: the serial port did not take them", s.missed))
+		line = formatLine(time.Now(), Warning,
+			fmt.Sprintf("%d lines dropped: the serial port did not take them", s.missed))
 		s.missed = 0
 	default:
 		line = s.queue[0]
@@ -187,7 +195,8 @@ func (s *Serial) wrote(line string, err error) {
 		s.state.Lines++
 		return
 	}
-	// The device is gone, perhaps with the beginning. The next one gets the line whole, if the queue has room.
+	// The device is gone, perhaps with the beginning. The next one gets the line whole,
+	// if the queue has room.
 	if len(s.queue) < maxQueue {
 		s.queue = slices.Insert(s.queue, 0, line)
 	} else {
@@ -202,6 +211,7 @@ func (s *Serial) drop(n uint64) {
 
 func formatLine(now time.Time, severity Severity, message string) string {
 	// The fixed four digits are what Google's agents write.
-	return now.UTC().Format("2006-01-02T15:04:05.0000Z") + " service-proxy-agent/1 " + string(cmp.Or(severity, Info)) + ": " +
+	return now.UTC().Format("2006-01-02T15:04:05.0000Z") + " service-proxy-agent/1 " +
+		string(cmp.Or(severity, Info)) + ": " +
 		guestattr.OneLine(message, maxLine) + "\n"
 }

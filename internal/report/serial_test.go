@@ -21,7 +21,8 @@ var update = flag.Bool("update", false, "write the golden files")
 func TestSerialFormat(t *testing.T) {
 	at := time.Date(2026, 11, 21, 12, 0, 1, 234_560_000, time.FixedZone("CET", 3600))
 	got := formatLine(at, Info, "Envoy 1.40.0 is live") +
-		formatLine(at, Error, "Cannot reach the Traffic Director API server: look up\ntrafficdirector.googleapis.com: no such host") +
+		formatLine(at, Error,
+			"Cannot reach the Traffic Director API server: look up\ntrafficdirector.googleapis.com: no such host") +
 		formatLine(at, Warning, "guest attributes are disabled: set enable-guest-attributes=TRUE") +
 		formatLine(at, "", "no severity\x1b[2J") +
 		formatLine(at, Error, strings.Repeat("ü", 600))
@@ -45,7 +46,8 @@ func checkGolden(t *testing.T, name, got string) {
 	}
 }
 
-// openPTY returns the master of a new pseudo terminal and the path of its slave, which stands for /dev/ttyS0.
+// openPTY returns the master of a new pseudo terminal and the path of its slave, which
+// stands for /dev/ttyS0.
 func openPTY(t *testing.T) (master *os.File, slave string) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
@@ -70,7 +72,8 @@ func openPTY(t *testing.T) (master *os.File, slave string) {
 	return master, fmt.Sprintf("/dev/pts/%d", n)
 }
 
-// run starts s and returns what stops it; it fails the test when Run does not end within two seconds.
+// run starts s and returns what stops it; it fails the test when Run does not
+// end within two seconds.
 func run(t *testing.T, s *Serial) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -120,7 +123,8 @@ func TestSerialPTY(t *testing.T) {
 	s.Say(Info, "said before Run")
 	stop := run(t, s)
 	r := bufio.NewReader(master)
-	want := regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{4}Z service-proxy-agent/1 INFO: said before Run$`)
+	want := regexp.MustCompile(
+		`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{4}Z service-proxy-agent/1 INFO: said before Run$`)
 	if l := readLine(t, master, r); !want.MatchString(l) {
 		t.Errorf("read %q", l)
 	}
@@ -135,8 +139,8 @@ func TestSerialPTY(t *testing.T) {
 	stop()
 }
 
-// TestSerialBlocked has nobody read the port: Say goes on at once, the oldest lines are dropped and counted, the newest get through
-// whole once somebody reads.
+// TestSerialBlocked has nobody read the port: Say goes on at once, the oldest lines are dropped and
+// counted, the newest get through whole once somebody reads.
 func TestSerialBlocked(t *testing.T) {
 	master, slave := openPTY(t)
 	s := NewSerial(slave)
@@ -152,7 +156,8 @@ func TestSerialBlocked(t *testing.T) {
 	eventually(t, "drops", func() bool { return s.State().Dropped > 0 })
 
 	r := bufio.NewReader(master)
-	whole := regexp.MustCompile(`^\S+Z service-proxy-agent/1 (INFO: line (\d+) x{500}|WARNING: (\d+) lines dropped: the serial port did not take them)$`)
+	whole := regexp.MustCompile(
+		`^\S+Z service-proxy-agent/1 (INFO: line (\d+) x{500}|WARNING: (\d+) lines dropped: the serial port did not take them)$`)
 	last, got, dropped := -1, 0, 0
 	for last != lines-1 {
 		l := readLine(t, master, r)
@@ -181,7 +186,8 @@ func TestSerialBlocked(t *testing.T) {
 	}
 }
 
-// TestSerialStopBlocked: a port that takes nothing does not hold up the end (run fails the test if it does).
+// TestSerialStopBlocked: a port that takes nothing does not hold up the end (run fails
+// the test if it does).
 func TestSerialStopBlocked(t *testing.T) {
 	_, slave := openPTY(t)
 	s := NewSerial(slave)

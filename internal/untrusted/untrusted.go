@@ -128,8 +128,8 @@ func openRegular(name string, flags int) (*os.File, error) {
 }
 
 // Open opens a file to read in a folder of another user, who may have put anything there: a link,
-// or a second name of a file that is not theirs, is not followed. A file without a name was replaced
-// just now; who opens another's file by a second name cannot take the first away.
+// or a second name of a file that is not theirs, is not followed. A file without a name was
+// replaced just now; who opens another's file by a second name cannot take the first away.
 func Open(name string) (*os.File, error) {
 	f, err := openRegular(name, unix.O_NOFOLLOW)
 	if err != nil {

@@ -28,7 +28,8 @@ var builtins = []string{"PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"}
 
 // targets are those that are no chain.
 var targets = []string{
-	"", "ACCEPT", "DROP", "RETURN", "REDIRECT", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "LOG", "MARK", "CONNMARK",
+	"", "ACCEPT", "DROP", "RETURN", "REDIRECT", "DNAT", "SNAT", "MASQUERADE", "NETMAP", "LOG",
+	"MARK", "CONNMARK",
 }
 
 // NAT is one nat table. The zero NAT is one that nobody has used.
@@ -106,8 +107,9 @@ func (n *NAT) Restore(payload string, refuse func(rule string) bool) error {
 		return &LineError{Line: len(lines) + 1, Why: "COMMIT expected"}
 	}
 	for i, line := range lines[1 : commit-1] {
-		why, late := now.line(line)
-		if why == "" && refuse != nil && (strings.HasPrefix(line, "-A ") || strings.HasPrefix(line, "-I ")) && refuse(line) {
+		why, late := now.line(line), false
+		if why == "" && refuse != nil &&
+			(strings.HasPrefix(line, "-A ") || strings.HasPrefix(line, "-I ")) && refuse(line) {
 			why, late = "RULE_APPEND failed (Invalid argument): rule in chain "+strings.Fields(line)[1], true
 		}
 		if why != "" {
@@ -126,40 +128,40 @@ const (
 )
 
 // line does one line of a payload and says why it cannot.
-func (n *NAT) line(line string) (why string, late bool) {
+func (n *NAT) line(line string) (why string) {
 	if line == "" || strings.HasPrefix(line, "#") {
-		return "", false
+		return ""
 	}
 	if name, ok := strings.CutPrefix(line, ":"); ok {
 		name, _, _ = strings.Cut(name, " ")
 		if isBuiltin(name) {
-			return "", false // sets the policy and leaves the rules
+			return "" // sets the policy and leaves the rules
 		}
 		n.chains[name] = nil // a chain that is there is emptied
-		return "", false
+		return ""
 	}
 	command, rest, _ := strings.Cut(line, " ")
 	name, spec, _ := strings.Cut(rest, " ")
 	rules, ok := n.chains[name]
 	if !ok {
-		return noChain, false
+		return noChain
 	}
 	rules = slices.Clone(rules)
 	place := len(rules) + 1
 	switch command {
 	case "-X":
 		if len(rules) > 0 || isBuiltin(name) || n.leadsTo(name) {
-			return "CHAIN_DEL failed (Device or resource busy): chain " + name, false
+			return "CHAIN_DEL failed (Device or resource busy): chain " + name
 		}
 		delete(n.chains, name)
-		return "", false
+		return ""
 	case "-D":
 		i := slices.Index(rules, spec)
 		if i < 0 {
-			return noRule, false
+			return noRule
 		}
 		n.chains[name] = slices.Delete(rules, i, i+1)
-		return "", false
+		return ""
 	case "-I":
 		number, rest, _ := strings.Cut(spec, " ")
 		var err error
@@ -168,19 +170,19 @@ func (n *NAT) line(line string) (why string, late bool) {
 		}
 		spec = rest
 		if place < 1 || place > len(rules)+1 {
-			return tooBig, false
+			return tooBig
 		}
 	case "-A":
 	default:
-		return notKnown, false
+		return notKnown
 	}
 	if to := target(spec); !slices.Contains(targets, to) {
 		if _, ok := n.chains[to]; !ok || isBuiltin(to) {
-			return "Chain '" + to + "' does not exist", false
+			return "Chain '" + to + "' does not exist"
 		}
 	}
 	n.chains[name] = slices.Insert(rules, place-1, spec)
-	return "", false
+	return ""
 }
 
 func isBuiltin(name string) bool { return slices.Contains(builtins, name) }
@@ -259,7 +261,8 @@ func (m *Machine) key(program string) string {
 
 // Run is one of the programs: iptables, iptables-save, iptables-restore, ip6tables, ... with or
 // without a backend in its name and a folder before it.
-func (m *Machine) Run(program string, args []string, stdin string) (stdout, stderr string, exit int) {
+func (m *Machine) Run(program string, args []string,
+	stdin string) (stdout, stderr string, exit int) {
 	if m.Before != nil {
 		if stderr, exit := m.Before(program, args, stdin); exit != 0 {
 			return "", stderr, exit
@@ -293,7 +296,8 @@ func (m *Machine) Run(program string, args []string, stdin string) (stdout, stde
 	case !ok && legacy:
 		return "", name + ": " + noChain + "\n", 1
 	case !ok:
-		return "", fmt.Sprintf("%s %s: chain `%s' in table `nat' is incompatible, use 'nft' tool.\n", name, version, chain), 1
+		return "", fmt.Sprintf("%s %s: chain `%s' in table `nat' is incompatible, use 'nft' tool.\n",
+			name, version, chain), 1
 	case isBuiltin(chain):
 		stdout = "-P " + chain + " ACCEPT\n"
 	default:
@@ -305,7 +309,8 @@ func (m *Machine) Run(program string, args []string, stdin string) (stdout, stde
 	return stdout, "", 0
 }
 
-func (m *Machine) restore(n *NAT, name, version string, legacy bool, payload string) (stdout, stderr string, exit int) {
+func (m *Machine) restore(n *NAT, name, version string, legacy bool,
+	payload string) (stdout, stderr string, exit int) {
 	err := n.Restore(payload, m.Refuse)
 	var bad *LineError
 	if !errors.As(err, &bad) {
@@ -320,10 +325,12 @@ func (m *Machine) restore(n *NAT, name, version string, legacy bool, payload str
 	case strings.HasPrefix(bad.Why, "COMMIT"):
 		return "", fmt.Sprintf("%s: COMMIT expected at line %d\n", name, bad.Line), 1
 	case strings.HasPrefix(bad.Why, "Chain '") && legacy:
-		return "", fmt.Sprintf("%s %s: Couldn't load target `%s':No such file or directory\n\nError occurred at line: %d\n%s",
+		return "", fmt.Sprintf(
+			"%s %s: Couldn't load target `%s':No such file or directory\n\nError occurred at line: %d\n%s",
 			name, version, target(bad.Text), bad.Line, hint), 2
 	case strings.HasPrefix(bad.Why, "Chain '"):
-		return "", fmt.Sprintf("%s %s: %s\nError occurred at line: %d\n%s", name, version, bad.Why, bad.commit, hint), 2
+		return "", fmt.Sprintf("%s %s: %s\nError occurred at line: %d\n%s", name, version, bad.Why,
+			bad.commit, hint), 2
 	case legacy:
 		return "", fmt.Sprintf("%s: line %d failed\n", name, line), 1
 	case strings.Contains(bad.Why, " failed ("): // the kernel's own answer

@@ -39,7 +39,8 @@ const (
 )
 
 // Attribute is the gce-service-proxy attribute of a mesh's VM unless Options say otherwise.
-const Attribute = `{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081]}}`
+const Attribute = `{"api-version":"0.2","proxy-spec":{"network":""},` +
+	`"service":{"serving-ports":[8081]}}`
 
 // Options of a mesh.
 type Options struct {
