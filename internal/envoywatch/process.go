@@ -122,7 +122,7 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	if err := w.askState(ctx); err != nil {
 		return false, err
 	}
-	if w.process.state == "PRE_INITIALIZING" || w.process.state == "INITIALIZING" {
+	if initializes(w.process.state) {
 		return false, nil
 	}
 	// The first listeners of an Envoy come together, but one waits for its routes under
@@ -147,6 +147,9 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	w.process.stats.Asked(began, w.o.Now())
 	return err == nil && !b.LDS, err
 }
+
+// initializes says whether Envoy has yet to begin to serve.
+func initializes(state string) bool { return state == "PRE_INITIALIZING" || state == "INITIALIZING" }
 
 // hasDynamic says whether the set holds an active listener of the control plane's.
 func hasDynamic(s envoyadmin.Snapshot) bool {

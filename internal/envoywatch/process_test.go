@@ -321,3 +321,23 @@ func TestHalfWarm(t *testing.T) {
 		t.Errorf("all are ready: configured %v, generation %d", v.Configured, v.Generation)
 	}
 }
+
+// TestRestartOfBusyEnvoy: where looks take so long that the next is due in 20 s, an Envoy that
+// initializes again is looked at within a second.
+func TestRestartOfBusyEnvoy(t *testing.T) {
+	w := watch(t, running())
+	w.takes["look"] = 200 * time.Millisecond
+	for looked := false; !looked; looked = strings.Contains(w.questions(), "look") {
+		w.after(time.Second)
+	}
+	w.after(time.Second)
+	w.after(time.Second)
+	if asked := w.questions(); strings.Contains(asked, "look") {
+		t.Fatalf("it looks all the time: %s", asked)
+	}
+	w.restart()
+	w.after(time.Second)
+	if v := w.after(time.Second); v.Configured || v.State != "PRE_INITIALIZING" || v.Dumps != 2 {
+		t.Errorf("configured %v, state %s, %d dumps", v.Configured, v.State, v.Dumps)
+	}
+}

@@ -206,8 +206,12 @@ func (w *Watch) dump(ctx context.Context, began time.Time) {
 func (w *Watch) idle(ctx context.Context) (again bool) {
 	if w.o.Now().Sub(w.stateAt) >= stateEvery || w.process.state != live {
 		away := errors.Is(w.failed[stateQuestion], envoyadmin.ErrTimeout)
+		served := w.process.state == live
 		w.answered(stateQuestion, w.askState(ctx))
-		if away && w.failed[stateQuestion] == nil {
+		// One that initializes after it served is another: on a busy machine, where questions take
+		// long, the next look might come some ten seconds later.
+		restarted := served && initializes(w.process.state)
+		if w.failed[stateQuestion] == nil && (away || restarted) {
 			w.detector.Back(w.o.Now())
 		}
 		if s := w.process.untaken; s != nil && w.becomesConfigured(ctx, *s) {
