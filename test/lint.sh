@@ -31,6 +31,6 @@ dead() { # PACKAGE…
 }
 bad=$(dead -test -tags kernel,lab,box ./...)
 [[ -z $bad ]] || { printf 'deadcode: nothing calls\n%s\n' "$bad"; failed=1; }
-bad=$(diff <(sed 's/ *#.*//; /^$/d' test/tools/deadcode.keep | sort) <(dead ./cmd/...)) ||
-  { printf 'deadcode: tests alone call (>), or deadcode.keep need not name (<)\n%s\n' "$bad"; failed=1; }
+bad=$(dead ./cmd/... | grep -vxF "$(sed 's/ *#.*//; /^$/d' test/tools/deadcode.keep)") || true
+[[ -z $bad ]] || { printf 'deadcode: tests alone call\n%s\n' "$bad"; failed=1; }
 exit $failed
