@@ -58,7 +58,7 @@ func (v *VM) written(t *testing.T) map[string]string {
 		}
 		info, err := entry.Info()
 		if err != nil || entry.IsDir() {
-			return nil //nolint:nilerr // gone meanwhile, or a folder that is only there to hold the rest
+			return nil // gone meanwhile, or a folder that is only there to hold the rest
 		}
 		all[strings.TrimPrefix(path, v.upper)] = info.ModTime().String()
 		return nil
