@@ -125,15 +125,15 @@ func TestErrorsHaveClasses(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range families {
-			if _, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f))); !errors.Is(
-				err, test.is) {
+			_, err := k.Apply(t.Context(), NewPlan(sample(f).Ruleset(), read(t, k, f)))
+			if !errors.Is(err, test.is) {
 				t.Errorf("%s: %s: %v", test.name, f, err)
 			}
 		}
 	}
 
-	if _, err := Open(t.Context(), Options{Backend: NFT, Path: t.TempDir()}); !errors.Is(
-		err, ErrNoIPTables) {
+	nowhere := Options{Backend: NFT, Path: t.TempDir()}
+	if _, err := Open(t.Context(), nowhere); !errors.Is(err, ErrNoIPTables) {
 		t.Errorf("no iptables: %v", err)
 	}
 	if _, err := Open(t.Context(), Options{Backend: "ipfw"}); err == nil {

@@ -133,8 +133,8 @@ func (s *Serial) session(ctx context.Context) error {
 	// O_NONBLOCK: opening a port without carrier would wait for one. Writes wait in Go's poller, where
 	// a deadline can end them. O_NOCTTY: else the port may become this process's terminal, and its
 	// hang-up our SIGHUP. No O_CREATE: a device that is missing must not become a file.
-	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC,
-		0)
+	f, err := os.OpenFile(s.path,
+		os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open serial port: %w", err)
 	}

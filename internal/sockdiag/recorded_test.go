@@ -221,16 +221,16 @@ func TestPeerOwnerWhileAccepted(t *testing.T) {
 		waiting, server); !errors.Is(err, ErrNoPeer) {
 		t.Errorf("reset meanwhile: %d, %v", uid, err)
 	}
-	if uid, err := peerOwner(script(t)(first, nil, nil), waiting, server); !errors.Is(
-		err, ErrNoListener) {
+	uid, err = peerOwner(script(t)(first, nil, nil), waiting, server)
+	if !errors.Is(err, ErrNoListener) {
 		t.Errorf("its listener closed meanwhile: %d, %v", uid, err)
 	}
 	// An established socket of another connection is none of ours.
 	if s, err := established(script(t)(later), server, accepted); !errors.Is(err, ErrNoPeer) {
 		t.Errorf("the answer for another client: %+v, %v", s, err)
 	}
-	if s, err := established(script(t)(later), at("127.0.0.2:15010"), waiting); !errors.Is(
-		err, ErrNoPeer) {
+	s, err := established(script(t)(later), at("127.0.0.2:15010"), waiting)
+	if !errors.Is(err, ErrNoPeer) {
 		t.Errorf("the answer for another server: %+v, %v", s, err)
 	}
 }

@@ -75,8 +75,8 @@ func TestOwnerClosed(t *testing.T) {
 	if all, err := Listeners(p); len(all) > 0 || err != nil {
 		t.Errorf("Listeners(%d) = %v, %v after Close; want none", p, all, err)
 	}
-	if err := OwnedBy(netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p), 0); !errors.Is(
-		err, ErrNoListener) {
+	closed := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), p)
+	if err := OwnedBy(closed, 0); !errors.Is(err, ErrNoListener) {
 		t.Errorf("OwnedBy after Close: %v; want ErrNoListener", err)
 	}
 }

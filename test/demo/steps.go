@@ -191,10 +191,10 @@ func (d *demo) agentStarts(ctx context.Context) error {
 
 // serviceAppears adds a service at the control plane.
 func (d *demo) serviceAppears(ctx context.Context) error {
-	if reach, err := lab.HTTPProbe(ctx, d.mesh.VM, 0, vip(shop)); !errors.Is(
-		err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("10.10.0.2 should refuse connections before it is a service: %+v, %v", reach,
-			err)
+	reach, err := lab.HTTPProbe(ctx, d.mesh.VM, 0, vip(shop))
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("10.10.0.2 should refuse connections before it is a service: %+v, %v",
+			reach, err)
 	}
 	d.services = []controlplane.Service{web, shop}
 	quiet(ctx)
