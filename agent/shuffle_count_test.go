@@ -1,0 +1,6 @@
+//go:build !race
+
+package agent
+
+// shuffledSequences is how many sequences TestShuffled plays.
+const shuffledSequences = 10_000
