@@ -49,7 +49,7 @@ setup() {
   make --no-print-directory tools build release
 }
 lint()   { test/lint.sh; }
-unit()   { go test -race -timeout 5m ./...; }
+unit()   { go test -race -timeout 5m ./... && go test -run '^TestShuffled$' ./agent; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { tagged kernel -timeout 10m; }
 lab()    { tagged lab -timeout 12m -parallel 8; }

@@ -14,11 +14,14 @@ fuzz() { # every fuzz target for a share of half an hour
   done
 }
 case ${1:-all} in
-  rules) run kernel ./iptables/... ./internal/... ;;
+  rules) run kernel ./iptables/... ./internal/... ./agent ;;
+  shuffled) # and whether each fault that can be planted is found
+    go test -count=1 -timeout 80m -run '^TestShuffled$' ./agent -shuffled.count 200000
+    test/faults.sh all ;;
   envoy) run lab ./envoyadmin/... ;;
   agent) run lab ./test/e2e/... ;;
   box)   test/tools.sh build; run box ./test/box/... ;;
   fuzz)  fuzz ;;
-  all)   for g in rules envoy agent box fuzz; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\"; groups: rules envoy agent box fuzz" >&2; exit 2 ;;
+  all)   for g in rules shuffled envoy agent box fuzz; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\"; groups: rules shuffled envoy agent box fuzz" >&2; exit 2 ;;
 esac
