@@ -242,7 +242,7 @@ func takes(l envoyadmin.Listener, a netip.AddrPort, family iptables.Family) bool
 	return a.Addr().Is6()
 }
 
-// allowed says whether a listener may ask for a prefix (design: "Never").
+// allowed says whether a listener may ask for a prefix (docs/design, "What is intercepted").
 func allowed(p netip.Prefix) bool {
 	for _, never := range prefixes("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "0.0.0.0/32",
 		"::1/128", "fe80::/10", "ff00::/8", "fd20:ce::254/128", "::/128") {

@@ -149,7 +149,9 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 }
 
 // initializes says whether Envoy has yet to begin to serve.
-func initializes(state string) bool { return state == "PRE_INITIALIZING" || state == "INITIALIZING" }
+func initializes(state string) bool {
+	return state == "PRE_INITIALIZING" || state == "INITIALIZING"
+}
 
 // hasDynamic says whether the set holds an active listener of the control plane's.
 func hasDynamic(s envoyadmin.Snapshot) bool {
