@@ -160,29 +160,53 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	if to := target(spec); isOurs(to) { // that chain may not be there yet
 		spec = strings.TrimSuffix(spec, to) + "RETURN"
 	}
-	err = k.probing(ctx, t, ":"+chainProbe+" - [0:0]", "-A "+chainProbe+" "+spec)
-	var refusal *RefusedError
-	if errors.As(err, &refusal) {
+	const declared = ":" + chainProbe + " - [0:0]"
+	err = k.restore(ctx, t, Plan{family: t.family, lines: []string{
+		declared, "-A " + chainProbe + " " + spec,
+	}})
+	refusal, isRefusal := errors.AsType[*RefusedError](err)
+	if isRefusal && mayBeOvertaken(refusal.Rule) {
+		err = k.addAlone(ctx, t, spec)
+		refusal, isRefusal = errors.AsType[*RefusedError](err)
+	} else if isRefusal {
 		return refusal, nil
 	}
-	if err != nil {
+	if err != nil && !isRefusal {
 		return nil, err
 	}
-	if err := k.probing(ctx, t, ":"+chainProbe+" - [0:0]", "-X "+chainProbe); err != nil {
+	for range attempts { // overtaken, too, on legacy
+		removal := Plan{family: t.family, lines: []string{declared, "-X " + chainProbe}}
+		if err = k.restore(ctx, t, removal); err == nil {
+			break
+		}
+	}
+	if err != nil {
 		return nil, fmt.Errorf("remove probe: %w", err)
+	}
+	if isRefusal {
+		return refusal, nil
 	}
 	return nil, nil
 }
 
-// probing restores lines that touch the probe's chain alone. Legacy refuses COMMIT also
-// when another program wrote at the same moment, so that is tried again: no rule is left
-// out for it, and no probe.
-func (k *Kernel) probing(ctx context.Context, t tool, lines ...string) (err error) {
+// addAlone appends a rule to the probe's chain by `iptables -A`. That tells what a restore on legacy
+// does not, which names COMMIT whatever was wrong: whether the kernel refused the rule, or another
+// program wrote at the same moment (EAGAIN, which is ErrLocked: iptables-standalone.c). No rule is
+// left out for the second.
+func (k *Kernel) addAlone(ctx context.Context, t tool, spec string) (err error) {
+	words, _ := splitWords(spec)
+	// Chain already exists is all that can be wrong with this and not with the next.
+	_, _ = k.run(ctx, writeLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-N", chainProbe)
+	args := append([]string{"-w", lockWait, "-t", "nat", "-A", chainProbe}, words...)
 	for range attempts {
-		err = k.restore(ctx, t, Plan{family: t.family, lines: lines})
-		var refusal *RefusedError
-		if !errors.As(err, &refusal) || !mayBeOvertaken(refusal.Rule) {
-			return err
+		if _, err = k.run(ctx, writeLimit, nil, t.list, args...); !errors.Is(err, ErrLocked) {
+			break
+		}
+	}
+	if command, ok := errors.AsType[*CommandError](err); ok && !errors.Is(err, ErrLocked) &&
+		!errors.Is(err, ErrNotRoot) && !errors.Is(err, ErrNoTable) {
+		return &RefusedError{
+			Family: t.family, Rule: "-A " + chainProbe + " " + spec, Stderr: command.Stderr,
 		}
 	}
 	return err

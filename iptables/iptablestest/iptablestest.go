@@ -286,6 +286,9 @@ func (m *Machine) Run(program string, args []string,
 		return n.Save(), "", 0
 	}
 	n.use()
+	if i := slices.IndexFunc(args, func(a string) bool { return a == "-N" || a == "-A" }); i >= 0 {
+		return m.change(n, name, args[i:])
+	}
 	i := slices.Index(args, "-S")
 	if i < 0 || i+1 == len(args) {
 		return "", fmt.Sprintf("%s %s: this one only lists a chain, by -S CHAIN\n", name, version), 2
@@ -307,6 +310,26 @@ func (m *Machine) Run(program string, args []string,
 		stdout += "-A " + chain + " " + spec + "\n"
 	}
 	return stdout, "", 0
+}
+
+// change is -N or -A of the legacy program, in the words of its iptables-standalone.c.
+func (m *Machine) change(n *NAT, name string, args []string) (stdout, stderr string, exit int) {
+	chain := args[1]
+	_, there := n.chains[chain]
+	line := strings.Join(args, " ")
+	switch {
+	case args[0] == "-N" && there:
+		return "", name + ": Chain already exists.\n", 1
+	case args[0] == "-N":
+		n.chains[chain] = nil
+		return "", "", 0
+	case !there:
+		return "", name + ": " + noChain + "\n", 1
+	case m.Refuse != nil && m.Refuse(line):
+		return "", name + ": Invalid argument. Run `dmesg' for more information.\n", 1
+	}
+	n.chains[chain] = append(slices.Clone(n.chains[chain]), strings.Join(args[2:], " "))
+	return "", "", 0
 }
 
 func (m *Machine) restore(n *NAT, name, version string, legacy bool,
