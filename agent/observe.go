@@ -103,7 +103,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		NoAttribute:   !o.Attribute.Known,
 		GuestOff:      o.GuestOff,
 		ListenErr:     o.ListenErr,
-		Bootstrapping: bootstrapping(o.Bootstrap, o.Awaited, o.Envoy),
+		Bootstrapping: bootstrapping(o.Bootstrap, o.Awaited, o.Envoy, o.Now),
 		Refused:       want.Refused,
 		Uncovered:     want.Uncovered,
 		ServerFirst:   want.ServerFirst,
@@ -132,14 +132,22 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 	return f
 }
 
-// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs:
-// what was asked before that tells nothing of the Envoy which it started.
-func bootstrapping(boot progress.State, awaited bool, envoy envoywatch.View) bool {
+// envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration waits. A
+// healthy Envoy has it within a second.
+const envoyWarm = 5 * time.Second
+
+// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
+// was asked before that tells nothing of the Envoy which it started, and that one has yet to get its
+// configuration.
+func bootstrapping(boot progress.State, awaited bool, envoy envoywatch.View, now time.Time) bool {
 	switch boot.Status {
 	case progress.InProgress:
 		return true
 	case progress.Finished:
-		return envoy.Err != nil && envoy.Asked.Before(boot.Time)
+		if envoy.Err != nil {
+			return envoy.Asked.Before(boot.Time)
+		}
+		return !envoy.Configured && now.Sub(boot.Time).Abs() < envoyWarm
 	case "":
 		return awaited
 	}
