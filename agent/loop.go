@@ -89,10 +89,12 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := l.wanted.desired(l.settings, seen)
 	outcomes := l.reconcile(ctx, now, seen, want, known)
 	findings := symptom.Check(seen.Facts(want, outcomes))
-	l.tell(passed{
+	took := time.Since(began)
+	l.followBootstrap(now)
+	l.told.publish(passed{
 		seen: seen, want: want, known: known, outcomes: outcomes, findings: findings,
-		paused: l.paused, took: time.Since(began),
-	})
+		paused: l.paused, took: took,
+	}, l.vm.backend())
 	return earliest(outcomes)
 }
 
@@ -121,17 +123,16 @@ func (l *loop) reconcile(
 	return outcomes
 }
 
-// tell reports the pass, and has bootstrap run where the attribute asks for it.
-func (l *loop) tell(p passed) {
+// followBootstrap tells bootstrap's story, and has it run where the attribute asks for it.
+func (l *loop) followBootstrap(now time.Time) {
 	for _, line := range l.bootstrap.story(l.told.started) {
 		l.told.serial(report.Severity(line.Severity), "bootstrap: "+line.Text)
 	}
-	if l.bootstrap.due(p.seen.Now, l.attribute.text) {
+	if l.bootstrap.due(now, l.attribute.text) {
 		if err := l.vm.request("the attribute has changed"); err != nil {
 			l.log.Warn("cannot ask for bootstrap", zap.Error(err))
 		}
 	}
-	l.told.publish(p, l.vm.backend())
 }
 
 func earliest(outcomes []reconcile.Outcome) time.Duration {
