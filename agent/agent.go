@@ -24,7 +24,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
@@ -157,20 +156,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return err // a second agent on this VM must not fight the first
 	}
-	g, ctx := errgroup.WithContext(ctx)
 	a.log.Info("started", zap.String("version", a.settings.Version),
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
 	a.serial.Say(report.Info, "service-proxy-agent "+a.settings.Version+" started")
-	for _, t := range a.tasks(ctx, socket) {
-		g.Go(func() error {
-			if err := t.run(ctx); err != nil {
-				return fmt.Errorf("%s: %w", t.name, err)
-			}
-			return nil
-		})
-	}
-	err = g.Wait()
+	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
+	defer cancel()
+	err = runTasks(ctx, a.tasks(ctx, socket))
 	a.log.Info("stopped; the rules stay in place")
 	return err
 }

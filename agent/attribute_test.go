@@ -153,7 +153,7 @@ func TestMachineSum(t *testing.T) {
 	a, same, b, empty, absent := file("a", "1\n"), file("same", "1"), file("b", "2\n"),
 		file("empty", "\n"), filepath.Join(dir, "absent")
 	sum := sumOfFiles(a, b)
-	if sum == "" || sum != sumOfFiles(same, b) {
+	if len(sum) != 32 || sum != sumOfFiles(same, b) {
 		t.Errorf("%q and %q", sum, sumOfFiles(same, b))
 	}
 	for _, other := range []string{sumOfFiles(a, a), sumOfFiles(b, a), sumOfFiles(a, absent),

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
@@ -19,6 +20,20 @@ import (
 type task struct {
 	name string
 	run  func(context.Context) error
+}
+
+// runTasks runs them until the first error, which names its task, or the end of ctx.
+func runTasks(ctx context.Context, tasks []task) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, t := range tasks {
+		g.Go(func() error {
+			if err := t.run(ctx); err != nil {
+				return fmt.Errorf("%s: %w", t.name, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 // readAccount asks once for the VM's service account, whose name belongs into the control plane's

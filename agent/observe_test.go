@@ -1,0 +1,226 @@
+package agent
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// TestLook: who would get what REDIRECT sends to a port. On OUTPUT it leads to loopback, on PREROUTING
+// to an address of the interface: a foreign owner on any of these counts, one on another does not.
+func TestLook(t *testing.T) {
+	const proxy, foreign = 107, 4711
+	at := func(addr string, uid uint32) sockdiag.Listener {
+		return sockdiag.Listener{Addr: netip.MustParseAddrPort(addr), UID: uid}
+	}
+	for _, test := range []struct {
+		name       string
+		family     iptables.Family
+		ports      reconcile.Ports
+		interfaces []string
+		tcp, udp   []sockdiag.Listener
+		want       symptom.Port // of the one port that is not 0
+	}{
+		{
+			name: "nobody", ports: reconcile.Ports{Outbound: 15001},
+			want: symptom.Port{Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
+		},
+		{
+			name: "Envoy on every address", ports: reconcile.Ports{Outbound: 15001},
+			tcp: []sockdiag.Listener{at("0.0.0.0:15001", proxy)},
+			want: symptom.Port{
+				Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
+				Owner: proxy,
+			},
+		},
+		{
+			name: "a foreign owner on loopback", ports: reconcile.Ports{Outbound: 15001},
+			tcp: []sockdiag.Listener{at("127.0.0.1:15001", foreign)},
+			want: symptom.Port{
+				Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
+				Owner: foreign, OwnerName: "them",
+			},
+		},
+		{
+			name: "one on the interface, where OUTPUT does not lead", ports: reconcile.Ports{Outbound: 15001},
+			tcp:  []sockdiag.Listener{at("10.0.0.2:15001", foreign)},
+			want: symptom.Port{Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
+		},
+		{
+			name: "where containers are led", ports: reconcile.Ports{Outbound: 15001},
+			interfaces: []string{"docker0"},
+			tcp:        []sockdiag.Listener{at("127.0.0.1:15001", proxy), at("10.0.0.2:15001", foreign)},
+			want: symptom.Port{
+				Purpose: outboundPort, Addr: netip.MustParseAddrPort("10.0.0.2:15001"), Listening: true,
+				Owner: foreign, OwnerName: "them",
+			},
+		},
+		{
+			name: "inbound on loopback alone", ports: reconcile.Ports{Inbound: 15006},
+			tcp:  []sockdiag.Listener{at("127.0.0.1:15006", foreign)},
+			want: symptom.Port{Purpose: inboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15006")},
+		},
+		{
+			name: "inbound on the interface", ports: reconcile.Ports{Inbound: 15006},
+			tcp: []sockdiag.Listener{at("10.0.0.2:15006", foreign)},
+			want: symptom.Port{
+				Purpose: inboundPort, Addr: netip.MustParseAddrPort("10.0.0.2:15006"), Listening: true,
+				Owner: foreign, OwnerName: "them",
+			},
+		},
+		{
+			name: "IPv6, not link-local", family: iptables.IPv6, ports: reconcile.Ports{Inbound: 15006},
+			tcp: []sockdiag.Listener{at("[fe80::1]:15006", foreign), at("[fd00::2]:15006", proxy)},
+			want: symptom.Port{
+				Family: iptables.IPv6, Purpose: inboundPort, Listening: true, Owner: proxy,
+				Addr: netip.MustParseAddrPort("[::1]:15006"),
+			},
+		},
+		{
+			name: "DNS", ports: reconcile.Ports{DNS: 15053},
+			tcp: []sockdiag.Listener{at("127.0.0.1:15053", foreign)},
+			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
+			want: symptom.Port{
+				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Owner: proxy,
+			},
+		},
+		{
+			name: "DNS, over TCP somebody else's", ports: reconcile.Ports{DNS: 15053, DNSOverTCP: true},
+			tcp: []sockdiag.Listener{at("127.0.0.1:15053", foreign)},
+			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
+			want: symptom.Port{
+				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Owner: foreign, OwnerName: "them",
+			},
+		},
+		{
+			name: "DNS, over TCP nobody's", ports: reconcile.Ports{DNS: 15053, DNSOverTCP: true},
+			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
+			want: symptom.Port{
+				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Owner: proxy,
+			},
+		},
+	} {
+		v := vm{
+			userName: func(uid uint32) string { return map[uint32]string{foreign: "them"}[uid] },
+			tcp:      func(uint16) ([]sockdiag.Listener, error) { return test.tcp, nil },
+			udp:      func(uint16) ([]sockdiag.Listener, error) { return test.udp, nil },
+		}
+		if test.family == 0 {
+			test.family, test.want.Family = iptables.IPv4, iptables.IPv4
+		}
+		looks := v.look(test.family, test.ports, Observation{
+			User: proxyUser{UID: proxy}, Settings: Settings{Interfaces: test.interfaces},
+			Local: []netip.Addr{
+				netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2"), netip.MustParseAddr("fe80::1"),
+			},
+		})
+		for _, look := range []symptom.Port{looks.Outbound, looks.Inbound, looks.DNS} {
+			if look.Addr.Port() != 0 && look != test.want {
+				t.Errorf("%s: %+v, want %+v", test.name, look, test.want)
+			}
+		}
+	}
+}
+
+// TestLookFails: what could not be looked at is no news, but for DNS, where Envoy's word must do.
+func TestLookFails(t *testing.T) {
+	none := errors.New("no sock_diag")
+	v := vm{
+		tcp: func(uint16) ([]sockdiag.Listener, error) { return nil, none },
+		udp: func(uint16) ([]sockdiag.Listener, error) { return nil, none },
+	}
+	ports := reconcile.Ports{Outbound: 15001, Inbound: 15006, DNS: 15053}
+	looks := v.look(iptables.IPv4, ports, Observation{User: proxyUser{UID: 107}})
+	if looks.Outbound.Err != none || looks.Inbound.Err != none {
+		t.Errorf("%+v", looks)
+	}
+	if d := looks.DNS; d.Err != nil || !d.Listening || d.Owner != 107 || d.Addr.Port() != 15053 {
+		t.Errorf("DNS: %+v", d)
+	}
+}
+
+// TestFacts: what a pass saw, and what came of it, is all there.
+func TestFacts(t *testing.T) {
+	seen := Observation{
+		Settings:  Settings{EnvoyAdmin: "127.0.0.1:15000", ProxyUser: "envoy"},
+		User:      proxyUser{UID: 107, Err: errors.New("user")},
+		Attribute: attributeInForce{Err: errors.New("attribute"), Source: errors.New("server")},
+		Bootstrap: progress.State{Status: progress.Failed, Failure: "no space", Time: testStart},
+		Account:   &metadata.Account{Email: "a@b", Scopes: []string{"s"}},
+		Others:    []iptables.OtherChain{{}},
+		GuestOff:  true,
+		ListenErr: errors.New("listen"),
+		Now:       testStart,
+	}
+	seen.Attribute.Config.Warnings = []string{"advice"}
+	seen.Envoy.Err = &sockdiag.ForeignError{UID: 4711, Addr: netip.MustParseAddrPort("127.0.0.1:15000")}
+	outcome := reconcile.Outcome{
+		Ports: []symptom.Port{{Purpose: outboundPort}}, Facts: symptom.Family{Family: iptables.IPv6},
+	}
+	want := Want{Refused: []symptom.Refusal{{}}, Uncovered: []uint16{80}, ServerFirst: []uint16{25}}
+	f := seen.Facts(want, []reconcile.Outcome{outcome})
+	if f.Account != "a@b" || len(f.Scopes) != 1 || !f.GuestOff || f.ListenErr != seen.ListenErr ||
+		f.Attribute != seen.Attribute.Err || f.Metadata != seen.Attribute.Source || !f.NoAttribute ||
+		len(f.Advice) != 1 || f.UserErr != seen.User.Err || f.ProxyUID != 107 || f.ProxyUser != "envoy" {
+		t.Errorf("%+v", f)
+	}
+	if len(f.Others) != 1 || len(f.Refused) != 1 || len(f.Uncovered) != 1 || len(f.ServerFirst) != 1 ||
+		len(f.Families) != 1 || f.Families[0].Family != iptables.IPv6 || f.Bootstrap == "" {
+		t.Errorf("%+v", f)
+	}
+	if len(f.Ports) != 2 || f.Ports[0].Purpose != outboundPort || f.Ports[1].Purpose != "admin" ||
+		f.Ports[1].Owner != 4711 || !f.Ports[1].Listening {
+		t.Errorf("ports: %+v", f.Ports)
+	}
+	seen.Bootstrap.Status, seen.Account = progress.Finished, nil
+	if f := seen.Facts(Want{}, nil); f.Bootstrap != "" || f.Account != "" || f.Scopes != nil {
+		t.Errorf("%+v", f)
+	}
+}
+
+// TestObserve: the proxy's user is looked up until it is there, and addresses that cannot be read are
+// those of before.
+func TestObserve(t *testing.T) {
+	there := false
+	v := thisVM(t.TempDir())
+	v.userIDs = func(string) (uint32, uint32, error) {
+		if !there {
+			return 0, 0, errors.New("not there")
+		}
+		return 107, 108, nil
+	}
+	local := []netip.Addr{netip.MustParseAddr("10.0.0.2")}
+	v.addrs = func() ([]netip.Addr, error) { return local, nil }
+	l := &loop{vm: v, settings: Settings{ProxyUser: "envoy"}}
+	l.user = proxyIDs("envoy", v.userIDs)
+	if seen := l.observe(testStart); seen.User.Err == nil || len(seen.Local) != 1 {
+		t.Errorf("%+v", seen)
+	}
+	there = true
+	l.vm.addrs = func() ([]netip.Addr, error) { return nil, errors.New("no netlink") }
+	seen := l.observe(testStart.Add(time.Second))
+	if seen.User != (proxyUser{UID: 107, GID: 108}) || len(seen.Local) != 1 {
+		t.Errorf("%+v", seen)
+	}
+	there = false // it is not looked up again
+	if seen := l.observe(testStart.Add(2 * time.Second)); seen.User.Err != nil {
+		t.Errorf("%+v", seen)
+	}
+	l.attribute.Config = attribute.Config{InterceptDNS: true}
+	l.settings.ResolverUsers = []string{"nobody-there"}
+	if seen := l.observe(testStart); len(seen.Resolvers.Missing) != 1 {
+		t.Errorf("resolvers: %+v", seen.Resolvers)
+	}
+}
