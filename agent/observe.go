@@ -132,13 +132,13 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 	return f
 }
 
-// envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration waits. A
-// healthy Envoy has it within a second.
+// envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration
+// waits. A healthy Envoy has it within a second.
 const envoyWarm = 5 * time.Second
 
-// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs: what
-// was asked before that tells nothing of the Envoy which it started, and that one has yet to get its
-// configuration.
+// bootstrapping says whether Envoy is still to come. Not only until bootstrap says that it runs:
+// what was asked before that tells nothing of the Envoy which it started, and that one has yet to
+// get its configuration.
 func bootstrapping(boot progress.State, awaited bool, envoy envoywatch.View, now time.Time) bool {
 	switch boot.Status {
 	case progress.InProgress:

@@ -15,8 +15,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// TestLook: who would get what REDIRECT sends to a port. On OUTPUT it leads to loopback, on PREROUTING
-// to an address of the interface: a foreign owner on any of these counts, one on another does not.
+// TestLook: who would get what REDIRECT sends to a port. On OUTPUT it leads to loopback,
+// on PREROUTING to an address of the interface: a foreign owner on any of these counts,
+// one on another does not.
 func TestLook(t *testing.T) {
 	const proxy, foreign = 107, 4711
 	at := func(addr string, uid uint32) sockdiag.Listener {
@@ -51,7 +52,8 @@ func TestLook(t *testing.T) {
 			},
 		},
 		{
-			name: "one on the interface, where OUTPUT does not lead", ports: reconcile.Ports{Outbound: 15001},
+			name: "one on the interface, where OUTPUT does not lead", ports: reconcile.Ports{
+				Outbound: 15001},
 			tcp:  []sockdiag.Listener{at("10.0.0.2:15001", foreign)},
 			want: symptom.Port{Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
 		},
@@ -165,7 +167,8 @@ func TestFacts(t *testing.T) {
 		Now:       testStart,
 	}
 	seen.Attribute.Config.Warnings = []string{"advice"}
-	seen.Envoy.Err = &sockdiag.ForeignError{UID: 4711, Addr: netip.MustParseAddrPort("127.0.0.1:15000")}
+	seen.Envoy.Err = &sockdiag.ForeignError{
+		UID: 4711, Addr: netip.MustParseAddrPort("127.0.0.1:15000")}
 	outcome := reconcile.Outcome{
 		Ports: []symptom.Port{{Purpose: outboundPort}}, Facts: symptom.Family{Family: iptables.IPv6},
 	}
@@ -190,8 +193,8 @@ func TestFacts(t *testing.T) {
 	}
 }
 
-// TestObserve: the proxy's user is looked up until it is there, and addresses that cannot be read are
-// those of before.
+// TestObserve: the proxy's user is looked up until it is there, and addresses that cannot be
+// read are those of before.
 func TestObserve(t *testing.T) {
 	there := false
 	v := thisVM(t.TempDir())

@@ -2,6 +2,6 @@
 
 package agent
 
-// shuffledSequences is how many sequences TestShuffled plays under the race detector, which makes it
-// ten times as slow and finds little in one goroutine.
+// shuffledSequences is how many sequences TestShuffled plays under the race detector, which makes
+// it ten times as slow and finds little in one goroutine.
 const shuffledSequences = 200

@@ -93,7 +93,9 @@ func TestTaskThatFails(t *testing.T) {
 	if !errors.Is(err, lost) || err.Error() != "fails: lost" {
 		t.Errorf("%v", err)
 	}
-	if err := runTasks(t.Context(), []task{{"ends", func(context.Context) error { return nil }}}); err != nil {
+	if err := runTasks(t.Context(), []task{{"ends", func(context.Context) error {
+		return nil
+	}}}); err != nil {
 		t.Error(err)
 	}
 }
@@ -102,7 +104,8 @@ func TestTaskThatFails(t *testing.T) {
 func TestNewLoop(t *testing.T) {
 	a := anAgent(t)
 	l := a.newLoop(t.Context(), nil)
-	if l.attribute.Known || l.attribute.Config.ProxyPort != attribute.OutboundPort || len(l.families) != 2 ||
+	if l.attribute.Known || l.attribute.Config.ProxyPort != attribute.OutboundPort ||
+		len(l.families) != 2 ||
 		l.user.Err != nil || l.user.UID != 1 || l.mark.set || l.told.started != testStart {
 		t.Errorf("%+v", l)
 	}
@@ -155,7 +158,8 @@ func TestPassLimit(t *testing.T) {
 	if wake := l.pass(t.Context(), testStart); wake != 0 {
 		t.Errorf("wake after %v, want at once: it has only looked", wake)
 	}
-	if len(d.left) != 2 || slices.Max(d.left) > passLimit/2 || slices.Min(d.left) < passLimit/2-time.Second {
+	if len(d.left) != 2 || slices.Max(d.left) > passLimit/2 ||
+		slices.Min(d.left) < passLimit/2-time.Second {
 		t.Errorf("time left for the reads: %v", d.left)
 	}
 }

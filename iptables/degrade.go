@@ -189,10 +189,10 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	return nil, nil
 }
 
-// addAlone appends a rule to the probe's chain by `iptables -A`. That tells what a restore on legacy
-// does not, which names COMMIT whatever was wrong: whether the kernel refused the rule, or another
-// program wrote at the same moment (EAGAIN, which is ErrLocked: iptables-standalone.c). No rule is
-// left out for the second.
+// addAlone appends a rule to the probe's chain by `iptables -A`. That tells what a restore on
+// legacy does not, which names COMMIT whatever was wrong: whether the kernel refused the rule, or
+// another program wrote at the same moment (EAGAIN, which is ErrLocked: iptables-standalone.c). No
+// rule is left out for the second.
 func (k *Kernel) addAlone(ctx context.Context, t tool, spec string) (err error) {
 	words, _ := splitWords(spec)
 	// Chain already exists is all that can be wrong with this and not with the next.
