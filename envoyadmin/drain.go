@@ -32,6 +32,9 @@ func (c *Client) post(ctx context.Context, path string) error {
 // clusters, while its workers go on.
 func (c *Client) Connections(ctx context.Context) (n int, err error) {
 	err = c.statLines(ctx, `^listener\..*\.downstream_cx_active$`, func(name, value string) error {
+		if !strings.HasPrefix(name, "listener.") {
+			return errStatLines
+		}
 		// listener.0.0.0.0_15001.downstream_cx_active is the sum of
 		// listener.0.0.0.0_15001.worker_0.downstream_cx_active and so on.
 		if strings.HasPrefix(name, "listener.admin.") || strings.Contains(name, ".worker_") ||

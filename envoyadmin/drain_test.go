@@ -41,9 +41,12 @@ func TestConnections(t *testing.T) {
 			"listener.admin.main_thread.downstream_cx_active: 1\n" +
 			"listener.[__1]_15001.main_thread.downstream_cx_active: 7\n" +
 			"listener.[__1]_15001.downstream_cx_active: 2\n", 200, 5, nil},
+		// stat_prefix may hold anything; Envoy replaces colons alone (utility.cc, sanitizeStatsName)
+		{"a name of people's own", "listener.the \"web\" {v2}.downstream_cx_active: 4\n", 200, 4, nil},
 		{"none", "", 200, 0, nil},
 		{"no number", "listener.a.downstream_cx_active: x\n", 200, 0, ErrNotJSON},
 		{"no stats", "<html>", 200, 0, ErrNotJSON},
+		{"other stats", "<title>a: 1\n", 200, 0, ErrNotJSON},
 		{"an error", "listener.a.downstream_cx_active: 1\n", 503, 0, ErrStatus},
 	} {
 		client, asked := draining(t, tt.text, tt.code)

@@ -188,6 +188,9 @@ func (c *Client) Panics(ctx context.Context) (map[string]uint64, error) {
 func (c *Client) stats(ctx context.Context, filter string,
 	each func(name string, value uint64)) error {
 	return c.statLines(ctx, filter, func(name, number string) error {
+		if strings.ContainsAny(name, "<>{}\" ") {
+			return errStatLines
+		}
 		if value, err := strconv.ParseUint(number, 10, 64); err == nil {
 			each(name, value)
 		}
@@ -195,7 +198,9 @@ func (c *Client) stats(ctx context.Context, filter string,
 	})
 }
 
-// statLines asks for the stats whose name matches.
+var errStatLines = fmt.Errorf("%w: want lines of NAME: VALUE", ErrNotJSON)
+
+// statLines asks for the stats whose name matches. A name may hold what people have written.
 func (c *Client) statLines(ctx context.Context, filter string,
 	each func(name, value string) error) error {
 	path := "/stats?filter=" + url.QueryEscape(filter)
@@ -207,8 +212,8 @@ func (c *Client) statLines(ctx context.Context, filter string,
 				continue
 			}
 			name, number, ok := strings.Cut(lines.Text(), ": ")
-			if !ok || strings.ContainsAny(name, "<>{}\" ") {
-				return fmt.Errorf("%w: want lines of NAME: VALUE", ErrNotJSON)
+			if !ok {
+				return errStatLines
 			}
 			if err := each(name, number); err != nil {
 				return err
