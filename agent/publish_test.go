@@ -230,6 +230,19 @@ func TestTold(t *testing.T) {
 	}
 }
 
+// TestToldByKey: of two failures of one kind each is told by itself.
+func TestToldByKey(t *testing.T) {
+	told, take := heard()
+	one := Failure{ID: symptom.ForeignOwner, Key: "1", Text: "one"}
+	two := Failure{ID: symptom.ForeignOwner, Key: "2", Text: "two"}
+	told.tellFailures(Failures{}, Failures{Lasting: []Failure{one}})
+	told.tellFailures(Failures{Lasting: []Failure{one}}, Failures{Lasting: []Failure{one, two}})
+	told.tellFailures(Failures{Lasting: []Failure{one, two}}, Failures{Lasting: []Failure{two}})
+	if got := strings.ToLower(take()); got != "error one\nerror two\ninfo over: one" {
+		t.Errorf("told\n%s", got)
+	}
+}
+
 // TestBootstrapProgress: the state file is read each second, its story is told once, and bootstrap
 // is asked for again while it has finished for another attribute.
 func TestBootstrapProgress(t *testing.T) {
