@@ -26,7 +26,7 @@ const connectLimit = 2 * time.Second
 const handover = 2500 * time.Millisecond
 
 // Run asks Envoy to send its clients away and waits until they have gone, at most limit. New
-// connections are still accepted meanwhile.
+// connections are still accepted meanwhile. With a limit of 0 it only asks.
 //
 // When Envoy is to be stopped, its state becomes DRAINING, by which the agent takes the jumps out:
 // without Envoy the VM reaches its services directly. When it is only restarted the state stays
@@ -39,7 +39,11 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 	if mainPID == "" {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	asking := limit
+	if limit == 0 {
+		asking = connectLimit
+	}
+	ctx, cancel := context.WithTimeout(ctx, asking)
 	defer cancel()
 	client, err := envoyadmin.New(admin)
 	if err != nil {
@@ -47,7 +51,7 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 	}
 	defer client.Close()
 	// Only limit ends a question: an Envoy that is slow to answer is still to be drained.
-	client.ConnectLimit, client.ShortLimit, client.LongLimit = connectLimit, limit, limit
+	client.ConnectLimit, client.ShortLimit, client.LongLimit = connectLimit, asking, asking
 
 	var jumpsOut time.Time
 	if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
@@ -61,6 +65,9 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 	}
 	if err := client.DrainListeners(ctx); err != nil {
 		return fmt.Errorf("drain Envoy: %w", err)
+	}
+	if limit == 0 {
+		return nil
 	}
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		n, err := client.Connections(ctx)

@@ -59,6 +59,10 @@ func TestRun(t *testing.T) {
 	if err != nil || time.Since(start) > 2*time.Second {
 		t.Errorf("connections that stay: %v after %v", err, time.Since(start))
 	}
+	admin.posted = nil
+	if err := Run(context.Background(), addr, "17", 0); err != nil || fmt.Sprint(admin.posted) != want {
+		t.Errorf("a limit of 0: %v, posted %v", err, admin.posted)
+	}
 	srv.Close()
 	if err := Run(context.Background(), addr, "17", time.Second); err == nil {
 		t.Error("an admin port that is closed is no error")
