@@ -2,6 +2,7 @@ package agent
 
 import (
 	"net/netip"
+	"slices"
 	"testing"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -216,5 +217,21 @@ func TestDesired(t *testing.T) {
 				t.Errorf("uncovered (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestServerFirst: the well-known ports at which the server speaks first, behind a chain that waits
+// for the client.
+func TestServerFirst(t *testing.T) {
+	for port, want := range map[uint16]bool{
+		21: true, 25: true, 110: true, 143: true, 587: true, 3306: true,
+		80: false, 443: false, 22: false,
+	} {
+		l := listener(td, both, chain(port, "10.1.0.1/32"))
+		l.Chains[0].HTTP = true
+		w := Desired(Inputs{Config: attribute.Default(), Listeners: []envoyadmin.Listener{l}})
+		if got := slices.Contains(w.ServerFirst, port); got != want {
+			t.Errorf("port %d: %v", port, got)
+		}
 	}
 }

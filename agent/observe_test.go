@@ -33,13 +33,13 @@ func TestLook(t *testing.T) {
 	}{
 		{
 			name: "nobody", ports: reconcile.Ports{Outbound: 15001},
-			want: symptom.Port{Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
+			want: symptom.Port{Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
 		},
 		{
 			name: "Envoy on every address", ports: reconcile.Ports{Outbound: 15001},
 			tcp: []sockdiag.Listener{at("0.0.0.0:15001", proxy)},
 			want: symptom.Port{
-				Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
+				Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
 				Owner: proxy,
 			},
 		},
@@ -47,7 +47,7 @@ func TestLook(t *testing.T) {
 			name: "a foreign owner on loopback", ports: reconcile.Ports{Outbound: 15001},
 			tcp: []sockdiag.Listener{at("127.0.0.1:15001", foreign)},
 			want: symptom.Port{
-				Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
+				Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Listening: true,
 				Owner: foreign, OwnerName: "them",
 			},
 		},
@@ -55,27 +55,27 @@ func TestLook(t *testing.T) {
 			name: "one on the interface, where OUTPUT does not lead", ports: reconcile.Ports{
 				Outbound: 15001},
 			tcp:  []sockdiag.Listener{at("10.0.0.2:15001", foreign)},
-			want: symptom.Port{Purpose: outboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
+			want: symptom.Port{Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")},
 		},
 		{
 			name: "where containers are led", ports: reconcile.Ports{Outbound: 15001},
 			interfaces: []string{"docker0"},
 			tcp:        []sockdiag.Listener{at("127.0.0.1:15001", proxy), at("10.0.0.2:15001", foreign)},
 			want: symptom.Port{
-				Purpose: outboundPort, Addr: netip.MustParseAddrPort("10.0.0.2:15001"), Listening: true,
+				Purpose: "outbound interception", Addr: netip.MustParseAddrPort("10.0.0.2:15001"), Listening: true,
 				Owner: foreign, OwnerName: "them",
 			},
 		},
 		{
 			name: "inbound on loopback alone", ports: reconcile.Ports{Inbound: 15006},
 			tcp:  []sockdiag.Listener{at("127.0.0.1:15006", foreign)},
-			want: symptom.Port{Purpose: inboundPort, Addr: netip.MustParseAddrPort("127.0.0.1:15006")},
+			want: symptom.Port{Purpose: "inbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15006")},
 		},
 		{
 			name: "inbound on the interface", ports: reconcile.Ports{Inbound: 15006},
 			tcp: []sockdiag.Listener{at("10.0.0.2:15006", foreign)},
 			want: symptom.Port{
-				Purpose: inboundPort, Addr: netip.MustParseAddrPort("10.0.0.2:15006"), Listening: true,
+				Purpose: "inbound interception", Addr: netip.MustParseAddrPort("10.0.0.2:15006"), Listening: true,
 				Owner: foreign, OwnerName: "them",
 			},
 		},
@@ -83,7 +83,7 @@ func TestLook(t *testing.T) {
 			name: "IPv6, not link-local", family: iptables.IPv6, ports: reconcile.Ports{Inbound: 15006},
 			tcp: []sockdiag.Listener{at("[fe80::1]:15006", foreign), at("[fd00::2]:15006", proxy)},
 			want: symptom.Port{
-				Family: iptables.IPv6, Purpose: inboundPort, Listening: true, Owner: proxy,
+				Family: iptables.IPv6, Purpose: "inbound interception", Listening: true, Owner: proxy,
 				Addr: netip.MustParseAddrPort("[::1]:15006"),
 			},
 		},
@@ -92,7 +92,7 @@ func TestLook(t *testing.T) {
 			tcp: []sockdiag.Listener{at("127.0.0.1:15053", foreign)},
 			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
 			want: symptom.Port{
-				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
 				Owner: proxy,
 			},
 		},
@@ -101,7 +101,7 @@ func TestLook(t *testing.T) {
 			tcp: []sockdiag.Listener{at("127.0.0.1:15053", foreign)},
 			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
 			want: symptom.Port{
-				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
 				Owner: foreign, OwnerName: "them",
 			},
 		},
@@ -109,7 +109,7 @@ func TestLook(t *testing.T) {
 			name: "DNS, over TCP nobody's", ports: reconcile.Ports{DNS: 15053, DNSOverTCP: true},
 			udp: []sockdiag.Listener{at("127.0.0.1:15053", proxy)},
 			want: symptom.Port{
-				Purpose: dnsListener, Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
+				Purpose: "DNS", Addr: netip.MustParseAddrPort("127.0.0.1:15053"), Listening: true,
 				Owner: proxy,
 			},
 		},
@@ -170,7 +170,7 @@ func TestFacts(t *testing.T) {
 	seen.Envoy.Err = &sockdiag.ForeignError{
 		UID: 4711, Addr: netip.MustParseAddrPort("127.0.0.1:15000")}
 	outcome := reconcile.Outcome{
-		Ports: []symptom.Port{{Purpose: outboundPort}}, Facts: symptom.Family{Family: iptables.IPv6},
+		Ports: []symptom.Port{{Purpose: "outbound interception"}}, Facts: symptom.Family{Family: iptables.IPv6},
 	}
 	want := Want{Refused: []symptom.Refusal{{}}, Uncovered: []uint16{80}, ServerFirst: []uint16{25}}
 	f := seen.Facts(want, []reconcile.Outcome{outcome})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
@@ -235,11 +236,51 @@ func TestToldByKey(t *testing.T) {
 	told, take := heard()
 	one := Failure{ID: symptom.ForeignOwner, Key: "1", Text: "one"}
 	two := Failure{ID: symptom.ForeignOwner, Key: "2", Text: "two"}
+	core, logs := observer.New(zap.InfoLevel)
+	told.log = zap.New(core)
 	told.tellFailures(Failures{}, Failures{Lasting: []Failure{one}})
 	told.tellFailures(Failures{Lasting: []Failure{one}}, Failures{Lasting: []Failure{one, two}})
 	told.tellFailures(Failures{Lasting: []Failure{one, two}}, Failures{Lasting: []Failure{two}})
 	if got := strings.ToLower(take()); got != "error one\nerror two\ninfo over: one" {
 		t.Errorf("told\n%s", got)
+	}
+	var logged []string
+	for _, entry := range logs.All() {
+		id := entry.ContextMap()["id"]
+		logged = append(logged, fmt.Sprint(entry.Level, " ", entry.Message, " ", id))
+	}
+	want := []string{
+		"error failure port-foreign-owner", "error failure port-foreign-owner",
+		"info failure over port-foreign-owner",
+	}
+	if !slices.Equal(logged, want) {
+		t.Errorf("logged %q", logged)
+	}
+}
+
+// TestToldInTheLog: transitions are there in constant words.
+func TestToldInTheLog(t *testing.T) {
+	told, _ := heard()
+	core, logs := observer.New(zap.InfoLevel)
+	told.log = zap.New(core)
+	p := intercepting()
+	told.publish(p, "nft")
+	p.paused = true
+	drift := symptom.Finding{ID: symptom.DriftRepaired, Severity: symptom.Warning, Cause: "drift"}
+	p.findings = []symptom.Finding{drift}
+	told.publish(p, "nft")
+	var logged []string
+	for _, entry := range logs.All() {
+		logged = append(logged, fmt.Sprint(entry.Level, " ", entry.Message, " ", entry.ContextMap()))
+	}
+	want := []string{
+		"info mode map[is:intercepting was:]", "info ready map[envoy:1.40.0]",
+		"warn cannot tell systemd of the readiness map[error:no folder]",
+		"warn finding map[id:drift text:drift]", "info mode map[is:paused was:intercepting]",
+		"warn not ready map[why:paused by cleanup until restarted]",
+	}
+	if !slices.Equal(logged, want) {
+		t.Errorf("logged\n%s", strings.Join(logged, "\n"))
 	}
 }
 

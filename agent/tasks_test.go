@@ -163,3 +163,27 @@ func TestPassLimit(t *testing.T) {
 		t.Errorf("time left for the reads: %v", d.left)
 	}
 }
+
+// TestNumbers: what is promised in documents, or was measured: see where each is declared.
+func TestNumbers(t *testing.T) {
+	for _, n := range []struct {
+		name      string
+		got, want time.Duration
+	}{
+		{"tick", tick, time.Second},
+		{"passLimit", passLimit, 20 * time.Second},
+		{"othersFirst", othersFirst, 20 * time.Second},
+		{"othersEvery", othersEvery, 5 * time.Minute},
+		{"stuck", stuck, 5 * time.Minute},
+		{"envoyDead", envoyDead, 5 * time.Minute},
+		{"bootstrapEvery", bootstrapEvery, time.Second},
+		{"requestEvery", requestEvery, 30 * time.Second},
+		{"storyAge", storyAge, time.Hour},
+		{"forgetAfter", forgetAfter, time.Hour},
+		{"envoyWarm", envoyWarm, 5 * time.Second},
+	} {
+		if n.got != n.want {
+			t.Errorf("%s is %v, want %v", n.name, n.got, n.want)
+		}
+	}
+}
