@@ -15,8 +15,8 @@ import (
 )
 
 // TestRejectionStorm: the control plane sends a refused listener again as fast as it can. It is one
-// failure, told once with Envoy's words; the rules stay, the agent uses 2 % of a core at most, and
-// it is over when the storm is.
+// failure, told once with Envoy's words; the rules stay, the agent uses 2 % of a core at most, or on
+// a slow machine a twentieth of what Envoy does, and it is over when the storm is.
 func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -50,6 +50,7 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	}
 
 	refused, busy, began := m.CP.Refusals(), cpuAll(t, a.PID()), time.Now()
+	stormy := cpuAll(t, m.Envoy.PID())
 	for length := time.Duration(soak(60, 10)) * time.Second; time.Since(began) < length; time.Sleep(
 		100 * time.Millisecond) {
 		note()
@@ -57,13 +58,14 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	took := time.Since(began)
 	rate := float64(m.CP.Refusals()-refused) / took.Seconds()
 	used := share(cpuAll(t, a.PID())-busy, took)
-	t.Logf("%.0f rejections a second for %.0f s: the agent used %.2f %% of a core", rate,
-		took.Seconds(), used)
+	refusing := share(cpuAll(t, m.Envoy.PID())-stormy, took)
+	t.Logf("%.0f rejections a second for %.0f s: the agent used %.2f %% of a core, Envoy %.0f %%", rate,
+		took.Seconds(), used, refusing)
 	if rate < 300 {
 		t.Errorf("only %.0f rejections a second: no storm", rate)
 	}
-	if used > 2 {
-		t.Errorf("the agent used %.2f %% of a core", used)
+	if used > max(2, refusing/20) {
+		t.Errorf("the agent used %.2f %% of a core, Envoy %.0f %%", used, refusing)
 	}
 	s, err = a.Status(t.Context())
 	must(t, err)
