@@ -401,3 +401,20 @@ func TestPace(t *testing.T) {
 		t.Error("one part in 1,000 is not kept")
 	}
 }
+
+// TestDetectorFirstLook: the first look at an Envoy takes many times as long as the next, and does
+// not put that one off.
+func TestDetectorFirstLook(t *testing.T) {
+	var d Detector
+	now := time.Unix(1e9, 0)
+	f := Fingerprint{Process: 1, Listeners: 1}
+	d.Dumped(now, now.Add(time.Millisecond), f, nil)
+	for _, took := range []time.Duration{80 * time.Millisecond, 2 * time.Millisecond} {
+		now = now.Add(lookFloor + time.Millisecond)
+		if action, wait := d.Next(now); action != Look {
+			t.Fatalf("before a look that takes %v: %v for %v", took, action, wait)
+		}
+		d.Looked(now, now.Add(took), f, nil)
+		now = now.Add(took)
+	}
+}
