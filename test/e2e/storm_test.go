@@ -15,8 +15,8 @@ import (
 )
 
 // TestRejectionStorm: the control plane sends a refused listener again as fast as it can. It is one
-// failure, told once with Envoy's words; the rules stay, the agent uses 2 % of a core at most, or on
-// a slow machine a twentieth of what Envoy does, and it is over when the storm is.
+// failure, told once with Envoy's words. The rules stay. The agent uses 2 % of a core at most, on a
+// slow machine a twentieth of what Envoy does. It is over when the storm is.
 func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
