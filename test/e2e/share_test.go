@@ -14,7 +14,8 @@ import (
 
 // TestShareOfMainThread is what the agent's questions cost Envoy's main thread, against the same
 // Envoy without it: at most 1 % idle, and 10 % under one change a second. On a machine that is so
-// busy that Envoy's own work for the changes takes more than 10 %, at most as much as that.
+// busy that Envoy's own work for the changes takes more than 10 %, at most as much as that. The
+// figures are held to this in make soak; in make test, to the changes being in the rules.
 func TestShareOfMainThread(t *testing.T) {
 	counts := []int{10, 1_000}
 	if soak(1, 0) == 1 {
@@ -73,18 +74,13 @@ func TestShareOfMainThread(t *testing.T) {
 				"idle: %.2f %% alone, %.2f %% with the agent; one change a second: %.1f %% alone, %.1f %% with the agent; %d passes",
 				alone, idle, aloneChanging, withChanging, last.Passes-first.Passes)
 			if cost := idle - alone; cost > 1 {
-				t.Errorf("idle, the agent costs %.2f %%", cost)
+				tooDear(t, "idle, the agent costs %.2f %%", cost)
 			}
 			// Envoy's own work is the measure of the machine: other tests that fill its caches and
 			// cores make both dearer, by half on the same machine a moment later.
 			limit := max(10, aloneChanging)
-			if length < time.Minute {
-				// Of so short a time one dump more than its share is more than noise: one costs
-				// 100 ms at most here.
-				limit += share(100*time.Millisecond, length)
-			}
 			if cost := withChanging - aloneChanging; cost > limit {
-				t.Errorf("under one change a second, the agent costs %.1f %%", cost)
+				tooDear(t, "under one change a second, the agent costs %.1f %%", cost)
 			}
 		})
 	}
