@@ -258,7 +258,7 @@ func (a *Agent) thisVM() vm {
 
 func (a *Agent) reporters() reporters {
 	return reporters{
-		serial:  a.serial.Say,
+		events:  func(e report.Event) { a.serial.Say(e.Severity, e.Message) },
 		metrics: a.metrics.Pass,
 		status: func(s status.Status) {
 			a.status.Store(&s)

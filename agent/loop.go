@@ -126,7 +126,8 @@ func (l *loop) reconcile(
 // followBootstrap tells bootstrap's story, and has it run where the attribute asks for it.
 func (l *loop) followBootstrap(now time.Time) {
 	for _, line := range l.bootstrap.story(l.told.started) {
-		l.told.serial(report.Severity(line.Severity), "bootstrap: "+line.Text)
+		l.told.tell(report.Event{
+			Severity: report.Severity(line.Severity), Message: "bootstrap: " + line.Text})
 	}
 	if l.bootstrap.due(now, l.attribute.text) {
 		if err := l.vm.request("the attribute has changed"); err != nil {

@@ -27,7 +27,7 @@ type passed struct {
 
 // reporters take what a pass has to tell. None of them can hold up the loop.
 type reporters struct {
-	serial  func(report.Severity, string)
+	events  func(report.Event) // what happened, in order
 	metrics func(status.Status, report.Pass)
 	status  func(status.Status)
 	history func(Failures)
@@ -52,7 +52,7 @@ type told struct {
 func (t *told) publish(p passed, backend string) {
 	t.passes++
 	if next := t.failures.next(p.findings, p.seen.Now); !next.equal(t.failures) {
-		t.tellFailures(t.failures, next)
+		t.tellFailures(t.failures, next, p.findings)
 		t.failures = next
 		t.history(next)
 	}
@@ -165,26 +165,51 @@ func (p passed) notReady() string {
 	return ""
 }
 
+// tell tells an event on every channel, the log first.
+func (t *told) tell(e report.Event) {
+	level := zap.InfoLevel
+	switch e.Severity {
+	case report.Warning:
+		level = zap.WarnLevel
+	case report.Error:
+		level = zap.ErrorLevel
+	}
+	of := e.Finding
+	var fields []zap.Field
+	for _, f := range slices.Concat([]report.Field{{Key: "id", Value: string(of.ID)},
+		{Key: "key", Value: of.Key}, {Key: "cause", Value: of.Cause},
+		{Key: "next", Value: of.Next}}, e.Fields) {
+		if f.Value != "" {
+			fields = append(fields, zap.String(f.Key, f.Value))
+		}
+	}
+	t.log.Log(level, e.Message, fields...)
+	t.events(e)
+}
+
 // tellFailures tells each failure that came, and each that is over, once.
-func (t *told) tellFailures(was, is Failures) {
+func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
 	in := func(all []Failure, f Failure) bool {
 		return slices.ContainsFunc(all, func(g Failure) bool { return f.ID == g.ID && f.Key == g.Key })
 	}
 	for _, f := range was.Lasting {
 		if !in(is.Lasting, f) {
-			t.log.Info("failure over", zap.String("id", string(f.ID)))
-			t.serial(report.Info, "over: "+f.Text)
+			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
+				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
 		}
 	}
 	for _, f := range is.Lasting {
 		if !in(was.Lasting, f) {
-			t.log.Error("failure", zap.String("id", string(f.ID)), zap.String("text", f.Text))
-			t.serial(report.Error, f.Text)
+			found := symptom.Finding{ID: f.ID, Key: f.Key}
+			if i := slices.IndexFunc(findings, f.is); i >= 0 {
+				found = findings[i]
+			}
+			t.tell(report.Event{Severity: report.Error, Message: f.Text, Finding: found})
 		}
 	}
 }
 
-// tellFindings logs warnings when they come, and errors that another explains; the others are
+// tellFindings tells warnings when they come, and logs errors that another explains; the others are
 // tellFailures', and advice is for those who look at the status. What came before is known by ID
 // and key, so a changing text (a count) is not news.
 func (t *told) tellFindings(findings []symptom.Finding) {
@@ -192,13 +217,15 @@ func (t *told) tellFindings(findings []symptom.Finding) {
 	for _, f := range findings {
 		key := string(f.ID) + " " + f.Key
 		now[key] = true
-		if t.findings[key] || f.Severity == symptom.Advice || f.Severity == symptom.Error &&
-			f.ExplainedBy == "" {
+		if t.findings[key] {
 			continue
 		}
-		t.log.Warn("finding", zap.String("id", string(f.ID)), zap.String("text", f.Text()))
-		if f.Severity == symptom.Warning {
-			t.serial(report.Warning, f.Text())
+		switch {
+		case f.Severity == symptom.Warning:
+			t.tell(report.Event{Severity: report.Warning, Message: f.Text(), Finding: f})
+		case f.Severity == symptom.Error && f.ExplainedBy != "":
+			t.log.Warn("explained by "+string(f.ExplainedBy), zap.String("id", string(f.ID)),
+				zap.String("text", f.Text()))
 		}
 	}
 	t.findings = now
@@ -222,8 +249,8 @@ func (t *told) tellMode(mode string) {
 	if mode == t.mode {
 		return
 	}
-	t.log.Info("mode", zap.String("is", mode), zap.String("was", t.mode))
-	t.serial(report.Info, "interception: "+mode)
+	t.tell(report.Event{Severity: report.Info, Message: "interception: " + mode,
+		Fields: []report.Field{{Key: "was", Value: t.mode}}})
 	t.mode = mode
 }
 
@@ -233,12 +260,11 @@ func (t *told) tellReady(s status.Status) {
 	}
 	t.ready = s.Ready
 	if !s.Ready {
-		t.log.Warn("not ready", zap.String("why", s.NotReady))
-		t.serial(report.Warning, "not ready: "+s.NotReady)
+		t.tell(report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
 		return
 	}
-	t.log.Info("ready", zap.String("envoy", s.Envoy.Version))
-	t.serial(report.Info, "ready: Envoy "+s.Envoy.Version+" is live and the rules are in place")
+	t.tell(report.Event{Severity: report.Info,
+		Message: "ready: Envoy " + s.Envoy.Version + " is live and the rules are in place"})
 	if err := t.reporters.ready(); err != nil {
 		t.log.Warn("cannot tell systemd of the readiness", zap.Error(err))
 	}

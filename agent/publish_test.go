@@ -168,7 +168,7 @@ func heard() (t *told, take func() string) {
 	add := func(line string) { lines = append(lines, line) }
 	t = &told{log: zap.NewNop(), started: testStart}
 	t.reporters = reporters{
-		serial:  func(s report.Severity, text string) { add(string(s) + " " + text) },
+		events:  func(e report.Event) { add(string(e.Severity) + " " + e.Message) },
 		metrics: func(_ status.Status, m report.Pass) { add(fmt.Sprint("dumps ", m.DumpReads)) },
 		status:  func(s status.Status) { add(fmt.Sprint("pass ", s.Passes, " ", s.LastFailure)) },
 		history: func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
@@ -238,9 +238,11 @@ func TestToldByKey(t *testing.T) {
 	two := Failure{ID: symptom.ForeignOwner, Key: "2", Text: "two"}
 	core, logs := observer.New(zap.InfoLevel)
 	told.log = zap.New(core)
-	told.tellFailures(Failures{}, Failures{Lasting: []Failure{one}})
-	told.tellFailures(Failures{Lasting: []Failure{one}}, Failures{Lasting: []Failure{one, two}})
-	told.tellFailures(Failures{Lasting: []Failure{one, two}}, Failures{Lasting: []Failure{two}})
+	told.tellFailures(Failures{}, Failures{Lasting: []Failure{one}}, nil)
+	told.tellFailures(Failures{Lasting: []Failure{one}}, Failures{Lasting: []Failure{one, two}},
+		nil)
+	told.tellFailures(Failures{Lasting: []Failure{one, two}}, Failures{Lasting: []Failure{two}},
+		nil)
 	if got := strings.ToLower(take()); got != "error one\nerror two\ninfo over: one" {
 		t.Errorf("told\n%s", got)
 	}
@@ -250,15 +252,15 @@ func TestToldByKey(t *testing.T) {
 		logged = append(logged, fmt.Sprint(entry.Level, " ", entry.Message, " ", id))
 	}
 	want := []string{
-		"error failure port-foreign-owner", "error failure port-foreign-owner",
-		"info failure over port-foreign-owner",
+		"error one port-foreign-owner", "error two port-foreign-owner",
+		"info over: one port-foreign-owner",
 	}
 	if !slices.Equal(logged, want) {
 		t.Errorf("logged %q", logged)
 	}
 }
 
-// TestToldInTheLog: transitions are there in constant words.
+// TestToldInTheLog: transitions are there in the words of every other channel.
 func TestToldInTheLog(t *testing.T) {
 	told, _ := heard()
 	core, logs := observer.New(zap.InfoLevel)
@@ -274,10 +276,11 @@ func TestToldInTheLog(t *testing.T) {
 		logged = append(logged, fmt.Sprint(entry.Level, " ", entry.Message, " ", entry.ContextMap()))
 	}
 	want := []string{
-		"info mode map[is:intercepting was:]", "info ready map[envoy:1.40.0]",
+		"info interception: intercepting map[]",
+		"info ready: Envoy 1.40.0 is live and the rules are in place map[]",
 		"warn cannot tell systemd of the readiness map[error:no folder]",
-		"warn finding map[id:drift text:drift]", "info mode map[is:paused was:intercepting]",
-		"warn not ready map[why:paused by cleanup until restarted]",
+		"warn drift map[cause:drift id:drift]", "info interception: paused map[was:intercepting]",
+		"warn not ready: paused by cleanup until restarted map[]",
 	}
 	if !slices.Equal(logged, want) {
 		t.Errorf("logged\n%s", strings.Join(logged, "\n"))

@@ -41,7 +41,7 @@ func newLife(w *world, k *iptables.Kernel) *life {
 		attribute: attributeInForce{Config: attribute.Default()},
 		mark:      w.mark,
 		told: told{log: log, reporters: reporters{
-			serial:  func(report.Severity, string) {},
+			events:  func(report.Event) {},
 			metrics: func(status.Status, report.Pass) {},
 			status:  func(s status.Status) { l.status = s },
 			history: func(Failures) {},

@@ -15,6 +15,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -169,7 +170,7 @@ var (
 		"When the last pass ended, in Unix time; older than five minutes means stuck.")
 	ready   = desc("ready", "1 when /healthz/ready answers 200.")
 	mode    = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
-	finding = desc("finding", "How many of a finding stand now; absent when none.", "id", "severity")
+	finding = desc("finding", "How many of a finding stand now; 0 when none.", "id", "severity")
 	refused = desc("refused_entries",
 		"Entries of Envoy's listeners that are left out because they never may be intercepted.")
 	errorsMet = desc("errors_total", "Errors that passes met, by what was asked.", "source")
@@ -295,14 +296,20 @@ func (m *Metrics) stands(gauge, counter func(*prometheus.Desc, float64, ...strin
 		gauge(mode, one(v == s.Mode), v)
 	}
 	gauge(refused, float64(m.refused))
-	found := map[[2]string]int{}
+	type kind struct {
+		id       symptom.ID
+		severity symptom.Severity
+	}
+	found := map[kind]int{}
 	for _, f := range s.Findings {
 		if f.ExplainedBy == "" {
-			found[[2]string{clean(string(f.ID)), clean(f.Severity.String())}]++
+			found[kind{f.ID, f.Severity}]++
 		}
 	}
-	for f, n := range found {
-		gauge(finding, float64(n), f[0], f[1])
+	for _, k := range symptom.Kinds() {
+		for _, s := range k.Severities {
+			gauge(finding, float64(found[kind{k.ID, s}]), string(k.ID), s.String())
+		}
 	}
 
 	state := s.Envoy.State

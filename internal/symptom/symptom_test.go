@@ -177,6 +177,9 @@ func TestExamples(t *testing.T) {
 		"# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in\n`agent-last-failure`, warnings on serial and in `status`, advice in `status`. The number is the row\nthat reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
 	for _, e := range examples {
 		findings := Check(e.facts)
+		for _, found := range findings {
+			isKind(t, found)
+		}
 		if e.want == "" {
 			if len(findings) > 0 {
 				t.Errorf("%s: %+v", e.when, findings)

@@ -242,6 +242,9 @@ func TestWords(t *testing.T) {
 			"listen-address", 0, Warning, "/healthz and /metrics are not served: listen tcp :15020: address already in use", "…--listen…interception goes on"},
 	} {
 		findings := Check(tt.facts)
+		for _, found := range findings {
+			isKind(t, found)
+		}
 		if tt.id == "" {
 			if len(findings) > 0 {
 				t.Errorf("%s: %+v, want nothing", tt.when, findings)
