@@ -54,20 +54,22 @@ var may = map[string]string{
 
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
-		"internal/logs internal/metadata internal/progress internal/redaction internal/untrusted systemd",
+		"internal/authorities internal/logs internal/metadata internal/progress internal/redaction " +
+		"internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",
 	"internal/metadata": "internal/attribute",
 	"internal/progress": "internal/atomicfile internal/untrusted",
 
 	// Leaves.
-	"internal/atomicfile": "",
-	"internal/attribute":  "",
-	"internal/conntrack":  "",
-	"internal/mailbox":    "",
-	"internal/redaction":  "",
-	"internal/sockdiag":   "",
-	"internal/untrusted":  "",
+	"internal/atomicfile":  "",
+	"internal/attribute":   "",
+	"internal/authorities": "",
+	"internal/conntrack":   "",
+	"internal/mailbox":     "",
+	"internal/redaction":   "",
+	"internal/sockdiag":    "",
+	"internal/untrusted":   "",
 }
 
 // only is who, tests aside, may import what has effects or is heavy: a path, or what begins with

@@ -10,11 +10,12 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 )
 
 // configureEnvoy writes Envoy's configuration when it has changed and Envoy accepts it.
 func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config, vm VM) error {
-	text, err := envoyConfig(cfg, vm, b.caFile())
+	text, err := envoyConfig(cfg, vm, authorities.File(b.Root))
 	if err != nil {
 		return err
 	}

@@ -1,11 +1,9 @@
 package bootstrap
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -22,6 +20,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
@@ -317,16 +316,11 @@ func statusHint(code int, withToken bool) string {
 }
 
 // client trusts the VM's authorities. They are read anew: ca-certificates may have been installed
-// by this very run, and Go reads the system's once.
+// by this very run.
 func (b *bootstrapper) client() (*http.Client, error) {
-	var pool *x509.CertPool
-	if ca := b.caFile(); ca != "" {
-		pem, err := os.ReadFile(b.path(ca))
-		if err != nil {
-			return nil, err
-		}
-		pool = x509.NewCertPool()
-		pool.AppendCertsFromPEM(pem)
+	pool, err := authorities.Pool(b.Root)
+	if err != nil {
+		return nil, err
 	}
 	return &http.Client{
 		Transport: &http.Transport{
@@ -373,28 +367,4 @@ func (r *stallReader) Close() error {
 	r.timer.Stop()
 	r.cancel(nil)
 	return r.ReadCloser.Close()
-}
-
-// caFiles are where distributions keep the bundle of trusted authorities.
-var caFiles = []string{
-	"/etc/ssl/certs/ca-certificates.crt", // Debian, and SUSE of today
-	"/etc/pki/tls/certs/ca-bundle.crt",   // Red Hat
-	"/etc/ssl/ca-bundle.pem",             // SUSE of old
-}
-
-// caFile is the VM's bundle, "" where there is none.
-func (b *bootstrapper) caFile() string {
-	for _, name := range caFiles {
-		f, err := os.Open(b.path(name))
-		if err != nil {
-			continue
-		}
-		// An interrupted update-ca-certificates can leave it empty.
-		_, err = bufio.NewReader(f).Peek(1)
-		f.Close()
-		if err == nil {
-			return name
-		}
-	}
-	return ""
 }

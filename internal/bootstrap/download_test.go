@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -26,7 +27,7 @@ import (
 func tlsRoot(t *testing.T, srv *httptest.Server) string {
 	t.Helper()
 	root := t.TempDir()
-	ca := filepath.Join(root, caFiles[0])
+	ca := filepath.Join(root, authorities.Files[0])
 	if err := os.MkdirAll(filepath.Dir(ca), 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -21,6 +21,7 @@ import (
 	"testing/synctest"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -164,11 +165,11 @@ func newSources(t *testing.T, v *fakeVM) *sources {
 		_, _ = w.Write(pack(t, file("usr/local/bin/envoy", fakeBinary(t, name))))
 	}))
 	t.Cleanup(s.Close)
-	ca, err := os.ReadFile(filepath.Join(tlsRoot(t, s.Server), caFiles[0]))
+	ca, err := os.ReadFile(filepath.Join(tlsRoot(t, s.Server), authorities.Files[0]))
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.put(caFiles[0], string(ca))
+	v.put(authorities.Files[0], string(ca))
 	quickRetries(t)
 	return s
 }

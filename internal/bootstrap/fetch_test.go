@@ -567,31 +567,6 @@ func TestStallReader(t *testing.T) {
 	}
 }
 
-// The VM's bundle is the first that is there and not empty.
-func TestCAFile(t *testing.T) {
-	const debian, redHat, suse = "/etc/ssl/certs/ca-certificates.crt",
-		"/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem"
-	for _, tt := range []struct {
-		files map[string]string
-		want  string
-	}{
-		{nil, ""},
-		{map[string]string{debian: "x", redHat: "x", suse: "x"}, debian},
-		{map[string]string{debian: "", redHat: "x", suse: "x"}, redHat},
-		{map[string]string{redHat: "", suse: "x"}, suse},
-		{map[string]string{suse: ""}, ""},
-	} {
-		b := newBootstrapper(Options{Root: t.TempDir()})
-		for name, text := range tt.files {
-			mkdir(t, b.path(filepath.Dir(name)), 0o755)
-			write(t, b.path(name), text)
-		}
-		if have := b.caFile(); have != tt.want {
-			t.Errorf("with %v: %q, want %q", tt.files, have, tt.want)
-		}
-	}
-}
-
 // A source's own authority is not trusted, only the VM's.
 func TestDownloadTrust(t *testing.T) {
 	quickRetries(t)

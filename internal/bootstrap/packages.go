@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
@@ -49,7 +50,7 @@ func (b *bootstrapper) missing() []string {
 	if !b.hasProgram("iptables") || !b.hasProgram("iptables-restore") {
 		packages = append(packages, "iptables")
 	}
-	if b.caFile() == "" {
+	if authorities.File(b.Root) == "" {
 		packages = append(packages, "ca-certificates")
 	}
 	return packages
