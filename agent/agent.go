@@ -4,7 +4,8 @@
 //	                  ├─> Desired ─> Want ─> iptables.Ruleset ┐
 //	attribute.Config ─┘    (pure)                             ├─> Diff ─> Plan ─> Apply
 //	iptables.Read ──────────────────────────────────> have ───┘
-//	Facts ─> symptom.Check ─> Status ─> guest attributes, serial, metrics, sd_notify, socket
+//	Facts ─> symptom.Check ─> Status ─> guest attributes, metrics, sd_notify, socket
+//	                       └> Events ─> log, serial, Cloud Logging
 //
 // One goroutine (loop) owns the kernel. What is slow or can hang (Envoy's admin interface, the
 // metadata server, the kernel's notifications, every reporter) is a task beside it and meets it
@@ -29,6 +30,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
@@ -52,6 +54,7 @@ type Agent struct {
 	envoy    *envoyadmin.Client
 	guest    *guestattr.Writer
 	serial   *report.Serial
+	cloud    *cloudlog.Writer
 	metrics  *report.Metrics
 	public   *server.Public // nil: --listen is empty
 
@@ -108,8 +111,14 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget"),
 	})
 	a.serial = report.NewSerial(s.SerialPort)
+	mode, err := s.cloudLogging()
+	if err != nil {
+		return nil, err
+	}
+	a.cloud = cloudlog.New(cloudlog.Options{Mode: mode, Log: log})
 	a.metrics = report.NewMetrics(report.Sources{
 		Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State,
+		CloudLogging: a.cloud.State,
 	})
 	if s.Listen != "" {
 		a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, a.metrics.Handler(), log)
@@ -159,7 +168,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.log.Info("started", zap.String("version", a.settings.Version),
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
-	a.serial.Say(report.Info, "service-proxy-agent "+a.settings.Version+" started")
+	a.say(report.Event{Severity: report.Info,
+		Message: "service-proxy-agent " + a.settings.Version + " started"})
 	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
 	defer cancel()
 	err = runTasks(ctx, a.tasks(ctx, socket))
@@ -178,6 +188,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 		{"keep history", a.keepHistory},
 		{"guest attributes", a.guest.Run},
 		{"serial port", a.serial.Run},
+		{"Cloud Logging", a.cloud.Run},
 		{"socket", func(ctx context.Context) error {
 			answers := server.Answers{Status: a.statusNow, Pause: a.pauseLoop}
 			return socket.Serve(ctx, answers, a.log)
@@ -256,9 +267,15 @@ func (a *Agent) thisVM() vm {
 	return v
 }
 
+// say tells an event on each channel that tells a story; the log has it already.
+func (a *Agent) say(e report.Event) {
+	a.serial.Say(e.Severity, e.Message)
+	a.cloud.Say(e)
+}
+
 func (a *Agent) reporters() reporters {
 	return reporters{
-		events:  func(e report.Event) { a.serial.Say(e.Severity, e.Message) },
+		events:  a.say,
 		metrics: a.metrics.Pass,
 		status: func(s status.Status) {
 			a.status.Store(&s)

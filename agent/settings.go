@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
 
@@ -25,6 +26,7 @@ type Settings struct {
 	Config        string
 	Listen        string                  // /metrics, /healthz; "" turns it off
 	SerialPort    string                  // "" turns it off
+	CloudLogging  string                  // auto, on, off; see cloudlog.ParseMode
 	WhenEnvoyDown reconcile.WhenEnvoyDown // keep or bypass
 	Interfaces    []string                // --intercept-interfaces
 	// names or uids of the VM's resolvers, whose DNS questions are never redirected
@@ -50,6 +52,9 @@ func (s Settings) Validate() error {
 			return fmt.Errorf("%w: --listen is %q; use host:port or :port", ErrSettings, s.Listen)
 		}
 	}
+	if _, err := s.cloudLogging(); err != nil {
+		return err
+	}
 	for _, i := range s.Interfaces {
 		// IFNAMSIZ is 16 with its NUL; the kernel refuses '/' and white space; iptables reads a '+' at
 		// the end as a wildcard.
@@ -61,6 +66,14 @@ func (s Settings) Validate() error {
 		}
 	}
 	return nil
+}
+
+func (s Settings) cloudLogging() (cloudlog.Mode, error) {
+	mode, err := cloudlog.ParseMode(s.CloudLogging)
+	if err != nil {
+		return mode, fmt.Errorf("%w: --cloud-logging %w", ErrSettings, err)
+	}
+	return mode, nil
 }
 
 func validPort(s string) bool {

@@ -24,12 +24,12 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
-		"internal/conntrack internal/drain internal/progress internal/reconcile internal/server " +
-		"internal/status iptables systemd",
+		"internal/cloudlog internal/conntrack internal/drain internal/progress internal/reconcile " +
+		"internal/server internal/status iptables systemd",
 
 	// The daemon: everything but the installer.
-	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/conntrack " +
-		"internal/envoywatch internal/mailbox internal/metadata internal/progress " +
+	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
+		"internal/conntrack internal/envoywatch internal/mailbox internal/metadata internal/progress " +
 		"internal/reconcile internal/report internal/server internal/sockdiag internal/status " +
 		"internal/symptom iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
@@ -42,6 +42,8 @@ var may = map[string]string{
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
 	"internal/report": "guestattr internal/status internal/symptom iptables",
+	"internal/cloudlog": "guestattr internal/authorities internal/metadata internal/redaction " +
+		"internal/report",
 	"internal/server": "guestattr internal/attribute internal/sockdiag internal/status",
 
 	// Libraries that others may use, too: each needs a leaf or nothing.

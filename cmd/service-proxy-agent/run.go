@@ -12,6 +12,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 )
@@ -68,6 +69,8 @@ func runCommand() *cobra.Command {
 			"none: defaults")
 	f.StringVar(&s.Listen, "listen", defaultListen, "address of /metrics and /healthz; empty: off")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
+	f.StringVar(&s.CloudLogging, "cloud-logging", string(cloudlog.Auto),
+		"entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow it), on or off")
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
 		"what happens to the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,

@@ -91,6 +91,10 @@ func Text(text string) string {
 	return strings.TrimSpace(apply(anywhere, text))
 }
 
+// Secrets returns text without tokens and without the user and query of a URL, and leaves what else
+// may be a quotation as it is. It is for words of our own, in which Text would see quoted values.
+func Secrets(text string) string { return apply(anywhere, text) }
+
 // short is a broken constraint without the message behind it, and with the path of the field as one
 // name: the reason is at its end, and a guest attribute is cut there.
 func short(text string) string {

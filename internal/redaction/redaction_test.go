@@ -85,6 +85,17 @@ route_config {
 	}
 }
 
+func TestSecrets(t *testing.T) {
+	for text, want := range map[string]string{
+		`key "a": Bearer ya29.s3cr3t of https://u:p@host/x?sig=s3cr3t`: `key "a": Bearer [...] of https://host/x`,
+		`key: "value", {x}`: `key: "value", {x}`,
+	} {
+		if got := Secrets(text); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
 // Envoy up to 1.26 (the agent takes 1.24.9 and later) quotes a header's value whose % is no command
 // in these words: of "Bearer %s3cr3t", "Bearer %s3cr3t(x" and the like.
 func TestHeaderValueOlderEnvoy(t *testing.T) {

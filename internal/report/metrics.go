@@ -62,6 +62,7 @@ type Sources struct {
 	Version, Commit string                 // of this program
 	GuestAttributes func() guestattr.State // nil: no such metrics
 	Serial          func() SerialState     // nil: no such metrics
+	CloudLogging    func() ChannelState    // nil: no such metrics
 }
 
 // Metrics is the state behind /metrics. Make it with [NewMetrics]. A scrape sees whole passes only,
