@@ -369,7 +369,7 @@ func TestOwnEnvoy(t *testing.T) {
 		}
 	}
 	for _, r := range m.Platform.Requests() {
-		if strings.Contains(r.Path, "/attributes/") && !strings.Contains(r.Path, "/guest-attributes/") {
+		if strings.HasSuffix(r.Path, "/attributes/gce-service-proxy") {
 			t.Errorf("asked the metadata server for %s", r.Path)
 		}
 	}

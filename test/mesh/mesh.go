@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -218,8 +219,9 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
 	}
 	a.args = append(a.args, args...) // of two the later one counts
+	// No name of Google's resolves here, and the emulator answers for all of its services.
 	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+
-		filepath.Join(a.dir, "state"))
+		filepath.Join(a.dir, "state"), cloudlog.EndpointEnv+"=http://"+lab.MetadataAddr.String())
 	return a
 }
 

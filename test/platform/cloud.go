@@ -152,13 +152,20 @@ type LogEntry struct {
 	TextPayload      string            `json:"textPayload,omitempty"`
 }
 
+// same says whether two entries are shown as one: those of a log with the same timestamp and
+// insertId are duplicates of each other
+// (https://cloud.google.com/logging/docs/reference/v2/rest/v2/LogEntry).
+func (a LogEntry) same(b LogEntry) bool {
+	return a.LogName == b.LogName && a.InsertID == b.InsertID && a.Timestamp.Equal(b.Timestamp)
+}
+
 // MonitoredResource is what an entry is about.
 type MonitoredResource struct {
 	Type   string            `json:"type"`
 	Labels map[string]string `json:"labels,omitempty"`
 }
 
-// LogEntries lists what was written, in the order it came.
+// LogEntries lists what was written, in the order it came; what a retry wrote again only once.
 func (e *Emulator) LogEntries() []LogEntry {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -235,7 +242,11 @@ func (e *Emulator) writeEntries(w http.ResponseWriter, body []byte) {
 		entry.InsertID = cmp.Or(entry.InsertID, fmt.Sprintf("e%d", len(e.logs)+i))
 	}
 	if !in.DryRun {
-		e.logs = append(e.logs, in.Entries...)
+		for _, entry := range in.Entries {
+			if !slices.ContainsFunc(e.logs, entry.same) {
+				e.logs = append(e.logs, entry)
+			}
+		}
 		e.notify()
 	}
 	respond(w, http.StatusOK, struct{}{})
@@ -282,8 +293,10 @@ func (e *Emulator) listEntries(w http.ResponseWriter, body []byte) {
 var severities = []string{"DEFAULT", "DEBUG", "INFO", "NOTICE", "WARNING", "ERROR", "CRITICAL",
 	"ALERT", "EMERGENCY"}
 
+// Comparisons side by side are joined by AND, too.
 var comparison = regexp.MustCompile(
-	`^\(?\s*([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s*\)?\s*(?:AND\s+|$)`)
+	`^\(?\s*([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)` +
+		`(?:\s*\)?\s*AND\s+|\s*\)?\s*$|\s+)`)
 
 // parseFilter understands what this project's documents use: comparisons of logName, severity,
 // timestamp, resource.type, resource.labels.X and jsonPayload.X, joined by AND or white space.
@@ -292,11 +305,7 @@ func parseFilter(filter string) (func(LogEntry) bool, error) {
 	for rest := strings.TrimSpace(filter); rest != ""; {
 		m := comparison.FindStringSubmatch(rest)
 		if m == nil {
-			// Comparisons side by side are joined by AND too.
-			if m = regexp.MustCompile(
-				`^([A-Za-z_.]+)\s*(>=|<=|=|:|>|<)\s*("[^"]*"|[^\s")]+)\s+`).FindStringSubmatch(rest); m == nil {
-				return nil, fmt.Errorf("the emulator does not understand the filter at %q", rest)
-			}
+			return nil, fmt.Errorf("the emulator does not understand the filter at %q", rest)
 		}
 		rest = strings.TrimSpace(rest[len(m[0]):])
 		field, op, want := m[1], m[2], strings.Trim(m[3], `"`)

@@ -470,10 +470,12 @@ func TestLogging(t *testing.T) {
 		``:                 "one,two",
 		`severity>=ERROR`:  "two",
 		`severity>=NOTICE`: "two",
-		`logName="projects/my-project/logs/service-proxy-agent" AND severity=INFO`: "one",
-		`logName:service-proxy-agent jsonPayload.message="two"`:                    "two",
-		`resource.type="gce_instance" AND timestamp>="2100-01-01T00:00:00Z"`:       "",
-		`timestamp>="2000-01-01T00:00:00Z" AND resource.labels.zone=z`:             "one,two",
+		`logName="projects/my-project/logs/service-proxy-agent" AND severity=INFO`:   "one",
+		`logName:service-proxy-agent jsonPayload.message="two"`:                      "two",
+		`resource.type="gce_instance" AND timestamp>="2100-01-01T00:00:00Z"`:         "",
+		`timestamp>="2000-01-01T00:00:00Z" AND resource.labels.zone=z`:               "one,two",
+		`resource.type="gce_instance" jsonPayload.message:"TW"`:                      "two",
+		`(resource.type="gce_instance" jsonPayload.message:"TW") AND severity=ERROR`: "two",
 	} {
 		body, err := json.Marshal(
 			map[string]any{"resourceNames": []string{"projects/my-project"}, "filter": filter})
@@ -493,8 +495,40 @@ func TestLogging(t *testing.T) {
 			t.Errorf("filter %q: %q, want %q", filter, got, want)
 		}
 	}
-	if w := call("/v2/entries:list", "", `{"filter":"NOT severity=INFO"}`); w.Code != 400 {
-		t.Errorf("a filter beyond the emulator: %d", w.Code)
+	for _, filter := range []string{"NOT severity=INFO", "severity=INFO OR severity=ERROR"} {
+		if w := call("/v2/entries:list", "", `{"filter":"`+filter+`"}`); w.Code != 400 {
+			t.Errorf("a filter beyond the emulator: %d", w.Code)
+		}
+	}
+}
+
+// TestLoggingRetry: a request that is made again, because its answer did not come, writes nothing
+// again.
+func TestLoggingRetry(t *testing.T) {
+	e, base := start(t, platform.VM{})
+	entry := func(insertID, timestamp string) string {
+		return `{"insertId":"` + insertID + `","timestamp":"` + timestamp + `"}`
+	}
+	const first, later = "2026-01-01T00:00:00.5Z", "2026-01-01T00:00:01Z"
+	write := func(entries ...string) reply {
+		return ask(t, "POST", base+"/v2/entries:write",
+			`{"logName":"projects/my-project/logs/l","resource":{"type":"gce_instance"},"entries":[`+
+				strings.Join(entries, ",")+`]}`, "Authorization", "Bearer "+e.Token())
+	}
+	remove := e.Inject(platform.Fault{Prefix: "/v2/entries:write", Status: 503, Body: "busy",
+		Header: map[string]string{"Retry-After": "7"}})
+	if r := write(entry("a", first)); r.status != 503 || r.header.Get("Retry-After") != "7" ||
+		len(e.LogEntries()) != 0 {
+		t.Errorf("a fault: %+v", r)
+	}
+	remove()
+	for range 2 {
+		if r := write(entry("a", first), entry("b", first), entry("a", later)); r.status != 200 {
+			t.Errorf("%+v", r)
+		}
+	}
+	if all := e.LogEntries(); len(all) != 3 {
+		t.Errorf("%d entries: %+v", len(all), all)
 	}
 }
 
