@@ -66,6 +66,7 @@ type Agent struct {
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status]    // nil: no pass yet
 	account    atomic.Pointer[metadata.Account] // nil: not read yet
+	answered   atomic.Pointer[time.Time]        // when the metadata server last did; nil: not yet
 
 	config *attribute.Config // of --config; nil: the metadata server tells
 	// its unit is enabled: a VM without its result is not finished yet
@@ -119,6 +120,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a.metrics = report.NewMetrics(report.Sources{
 		Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State,
 		CloudLogging: a.cloud.State,
+		Envoy: a.envoy.Asked, Metadata: a.metadataAnswered,
 	})
 	if s.Listen != "" {
 		a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, a.metrics.Handler(), log)

@@ -208,7 +208,8 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 		a.log.Warn("no attribute of an earlier run", zap.Error(err))
 	}
 	source, machine, instance := attributeSource{kept: kept}, machineSum(), ""
-	metadata.Watch(ctx, func(look metadata.Attribute) {
+	answered := func() { a.answered.Store(new(time.Now())) }
+	metadata.Watch(ctx, answered, func(look metadata.Attribute) {
 		away := new(metadata.Error)
 		if source.kept != nil && look.Err != nil && instance == "" && !errors.As(look.Err, &away) {
 			instance, _ = metadata.ReadInstance(ctx) // whom the kept one must belong to
@@ -229,4 +230,13 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 		}
 	})
 	return nil
+}
+
+// metadataAnswered is when the metadata server last gave a usable answer about the attribute; zero:
+// not yet.
+func (a *Agent) metadataAnswered() time.Time {
+	if at := a.answered.Load(); at != nil {
+		return *at
+	}
+	return time.Time{}
 }

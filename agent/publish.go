@@ -45,7 +45,6 @@ type told struct {
 	mode      string
 	ready     bool
 	resolvers map[string]bool // users of --resolver-users that are not there
-	dumps     int             // of Envoy's, at the last pass
 }
 
 // publish turns a pass into a Status and leaves it with every reporter.
@@ -63,8 +62,7 @@ func (t *told) publish(p passed, backend string) {
 	s.LastFailure, s.Backend = t.failures.String(), backend
 	t.tellMode(s.Mode)
 	t.tellReady(s)
-	t.metrics(s, p.happened(p.seen.Envoy.Dumps-t.dumps))
-	t.dumps = p.seen.Envoy.Dumps
+	t.metrics(s, p.happened())
 	t.reporters.status(s)
 }
 
@@ -271,9 +269,9 @@ func (t *told) tellReady(s status.Status) {
 }
 
 // happened is what /metrics counts of the pass.
-func (p passed) happened(dumps int) report.Pass {
+func (p passed) happened() report.Pass {
 	m := report.Pass{
-		Duration: p.took, DumpReads: dumps, Refused: len(p.want.Refused),
+		Duration: p.took, DumpReads: p.seen.Envoy.Dumps, Refused: len(p.want.Refused),
 		Drift: map[string]int{}, Errors: map[string]int{}, Writes: map[string]report.Writes{},
 	}
 	if v := p.seen.Envoy.Info.Version; v != (envoyadmin.Version{}) {

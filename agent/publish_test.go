@@ -165,11 +165,15 @@ func TestStatus(t *testing.T) {
 // heard is a told whose words can be read.
 func heard() (t *told, take func() string) {
 	var lines []string
+	dumps := 0
 	add := func(line string) { lines = append(lines, line) }
 	t = &told{log: zap.NewNop(), started: testStart}
 	t.reporters = reporters{
 		events:  func(e report.Event) { add(string(e.Severity) + " " + e.Message) },
-		metrics: func(_ status.Status, m report.Pass) { add(fmt.Sprint("dumps ", m.DumpReads)) },
+		metrics: func(_ status.Status, m report.Pass) {
+			add(fmt.Sprint("dumps ", m.DumpReads-dumps))
+			dumps = m.DumpReads
+		},
 		status:  func(s status.Status) { add(fmt.Sprint("pass ", s.Passes, " ", s.LastFailure)) },
 		history: func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
 		ready:   func() error { add("systemd"); return errors.New("no folder") },

@@ -131,7 +131,7 @@ func (c *Client) Bootstrap(ctx context.Context) (*Bootstrap, error) {
 		path = everythingPath
 	}
 	var found *Bootstrap
-	err = c.get(ctx, path, c.LongLimit, maxLong, func(body io.Reader) error {
+	err = c.get(ctx, BootstrapQuestion, path, c.LongLimit, maxLong, func(body io.Reader) error {
 		r := newReader(body)
 		return r.document(func() error {
 			return r.configs(func(r *reader) error {

@@ -75,6 +75,7 @@ type Client struct {
 	http *http.Client
 
 	dials atomic.Uint64 // connections made; a new one may lead to a new Envoy
+	book  book
 
 	mu      sync.Mutex
 	redials time.Time  // when Redial was last called
@@ -162,16 +163,19 @@ func (c *Client) answered(sent time.Time) {
 }
 
 // get asks for a path and hands the body to read, all within the limits.
-func (c *Client) get(ctx context.Context, path string, limit time.Duration, maxBytes int64,
-	read func(io.Reader) error) error {
-	return c.do(ctx, http.MethodGet, path, limit, maxBytes, read)
+func (c *Client) get(ctx context.Context, q Question, path string, limit time.Duration,
+	maxBytes int64, read func(io.Reader) error) error {
+	return c.do(ctx, q, http.MethodGet, path, limit, maxBytes, read)
 }
 
-func (c *Client) do(ctx context.Context, method, path string, limit time.Duration, maxBytes int64,
-	read func(io.Reader) error) error {
+func (c *Client) do(ctx context.Context, q Question, method, path string, limit time.Duration,
+	maxBytes int64, read func(io.Reader) error) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	if err := c.request(limited, method, path, maxBytes, read); err != nil {
+	sent := time.Now()
+	err := c.request(limited, method, path, maxBytes, read)
+	c.book.note(q, sent, time.Now(), err)
+	if err != nil {
 		var asked *url.Error
 		if errors.As(err, &asked) {
 			err = asked.Err // says the URL once more
@@ -250,7 +254,7 @@ const readyPath = "/ready"
 // Ready asks whether Envoy is ready: "LIVE", or why not, in Envoy's words ("PRE_INITIALIZING",
 // "INITIALIZING", "DRAINING"). It is the cheapest question.
 func (c *Client) Ready(ctx context.Context) (state string, err error) {
-	err = c.get(ctx, readyPath, c.ShortLimit, 64<<10, func(body io.Reader) error {
+	err = c.get(ctx, ReadyQuestion, readyPath, c.ShortLimit, 64<<10, func(body io.Reader) error {
 		text, err := io.ReadAll(body)
 		if err != nil {
 			return err

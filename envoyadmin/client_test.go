@@ -508,7 +508,7 @@ func TestProcessRestartedUnread(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = c.get(t.Context(), "/server_info", time.Minute, maxShort, func(io.Reader) error {
+	err = c.get(t.Context(), ServerInfoQuestion, "/server_info", time.Minute, maxShort, func(io.Reader) error {
 		time.Sleep(2600 * time.Millisecond) // another one starts at the beginning of this
 		return nil
 	})

@@ -21,7 +21,7 @@ func (c *Client) DrainListeners(ctx context.Context) error {
 }
 
 func (c *Client) post(ctx context.Context, path string) error {
-	return c.do(ctx, http.MethodPost, path, c.ShortLimit, maxShort, func(body io.Reader) error {
+	return c.do(ctx, order, http.MethodPost, path, c.ShortLimit, maxShort, func(body io.Reader) error {
 		_, err := io.Copy(io.Discard, body)
 		return err
 	})

@@ -156,7 +156,11 @@ func (c *Client) dumpOf(ctx context.Context, version Version,
 
 func (c *Client) readDump(ctx context.Context, path string, limit time.Duration, maxBytes int64,
 	d *dump, element func(*reader) error) error {
-	return c.get(ctx, path, limit, maxBytes, func(body io.Reader) error {
+	q := LookQuestion
+	if d.whole {
+		q = DumpQuestion
+	}
+	return c.get(ctx, q, path, limit, maxBytes, func(body io.Reader) error {
 		r := newReader(body)
 		err := r.document(func() error { return r.configs(element) })
 		d.bytes = r.given

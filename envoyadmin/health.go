@@ -47,7 +47,7 @@ func (h ClusterHealth) FewHealthy() bool {
 func (c *Client) Clusters(ctx context.Context) ([]ClusterHealth, error) {
 	const path = "/clusters?format=json"
 	var all []ClusterHealth
-	err := c.get(ctx, path, c.LongLimit, maxLong, func(body io.Reader) error {
+	err := c.get(ctx, ClustersQuestion, path, c.LongLimit, maxLong, func(body io.Reader) error {
 		r := newReader(body)
 		return r.document(func() error {
 			var found, other bool
@@ -204,7 +204,7 @@ var errStatLines = fmt.Errorf("%w: want lines of NAME: VALUE", ErrNotJSON)
 func (c *Client) statLines(ctx context.Context, filter string,
 	each func(name, value string) error) error {
 	path := "/stats?filter=" + url.QueryEscape(filter)
-	return c.get(ctx, path, c.LongLimit, maxLong, func(body io.Reader) error {
+	return c.get(ctx, StatsQuestion, path, c.LongLimit, maxLong, func(body io.Reader) error {
 		lines := bufio.NewScanner(body)
 		lines.Buffer(nil, maxLine)
 		for lines.Scan() {

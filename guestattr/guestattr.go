@@ -99,7 +99,8 @@ type State struct {
 	Enabled   bool   `json:"enabled"`
 	LastError string `json:"last_error,omitempty"` // of the last query; empty when it succeeded
 	// when Enabled last changed, or LastError came or went; zero before the first query
-	Since time.Time `json:"since"`
+	Since       time.Time `json:"since"`
+	LastSuccess time.Time `json:"last_success,omitzero"` // of the last query that succeeded
 	// values set and not yet written, a heartbeat that is not due aside
 	Pending  int    `json:"pending"`
 	Writes   uint64 `json:"writes"`   // that succeeded
@@ -556,7 +557,7 @@ func (w *Writer) succeeded(now time.Time) {
 	if w.state.LastError != "" || w.state.Since.IsZero() {
 		w.state.Since = now
 	}
-	w.state.Enabled, w.state.LastError = true, ""
+	w.state.Enabled, w.state.LastError, w.state.LastSuccess = true, "", now
 	w.backOff, w.notTill = 0, time.Time{}
 }
 

@@ -41,7 +41,7 @@ var may = map[string]string{
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
-	"internal/report": "guestattr internal/status internal/symptom iptables",
+	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",
 	"internal/cloudlog": "guestattr internal/authorities internal/metadata internal/redaction " +
 		"internal/report",
 	"internal/server": "guestattr internal/attribute internal/sockdiag internal/status",

@@ -147,7 +147,7 @@ func (b *bootstrapper) waitForRetry(
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	if b.Config == "" {
-		go metadata.Watch(ctx, func(a metadata.Attribute) {
+		go metadata.Watch(ctx, nil, func(a metadata.Attribute) {
 			if string(a.Text) != string(tried.Text) || a.Err == nil && tried.Err != nil {
 				cancel()
 			}

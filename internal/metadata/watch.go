@@ -46,7 +46,9 @@ func parse(text []byte) Attribute {
 //
 // It polls by itself: SubscribeWithContext of cloud.google.com/go/compute/metadata returns when the
 // key is missing, sends no timeout_sec and sleeps deaf to its context.
-func Watch(ctx context.Context, emit func(Attribute)) {
+//
+// answered, if not nil, is called at each answer that can be used, news or not: the server is well.
+func Watch(ctx context.Context, answered func(), emit func(Attribute)) {
 	var last Attribute
 	first, etag, wait := true, "", time.Duration(0)
 	say := func(a Attribute) {
@@ -58,6 +60,9 @@ func Watch(ctx context.Context, emit func(Attribute)) {
 	}
 	for ctx.Err() == nil {
 		text, newETag, err := get(ctx, attributePath, etag)
+		if answered != nil && (err == nil || errors.Is(err, ErrNoAttribute)) {
+			answered()
+		}
 		switch {
 		case ctx.Err() != nil:
 			return

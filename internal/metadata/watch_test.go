@@ -73,7 +73,7 @@ func TestWatch(t *testing.T) {
 	got, ended := make(chan Attribute, 10), make(chan struct{})
 	go func() {
 		defer close(ended)
-		Watch(ctx, func(a Attribute) { got <- a })
+		Watch(ctx, nil, func(a Attribute) { got <- a })
 	}()
 	next := func() Attribute {
 		t.Helper()
@@ -129,7 +129,7 @@ func TestWatchErrors(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	got := make(chan Attribute, 10)
-	go Watch(ctx, func(a Attribute) { got <- a })
+	go Watch(ctx, nil, func(a Attribute) { got <- a })
 	var metaErr *Error
 	if a := <-got; !errors.As(a.Err, &metaErr) || metaErr.Code != 503 {
 		t.Fatalf("have %v", a.Err)

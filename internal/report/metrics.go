@@ -3,7 +3,6 @@ package report
 import (
 	"maps"
 	"net/http"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -13,112 +12,160 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// Prefix begins the name of every metric.
+// Prefix begins the name of every metric but those of Go and of the process, which have their
+// customary names.
 const Prefix = "service_proxy_agent_"
 
 // Pass is what happened in a pass of the agent's loop, or since the pass before, which a
-// [status.Status], how things stand at its end, does not tell. Counts are added up here. No field
-// may name a service, an address or a port: label values come from sets that are fixed when the
-// program is built.
+// [status.Status], how things stand at its end, does not tell. Counts are added up here, but for
+// those since the start. No field may name a service, an address or a port: label values come from
+// sets that are fixed when the program is built.
 type Pass struct {
 	Duration  time.Duration
-	DumpReads int            // full dumps read from Envoy, each of which costs its main thread time
 	Drift     map[string]int // repaired, by iptables.DriftKind's words ("rule removed", …)
 	Errors    map[string]int // that the pass met, by source, one of ErrorSources
 	Untrusted int            // answers on the admin port that came from a foreign owner
+	Forgotten map[string]int // conntrack entries removed, by reason, one of ForgetReasons
 
-	Writes map[string]Writes // by the name of a family, as status.Family has it
+	// Redirect is how long ago the oldest of the changes was told that this pass has put into the
+	// rules, or found in them at last. Zero: it did no such thing.
+	Redirect time.Duration
+	Writes   map[string]Writes // by the name of a family, as status.Family has it
 
+	DumpReads  int // full dumps read from Envoy since the start
+	Rejections int // listeners that Envoy rejected since the start, each time anew
+
+	// Connected says whether Envoy has a stream to its control plane. nil: not known.
+	Connected *bool
 	// Refused is how many entries of listeners are left out because they never may be intercepted.
 	Refused int
 	// EnvoyVersion is the number in Status.Envoy.Version, "" when it is not known.
 	EnvoyVersion string
 }
 
-// Writes are what a pass wrote to the rules of one family.
+// Writes are what a pass wrote to the rules of one family, and what that took.
 type Writes struct {
 	Applies map[string]int // transactions, by outcome ("applied", "refused", "locked", "failed")
 	Rules   int            // added, changed or removed by them
+	Took    []time.Duration
+	Waited  time.Duration   // for the xtables lock
+	Repairs []time.Duration // from what showed a drift to its end
+
+	BackOffs   int       // began in this pass
+	BackingOff bool      // repairs are held back now
+	InSync     time.Time // when the rules last were seen, or put, as wanted; zero: not yet
 }
 
-// Modes are the values of status.Status.Mode that have a series.
-var Modes = []string{"bypass", "hold", "intercepting", "paused"}
+// The values of labels.
+var (
+	// Modes are those of status.Status.Mode that have a series.
+	Modes = []string{"bypass", "hold", "intercepting", "paused"}
+	// EnvoyStates are those of status.Envoy.State, in /server_info's words, and "UNREACHABLE" for
+	// anything else.
+	EnvoyStates = []string{"DRAINING", "INITIALIZING", "LIVE", "PRE_INITIALIZING", "UNREACHABLE"}
+	// ErrorSources are the keys of Pass.Errors.
+	ErrorSources = []string{"envoy_admin", "metadata_server"}
+	// ForgetReasons are the keys of Pass.Forgotten.
+	ForgetReasons = []string{"dns", "half_open"}
 
-// EnvoyStates are the values of status.Envoy.State, in /server_info's words, and "UNREACHABLE" for
-// anything else.
-var EnvoyStates = []string{"DRAINING", "INITIALIZING", "LIVE", "PRE_INITIALIZING", "UNREACHABLE"}
-
-// ErrorSources are the keys of Pass.Errors.
-var ErrorSources = []string{"envoy_admin", "metadata_server"}
+	outcomes = []string{"applied", "failed", "locked", "refused"}
+	families = []string{iptables.IPv4.String(), iptables.IPv6.String()}
+	backends = []string{iptables.Legacy, iptables.NFT}
+)
 
 // Sources is what does not come with a pass.
 type Sources struct {
-	Version, Commit string                 // of this program
-	GuestAttributes func() guestattr.State // nil: no such metrics
-	Serial          func() SerialState     // nil: no such metrics
-	CloudLogging    func() ChannelState    // nil: no such metrics
+	Version, Commit string // of this program
+	// The channels. nil: it is off.
+	GuestAttributes func() guestattr.State
+	Serial          func() SerialState
+	CloudLogging    func() ChannelState
+	// Envoy is what its admin interface was asked. nil: nothing.
+	Envoy func() envoyadmin.Asked
+	// Metadata is when the metadata server last gave a usable answer; zero: not yet. nil: not asked.
+	Metadata func() time.Time
 }
 
 // Metrics is the state behind /metrics. Make it with [NewMetrics]. A scrape sees whole passes only,
-// and never waits for one.
+// and never waits for one, nor a pass for a scrape but for the copy of a few numbers.
 //
 //	m := report.NewMetrics(report.Sources{Version: version, Serial: serial.State})
-//	m.Pass(status, report.Pass{Duration: took, DumpReads: 1, …})
+//	m.Pass(status, report.Pass{Duration: took, Refused: 1, …})
 //	public.Metrics = m.Handler()
 type Metrics struct {
 	sources  Sources
-	duration prometheus.Histogram
 	registry *prometheus.Registry
 
-	mu      sync.Mutex
-	last    status.Status
-	version string // Envoy's
-	refused int
-	passes  uint64
-	dumps   int
-	foreign int
-	drift   map[string]int
-	errors  map[string]int
-	family  map[string]*familyTotals
+	duration, redirect prometheus.Histogram
+	apply, repair      *prometheus.HistogramVec
+
+	mu     sync.Mutex
+	totals totals
+	last   stand
+}
+
+// totals are the counters that passes add to. From 0 on: increase() does not see the first event of
+// a series that begins with it.
+type totals struct {
+	passes, dumps, rejections, untrusted int
+	drift, errors, forgotten             map[string]int
+	family                               map[string]*familyTotals
 }
 
 type familyTotals struct {
-	applies map[string]int
-	written int
+	applies           map[string]int
+	written, backOffs int
+	waited            time.Duration
+	inSync            time.Time
+}
+
+// stand is how things stood at the end of the last pass.
+type stand struct {
+	status  status.Status
+	pass    Pass // without what totals have
+	backOff map[string]bool
 }
 
 // NewMetrics returns Metrics with no pass yet.
 func NewMetrics(s Sources) *Metrics {
 	m := &Metrics{
-		sources: s,
-		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: Prefix + "pass_duration_seconds",
-			Help: "How long a pass of the loop took, from observing to reporting.",
-			// An idle pass takes under a millisecond; one that writes 10,000 rules some seconds; the time
-			// limits end it at about a minute.
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
-		}),
-		registry: prometheus.NewRegistry(),
-		drift:    map[string]int{}, errors: map[string]int{},
-		family: map[string]*familyTotals{},
+		sources: s, registry: prometheus.NewRegistry(),
+		duration: prometheus.NewHistogram(durations),
+		redirect: prometheus.NewHistogram(redirects),
+		apply:    prometheus.NewHistogramVec(applyTimes, []string{"family"}),
+		repair:   prometheus.NewHistogramVec(repairTimes, []string{"backend"}),
+		totals: totals{
+			drift: map[string]int{}, errors: zeros(ErrorSources), forgotten: zeros(ForgetReasons),
+			family: map[string]*familyTotals{},
+		},
 	}
-	// From 0 on: increase() does not see the first event of a series that begins with it.
 	for k := iptables.RuleRemoved; k <= iptables.JumpLeft; k++ {
-		m.drift[k.String()] = 0
+		m.totals.drift[k.String()] = 0
 	}
-	for _, source := range ErrorSources {
-		m.errors[source] = 0
+	for _, name := range families {
+		m.totals.family[name] = &familyTotals{applies: zeros(outcomes)}
+		m.apply.WithLabelValues(name)
 	}
-	m.registry.MustRegister(m, collectors.NewProcessCollector(
-		collectors.ProcessCollectorOpts{Namespace: strings.TrimSuffix(Prefix, "_")}))
-	prometheus.WrapRegistererWithPrefix(Prefix, m.registry).MustRegister(collectors.NewGoCollector())
+	for _, backend := range backends {
+		m.repair.WithLabelValues(backend)
+	}
+	m.registry.MustRegister(m, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
+}
+
+func zeros(keys []string) map[string]int {
+	n := map[string]int{}
+	for _, k := range keys {
+		n[k] = 0
+	}
+	return n
 }
 
 // Handler serves the metrics.
@@ -135,22 +182,47 @@ func (m *Metrics) Pass(s status.Status, p Pass) {
 	s.Families, s.Findings = slices.Clone(s.Families), slices.Clone(s.Findings)
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	t := &m.totals
 	m.duration.Observe(p.Duration.Seconds())
-	m.passes++
-	m.dumps += p.DumpReads
-	m.foreign += p.Untrusted
-	add(m.drift, p.Drift)
-	add(m.errors, p.Errors)
-	for _, f := range s.Families {
-		t := m.family[f.Family]
-		if t == nil {
-			t = &familyTotals{applies: map[string]int{"applied": 0, "failed": 0, "locked": 0, "refused": 0}}
-			m.family[f.Family] = t
-		}
-		add(t.applies, p.Writes[f.Family].Applies)
-		t.written += p.Writes[f.Family].Rules
+	if p.Redirect > 0 {
+		m.redirect.Observe(p.Redirect.Seconds())
 	}
-	m.last, m.version, m.refused = s, p.EnvoyVersion, p.Refused
+	t.passes++
+	t.untrusted += p.Untrusted
+	t.dumps, t.rejections = max(t.dumps, p.DumpReads), max(t.rejections, p.Rejections)
+	add(t.drift, p.Drift)
+	add(t.errors, p.Errors)
+	add(t.forgotten, p.Forgotten)
+	m.last = stand{status: s, backOff: map[string]bool{}, pass: Pass{
+		Connected: p.Connected, Refused: p.Refused, EnvoyVersion: p.EnvoyVersion,
+	}}
+	for _, f := range s.Families {
+		m.writes(f.Family, s.Backend, p.Writes[f.Family])
+	}
+}
+
+// writes takes what was written of one family.
+func (m *Metrics) writes(family, backend string, w Writes) {
+	t := m.totals.family[family]
+	if t == nil {
+		return // not a family of this program's
+	}
+	add(t.applies, w.Applies)
+	t.written += w.Rules
+	t.waited += w.Waited
+	t.backOffs += w.BackOffs
+	if w.InSync.After(t.inSync) {
+		t.inSync = w.InSync
+	}
+	for _, d := range w.Took {
+		m.apply.WithLabelValues(family).Observe(d.Seconds())
+	}
+	if slices.Contains(backends, backend) {
+		for _, d := range w.Repairs {
+			m.repair.WithLabelValues(backend).Observe(d.Seconds())
+		}
+	}
+	m.last.backOff[family] = w.BackingOff
 }
 
 func add(to, from map[string]int) {
@@ -159,76 +231,23 @@ func add(to, from map[string]int) {
 	}
 }
 
-func desc(name, help string, labels ...string) *prometheus.Desc {
-	return prometheus.NewDesc(Prefix+name, help, labels, nil)
-}
-
-var (
-	buildInfo = desc("build_info", "Version and commit of this program, and of Go; always 1.",
-		"version", "commit", "goversion")
-	passes    = desc("passes_total", "Passes of the loop that ran to their end, whatever they found.")
-	heartbeat = desc("heartbeat_timestamp_seconds",
-		"When the last pass ended, in Unix time; older than five minutes means stuck.")
-	ready   = desc("ready", "1 when /healthz/ready answers 200.")
-	mode    = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
-	finding = desc("finding", "How many of a finding stand now; 0 when none.", "id", "severity")
-	refused = desc("refused_entries",
-		"Entries of Envoy's listeners that are left out because they never may be intercepted.")
-	errorsMet = desc("errors_total", "Errors that passes met, by what was asked.", "source")
-
-	envoyState     = desc("envoy_state", "1 for the state Envoy is in, 0 for the others.", "state")
-	envoyInfo      = desc("envoy_info", "Envoy's version; absent while it is not known.", "version")
-	envoyListeners = desc("envoy_listeners", "Listeners that Envoy has.")
-	envoyRejected  = desc("envoy_rejected_listeners", "Listeners whose last update Envoy rejected.")
-	envoyDumps     = desc("envoy_dump_reads_total", "Full dumps read from Envoy's admin port.")
-	untrusted      = desc("envoy_untrusted_answers_total",
-		"Answers on Envoy's admin port that were not believed, because another user's process gave them.")
-
-	usable   = desc("family_usable", "1 when this machine can intercept the family.", "family")
-	inSync   = desc("in_sync", "1 when the kernel has the rules it should have.", "family")
-	jumps    = desc("jumps", "1 when jumps lead traffic to Envoy.", "family")
-	rules    = desc("rules", "Rules of ours in the kernel.", "family")
-	services = desc("service_prefixes", "Address prefixes of services that are intercepted.",
-		"family")
-	servicePorts = desc("service_ports", "Ports of services without an address that are intercepted.",
-		"family")
-	applies = desc("applies_total", "Transactions of iptables-restore, by outcome.",
-		"family", "outcome")
-	written = desc("rules_written_total", "Rules added, changed or removed.", "family")
-	drift   = desc("drift_repaired_total",
-		"Changes others made to our rules that were put right, by kind.", "kind")
-
-	guestEnabled = desc("guest_attributes_enabled", "0 when the VM refuses guest attributes.")
-	guestUp      = desc("guest_attributes_up",
-		"1 when the last query of guest attributes succeeded.")
-	guestPending  = desc("guest_attributes_pending", "Values that wait to be written.")
-	guestWrites   = desc("guest_attributes_writes_total", "Guest attributes written.")
-	guestReads    = desc("guest_attributes_reads_total", "Guest attributes read back.")
-	guestFailures = desc("guest_attributes_failures_total",
-		"Queries of guest attributes that failed.")
-	guestSuperseded = desc("guest_attributes_superseded_total",
-		"Values replaced by a newer one before they were written, as most heartbeats are: nothing is "+
-			"lost by it.")
-	guestRepaired = desc("guest_attributes_repaired_total",
-		"Values found lost, or changed by others, and written again.", "kind")
-
-	serialUp      = desc("serial_up", "1 when the serial port is open and takes lines.")
-	serialLines   = desc("serial_lines_total", "Lines written to the serial port.")
-	serialDropped = desc("serial_dropped_lines_total", "Lines the serial port did not take in time.")
-
-	all = []*prometheus.Desc{
-		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet,
-		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, untrusted,
-		usable, inSync, jumps, rules, services, servicePorts, applies, written, drift,
-		guestEnabled, guestUp, guestPending, guestWrites, guestReads, guestFailures, guestSuperseded,
-		guestRepaired,
-		serialUp, serialLines, serialDropped,
+// clone is a copy that no pass changes.
+func (t totals) clone() totals {
+	t.drift, t.errors, t.forgotten = maps.Clone(t.drift), maps.Clone(t.errors), maps.Clone(t.forgotten)
+	t.family = maps.Clone(t.family)
+	for name, f := range t.family {
+		own := *f
+		own.applies = maps.Clone(f.applies)
+		t.family[name] = &own
 	}
-)
+	return t
+}
 
 // Describe is a method of [prometheus.Collector].
 func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
-	m.duration.Describe(to)
+	for _, c := range []prometheus.Collector{m.duration, m.redirect, m.apply, m.repair} {
+		c.Describe(to)
+	}
 	for _, d := range all {
 		to <- d
 	}
@@ -237,108 +256,38 @@ func (m *Metrics) Describe(to chan<- *prometheus.Desc) {
 // Collect is a method of [prometheus.Collector]. What stands after a pass is left
 // out before the first.
 func (m *Metrics) Collect(to chan<- prometheus.Metric) {
-	// A copy first: to may be read slowly, and Pass must not wait for that.
-	var out []prometheus.Metric
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		out = append(out, prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...))
-	}
-	counter := func(d *prometheus.Desc, v float64, labels ...string) {
-		out = append(out, prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...))
-	}
-	gauge(buildInfo, 1, clean(m.sources.Version), clean(m.sources.Commit), runtime.Version())
-
+	// A copy first: to may be read slowly, and Pass must not wait for that. (What stands is replaced
+	// as a whole, and never changed.)
 	m.mu.Lock()
-	counter(passes, float64(m.passes))
-	counter(envoyDumps, float64(m.dumps))
-	counter(untrusted, float64(m.foreign))
-	counters := func(d *prometheus.Desc, by map[string]int) {
-		for _, k := range slices.Sorted(maps.Keys(by)) {
-			counter(d, float64(by[k]), k)
-		}
-	}
-	counters(drift, m.drift)
-	counters(errorsMet, m.errors)
-	if m.passes > 0 {
-		m.stands(gauge, counter)
-	}
+	totals, last := m.totals.clone(), m.last
 	m.mu.Unlock()
-
-	if m.sources.GuestAttributes != nil {
-		s := m.sources.GuestAttributes()
-		gauge(guestEnabled, one(s.Enabled))
-		gauge(guestUp, one(s.Enabled && s.LastError == ""))
-		gauge(guestPending, float64(s.Pending))
-		counter(guestWrites, float64(s.Writes))
-		counter(guestReads, float64(s.Reads))
-		counter(guestFailures, float64(s.Failures))
-		counter(guestSuperseded, float64(s.Superseded))
-		counter(guestRepaired, float64(s.Lost), "lost")
-		counter(guestRepaired, float64(s.Changed), "changed")
+	e := emit{to}
+	e.program(m.sources)
+	e.counts(totals)
+	if totals.passes > 0 {
+		e.stands(last)
 	}
-	if m.sources.Serial != nil {
-		if s := m.sources.Serial(); s.Path != "" {
-			gauge(serialUp, one(s.Open && !s.Blocked))
-			counter(serialLines, float64(s.Lines))
-			counter(serialDropped, float64(s.Dropped))
-		}
+	e.asked(m.sources)
+	e.channels(m.sources)
+	for _, c := range []prometheus.Collector{m.duration, m.redirect, m.apply, m.repair} {
+		c.Collect(to)
 	}
-	for _, o := range out {
-		to <- o
-	}
-	m.duration.Collect(to)
 }
 
-// stands collects how things stand after the last pass, with m.mu held.
-func (m *Metrics) stands(gauge, counter func(*prometheus.Desc, float64, ...string)) {
-	s := m.last
-	gauge(heartbeat, float64(s.Heartbeat.UnixMilli())/1000)
-	gauge(ready, one(s.Ready))
-	for _, v := range Modes {
-		gauge(mode, one(v == s.Mode), v)
+// channel is what all channels have in common of the guest attributes.
+func guestChannel(s guestattr.State) ChannelState {
+	return ChannelState{
+		Enabled: s.Enabled, Up: s.Enabled && s.LastError == "" && !s.Since.IsZero(),
+		Writes: s.Writes, Failures: s.Failures, LastError: s.LastError, LastSuccess: s.LastSuccess,
 	}
-	gauge(refused, float64(m.refused))
-	type kind struct {
-		id       symptom.ID
-		severity symptom.Severity
-	}
-	found := map[kind]int{}
-	for _, f := range s.Findings {
-		if f.ExplainedBy == "" {
-			found[kind{f.ID, f.Severity}]++
-		}
-	}
-	for _, k := range symptom.Kinds() {
-		for _, s := range k.Severities {
-			gauge(finding, float64(found[kind{k.ID, s}]), string(k.ID), s.String())
-		}
-	}
+}
 
-	state := s.Envoy.State
-	if !slices.Contains(EnvoyStates, state) {
-		state = "UNREACHABLE"
-	}
-	for _, v := range EnvoyStates {
-		gauge(envoyState, one(v == state), v)
-	}
-	if m.version != "" {
-		gauge(envoyInfo, 1, clean(m.version))
-	}
-	gauge(envoyListeners, float64(s.Envoy.Listeners))
-	gauge(envoyRejected, float64(s.Envoy.Rejected))
-
-	for _, f := range s.Families {
-		gauge(usable, one(f.Usable), f.Family)
-		gauge(inSync, one(f.Equal), f.Family)
-		gauge(jumps, one(f.Jumps), f.Family)
-		gauge(rules, float64(f.Rules), f.Family)
-		gauge(services, float64(f.Services), f.Family)
-		gauge(servicePorts, float64(f.ServicePorts), f.Family)
-	}
-	for name, t := range m.family {
-		for k, n := range t.applies {
-			counter(applies, float64(n), name, k)
-		}
-		counter(written, float64(t.written), name)
+// serialChannel is the same of the serial port.
+func serialChannel(s SerialState) ChannelState {
+	return ChannelState{
+		Enabled: s.Path != "", Up: s.Open && !s.Blocked,
+		Writes: s.Lines, Failures: s.Failures, Dropped: s.Dropped,
+		LastError: s.LastError, LastSuccess: s.LastSuccess,
 	}
 }
 
@@ -352,3 +301,6 @@ func one(b bool) float64 {
 	}
 	return 0
 }
+
+// rulesOf is the label value for the rules of a family.
+func rulesOf(family string) string { return "rules_" + strings.ToLower(family) }

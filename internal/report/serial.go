@@ -62,6 +62,9 @@ type SerialState struct {
 	LastError string `json:"last_error,omitempty"` // why it is not open
 	Lines     uint64 `json:"lines"`                // written
 	Dropped   uint64 `json:"dropped"`              // lines that found the queue full for too long
+	Failures  uint64 `json:"failures"`             // to open the device, or to write a line
+	// when the last line was written
+	LastSuccess time.Time `json:"last_success,omitzero"`
 }
 
 // NewSerial returns a Serial for the device at path; with an empty path nothing is ever written.
@@ -115,6 +118,7 @@ func (s *Serial) Run(ctx context.Context) error {
 		}
 		s.mu.Lock()
 		s.state.Open, s.state.LastError = false, err.Error()
+		s.state.Failures++
 		if s.state.Lines != before {
 			retry = reopenFirst // it worked for a while
 		}
@@ -193,6 +197,7 @@ func (s *Serial) wrote(line string, err error) {
 	s.writing = time.Time{}
 	if err == nil {
 		s.state.Lines++
+		s.state.LastSuccess = time.Now()
 		return
 	}
 	// The device is gone, perhaps with the beginning. The next one gets the line whole,

@@ -106,7 +106,7 @@ func TestTable(t *testing.T) {
 
 	t.Run("guest attributes disabled", func(t *testing.T) {
 		eventually(t, 5*time.Second, "the metric", func() (bool, string) {
-			return metric(t, a, "guest_attributes_enabled") == 0, "1"
+			return metric(t, a, `channel_enabled{channel="guest_attributes"}`) == 0, "1"
 		})
 		const words = "Guest attributes are disabled: nobody outside can read this agent's status; set the metadata enable-guest-attributes=TRUE on the VM"
 		eventually(t, 5*time.Second, "the words on serial", func() (bool, string) {
@@ -160,8 +160,8 @@ func TestTable(t *testing.T) {
 		if s.LastFailure != "" {
 			t.Errorf("remembered without a disk: %q", s.LastFailure)
 		}
-		if n := metric(t, a, "guest_attributes_enabled"); n != 1 {
-			t.Errorf("guest_attributes_enabled: %v", n)
+		if n := metric(t, a, `channel_enabled{channel="guest_attributes"}`); n != 1 {
+			t.Errorf("channel_enabled of guest attributes: %v", n)
 		}
 	})
 
