@@ -120,7 +120,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a.metrics = report.NewMetrics(report.Sources{
 		Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State,
 		CloudLogging: a.cloud.State,
-		Envoy: a.envoy.Asked, Metadata: a.metadataAnswered,
+		Envoy:        a.envoy.Asked, Metadata: a.metadataAnswered,
 	})
 	if s.Listen != "" {
 		a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, a.metrics.Handler(), log)

@@ -169,7 +169,7 @@ func heard() (t *told, take func() string) {
 	add := func(line string) { lines = append(lines, line) }
 	t = &told{log: zap.NewNop(), started: testStart}
 	t.reporters = reporters{
-		events:  func(e report.Event) { add(string(e.Severity) + " " + e.Message) },
+		events: func(e report.Event) { add(string(e.Severity) + " " + e.Message) },
 		metrics: func(_ status.Status, m report.Pass) {
 			add(fmt.Sprint("dumps ", m.DumpReads-dumps))
 			dumps = m.DumpReads

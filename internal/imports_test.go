@@ -25,7 +25,7 @@ var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
 		"internal/cloudlog internal/conntrack internal/drain internal/progress internal/reconcile " +
-		"internal/server internal/status iptables systemd",
+		"internal/server internal/status internal/symptom iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
@@ -57,6 +57,7 @@ var may = map[string]string{
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
 		"internal/authorities internal/logs internal/metadata internal/progress internal/redaction " +
+		"internal/symptom " +
 		"internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",

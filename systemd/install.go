@@ -35,18 +35,26 @@ const (
 	UnitDir     = "/usr/local/lib/systemd/system"
 	TmpfilesDir = "/usr/local/lib/tmpfiles.d"
 	SysusersDir = "/usr/local/lib/sysusers.d"
+	CatalogDir  = "/usr/local/lib/systemd/catalog"
 	ConfDir     = "/etc/systemd/system" // drop-ins that depend on the VM
+)
+
+// CatalogFile is the journal's catalog of the agent's messages. `journalctl --update-catalog` puts it
+// into CatalogDatabase, together with all others, and only then do readers find it.
+const (
+	CatalogFile     = CatalogDir + "/service-proxy-agent.catalog"
+	CatalogDatabase = "/var/lib/systemd/catalog/database"
 )
 
 // ReadyFile is what the agent writes into its runtime folder when it is ready:
 // service-proxy-ready.path starts the target then.
 const ReadyFile = "ready"
 
-//go:embed units tmpfiles.d sysusers.d
+//go:embed units tmpfiles.d sysusers.d catalog
 var embedded embed.FS
 
 var folders = map[string]string{"units": UnitDir, "tmpfiles.d": TmpfilesDir,
-	"sysusers.d": SysusersDir}
+	"sysusers.d": SysusersDir, "catalog": CatalogDir}
 
 // File is one file of the units' set.
 type File struct {

@@ -15,6 +15,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // Defaults that several commands share.
@@ -92,17 +94,28 @@ func words(list []string) (some []string) {
 	return some
 }
 
-// logger writes to stderr; under systemd the journal adds the time.
+// logger writes to the journal where that is where stderr leads, and else to stderr.
 func logger(level string) (*zap.Logger, error) {
 	l, err := zapcore.ParseLevel(level)
 	if err != nil || l > zapcore.ErrorLevel {
 		return nil, fmt.Errorf("--log-level is %q; use debug, info, warn or error", level)
 	}
+	if systemd.InJournal() {
+		// Without a socket of its own it reads what comes by stderr, as it does anyway.
+		if journal, err := systemd.NewJournal(l, "service-proxy-agent", messageID); err == nil {
+			return zap.New(journal), nil
+		}
+	}
 	enc := zap.NewProductionEncoderConfig()
 	enc.EncodeTime = zapcore.RFC3339NanoTimeEncoder
 	enc.EncodeLevel = zapcore.LowercaseLevelEncoder
-	if os.Getenv("JOURNAL_STREAM") != "" {
-		enc.TimeKey = ""
-	}
 	return zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(enc), zapcore.Lock(os.Stderr), l)), nil
+}
+
+// messageID is the journal's of a symptom that came, or of one that is over.
+func messageID(id string, over bool) string {
+	if over {
+		return symptom.Over.MessageID()
+	}
+	return symptom.ID(id).MessageID()
 }
