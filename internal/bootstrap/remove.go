@@ -111,6 +111,12 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 		r.done = append(r.done, "removed "+path)
 	}
 	r.errs = append(r.errs, err)
+	if slices.Contains(removed, systemd.CatalogFile) {
+		if out, err := r.exec(ctx, time.Minute, "journalctl", "--update-catalog"); err != nil {
+			r.done = append(r.done, "left the words of our messages in "+systemd.CatalogDatabase+": "+
+				said(err, out).Error())
+		}
+	}
 	if some {
 		r.run(ctx, time.Minute, "daemon-reload")
 	}

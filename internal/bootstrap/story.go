@@ -8,6 +8,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // begin notes the step under way.
@@ -38,7 +39,8 @@ func (b *bootstrapper) fail(f *Failure, wait time.Duration) {
 		b.state.Next = "it is tried again when the attribute changes, and at least every 5 minutes"
 	}
 	b.save()
-	b.Log.Error("bootstrap failed",
+	b.Log.Error("bootstrap failed", zap.String("id", string(symptom.Bootstrap)),
+		zap.String("cause", "Bootstrap failed: "+text), zap.String("next", b.state.Next),
 		zap.String("step", f.Step), zap.Error(f), zap.Duration("retry", wait))
 }
 

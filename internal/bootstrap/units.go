@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"os/user"
 	"strconv"
@@ -46,6 +47,7 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 	if out, err := b.exec(ctx, time.Minute, "systemd-tmpfiles", "--create", folders); err != nil {
 		return said(err, out)
 	}
+	b.updateCatalog(ctx)
 	if len(changed) > 0 {
 		if err := b.systemctl(ctx, time.Minute, "daemon-reload"); err != nil {
 			return &Failure{Err: err} // no file's of ours
@@ -56,6 +58,23 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 		return &Failure{Err: err}
 	}
 	return nil
+}
+
+// updateCatalog has the journal know the catalog of this version, for `journalctl -x`. The database
+// is made of all catalogs, so it is older than ours where it does not have it yet. Without it the log
+// is as good: a failure is told, and the next run tries again.
+func (b *bootstrapper) updateCatalog(ctx context.Context) {
+	ours, err := os.Stat(b.path(systemd.CatalogFile))
+	if err != nil {
+		return
+	}
+	all, err := os.Stat(b.path(systemd.CatalogDatabase))
+	if err == nil && !all.ModTime().Before(ours.ModTime()) {
+		return
+	}
+	if out, err := b.exec(ctx, time.Minute, "journalctl", "--update-catalog"); err != nil {
+		b.Log.Warn("journalctl -x will not explain our messages", zap.Error(said(err, out)))
+	}
 }
 
 // enable enables the units that are not, but for those that the administrator has masked: in one

@@ -21,7 +21,7 @@ import (
 // listed are the paths that the README, under "What it writes", says bootstrap writes.
 var listed = []string{
 	"/var/lib/service-proxy-agent", "/run/service-proxy-*", "/usr/local/bin/service-proxy-agent", "/usr/local/bin/envoy", "/usr/local/lib/service-proxy-agent",
-	"/usr/local/lib/systemd/system", "/usr/local/lib/tmpfiles.d", "/usr/local/lib/sysusers.d", "/etc/service-proxy-agent", "/var/log/envoy",
+	"/usr/local/lib/systemd/system", "/usr/local/lib/systemd/catalog", "/usr/local/lib/tmpfiles.d", "/usr/local/lib/sysusers.d", "/etc/service-proxy-agent", "/var/log/envoy",
 	"/etc/systemd/system/service-proxy-*",
 }
 
@@ -98,7 +98,8 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	section, _, _ = strings.Cut(section, "- **Lines**")
 	for _, words := range []string{"`/var/lib/service-proxy-agent`", "`/run/service-proxy-*`",
 		"`/usr/local/bin/{service-proxy-agent,envoy}`",
-		"`/usr/local/lib/{service-proxy-agent,systemd/system,tmpfiles.d,sysusers.d}`", "`/etc/service-proxy-agent`", "`/var/log/envoy`", "drop-ins in `/etc/systemd/system`"} {
+		"`/usr/local/lib/{service-proxy-agent,systemd/{system,catalog},tmpfiles.d,sysusers.d}`", "`/etc/service-proxy-agent`", "`/var/log/envoy`", "drop-ins in `/etc/systemd/system`",
+		"`/var/lib/systemd/catalog/database`"} {
 		if !strings.Contains(section, words) {
 			t.Errorf("the README does not list %s", words)
 		}
@@ -116,6 +117,7 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	}
 	mkdir(t, filepath.Join(v.root, "/usr/local/lib/tmpfiles.d"), 0o755)
 	mkdir(t, filepath.Join(v.root, "/usr/local/lib/sysusers.d"), 0o755)
+	mkdir(t, filepath.Join(v.root, "/usr/local/lib/systemd/catalog"), 0o755)
 	mkdir(t, filepath.Join(v.root, "/var/lib"), 0o755)
 	dirs := []string{v.archive("1.0.0", "1.30.9"), v.archive("2.0.0", "1.30.9")}
 	before := tree(t, v.root)
