@@ -1,10 +1,12 @@
 #!/bin/sh
 # Makes the root filesystem of a box: rootfs.sh RELEASE DIR. Debian's minimal base with systemd,
 # *without* iptables and ca-certificates, as a minimal image may be; a file: repository in it holds
-# both, for bootstrap to install. Kept between runs: nothing is done when DIR stands.
+# both, for bootstrap to install, and rsyslog, which Compute Engine's images have. Kept between runs:
+# nothing is done when DIR stands as this version makes it.
 set -eu
 release=$1 dir=$2
-[ ! -e "$dir/.complete" ] || exit 0
+complete=.complete-2
+[ ! -e "$dir/$complete" ] || exit 0
 new=$dir.new
 rm -rf "$dir" "$new"
 mkdir -p "$new"
@@ -16,7 +18,7 @@ repo=$new/var/local/repo
 mkdir -p "$repo"
 chroot "$new" apt-get -qq update
 chroot "$new" apt-get clean # of what debootstrap has installed
-chroot "$new" apt-get -qq -y --no-install-recommends --download-only install iptables ca-certificates >/dev/null
+chroot "$new" apt-get -qq -y --no-install-recommends --download-only install iptables ca-certificates rsyslog >/dev/null
 mv "$new"/var/cache/apt/archives/*.deb "$repo/"
 for deb in "$repo"/*.deb; do
 	dpkg-deb -f "$deb"
@@ -29,5 +31,5 @@ touch "$new/etc/machine-id"
 # No console login: the box's console is the test's.
 ln -sf /dev/null "$new/etc/systemd/system/console-getty.service"
 ln -sf /dev/null "$new/etc/systemd/system/serial-getty@ttyS0.service"
-touch "$new/.complete"
+touch "$new/$complete"
 mv "$new" "$dir"

@@ -129,6 +129,12 @@ func newVM(t *testing.T, opts options) *VM {
 	}
 	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6}
 	v.lab = lab.T(t, lab.Options{})
+	// journald's socket holds as many entries. systemd sets it at the boot of a VM, and in a container
+	// it leaves the kernel's 10 (bump_unix_max_dgram_qlen in systemd's main.c).
+	if out, err := v.lab.VM.Run(context.Background(), "sysctl", "-qw",
+		"net.unix.max_dgram_qlen=512"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 	if v.ipv6 {
 		if out, err := v.lab.VM.Run(context.Background(), "ip", "-4", "addr", "flush", "dev",
 			"eth0"); err != nil {
