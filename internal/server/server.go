@@ -5,6 +5,10 @@
 // requests have time and size limits, each caller has few connections. It must not bring the agent
 // down either: a port that is taken is reported and tried again while the rules go on.
 //
+// Health checkers cannot authenticate. So TLS and users are for another Public, of [NewMetrics]:
+// /metrics alone, on --metrics-listen. A --web-config-file that cannot be used is reported and read
+// again, too.
+//
 // [Socket] is the Unix socket for root on this machine: /status, /pause and profiles. To hold it is
 // to be the one agent of the machine: a second one learns who does. [Dial] is its client, used by
 // the commands status and cleanup.
@@ -14,6 +18,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log"
@@ -30,6 +35,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/webconfig"
 )
 
 const (
@@ -42,17 +48,24 @@ const (
 	stopLimit   = 500 * time.Millisecond
 	retryFirst  = time.Second
 	retryLast   = 15 * time.Second
+	rereadEvery = 15 * time.Second // the web config file, beside each connection
+	// maxStreams of HTTP/2 are requests at once on one connection; a scraper makes one.
+	maxStreams = 4
 )
 
 // Health answers a health check; why is one line for people and may be empty when ok.
 type Health func() (ok bool, why string)
 
-// Public serves /metrics, /healthz and /healthz/ready. Make it with [NewPublic].
+// Public serves /metrics, /healthz and /healthz/ready. Make it with [NewPublic] or [NewMetrics].
 type Public struct {
 	listen  string
+	flag    string // that gave it
+	what    string // it serves, for people
 	handler http.Handler
+	web     *webconfig.File // nil: plain HTTP for everybody
 	log     *zap.Logger
 	retry   time.Duration // first pause after a failed listen
+	reread  time.Duration
 
 	mu   sync.Mutex
 	addr net.Addr
@@ -60,12 +73,38 @@ type Public struct {
 }
 
 // NewPublic returns a server for listen ("host:port" or ":port"), which it checks but does not open
-// before [Public.Run]. A nil log is silent.
+// before [Public.Run]. With nil metrics it serves none. A nil log is silent.
 //
 //	public, err := server.NewPublic(":15020", healthz, ready, metrics.Handler(), log)
 //	go public.Run(ctx)
 func NewPublic(listen string, healthz, ready Health, metrics http.Handler,
 	log *zap.Logger) (*Public, error) {
+	mux := http.NewServeMux()
+	// A pattern with GET takes HEAD, too; other methods are answered 405 with Allow.
+	mux.Handle("GET /healthz", healthHandler(healthz))
+	mux.Handle("GET /healthz/ready", healthHandler(ready))
+	what := "health checks"
+	if metrics != nil {
+		mux.Handle("GET /metrics", metrics)
+		what = "metrics and health checks"
+	}
+	return newServer(listen, "--listen", what, mux, log)
+}
+
+// NewMetrics returns a server of /metrics alone. webConfig is the path of a web config file (package
+// webconfig), which is first read by [Public.Run]; "": plain HTTP for everybody.
+func NewMetrics(listen, webConfig string, metrics http.Handler, log *zap.Logger) (*Public, error) {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", metrics)
+	p, err := newServer(listen, "--metrics-listen", "metrics", mux, log)
+	if err == nil && webConfig != "" {
+		p.web = webconfig.Open(webConfig)
+		p.handler = p.web.Guard(mux, host)
+	}
+	return p, err
+}
+
+func newServer(listen, flag, what string, h http.Handler, log *zap.Logger) (*Public, error) {
 	if _, port, err := net.SplitHostPort(listen); err != nil {
 		return nil, fmt.Errorf("listen on %q: use host:port or :port", listen)
 	} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
@@ -74,12 +113,8 @@ func NewPublic(listen string, healthz, ready Health, metrics http.Handler,
 	if log == nil {
 		log = zap.NewNop()
 	}
-	mux := http.NewServeMux()
-	// A pattern with GET takes HEAD, too; other methods are answered 405 with Allow.
-	mux.Handle("GET /metrics", metrics)
-	mux.Handle("GET /healthz", healthHandler(healthz))
-	mux.Handle("GET /healthz/ready", healthHandler(ready))
-	return &Public{listen: listen, handler: mux, log: log, retry: retryFirst}, nil
+	return &Public{listen: listen, flag: flag, what: what, handler: h, log: log,
+		retry: retryFirst, reread: rereadEvery}, nil
 }
 
 func healthHandler(h Health) http.Handler {
@@ -98,7 +133,8 @@ func healthHandler(h Health) http.Handler {
 	})
 }
 
-// Err is why the server does not serve at the moment: nil, or a *[ListenError].
+// Err is why the server does not serve at the moment, or goes by an older web config file than the
+// one that is there. It is nil, a *[ListenError], or names the file and what is wrong with it.
 func (p *Public) Err() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -113,25 +149,24 @@ func (p *Public) set(addr net.Addr, err error) (was error) {
 }
 
 // Run serves until ctx ends, and returns nil then, within half a second. An address that cannot be
-// listened on is logged once and tried again, at most each 15 s.
+// listened on is logged once and tried again, at most each 15 s; so is a web config file.
 func (p *Public) Run(ctx context.Context) error {
 	retry := p.retry
 	for {
-		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.listen)
+		l, err := p.open(ctx)
 		if err == nil {
 			if was := p.set(l.Addr(), nil); was != nil {
 				p.log.Info("listening after all", zap.Stringer("address", l.Addr()))
 			}
 			retry = p.retry
-			err = p.serve(ctx, l)
+			err = p.failed(p.serve(ctx, l))
 		}
 		if ctx.Err() != nil {
 			_ = p.set(nil, nil)
 			return nil
 		}
-		failure := &ListenError{Listen: p.listen, Holders: holders(p.listen, err), Err: err}
-		if was := p.set(nil, failure); was == nil {
-			p.log.Error("metrics and health checks are not served, trying again", zap.Error(failure))
+		if was := p.set(nil, err); was == nil {
+			p.log.Error(p.what+" are not served, trying again", zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():
@@ -143,6 +178,27 @@ func (p *Public) Run(ctx context.Context) error {
 	}
 }
 
+// open listens, once it is known who may ask.
+func (p *Public) open(ctx context.Context) (net.Listener, error) {
+	if p.web != nil {
+		if err := p.web.Load(); err != nil {
+			return nil, err
+		}
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.listen)
+	if err != nil {
+		return nil, p.failed(err)
+	}
+	return l, nil
+}
+
+func (p *Public) failed(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &ListenError{Flag: p.flag, Listen: p.listen, Holders: holders(p.listen, err), Err: err}
+}
+
 func (p *Public) serve(ctx context.Context, l net.Listener) error {
 	s := &http.Server{
 		Handler:           p.handler,
@@ -150,12 +206,70 @@ func (p *Public) serve(ctx context.Context, l net.Listener) error {
 		ReadTimeout:       readLimit,
 		WriteTimeout:      writeLimit,
 		MaxHeaderBytes:    maxHeader,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ErrorLog:          quiet(p.log),
 	}
 	// One request a connection: idle ones would count against the limit, and scrapes and
 	// probes are seconds apart.
 	s.SetKeepAlivesEnabled(false)
-	return serve(ctx, s, newLimiter(l))
+	addr := l.Addr()
+	l = newLimiter(l)
+	if p.web != nil {
+		l = webListener{l, p.web.TLS, func() { p.reload(addr) }}
+		watching, cancel := context.WithCancel(ctx)
+		var watch sync.WaitGroup
+		watch.Go(func() { p.watchFile(watching, addr) })
+		defer func() { cancel(); watch.Wait() }() // or it might say last that all is well
+	}
+	return serve(ctx, s, l)
+}
+
+// watchFile has a web config file that was broken, or mended, told without anybody asking.
+func (p *Public) watchFile(ctx context.Context, addr net.Addr) {
+	tick := time.NewTicker(p.reread)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			p.reload(addr)
+		}
+	}
+}
+
+// reload takes what the web config file says now. If it is broken the last good one stays.
+func (p *Public) reload(addr net.Addr) {
+	err := p.web.Load()
+	if err != nil {
+		err = fmt.Errorf("%w; the last good one stays in force", err)
+	}
+	switch was := p.set(addr, err); {
+	case err != nil && was == nil:
+		p.log.Error("metrics are served by the last good web config file", zap.Error(err))
+	case err == nil && was != nil:
+		p.log.Info("the web config file is good again")
+	}
+}
+
+// webListener begins TLS on each connection, or not, as the web config file says at that moment.
+// (net/http speaks HTTP/2 on a *tls.Conn that negotiated it, whoever made it.)
+type webListener struct {
+	net.Listener
+	config func() *tls.Config
+	reload func()
+}
+
+func (l webListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.reload()
+	if config := l.config(); config != nil {
+		return tls.Server(c, config), nil // the handshake is the connection's goroutine's
+	}
+	return c, nil
 }
 
 // serve runs s on l until ctx ends.
@@ -188,6 +302,7 @@ func quiet(l *zap.Logger) *log.Logger {
 
 // ListenError says that an address cannot be listened on, and what to do.
 type ListenError struct {
+	Flag    string // that gave Listen
 	Listen  string
 	Holders []uint32 // uids of those who listen on the port, where known
 	Err     error
@@ -211,15 +326,15 @@ func (e *ListenError) Error() string {
 		}
 		return fmt.Sprintf(
 			"listen on %s: %s%s; find it with `ss -ltnp 'sport = :%s'` and stop it, or choose another "+
-				"port with --listen", e.Listen, cause, by, port)
+				"port with %s", e.Listen, cause, by, port, e.Flag)
 	case errors.Is(e.Err, syscall.EACCES):
-		return fmt.Sprintf("listen on %s: %s; choose a port above 1023 with --listen", e.Listen, cause)
+		return fmt.Sprintf("listen on %s: %s; choose a port above 1023 with %s", e.Listen, cause, e.Flag)
 	case errors.Is(e.Err, syscall.EADDRNOTAVAIL):
 		return fmt.Sprintf(
-			"listen on %s: %s; choose an address of this VM, or :%s for all, with --listen", e.Listen,
-			cause, port)
+			"listen on %s: %s; choose an address of this VM, or :%s for all, with %s", e.Listen, cause,
+			port, e.Flag)
 	}
-	return fmt.Sprintf("listen on %s: %s; choose another address with --listen", e.Listen, cause)
+	return fmt.Sprintf("listen on %s: %s; choose another address with %s", e.Listen, cause, e.Flag)
 }
 
 func holders(listen string, err error) (uids []uint32) {
@@ -262,7 +377,7 @@ func (l *limiter) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if h := host(c.RemoteAddr()); l.enter(h) {
+		if h := hostOf(c.RemoteAddr()); l.enter(h) {
 			return &limited{Conn: c, leave: sync.OnceFunc(func() { l.leave(h) })}, nil
 		}
 		c.Close()
@@ -289,14 +404,19 @@ func (l *limiter) leave(h netip.Prefix) {
 	}
 }
 
-// host is the caller as far as limits go; a Unix socket's are all one, and so is this machine: its
-// users may have any address of 127.0.0.0/8 as their source, and any of its own.
-func host(a net.Addr) netip.Prefix {
+// hostOf is host by the address of a connection; a Unix socket's callers are all one.
+func hostOf(a net.Addr) netip.Prefix {
 	t, ok := a.(*net.TCPAddr)
 	if !ok {
 		return netip.Prefix{}
 	}
-	ip := t.AddrPort().Addr().Unmap()
+	return host(t.AddrPort().Addr())
+}
+
+// host is the caller as far as limits go. This machine is one: its users may have any address of
+// 127.0.0.0/8 as their source, and any of its own.
+func host(ip netip.Addr) netip.Prefix {
+	ip = ip.Unmap()
 	if local(ip) {
 		ip = netip.IPv6Loopback()
 	}

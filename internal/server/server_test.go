@@ -182,7 +182,7 @@ func TestPublicSlowCaller(t *testing.T) {
 // TestLimiter: what one caller holds leaves room for others, and what it gives back is there again.
 func TestLimiter(t *testing.T) {
 	from := func(a string) netip.Prefix {
-		return host(&net.TCPAddr{IP: net.ParseIP(a), Port: 4711})
+		return hostOf(&net.TCPAddr{IP: net.ParseIP(a), Port: 4711})
 	}
 	l := newLimiter(nil)
 	enter := func(n int, a string) (got int) {

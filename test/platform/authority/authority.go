@@ -18,6 +18,8 @@ import (
 	"fmt"
 	"math/big"
 	"net"
+	"os"
+	"path/filepath"
 	"time"
 )
 
@@ -66,7 +68,7 @@ func (a *Authority) Pool() *x509.CertPool {
 	return pool
 }
 
-// Certificate issues a server certificate for host names and addresses.
+// Certificate issues a certificate for host names and addresses, for servers and clients.
 func (a *Authority) Certificate(hosts ...string) (tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -77,7 +79,7 @@ func (a *Authority) Certificate(hosts ...string) (tls.Certificate, error) {
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().Add(life),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	for _, host := range hosts {
 		if ip := net.ParseIP(host); ip != nil {
@@ -92,6 +94,33 @@ func (a *Authority) Certificate(hosts ...string) (tls.Certificate, error) {
 	}
 	return tls.Certificate{Certificate: [][]byte{leaf.Raw, a.cert.Raw}, PrivateKey: key, Leaf: leaf},
 		nil
+}
+
+// Files issues a certificate and writes it into dir as name.crt, its key as name.key and the
+// authority as ca.crt, each in one step.
+func (a *Authority) Files(dir, name string, hosts ...string) (tls.Certificate, error) {
+	cert, err := a.Certificate(hosts...)
+	if err != nil {
+		return cert, err
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		return cert, err
+	}
+	for file, text := range map[string][]byte{
+		"ca.crt":      a.PEM(),
+		name + ".crt": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Leaf.Raw}),
+		name + ".key": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}),
+	} {
+		path := filepath.Join(dir, file)
+		if err := os.WriteFile(path+".new", text, 0o600); err != nil {
+			return cert, err
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			return cert, err
+		}
+	}
+	return cert, nil
 }
 
 func sign(template, parent *x509.Certificate, public *ecdsa.PublicKey,
