@@ -57,6 +57,7 @@ type Agent struct {
 	cloud    *cloudlog.Writer
 	metrics  *report.Metrics
 	public   *server.Public // nil: --listen is empty
+	scraped  *server.Public // of --metrics-listen; nil: public has /metrics
 
 	attributes *mailbox.Box[attributeNews]
 	others     *mailbox.Box[[]iptables.OtherChain]
@@ -122,13 +123,26 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		CloudLogging: a.cloud.State,
 		Envoy:        a.envoy.Asked, Metadata: a.metadataAnswered,
 	})
-	if s.Listen != "" {
-		a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, a.metrics.Handler(), log)
+	return a, a.newServers()
+}
+
+// newServers makes those who answer the network.
+func (a *Agent) newServers() (err error) {
+	s, metrics := a.settings, a.metrics.Handler()
+	if s.MetricsListen != "" {
+		a.scraped, err = server.NewMetrics(s.MetricsListen, s.WebConfigFile, metrics, a.log)
 		if err != nil {
-			return nil, fmt.Errorf("%w: --listen: %w", ErrSettings, err)
+			return fmt.Errorf("%w: --metrics-listen: %w", ErrSettings, err)
+		}
+		metrics = nil
+	}
+	if s.Listen != "" {
+		a.public, err = server.NewPublic(s.Listen, a.healthz, a.readyz, metrics, a.log)
+		if err != nil {
+			return fmt.Errorf("%w: --listen: %w", ErrSettings, err)
 		}
 	}
-	return a, nil
+	return nil
 }
 
 // nextStep adds what to do to an error of the kernel's tools.
@@ -204,6 +218,9 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 	if a.public != nil {
 		tasks = append(tasks, task{"listen", a.public.Run})
 	}
+	if a.scraped != nil {
+		tasks = append(tasks, task{"listen for scrapes", a.scraped.Run})
+	}
 	if a.config == nil {
 		tasks = append(tasks,
 			task{"watch the attribute", a.watchAttribute}, task{"read the service account", a.readAccount})
@@ -263,6 +280,9 @@ func (a *Agent) thisVM() vm {
 	v.guestOff = func() bool { return !a.guest.State().Enabled }
 	if a.public != nil {
 		v.listenErr = a.public.Err
+	}
+	if a.scraped != nil {
+		v.metricsErr = a.scraped.Err
 	}
 	v.backend = a.kernel.Backend
 	v.request = func(reason string) error { return progress.Request(server.Dir(), reason) }

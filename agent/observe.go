@@ -20,16 +20,17 @@ import (
 
 // vm is what can be asked of the VM at once. None of it waits for anybody else.
 type vm struct {
-	addrs     func() ([]netip.Addr, error) // of every interface but loopback
-	userIDs   func(name string) (uid, gid uint32, err error)
-	userName  func(uid uint32) string // "" where it has none
-	tcp, udp  func(port uint16) ([]sockdiag.Listener, error)
-	progress  func() (progress.State, error) // of bootstrap
-	account   func() *metadata.Account       // nil: not known yet
-	guestOff  func() bool                    // guest attributes are disabled
-	listenErr func() error                   // of --listen
-	backend   func() string                  // of iptables: nft or legacy
-	request   func(reason string) error      // asks for a run of bootstrap
+	addrs      func() ([]netip.Addr, error) // of every interface but loopback
+	userIDs    func(name string) (uid, gid uint32, err error)
+	userName   func(uid uint32) string // "" where it has none
+	tcp, udp   func(port uint16) ([]sockdiag.Listener, error)
+	progress   func() (progress.State, error) // of bootstrap
+	account    func() *metadata.Account       // nil: not known yet
+	guestOff   func() bool                    // guest attributes are disabled
+	listenErr  func() error                   // of --listen
+	metricsErr func() error                   // of --metrics-listen
+	backend    func() string                  // of iptables: nft or legacy
+	request    func(reason string) error      // asks for a run of bootstrap
 }
 
 // thisVM asks the VM that the program runs on. What only a daemon knows is the daemon's to add.
@@ -37,12 +38,13 @@ func thisVM(stateDir string) vm {
 	return vm{
 		addrs: localAddrs, userIDs: userIDs, userName: userName,
 		tcp: sockdiag.Listeners, udp: sockdiag.UDPListeners,
-		progress:  func() (progress.State, error) { return progress.Read(stateDir) },
-		account:   func() *metadata.Account { return nil },
-		guestOff:  func() bool { return false },
-		listenErr: func() error { return nil },
-		backend:   func() string { return "" },
-		request:   func(string) error { return nil },
+		progress:   func() (progress.State, error) { return progress.Read(stateDir) },
+		account:    func() *metadata.Account { return nil },
+		guestOff:   func() bool { return false },
+		listenErr:  func() error { return nil },
+		metricsErr: func() error { return nil },
+		backend:    func() string { return "" },
+		request:    func(string) error { return nil },
 	}
 }
 
@@ -66,7 +68,9 @@ type Observation struct {
 	Others    []iptables.OtherChain
 	GuestOff  bool
 	ListenErr error
-	Resolvers resolvers // while intercept-dns asks for them
+	// MetricsErr is why /metrics is not served on --metrics-listen, or not by the newest web config.
+	MetricsErr error
+	Resolvers  resolvers // while intercept-dns asks for them
 }
 
 // observe gathers what can be learned at once. What takes its time comes from tasks as values.
@@ -83,6 +87,7 @@ func (l *loop) observe(now time.Time) Observation {
 		Envoy:     l.envoy,
 		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Account: l.vm.account(),
 		Others: l.others, GuestOff: l.vm.guestOff(), ListenErr: l.vm.listenErr(),
+		MetricsErr: l.vm.metricsErr(),
 	}
 	if l.attribute.Config.InterceptDNS {
 		seen.Resolvers = l.vm.resolvers(l.settings.ResolverUsers)
@@ -103,6 +108,8 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		NoAttribute:   !o.Attribute.Known,
 		GuestOff:      o.GuestOff,
 		ListenErr:     o.ListenErr,
+		MetricsErr:    o.MetricsErr,
+		MetricsApart:  o.Settings.MetricsListen != "",
 		Bootstrapping: bootstrapping(o.Bootstrap, o.Awaited, o.Envoy, o.Now),
 		Refused:       want.Refused,
 		Uncovered:     want.Uncovered,

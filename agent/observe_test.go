@@ -163,8 +163,8 @@ func TestFacts(t *testing.T) {
 		Account:   &metadata.Account{Email: "a@b", Scopes: []string{"s"}},
 		Others:    []iptables.OtherChain{{}},
 		GuestOff:  true,
-		ListenErr: errors.New("listen"),
-		Now:       testStart,
+		ListenErr: errors.New("listen"), MetricsErr: errors.New("metrics"),
+		Now: testStart,
 	}
 	seen.Attribute.Config.Warnings = []string{"advice"}
 	seen.Envoy.Err = &sockdiag.ForeignError{
@@ -175,6 +175,7 @@ func TestFacts(t *testing.T) {
 	want := Want{Refused: []symptom.Refusal{{}}, Uncovered: []uint16{80}, ServerFirst: []uint16{25}}
 	f := seen.Facts(want, []reconcile.Outcome{outcome})
 	if f.Account != "a@b" || len(f.Scopes) != 1 || !f.GuestOff || f.ListenErr != seen.ListenErr ||
+		f.MetricsErr != seen.MetricsErr ||
 		f.Attribute != seen.Attribute.Err || f.Metadata != seen.Attribute.Source || !f.NoAttribute ||
 		len(f.Advice) != 1 || f.UserErr != seen.User.Err || f.ProxyUID != 107 || f.ProxyUser != "envoy" {
 		t.Errorf("%+v", f)

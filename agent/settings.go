@@ -25,6 +25,8 @@ type Settings struct {
 	// a file with the attribute's JSON; "": the metadata server; "none": defaults
 	Config        string
 	Listen        string                  // /metrics, /healthz; "" turns it off
+	MetricsListen string                  // /metrics instead; "": it stays on Listen
+	WebConfigFile string                  // TLS and users of MetricsListen; "": plain HTTP for all
 	SerialPort    string                  // "" turns it off
 	CloudLogging  string                  // auto, on, off; see cloudlog.ParseMode
 	WhenEnvoyDown reconcile.WhenEnvoyDown // keep or bypass
@@ -47,10 +49,8 @@ func (s Settings) Validate() error {
 	if s.ProxyUser == "" {
 		return fmt.Errorf("%w: --proxy-user is empty; name the user Envoy runs as", ErrSettings)
 	}
-	if s.Listen != "" {
-		if _, port, err := net.SplitHostPort(s.Listen); err != nil || !validPort(port) {
-			return fmt.Errorf("%w: --listen is %q; use host:port or :port", ErrSettings, s.Listen)
-		}
+	if err := s.validateListen(); err != nil {
+		return err
 	}
 	if _, err := s.cloudLogging(); err != nil {
 		return err
@@ -76,6 +76,35 @@ func (s Settings) cloudLogging() (cloudlog.Mode, error) {
 	return mode, nil
 }
 
+// validateListen says nothing of the web config file itself: one that is wrong must not keep the
+// agent from its rules, so that it is a finding.
+func (s Settings) validateListen() error {
+	ports := map[string]string{}
+	for _, flag := range []struct{ name, addr string }{
+		{"--listen", s.Listen}, {"--metrics-listen", s.MetricsListen},
+	} {
+		if flag.addr == "" {
+			continue
+		}
+		_, port, err := net.SplitHostPort(flag.addr)
+		if err != nil || !validPort(port) {
+			return fmt.Errorf("%w: %s is %q; use host:port or :port", ErrSettings, flag.name, flag.addr)
+		}
+		n, _ := strconv.Atoi(port) // it is valid
+		ports[flag.name] = strconv.Itoa(n)
+	}
+	if port, both := ports["--listen"]; both && port == ports["--metrics-listen"] {
+		return fmt.Errorf("%w: --metrics-listen is %q, which has the port of --listen %q; use another, "+
+			"or neither --metrics-listen nor --web-config-file", ErrSettings, s.MetricsListen, s.Listen)
+	}
+	if s.WebConfigFile != "" && s.MetricsListen == "" {
+		return fmt.Errorf("%w: --web-config-file is %q without --metrics-listen; give /metrics an "+
+			"address of its own: health checkers, who ask --listen, know neither users nor certificates",
+			ErrSettings, s.WebConfigFile)
+	}
+	return nil
+}
+
 func validPort(s string) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return err == nil && n > 0
@@ -87,7 +116,7 @@ func portString(p uint16) string { return strconv.Itoa(int(p)) }
 // ports and the agent's own.
 func ownPorts(s Settings) []uint16 {
 	ports := attribute.OwnPorts()
-	for _, addr := range []string{s.EnvoyAdmin, s.Listen} {
+	for _, addr := range []string{s.EnvoyAdmin, s.Listen, s.MetricsListen} {
 		if _, p, err := net.SplitHostPort(addr); err == nil {
 			if n, err := net.LookupPort("tcp", p); err == nil {
 				ports = append(ports, uint16(n))

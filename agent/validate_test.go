@@ -34,6 +34,15 @@ func TestValidate(t *testing.T) {
 		{func(s *Settings) { s.Listen = ":http" }, `--listen is ":http"`},
 		{func(s *Settings) { s.Listen = ":" }, `--listen is ":"`},
 		{func(s *Settings) { s.Listen = "15020" }, `--listen is "15020"`},
+		{func(s *Settings) { s.MetricsListen = "127.0.0.1:9460" }, ""},
+		{func(s *Settings) { s.MetricsListen, s.WebConfigFile = ":9460", "no-such-file" }, ""},
+		{func(s *Settings) { s.Listen, s.MetricsListen = "", ":15020" }, ""},
+		{func(s *Settings) { s.MetricsListen = "9460" }, `--metrics-listen is "9460"; use host:port or`},
+		{func(s *Settings) { s.MetricsListen = "10.0.0.2:15020" },
+			`--metrics-listen is "10.0.0.2:15020", which has the port of --listen ":15020"`},
+		{func(s *Settings) { s.MetricsListen = ":015020" }, `has the port of --listen`},
+		{func(s *Settings) { s.WebConfigFile = "/etc/w.yml" },
+			`--web-config-file is "/etc/w.yml" without --metrics-listen`},
 		{func(s *Settings) { s.Interfaces = []string{"docker0", "veth+", "a23456789012345"} }, ""},
 		{func(s *Settings) { s.Interfaces = []string{"eth0", ""} },
 			`--intercept-interfaces has ""`},
@@ -66,14 +75,15 @@ func TestValidate(t *testing.T) {
 // TestOwnPorts: the usual ones, and what the settings name.
 func TestOwnPorts(t *testing.T) {
 	for _, tt := range []struct {
-		admin, listen string
-		want          []uint16
+		admin, listen, metrics string
+		want                   []uint16
 	}{
-		{"127.0.0.1:15000", ":15020", []uint16{15000, 15001, 15006, 15020}},
-		{"127.0.0.1:9901", ":80", []uint16{80, 9901, 15000, 15001, 15006, 15020}},
-		{"unix:///run/envoy.sock", "", []uint16{15000, 15001, 15006, 15020}},
+		{"127.0.0.1:15000", ":15020", "", []uint16{15000, 15001, 15006, 15020}},
+		{"127.0.0.1:9901", ":80", ":9460", []uint16{80, 9460, 9901, 15000, 15001, 15006, 15020}},
+		{"unix:///run/envoy.sock", "", "", []uint16{15000, 15001, 15006, 15020}},
 	} {
-		got := ownPorts(Settings{EnvoyAdmin: tt.admin, Listen: tt.listen})
+		got := ownPorts(Settings{
+			EnvoyAdmin: tt.admin, Listen: tt.listen, MetricsListen: tt.metrics})
 		if !slices.Equal(got, tt.want) {
 			t.Errorf("%s and %s: %v, want %v", tt.admin, tt.listen, got, tt.want)
 		}

@@ -16,6 +16,7 @@ import (
 func TestWrongUsage(t *testing.T) {
 	for _, args := range []string{
 		"", "nonsense", "run x", "run --nonsense", "run --log-level loud", "run --when-envoy-down maybe", "run --listen x",
+		"run --metrics-listen x", "run --metrics-listen 127.0.0.1:15020", "run --web-config-file /etc/web-config.yml",
 		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
 		"status -o yaml", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "cleanup x",
 	} {

@@ -70,6 +70,11 @@ func runCommand() *cobra.Command {
 		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
 			"none: defaults")
 	f.StringVar(&s.Listen, "listen", defaultListen, "address of /metrics and /healthz; empty: off")
+	f.StringVar(&s.MetricsListen, "metrics-listen", "",
+		"address of /metrics alone, which then leaves --listen; empty: it stays there")
+	f.StringVar(&s.WebConfigFile, "web-config-file", "",
+		"TLS and users of --metrics-listen, in the format of Prometheus' exporter-toolkit; "+
+			"empty: plain HTTP for everybody")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
 	f.StringVar(&s.CloudLogging, "cloud-logging", string(cloudlog.Auto),
 		"entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow it), on or off")

@@ -457,13 +457,22 @@ func guestOff(f Facts) []Finding {
 		"Guest attributes are disabled: nobody outside can read this agent's status")
 }
 
-func listenAddress(f Facts) []Finding {
-	if f.ListenErr == nil {
-		return nil
+func listenAddress(f Facts) (out []Finding) {
+	if f.ListenErr != nil {
+		what := "/healthz and /metrics are"
+		if f.MetricsApart {
+			what = "/healthz is"
+		}
+		out = one(ListenAddress, 0, Warning,
+			"stop the program that holds it or set --listen; interception goes on",
+			"%s not served: %v", what, f.ListenErr)
 	}
-	return one(ListenAddress, 0, Warning,
-		"stop the program that holds it or set --listen; interception goes on",
-		"/healthz and /metrics are not served: %v", f.ListenErr)
+	if f.MetricsErr != nil {
+		out = append(out, Finding{ID: ListenAddress, Severity: Warning, Key: "metrics",
+			Cause: fmt.Sprintf("/metrics is not served as it should be: %v", f.MetricsErr),
+			Next:  "it is tried again every few seconds; interception goes on"})
+	}
+	return out
 }
 
 func logUnreadable(f Facts) []Finding {

@@ -54,6 +54,6 @@ var kinds = []Kind{
 	{EntryRefused, 0, justWarning, "A listener asks for what is never intercepted"},
 	{ListenerSkipped, 0, justWarning, "A listener is of a shape that is not intercepted"},
 	{LogUnreadable, 0, justWarning, "Envoy's log cannot be read"},
-	{ListenAddress, 0, justWarning, "/healthz and /metrics are not served"},
+	{ListenAddress, 0, justWarning, "/healthz or /metrics is not served as it should be"},
 	{Starting, 0, justError, "The agent is only just starting"},
 }

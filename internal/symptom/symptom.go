@@ -83,7 +83,7 @@ const (
 	CouldNotLook         ID = "kernel-not-read"          // a listing of the kernel ran out of time
 	InterceptionNotReady ID = "interception-port-closed" // Hold: Envoy does not accept yet
 	Starting             ID = "starting"                 // status asked before the first pass
-	ListenAddress        ID = "listen-address"           // :15020 is somebody else's
+	ListenAddress        ID = "listen-address"           // /healthz or /metrics cannot be served
 )
 
 // Finding is one symptom that is there now.
@@ -179,8 +179,11 @@ type Facts struct {
 	Account   string   // email of the VM's service account, "" when not known
 	Scopes    []string // of it, as URLs; nil when not known
 	GuestOff  bool     // guest attributes are disabled on this VM
-	ListenErr error
-	Bootstrap string // its last failure, "" when none
+	ListenErr error    // of --listen
+	// MetricsErr is of --metrics-listen: its address cannot be had, or its web config file be used.
+	MetricsErr   error
+	MetricsApart bool   // there is a --metrics-listen
+	Bootstrap    string // its last failure, "" when none
 	// NoAttribute: none is in force, so no earlier one stands in for what cannot be read.
 	NoAttribute bool
 	// Bootstrapping: bootstrap is under way or has yet to begin. Envoy, its user and iptables

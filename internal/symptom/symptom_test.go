@@ -167,6 +167,9 @@ var examples = []example{
 			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
 	}), AttributeAdvice},
 	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
+	{"the web config file of --metrics-listen is wrong", live(func(f *Facts) {
+		f.MetricsErr = errors.New(`web config file "/etc/service-proxy-agent/web-config.yml": line 3: unknown key "keyfile" in tls_server_config`)
+	}), ListenAddress},
 }
 
 // TestExamples: each situation gives its finding, in one line with a next step. docs/symptoms.md is

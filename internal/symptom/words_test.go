@@ -238,6 +238,12 @@ func TestWords(t *testing.T) {
 			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.err.log: permission denied", "make it readable…"},
 		{"serving port 22", live(func(f *Facts) { f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy"} }),
 			"attribute-advice", 0, Warning, "The gce-service-proxy attribute: service.serving-ports: 22 sends SSH through Envoy", "…docs/attribute.md"},
+		{"another program on 15020, and metrics elsewhere", live(func(f *Facts) {
+			f.ListenErr, f.MetricsApart = errors.New("listen tcp :15020: address already in use"), true
+		}),
+			"listen-address", 0, Warning, "/healthz is not served: listen tcp :15020: address already in use", "…--listen…interception goes on"},
+		{"a broken web config file", live(func(f *Facts) { f.MetricsErr = errors.New(`web config file "/w.yml": line 3`) }),
+			"listen-address", 0, Warning, `/metrics is not served as it should be: web config file "/w.yml": line 3`, "it is tried again…interception goes on"},
 		{"another program on 15020", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }),
 			"listen-address", 0, Warning, "/healthz and /metrics are not served: listen tcp :15020: address already in use", "…--listen…interception goes on"},
 	} {
