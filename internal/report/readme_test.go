@@ -49,7 +49,7 @@ func TestReadmeTable(t *testing.T) {
 				name = id[1]
 			}
 			if !strings.Contains(metrics, "\n# HELP "+Prefix+name+" ") &&
-				!strings.Contains(symptoms, "| `"+name+"` |") {
+				!strings.Contains(symptoms, "\n### `"+name+"`\n") {
 				t.Errorf("%s: neither a metric nor the ID of a finding: %q", cells[1], m[1])
 			}
 		}

@@ -2,7 +2,6 @@ package symptom
 
 import (
 	"errors"
-	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -18,8 +17,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
-
-var update = flag.Bool("update", false, "write docs/symptoms.md")
 
 // example is a situation and the finding that must come first.
 type example struct {
@@ -172,12 +169,8 @@ var examples = []example{
 	}), ListenAddress},
 }
 
-// TestExamples: each situation gives its finding, in one line with a next step. docs/symptoms.md is
-// made of the same table (-update), so it says what the program says.
+// TestExamples: each situation gives its finding, in one line with a next step.
 func TestExamples(t *testing.T) {
-	var doc strings.Builder
-	doc.WriteString(
-		"# What the agent says, and when\n\nMade by `go test ./internal/symptom -update` from the program's own words. Errors are told in\n`agent-last-failure`, warnings on serial and in `status`, advice in `status`. The number is the row\nthat reports and issues name.\n\n| when | row | severity | id (label of the metric) | cause; next step |\n|---|---|---|---|---|\n")
 	for _, e := range examples {
 		findings := Check(e.facts)
 		for _, found := range findings {
@@ -200,25 +193,10 @@ func TestExamples(t *testing.T) {
 		if f.Next == "" && f.ID != Bootstrap && f.ID != ListenerSkipped {
 			t.Errorf("%s: %q has no next step", e.when, f.Cause)
 		}
-		row := ""
-		if f.Row != 0 {
-			row = fmt.Sprint(f.Row)
-		}
-		fmt.Fprintf(&doc, "| %s | %s | %v | `%s` | %s |\n", e.when, row, f.Severity, f.ID,
-			strings.ReplaceAll(f.Text(), "|", `\|`))
-	}
-	const path = "../../docs/symptoms.md"
-	if *update {
-		if err := os.WriteFile(path, []byte(doc.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if text, err := os.ReadFile(path); err != nil || string(text) != doc.String() {
-		t.Errorf("docs/symptoms.md is not what the program says (%v); write it with -update", err)
 	}
 }
 
-// TestEveryID: each ID has an example, and so a line in docs/symptoms.md; but Starting,
+// TestEveryID: each ID has an example, and so its words in docs/symptoms.md; but Starting,
 // which Check does not find.
 func TestEveryID(t *testing.T) {
 	source, err := os.ReadFile("symptom.go")

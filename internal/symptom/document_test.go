@@ -1,0 +1,164 @@
+package symptom
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write docs/symptoms.md")
+
+const document = "../../docs/symptoms.md"
+
+// byHand parts what is made of the program's words from what follows: what only a scrape shows is
+// no finding, so its sections are written in the document itself.
+const byHand = "\n<!-- What follows is written by hand. -->\n"
+
+// sections are where somebody looks who is woken up. Each kind is in one of them.
+var sections = []struct {
+	title, intro string
+	ids          []ID
+}{
+	{"Envoy", "While Envoy does not accept, what is redirected to it fails. With " +
+		"`--when-envoy-down=bypass` it goes out as it is.",
+		[]ID{EnvoyDown, EnvoyNotConfigured, AdminUnreadable, InterceptionNotReady, ForeignOwner,
+			EnvoyTooOld, LogUnreadable}},
+	{"The control plane", "Connections go on as they are. What changes does not arrive, and an " +
+		"Envoy that starts now gets nothing.",
+		[]ID{ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
+			ConfigNotFound, ControlPlaneRefused}},
+	{"Listeners", "What the control plane sent, and Envoy or the agent does not take. It is mended " +
+		"there, for all VMs at once.",
+		[]ID{ListenerRejected, AccessLogUnwritable, ServingPortNoChain, ServerFirst, EntryRefused,
+			ListenerSkipped}},
+	{"The rules on this VM", "What the kernel has is not, or not for long, what it should have.",
+		[]ID{ProxyUser, FamilyUnusable, RuleRefused, CouldNotLook, Shadowed, Fight, DriftRepaired,
+			OtherChain, ResolverLoop}},
+	{"Installation and settings", "",
+		[]ID{Bootstrap, AttributeBad, AttributeAdvice, MetadataServer}},
+	{"The agent itself", "Interception goes on.",
+		[]ID{GuestAttributesOff, ListenAddress, Starting}},
+}
+
+// TestDocument: docs/symptoms.md says what the program says. `-update` writes it anew.
+func TestDocument(t *testing.T) {
+	was, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, hand, found := strings.Cut(string(was), byHand)
+	if !found {
+		t.Fatalf("%s has lost the line %q", document, strings.TrimSpace(byHand))
+	}
+	text := findings(t) + byHand + hand
+	if *update {
+		if err := os.WriteFile(document, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if text != string(was) {
+		t.Error("docs/symptoms.md is not what the program says: write it with -update")
+	}
+}
+
+// findings is the part that is made of Kinds and of the examples' words.
+func findings(t *testing.T) string {
+	var doc strings.Builder
+	doc.WriteString(`# What the agent says, and what to do
+
+An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1 and in the log. A
+warning is told on serial port 1, in the log and in ` + "`status`" + `, advice in ` + "`status`" + ` alone. All have a
+series, which is 0 while the finding does not stand: ` +
+		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
+
+    gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/agent-last-failure
+    sudo service-proxy-agent status        on the VM: all of it, and what follows from what
+
+What follows from another finding is listed under it in ` + "`status`" + `, and counts nowhere else: mend the
+first one. Alerts that are not a finding's are in [the last part](#what-only-a-scrape-shows).
+
+This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with examples
+for names and addresses. The row is the one that reports and issues name.
+
+| id | severity | what is wrong |
+|---|---|---|
+`)
+	listed := map[ID]bool{}
+	for _, s := range sections {
+		for _, id := range s.ids {
+			k := kindOf(t, id)
+			if listed[id] {
+				t.Errorf("%s is in two sections", id)
+			}
+			listed[id] = true
+			fmt.Fprintf(&doc, "| [`%s`](#%[1]s) | %s | %s |\n", id, severities(k), k.Title)
+		}
+	}
+	for _, k := range Kinds() {
+		if !listed[k.ID] {
+			t.Errorf("%s is in no section", k.ID)
+		}
+	}
+	for _, s := range sections {
+		fmt.Fprintf(&doc, "\n## %s\n", s.title)
+		if s.intro != "" {
+			fmt.Fprintf(&doc, "\n%s\n", s.intro)
+		}
+		for _, id := range s.ids {
+			entry(t, &doc, kindOf(t, id))
+		}
+	}
+	return doc.String()
+}
+
+// entry is one finding's part. Its heading is its anchor.
+func entry(t *testing.T, doc *strings.Builder, k Kind) {
+	fmt.Fprintf(doc, "\n### `%s`\n\n%s. (%s)\n", k.ID, k.Title, severities(k))
+	if k.ID == Starting { // no check finds it, and so it has no example
+		doc.WriteString("\n`status` answers so before the first pass has ended: ask again in a second.\n")
+		return
+	}
+	doc.WriteString("\n| when | row | severity | it says | next step |\n|---|---|---|---|---|\n")
+	cell := func(s string) string {
+		if s == "" {
+			return "–"
+		}
+		return strings.ReplaceAll(s, "|", `\|`)
+	}
+	for _, e := range examples {
+		if e.want != k.ID {
+			continue
+		}
+		all := Check(e.facts)
+		if len(all) == 0 {
+			t.Errorf("%s: no finding", e.when)
+			continue
+		}
+		f, row := all[0], "–"
+		if f.Row != 0 {
+			row = fmt.Sprint(f.Row)
+		}
+		fmt.Fprintf(doc, "| %s | %s | %v | %s | %s |\n", e.when, row, f.Severity, cell(f.Cause),
+			cell(f.Next))
+	}
+}
+
+func kindOf(t *testing.T, id ID) Kind {
+	i := slices.IndexFunc(Kinds(), func(k Kind) bool { return k.ID == id })
+	if i < 0 {
+		t.Fatalf("%s is no kind", id)
+	}
+	return Kinds()[i]
+}
+
+func severities(k Kind) string {
+	var all []string
+	for _, s := range k.Severities {
+		all = append(all, s.String())
+	}
+	return strings.Join(all, ", ")
+}
