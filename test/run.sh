@@ -49,6 +49,7 @@ setup() {
   make --no-print-directory tools build release
 }
 lint()   { test/lint.sh; }
+alerts() { test/alerts.sh; }
 unit()   { go test -race -timeout 5m ./... && go test -run '^TestShuffled$' ./agent; }
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { tagged kernel -timeout 10m; }
@@ -83,7 +84,7 @@ command -v gcloud >/dev/null ||
     "         TestGcloud made its requests")
 
 if (( ! failed )); then
-  (( $# )) || set -- lint unit kernel lab box+bench
+  (( $# )) || set -- lint unit alerts kernel lab box+bench
   before=$(mktemp); host >"$before" 2>&1
   for name; do
     group "$name" "$name"

