@@ -152,7 +152,7 @@ func anchors(t *testing.T) map[string]bool {
 	return all
 }
 
-// TestAlerts: who is woken up reads which VM, what is wrong, what to do next and where it says more.
+// TestAlerts: who is woken up reads which VM, what is wrong, what to do, and where it says more.
 func TestAlerts(t *testing.T) {
 	alerts, _ := rules(t)
 	there := anchors(t)
@@ -180,8 +180,8 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// TestEveryError: each error that the agent can find has its alert, with its own words, or stands in
-// noAlert.
+// TestEveryError: each error that the agent can find has its alert, with its own words, or stands
+// in noAlert.
 func TestEveryError(t *testing.T) {
 	alerts, _ := rules(t)
 	of := map[string]rule{}
@@ -357,7 +357,9 @@ var words = strings.Fields(`and or unless bool by on ignoring without sum avg ra
 // or parenthesis in a string; promtool parses them for real.
 func unknown(expr string, have map[string][]map[string]string, records map[string]rule,
 	known map[string]bool) (problems []string) {
-	say := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
+	say := func(format string, args ...any) {
+		problems = append(problems, fmt.Sprintf(format, args...))
+	}
 	selector := regexp.MustCompile(`([a-zA-Z_:][\w:]*)\{([^}]*)\}`)
 	for _, m := range selector.FindAllStringSubmatch(expr, -1) {
 		equal, like := labels(m[2], "="), labels(m[2], "=~")

@@ -75,8 +75,8 @@ warning is told on serial port 1, in the log and in ` + "`status`" + `, advice i
 series, which is 0 while the finding does not stand: ` +
 		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
 
-    gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/agent-last-failure
-    sudo service-proxy-agent status        on the VM: all of it, and what follows from what
+    gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
+    sudo service-proxy-agent status     on the VM: all of it, and what follows from what
 
 What follows from another finding is listed under it in ` + "`status`" + `, and counts nowhere else: mend the
 first one. Alerts that are not a finding's are in [the last part](#what-only-a-scrape-shows).
