@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -246,6 +247,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	if err != nil {
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
+	failures := loadFailures(a.settings.StateDir)
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
@@ -257,7 +259,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		mark:      readMark(server.Dir(), a.log),
 		told: told{
 			reporters: a.reporters(), log: a.log, started: a.started,
-			failures: loadFailures(a.settings.StateDir),
+			failures: failures, unasked: slices.Clone(failures.Lasting),
 		},
 	}
 	if a.config != nil {

@@ -40,6 +40,15 @@ type Want struct {
 	// Uncovered are the serving ports for which Envoy's inbound listener has no chain: not redirected.
 	Uncovered   []uint16
 	ServerFirst []uint16
+	// Served are the services behind the rules, by family as Families, in the listeners' order.
+	Served [2][]Served
+}
+
+// Served is a service by one of its addresses: an address, or a range of them, and a port.
+type Served struct {
+	Name   string
+	Prefix netip.Prefix // the zero Prefix: any address
+	Port   uint16       // 0: any
 }
 
 // interceptsDNS says whether DNS questions are led to Envoy.
@@ -69,7 +78,8 @@ func Desired(in Inputs) Want {
 			for _, r := range in.Config.ExcludeOutboundPortRanges {
 				want.ExcludePorts = append(want.ExcludePorts, iptables.PortRange(r))
 			}
-			want.Services, want.ServicePorts = outbound(in.Listeners, family, want.OutboundPort, &g)
+			want.Services, want.ServicePorts, w.Served[i] = outbound(in.Listeners, family,
+				want.OutboundPort, &g)
 			if len(in.Interfaces) > 0 &&
 				redirectPort(out, family, want.OutboundPort, true) != want.OutboundPort {
 				// PREROUTING's REDIRECT leads to the interface's own address.
@@ -194,11 +204,23 @@ func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbo
 		a == netip.IPv6Loopback()
 }
 
-// outbound collects the service prefixes and address-less ports of one family: from the filter
-// chains of the interception listener that REDIRECT leads to (Traffic Director; Envoy closes what
-// has no chain there) and from the addresses of the unbound listeners behind one (Istio).
+// outbound collects the service prefixes and address-less ports of one family, and whose they are:
+// from the filter chains of the interception listener that REDIRECT leads to (Traffic Director;
+// Envoy closes what has no chain there) and from the addresses of the unbound listeners behind one
+// (Istio).
 func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
-	g *guard) (prefixes []netip.Prefix, ports []uint16) {
+	g *guard) (prefixes []netip.Prefix, ports []uint16, services []Served) {
+	add := func(l envoyadmin.Listener, s Served) {
+		switch {
+		case !s.Prefix.IsValid() && g.port(l.Name, s.Port):
+			ports = append(ports, s.Port)
+		case s.Prefix.IsValid() && g.prefix(l.Name, s.Prefix):
+			prefixes = append(prefixes, s.Prefix)
+		default:
+			return
+		}
+		services = append(services, s)
+	}
 	for _, l := range all {
 		if l.UDP || isInbound(l) {
 			continue
@@ -206,31 +228,48 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
 		switch {
 		case l.Bound && l.OriginalDst && leadsTo(l, family, port, false):
 			for _, c := range l.Chains {
+				s := Served{Name: l.ServiceName(c), Port: c.Port}
 				for _, p := range c.Prefixes {
-					if family.Of(p.Addr()) && g.prefix(l.Name, p) {
-						prefixes = append(prefixes, p)
+					if family.Of(p.Addr()) {
+						s.Prefix = p
+						add(l, s)
 					}
 				}
-				if len(c.Prefixes) == 0 && c.Port != 0 && g.port(l.Name, c.Port) {
-					ports = append(ports, c.Port)
+				if len(c.Prefixes) == 0 && c.Port != 0 {
+					add(l, s)
 				}
 			}
 		case !l.Bound:
+			s := Served{Name: nameBehind(l)}
 			for _, a := range l.Addresses {
+				s.Prefix, s.Port = netip.Prefix{}, a.Port()
 				switch {
 				case a.Addr().IsUnspecified():
-					if (family.Of(a.Addr()) || l.Ipv4Compat) && g.port(l.Name, a.Port()) {
-						ports = append(ports, a.Port())
+					if family.Of(a.Addr()) || l.Ipv4Compat {
+						add(l, s)
 					}
 				case family.Of(a.Addr()):
-					if p := netip.PrefixFrom(a.Addr(), a.Addr().BitLen()); g.prefix(l.Name, p) {
-						prefixes = append(prefixes, p)
-					}
+					s.Prefix = netip.PrefixFrom(a.Addr(), a.Addr().BitLen())
+					add(l, s)
 				}
 			}
 		}
 	}
-	return sortedPrefixes(prefixes), sortedPorts(ports)
+	return sortedPrefixes(prefixes), sortedPorts(ports), services
+}
+
+// nameBehind is the name of the service that an unbound listener is for: the first of its chains
+// that has one tells.
+func nameBehind(l envoyadmin.Listener) string {
+	for _, c := range l.Chains {
+		if name := l.ServiceName(c); name != "" {
+			return name
+		}
+	}
+	if l.DefaultChain != nil {
+		return l.ServiceName(*l.DefaultChain)
+	}
+	return l.ServiceName(envoyadmin.FilterChain{})
 }
 
 // serving are the rows of SERVICE_PROXY_INBOUND: the serving ports of the attribute that the

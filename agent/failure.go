@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
@@ -26,6 +27,8 @@ type Failure struct {
 
 func (f Failure) is(found symptom.Finding) bool { return f.ID == found.ID && f.Key == found.Key }
 
+func (f Failure) same(g Failure) bool { return f.ID == g.ID && f.Key == g.Key }
+
 // Failures are those that last, and what remains of the one that ended last.
 type Failures struct {
 	// oldest first; of those that came in one pass the worst last
@@ -37,9 +40,9 @@ type Failures struct {
 // again, not as a new one.
 const forgetAfter = time.Hour
 
-// next are the failures after a pass with these findings, worst first. One that
-// lasts keeps its start.
-func (f Failures) next(findings []symptom.Finding, now time.Time) Failures {
+// next are the failures after a pass with these findings, worst first. One that lasts keeps its
+// start. Those that are unasked last without a finding: nobody has looked for them yet.
+func (f Failures) next(findings []symptom.Finding, now time.Time, unasked ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
 	next := Failures{Over: f.Over}
 	var errors []symptom.Finding
@@ -50,6 +53,10 @@ func (f Failures) next(findings []symptom.Finding, now time.Time) Failures {
 	}
 	for _, was := range f.Lasting {
 		i := slices.IndexFunc(errors, was.is)
+		if i < 0 && slices.ContainsFunc(unasked, was.same) {
+			next.Lasting = append(next.Lasting, was)
+			continue
+		}
 		if i < 0 {
 			was.Last = now
 			next.Over = was
@@ -73,14 +80,22 @@ func (f Failures) equal(g Failures) bool {
 	return f.Over == g.Over && slices.Equal(f.Lasting, g.Lasting)
 }
 
-// String is the value of agent-last-failure: the newest of those that last, since an older one may
-// last for days and is known; else the last one.
+// newest is the newest of those that last, the zero Failure when none does. An older one may last
+// for days and is known.
+func (f Failures) newest() Failure {
+	if len(f.Lasting) == 0 {
+		return Failure{}
+	}
+	return f.Lasting[len(f.Lasting)-1]
+}
+
+// String is the value of agent-last-failure: the newest of those that last; else the last one.
 func (f Failures) String() string {
 	n := len(f.Lasting)
 	if n == 0 {
 		return f.Over.String()
 	}
-	newest := f.Lasting[n-1]
+	newest := f.newest()
 	if n > 1 {
 		newest.Text += fmt.Sprintf("; and %d more, see `service-proxy-agent status`", n-1)
 	}
@@ -101,6 +116,44 @@ func (f Failure) String() string {
 	}
 	return fmt.Sprintf("%s (over; %s to %s, %s)", f.Text, f.First.Format(time.RFC3339),
 		f.Last.Format(time.RFC3339), times)
+}
+
+// showLate is how long some failures may take to show: Envoy logs what its control plane says at
+// each attempt, and these are up to 75 s apart; who undoes our rules must do it some times.
+const showLate = 90 * time.Second
+
+// asked says whether the pass would have found a failure of an earlier run if it were still there:
+// what it is found by has been asked in this run, which has lasted for so long. Of one that was not
+// looked for nobody can say that it is over.
+func (p passed) asked(f Failure, running time.Duration) bool {
+	v, attribute := p.seen.Envoy, p.seen.Attribute
+	told, answered := v.Err != nil || v.State != "", v.Err == nil && v.State != ""
+	switch f.ID {
+	case symptom.Bootstrap, symptom.ProxyUser:
+		return true
+	case symptom.AttributeBad, symptom.MetadataServer:
+		fresh := attribute.Good != nil && !attribute.Good.Kept
+		byConfig := attribute.Known && attribute.Good == nil
+		return attribute.Err != nil || attribute.Source != nil || fresh || byConfig
+	case symptom.EnvoyDown, symptom.AdminUnreadable:
+		return told
+	case symptom.ForeignOwner, symptom.InterceptionNotReady: // of the ports that Envoy tells
+		return v.Err != nil || answered && p.known
+	case symptom.ListenerRejected, symptom.AccessLogUnwritable:
+		return answered && v.Dumps > 0
+	case symptom.ControlPlaneLookUp, symptom.ControlPlaneConnect, symptom.APINotEnabled,
+		symptom.PermissionDenied, symptom.ScopeMissing, symptom.ConfigNotFound,
+		symptom.ControlPlaneRefused:
+		return answered && running >= showLate
+	case symptom.FamilyUnusable, symptom.RuleRefused, symptom.CouldNotLook, symptom.Shadowed,
+		symptom.Fight:
+		return p.paused || slices.ContainsFunc(p.outcomes, func(o reconcile.Outcome) bool {
+			s := o.Status
+			return s.Family == f.Key && (!s.Usable || s.Equal) &&
+				(f.ID != symptom.Fight || running >= showLate)
+		})
+	}
+	return answered
 }
 
 const failureFile = "last-failure.json"

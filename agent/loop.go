@@ -92,8 +92,8 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	took := time.Since(began)
 	l.followBootstrap(now)
 	l.told.publish(passed{
-		seen: seen, want: want, known: known, outcomes: outcomes, findings: findings,
-		paused: l.paused, took: took,
+		seen: seen, want: want, serial: l.wanted.serial, known: known, outcomes: outcomes,
+		findings: findings, paused: l.paused, took: took,
 	}, l.vm.backend())
 	return earliest(outcomes)
 }

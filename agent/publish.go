@@ -18,6 +18,7 @@ import (
 type passed struct {
 	seen     Observation
 	want     Want
+	serial   uint64 // of want
 	known    bool
 	outcomes []reconcile.Outcome
 	findings []symptom.Finding
@@ -41,26 +42,50 @@ type told struct {
 	started   time.Time
 	passes    uint64
 	failures  Failures
+	unasked   []Failure // that an earlier run left, and of which this one cannot tell yet
 	findings  map[string]bool
+	services  serviceNews
+	envoy     string // its version
+	standing  standing
 	mode      string
 	ready     bool
 	resolvers map[string]bool // users of --resolver-users that are not there
 }
 
+// standing is how the VM stands, in as many words as are grouped by, and since when.
+type standing struct {
+	state   string
+	failing symptom.ID
+	since   time.Time
+}
+
 // publish turns a pass into a Status and leaves it with every reporter.
 func (t *told) publish(p passed, backend string) {
 	t.passes++
-	if next := t.failures.next(p.findings, p.seen.Now); !next.equal(t.failures) {
+	now := p.seen.Now
+	t.unasked = slices.DeleteFunc(t.unasked, func(f Failure) bool {
+		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
+	})
+	if next := t.failures.next(p.findings, now, t.unasked...); !next.equal(t.failures) {
 		t.tellFailures(t.failures, next, p.findings)
 		t.failures = next
 		t.history(next)
 	}
 	t.tellFindings(p.findings)
 	t.tellResolvers(p.seen.Resolvers.Missing)
+	t.tellEnvoy(p.seen.Envoy.Info.Text)
 	s := p.status()
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
-	s.LastFailure, s.Backend = t.failures.String(), backend
+	s.LastFailure, s.Failing, s.Backend = t.failures.String(), t.failures.newest().ID, backend
 	t.tellMode(s.Mode)
+	for _, e := range t.services.pass(p) {
+		t.tell(e)
+	}
+	s.Services = t.services.in
+	if state := s.State(); state != t.standing.state || s.Failing != t.standing.failing {
+		t.standing = standing{state, s.Failing, now.UTC().Truncate(time.Second)}
+	}
+	s.Since = t.standing.since
 	t.tellReady(s)
 	t.metrics(s, p.happened())
 	t.reporters.status(s)
@@ -98,6 +123,9 @@ func envoyStatus(seen Observation) status.Envoy {
 	e := status.Envoy{
 		Admin: seen.Settings.EnvoyAdmin, State: v.State, Version: v.Info.Text, Configured: v.Configured,
 		Listeners: len(v.Snapshot.Listeners), Rejected: len(v.Rejected), Node: v.Info.Node.ID,
+	}
+	if v.Info.Version != (envoyadmin.Version{}) {
+		e.Number = v.Info.Version.String()
 	}
 	if v.Err == nil {
 		return e
@@ -187,9 +215,7 @@ func (t *told) tell(e report.Event) {
 
 // tellFailures tells each failure that came, and each that is over, once.
 func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
-	in := func(all []Failure, f Failure) bool {
-		return slices.ContainsFunc(all, func(g Failure) bool { return f.ID == g.ID && f.Key == g.Key })
-	}
+	in := func(all []Failure, f Failure) bool { return slices.ContainsFunc(all, f.same) }
 	for _, f := range was.Lasting {
 		if !in(is.Lasting, f) {
 			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
@@ -241,6 +267,15 @@ func (t *told) tellResolvers(missing []missingUser) {
 		t.resolvers[m.Name] = true
 		t.log.Warn("a user of --resolver-users is not there", zap.Error(m.Err))
 	}
+}
+
+// tellEnvoy tells Envoy's version when it is another one, in the words that people look for.
+func (t *told) tellEnvoy(version string) {
+	if version == "" || version == t.envoy {
+		return
+	}
+	t.envoy = version
+	t.tell(report.Event{Severity: report.Info, Message: "Envoy Version: " + version})
 }
 
 func (t *told) tellMode(mode string) {

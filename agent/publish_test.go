@@ -36,7 +36,7 @@ func intercepting() passed {
 				Info: envoyadmin.ServerInfo{Text: "1.40.0"},
 			},
 		},
-		known: true,
+		known: true, serial: 1,
 		outcomes: []reconcile.Outcome{
 			{Status: status.Family{Family: "IPv4", Usable: true, Equal: true, Jumps: true}, Written: true},
 			{Status: status.Family{Family: "IPv6", Usable: true, Equal: true, Jumps: true}, Written: true},
@@ -203,7 +203,8 @@ func TestTold(t *testing.T) {
 		want     string
 	}{
 		{"the first pass", func(p *passed) {}, nil,
-			"info interception: intercepting\ninfo ready: Envoy 1.40.0 is live and the rules are in place\nsystemd\ndumps 3\npass 1 "},
+			"info envoy version: 1.40.0\ninfo interception: intercepting\ninfo 0 services are intercepted\n" +
+				"info ready: Envoy 1.40.0 is live and the rules are in place\nsystemd\ndumps 3\npass 1 "},
 		{"the same again", func(p *passed) {}, nil, "dumps 0\npass 2 "},
 		{"a failure, with what it explains", func(p *passed) {
 			p.seen.Envoy.Err = errors.New("refused")
@@ -280,7 +281,8 @@ func TestToldInTheLog(t *testing.T) {
 		logged = append(logged, fmt.Sprint(entry.Level, " ", entry.Message, " ", entry.ContextMap()))
 	}
 	want := []string{
-		"info interception: intercepting map[]",
+		"info Envoy Version: 1.40.0 map[]", "info interception: intercepting map[]",
+		"info 0 services are intercepted map[services:0]",
 		"info ready: Envoy 1.40.0 is live and the rules are in place map[]",
 		"warn cannot tell systemd of the readiness map[error:no folder]",
 		"warn drift map[cause:drift id:drift]", "info interception: paused map[was:intercepting]",

@@ -4,7 +4,11 @@
 package status
 
 import (
+	"cmp"
+	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -22,16 +26,22 @@ type Status struct {
 	NotReady    string            `json:"not_ready,omitempty"` // why
 	Findings    []symptom.Finding `json:"findings,omitempty"`
 	LastFailure string            `json:"last_failure,omitempty"`
-	Bootstrap   Bootstrap         `json:"bootstrap"`
+	// Failing is the newest failure that stands, of which LastFailure tells; "": none does.
+	Failing   symptom.ID `json:"failing,omitempty"`
+	Since     time.Time  `json:"since,omitzero"` // when State or Failing last changed, UTC
+	Bootstrap Bootstrap  `json:"bootstrap"`
 	// in force; nil: none yet, or --config
-	Attribute    *Attribute `json:"attribute,omitempty"`
-	Envoy        Envoy      `json:"envoy"`
-	Backend      string     `json:"backend,omitempty"` // nft or legacy
-	Families     []Family   `json:"families,omitempty"`
-	ServingPorts []uint16   `json:"serving_ports,omitempty"`
-	Passes       uint64     `json:"passes"`
-	Undone       uint64     `json:"drift_repaired"`
-	Paused       bool       `json:"paused,omitempty"`
+	Attribute *Attribute `json:"attribute,omitempty"`
+	Envoy     Envoy      `json:"envoy"`
+	Backend   string     `json:"backend,omitempty"` // nft or legacy
+	Families  []Family   `json:"families,omitempty"`
+	// Services are those whose rules were last seen to be in, by name, all of them: some 100 bytes
+	// each. Nobody changes the slice.
+	Services     []Service `json:"services,omitempty"`
+	ServingPorts []uint16  `json:"serving_ports,omitempty"`
+	Passes       uint64    `json:"passes"`
+	Undone       uint64    `json:"drift_repaired"`
+	Paused       bool      `json:"paused,omitempty"`
 	// program and pid, where the kernel tells
 	LastDriftBy   string    `json:"last_drift_by,omitempty"`
 	LastDriftWhen time.Time `json:"last_drift_when,omitzero"`
@@ -57,6 +67,7 @@ type Envoy struct {
 	State      string    `json:"state,omitempty"`
 	Version    string    `json:"version,omitempty"`
 	Configured bool      `json:"configured"`
+	Number     string    `json:"version_number,omitempty"` // in Version; "" where it has none
 	Down       time.Time `json:"down_since,omitzero"`
 	Listeners  int       `json:"listeners"`
 	Rejected   int       `json:"rejected"`
@@ -79,6 +90,14 @@ type Family struct {
 	Error        string    `json:"error,omitempty"`
 }
 
+// Service is what a client's connection is intercepted for.
+type Service struct {
+	Name string `json:"name"` // by the control plane, or where it names none the address
+	// Addresses are where clients look for it, sorted: "10.0.0.1:80", "10.0.0.0/24", "[fd10::1]:80",
+	// and "*:80" for any address.
+	Addresses []string `json:"addresses"`
+}
+
 // Healthy is what `status` answers: every pass runs and no finding is an error.
 func (s Status) Healthy() bool {
 	for _, f := range s.Findings {
@@ -87,4 +106,41 @@ func (s Status) Healthy() bool {
 		}
 	}
 	return true
+}
+
+// State is how the VM stands, in a word: "ready" or "not-ready", or why nothing is intercepted,
+// "hold", "bypass", "paused" (see Mode).
+func (s Status) State() string {
+	switch {
+	case s.Paused:
+		return "paused"
+	case s.Ready:
+		return "ready" // on hold, too, when nothing is wanted
+	case s.Mode == "hold", s.Mode == "bypass":
+		return s.Mode
+	}
+	return "not-ready"
+}
+
+// Line is the Status in a line of words, by which whoever reads many VMs can group them:
+//
+//	v1 state=ready finding=none since=2026-11-28T18:00:00Z agent=1.2.3 envoy=1.40.0 services=12
+//
+// Keys are added at the end, and v1 becomes another word when one changes its meaning. head is all
+// but the number of services, which may change all the time.
+func (s Status) Line() (head, services string) {
+	head = fmt.Sprintf("v1 state=%s finding=%s since=%s agent=%s envoy=%s services=", s.State(),
+		word(string(s.Failing)), s.Since.UTC().Format(time.RFC3339), word(s.Version), word(s.Envoy.Number))
+	return head, fmt.Sprint(len(s.Services))
+}
+
+// word makes s a value of Line: it has no space, is not empty, and at most 64 bytes.
+func word(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r > unicode.MaxASCII || !unicode.IsPrint(r) || r == ' ' {
+			return '_'
+		}
+		return r
+	}, s)
+	return cmp.Or(s[:min(len(s), 64)], "none")
 }
