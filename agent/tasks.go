@@ -177,6 +177,8 @@ func setAttributes(w *guestattr.Writer, s status.Status) {
 	if s.Bootstrap.Failure != "" {
 		w.Set(guestattr.BootstrapLastFailure, s.Bootstrap.Failure)
 	}
+	head, services := s.Line()
+	w.SetWithTail(guestattr.AgentStatus, head, services)
 }
 
 // notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is

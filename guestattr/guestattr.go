@@ -10,6 +10,12 @@
 // is written once a minute. Three tokens are enough for a first start to say bootstrap-status,
 // proxy-version and agent-heartbeat at once.
 //
+// Where there is more to say than tokens, the value goes first that shall be there soonest: each has
+// a time within which it is to be written, from when it became another one. The times are such that
+// with the failure, the status and the heartbeat all changing all the time a new failure or status
+// is there within a minute, and the heartbeat is never older than two. Where bootstrap or Envoy's
+// version changes besides, the status may wait for two tokens more, but no failure.
+//
 // Values are read back, each about every ten minutes, because they can be lost, and because every
 // process on the VM may overwrite them. What was lost or changed is written again at that pace and
 // counted: noticed, never trusted, never fought.
@@ -57,6 +63,7 @@ const (
 	AgentLastFailure     = "agent-last-failure"
 	ProxyVersion         = "proxy-version"
 	AgentHeartbeat       = "agent-heartbeat"
+	AgentStatus          = "agent-status"
 )
 
 // MaxValue is the longest value written, in bytes. Google documents no limit;
@@ -68,16 +75,25 @@ const (
 	refill         = 20 * time.Second // for one token
 	queryLimit     = 5 * time.Second  // a query that takes longer has failed
 	heartbeatEvery = time.Minute
-	// from then on the heartbeat goes before news: at five minutes its readers call the agent stuck
-	heartbeatLate = 2 * time.Minute
-	checkEvery    = 10 * time.Minute // each value is read back this often
-	probeEvery    = 2 * time.Minute  // while the VM's guest attributes are disabled
-	firstBackOff  = 2 * time.Second  // after a failed query; doubles
-	maxBackOff    = 30 * time.Second // so that "within 60 s" holds once the server answers again
+	minorEvery     = 5 * time.Minute // for a change of a tail alone; see SetWithTail
+	// Within these a change is written, if the server answers, and a heartbeat once its minute is
+	// over: at five minutes its readers call the agent stuck.
+	promise          = 50 * time.Second
+	statusPromise    = time.Minute
+	heartbeatPromise = 30 * time.Second
+	failureLate      = 45 * time.Second // from then on the failure goes first: the next token is late
+	checkEvery       = 10 * time.Minute // each value is read back this often
+	probeEvery       = 2 * time.Minute  // while the VM's guest attributes are disabled
+	firstBackOff     = 2 * time.Second  // after a failed query; doubles
+	maxBackOff       = 30 * time.Second // so that "within 60 s" holds once the server answers again
 )
 
-// order is who goes first among values never written before, after BootstrapStatus; see compare.
-var order = []string{BootstrapLastFailure, AgentLastFailure, ProxyVersion}
+// order is who goes first among those that shall be there at the same time: the first of these, all
+// others, and then the last.
+var (
+	first = []string{BootstrapStatus, BootstrapLastFailure, AgentLastFailure, ProxyVersion}
+	last  = []string{AgentHeartbeat, AgentStatus}
+)
 
 // Options say where and how to write. The zero value is right on a VM.
 type Options struct {
@@ -101,7 +117,8 @@ type State struct {
 	// when Enabled last changed, or LastError came or went; zero before the first query
 	Since       time.Time `json:"since"`
 	LastSuccess time.Time `json:"last_success,omitzero"` // of the last query that succeeded
-	// values set and not yet written, a heartbeat that is not due aside
+	// values set and not yet written, aside from what may wait: a heartbeat within its minute, the
+	// change of a tail
 	Pending  int    `json:"pending"`
 	Writes   uint64 `json:"writes"`   // that succeeded
 	Reads    uint64 `json:"reads"`    // read back
@@ -140,14 +157,57 @@ type Writer struct {
 type value struct {
 	want    string
 	written string
+	head    int // of want, in bytes: what is urgent. The rest is its tail
 	// written is what the server holds, as far as we know; false after a failed write,
 	// which may have worked
 	sure    bool
+	since   time.Time // when it became dirty, or urgently so
 	last    time.Time // last successful write; zero: never
 	checked time.Time // last write or read back
 }
 
 func (v *value) dirty() bool { return !v.sure || v.want != v.written }
+
+// urgent says whether more than the tail is to be written.
+func (v *value) urgent() bool {
+	return v.dirty() &&
+		(!v.sure || v.head == len(v.want) || !strings.HasPrefix(v.written, v.want[:v.head]))
+}
+
+// doubt notes that the server may not hold what was written.
+func (v *value) doubt(now time.Time) {
+	if !v.urgent() {
+		v.since = now
+	}
+	v.sure = false
+}
+
+// window is when a dirty value may be written, and when it shall be at the latest.
+func (v *value) window(key string) (from, by time.Time) {
+	from, by = v.since, v.since.Add(promise)
+	switch {
+	case key == BootstrapStatus: // it changes a few times in a VM's life, and everybody waits for it
+		by = from
+	case key == AgentHeartbeat && v.last.IsZero():
+		by = from.Add(time.Minute)
+	case key == AgentHeartbeat:
+		from = latest(from, v.last.Add(heartbeatEvery))
+		by = from.Add(heartbeatPromise)
+	case !v.urgent():
+		from = latest(from, v.last.Add(minorEvery))
+		by = from.Add(statusPromise)
+	case key == AgentStatus:
+		by = from.Add(statusPromise)
+	}
+	return from, by
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
 
 // New returns a Writer. Nothing is sent before [Writer.Run].
 func New(o Options) *Writer {
@@ -182,8 +242,17 @@ func New(o Options) *Writer {
 // Set says what key shall hold from now on; it never blocks. The value becomes one line of at most
 // [MaxValue] bytes (see [OneLine]). A key is absent until it is Set to something; from then on an
 // empty value is written as such, since there is no known way to delete one.
-func (w *Writer) Set(key, val string) {
-	val = OneLine(val, MaxValue)
+func (w *Writer) Set(key, val string) { w.SetWithTail(key, val, "") }
+
+// SetWithTail is Set of head and tail together, of which the tail changes often and may be old: a
+// change of it alone is written at most every five minutes. One head must not begin with another.
+func (w *Writer) SetWithTail(key, head, tail string) {
+	val := OneLine(head+tail, MaxValue)
+	urgent := len(val)
+	if tail != "" {
+		urgent = min(urgent, len(head))
+	}
+	now := time.Now()
 	w.mu.Lock()
 	v := w.values[key]
 	switch {
@@ -191,15 +260,18 @@ func (w *Writer) Set(key, val string) {
 		w.mu.Unlock()
 		return
 	case v == nil:
-		w.values[key] = &value{want: val}
+		w.values[key] = &value{want: val, head: urgent, since: now}
 	case v.want == val:
 		w.mu.Unlock()
 		return
 	default:
-		if v.dirty() {
+		dirty, wasUrgent := v.dirty(), v.urgent()
+		if dirty {
 			w.state.Superseded++
 		}
-		v.want = val
+		if v.want, v.head = val, urgent; !dirty || v.urgent() && !wasUrgent {
+			v.since = now
+		}
 	}
 	w.mu.Unlock()
 	select {
@@ -385,40 +457,22 @@ func setTime(name string, at time.Time) error {
 // next chooses what to do next and says when: a key to write or to read back; no key when there
 // is nothing to do ever.
 func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
-	later := func(t time.Time) time.Time {
-		if t.Before(w.notTill) {
-			return w.notTill
-		}
-		return t
-	}
-	// How bootstrap stands goes first: it changes a few times in a VM's life, and everybody waits for
-	// it. Else the value not written for longest; of those never written, by order. So one that
-	// changes all the time starves no other.
-	var dirty []string
+	var may []string // be written now
 	for k, v := range w.values {
-		if k != AgentHeartbeat && v.dirty() {
-			dirty = append(dirty, k)
+		if !v.dirty() {
+			continue
+		}
+		from, _ := v.window(k)
+		switch {
+		case !from.After(now):
+			may = append(may, k)
+		case key == "" || from.Before(at):
+			key, at = k, from
 		}
 	}
-	if len(dirty) > 0 {
-		key = slices.MinFunc(dirty, w.compare)
-	}
-	beat := w.values[AgentHeartbeat]
-	if beat != nil && beat.dirty() {
-		due := now
-		if !beat.last.IsZero() {
-			due = beat.last.Add(heartbeatEvery)
-		}
-		late := !beat.last.IsZero() && now.Sub(beat.last) >= heartbeatLate
-		if key == "" && !due.After(now) || late {
-			return AgentHeartbeat, false, later(now)
-		}
-		if key == "" {
-			key, at = AgentHeartbeat, due
-		}
-	}
-	if key != "" && key != AgentHeartbeat {
-		return key, false, later(now)
+	if len(may) > 0 {
+		before := func(a, b string) int { return w.compare(now, a, b) }
+		return slices.MinFunc(may, before), false, latest(now, w.notTill)
 	}
 	// Nothing to write now: read back the value looked at longest ago. The heartbeat heals by
 	// itself within a minute.
@@ -431,34 +485,34 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 	}
 	if oldest != "" {
 		if due := w.values[oldest].checked.Add(checkEvery); key == "" || due.Before(at) {
-			return oldest, true, later(due)
+			return oldest, true, latest(due, w.notTill)
 		}
 	}
-	return key, false, later(at)
+	return key, false, latest(at, w.notTill)
 }
 
 // compare is less than 0 when key a is to be written before b.
-func (w *Writer) compare(a, b string) int {
-	switch BootstrapStatus {
-	case a:
-		return -1
-	case b:
-		return 1
-	}
-	rank := func(k string) int {
-		if i := slices.Index(order, k); i >= 0 {
-			return i
+func (w *Writer) compare(now time.Time, a, b string) int {
+	at := func(k string) (by time.Time, rank int) {
+		v := w.values[k]
+		if k == AgentLastFailure && now.Sub(v.since) >= failureLate {
+			return by, 0
 		}
-		return len(order)
+		_, by = v.window(k)
+		if rank = slices.Index(first, k); rank < 0 {
+			rank = len(first) + 1 + slices.Index(last, k)
+		}
+		return by.Truncate(time.Second), rank // what is set together shall be there together
 	}
-	return cmp.Or(w.values[a].last.Compare(w.values[b].last), cmp.Compare(rank(a), rank(b)),
-		cmp.Compare(a, b))
+	byA, rankA := at(a)
+	byB, rankB := at(b)
+	return cmp.Or(byA.Compare(byB), cmp.Compare(rankA, rankB), cmp.Compare(a, b))
 }
 
 func (w *Writer) pending(now time.Time) int {
 	n := 0
 	for k, v := range w.values {
-		if v.dirty() && (k != AgentHeartbeat || v.last.IsZero() || now.Sub(v.last) >= heartbeatEvery) {
+		if from, _ := v.window(k); v.dirty() && !from.After(now) {
 			n++
 		}
 	}
@@ -495,11 +549,11 @@ func (w *Writer) query(ctx context.Context, key string, read bool) {
 	case read && status != nil && status.code == http.StatusNotFound:
 		w.state.Reads++
 		w.state.Lost++
-		v.sure = false
+		v.doubt(now)
 		w.log.Warn("guest attribute was lost, writing it again", zap.String("key", key))
 	case err != nil:
 		if !read {
-			v.sure = false
+			v.doubt(now)
 		}
 		w.failed(now, err, status != nil && status.code == http.StatusForbidden)
 		return
@@ -508,12 +562,12 @@ func (w *Writer) query(ctx context.Context, key string, read bool) {
 		v.checked = now
 		if found != v.written {
 			w.state.Changed++
-			v.sure = false
+			v.doubt(now)
 			w.log.Warn("guest attribute was changed by others, writing it again", zap.String("key", key))
 		}
 	default:
 		w.state.Writes++
-		v.written, v.sure, v.last, v.checked = sent, true, now, now
+		v.written, v.sure, v.last, v.checked, v.since = sent, true, now, now, now
 	}
 	w.succeeded(now)
 }
@@ -550,7 +604,7 @@ func (w *Writer) succeeded(now time.Time) {
 		// What the VM held before it was disabled may be gone. The value just written is not.
 		for _, v := range w.values {
 			if !v.last.Equal(now) {
-				v.sure = false
+				v.doubt(now)
 			}
 		}
 	}
