@@ -228,15 +228,17 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
 		switch {
 		case l.Bound && l.OriginalDst && leadsTo(l, family, port, false):
 			for _, c := range l.Chains {
-				s := Served{Name: l.ServiceName(c), Port: c.Port}
-				for _, p := range c.Prefixes {
-					if family.Of(p.Addr()) {
-						s.Prefix = p
-						add(l, s)
+				ours := func(p netip.Prefix) bool { return family.Of(p.Addr()) }
+				switch {
+				case len(c.Prefixes) == 0 && c.Port != 0:
+					add(l, Served{l.ServiceName(c), netip.Prefix{}, c.Port})
+				case slices.ContainsFunc(c.Prefixes, ours):
+					name := l.ServiceName(c)
+					for _, p := range c.Prefixes {
+						if ours(p) {
+							add(l, Served{name, p.Masked(), c.Port})
+						}
 					}
-				}
-				if len(c.Prefixes) == 0 && c.Port != 0 {
-					add(l, s)
 				}
 			}
 		case !l.Bound:

@@ -28,11 +28,17 @@ func (l Listener) ServiceName(c FilterChain) string {
 	if strings.Contains(cluster, ",") {
 		cluster = "" // several of weighted clusters: none of them is the service
 	}
-	for _, name := range []string{
-		resource(c.Name), istioHost(cluster), urlMap(c.RouteConfig), own(c.Name), own(c.RouteConfig),
-		own(cluster),
+	for _, try := range []struct {
+		form func(string) string
+		of   string
+	}{
+		{resource, c.Name}, {istioHost, cluster}, {urlMap, c.RouteConfig},
+		{own, c.Name}, {own, c.RouteConfig}, {own, cluster},
 	} {
-		if name = word(name); name != "" {
+		if try.of == "" {
+			continue
+		}
+		if name := word(try.form(try.of)); name != "" {
 			return name
 		}
 	}
@@ -49,12 +55,14 @@ func resource(s string) (name string) {
 	}
 	for part := range strings.SplitSeq(s, "/") {
 		kind, value, found := strings.Cut(part, ":")
-		if found && kind != "" && strings.Trim(kind, "ABCDEFGHIJKLMNOPQRSTUVWXYZ_") == "" {
+		if found && kind != "" && !strings.ContainsFunc(kind, noCapital) {
 			name = value
 		}
 	}
 	return name
 }
+
+func noCapital(r rune) bool { return r != '_' && (r < 'A' || r > 'Z') }
 
 // urlMap is the name in a route configuration of Traffic Director's. A name of Google's has no
 // underscore: one begins what stands behind it.

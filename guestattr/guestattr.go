@@ -106,7 +106,8 @@ type Options struct {
 	// three tokens at each start. Empty: each New starts with a full bucket.
 	Budget string
 
-	dial func(ctx context.Context, network, addr string) (net.Conn, error) // a test's own network
+	// Dial is a network of a test's own; nil: the VM's.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // State is how the channel does. Counts are since [New].
@@ -215,8 +216,8 @@ func New(o Options) *Writer {
 	if o.Log == nil {
 		o.Log = zap.NewNop()
 	}
-	if o.dial == nil {
-		o.dial = (&net.Dialer{Timeout: queryLimit}).DialContext
+	if o.Dial == nil {
+		o.Dial = (&net.Dialer{Timeout: queryLimit}).DialContext
 	}
 	return &Writer{
 		base: "http://" + host + "/computeMetadata/v1/instance/guest-attributes/" + Namespace + "/",
@@ -224,7 +225,7 @@ func New(o Options) *Writer {
 			// No proxy from the environment, no redirect: the metadata server is a neighbour. A query a
 			// minute gains nothing from a kept connection, which would only be found dead.
 			Transport: metadata.Transport{
-				Base: &http.Transport{DialContext: o.dial, DisableKeepAlives: true,
+				Base: &http.Transport{DialContext: o.Dial, DisableKeepAlives: true,
 					MaxResponseHeaderBytes: 64 << 10}},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			Timeout:       queryLimit,

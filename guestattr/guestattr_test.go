@@ -160,7 +160,7 @@ func bubble(t *testing.T, f func(t *testing.T, w *Writer, s *server, logs *obser
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		core, logs := observer.New(zap.InfoLevel)
-		w := New(Options{Host: "metadata", Log: zap.New(core), dial: s.dial})
+		w := New(Options{Host: "metadata", Log: zap.New(core), Dial: s.dial})
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- w.Run(ctx) }()
@@ -891,7 +891,7 @@ func TestCrashLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		for i := range 300 {
-			w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+			w := New(Options{Host: "metadata", Budget: budget, Dial: s.dial})
 			w.Set(AgentLastFailure, fmt.Sprintf("crash %d", i))
 			w.Set(BootstrapStatus, "FINISHED")
 			w.Set(ProxyVersion, "1.40.0")
@@ -913,7 +913,7 @@ func TestSharedBudget(t *testing.T) {
 		s := newServer(t)
 		var all sync.WaitGroup
 		for _, key := range []string{BootstrapStatus, AgentLastFailure} {
-			w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+			w := New(Options{Host: "metadata", Budget: budget, Dial: s.dial})
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute-time.Second)
 			defer cancel()
 			all.Go(func() { w.Run(ctx) })
@@ -992,7 +992,7 @@ func TestBudgetFile(t *testing.T) {
 				}
 				s := newServer(t)
 				core, logs := observer.New(zap.InfoLevel)
-				w := New(Options{Host: "metadata", Budget: path, Log: zap.New(core), dial: s.dial})
+				w := New(Options{Host: "metadata", Budget: path, Log: zap.New(core), Dial: s.dial})
 				w.Set(BootstrapStatus, "FINISHED")
 				w.Set(ProxyVersion, "1.40.0")
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -1035,7 +1035,7 @@ func TestBudgetHeld(t *testing.T) {
 			unix.Flock(int(held.Fd()), unix.LOCK_EX)); err != nil {
 			t.Fatal(err)
 		}
-		w := New(Options{Host: "metadata", Budget: budget, dial: s.dial})
+		w := New(Options{Host: "metadata", Budget: budget, Dial: s.dial})
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- w.Run(ctx) }()
@@ -1079,7 +1079,7 @@ func TestStopDuringQuery(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		s.on(func(w http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return false })
-		w := New(Options{Host: "metadata", dial: s.dial})
+		w := New(Options{Host: "metadata", Dial: s.dial})
 		w.Set(ProxyVersion, "1")
 		ctx, stop := context.WithTimeout(t.Context(), time.Second)
 		defer stop()
