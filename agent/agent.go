@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -259,7 +258,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		mark:      readMark(server.Dir(), a.log),
 		told: told{
 			reporters: a.reporters(), log: a.log, started: a.started,
-			failures: failures, unasked: slices.Clone(failures.Lasting),
+			failures: failures, unasked: failures.Lasting,
 		},
 	}
 	if a.config != nil {

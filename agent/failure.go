@@ -134,7 +134,8 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 	case symptom.AttributeBad, symptom.MetadataServer:
 		fresh := attribute.Good != nil && !attribute.Good.Kept
 		byConfig := attribute.Known && attribute.Good == nil
-		return attribute.Err != nil || attribute.Source != nil || fresh || byConfig
+		return attribute.Err != nil || fresh || byConfig ||
+			f.ID == symptom.MetadataServer && attribute.Source != nil
 	case symptom.EnvoyDown, symptom.AdminUnreadable:
 		return told
 	case symptom.ForeignOwner, symptom.InterceptionNotReady: // of the ports that Envoy tells

@@ -63,7 +63,7 @@ type standing struct {
 func (t *told) publish(p passed, backend string) {
 	t.passes++
 	now := p.seen.Now
-	t.unasked = slices.DeleteFunc(t.unasked, func(f Failure) bool {
+	t.unasked = slices.DeleteFunc(slices.Clone(t.unasked), func(f Failure) bool {
 		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
 	})
 	if next := t.failures.next(p.findings, now, t.unasked...); !next.equal(t.failures) {
