@@ -66,6 +66,7 @@ func (l *loop) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case l.envoy = <-l.inbox.views:
+			l.wanted.redirects.told(l.envoy.Told)
 		case news := <-l.inbox.attributes:
 			l.attribute.take(news, l.log)
 		case e, ok := <-l.inbox.events:
@@ -88,12 +89,13 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	seen := l.observe(now)
 	want, known := l.wanted.desired(l.settings, seen)
 	outcomes := l.reconcile(ctx, now, seen, want, known)
+	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
 	findings := symptom.Check(seen.Facts(want, outcomes))
 	took := time.Since(began)
 	l.followBootstrap(now)
 	l.told.publish(passed{
 		seen: seen, want: want, serial: l.wanted.serial, known: known, outcomes: outcomes,
-		findings: findings, paused: l.paused, took: took,
+		findings: findings, paused: l.paused, took: took, redirect: redirect,
 	}, l.vm.backend())
 	return earliest(outcomes)
 }
@@ -160,7 +162,8 @@ func (l *loop) takeEvent(e iptables.Event, ok bool, now time.Time) {
 type wanted struct {
 	want   Want
 	serial uint64 // counts Wants; 0: none yet
-	of     struct {
+	redirects
+	of struct {
 		generation   uint64
 		attribute    uint64
 		uid, gid     uint32

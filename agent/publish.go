@@ -24,6 +24,7 @@ type passed struct {
 	findings []symptom.Finding
 	paused   bool
 	took     time.Duration
+	redirect time.Duration // what the oldest change took whose rules it put in; 0: none
 }
 
 // reporters take what a pass has to tell. None of them can hold up the loop.
@@ -306,14 +307,24 @@ func (t *told) tellReady(s status.Status) {
 // happened is what /metrics counts of the pass.
 func (p passed) happened() report.Pass {
 	m := report.Pass{
-		Duration: p.took, DumpReads: p.seen.Envoy.Dumps, Refused: len(p.want.Refused),
-		Drift: map[string]int{}, Errors: map[string]int{}, Writes: map[string]report.Writes{},
+		Duration: p.took, Redirect: p.redirect, Refused: len(p.want.Refused),
+		DumpReads: p.seen.Envoy.Dumps, Rejections: p.seen.Envoy.Rejections,
+		Drift: map[string]int{}, Errors: map[string]int{}, Forgotten: map[string]int{},
+		Writes: map[string]report.Writes{},
+	}
+	if connected, known := p.seen.Envoy.Connected(); known {
+		m.Connected = &connected
 	}
 	if v := p.seen.Envoy.Info.Version; v != (envoyadmin.Version{}) {
 		m.EnvoyVersion = v.String()
 	}
 	for _, o := range p.outcomes {
-		m.Writes[o.Status.Family] = report.Writes{Applies: o.Applies, Rules: o.Rows}
+		m.Writes[o.Status.Family] = report.Writes{
+			Applies: o.Applies, Rules: o.Rows, Took: o.Took, Waited: o.Waited, Repairs: o.Repairs,
+			BackOffs: o.BackOffs, BackingOff: o.Facts.Fighting, InSync: o.InSync,
+		}
+		m.Forgotten["half_open"] += o.HalfOpen
+		m.Forgotten["dns"] += o.DNS
 		for kind, n := range o.Drift {
 			m.Drift[kind] += n
 		}

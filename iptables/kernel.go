@@ -63,8 +63,12 @@ type Kernel struct {
 
 	mu       sync.Mutex
 	unusable map[Family]error
+	spent    map[Family]spent    // by iptables-restore, so far
 	saves    map[string]lastSave // by the program that made it
 }
+
+// spent is how long iptables-restore took, and how much of that it waited for the xtables lock.
+type spent struct{ took, waited time.Duration }
 
 // lastSave is the last save of a program. On legacy the same one is read each 1.5 s: to see that
 // nothing has changed costs a tenth of parsing 10,000 rules, and no memory.
@@ -80,11 +84,13 @@ type machine struct {
 		stdout *bytes.Buffer, name string, args ...string) error
 	natChains func(Family) ([]string, error) // of iptables-nft
 	hasLegacy func(Family) (bool, error)     // whether there is a legacy nat table, without making it
+	// lockHolder is the pid of who holds the xtables lock, 0 for nobody. nil: it is not asked.
+	lockHolder func() int
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
 	return hasLegacyTable(f, os.ReadFile)
-}}
+}, lockHolder}
 
 // tool are the programs of one family.
 type tool struct {
@@ -116,7 +122,7 @@ func Open(ctx context.Context, options Options) (*Kernel, error) {
 
 func openOn(ctx context.Context, m machine, options Options) (*Kernel, error) {
 	k := &Kernel{options: options, machine: m, tools: map[Family]tool{}, unusable: map[Family]error{},
-		saves: map[string]lastSave{}}
+		spent: map[Family]spent{}, saves: map[string]lastSave{}}
 	var first error
 	usable := false
 	for _, f := range families {
@@ -429,8 +435,11 @@ type Result struct {
 	Left    []RefusedError // the rules that were left out, each with the kernel's words; Line is 0
 	// Drift is what of Ruleset was not there when it was read back: somebody else wrote in between.
 	Drift    []Drift
-	Attempts int           // restores of the rules, without those that asked which are refused
-	Took     time.Duration // of the writing, without the read-back
+	Attempts int // restores of the rules, without those that asked which are refused
+
+	// Told with an error, too: how long iptables-restore took, whatever it was run for, and how much
+	// of that another program held the xtables lock (0 on nft, which has none).
+	Took, Waited time.Duration
 }
 
 // manyChains is from how many new chains on legacy is given them in a restore of their own before
@@ -456,11 +465,20 @@ func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	whole, refused, err := k.apply(ctx, t, p)
-	if !refused {
-		return whole, err
+	before := k.spentOn(p.family)
+	result, refused, err := k.apply(ctx, t, p)
+	if refused {
+		result, err = k.degrade(ctx, t, p.want, result.Attempts, err)
 	}
-	return k.degrade(ctx, t, p.want, whole.Attempts, err)
+	now := k.spentOn(p.family)
+	result.Took, result.Waited = now.took-before.took, now.waited-before.waited
+	return result, err
+}
+
+func (k *Kernel) spentOn(f Family) spent {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.spent[f]
 }
 
 // apply installs the whole, or nothing. refused says that the error is a *RefusedError which may be
@@ -469,7 +487,6 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (r Result, refused b
 	if p.Empty() {
 		return Result{Have: p.have, Ruleset: p.want}, false, nil
 	}
-	start := time.Now()
 	if chains := p.newChains(); t.backend == Legacy && len(chains.lines) > manyChains {
 		if err := k.restore(ctx, t, chains); err != nil {
 			return Result{Attempts: 1}, false, fmt.Errorf("apply %s rules: %w", p.family, err)
@@ -495,11 +512,10 @@ func (k *Kernel) apply(ctx context.Context, t tool, p Plan) (r Result, refused b
 		}
 		n, p = n+1, NewPlan(p.want, have)
 		if p.Empty() {
-			r = Result{Have: have, Ruleset: p.want, Attempts: n, Took: time.Since(start)}
-			return r, false, nil
+			return Result{Have: have, Ruleset: p.want, Attempts: n}, false, nil
 		}
 	}
-	r = Result{Attempts: n, Took: time.Since(start)}
+	r = Result{Attempts: n}
 	r.Have, err = k.readBack(ctx, t, p)
 	if err != nil {
 		return r, false, fmt.Errorf("verify %s rules: %w: %w", p.family, ErrCouldNotLook, err)
@@ -533,7 +549,22 @@ func mayBeForItsOwnSake(line string) bool {
 }
 
 func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
-	_, err := k.run(ctx, writeLimit, []byte(p.String()), t.restore, "--noflush", "-w", lockWait)
+	write := func() error {
+		_, err := k.run(ctx, writeLimit, []byte(p.String()), t.restore, "--noflush", "-w", lockWait)
+		return err
+	}
+	var waited time.Duration
+	var err error
+	began := time.Now()
+	if t.backend == Legacy && k.machine.lockHolder != nil {
+		waited, err = waiting(k.machine.lockHolder, &k.own, write)
+	} else {
+		err = write()
+	}
+	k.mu.Lock()
+	so := k.spent[p.family]
+	k.spent[p.family] = spent{so.took + time.Since(began), so.waited + waited}
+	k.mu.Unlock()
 	return refused(p, err)
 }
 

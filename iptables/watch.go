@@ -27,6 +27,8 @@ type Event struct {
 	Program string
 	Own     bool // by a command of this Kernel
 	Lost    bool // the kernel had more to say than we could take: read everything
+	// At is when it came in: the receiver may have been busy since. Of merged ones, the first.
+	At time.Time
 }
 
 // Watch sends an Event for each change of a chain of ours, of PREROUTING or OUTPUT in table nat,
@@ -172,10 +174,11 @@ func newSender(ctx context.Context, events chan<- Event) *sender {
 func (s *sender) put(e Event) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	e.At = time.Now()
 	switch n := len(s.pending); {
 	case n > 0 && s.pending[n-1].same(e):
 	case n >= pendingEvents:
-		s.pending = append(s.pending[:0], Event{Lost: true})
+		s.pending = append(s.pending[:0], Event{Lost: true, At: s.pending[0].At})
 	default:
 		s.pending = append(s.pending, e)
 	}
@@ -323,16 +326,10 @@ func (b *batch) events() []Event {
 	return events
 }
 
-// lockFile is what iptables-legacy locks unless XTABLES_LOCKFILE names another.
-const lockFile = "/run/xtables.lock"
-
 // watchLock watches the lock file being closed. iptables-legacy has made it by
 // now: Open has run one.
 func watchLock() (*os.File, error) {
-	path := lockFile
-	if p := os.Getenv("XTABLES_LOCKFILE"); p != "" {
-		path = p
-	}
+	path := lockPath()
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("watch %q: %w", path, err)

@@ -56,6 +56,11 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 // take makes a new listener set the one that counts, if this Envoy had completed a listener update
 // when the set was read. Before that an empty set says nothing about what its clients need.
 func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
+	for _, r := range s.Rejected {
+		if !slices.Contains(w.set.rejected, r) {
+			w.set.rejections++
+		}
+	}
 	w.set.rejected = s.Rejected
 	p := &w.process
 	if len(s.Warming) > 0 && p.warming.IsZero() {
@@ -63,6 +68,7 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	}
 	if w.warms(s) {
 		p.untaken = &s
+		w.change.waits()
 		return
 	}
 	// An active listener of the control plane's shows that an update came before the dump. Without
@@ -74,20 +80,28 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		}
 		if !w.becomesConfigured(ctx, s) {
 			p.untaken = &s
+			if empty {
+				w.change.nothing()
+			} else {
+				w.change.waits()
+			}
 			return
 		}
 		if empty {
 			w.detector.Again()
+			w.change.waits()
 			return
 		}
 	}
 	p.confirmed, p.untaken = p.confirmed && empty, nil
 	p.told = true
 	if s.Fingerprint == w.set.snapshot.Fingerprint && w.set.generation > 0 {
+		w.change.nothing()
 		return
 	}
 	w.set.snapshot = s
 	w.set.generation++
+	w.change.news()
 	w.o.Log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)),
 		zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took),
 		zap.Uint64("generation", w.set.generation))

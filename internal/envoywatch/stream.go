@@ -26,6 +26,7 @@ type stream struct {
 	without int             // answers in a row that there is no stream
 	asked   time.Time       // when Envoy was last asked
 	heard   time.Time       // when the control plane last spoke
+	stands  bool            // a sign of the stream was the last that was seen
 }
 
 // apart says whether Envoy has no stream, whether its log says why or not.
@@ -34,13 +35,14 @@ func (s stream) apart() bool { return s.without > 1 }
 // closed takes an end of the stream, or several equal ones, from Envoy's log.
 func (s *stream) closed(now time.Time, e envoyadmin.LogEvent) {
 	s.ends += e.Count
+	s.stands = false
 	s.end = &symptom.Stream{Target: e.Target, Code: e.Code, Message: e.Message, When: now}
 }
 
 // spoke takes a sign from the control plane. It says whether that changes what a View tells.
 func (s *stream) spoke(now time.Time) (news bool) {
 	news = s.end != nil || s.apart()
-	*s = stream{asked: s.asked, heard: now}
+	*s = stream{asked: s.asked, heard: now, stands: true}
 	return news
 }
 
@@ -68,11 +70,13 @@ func (s *stream) answered(asked time.Time, connected, blocked bool) {
 	case !connected && asked.Before(s.heard): // it has spoken since
 	case !connected:
 		s.without++
+		s.stands = s.stands && !s.apart()
 	case !blocked:
 		s.without = 0
 		if s.silent(asked) { // else it may have ended behind the answer
 			s.end = nil
 		}
+		s.stands = s.end == nil
 	}
 }
 

@@ -18,13 +18,30 @@ type View struct {
 	Snapshot   envoyadmin.Snapshot
 	Rejected   []envoyadmin.Rejected // of the last look, news or not
 	Generation uint64                // counts Snapshots; 0: none yet
+	// Told is what first told of the change to Snapshot, a line of the log or a look; where Snapshots
+	// in between went untaken, of the first of them. Zero: there was no change since the last View
+	// that was taken.
+	Told time.Time
 	// Configured: Snapshot is of this Envoy process, which had completed a listener update.
 	Configured bool
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
+	Stands     bool            // it was seen to have one, and nothing was seen against it since
 	Probe      error           // our own way to the control plane, while Envoy's is broken
 	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
 	Dumps      int             // full dumps asked for, since the start
+	Rejections int             // the same of listener updates that Envoy was seen to have rejected
+}
+
+// Connected says whether Envoy has a stream to its control plane, if that is known.
+func (v View) Connected() (connected, known bool) {
+	switch {
+	case v.Stream != nil || v.Apart:
+		return false, true
+	case v.Err != nil: // it may be gone since
+		return false, false
+	}
+	return v.Stands, v.Stands
 }
 
 // Outage is why the admin interface tells nothing.
@@ -53,6 +70,7 @@ func (w *Watch) view() View {
 		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr, Dumps: w.set.dumps,
+		Rejections: w.set.rejections, Stands: p.stream.stands,
 	}
 	if w.broken() {
 		v.Probe = p.probe

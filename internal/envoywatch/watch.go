@@ -63,6 +63,7 @@ type Watch struct {
 	probes chan probed
 
 	detector envoyadmin.Detector
+	change   change
 	process  process
 	set      listeners
 	outage   Outage
@@ -81,6 +82,7 @@ type listeners struct {
 	snapshot   envoyadmin.Snapshot
 	generation uint64
 	rejected   []envoyadmin.Rejected
+	rejections int
 	dumps      int
 }
 
@@ -174,9 +176,16 @@ func (w *Watch) Step(ctx context.Context) (wait time.Duration) {
 func (w *Watch) look(ctx context.Context, began time.Time) {
 	var f envoyadmin.Fingerprint
 	var err error
+	w.change.asks(began)
 	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx) })
-	if w.detector.Looked(began, w.o.Now(), f, err) {
+	again := w.detector.Looked(began, w.o.Now(), f, err)
+	if again {
 		w.o.Admin.Redial()
+	}
+	if err != nil {
+		w.change.failed()
+	} else {
+		w.change.looked(f, again)
 	}
 	w.answered(dumpQuestion, err)
 }
@@ -185,6 +194,7 @@ func (w *Watch) look(ctx context.Context, began time.Time) {
 func (w *Watch) dump(ctx context.Context, began time.Time) {
 	var s envoyadmin.Snapshot
 	var err error
+	w.change.asks(began)
 	w.ask(func() { s, err = w.o.Admin.Listeners(ctx) })
 	ended := w.o.Now()
 	if err == nil {
@@ -197,9 +207,12 @@ func (w *Watch) dump(ctx context.Context, began time.Time) {
 	}
 	w.detector.Dumped(began, ended, s.Fingerprint, err)
 	w.answered(dumpQuestion, err)
-	if err == nil {
-		w.take(ctx, s)
+	if err != nil {
+		w.change.failed()
+		return
 	}
+	w.change.dumped(s.Fingerprint)
+	w.take(ctx, s)
 }
 
 // idle asks for all but the listeners. It says whether the detector has something to do again.
@@ -271,6 +284,7 @@ func (w *Watch) Note(e envoyadmin.LogEvent) {
 		w.process.stream.closed(now, e)
 	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
 		w.detector.Hint(now)
+		w.change.hinted(now)
 		if !w.process.stream.spoke(now) {
 			return // nothing that a View tells
 		}
@@ -320,4 +334,13 @@ func (w *Watch) askState(ctx context.Context) error {
 }
 
 // put leaves what is known now in the mailbox.
-func (w *Watch) put() { w.box.Put(w.view()) }
+func (w *Watch) put() {
+	v, taken := w.view(), true
+	select {
+	case <-w.box.Get(): // nobody has taken what it told
+		taken = false
+	default:
+	}
+	v.Told = w.change.put(taken)
+	w.box.Put(v)
+}

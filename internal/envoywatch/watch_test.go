@@ -27,8 +27,8 @@ func TestFirstLook(t *testing.T) {
 		t.Errorf("it waits %v", wait)
 	}
 	want := View{
-		State: "LIVE", Generation: 1, Configured: true, Dumps: 1,
-		Rejected: []envoyadmin.Rejected{{Name: "bad"}},
+		State: "LIVE", Generation: 1, Told: e.clock, Configured: true, Stands: true,
+		Dumps: 1, Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Rejections: 1,
 	}
 	want.Info, want.Snapshot = v.Info, v.Snapshot
 	if diff := cmp.Diff(want, v, cmp.Comparer(func(a, b envoyadmin.Fingerprint) bool {

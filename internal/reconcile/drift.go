@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -20,6 +21,8 @@ type driftMemory struct {
 	seen []iptables.Drift // the last
 	at   time.Time
 	by   string // who made it, where the kernel told
+
+	since time.Time // what showed the drift that stands; zero: none does
 
 	undone uint64 // repairs since the start
 	lastBy string // who made the last that was repaired
@@ -53,6 +56,19 @@ func (d *driftMemory) named(now time.Time, by string) {
 func (d *driftMemory) repaired(now time.Time) {
 	d.undone++
 	d.lastBy, d.lastAt = d.by, now
+}
+
+// shown notes when something first told of the drift that stands.
+func (d *driftMemory) shown(told time.Time) { d.since = cmp.Or(d.since, told) }
+
+// over ends the drift that stands, and says how long it was there to be seen.
+func (d *driftMemory) over(now time.Time) (lasted time.Duration, was bool) {
+	if d.since.IsZero() {
+		return 0, false
+	}
+	lasted = now.Sub(d.since)
+	d.since = time.Time{}
+	return lasted, true
 }
 
 // kinds counts the differences by what they are.

@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -56,13 +57,27 @@ type Outcome struct {
 	// Confirmed: this pass found or put the wanted rules in, and they intercept.
 	Confirmed bool
 
-	Drift   map[string]int // differences that this pass repaired, by kind
-	Applies map[string]int // writes of this pass, by what came of them
-	Rows    int            // lines written in this pass
+	Lacks  bool      // a rule is left out without which a packet goes another way
+	InSync time.Time // when the rules last were seen, or put, as wanted
+
+	Work // of this pass
 
 	Undone      uint64 // repairs since the start
 	LastDriftBy string
 	LastDriftAt time.Time
+}
+
+// Work is what a pass did to the kernel, and how long that took.
+type Work struct {
+	Drift   map[string]int  // differences repaired, by kind
+	Applies map[string]int  // writes, by what came of them
+	Rows    int             // lines written
+	Took    []time.Duration // by iptables-restore, for each write
+	Waited  time.Duration   // of these, for the xtables lock
+	// Repairs are how long each drift that is over was there to be seen.
+	Repairs  []time.Duration
+	BackOffs int // that began
+	Removed
 }
 
 // Family keeps one family's rules as they are wanted. Make one with New.
@@ -89,6 +104,7 @@ type standing struct {
 	jumps   bool      // rules of ours intercept
 	written bool      // it once had what this run wants: from then on a difference is drift
 	applied time.Time // the last write
+	seen    time.Time // when the kernel last was seen, or put, as wanted
 }
 
 // New is a family of which nothing is known yet.
@@ -123,7 +139,7 @@ func (f *Family) Note(e iptables.Event, now time.Time) {
 	if e.Own || e.Family != 0 && e.Family != f.family {
 		return
 	}
-	f.sight.note(e)
+	f.sight.note(e, now)
 	if e.Program != "" {
 		f.drift.named(now, f.sight.by)
 	}
@@ -153,10 +169,14 @@ func (f *Family) Pass(ctx context.Context, now time.Time, o Order) Outcome {
 	p := &pass{
 		now: now, began: f.clock(), clock: f.clock, order: o,
 		poll: pollInterval(o.Notified, f.kernel.Backend()),
-		out:  Outcome{Applies: map[string]int{}, Drift: map[string]int{}},
+		out:  Outcome{Work: Work{Applies: map[string]int{}, Drift: map[string]int{}}},
 	}
 	p.out.Ports = f.gates.move(now, o, !o.Known && o.UserKnown && f.sight.intercepted())
+	held := f.backOff.on()
 	p.out.Wake = f.reconcile(ctx, p)
+	if f.backOff.on() && !held {
+		p.out.BackOffs++
+	}
 	f.report(&p.out)
 	return p.out
 }
@@ -169,6 +189,7 @@ func (f *Family) reconcile(ctx context.Context, p *pass) (wake time.Duration) {
 	f.backOff.pass(p.now)
 	if p.order.Paused {
 		f.standing.equal, f.standing.jumps = false, false
+		f.drift.over(p.now)
 		return tick
 	}
 	if !f.usable(ctx, p.now) {
@@ -315,6 +336,7 @@ func (f *Family) adopt(ctx context.Context, p *pass) error {
 // pursue finds out what the kernel has, says what differs, and repairs it.
 func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	start := p.time()
+	told := cmp.Or(f.sight.told, start)
 	if err := f.sight.read(ctx, f.kernel, f.family, p); err != nil {
 		return err
 	}
@@ -322,6 +344,7 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	switch {
 	case why == watch || why == leave && !f.mustLeave():
 		f.standing.jumps = ours.Intercepting() // somebody else put them in, or took them away
+		f.drift.over(p.now)
 		f.retry = retry{}
 		return nil
 	case why == leave:
@@ -332,14 +355,15 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 		f.goal.compile(p.order.Want, p.order.Serial, &f.gates, p.now)
 	}
 	if !f.goal.target.Intercepting() && ours.Empty() {
-		f.settled() // Hold: chains without a jump are of no use to anybody
+		f.settled(p) // Hold: chains without a jump are of no use to anybody
 		return nil
 	}
 	drift := iptables.Diff(f.goal.target, f.sight.have)
 	by := f.sight.by
 	f.sight.by = "" // whoever wrote, that is dealt with here, or was nothing of ours
 	if len(drift) == 0 {
-		f.settled()
+		f.drift.over(p.now) // be it that somebody else put it right
+		f.settled(p)
 		p.out.Confirmed = f.standing.jumps
 		// Adopted: an earlier run took care of what was older.
 		f.paths.now = f.goal.redirects(f.gates.ports.DNS)
@@ -347,6 +371,7 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	}
 	// After a failure nobody undid anything: it was never done.
 	if f.standing.written && why == check && f.retry.err == nil {
+		f.drift.shown(told)
 		return f.repair(ctx, p, drift, by, start)
 	}
 	if err := f.apply(ctx, p); err != nil {
@@ -387,6 +412,7 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 	}
 	result, err := f.kernel.Apply(ctx, plan)
 	p.out.Applies[outcome(result, err)]++
+	p.out.Took, p.out.Waited = append(p.out.Took, result.Took), p.out.Waited+result.Waited
 	if err != nil {
 		return err
 	}
@@ -398,20 +424,24 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 	f.standing.applied = p.now
 	p.out.Rows += plan.Len()
 	f.sight.have = result.Have
-	f.settled()
+	written := p.time()
+	f.settled(p)
 	p.out.Confirmed = f.standing.jumps
 	f.paths.changed(ctx, p.now, f.family, f.goal.redirects(f.gates.ports.DNS))
 	if len(result.Drift) > 0 { // somebody wrote in between
 		f.standing.equal = false
 		f.sight.doubt()
+	} else if lasted, was := f.drift.over(written); was {
+		p.out.Repairs = append(p.out.Repairs, lasted)
 	}
 	return nil
 }
 
 // settled notes that the kernel has what is wanted. Where that is nothing, the next rules are a
 // first install.
-func (f *Family) settled() {
+func (f *Family) settled(p *pass) {
 	f.standing.equal, f.standing.jumps = true, f.goal.target.Intercepting()
+	f.standing.seen = p.time()
 	f.standing.written = f.standing.jumps || !f.sight.have.Ours().Empty()
 	f.retry = retry{}
 }
@@ -419,7 +449,8 @@ func (f *Family) settled() {
 // report puts what is told of the family into the outcome.
 func (f *Family) report(o *Outcome) {
 	o.Facts, o.Status, o.NotReady = f.facts(), f.status(), f.notReady()
-	o.Written = f.standing.written
+	o.Written, o.Lacks, o.InSync = f.standing.written, f.goal.lacks(), f.standing.seen
+	o.Removed = f.paths.taken()
 	o.Undone, o.LastDriftBy, o.LastDriftAt = f.drift.undone, f.drift.lastBy, f.drift.lastAt
 }
 

@@ -47,6 +47,17 @@ type paths struct {
 	now       redirected
 	late      []time.Time // when the entries of late DNS answers are deleted
 	questions bool        // those of DNS questions on the old path are still to be deleted
+	removed   Removed     // in this pass
+}
+
+// Removed counts conntrack entries that were deleted, so that new rules hold for them.
+type Removed struct{ HalfOpen, DNS int }
+
+// taken is what was removed since it was last asked.
+func (p *paths) taken() Removed {
+	removed := p.removed
+	p.removed = Removed{}
+	return removed
 }
 
 // adopted notes that an earlier run redirects DNS questions: it may have had no time for late
@@ -74,7 +85,9 @@ func (p *paths) changed(ctx context.Context, now time.Time, f iptables.Family, i
 	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
 	defer cancel()
 	if added := missing(is.services, was.services); len(added) > 0 {
-		if n, err := p.flows.HalfOpen(ctx, added); err != nil {
+		n, err := p.flows.HalfOpen(ctx, added)
+		p.removed.HalfOpen += n
+		if err != nil {
 			p.log.Debug("half-open connections keep their path", zap.Error(err))
 		} else if n > 0 {
 			p.log.Info("half-open connections begin anew through Envoy",
@@ -92,7 +105,9 @@ func (p *paths) forgetQuestions(ctx context.Context) {
 	if p.questions {
 		forget = p.flows.UDP
 	}
-	if _, err := forget(ctx, dnsQuestions); err != nil {
+	n, err := forget(ctx, dnsQuestions)
+	p.removed.DNS += n
+	if err != nil {
 		p.log.Debug("DNS questions from a fixed port keep their path", zap.Error(err))
 		return
 	}

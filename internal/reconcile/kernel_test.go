@@ -200,7 +200,7 @@ func (r *rig) ReadChains(ctx context.Context, have iptables.Table,
 func (r *rig) Apply(ctx context.Context, p iptables.Plan) (iptables.Result, error) {
 	r.calls = append(r.calls, "apply")
 	if err := cmp.Or(r.applyFails, r.fails); err != nil {
-		return iptables.Result{}, err
+		return iptables.Result{Took: 5 * time.Second, Waited: 4 * time.Second}, err
 	}
 	have, err := iptables.Parse(iptables.IPv4, []byte(r.nat.Save()))
 	if err != nil {
@@ -226,7 +226,7 @@ func (r *rig) Apply(ctx context.Context, p iptables.Plan) (iptables.Result, erro
 		return iptables.Result{}, err
 	}
 	return iptables.Result{Have: have, Ruleset: want, Left: left,
-		Drift: iptables.Diff(want, have)}, nil
+		Drift: iptables.Diff(want, have), Took: 20 * time.Millisecond, Waited: time.Millisecond}, nil
 }
 
 func (r *rig) Probe(_ context.Context, f iptables.Family) error {

@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -18,10 +19,11 @@ type sight struct {
 	known   bool           // have is what was there then
 	adopted bool           // the kernel was looked at once
 
-	dirty   bool     // something says that it may differ from have
-	touched []string // the chains that were named since the last read
-	all     bool     // any chain may have been touched
-	by      string   // who the kernel says wrote last
+	dirty   bool      // something says that it may differ from have
+	touched []string  // the chains that were named since the last read
+	all     bool      // any chain may have been touched
+	by      string    // who the kernel says wrote last
+	told    time.Time // when it first told of that since the last read; zero: it did not
 
 	at    time.Time     // of the last read of everything
 	took  time.Duration // by the last read
@@ -29,8 +31,11 @@ type sight struct {
 }
 
 // note takes in what the kernel told of somebody's write.
-func (s *sight) note(e iptables.Event) {
+func (s *sight) note(e iptables.Event, now time.Time) {
 	s.dirty = true
+	if s.told.IsZero() {
+		s.told = cmp.Or(e.At, now)
+	}
 	s.touched = append(s.touched, e.Chains...)
 	if len(e.Chains) == 0 || e.Lost || len(s.touched) > manyTouched {
 		s.touched, s.all = nil, true
@@ -74,6 +79,8 @@ func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass) 
 	}
 	s.ended = p.time()
 	s.took = s.ended.Sub(start)
-	s.known = err == nil
+	if s.known = err == nil; s.known {
+		s.told = time.Time{}
+	}
 	return err
 }
