@@ -143,6 +143,10 @@ func read(root string) (source, error) {
 			if name != root && (base == "testdata" || base == "build" || base[0] == '.' || base[0] == '_') {
 				return fs.SkipDir
 			}
+			// A module of its own has dependencies of its own.
+			if _, err := os.Stat(filepath.Join(name, "go.mod")); err == nil && name != root {
+				return fs.SkipDir
+			}
 			return nil
 		}
 		if !strings.HasSuffix(base, ".go") {
