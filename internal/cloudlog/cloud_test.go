@@ -173,6 +173,20 @@ func (c *cloud) count() int {
 	return len(c.requests)
 }
 
+// asked is how much the metadata server was asked for, and how many tokens there were.
+func (c *cloud) asked() (questions, tokens int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.reads), c.tokens
+}
+
+// revoke makes the newest token invalid.
+func (c *cloud) revoke() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tokens++
+}
+
 // world is a Writer that runs against a cloud. To be made within a synctest bubble.
 type world struct {
 	*Writer

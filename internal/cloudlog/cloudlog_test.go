@@ -30,7 +30,8 @@ func TestParseMode(t *testing.T) {
 		}
 	}
 	for _, text := range []string{"yes", "On", "1", " on"} {
-		if _, err := ParseMode(text); err == nil || !strings.Contains(err.Error(), "use auto, on or off") {
+		_, err := ParseMode(text)
+		if err == nil || !strings.Contains(err.Error(), "use auto, on or off") {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
@@ -59,7 +60,7 @@ func TestRequest(t *testing.T) {
 			Fields: []report.Field{
 				{Key: "service", Value: "web"}, {Key: "message", Value: "another"},
 				{Key: "localTimestamp", Value: "another"}, {Key: "empty"}}})
-		w.after(399 * time.Millisecond / 1000 * 250) // 99.75 ms
+		w.after(99750 * time.Microsecond)
 		w.say("two")
 		w.after(2 * time.Second)
 		const want = `{"logName":"projects/my-project/logs/service-proxy-agent",` +
@@ -295,15 +296,17 @@ func TestToken(t *testing.T) {
 			w.after(time.Minute)
 		}
 		// 3599 s less the four minutes of the margin, in two hours.
-		if w.cloud.tokens != 3 {
-			t.Errorf("%d tokens in two hours", w.cloud.tokens)
+		if _, tokens := w.cloud.asked(); tokens != 3 {
+			t.Errorf("%d tokens in two hours", tokens)
 		}
-		w.cloud.tokens++ // the old one is revoked
+		w.cloud.revoke()
 		w.say("y")
 		w.after(3 * time.Second)
-		if s := w.State(); s.Writes != 121 || s.Failures != 1 || w.cloud.tokens != 5 ||
-			w.logged() != "" {
-			t.Errorf("%d tokens, %+v, logged %q", w.cloud.tokens, s, w.logged())
+		if s := w.State(); s.Writes != 121 || s.Failures != 1 || w.logged() != "" {
+			t.Errorf("%+v, logged %q", s, w.logged())
+		}
+		if _, tokens := w.cloud.asked(); tokens != 5 {
+			t.Errorf("%d tokens after one was revoked", tokens)
 		}
 	})
 	for name, text := range map[string]string{
@@ -513,10 +516,10 @@ func TestModes(t *testing.T) {
 				t.Error("it keeps what it will never write")
 			}
 			w.mu.Unlock()
-			reads := len(w.cloud.reads)
+			reads, _ := w.cloud.asked()
 			w.after(27 * time.Minute)
-			if more := len(w.cloud.reads) - reads; more > 6*40 {
-				t.Errorf("%d questions in 27 minutes", more)
+			if all, _ := w.cloud.asked(); all-reads > 6*40 {
+				t.Errorf("%d questions in 27 minutes", all-reads)
 			}
 			fresh := newCloud()
 			w.cloud.mu.Lock()
@@ -585,7 +588,7 @@ func TestRandomFaults(t *testing.T) {
 	if text, ok := os.LookupEnv("CLOUDLOG_SEED"); ok {
 		seed, _ = strconv.ParseUint(text, 10, 64)
 	}
-	rounds := 6
+	rounds := 4
 	if os.Getenv("SOAK") != "" {
 		rounds = 300
 	}
@@ -597,7 +600,7 @@ func TestRandomFaults(t *testing.T) {
 					t.Logf("seed: CLOUDLOG_SEED=%d", seed)
 				}
 			}()
-			randomFaults(t, rand.New(rand.NewPCG(seed, 0)))
+			randomFaults(t, seed)
 		})
 	}
 }
@@ -614,7 +617,8 @@ func ids(t *testing.T, body []byte) (all []string) {
 	return all
 }
 
-func randomFaults(t *testing.T, r *rand.Rand) {
+func randomFaults(t *testing.T, seed uint64) {
+	r := rand.New(rand.NewPCG(seed, 0))
 	w := run(t, Auto, nil)
 	defer w.stop()
 	unsure := map[string]bool{} // written, and the answer lost
@@ -623,7 +627,9 @@ func randomFaults(t *testing.T, r *rand.Rand) {
 			unsure[id] = true
 		}
 	}
+	ofRun := rand.New(rand.NewPCG(seed, 1)) // another goroutine's
 	fault := func(req *http.Request, body []byte) (*http.Response, error, bool) {
+		r := ofRun
 		switch r.IntN(14) {
 		case 0, 1:
 			time.Sleep(time.Duration(r.IntN(9)) * time.Second)
@@ -645,9 +651,7 @@ func randomFaults(t *testing.T, r *rand.Rand) {
 		case 7:
 			return answer(200, "<html>"), nil, true
 		case 8:
-			w.cloud.mu.Lock()
-			w.cloud.tokens++
-			w.cloud.mu.Unlock()
+			w.cloud.revoke()
 			return nil, nil, false
 		case 9:
 			if r.IntN(4) == 0 {
@@ -663,7 +667,7 @@ func randomFaults(t *testing.T, r *rand.Rand) {
 		return nil, nil, false
 	}
 	said := 0
-	for range 10 + r.IntN(30) {
+	for range 5 + r.IntN(15) {
 		w.cloud.set(nil)
 		if r.IntN(3) > 0 {
 			w.cloud.set(fault)

@@ -169,7 +169,8 @@ func judge(code int, header http.Header, body []byte, now time.Time) error {
 		return nil
 	}
 	e := &answerError{code: code, after: retryAfter(header, now)}
-	// https://cloud.google.com/logging/docs/reference/v2/rpc/google.logging.v2#writelogentriespartialerrors
+	// google.logging.v2.WriteLogEntriesPartialErrors:
+	// https://cloud.google.com/logging/docs/reference/v2/rpc/google.logging.v2
 	var answer struct {
 		Error struct {
 			Message string `json:"message"`
