@@ -170,6 +170,14 @@ func TestFirstBoot(t *testing.T) {
 					t.Errorf("the serial port does not tell %q:\n%s", line, serial)
 				}
 			}
+			v.eventually(30*time.Second, "Cloud Logging tells the end of the story too", func() error {
+				for _, e := range v.platform.LogEntries() {
+					if text, _ := e.JSONPayload["message"].(string); strings.HasPrefix(text, "ready: Envoy ") {
+						return nil
+					}
+				}
+				return fmt.Errorf("it has %+v", v.platform.LogEntries())
+			})
 			v.checkQuiet(t)
 			v.checkWritten(t, before)
 			v.checkUnits(t)
