@@ -123,7 +123,7 @@ func (o *journalOut) write(e zapcore.Entry, fields []pair) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.lost > 0 {
-		e := zapcore.Entry{Level: zapcore.WarnLevel,
+		e := zapcore.Entry{Time: e.Time, Level: zapcore.WarnLevel,
 			Message: "log lines were lost, as journald took none"}
 		if o.send(e, []pair{{"lines", strconv.Itoa(o.lost)}}) {
 			o.lost = 0
@@ -140,8 +140,9 @@ func (o *journalOut) send(e zapcore.Entry, fields []pair) bool {
 	if sendNow(o.fd, o.record(text, priority, e.Level, fields), o.to) == nil {
 		return true
 	}
-	// The prefix is that of sd-daemon(3).
-	line := "<" + strconv.Itoa(int(priority)) + ">" + text + "\n"
+	// The prefix is that of sd-daemon(3). journald may read the line much later, and knows its time by
+	// that alone.
+	line := fmt.Sprintf("<%d>%s %s\n", priority, e.Time.UTC().Format(time.RFC3339), text)
 	return sendNow(o.stderr, []byte(line), nil) == nil
 }
 

@@ -163,12 +163,15 @@ systemctl daemon-reload; kill -KILL `+v.envoyPID())
 	v.eventually(60*time.Second, "journald tells it, by stderr", func() error {
 		for _, entry := range v.entries("_TRANSPORT=stdout", "_SYSTEMD_UNIT=service-proxy-agent.service",
 			"PRIORITY=3") {
-			if strings.HasPrefix(fmt.Sprint(entry["MESSAGE"]), "Envoy is not running") {
+			if strings.Contains(fmt.Sprint(entry["MESSAGE"]), "Z Envoy is not running") {
 				return nil
 			}
 		}
 		return errors.New("it does not")
 	})
+	v.run("sh", "-c", "rm -r /run/systemd/system/service-proxy-envoy.service.d; "+
+		"systemctl daemon-reload; systemctl start service-proxy-envoy.service")
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 	v.t.Logf("journald was stopped with %d entries in its socket; %d passes until the failure was told",
 		filled, told.Passes-before.Passes)
 }
@@ -204,8 +207,8 @@ func (v *VM) fillJournal() (filled int) {
 // The rule is the one line of their /etc/rsyslog.d/90-google.conf; the console is the serial port.
 func (v *VM) checkConsole() {
 	v.t.Helper()
-	v.write("etc/rsyslog.d/90-google.conf", "daemon,kern.* /dev/ttyS0\n", 0o644)
-	v.run("apt-get", "-q", "-y", "--no-install-recommends", "install", "rsyslog")
+	v.run("sh", "-c", `mkdir -p /etc/rsyslog.d && echo 'daemon,kern.* /dev/ttyS0' >/etc/rsyslog.d/90-google.conf
+DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install rsyslog`)
 	v.run("logger", "-p", "daemon.info", "canary")
 	v.eventually(30*time.Second, "rsyslog writes to the console", func() error {
 		if !strings.Contains(v.Serial(), " canary") {
