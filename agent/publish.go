@@ -249,8 +249,9 @@ func (t *told) tellFindings(findings []symptom.Finding) {
 		case f.Severity == symptom.Warning:
 			t.tell(report.Event{Severity: report.Warning, Message: f.Text(), Finding: f})
 		case f.Severity == symptom.Error && f.ExplainedBy != "":
-			t.log.Warn("explained by "+string(f.ExplainedBy), zap.String("id", string(f.ID)),
-				zap.String("text", f.Text()))
+			t.log.Warn(f.Text(), zap.String("id", string(f.ID)), zap.String("key", f.Key),
+				zap.String("cause", f.Cause), zap.String("next", f.Next),
+				zap.String("explained_by", string(f.ExplainedBy)))
 		}
 	}
 	t.findings = now

@@ -1,8 +1,10 @@
 // Package systemd is all of the agent's talk with systemd: readiness and watchdog (sd_notify), the
-// state of a unit, and the units that ship inside the binary, with installing and removing them.
+// state of a unit, log lines for the journal, and the units and the journal's catalog, which ship
+// inside the binary, with installing and removing them.
 //
-// It decides nothing about when: cmd/service-proxy-agent says READY=1, agent.Observe asks for
-// Envoy's unit, and internal/bootstrap installs, enables and restarts.
+// It decides nothing about when: cmd/service-proxy-agent says READY=1 and takes the Journal where
+// stderr leads there, agent.Observe asks for Envoy's unit, and internal/bootstrap installs, enables
+// and restarts. The words of the catalog are made by internal/symptom's tests.
 package systemd
 
 import (
