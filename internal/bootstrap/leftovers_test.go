@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -37,5 +38,31 @@ func TestRemoveLeftovers(t *testing.T) {
 		if _, err := os.Lstat(filepath.Join(root, name)); err != nil {
 			t.Errorf("gone: %s", name)
 		}
+	}
+}
+
+// TestRemoveLeavesYours: a web config file, say, beside Envoy's configuration.
+func TestRemoveLeavesYours(t *testing.T) {
+	root := t.TempDir()
+	yours := filepath.Join(filepath.Dir(EnvoyConfig), "web-config.yml")
+	for _, name := range []string{EnvoyConfig, yours} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := removal{bootstrapper: newBootstrapper(Options{Root: root})}
+	r.removeFiles(progress.State{})
+	_, gone := os.Lstat(filepath.Join(root, EnvoyConfig))
+	_, left := os.Lstat(filepath.Join(root, yours))
+	if gone == nil || left != nil || len(r.errs) > 0 {
+		t.Errorf("%v, %v, %v", gone, left, r.errs)
+	}
+	if want := "left " + filepath.Dir(EnvoyConfig) + ", which has files of yours"; !slices.Contains(
+		r.done, want) {
+		t.Errorf("said %q", r.done)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
@@ -139,7 +140,12 @@ func (r *removal) removeFiles(state progress.State) {
 		if path == filepath.Dir(EnvoyConfig) {
 			remove = os.Remove // people may keep files of their own there
 		}
-		if err := remove(r.path(path)); err != nil {
+		err := remove(r.path(path))
+		if errors.Is(err, syscall.ENOTEMPTY) {
+			r.done = append(r.done, "left "+path+", which has files of yours")
+			continue
+		}
+		if err != nil {
 			r.errs = append(r.errs, fmt.Errorf("remove: %w", err))
 			continue
 		}

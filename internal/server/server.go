@@ -91,8 +91,8 @@ func NewPublic(listen string, healthz, ready Health, metrics http.Handler,
 	return newServer(listen, "--listen", what, mux, log)
 }
 
-// NewMetrics returns a server of /metrics alone. webConfig is the path of a web config file (package
-// webconfig), which is first read by [Public.Run]; "": plain HTTP for everybody.
+// NewMetrics returns a server of /metrics alone. webConfig is the path of a web config file
+// (package webconfig), which is first read by [Public.Run]; "": plain HTTP for everybody.
 func NewMetrics(listen, webConfig string, metrics http.Handler, log *zap.Logger) (*Public, error) {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", metrics)

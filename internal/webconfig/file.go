@@ -3,9 +3,9 @@
 // a rate limit.
 //
 // It is not the toolkit's own package, which adds 9.1 MB to a binary of 16.2 MB: a client
-// configuration with OAuth comes along, and html/template, for which the linker keeps every exported
-// method of the program. These lines add 0.8 MB: a YAML reader, bcrypt, and the server's side of
-// crypto/tls, which the program did not have.
+// configuration with OAuth comes along, and html/template, for which the linker keeps every
+// exported method of the program. These lines add 0.8 MB: a YAML reader, bcrypt, and the server's
+// side of crypto/tls, which the program did not have.
 //
 // It differs where the toolkit would open what somebody meant to close, or let a caller have the
 // processor. A file that sets nothing is refused; so are client certificates that nothing verifies,

@@ -16,9 +16,9 @@ import (
 	"golang.org/x/crypto/bcrypt"
 )
 
-// Guard lets those through to h whom the file lets in, by what is in force when they ask. Others are
-// answered 401, 429 above the file's rate limit, or 503 while too many try passwords; all are, until
-// a file was loaded. caller is for whom a request counts, by its remote address.
+// Guard lets those through to h whom the file lets in, by what is in force when they ask. Others
+// are answered 401, 429 above the file's rate limit, or 503 while too many try passwords; so is
+// everybody until a file was loaded. caller is for whom a request counts, by its remote address.
 func (f *File) Guard(h http.Handler, caller func(netip.Addr) netip.Prefix) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		good := f.good.Load()
@@ -69,8 +69,8 @@ const (
 // turnWait bounds how long a caller waits for others' passwords. A scrape usually has 10 s.
 const turnWait = 5 * time.Second
 
-// wrongPause is for how many times the time that a wrong password took no other one is looked at: so
-// they cost a tenth of one processor at the most, at whatever cost the hashes have.
+// wrongPause is how many times as long as a wrong password took no other one is looked at: so they
+// cost a tenth of one processor at the most, whatever cost the hashes have.
 const wrongPause = 9
 
 // passwords compares passwords with their hashes: one at a time, since each takes up to a second of

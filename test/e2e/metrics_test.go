@@ -22,9 +22,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform/authority"
 )
 
-// TestProtectedMetrics: with --metrics-listen and a web config file /metrics has TLS and a user, and
-// /healthz stays plain where health checkers ask. Until the file's certificate is there, a finding
-// says so and the agent does its job.
+// TestProtectedMetrics: with --metrics-listen and a web config file /metrics has TLS and a user,
+// and /healthz stays plain where health checkers ask. Until the file's certificate is there, a
+// finding says so and the agent does its job.
 func TestProtectedMetrics(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
