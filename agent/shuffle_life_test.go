@@ -93,15 +93,16 @@ func (w *world) vm(k *iptables.Kernel) vm {
 			}
 			return proxyUID, proxyGID, nil
 		},
-		userName:  func(uint32) string { return "" },
-		tcp:       listeners,
-		udp:       listeners,
-		progress:  func() (progress.State, error) { return progress.State{}, nil },
-		account:   func() *metadata.Account { return nil },
-		guestOff:  func() bool { return false },
-		listenErr: func() error { return nil },
-		backend:   k.Backend,
-		request:   func(string) error { return nil },
+		userName:   func(uint32) string { return "" },
+		tcp:        listeners,
+		udp:        listeners,
+		progress:   func() (progress.State, error) { return progress.State{}, nil },
+		account:    func() *metadata.Account { return nil },
+		guestOff:   func() bool { return false },
+		listenErr:  func() error { return nil },
+		metricsErr: func() error { return nil },
+		backend:    k.Backend,
+		request:    func(string) error { return nil },
 	}
 }
 
