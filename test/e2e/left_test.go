@@ -148,6 +148,8 @@ func TestLocked(t *testing.T) {
 	if n := locked(); n != 0 {
 		t.Errorf("%v applies were locked out", n)
 	}
+	const latency = "redirect_latency_seconds_count"
+	redirected := metric(t, a, latency)
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
 	_, err = m.CP.Set(services(service(7)))
 	must(t, err)
@@ -164,6 +166,12 @@ func TestLocked(t *testing.T) {
 	if locked() == 0 {
 		t.Error("no apply counts as locked out")
 	}
+	if n := metric(t, a, `lock_wait_seconds_total{family="IPv4"}`); n < 4 {
+		t.Errorf("it waited %v s for the lock, as told; iptables waits 5", n)
+	}
+	if n := metric(t, a, latency); n != redirected {
+		t.Error("a change counts as redirected that is locked out")
+	}
 	through(t, m, web4) // what was in stays
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN))
 	_, err = a.Wait(within(t, 30*time.Second), "its end", func(s status.Status) bool {
@@ -171,6 +179,9 @@ func TestLocked(t *testing.T) {
 	})
 	must(t, err)
 	through(t, m, netip.AddrPortFrom(service(7).Prefixes[0].Addr(), 9000))
+	if n := metric(t, a, latency); n != redirected+1 {
+		t.Errorf("%v changes count as redirected, want the one that was locked out", n-redirected)
+	}
 	if n := metric(t, a, finding(symptom.RuleRefused)); n != 0 {
 		t.Errorf("finding rules-not-applied when it is over: %v", n)
 	}

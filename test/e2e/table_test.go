@@ -26,7 +26,7 @@ import (
 )
 
 // metric is what the agent's /metrics says of one series, without the prefix; 0 where it is absent.
-func metric(t *testing.T, a *mesh.Agent, series string) float64 {
+func metric(t testing.TB, a *mesh.Agent, series string) float64 {
 	t.Helper()
 	code, body, err := a.Get("/metrics")
 	if err != nil || code != http.StatusOK {
