@@ -659,3 +659,53 @@ func TestSameProcess(t *testing.T) {
 		}
 	}
 }
+
+// TestAsked: each question is booked once, under its name, answered or not; only an answer is a
+// sign of life.
+func TestAsked(t *testing.T) {
+	c := answering(t, "1.40.0", `{"configs":[]}`)
+	ask := []func(context.Context) error{
+		func(ctx context.Context) error { _, err := c.Fingerprint(ctx); return err },
+		func(ctx context.Context) error { _, err := c.Listeners(ctx); return err },
+	}
+	if a := c.Asked(); a != (Asked{}) {
+		t.Errorf("before the first: %+v", a)
+	}
+	for _, f := range ask {
+		if err := f(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := c.Asked()
+	for q, want := range map[Question]uint64{
+		DumpQuestion: 2, LookQuestion: 1, ServerInfoQuestion: 1, // a dump is of dynamic and static ones
+		ReadyQuestion: 0, BootstrapQuestion: 0, StatsQuestion: 0, ClustersQuestion: 0,
+	} {
+		if cost := a.Questions[q]; cost.Count != want || (cost.Took > 0) != (want > 0) {
+			t.Errorf("%v: %+v, want %d", q, cost, want)
+		}
+	}
+	if a.Answered.IsZero() {
+		t.Error("nothing was answered, as told")
+	}
+	if _, err := c.Ready(t.Context()); err == nil {
+		t.Fatal("that is no state")
+	}
+	_, _ = c.ControlPlane(t.Context())
+	_, _ = c.Clusters(t.Context())
+	_, _ = c.Bootstrap(t.Context())
+	_ = c.FailHealthCheck(t.Context())
+	b := c.Asked()
+	for _, q := range []Question{ReadyQuestion, BootstrapQuestion, StatsQuestion, ClustersQuestion} {
+		if b.Questions[q].Count != 1 {
+			t.Errorf("%v: %+v, want 1", q, b.Questions[q])
+		}
+	}
+	seen := map[string]bool{}
+	for q := range b.Questions {
+		seen[Question(q).String()] = true
+	}
+	if len(seen) != len(b.Questions) || seen[order.String()] {
+		t.Errorf("names: %v", seen)
+	}
+}
