@@ -23,7 +23,7 @@ func (r *redirects) told(at time.Time) {
 }
 
 // passed takes what came of a pass that ended now. It returns how long the oldest change took whose
-// rules are in now, 0 for none. known is that Envoy's listeners are known; a pause drops everything.
+// rules are in now, 0 for none. known is that Envoy's listeners are known; a pause drops all.
 func (r *redirects) passed(
 	now time.Time, known, paused bool, outcomes []reconcile.Outcome,
 ) (took time.Duration) {

@@ -8,8 +8,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
-// TestRedirects plays what passes came to. A step is at its second: told (of a change at this time),
-// and the outcomes of a pass: of a family each, in sync or not, with rows written.
+// TestRedirects plays what passes came to. A step is at its second: told of a change (at this
+// time), and the outcomes of a pass: of a family each, in sync or not, with rows written.
 func TestRedirects(t *testing.T) {
 	family := func(equal bool, rows int) reconcile.Outcome {
 		return reconcile.Outcome{Status: status.Family{Usable: true, Equal: equal},

@@ -96,8 +96,9 @@ func (m *measured) serve(n int) {
 		l.Chains = append(l.Chains, envoyadmin.FilterChain{Port: 80,
 			Prefixes: []netip.Prefix{netip.PrefixFrom(at, 32)}})
 		if i%10 == 0 {
+			local := netip.AddrFrom4([4]byte{127, 0, byte(i >> 8), byte(i)})
 			l.Chains = append(l.Chains, envoyadmin.FilterChain{Port: 81,
-				Prefixes: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{127, 0, byte(i >> 8), byte(i)}), 32)}})
+				Prefixes: []netip.Prefix{netip.PrefixFrom(local, 32)}})
 		}
 	}
 	for i := range n - 1 {

@@ -21,9 +21,9 @@ import (
 )
 
 // BenchmarkScrape is how long a pass takes that puts a change into the kernel, with 50 scrapes a
-// second and without, and the number of series. Both kinds of pass take turns, a few at a time: what
-// else a machine does then falls on both. Who scrapes has the answer packed, as Prometheus does, and
-// only counts its bytes: Prometheus is on another machine.
+// second and without, and the number of series. Both kinds of pass take turns, a few at a time:
+// what else a machine does then falls on both. Who scrapes has the answer packed, as Prometheus
+// does, and only counts its bytes: Prometheus is on another machine.
 func BenchmarkScrape(b *testing.B) {
 	for _, backend := range []string{iptables.NFT, iptables.Legacy} {
 		for _, n := range []int{10, 10_000} {

@@ -113,9 +113,8 @@ func (c *Client) ServerInfo(ctx context.Context) (ServerInfo, error) {
 		Node nodeJSON `json:"node"`
 	}
 	dials, sent := c.dials.Load(), time.Now()
-	err := c.get(ctx, ServerInfoQuestion, "/server_info", c.ShortLimit, maxShort, func(body io.Reader) error {
-		return unmarshal(body, &answer)
-	})
+	err := c.get(ctx, ServerInfoQuestion, "/server_info", c.ShortLimit, maxShort,
+		func(body io.Reader) error { return unmarshal(body, &answer) })
 	if err != nil {
 		return ServerInfo{}, err
 	}

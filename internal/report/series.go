@@ -23,8 +23,8 @@ var (
 	}
 	redirects = prometheus.HistogramOpts{
 		Name: Prefix + "redirect_latency_seconds",
-		Help: "From when Envoy's log, or a look at Envoy, told of a change until the rules that it asks " +
-			"for were in; changes that need no other rules are not counted.",
+		Help: "From when Envoy's log, or a look at Envoy, told of a change until the rules that it " +
+			"asks for were in; changes that need no other rules are not counted.",
 		Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
 	}
 	applyTimes = prometheus.HistogramOpts{
@@ -99,7 +99,8 @@ var (
 	forgotten  = desc("conntrack_entries_removed_total",
 		"Connection-tracking entries removed so that new rules hold for them.", "reason")
 
-	channelEnabled = desc("channel_enabled", "0 when the channel is turned off, or refused.", "channel")
+	channelEnabled = desc("channel_enabled", "0 when the channel is turned off, or refused.",
+		"channel")
 	channelUp      = desc("channel_up", "1 when the channel took what it was last given.", "channel")
 	channelWrites  = desc("channel_writes_total", "Attributes, lines or entries written.", "channel")
 	channelFailed  = desc("channel_failures_total", "Tries that failed.", "channel")
