@@ -61,6 +61,7 @@ const (
 	maxBackOff   = time.Minute
 	maxTold      = 10 * time.Minute // the longest Retry-After that is believed
 	probeEvery   = 10 * time.Minute // while the channel is off
+	sayAfter     = 30 * time.Second // of failures; one lost answer is no news, nor is a VM that is made
 )
 
 // Mode says when entries are written.
@@ -140,6 +141,7 @@ type course struct {
 	backOff time.Duration
 	failing time.Time // since when; zero: the last request was taken, or there was none
 	refused bool      // by 403
+	said    bool      // that it fails, or refuses
 	noticed time.Time // when drops were told of
 	renewed bool      // the token is a new one, because the one before was not taken
 }
@@ -291,10 +293,11 @@ func (w *Writer) find(ctx context.Context) {
 		wasDeaf := w.deaf
 		w.deaf, w.state.Enabled = false, true
 		w.mu.Unlock()
-		if wasDeaf || !r.failing.IsZero() {
+		if wasDeaf || r.said {
 			w.log.Info("events go to Cloud Logging")
 		}
-		r.vm, r.backOff, r.notTill, r.failing = vm, 0, time.Time{}, time.Time{}
+		r.vm, r.backOff, r.notTill = vm, 0, time.Time{}
+		r.failing, r.said = time.Time{}, false
 	case w.mode == Auto && (errors.Is(err, errScope) || !w.onCompute()):
 		r.notTill = now.Add(probeEvery)
 		w.mu.Lock()
@@ -320,13 +323,15 @@ func (w *Writer) failed(now time.Time, err error, told time.Duration) {
 	if r.told = told > 0; r.told {
 		r.notTill = later(r.notTill, now.Add(told+jitter(told/10)))
 	}
-	if r.refused {
-		r.notTill = later(r.notTill, now.Add(probeEvery)) // an error in between is no news
-	} else if r.failing.IsZero() {
-		w.log.Warn("Cloud Logging takes no entries", zap.Error(err))
-	}
 	if r.failing.IsZero() {
 		r.failing = now
+	}
+	switch {
+	case r.refused: // said by refuse; an error in between is no news
+		r.notTill = later(r.notTill, now.Add(probeEvery))
+	case !r.said && now.Sub(r.failing) >= sayAfter:
+		r.said = true
+		w.log.Warn("Cloud Logging takes no entries", zap.Error(err))
 	}
 }
 
@@ -357,7 +362,7 @@ func (w *Writer) settle(now time.Time, batch []entry, err error) {
 		w.fail(err)
 	case answer.code == http.StatusForbidden:
 		w.giveBack(batch)
-		w.refused(now, err)
+		w.refuse(now, err)
 	case answer.code == http.StatusBadRequest || answer.code == http.StatusRequestEntityTooLarge:
 		// The same again would be refused again, for ever.
 		good, bad := answer.split(batch)
@@ -373,7 +378,7 @@ func (w *Writer) settle(now time.Time, batch []entry, err error) {
 	}
 }
 
-func (w *Writer) refused(now time.Time, err error) {
+func (w *Writer) refuse(now time.Time, err error) {
 	r := &w.run
 	w.mu.Lock()
 	w.state.Enabled = false
@@ -382,7 +387,7 @@ func (w *Writer) refused(now time.Time, err error) {
 		w.log.Warn("Cloud Logging refuses entries and is off; give the VM the scope logging.write or "+
 			"cloud-platform, and its service account roles/logging.logWriter", zap.Error(err))
 	}
-	r.refused = true
+	r.refused, r.said = true, true
 	w.failed(now, err, 0)
 }
 
@@ -398,12 +403,12 @@ func (w *Writer) succeeded(now time.Time) {
 		r.noticed = now
 	}
 	w.mu.Unlock()
-	if !r.failing.IsZero() {
+	if r.said {
 		w.log.Info("Cloud Logging takes entries again",
 			zap.Duration("after", now.Sub(r.failing)), zap.Uint64("dropped", missed))
 	}
 	r.backOff, r.notTill, r.told, r.failing = 0, time.Time{}, false, time.Time{}
-	r.refused, r.renewed = false, false
+	r.refused, r.renewed, r.said = false, false, false
 }
 
 // finish tries what is queued once more, since the program ends.

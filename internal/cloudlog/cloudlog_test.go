@@ -236,6 +236,22 @@ func status(code int, body string) func(*http.Request, []byte) (*http.Response, 
 	}
 }
 
+// TestShortTrouble: what is over within half a minute is not worth a line.
+func TestShortTrouble(t *testing.T) {
+	inBubble(t, "", func(t *testing.T) {
+		w := run(t, Auto, nil)
+		defer w.stop()
+		w.cloud.answers(503, "{}")
+		w.say("one")
+		w.after(10 * time.Second)
+		w.cloud.set(nil)
+		w.after(20 * time.Second)
+		if s := w.State(); s.Writes != 1 || s.Failures == 0 || !s.Up || w.logged() != "" {
+			t.Errorf("%+v, logged %q", s, w.logged())
+		}
+	})
+}
+
 func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	header := func(pairs ...string) http.Header { return answer(503, "", pairs...).Header }
