@@ -759,6 +759,9 @@ func TestRemove(t *testing.T) {
 	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules, "SERVICE_PROXY") {
 		t.Errorf("left behind:\n%s", rules)
 	}
+	if list := v.run("journalctl", "--list-catalog"); strings.Contains(list, "service-proxy-agent") {
+		t.Errorf("left behind in the journal's catalog:\n%s", list)
+	}
 	// And it can be installed again.
 	v.install()
 	v.waitFinished(90 * time.Second)

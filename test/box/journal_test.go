@@ -207,7 +207,10 @@ func (v *VM) fillJournal() (filled int) {
 // The rule is the one line of their /etc/rsyslog.d/90-google.conf; the console is the serial port.
 func (v *VM) checkConsole() {
 	v.t.Helper()
-	v.run("sh", "-c", `mkdir -p /etc/rsyslog.d && echo 'daemon,kern.* /dev/ttyS0' >/etc/rsyslog.d/90-google.conf
+	// Debian 13's rsyslog.service sees no device.
+	v.run("sh", "-c", `mkdir -p /etc/rsyslog.d /etc/systemd/system/rsyslog.service.d
+printf '[Service]\nPrivateDevices=no\n' >/etc/systemd/system/rsyslog.service.d/console.conf
+echo 'daemon,kern.* /dev/ttyS0' >/etc/rsyslog.d/90-google.conf
 DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install rsyslog`)
 	v.run("logger", "-p", "daemon.info", "canary")
 	v.eventually(30*time.Second, "rsyslog writes to the console", func() error {
