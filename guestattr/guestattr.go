@@ -79,8 +79,7 @@ const (
 	// Within these a change is written, if the server answers, and a heartbeat once its minute is
 	// over: at five minutes its readers call the agent stuck.
 	promise          = 50 * time.Second
-	statusPromise    = time.Minute
-	heartbeatPromise = 30 * time.Second
+	heartbeatPromise = 25 * time.Second
 	failureLate      = 45 * time.Second // from then on the failure goes first: the next token is late
 	checkEvery       = 10 * time.Minute // each value is read back this often
 	probeEvery       = 2 * time.Minute  // while the VM's guest attributes are disabled
@@ -189,16 +188,12 @@ func (v *value) window(key string) (from, by time.Time) {
 	switch {
 	case key == BootstrapStatus: // it changes a few times in a VM's life, and everybody waits for it
 		by = from
-	case key == AgentHeartbeat && v.last.IsZero():
-		by = from.Add(time.Minute)
-	case key == AgentHeartbeat:
+	case key == AgentHeartbeat && !v.last.IsZero():
 		from = latest(from, v.last.Add(heartbeatEvery))
 		by = from.Add(heartbeatPromise)
 	case !v.urgent():
 		from = latest(from, v.last.Add(minorEvery))
-		by = from.Add(statusPromise)
-	case key == AgentStatus:
-		by = from.Add(statusPromise)
+		by = from.Add(promise)
 	}
 	return from, by
 }
@@ -326,7 +321,11 @@ func (w *Writer) Run(ctx context.Context) error {
 		w.mu.Lock()
 		key, read, at := w.next(now)
 		w.mu.Unlock()
-		if wait := w.token(now); at.Before(wait) {
+		tokens := 1
+		if read {
+			tokens = 2 // one stays for news
+		}
+		if wait := w.token(now, tokens); at.Before(wait) {
 			at = wait
 		}
 		if key != "" && !at.After(now) && w.take(now) {
@@ -349,9 +348,9 @@ func (w *Writer) Run(ctx context.Context) error {
 	return nil
 }
 
-// token is when the bucket will hold a token.
-func (w *Writer) token(now time.Time) time.Time {
-	missing := 1 - w.tokens.TokensAt(now)
+// token is when the bucket will hold so many tokens.
+func (w *Writer) token(now time.Time, tokens int) time.Time {
+	missing := float64(tokens) - w.tokens.TokensAt(now)
 	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
 }
 
