@@ -22,9 +22,9 @@ case ${1:-all} in
   agent) run lab ./test/e2e/... ;;
   box)   test/tools.sh build; run box ./test/box/... ;;
   fuzz)  fuzz ;;
-  grafana) # no root; -count=1: the dashboards are outside of the module, so the cache knows nothing of them
+  grafana) # -count=1: the dashboards are outside of the module, so the cache knows nothing of them
     echo "=== soak grafana"
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
   all)   for g in rules shuffled envoy agent box fuzz grafana; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\"; groups: rules shuffled envoy agent box fuzz grafana" >&2; exit 2 ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box fuzz grafana" >&2; exit 2 ;;
 esac

@@ -43,6 +43,11 @@ func TestDashboards(t *testing.T) {
 		t.Fatalf("dashboards: %v, %v", files, err)
 	}
 	queried := map[string]bool{}
+	see := func(name, where, expr string) {
+		for _, wrong := range known.check(expr, queried) {
+			t.Errorf("%s: %s: %s in %s", name, where, wrong, expr)
+		}
+	}
 	for _, file := range files {
 		name := filepath.Base(file)
 		text, err := os.ReadFile(file)
@@ -65,21 +70,15 @@ func TestDashboards(t *testing.T) {
 				if q.Datasource.UID != "${datasource}" {
 					t.Errorf("%s: %s: data source %q", name, p.Title, q.Datasource.UID)
 				}
-				for _, wrong := range known.check(q.Expr, queried) {
-					t.Errorf("%s: %s: %s in %s", name, p.Title, wrong, q.Expr)
-				}
+				see(name, p.Title, q.Expr)
 			}
 		}
 		for _, a := range d.Annotations.List {
-			for _, wrong := range known.check(a.Expr, queried) {
-				t.Errorf("%s: annotations: %s in %s", name, wrong, a.Expr)
-			}
+			see(name, "annotations", a.Expr)
 		}
 		for _, v := range d.Templating.List {
 			_, query, _ := strings.Cut(v.Definition, "label_values(")
-			for _, wrong := range known.check(strings.TrimSuffix(query, ", "+v.Name+")"), queried) {
-				t.Errorf("%s: variable %s: %s in %s", name, v.Name, wrong, v.Definition)
-			}
+			see(name, "variable "+v.Name, strings.TrimSuffix(query, ", "+v.Name+")"))
 		}
 	}
 	for _, metric := range slices.Sorted(maps.Keys(known)) {
@@ -136,7 +135,7 @@ func (known metrics) check(expr string, queried map[string]bool) (wrong []string
 			wrong = append(wrong, "no metric "+name)
 		}
 		if foreign && name != "ALERTS" && !strings.Contains(m[2], `job="service-proxy-agent"`) {
-			wrong = append(wrong, name+" of other jobs, too,")
+			wrong = append(wrong, name+" of all jobs")
 		}
 		labels = append(labels, slices.Collect(maps.Keys(of))...)
 		for _, p := range pair.FindAllStringSubmatch(m[2], -1) {
@@ -150,7 +149,7 @@ func (known metrics) check(expr string, queried map[string]bool) (wrong []string
 		}
 	}
 	for _, m := range grouping.FindAllStringSubmatch(expr, -1) {
-		for _, label := range strings.FieldsFunc(m[2], func(r rune) bool { return r == ',' || r == ' ' }) {
+		for _, label := range strings.Fields(strings.ReplaceAll(m[2], ",", " ")) {
 			if !slices.Contains(labels, label) {
 				wrong = append(wrong, "no label "+label)
 			}
@@ -179,7 +178,7 @@ func TestDashboardsSee(t *testing.T) {
 		`a{le="1"}`:                                                      `no le="1" of a`,
 		`sum by (le) (a{zone="x"})`:                                      "no label le",
 		`sum(a)`:                                                         "no labels in braces behind a",
-		`go_goroutines{zone="x"}`:                                        "go_goroutines of other jobs, too,",
+		`go_goroutines{zone="x"}`:                                        "go_goroutines of all jobs",
 	} {
 		if got := strings.Join(known.check(expr, map[string]bool{}), "; "); got != want {
 			t.Errorf("%s: %q, want %q", expr, got, want)

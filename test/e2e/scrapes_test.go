@@ -5,8 +5,10 @@ package e2e
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -64,7 +66,8 @@ func recordHealthy(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
 			r.write(t, "healthy.prom")
 			return
 		case i == 5:
-			_, err := m.VM.Run(t.Context(), "iptables", "-t", "nat", "-D", "SERVICE_PROXY_SERVICE_CIDRS", "1")
+			_, err := m.VM.Run(t.Context(),
+				"iptables", "-t", "nat", "-D", "SERVICE_PROXY_SERVICE_CIDRS", "1")
 			must(t, err)
 		case i < 14 && i%2 == 0:
 			_, err := m.CP.Set(services(both(i)))
@@ -79,9 +82,11 @@ func recordEnvoyDown(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
 	m.Envoy.Kill()
 	waitDown(t, a)
 	r := recorder{agent: a}
-	for range 9 {
+	for i := range 9 {
+		if i > 0 {
+			time.Sleep(15 * time.Second)
+		}
 		r.scrape(t)
-		time.Sleep(15 * time.Second)
 	}
 	r.write(t, "envoy-down.prom")
 }
@@ -142,33 +147,18 @@ func cutSample(line string) (series, value string) {
 	return line[:max(i, 0)], line[i+1:]
 }
 
-// shapes are the metrics of a text with the names of their labels, and the values of those that
-// the program decides.
+var labelValue = regexp.MustCompile(`"[^"]*"`)
+
+// shapes are the metrics of a text, with the names of their labels.
 func shapes(text string) []string {
 	all := map[string]bool{}
 	for line := range strings.Lines(text) {
-		series, _ := cutSample(line)
-		if strings.HasPrefix(line, "#") || strings.HasPrefix(line, "go_") ||
-			strings.HasPrefix(line, "process_") {
-			continue
+		if !strings.HasPrefix(line, "#") {
+			series, _ := cutSample(line)
+			all[labelValue.ReplaceAllString(series, "")] = true
 		}
-		name, labels, _ := strings.Cut(series, "{")
-		if strings.HasSuffix(name, "_info") {
-			var keys []string
-			for _, pair := range strings.Split(labels, ",") {
-				key, _, _ := strings.Cut(pair, "=")
-				keys = append(keys, key)
-			}
-			labels = strings.Join(keys, ",")
-		}
-		all[name+"{"+labels] = true
 	}
-	var sorted []string
-	for s := range all {
-		sorted = append(sorted, s)
-	}
-	slices.Sort(sorted)
-	return sorted
+	return slices.Sorted(maps.Keys(all))
 }
 
 func without(all, those []string) (rest []string) {

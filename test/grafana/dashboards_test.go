@@ -1,7 +1,7 @@
-// Package grafana checks the dashboards of deploy/grafana: that they are what Grafana's schema says,
-// and that each query gives data, on scrapes that test/e2e recorded of a real agent. It is a module
-// of its own, for Prometheus' engine and Grafana's types are for nothing else here: some two minutes
-// to build the first time.
+// Package grafana checks the dashboards of deploy/grafana: that they are what Grafana's schema
+// says, and that each query gives data, on scrapes that test/e2e recorded of a real agent. It is a
+// module of its own, for Prometheus' engine and Grafana's types are for nothing else here: some two
+// minutes to build the first time.
 //
 //	make soak GROUP=grafana
 //
@@ -166,6 +166,6 @@ func TestGrid(t *testing.T) {
 // fill puts values in for Grafana's variables, as the VM dashboard has them for one VM, and the
 // fleet's for All.
 func fill(expr, instance string) string {
-	return strings.NewReplacer("$__rate_interval", "1m", "$__range", "5m", "$__interval", "15s",
+	return strings.NewReplacer("$__rate_interval", "2m", "$__range", "5m", "$__interval", "15s",
 		"$project", ".*", "$zone", ".*", "$instance_group", ".*", "$instance", instance).Replace(expr)
 }

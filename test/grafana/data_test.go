@@ -130,7 +130,7 @@ func TestVariables(t *testing.T) {
 				continue
 			}
 			m := values.FindStringSubmatch(*v.Definition)
-			if m == nil || m[2] != v.Name {
+			if m == nil || m[2] != v.Name || v.Query.Map["query"] != *v.Definition {
 				t.Errorf("%s: %s: %s", name, v.Name, *v.Definition)
 				continue
 			}
@@ -158,7 +158,7 @@ func TestUnhealthy(t *testing.T) {
 			{"VMs with an error", "= 1"},
 			{"VMs by readiness", "not answering = 1"},
 			{"VMs to look at", `{id="envoy-down", instance="web-2"} = 1`},
-			{"VMs to look at", `{id="no-answer", instance="web-3"} = 0`},
+			{"VMs to look at", `{id="agent-absent", instance="web-3"} = 0`},
 			{"Findings by ID", "envoy-down (error) = 1"},
 			{"Findings over time", "envoy-down (error) = 1"},
 			{"State of Envoy", "UNREACHABLE = 1"},
@@ -180,7 +180,7 @@ func TestUnhealthy(t *testing.T) {
 			var all []string
 			for _, p := range panels(d) {
 				if title, _, _ := strings.Cut(*p.Title, " ("); title == panel {
-					all = append(all, lines(t, prom, p)...)
+					all = append(all, lines(t, prom, p, "web-2")...)
 				}
 			}
 			if !slices.Contains(all, line) {
@@ -188,13 +188,19 @@ func TestUnhealthy(t *testing.T) {
 			}
 		}
 	}
+	// Of a VM that says nothing nobody knows that nothing is wrong.
+	for _, p := range panels(load(t, "vm.json")) {
+		if all := lines(t, prom, p, "web-3"); strings.HasPrefix(*p.Title, "Finding") && all != nil {
+			t.Errorf("vm.json: %s: of a VM without an answer: %v", *p.Title, all)
+		}
+	}
 }
 
-// lines are what a panel shows of web-2 at the end: legend and value, or which VM and finding.
-func lines(t *testing.T, prom prometheus, p sdk.Panel) (all []string) {
+// lines are what a panel shows at the end: legend and value, or which VM and finding.
+func lines(t *testing.T, prom prometheus, p sdk.Panel, vm string) (all []string) {
 	t.Helper()
 	for _, q := range queries(t, p) {
-		for _, s := range prom.ask(q, "web-2", 1) {
+		for _, s := range prom.ask(q, vm, 1) {
 			name := legend(t, *p.Title, *q.LegendFormat, s)
 			if name == "__auto" {
 				name = ""

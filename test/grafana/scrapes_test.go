@@ -28,12 +28,12 @@ const interval = 15 * time.Second
 
 var end = time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)
 
-// scrape is what a VM told at one moment: samples by series, as /metrics writes them. nil: the agent
-// gave no answer.
+// scrape is what a VM told at one moment: samples by series, as /metrics writes them. nil: the
+// agent gave no answer.
 type scrape map[string]float64
 
-// recording reads scrapes that test/e2e recorded, the first in full and then what changed, and moves
-// them so that the last was at end.
+// recording reads scrapes that test/e2e recorded, the first in full and then what changed, and
+// moves them so that the last was at end.
 func recording(t *testing.T, name string) (all []scrape) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("testdata", name))
