@@ -24,8 +24,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
@@ -62,8 +60,8 @@ type Mesh struct {
 	CPAddr   netip.AddrPort
 	Platform *platform.Emulator
 	Envoy    *lab.Envoy
+	Serial   *Serial // port 1: what is written there is in Platform, where gcloud reads it
 	ends     []func()
-	serial   string // the pty that the agent takes for serial port 1
 }
 
 // New starts everything but the agent.
@@ -116,9 +114,10 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 			return nil, err
 		}
 	}
-	if err := m.openSerial(); err != nil {
+	if m.Serial, err = openSerial(filepath.Join(m.Dir, "ttyS0"), m.Platform); err != nil {
 		return nil, err
 	}
+	m.ends = append(m.ends, m.Serial.Close)
 	if opts.NoEnvoy {
 		return m, nil
 	}
@@ -130,32 +129,6 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		return nil, err
 	}
 	return m, m.CP.WaitAccepted(ctx, push)
-}
-
-// openSerial makes the pty that stands for /dev/ttyS0 and hands what is written there to the
-// emulator, where gcloud reads it.
-func (m *Mesh) openSerial() error {
-	pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return fmt.Errorf("open a pty: %w", err)
-	}
-	m.ends = append(m.ends, func() { pty.Close() })
-	if err := unix.IoctlSetPointerInt(int(pty.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		return fmt.Errorf("unlock the pty: %w", err)
-	}
-	n, err := unix.IoctlGetInt(int(pty.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		return fmt.Errorf("name the pty: %w", err)
-	}
-	m.serial = fmt.Sprintf("/dev/pts/%d", n)
-	// Held open, or reading fails with EIO whenever the agent is not there.
-	slave, err := os.OpenFile(m.serial, os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		return fmt.Errorf("open the pty: %w", err)
-	}
-	m.ends = append(m.ends, func() { slave.Close() })
-	go io.Copy(m.Platform, pty) // ends with the pty
-	return nil
 }
 
 // Close ends everything, the agent before the folder that it writes to. An error may be what the
@@ -214,7 +187,7 @@ func Binary() (string, error) {
 // NewAgent prepares an agent with flags beside those that the lab needs. Start it.
 func (m *Mesh) NewAgent(args ...string) *Agent {
 	a := &Agent{mesh: m, dir: filepath.Join(m.Dir, "agent")}
-	a.args = []string{"run", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--serial-port", m.serial}
+	a.args = []string{"run", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--serial-port", m.Serial.Path}
 	if m.Envoy != nil {
 		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
 	}
