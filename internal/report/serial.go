@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"sync"
@@ -44,6 +45,7 @@ const (
 // takes lines again. A missing device is looked for again, at most each 30 s.
 type Serial struct {
 	path string
+	open func(path string) (device, error)
 	wake chan struct{} // one slot
 
 	mu      sync.Mutex
@@ -70,7 +72,8 @@ type SerialState struct {
 // NewSerial returns a Serial for the device at path; with an empty path nothing is ever written.
 // The device is opened by [Serial.Run].
 func NewSerial(path string) *Serial {
-	return &Serial{path: path, wake: make(chan struct{}, 1), state: SerialState{Path: path}}
+	return &Serial{path: path, open: openDevice, wake: make(chan struct{}, 1),
+		state: SerialState{Path: path}}
 }
 
 // Say queues one line and never blocks. Line breaks in message become spaces, and what is longer
@@ -83,7 +86,7 @@ func (s *Serial) Say(severity Severity, message string) {
 	s.mu.Lock()
 	if len(s.queue) == maxQueue {
 		s.queue = slices.Delete(s.queue, 0, 1)
-		s.drop(1)
+		s.drop()
 	}
 	s.queue = append(s.queue, line)
 	s.mu.Unlock()
@@ -132,13 +135,23 @@ func (s *Serial) Run(ctx context.Context) error {
 	}
 }
 
-// session opens the device and writes until that fails or ctx ends.
-func (s *Serial) session(ctx context.Context) error {
+// device is what lines are written to: an *os.File, or a test's.
+type device interface {
+	io.WriteCloser
+	SetWriteDeadline(t time.Time) error
+}
+
+func openDevice(path string) (device, error) {
 	// O_NONBLOCK: opening a port without carrier would wait for one. Writes wait in Go's poller, where
 	// a deadline can end them. O_NOCTTY: else the port may become this process's terminal, and its
 	// hang-up our SIGHUP. No O_CREATE: a device that is missing must not become a file.
-	f, err := os.OpenFile(s.path,
+	return os.OpenFile(path,
 		os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+}
+
+// session opens the device and writes until that fails or ctx ends.
+func (s *Serial) session(ctx context.Context) error {
+	f, err := s.open(s.path)
 	if err != nil {
 		return fmt.Errorf("open serial port: %w", err)
 	}
@@ -151,7 +164,7 @@ func (s *Serial) session(ctx context.Context) error {
 	s.state.Open, s.state.LastError = true, ""
 	s.mu.Unlock()
 	for {
-		line, ok := s.next()
+		line, tells, ok := s.next()
 		if !ok {
 			select {
 			case <-s.wake:
@@ -160,8 +173,8 @@ func (s *Serial) session(ctx context.Context) error {
 				return nil
 			}
 		}
-		_, err := f.WriteString(line)
-		s.wrote(line, err)
+		_, err := io.WriteString(f, line)
+		s.wrote(line, tells, err)
 		if err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				return nil
@@ -171,47 +184,48 @@ func (s *Serial) session(ctx context.Context) error {
 	}
 }
 
-// next takes the next line off the queue.
-func (s *Serial) next() (line string, ok bool) {
+// next takes the next line off the queue, or one that tells of so many that were dropped.
+func (s *Serial) next() (line string, tells uint64, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case len(s.queue) == 0:
-		return "", false
 	case s.missed > 0:
 		line = formatLine(time.Now(), Warning,
 			fmt.Sprintf("%d lines dropped: the serial port did not take them", s.missed))
-		s.missed = 0
-	default:
+		tells, s.missed = s.missed, 0
+	case len(s.queue) > 0:
 		line = s.queue[0]
 		s.queue = slices.Delete(s.queue, 0, 1)
+	default:
+		return "", 0, false
 	}
 	s.writing = time.Now()
-	return line, true
+	return line, tells, true
 }
 
 // wrote books the end of a write of line.
-func (s *Serial) wrote(line string, err error) {
+func (s *Serial) wrote(line string, tells uint64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.writing = time.Time{}
-	if err == nil {
+	switch {
+	case err == nil:
 		s.state.Lines++
 		s.state.LastSuccess = time.Now()
-		return
-	}
-	// The device is gone, perhaps with the beginning. The next one gets the line whole,
-	// if the queue has room.
-	if len(s.queue) < maxQueue {
+	// The device is gone, perhaps with the beginning. The next one gets the line whole, if the queue
+	// has room.
+	case tells > 0:
+		s.missed += tells // told anew, with what is dropped until then
+	case len(s.queue) < maxQueue:
 		s.queue = slices.Insert(s.queue, 0, line)
-	} else {
-		s.drop(1)
+	default:
+		s.drop()
 	}
 }
 
-func (s *Serial) drop(n uint64) {
-	s.missed += n
-	s.state.Dropped += n
+func (s *Serial) drop() {
+	s.missed++
+	s.state.Dropped++
 }
 
 func formatLine(now time.Time, severity Severity, message string) string {
