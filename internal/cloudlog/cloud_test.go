@@ -200,7 +200,7 @@ func run(t *testing.T, mode Mode, change func(*cloud, *Options)) *world {
 	t.Helper()
 	core, logs := observer.New(zapcore.InfoLevel)
 	c := newCloud()
-	o := Options{Mode: mode, Log: zap.New(core), transport: c, read: c.read,
+	o := Options{Mode: mode, Log: zap.New(core), Transport: c, Read: c.read,
 		onCompute: func() bool { return true }}
 	if change != nil {
 		change(c, &o)

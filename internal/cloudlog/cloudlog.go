@@ -97,8 +97,8 @@ type Options struct {
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
 
 	// A test's own world; nil: this one.
-	transport http.RoundTripper
-	read      func(ctx context.Context, path string) ([]byte, error) // of the metadata server
+	Transport http.RoundTripper
+	Read      func(ctx context.Context, path string) ([]byte, error) // of the metadata server
 	onCompute func() bool
 }
 
@@ -152,7 +152,7 @@ func New(o Options) *Writer {
 		o.Log = zap.NewNop()
 	}
 	w := &Writer{
-		mode: cmp.Or(o.Mode, Off), log: o.Log, read: o.read, onCompute: o.onCompute, dial: dial,
+		mode: cmp.Or(o.Mode, Off), log: o.Log, read: o.Read, onCompute: o.onCompute, dial: dial,
 		url:     cmp.Or(os.Getenv(EndpointEnv), "https://logging.googleapis.com") + "/v2/entries:write",
 		process: strings.ToLower(rand.Text()[:16]),
 		wake:    make(chan struct{}, 1),
@@ -164,8 +164,8 @@ func New(o Options) *Writer {
 	if w.onCompute == nil {
 		w.onCompute = onCompute
 	}
-	if o.transport != nil {
-		w.dial = func() http.RoundTripper { return o.transport }
+	if o.Transport != nil {
+		w.dial = func() http.RoundTripper { return o.Transport }
 	}
 	w.deaf = w.mode == Off
 	w.state.Enabled = w.mode == On

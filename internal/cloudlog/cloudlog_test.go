@@ -330,7 +330,7 @@ func TestToken(t *testing.T) {
 	} {
 		inBubble(t, name, func(t *testing.T) {
 			w := run(t, Auto, func(c *cloud, o *Options) {
-				o.read = func(ctx context.Context, path string) ([]byte, error) {
+				o.Read = func(ctx context.Context, path string) ([]byte, error) {
 					if path == account+"token" {
 						return []byte(text), nil
 					}

@@ -62,7 +62,7 @@ func TestDial(t *testing.T) {
 			t.Setenv(EndpointEnv, srv.URL)
 			t.Setenv("HTTP_PROXY", other.URL) // not for a token in plain text
 			c := newCloud()
-			w := New(Options{Mode: On, read: c.read})
+			w := New(Options{Mode: On, Read: c.read})
 			defer w.hangUp()
 			w.run.vm = &vm{project: "p"}
 			err := w.write(t.Context(), nil)
@@ -75,7 +75,7 @@ func TestDial(t *testing.T) {
 		t.Errorf("%d requests went elsewhere", elsewhere)
 	}
 	t.Setenv(EndpointEnv, "nonsense://\x7f")
-	w := New(Options{Mode: On, read: newCloud().read})
+	w := New(Options{Mode: On, Read: newCloud().read})
 	w.run.vm = &vm{}
 	if err := w.write(context.Background(), nil); err == nil {
 		t.Error("a nonsense endpoint")
