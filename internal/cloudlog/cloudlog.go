@@ -235,13 +235,13 @@ func (w *Writer) due(now time.Time) (at time.Time, something bool) {
 		return r.notTill, true
 	}
 	w.mu.Lock()
-	waiting, bytes, since := len(w.queue), w.bytes, w.since
+	waiting, bytes, since, missed := len(w.queue), w.bytes, w.since, w.missed
 	w.mu.Unlock()
-	if waiting == 0 {
+	if waiting == 0 && missed == 0 {
 		return time.Time{}, false
 	}
 	at = now
-	if waiting < maxEntries && bytes < maxBatch {
+	if waiting > 0 && waiting < maxEntries && bytes < maxBatch {
 		at = since.Add(collect)
 	}
 	if missing := 1 - r.entries.TokensAt(now); missing > 0 {
@@ -267,6 +267,11 @@ func (w *Writer) step(ctx context.Context) {
 	}
 	now := time.Now()
 	w.run.last = now
+	w.mu.Lock()
+	if len(w.queue) == 0 && w.missed > 0 { // nothing else would find out that entries are taken again
+		w.notice(now)
+	}
+	w.mu.Unlock()
 	batch := w.take(now)
 	if len(batch) == 0 {
 		return // a token was there a hair later, after all

@@ -726,3 +726,31 @@ func randomFaults(t *testing.T, seed uint64) {
 	w.bounds()
 	synctest.Wait()
 }
+
+// TestToldLate: all was dropped, and nothing else is said. What was dropped is told nevertheless,
+// once entries are taken, and the channel is well then; until then it is asked at the usual pace.
+func TestToldLate(t *testing.T) {
+	inBubble(t, "", func(t *testing.T) {
+		w := run(t, Auto, nil)
+		defer w.stop()
+		w.cloud.answers(400, `{"error":{"message":"bad"}}`)
+		w.say("a")
+		w.say("b")
+		w.after(10 * time.Minute)
+		if s, n := w.State(), w.cloud.count(); s.Up || s.Dropped != 2 || n < 8 || n > 30 {
+			t.Errorf("%d requests in ten minutes, %+v", n, s)
+		}
+		w.cloud.set(nil)
+		w.after(maxBackOff + collect)
+		got, said := w.cloud.messages()
+		if s := w.State(); !s.Up || len(got) != 0 || said != 2 || s.Dropped != 2 || s.Writes != 1 {
+			t.Errorf("arrived: %q, %d said to be dropped, %+v", got, said, s)
+		}
+		n := w.cloud.count()
+		w.after(time.Hour)
+		if more := w.cloud.count() - n; more != 0 {
+			t.Errorf("%d requests with nothing to say", more)
+		}
+		w.bounds()
+	})
+}
