@@ -236,7 +236,8 @@ func (c *channelTrial) measure(t *testing.T, name string, atLeast time.Duration,
 		row.dropped[i] = now.channel("dropped_total", channel) - c.before.channel("dropped_total", channel)
 	}
 	row.mean = diff("pass_duration_seconds_sum") / row.passes
-	for _, le := range []float64{60, 30, 10, 5, 2.5, 1, .5, .25, .1, .05, .025, .01, .005, .0025, .001} {
+	for _, le := range []float64{60, 30, 10, 5, 2.5, 1, .5, .25, .1, .05, .025, .01, .005, .0025,
+		.001} {
 		if diff(fmt.Sprintf("pass_duration_seconds_bucket{le=\"%v\"}", le)) >= .99*row.passes {
 			row.p99 = le
 		}

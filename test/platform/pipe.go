@@ -8,7 +8,8 @@ import (
 
 // Pipe serves in memory and returns what dials it, whatever the address: for tests in emulated time
 // (testing/synctest), which does not go on while a real connection is waited for.
-func (e *Emulator) Pipe() (dial func(ctx context.Context, network, address string) (net.Conn, error)) {
+func (e *Emulator) Pipe() (
+	dial func(ctx context.Context, network, address string) (net.Conn, error)) {
 	p := &pipes{conns: make(chan net.Conn), done: make(chan struct{})}
 	e.Serve(p, nil)
 	return p.dial
