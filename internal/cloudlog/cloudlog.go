@@ -61,7 +61,7 @@ const (
 	maxBackOff   = time.Minute
 	maxTold      = 10 * time.Minute // the longest Retry-After that is believed
 	probeEvery   = 10 * time.Minute // while the channel is off
-	sayAfter     = 30 * time.Second // of failures; one lost answer is no news, nor is a VM that is made
+	sayAfter     = 30 * time.Second // of failures: one lost answer is no news
 )
 
 // Mode says when entries are written.
