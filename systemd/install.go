@@ -39,8 +39,8 @@ const (
 	ConfDir     = "/etc/systemd/system" // drop-ins that depend on the VM
 )
 
-// CatalogFile is the journal's catalog of the agent's messages. `journalctl --update-catalog` puts it
-// into CatalogDatabase, together with all others, and only then do readers find it.
+// CatalogFile is the journal's catalog of the agent's messages. `journalctl --update-catalog` puts
+// it into CatalogDatabase, together with all others, and only then do readers find it.
 const (
 	CatalogFile     = CatalogDir + "/service-proxy-agent.catalog"
 	CatalogDatabase = "/var/lib/systemd/catalog/database"

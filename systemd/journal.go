@@ -29,8 +29,8 @@ const (
 	stderr        = 2
 
 	// syslogFacility is "user" (sd-daemon(3), SyslogFacility= in the units for what does not come this
-	// way). Compute Engine's images have rsyslog write the facilities daemon, which is systemd's default
-	// for a service, and kern to the console (/etc/rsyslog.d/90-google.conf: `daemon,kern.*
+	// way). Compute Engine's images have rsyslog write the facilities daemon, which is systemd's
+	// default for a service, and kern to the console (/etc/rsyslog.d/90-google.conf: `daemon,kern.*
 	// /dev/console`), where the agent writes its own lines.
 	syslogFacility = 1
 
@@ -43,20 +43,20 @@ const (
 )
 
 // InJournal says that what this process writes to stderr goes to the journal: JOURNAL_STREAM holds
-// the device and inode of its stderr (systemd.exec(5)). The variable alone does not say so: children
-// whose stderr leads elsewhere inherit it.
+// the device and inode of its stderr (systemd.exec(5)). The variable alone does not say so:
+// children whose stderr leads elsewhere inherit it.
 func InJournal() bool {
 	is, err := journal.StderrIsJournalStream()
 	return is && err == nil
 }
 
-// Journal is a [zapcore.Core] that writes to the journal in its own protocol. MESSAGE is the message
-// with the fields that it does not tell by itself, and each field is one of the journal's, too:
-// "cause" becomes SERVICE_PROXY_CAUSE.
+// Journal is a [zapcore.Core] that writes to the journal in its own protocol. MESSAGE is the
+// message with the fields that it does not tell by itself, and each field is one of the journal's,
+// too: "cause" becomes SERVICE_PROXY_CAUSE.
 //
-// It never waits. An entry that journald does not take, because it is away or hangs, goes as text to
-// stderr, which is journald's other socket, and holds some hundred KiB. When that is full, too, it is
-// lost: that is counted, and told with the next entry that comes through.
+// It never waits. An entry that journald does not take, because it is away or hangs, goes as text
+// to stderr, which is journald's other socket, and holds some hundred KiB. When that is full, too,
+// it is lost: that is counted, and told with the next entry that comes through.
 type Journal struct {
 	zapcore.LevelEnabler
 	with []zapcore.Field
@@ -238,8 +238,8 @@ func value(fields []pair, key string) string {
 	return ""
 }
 
-// pairs are the fields as text, in their order. An error is its text, without the stack or the parts
-// that some kinds of error have besides.
+// pairs are the fields as text, in their order. An error is its text, without the stack or the
+// parts that some kinds of error have besides.
 func pairs(fields []zapcore.Field) (all []pair) {
 	for _, f := range fields {
 		enc := zapcore.NewMapObjectEncoder()
@@ -288,8 +288,8 @@ func cut(text string) string {
 }
 
 // message is what a reader of the journal sees by default: the message, and after it what it does
-// not tell by itself, since most of our messages are constant and have their facts in fields. What a
-// finding has for programs is left out. An error comes last, as its words may be long.
+// not tell by itself, since most of our messages are constant and have their facts in fields. What
+// a finding has for programs is left out. An error comes last, as its words may be long.
 func message(text string, fields []pair) string {
 	finding := value(fields, "id") != ""
 	var out strings.Builder

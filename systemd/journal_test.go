@@ -222,8 +222,8 @@ func TestJournalAway(t *testing.T) {
 	}
 }
 
-// TestJournalHangs: a journald that reads nothing holds up nobody, however much is said. What it did
-// not take is counted and told. (That this test ends is its first half: each line would wait.)
+// TestJournalHangs: a journald that reads nothing holds up nobody, however much is said. What it
+// did not take is counted and told. (That this test ends is its first half: each line would wait.)
 func TestJournalHangs(t *testing.T) {
 	d := newJournald(t)
 	const lines = 20_000
@@ -249,7 +249,8 @@ func TestJournalHangs(t *testing.T) {
 	}
 }
 
-// TestInJournal: the variable counts only where it names stderr. A test's stderr is not a journal's.
+// TestInJournal: the variable counts only where it names stderr. A test's stderr is not a
+// journal's.
 func TestInJournal(t *testing.T) {
 	var stat unix.Stat_t
 	if err := unix.Fstat(2, &stat); err != nil {

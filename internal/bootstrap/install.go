@@ -67,7 +67,8 @@ func (b *bootstrapper) installLater(ctx context.Context, dir string) error {
 		}
 		out, err := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect",
 			"--unit="+retryUnit, "--property=Restart=on-failure", "--property=RestartSec=15",
-			"--property=StartLimitIntervalSec=0", "--property=SyslogFacility=user", agent, "bootstrap", "--archive", copied)
+			"--property=StartLimitIntervalSec=0", "--property=SyslogFacility=user",
+			agent, "bootstrap", "--archive", copied)
 		if err != nil {
 			return said(err, out)
 		}

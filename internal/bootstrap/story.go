@@ -57,7 +57,7 @@ func (b *bootstrapper) finish(attr metadata.Attribute) {
 func (b *bootstrapper) say(severity, text string) {
 	b.state.Tell(time.Now(), severity, text)
 	if severity != "ERROR" { // fail logs it with its fields
-		b.Log.Info("bootstrap", zap.String("what", text))
+		b.Log.Info("bootstrap: " + text)
 	}
 }
 

@@ -61,8 +61,8 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 }
 
 // updateCatalog has the journal know the catalog of this version, for `journalctl -x`. The database
-// is made of all catalogs, so it is older than ours where it does not have it yet. Without it the log
-// is as good: a failure is told, and the next run tries again.
+// is made of all catalogs, so it is older than ours where it does not have it yet. Without it the
+// log is as good: a failure is told, and the next run tries again.
 func (b *bootstrapper) updateCatalog(ctx context.Context) {
 	ours, err := os.Stat(b.path(systemd.CatalogFile))
 	if err != nil {

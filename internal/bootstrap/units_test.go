@@ -19,8 +19,8 @@ import (
 
 const updateCatalog = "journalctl --update-catalog"
 
-// The journal is told of the catalog when it does not have it, and again where that failed, which is
-// no reason to fail.
+// The journal is told of the catalog when it does not have it, and again where that failed, which
+// is no reason to fail.
 func TestCatalogIsUpdated(t *testing.T) {
 	v := newFakeVM(t)
 	core, logged := observer.New(zap.WarnLevel)

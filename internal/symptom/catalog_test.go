@@ -13,79 +13,79 @@ import (
 // meanings are what the findings of a kind mean for the VM's traffic, whatever the details: the
 // journal's catalog says it beside the cause and the next step of the failure at hand.
 var meanings = map[ID]string{
-	EnvoyDown: `Nothing answers on Envoy's admin address. Connections to services are refused while the
-rules lead to its port, unless the agent runs with --when-envoy-down=bypass, which takes the jumps
-out until Envoy accepts again. systemd restarts Envoy by itself.`,
-	EnvoyNotConfigured: `Envoy runs, and the control plane has sent it no listeners. The rules stay as
-they are, so what worked before goes on where Envoy still has it. On a new VM nothing is intercepted
-yet.`,
+	EnvoyDown: `Nothing answers on Envoy's admin address. Connections to services are refused while
+the rules lead to its port, unless the agent runs with --when-envoy-down=bypass, which takes the
+jumps out until Envoy accepts again. systemd restarts Envoy by itself.`,
+	EnvoyNotConfigured: `Envoy runs, and the control plane has sent it no listeners. The rules stay
+as they are, so what worked before goes on where Envoy still has it. On a new VM nothing is
+intercepted yet.`,
 	ControlPlaneLookUp: `Without the control plane Envoy keeps the configuration it has and gets no
 changes. An Envoy that has just started has none. DNS on the VM is the first thing to look at.`,
 	ControlPlaneConnect: `Without the control plane Envoy keeps the configuration it has and gets no
 changes. An Envoy that has just started has none.`,
-	APINotEnabled: `The control plane answers nobody of this project until the API is enabled. It takes
-effect some minutes later, and nothing has to be restarted on the VM.`,
+	APINotEnabled: `The control plane answers nobody of this project until the API is enabled. It
+takes effect some minutes later, and nothing has to be restarted on the VM.`,
 	PermissionDenied: `The control plane knows the VM's service account and does not give it a
-configuration. A role that is granted takes effect within minutes, and nothing has to be restarted on
-the VM.`,
-	ScopeMissing: `The token that the VM's metadata server gives Envoy is not good for the control plane.
-No role helps while the scope is missing, and scopes change only on a stopped VM.`,
-	ConfigNotFound: `The control plane has no configuration under the name of the network, scope or mesh
-that this VM asks for: it does not exist yet, or the name in the attribute is another one.`,
-	ControlPlaneRefused: `The control plane ended Envoy's stream with a reason of its own. Envoy tries
-again by itself, and keeps the configuration it has until then.`,
-	ListenerRejected: `Envoy goes on with the last version of the listener that it took. What is new in
-the rejected one is not served and not intercepted.`,
-	AccessLogUnwritable: `Envoy takes no listener whose access log it cannot open. It goes on with the
-last version that it took; what is new is not served and not intercepted.`,
-	DriftRepaired: `Something on the VM changed, moved or removed rules of ours. They were put back in one
-transaction. Connections that began in between may have gone to the raw address.`,
-	ProxyUser: `The rules let Envoy's own traffic out by the user that it runs as. Without that user it
-would be led back to Envoy for ever, so nothing is intercepted.`,
-	FamilyUnusable: `The kernel or the image lacks what the rules of this address family need. Its traffic
-goes to the raw addresses. The other family is not affected.`,
-	RuleRefused: `The kernel or iptables did not take rules that are wanted. What is in place stays in
-place, what was refused is missing, and it is tried again.`,
+configuration. A role that is granted takes effect within minutes, and nothing has to be restarted
+on the VM.`,
+	ScopeMissing: `The token that the VM's metadata server gives Envoy is not good for the control
+plane. No role helps while the scope is missing, and scopes change only on a stopped VM.`,
+	ConfigNotFound: `The control plane has no configuration under the name of the network, scope or
+mesh that this VM asks for: it does not exist yet, or the name in the attribute is another one.`,
+	ControlPlaneRefused: `The control plane ended Envoy's stream with a reason of its own. Envoy
+tries again by itself, and keeps the configuration it has until then.`,
+	ListenerRejected: `Envoy goes on with the last version of the listener that it took. What is new
+in the rejected one is not served and not intercepted.`,
+	AccessLogUnwritable: `Envoy takes no listener whose access log it cannot open. It goes on with
+the last version that it took; what is new is not served and not intercepted.`,
+	DriftRepaired: `Something on the VM changed, moved or removed rules of ours. They were put back
+in one transaction. Connections that began in between may have gone to the raw address.`,
+	ProxyUser: `The rules let Envoy's own traffic out by the user that it runs as. Without that user
+it would be led back to Envoy for ever, so nothing is intercepted.`,
+	FamilyUnusable: `The kernel or the image lacks what the rules of this address family need. Its
+traffic goes to the raw addresses. The other family is not affected.`,
+	RuleRefused: `The kernel or iptables did not take rules that are wanted. What is in place stays
+in place, what was refused is missing, and it is tried again.`,
 	CouldNotLook: `The agent writes nothing that it has not compared with what is there. Until a look
 succeeds the rules stay as they are, and changes of the services wait.`,
 	Shadowed: `A rule that comes first takes packets that should go to Envoy. They go past the mesh:
 without its load balancing, security and telemetry.`,
 	Fight: `Another program undoes our rules as often as they are put back. Repairs wait between two
 tries, so traffic goes past the mesh part of the time.`,
-	ServingPortNoChain: `Connections to the port from outside reach the application without Envoy. As soon
-as the control plane sends an inbound listener for it, they go through Envoy.`,
-	ServerFirst: `Envoy waits for the client's first bytes to see what the protocol is, and the client
-waits for the server's: the connection hangs until a timeout.`,
-	EnvoyTooOld: `This version of Envoy lacks something that the agent or the control plane counts on, or
-fixes that a proxy should have.`,
-	Bootstrap: `Installing or configuring Envoy did not succeed. It is tried again by itself. What ran
-before goes on; on a new VM nothing is intercepted yet.`,
-	AttributeBad: `The VM's metadata attribute gce-service-proxy says how this VM takes part in the mesh.
-This one cannot be read. A correction takes effect within seconds.`,
-	AttributeAdvice: `The attribute is in force as it stands. What it asks for works against the VM or
-those who look after it.`,
+	ServingPortNoChain: `Connections to the port from outside reach the application without Envoy. As
+soon as the control plane sends an inbound listener for it, they go through Envoy.`,
+	ServerFirst: `Envoy waits for the client's first bytes to see what the protocol is, and the
+client waits for the server's: the connection hangs until a timeout.`,
+	EnvoyTooOld: `This version of Envoy lacks something that the agent or the control plane counts
+on, or fixes that a proxy should have.`,
+	Bootstrap: `Installing or configuring Envoy did not succeed. It is tried again by itself. What
+ran before goes on; on a new VM nothing is intercepted yet.`,
+	AttributeBad: `The VM's metadata attribute gce-service-proxy says how this VM takes part in the
+mesh. This one cannot be read. A correction takes effect within seconds.`,
+	AttributeAdvice: `The attribute is in force as it stands. What it asks for works against the VM
+or those who look after it.`,
 	MetadataServer: `The attribute, tokens and the guest attributes all come and go by the metadata
 server. What is in force stays in force.`,
-	GuestAttributesOff: `The agent works as always; only its status cannot be read from outside by guest
-attributes. Serial port 1, the logs and /metrics have it.`,
-	ForeignOwner: `Who listens on a port that the rules lead to, or answers there as Envoy, could read
-what was meant for the mesh. So the jumps are out, and traffic goes to the raw addresses.`,
-	OtherChain: `A chain of another program may translate addresses before the rules of the agent see the
-packet.`,
-	ResolverLoop: `With intercept-dns the VM's DNS questions go to Envoy, which asks the VM's resolver. A
-resolver whose own questions are not let out asks Envoy again.`,
-	InterceptionNotReady: `Jumps to a closed port would refuse connections, so they are put in only when
-Envoy accepts there. Until then traffic goes to the raw addresses.`,
-	AdminUnreadable: `The services are read from Envoy's admin interface. Until it gives a usable answer
-the rules stay as they are, and changes of the services wait.`,
-	EntryRefused: `Some addresses and ports are never intercepted, whatever a listener says, because the
-VM could not be reached or could not work any more. All else of the listener is in force.`,
-	ListenerSkipped: `Envoy serves the listener. The agent makes no rules for it, so only who asks its
-address itself reaches it.`,
+	GuestAttributesOff: `The agent works as always; only its status cannot be read from outside by
+guest attributes. Serial port 1, the logs and /metrics have it.`,
+	ForeignOwner: `Who listens on a port that the rules lead to, or answers there as Envoy, could
+read what was meant for the mesh. So the jumps are out, and traffic goes to the raw addresses.`,
+	OtherChain: `A chain of another program may translate addresses before the rules of the agent see
+the packet.`,
+	ResolverLoop: `With intercept-dns the VM's DNS questions go to Envoy, which asks the VM's
+resolver. A resolver whose own questions are not let out asks Envoy again.`,
+	InterceptionNotReady: `Jumps to a closed port would refuse connections, so they are put in only
+when Envoy accepts there. Until then traffic goes to the raw addresses.`,
+	AdminUnreadable: `The services are read from Envoy's admin interface. Until it gives a usable
+answer the rules stay as they are, and changes of the services wait.`,
+	EntryRefused: `Some addresses and ports are never intercepted, whatever a listener says, because
+the VM could not be reached or could not work any more. All else of the listener is in force.`,
+	ListenerSkipped: `Envoy serves the listener. The agent makes no rules for it, so only who asks
+its address itself reaches it.`,
 	LogUnreadable: `Interception goes on. Changes are seen a little later, and the reasons that the
 control plane gives are not known.`,
-	ListenAddress: `Interception goes on. Health checks and scrapes of the VM get no answer, or another
-program's.`,
+	ListenAddress: `Interception goes on. Health checks and scrapes of the VM get no answer, or
+another program's.`,
 	Starting: `The first look at Envoy and at the kernel has not ended. This passes within seconds.`,
 }
 
@@ -166,8 +166,8 @@ func TestCatalog(t *testing.T) {
 	}
 }
 
-// TestMessageIDs: no message ID that was written down ever changes or goes, with -update neither: it
-// adds those that are new.
+// TestMessageIDs: no message ID that was written down ever changes or goes, with -update neither:
+// it adds those that are new.
 func TestMessageIDs(t *testing.T) {
 	text, err := os.ReadFile(messageIDFile)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -67,8 +67,8 @@ func TestJournal(t *testing.T) {
 	}
 }
 
-// checkCatalog: journald has the catalog, reads it without a complaint, and fills in what is as long
-// as we let it be.
+// checkCatalog: journald has the catalog, reads it without a complaint, and fills in what is as
+// long as we let it be.
 func (v *VM) checkCatalog() {
 	v.t.Helper()
 	list := v.run("journalctl", "--list-catalog")
@@ -126,8 +126,8 @@ func (v *VM) checkExplained() {
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
 
-// checkStuck stops journald, with its socket full, and then Envoy: passes go on, the failure is told
-// outside, and in the journal when journald is back.
+// checkStuck stops journald, with its socket full, and then Envoy: passes go on, the failure is
+// told outside, and in the journal when journald is back.
 func (v *VM) checkStuck() {
 	v.t.Helper()
 	pid := v.property("systemd-journald.service", "MainPID")
@@ -176,8 +176,8 @@ systemctl daemon-reload; kill -KILL `+v.envoyPID())
 		filled, told.Passes-before.Passes)
 }
 
-// fillJournal sends to journald, which is stopped, until its socket takes no more, and says how many
-// entries it took.
+// fillJournal sends to journald, which is stopped, until its socket takes no more, and says how
+// many entries it took.
 func (v *VM) fillJournal() (filled int) {
 	v.t.Helper()
 	to := &unix.SockaddrUnix{
@@ -203,8 +203,9 @@ func (v *VM) fillJournal() (filled int) {
 	}
 }
 
-// checkConsole: with rsyslog as Compute Engine's images have it, a failure is on serial port 1 once.
-// The rule is the one line of their /etc/rsyslog.d/90-google.conf; the console is the serial port.
+// checkConsole: with rsyslog as Compute Engine's images have it, a failure is on serial port 1
+// once. The rule is the one line of their /etc/rsyslog.d/90-google.conf; the console is the serial
+// port.
 func (v *VM) checkConsole() {
 	v.t.Helper()
 	// Debian 13's rsyslog.service sees no device.
