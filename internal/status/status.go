@@ -130,7 +130,8 @@ func (s Status) State() string {
 // but the number of services, which may change all the time.
 func (s Status) Line() (head, services string) {
 	head = fmt.Sprintf("v1 state=%s finding=%s since=%s agent=%s envoy=%s services=", s.State(),
-		word(string(s.Failing)), s.Since.UTC().Format(time.RFC3339), word(s.Version), word(s.Envoy.Number))
+		word(string(s.Failing)), s.Since.UTC().Format(time.RFC3339), word(s.Version),
+		word(s.Envoy.Number))
 	return head, fmt.Sprint(len(s.Services))
 }
 
