@@ -13,6 +13,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -40,6 +41,7 @@ func anAgent(t *testing.T) *Agent {
 		log:      zap.NewNop(), started: testStart, kernel: k, envoy: envoy,
 		guest:      guestattr.New(guestattr.Options{}),
 		serial:     report.NewSerial(""),
+		cloud:      cloudlog.New(cloudlog.Options{}),
 		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
 		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](),
 		keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}),
@@ -50,7 +52,8 @@ func anAgent(t *testing.T) *Agent {
 
 // TestTasks: what runs, by name. Each of these that were missing would be missed only on a VM.
 func TestTasks(t *testing.T) {
-	const always = "loop, watch Envoy, report, keep history, guest attributes, serial port, socket"
+	const always = "loop, watch Envoy, report, keep history, guest attributes, serial port, " +
+		"Cloud Logging, socket"
 	for _, test := range []struct {
 		name   string
 		change func(*Agent)
