@@ -41,7 +41,8 @@ func TestAsked(t *testing.T) {
 		{ids: []symptom.ID{symptom.EnvoyNotConfigured, symptom.EnvoyTooOld, symptom.PermissionDenied},
 			no: []func(*passed){func(*passed) {}, fails}, yes: []func(*passed){answers}},
 		{ids: []symptom.ID{symptom.PermissionDenied, symptom.ControlPlaneConnect, symptom.ControlPlaneLookUp,
-			symptom.APINotEnabled, symptom.ScopeMissing, symptom.ConfigNotFound, symptom.ControlPlaneRefused},
+			symptom.APINotEnabled, symptom.ScopeMissing, symptom.ConfigNotFound,
+			symptom.ControlPlaneRefused},
 			no: []func(*passed){answers}, within: showLate - 1},
 		{ids: []symptom.ID{symptom.ListenerRejected, symptom.AccessLogUnwritable},
 			no: []func(*passed){func(*passed) {}, fails, answers}, yes: []func(*passed){dumped}},
@@ -49,7 +50,8 @@ func TestAsked(t *testing.T) {
 			no: []func(*passed){func(*passed) {}, answers}, yes: []func(*passed){knows, fails}},
 		{ids: []symptom.ID{symptom.RuleRefused, symptom.CouldNotLook, symptom.Shadowed, symptom.Fight,
 			symptom.FamilyUnusable}, key: "IPv4",
-			no: []func(*passed){func(*passed) {}, answers, func(p *passed) { p.outcomes[1].Status.Equal = true }},
+			no: []func(*passed){func(*passed) {}, answers,
+				func(p *passed) { p.outcomes[1].Status.Equal = true }},
 			yes: []func(*passed){equal, func(p *passed) { p.paused = true },
 				func(p *passed) { p.outcomes[0].Status.Usable = false }}},
 		{ids: []symptom.ID{symptom.Fight}, key: "IPv4", no: []func(*passed){equal}, within: time.Minute},
@@ -85,8 +87,8 @@ func TestAsked(t *testing.T) {
 	}
 }
 
-// TestRestartedAgent: the failure that stood when the agent ended still stands when it starts again,
-// until what would find it has been asked.
+// TestRestartedAgent: the failure that stood when the agent ended still stands when it starts
+// again, until what would find it has been asked.
 func TestRestartedAgent(t *testing.T) {
 	told, take := heard()
 	since := testStart.Add(-time.Hour)
@@ -95,7 +97,8 @@ func TestRestartedAgent(t *testing.T) {
 	told.unasked = told.failures.Lasting
 	var last status.Status
 	told.reporters.status = func(s status.Status) { last = s }
-	down := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "Envoy is not running"}
+	down := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error,
+		Cause: "Envoy is not running"}
 	first := intercepting()
 	first.seen.Envoy, first.known = envoywatch.View{}, false
 	refused := first
@@ -124,7 +127,8 @@ func TestRestartedAgent(t *testing.T) {
 	}
 	// In the other order: it is over as soon as Envoy has answered.
 	told, take = heard()
-	told.failures = Failures{Lasting: []Failure{{ID: symptom.EnvoyDown, Text: "x", First: since, Times: 1}}}
+	told.failures = Failures{Lasting: []Failure{{ID: symptom.EnvoyDown, Text: "x", First: since,
+		Times: 1}}}
 	told.unasked = told.failures.Lasting
 	told.publish(first, "nft")
 	if got := take(); strings.Contains(got, "over: ") {

@@ -248,7 +248,8 @@ func (h *anHour) stuck(t *testing.T) {
 		}
 	}
 	beat, err := time.Parse(time.RFC3339, last.value)
-	if err != nil || beat.After(began.Add(time.Second)) || last.at.After(began.Add(time.Minute+time.Second)) {
+	if err != nil || beat.After(began.Add(time.Second)) ||
+		last.at.After(began.Add(time.Minute+time.Second)) {
 		t.Errorf("the loop hangs from %v to %v: the heartbeat of %v was written at %v, %v", began, ended,
 			beat, last.at, err)
 	}

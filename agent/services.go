@@ -226,7 +226,8 @@ func servicesOf(of [2][]Served, usable [2]bool) (services []status.Service) {
 		all[i].Name = cmp.Or(all[i].Name, all[i].address(0))
 	}
 	slices.SortFunc(all, func(a, b Served) int {
-		return cmp.Or(cmp.Compare(a.Name, b.Name), a.Prefix.Compare(b.Prefix), cmp.Compare(a.Port, b.Port))
+		return cmp.Or(cmp.Compare(a.Name, b.Name), a.Prefix.Compare(b.Prefix),
+			cmp.Compare(a.Port, b.Port))
 	})
 	for i, s := range slices.Compact(all) {
 		if i == 0 || s.Name != services[len(services)-1].Name {

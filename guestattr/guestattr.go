@@ -10,11 +10,11 @@
 // is written once a minute. Three tokens are enough for a first start to say bootstrap-status,
 // proxy-version and agent-heartbeat at once.
 //
-// Where there is more to say than tokens, the value goes first that shall be there soonest: each has
-// a time within which it is to be written, from when it became another one. The times are such that
-// with the failure, the status and the heartbeat all changing all the time a new failure or status
-// is there within a minute, and the heartbeat is never older than two. Where bootstrap or Envoy's
-// version changes besides, the status may wait for two tokens more, but no failure.
+// Where there is more to say than tokens, the value goes first that shall be there soonest: each
+// has a time within which it is to be written, from when it became another one. The times are such
+// that with the failure, the status and the heartbeat all changing all the time a new failure or
+// status is there within a minute, and the heartbeat is never older than two. Where bootstrap or
+// Envoy's version changes besides, the status may wait for two tokens more, but no failure.
 //
 // Values are read back, each about every ten minutes, because they can be lost, and because every
 // process on the VM may overwrite them. What was lost or changed is written again at that pace and

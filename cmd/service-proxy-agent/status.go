@@ -109,6 +109,13 @@ func printStatus(out io.Writer, s status.Status) error {
 		row(f.Family, "%s (%s), %s, %d service prefixes, %d ports, %d rules, to ports %d out %d in",
 			state, s.Backend, jumps, f.Services, f.ServicePorts, f.Rules, f.OutboundPort, f.InboundPort)
 	}
+	if n := len(s.Services); n > 0 {
+		var names []string
+		for _, service := range s.Services[:min(n, 10)] {
+			names = append(names, service.Name)
+		}
+		row("services", "%d: %s", n, strings.Join(names, ", ")+map[bool]string{true: ", …"}[n > 10])
+	}
 	if s.LastDriftBy != "" {
 		row("last drift", "%s by %s", s.LastDriftWhen.Format(time.RFC3339), s.LastDriftBy)
 	}

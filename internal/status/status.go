@@ -35,8 +35,8 @@ type Status struct {
 	Envoy     Envoy      `json:"envoy"`
 	Backend   string     `json:"backend,omitempty"` // nft or legacy
 	Families  []Family   `json:"families,omitempty"`
-	// Services are those whose rules were last seen to be in, by name, all of them: some 100 bytes
-	// each. Nobody changes the slice.
+	// Services are those whose rules were last seen to be in, by name. All of them: 10,000 are 1 MB
+	// of JSON, and the socket's client takes 16. Nobody changes the slice.
 	Services     []Service `json:"services,omitempty"`
 	ServingPorts []uint16  `json:"serving_ports,omitempty"`
 	Passes       uint64    `json:"passes"`
