@@ -24,7 +24,9 @@ func TestAsked(t *testing.T) {
 		return p
 	}
 	answers := func(p *passed) { p.seen.Envoy = envoywatch.View{State: "LIVE"} }
-	fails := func(p *passed) { p.seen.Envoy = envoywatch.View{Outage: envoywatch.Outage{Err: errors.New("x")}} }
+	fails := func(p *passed) {
+		p.seen.Envoy = envoywatch.View{Outage: envoywatch.Outage{Err: errors.New("x")}}
+	}
 	dumped := func(p *passed) { p.seen.Envoy = envoywatch.View{State: "LIVE", Dumps: 1} }
 	knows := func(p *passed) { answers(p); p.known = true }
 	equal := func(p *passed) { p.outcomes[0].Status.Equal = true }
