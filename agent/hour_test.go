@@ -94,7 +94,8 @@ func (s *metadataServer) asked() []query {
 type anHour struct {
 	*world
 	server *metadataServer
-	newest map[string]time.Time // until when a value was the newest, by key and value
+	newest map[string]string    // by key
+	ended  map[string]time.Time // when a value was last replaced by a newer one, by key and value
 	events []time.Time          // of services
 	passes int
 	stop   func()
@@ -104,7 +105,7 @@ type anHour struct {
 func newHour(t *testing.T, seed uint64, backend string) *anHour {
 	table := newMemory(backend)
 	h := &anHour{world: newWorld(seed, table, false), server: newMetadataServer(t),
-		newest: map[string]time.Time{}}
+		newest: map[string]string{}, ended: map[string]time.Time{}}
 	before := table.machine.Before
 	table.machine.Before = func(program string, args []string, stdin string) (string, int) {
 		blocks := h.blocks
@@ -133,9 +134,8 @@ func newHour(t *testing.T, seed uint64, backend string) *anHour {
 		h.passes++
 		h.life.status = s
 		head, _ := s.Line()
-		now := time.Now()
-		h.newest[guestattr.AgentLastFailure+guestattr.OneLine(s.LastFailure, guestattr.MaxValue)] = now
-		h.newest[guestattr.AgentStatus+head] = now
+		h.publishes(guestattr.AgentStatus, head)
+		h.publishes(guestattr.AgentLastFailure, guestattr.OneLine(s.LastFailure, guestattr.MaxValue))
 		reports.Put(s)
 	}
 	told.reporters.events = func(e report.Event) {
@@ -146,17 +146,27 @@ func newHour(t *testing.T, seed uint64, backend string) *anHour {
 	return h
 }
 
+func (h *anHour) publishes(key, value string) {
+	if was := h.newest[key]; was != value {
+		h.ended[key+was] = time.Now()
+		h.newest[key] = value
+	}
+}
+
 // late is for how long the server has not held the newest value.
 func (h *anHour) late(key string) time.Duration {
 	value := h.server.get(key)
 	if at := strings.Index(value, " services="); key == guestattr.AgentStatus && at >= 0 {
 		value = value[:at+len(" services=")]
 	}
-	until, known := h.newest[key+value]
-	if !known {
+	ended, known := h.ended[key+value]
+	switch {
+	case value == h.newest[key]:
+		return 0
+	case !known:
 		return 100 * time.Hour
 	}
-	return time.Since(until)
+	return time.Since(ended)
 }
 
 // TestAnHour is an hour of a control plane that changes its mind each second and an Envoy that

@@ -80,6 +80,7 @@ const (
 	// over: at five minutes its readers call the agent stuck.
 	promise          = 50 * time.Second
 	heartbeatPromise = 25 * time.Second
+	statusRest       = 10 * time.Second // the first one, which soon changes, and others need tokens
 	failureLate      = 45 * time.Second // from then on the failure goes first: the next token is late
 	checkEvery       = 10 * time.Minute // each value is read back this often
 	probeEvery       = 2 * time.Minute  // while the VM's guest attributes are disabled
@@ -117,8 +118,8 @@ type State struct {
 	// when Enabled last changed, or LastError came or went; zero before the first query
 	Since       time.Time `json:"since"`
 	LastSuccess time.Time `json:"last_success,omitzero"` // of the last query that succeeded
-	// values set and not yet written, aside from what may wait: a heartbeat within its minute, the
-	// change of a tail
+	// values set and not yet written, aside from what waits: a heartbeat for its minute, the first
+	// status, the change of a tail
 	Pending  int    `json:"pending"`
 	Writes   uint64 `json:"writes"`   // that succeeded
 	Reads    uint64 `json:"reads"`    // read back
@@ -194,6 +195,8 @@ func (v *value) window(key string) (from, by time.Time) {
 	case !v.urgent():
 		from = latest(from, v.last.Add(minorEvery))
 		by = from.Add(promise)
+	case key == AgentStatus && v.last.IsZero():
+		from = from.Add(statusRest)
 	}
 	return from, by
 }

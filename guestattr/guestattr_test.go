@@ -331,7 +331,7 @@ func TestTail(t *testing.T) {
 			{17 * time.Minute, "b n=", ""},
 		} {
 			sleep(step.at - time.Since(s.start))
-			w.SetWithTail(AgentStatus, step.head, step.tail)
+			w.SetWithTail("k", step.head, step.tail)
 			if step.at == 11*time.Minute {
 				if n := w.State().Pending; n != 0 {
 					t.Errorf("%d pending while the tail may wait", n)
@@ -345,16 +345,34 @@ func TestTail(t *testing.T) {
 				puts = append(puts, line)
 			}
 		}
-		if d := cmp.Diff([]string{"0s PUT agent-status a n=1", "1m0s PUT agent-status b n=2",
-			"10m0s PUT agent-status b n=4", "15m0s PUT agent-status b n=5",
-			"17m0s PUT agent-status b n="}, puts); d != "" {
+		if d := cmp.Diff([]string{"0s PUT k a n=1", "1m0s PUT k b n=2",
+			"10m0s PUT k b n=4", "15m0s PUT k b n=5",
+			"17m0s PUT k b n="}, puts); d != "" {
 			t.Errorf("(-want +got)\n%s", d)
 		}
 		// What somebody else changed is not the tail's.
-		s.set(AgentStatus, "b n=7")
+		s.set("k", "b n=7")
 		sleep(checkEvery + time.Minute)
-		if got := s.get(AgentStatus); got != "b n=" {
+		if got := s.get("k"); got != "b n=" {
 			t.Errorf("it is %q after it was read back", got)
+		}
+	})
+}
+
+// TestStatusRests: a status that changes at once again, as at a start, is written once, and leaves
+// the tokens to what comes meanwhile.
+func TestStatusRests(t *testing.T) {
+	bubble(t, func(t *testing.T, w *Writer, s *server, _ *observer.ObservedLogs) {
+		w.Set(AgentHeartbeat, "T0")
+		w.Set(AgentStatus, "not-ready")
+		sleep(time.Second)
+		w.Set(AgentLastFailure, "one")
+		w.Set(ProxyVersion, "1.40.0")
+		w.Set(AgentStatus, "ready")
+		sleep(time.Minute - 2*time.Second)
+		if d := cmp.Diff([]string{"0s PUT agent-heartbeat T0", "1s PUT agent-last-failure one",
+			"1s PUT proxy-version 1.40.0", "20s PUT agent-status ready"}, s.seen()); d != "" {
+			t.Errorf("(-want +got)\n%s", d)
 		}
 	})
 }
