@@ -100,8 +100,8 @@ func TestChannels(t *testing.T) {
 // fits into the memory that is for it.
 func (c *channelTrial) soak(t *testing.T) {
 	const minute = time.Minute
-	c.measure(t, healthy, minute, 5)
 	for _, f := range channelFaults {
+		c.measure(t, healthy, minute, 5) // each time: a machine is not as quiet all the time
 		for _, which := range [][]string{allChannels[:1], allChannels[1:2], allChannels[2:],
 			allChannels} {
 			if f.serial == nil && which[0] == "serial" {
@@ -118,7 +118,7 @@ func (c *channelTrial) soak(t *testing.T) {
 	c.measure(t, "all hang in a flood", minute, 40)
 	mend()
 	c.recovered(t, allChannels)
-	c.measure(t, "healthy again", minute, 5)
+	c.measure(t, healthy, minute, 5)
 }
 
 // channelTrial is a mesh whose channels are disturbed.
@@ -140,6 +140,8 @@ type channelRow struct {
 	memory    float64    // MiB
 	dropped   [2]float64 // of the serial port, of Cloud Logging
 }
+
+func (r channelRow) isHealthy() bool { return r.name == healthy }
 
 // series are those of a scrape.
 type series map[string]float64
@@ -233,7 +235,8 @@ func (c *channelTrial) measure(t *testing.T, name string, atLeast time.Duration,
 	row := channelRow{name: name, passes: diff("pass_duration_seconds_count"),
 		memory: now["process_resident_memory_bytes"] / (1 << 20)}
 	for i, channel := range []string{"serial", "cloud_logging"} {
-		row.dropped[i] = now.channel("dropped_total", channel) - c.before.channel("dropped_total", channel)
+		row.dropped[i] = now.channel("dropped_total", channel) -
+			c.before.channel("dropped_total", channel)
 	}
 	row.mean = diff("pass_duration_seconds_sum") / row.passes
 	for _, le := range []float64{60, 30, 10, 5, 2.5, 1, .5, .25, .1, .05, .025, .01, .005, .0025,
@@ -271,10 +274,11 @@ func (c *channelTrial) recovered(t *testing.T, which []string) {
 			return s.channel("up", channel) == 1 && s.channel("writes_total", channel) > 0, c.a.Log()
 		})
 	}
-	t.Logf("%s: well again %v after", c.rows[len(c.rows)-1].name, time.Since(began).Round(time.Second/10))
+	t.Logf("%s: well again %v after", c.rows[len(c.rows)-1].name,
+		time.Since(began).Round(time.Second/10))
 }
 
-// table prints what was measured, and compares it with the healthy row.
+// table prints what was measured, and compares it with the healthy rows.
 func (c *channelTrial) table(t *testing.T) {
 	t.Helper()
 	var text strings.Builder
@@ -285,15 +289,20 @@ func (c *channelTrial) table(t *testing.T) {
 			1000*r.mean, 1000*r.p99, r.memory, r.dropped[0], r.dropped[1])
 	}
 	t.Log("\n" + text.String())
-	well := c.rows[slices.IndexFunc(c.rows, func(r channelRow) bool { return r.name == healthy })]
+	well := channelRow{memory: c.rows[slices.IndexFunc(c.rows, channelRow.isHealthy)].memory}
+	for _, r := range c.rows {
+		if r.isHealthy() { // what the machine makes of it at its worst
+			well.mean, well.p99 = max(well.mean, r.mean), max(well.p99, r.p99)
+		}
+	}
 	for _, r := range c.rows {
 		if r.memory > well.memory+16 {
 			t.Errorf("%s: %.1f MiB of memory, healthy %.1f", r.name, r.memory, well.memory)
 		}
-		if r.passes == 0 || strings.Contains(r.name, "flood") {
+		if strings.Contains(r.name, "flood") {
 			continue // its passes have more to do
 		}
-		if r.mean > 1.5*well.mean || r.p99 > 2.5*well.p99 {
+		if r.mean > 1.5*well.mean || r.p99 > 2.5*well.p99 { // the next bucket
 			tooDear(t, "%s: a pass takes %.2f ms, p99 below %.1f ms; healthy %.2f, %.1f", r.name,
 				1000*r.mean, 1000*r.p99, 1000*well.mean, 1000*well.p99)
 		}
