@@ -174,7 +174,8 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	if err != nil && !isRefusal {
 		return nil, err
 	}
-	for range attempts { // overtaken, too, on legacy
+	// Overtaken, too, on legacy. What stays behind is taken for drift, so this tries longer.
+	for range 4 * attempts {
 		removal := Plan{family: t.family, lines: []string{declared, "-X " + chainProbe}}
 		if err = k.restore(ctx, t, removal); err == nil {
 			break
