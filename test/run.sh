@@ -54,7 +54,7 @@ unit()   { go test -race -timeout 5m ./... && go test -run '^TestShuffled$' ./ag
 # -p 1: the packages share two cores, and tests of latency would disturb one another.
 kernel() { tagged kernel -timeout 10m; }
 lab()    { tagged lab -timeout 12m -parallel 8; }
-box()    { tagged box -timeout 12m; }
+box()    { tagged box -timeout 16m; }
 # The tests in files with this build tag. The others of their packages ran in unit.
 tagged() { # TAG FLAG…
   local tag=$1 files tests packages; shift
