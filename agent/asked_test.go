@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -139,5 +140,41 @@ func TestRestartedAgent(t *testing.T) {
 	told.publish(intercepting(), "nft")
 	if got := take(); !strings.Contains(got, "over: ") {
 		t.Errorf("told\n%s", got)
+	}
+}
+
+// TestNotOver: what another failure explains, or bootstrap is about to put right, is not over.
+func TestNotOver(t *testing.T) {
+	closed := symptom.Facts{Ports: []symptom.Port{{Purpose: "outbound interception"}}}
+	dead := closed
+	dead.Envoy.Err = envoyadmin.ErrRefused
+	mended := dead
+	mended.Bootstrapping = true
+	told, take := heard()
+	for _, step := range []struct {
+		name  string
+		facts symptom.Facts
+		tells []string
+	}{
+		{"the port is seen first", closed, []string{"ERROR Envoy's outbound interception port"}},
+		{"then that Envoy is down", dead, []string{"ERROR Envoy is not running"}},
+		{"bootstrap begins", mended, nil},
+		{"and fails", dead, nil},
+		{"Envoy is back", symptom.Facts{}, []string{"INFO over: Envoy's outbound interception port",
+			"INFO over: Envoy is not running"}},
+	} {
+		p := intercepting()
+		p.findings, p.hidden = symptom.Check(step.facts), symptom.Hidden(step.facts)
+		take()
+		told.publish(p, "nft")
+		var tells []string
+		for line := range strings.Lines(take()) {
+			if strings.HasPrefix(line, "ERROR ") || strings.HasPrefix(line, "INFO over: ") {
+				tells = append(tells, line)
+			}
+		}
+		if !slices.EqualFunc(tells, step.tells, strings.HasPrefix) {
+			t.Errorf("%s: told\n%s", step.name, strings.Join(tells, ""))
+		}
 	}
 }

@@ -41,8 +41,8 @@ type Failures struct {
 const forgetAfter = time.Hour
 
 // next are the failures after a pass with these findings, worst first. One that lasts keeps its
-// start. Those that are unasked last without a finding: nobody has looked for them yet.
-func (f Failures) next(findings []symptom.Finding, now time.Time, unasked ...Failure) Failures {
+// start. Those that stay last without a finding that tells of them.
+func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
 	next := Failures{Over: f.Over}
 	var errors []symptom.Finding
@@ -53,7 +53,7 @@ func (f Failures) next(findings []symptom.Finding, now time.Time, unasked ...Fai
 	}
 	for _, was := range f.Lasting {
 		i := slices.IndexFunc(errors, was.is)
-		if i < 0 && slices.ContainsFunc(unasked, was.same) {
+		if i < 0 && slices.ContainsFunc(stays, was.same) {
 			next.Lasting = append(next.Lasting, was)
 			continue
 		}

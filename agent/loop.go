@@ -90,12 +90,14 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := l.wanted.desired(l.settings, seen)
 	outcomes := l.reconcile(ctx, now, seen, want, known)
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
-	findings := symptom.Check(seen.Facts(want, outcomes))
+	facts := seen.Facts(want, outcomes)
+	findings := symptom.Check(facts)
 	took := time.Since(began)
 	l.followBootstrap(now)
 	l.told.publish(passed{
 		seen: seen, want: want, serial: l.wanted.serial, known: known, outcomes: outcomes,
-		findings: findings, paused: l.paused, took: took, redirect: redirect,
+		findings: findings, hidden: symptom.Hidden(facts), paused: l.paused, took: took,
+		redirect: redirect,
 	}, l.vm.backend())
 	return earliest(outcomes)
 }

@@ -22,6 +22,7 @@ type passed struct {
 	known    bool
 	outcomes []reconcile.Outcome
 	findings []symptom.Finding
+	hidden   []symptom.Finding // by bootstrap, which is under way
 	paused   bool
 	took     time.Duration
 	redirect time.Duration // what the oldest change took whose rules it put in; 0: none
@@ -67,7 +68,8 @@ func (t *told) publish(p passed, backend string) {
 	t.unasked = slices.DeleteFunc(slices.Clone(t.unasked), func(f Failure) bool {
 		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
 	})
-	if next := t.failures.next(p.findings, now, t.unasked...); !next.equal(t.failures) {
+	stays := slices.Concat(t.unasked, p.stand(t.failures.Lasting))
+	if next := t.failures.next(p.findings, now, stays...); !next.equal(t.failures) {
 		t.tellFailures(t.failures, next, p.findings)
 		t.failures = next
 		t.history(next)
@@ -90,6 +92,20 @@ func (t *told) publish(p passed, backend string) {
 	t.tellReady(s)
 	t.metrics(s, p.happened())
 	t.reporters.status(s)
+}
+
+// stand are those of the failures that are no longer told as such but are not over: another explains
+// them by now, or bootstrap has begun, which may put them right.
+func (p passed) stand(failures []Failure) (some []Failure) {
+	for _, f := range failures {
+		if slices.ContainsFunc(p.hidden, f.is) ||
+			slices.ContainsFunc(p.findings, func(found symptom.Finding) bool {
+				return found.ExplainedBy != "" && found.Severity == symptom.Error && f.is(found)
+			}) {
+			some = append(some, f)
+		}
+	}
+	return some
 }
 
 // status is what the pass tells of itself.

@@ -224,6 +224,22 @@ func Check(f Facts) []Finding {
 	return all
 }
 
+// Hidden are the findings that Check leaves out because bootstrap is under way: what they tell of
+// stands all the same.
+func Hidden(f Facts) (out []Finding) {
+	if !f.Bootstrapping {
+		return nil
+	}
+	for _, check := range checks {
+		for _, found := range check(f) {
+			if awaited[found.ID] {
+				out = append(out, found)
+			}
+		}
+	}
+	return out
+}
+
 // awaited are the findings that only say that bootstrap has not come that far.
 var awaited = map[ID]bool{EnvoyDown: true, ProxyUser: true, FamilyUnusable: true,
 	EnvoyNotConfigured: true}
