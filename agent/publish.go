@@ -47,6 +47,7 @@ type told struct {
 	unasked   []Failure // that an earlier run left, and of which this one cannot tell yet
 	findings  map[string]bool
 	services  serviceNews
+	ration    ration
 	envoy     string // its version
 	standing  standing
 	mode      string
@@ -82,7 +83,7 @@ func (t *told) publish(p passed, backend string) {
 	s.LastFailure, s.Failing, s.Backend = t.failures.String(), t.failures.newest().ID, backend
 	t.tellMode(s.Mode)
 	for _, e := range t.services.pass(p) {
-		t.tell(e)
+		t.tellAnyway(e)
 	}
 	s.Services = t.services.in
 	if state := s.State(); state != t.standing.state || s.Failing != t.standing.failing {
@@ -90,6 +91,7 @@ func (t *told) publish(p passed, backend string) {
 	}
 	s.Since = t.standing.since
 	t.tellReady(s)
+	t.tellLeft(s, time.Now())
 	t.metrics(s, p.happened())
 	t.reporters.status(s)
 }
@@ -208,8 +210,21 @@ func (p passed) notReady() string {
 	return ""
 }
 
-// tell tells an event on every channel, the log first.
+// tell tells an event on every channel, the log first, as far as the ration goes.
 func (t *told) tell(e report.Event) {
+	t.inLog(e)
+	if t.ration.takes(time.Now()) {
+		t.events(e)
+	}
+}
+
+// tellAnyway is tell of what has its own bound.
+func (t *told) tellAnyway(e report.Event) {
+	t.inLog(e)
+	t.events(e)
+}
+
+func (t *told) inLog(e report.Event) {
 	level := zap.InfoLevel
 	switch e.Severity {
 	case report.Warning:
@@ -227,7 +242,6 @@ func (t *told) tell(e report.Event) {
 		}
 	}
 	t.log.Log(level, e.Message, fields...)
-	t.events(e)
 }
 
 // tellFailures tells each failure that came, and each that is over, once.
