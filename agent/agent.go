@@ -258,7 +258,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		mark:      readMark(server.Dir(), a.log),
 		told: told{
 			reporters: a.reporters(), log: a.log, started: a.started,
-			failures: failures, unasked: failures.Lasting,
+			failures: failures, unasked: failures.Lasting, before: failures.Standing,
 		},
 	}
 	if a.config != nil {

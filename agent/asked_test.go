@@ -178,3 +178,42 @@ func TestNotOver(t *testing.T) {
 		}
 	}
 }
+
+// TestStandingKept: a restart is no news of how the VM stands, however it stood while nothing was
+// asked; a change is.
+func TestStandingKept(t *testing.T) {
+	dir, since := t.TempDir(), testStart.Add(-time.Hour)
+	if err := (Failures{Standing: Standing{State: "ready", Since: since}}).save(dir); err != nil {
+		t.Fatal(err)
+	}
+	var last status.Status
+	restarted := func() *told {
+		told, _ := heard()
+		told.failures = loadFailures(dir)
+		told.before = told.failures.Standing
+		told.reporters.status = func(s status.Status) { last = s }
+		return told
+	}
+	first := intercepting()
+	first.seen.Envoy, first.known = envoywatch.View{}, false
+	later := intercepting()
+	later.seen.Now = testStart.Add(showLate)
+	for _, step := range []struct {
+		name   string
+		passes []passed
+		state  string
+		want   time.Time
+	}{
+		{"not asked yet", []passed{first}, "not-ready", testStart},
+		{"as before", []passed{first, intercepting()}, "ready", since},
+		{"ready late", []passed{first, later}, "ready", later.seen.Now},
+	} {
+		told := restarted()
+		for _, p := range step.passes {
+			told.publish(p, "nft")
+		}
+		if last.State() != step.state || !last.Since.Equal(step.want) {
+			t.Errorf("%s: %s since %v, want %v", step.name, last.State(), last.Since, step.want)
+		}
+	}
+}

@@ -34,7 +34,18 @@ type Failures struct {
 	// oldest first; of those that came in one pass the worst last
 	Lasting []Failure `json:"lasting,omitempty"`
 	Over    Failure   `json:"over,omitzero"`
+	// Standing is kept with them for the next start.
+	Standing Standing `json:"standing,omitzero"`
 }
+
+// Standing is how the VM stands, in as many words as are grouped by, and since when, UTC.
+type Standing struct {
+	State   string     `json:"state"`
+	Failing symptom.ID `json:"failing,omitempty"`
+	Since   time.Time  `json:"since"`
+}
+
+func (s Standing) same(t Standing) bool { return s.State == t.State && s.Failing == t.Failing }
 
 // forgetAfter is how long after its end the same failure counts as the same one come
 // again, not as a new one.
@@ -44,7 +55,7 @@ const forgetAfter = time.Hour
 // start. Those that stay last without a finding that tells of them.
 func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
-	next := Failures{Over: f.Over}
+	next := Failures{Over: f.Over, Standing: f.Standing}
 	var errors []symptom.Finding
 	for _, found := range findings {
 		if found.Severity == symptom.Error && found.ExplainedBy == "" {
@@ -77,7 +88,7 @@ func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failu
 }
 
 func (f Failures) equal(g Failures) bool {
-	return f.Over == g.Over && slices.Equal(f.Lasting, g.Lasting)
+	return f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting)
 }
 
 // newest is the newest of those that last, the zero Failure when none does. An older one may last

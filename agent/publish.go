@@ -48,18 +48,11 @@ type told struct {
 	findings  map[string]bool
 	services  serviceNews
 	ration    ration
-	envoy     string // its version
-	standing  standing
+	envoy     string   // its version
+	before    Standing // at the end of an earlier run
 	mode      string
 	ready     bool
 	resolvers map[string]bool // users of --resolver-users that are not there
-}
-
-// standing is how the VM stands, in as many words as are grouped by, and since when.
-type standing struct {
-	state   string
-	failing symptom.ID
-	since   time.Time
 }
 
 // publish turns a pass into a Status and leaves it with every reporter.
@@ -70,7 +63,11 @@ func (t *told) publish(p passed, backend string) {
 		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
 	})
 	stays := slices.Concat(t.unasked, p.stand(t.failures.Lasting))
-	if next := t.failures.next(p.findings, now, stays...); !next.equal(t.failures) {
+	next := t.failures.next(p.findings, now, stays...)
+	s := p.status()
+	s.Failing = next.newest().ID
+	next.Standing = t.standing(s, now)
+	if !next.equal(t.failures) {
 		t.tellFailures(t.failures, next, p.findings)
 		t.failures = next
 		t.history(next)
@@ -78,22 +75,30 @@ func (t *told) publish(p passed, backend string) {
 	t.tellFindings(p.findings)
 	t.tellResolvers(p.seen.Resolvers.Missing)
 	t.tellEnvoy(p.seen.Envoy.Info.Text)
-	s := p.status()
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
-	s.LastFailure, s.Failing, s.Backend = t.failures.String(), t.failures.newest().ID, backend
+	s.LastFailure, s.Since, s.Backend = t.failures.String(), t.failures.Standing.Since, backend
 	t.tellMode(s.Mode)
 	for _, e := range t.services.pass(p) {
 		t.tellAnyway(e)
 	}
 	s.Services = t.services.in
-	if state := s.State(); state != t.standing.state || s.Failing != t.standing.failing {
-		t.standing = standing{state, s.Failing, now.UTC().Truncate(time.Second)}
-	}
-	s.Since = t.standing.since
 	t.tellReady(s)
 	t.tellLeft(s, time.Now())
 	t.metrics(s, p.happened())
 	t.reporters.status(s)
+}
+
+// standing is how the VM stands after a pass. An earlier run's goes on where it stood so: a run knows
+// nothing at its first passes, and a restart of the agent is none of the VM's.
+func (t *told) standing(s status.Status, now time.Time) Standing {
+	is := Standing{s.State(), s.Failing, now.UTC().Truncate(time.Second)}
+	switch {
+	case is.same(t.failures.Standing):
+		return t.failures.Standing
+	case is.same(t.before) && now.Sub(t.started) < showLate:
+		return t.before
+	}
+	return is
 }
 
 // stand are those of the failures that are no longer told as such but are not over: another explains

@@ -203,7 +203,7 @@ func TestTold(t *testing.T) {
 		want     string
 	}{
 		{"the first pass", func(p *passed) {}, nil,
-			"info envoy version: 1.40.0\ninfo interception: intercepting\ninfo 0 services are intercepted\n" +
+			"history 0\ninfo envoy version: 1.40.0\ninfo interception: intercepting\ninfo 0 services are intercepted\n" +
 				"info ready: Envoy 1.40.0 is live and the rules are in place\nsystemd\ndumps 3\npass 1 "},
 		{"the same again", func(p *passed) {}, nil, "dumps 0\npass 2 "},
 		{"a failure, with what it explains", func(p *passed) {
