@@ -27,7 +27,22 @@ type Failure struct {
 
 func (f Failure) is(found symptom.Finding) bool { return f.ID == found.ID && f.Key == found.Key }
 
-func (f Failure) same(g Failure) bool { return f.ID == g.ID && f.Key == g.Key }
+// which says which one it is. There may be as many as Envoy has listeners: they are looked up.
+type which struct {
+	id  symptom.ID
+	key string
+}
+
+func (f Failure) which() which { return which{f.ID, f.Key} }
+
+// whichOf are those of all.
+func whichOf(all []Failure) map[which]bool {
+	in := make(map[which]bool, len(all))
+	for _, f := range all {
+		in[f.which()] = true
+	}
+	return in
+}
 
 // Failures are those that last, and what remains of the one that ended last.
 type Failures struct {
@@ -57,27 +72,32 @@ func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failu
 	now = now.UTC().Truncate(time.Second)
 	next := Failures{Over: f.Over, Standing: f.Standing}
 	var errors []symptom.Finding
+	at := map[which][]int{} // of errors that are not old ones
 	for _, found := range findings {
 		if found.Severity == symptom.Error && found.ExplainedBy == "" {
+			is := which{found.ID, found.Key}
+			at[is] = append(at[is], len(errors))
 			errors = append(errors, found)
 		}
 	}
+	staying, old := whichOf(stays), map[int]bool{}
 	for _, was := range f.Lasting {
-		i := slices.IndexFunc(errors, was.is)
-		if i < 0 && slices.ContainsFunc(stays, was.same) {
-			next.Lasting = append(next.Lasting, was)
-			continue
-		}
-		if i < 0 {
+		is := was.which()
+		switch found := at[is]; {
+		case len(found) > 0:
+			was.Text = errors[found[0]].Text()
+			old[found[0]], at[is] = true, found[1:]
+		case !staying[is]:
 			was.Last = now
 			next.Over = was
 			continue
 		}
-		was.Text = errors[i].Text()
 		next.Lasting = append(next.Lasting, was)
-		errors = slices.Delete(errors, i, i+1)
 	}
-	for _, found := range slices.Backward(errors) {
+	for i, found := range slices.Backward(errors) {
+		if old[i] {
+			continue
+		}
 		is := Failure{ID: found.ID, Key: found.Key, Text: found.Text(), First: now, Times: 1}
 		if f.Over.is(found) && now.Sub(f.Over.Last) < forgetAfter {
 			is.First, is.Times = f.Over.First, f.Over.Times+1

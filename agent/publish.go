@@ -104,11 +104,17 @@ func (t *told) standing(s status.Status, now time.Time) Standing {
 // stand are those of the failures that are no longer told as such but are not over: another explains
 // them by now, or bootstrap has begun, which may put them right.
 func (p passed) stand(failures []Failure) (some []Failure) {
+	unsaid := map[which]bool{}
+	for _, found := range p.hidden {
+		unsaid[which{found.ID, found.Key}] = true
+	}
+	for _, found := range p.findings {
+		if found.ExplainedBy != "" && found.Severity == symptom.Error {
+			unsaid[which{found.ID, found.Key}] = true
+		}
+	}
 	for _, f := range failures {
-		if slices.ContainsFunc(p.hidden, f.is) ||
-			slices.ContainsFunc(p.findings, func(found symptom.Finding) bool {
-				return found.ExplainedBy != "" && found.Severity == symptom.Error && f.is(found)
-			}) {
+		if unsaid[f.which()] {
 			some = append(some, f)
 		}
 	}
@@ -251,20 +257,24 @@ func (t *told) inLog(e report.Event) {
 
 // tellFailures tells each failure that came, and each that is over, once.
 func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
-	in := func(all []Failure, f Failure) bool { return slices.ContainsFunc(all, f.same) }
+	wereIn, areIn := whichOf(was.Lasting), whichOf(is.Lasting)
 	for _, f := range was.Lasting {
-		if !in(is.Lasting, f) {
+		if !areIn[f.which()] {
 			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
 				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
 		}
 	}
+	found := map[which]symptom.Finding{}
+	for _, f := range slices.Backward(findings) { // of several the first
+		found[which{f.ID, f.Key}] = f
+	}
 	for _, f := range is.Lasting {
-		if !in(was.Lasting, f) {
-			found := symptom.Finding{ID: f.ID, Key: f.Key}
-			if i := slices.IndexFunc(findings, f.is); i >= 0 {
-				found = findings[i]
+		if !wereIn[f.which()] {
+			about, known := found[f.which()]
+			if !known {
+				about = symptom.Finding{ID: f.ID, Key: f.Key}
 			}
-			t.tell(report.Event{Severity: report.Error, Message: f.Text, Finding: found})
+			t.tell(report.Event{Severity: report.Error, Message: f.Text, Finding: about})
 		}
 	}
 }

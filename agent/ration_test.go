@@ -62,3 +62,19 @@ func TestManyFailures(t *testing.T) {
 		}
 	})
 }
+
+// BenchmarkManyFailures is a pass that finds what the one before found: Envoy has rejected all of
+// 10,000 listeners, as where it cannot write their access log.
+func BenchmarkManyFailures(b *testing.B) {
+	told, take := heard()
+	p := intercepting()
+	for i := range 10000 {
+		p.findings = append(p.findings, symptom.Finding{ID: symptom.AccessLogUnwritable,
+			Severity: symptom.Error, Key: fmt.Sprint("listener-", i), Cause: "rejected"})
+	}
+	told.publish(p, "nft")
+	for b.Loop() {
+		told.publish(p, "nft")
+		take()
+	}
+}
