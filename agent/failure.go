@@ -169,8 +169,10 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 			f.ID == symptom.MetadataServer && attribute.Source != nil
 	case symptom.EnvoyDown, symptom.AdminUnreadable:
 		return told
-	case symptom.ForeignOwner, symptom.InterceptionNotReady: // of the ports that Envoy tells
+	case symptom.ForeignOwner: // of the ports that Envoy tells, and its own
 		return v.Err != nil || answered && p.known
+	case symptom.InterceptionNotReady: // is not told of the ports that the rules in place lead to
+		return answered && p.known
 	case symptom.ListenerRejected, symptom.AccessLogUnwritable:
 		return answered && v.Dumps > 0
 	case symptom.ControlPlaneLookUp, symptom.ControlPlaneConnect, symptom.APINotEnabled,
