@@ -9,7 +9,7 @@ import (
 )
 
 // eventBurst is how many lines are told at once. One counts no longer every lineEvery.
-const eventBurst = 60
+const eventBurst = 100
 
 // ration bounds what is told outside the log, aside from services, which have their own bound: an
 // Envoy that comes and goes each second, or a thousand listeners that it rejects, would fill the

