@@ -56,8 +56,12 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 // take makes a new listener set the one that counts, if this Envoy had completed a listener update
 // when the set was read. Before that an empty set says nothing about what its clients need.
 func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
+	known := make(map[envoyadmin.Rejected]bool, len(w.set.rejected)) // there may be thousands
+	for _, r := range w.set.rejected {
+		known[r] = true
+	}
 	for _, r := range s.Rejected {
-		if !slices.Contains(w.set.rejected, r) {
+		if !known[r] {
 			w.set.rejections++
 		}
 	}
