@@ -8,33 +8,37 @@ mkdir -p "$build"
 
 command -v go >/dev/null || { echo "tools: Go is missing: install Go 1.26 or newer (https://go.dev/dl)" >&2; exit 1; }
 
-declare -A package=(
-  [iptables-nft]=iptables [iptables-legacy]=iptables [nft]=nftables [ip]=iproute2 [conntrack]=conntrack
-  [setpriv]=util-linux [debootstrap]=debootstrap [systemd-nspawn]=systemd-container [curl]=curl [pip]=python3-pip
-)
-missing=(); want=()
-for tool in "${!package[@]}"; do
-  PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || { missing+=("$tool"); want+=("${package[$tool]}"); }
-done
-# pip may be called pip3, or come with python only as a module.
-if [[ " ${missing[*]} " == *" pip "* ]] && python3 -m pip --version >/dev/null 2>&1; then
-  [[ ${#missing[@]} == 1 ]] && { missing=(); want=(); }
-fi
-if (( ${#missing[@]} )); then
-  if ! command -v apt-get >/dev/null; then
-    echo "tools: missing ${missing[*]}: install the packages that hold them (on Debian: ${want[*]}) and try again" >&2; exit 1
+packages() {
+  local -A package=(
+    [iptables-nft]=iptables [iptables-legacy]=iptables [nft]=nftables [ip]=iproute2 [conntrack]=conntrack
+    [setpriv]=util-linux [debootstrap]=debootstrap [systemd-nspawn]=systemd-container [curl]=curl [pip]=python3-pip
+  )
+  local missing=() want=() tool
+  for tool in "${!package[@]}"; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || { missing+=("$tool"); want+=("${package[$tool]}"); }
+  done
+  # pip may be called pip3, or come with python only as a module.
+  if [[ " ${missing[*]} " == *" pip "* ]] && python3 -m pip --version >/dev/null 2>&1; then
+    [[ ${#missing[@]} == 1 ]] && { missing=(); want=(); }
   fi
-  if [[ $(id -u) != 0 ]]; then
-    echo "tools: missing ${missing[*]}: run as root, or: sudo apt-get install ${want[*]}" >&2; exit 1
+  if (( ${#missing[@]} )); then
+    if ! command -v apt-get >/dev/null; then
+      echo "tools: missing ${missing[*]}: install the packages that hold them (on Debian: ${want[*]}) and try again" >&2; exit 1
+    fi
+    if [[ $(id -u) != 0 ]]; then
+      echo "tools: missing ${missing[*]}: run as root, or: sudo apt-get install ${want[*]}" >&2; exit 1
+    fi
+    echo "tools: installing ${want[*]} (apt)"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${want[@]}" >/dev/null
   fi
-  echo "tools: installing ${want[*]} (apt)"
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${want[@]}" >/dev/null
-fi
+}
+# promtool alone needs none of them, and no root.
+[[ $* == promtool ]] || packages
 
 # Out of Debian's package prometheus, which itself would start a server when it is installed.
 promtool() {
-  [[ -x $build/promtool ]] && return
+  type -P "${PROMTOOL:-$build/promtool}" >/dev/null && return
   if ! command -v apt-get >/dev/null; then
     echo "tools: put a promtool 2.42 or newer at $build/promtool, or set PROMTOOL" >&2; exit 1
   fi
