@@ -205,6 +205,10 @@ func (t *tlsServer) check(h httpServer) error {
 	}
 	auth, ca := t.ClientAuth.value, t.ClientCA != "" || t.ClientCAFile != ""
 	switch {
+	case auth == tls.RequestClientCert, auth == tls.RequireAnyClientCert:
+		// Whoever can make a certificate has one; a client CA besides is never asked.
+		return errors.New("tls_server_config.client_auth_type lets every certificate in; use " +
+			"RequireAndVerifyClientCert with client_ca_file")
 	case ca && auth == tls.NoClientCert:
 		return errors.New("tls_server_config has a client CA and no client_auth_type; use " +
 			"RequireAndVerifyClientCert")

@@ -58,8 +58,15 @@ func TestParse(t *testing.T) {
 		{"both", pair + "  key: secret\n", "has both key and key_file"},
 		{"CA for nothing", pair + "  client_ca_file: ca\n", "use RequireAndVerifyClientCert"},
 		{"no CA", pair + "  client_auth_type: RequireAndVerifyClientCert\n", "needs client_ca_file"},
-		{"names that nobody verified", pair + "  client_auth_type: RequireAnyClientCert\n" +
-			"  client_allowed_sans: [a]\n", "client_allowed_sans needs client_auth_type"},
+		{"names that nobody verified", pair + "  client_auth_type: VerifyClientCertIfGiven\n" +
+			"  client_ca_file: ca\n  client_allowed_sans: [a]\n",
+			"client_allowed_sans needs client_auth_type"},
+		{"any certificate", pair + "  client_auth_type: RequireAnyClientCert\n",
+			"lets every certificate in"},
+		{"a CA that nobody asks", pair + "  client_auth_type: RequireClientCert\n  client_ca_file: ca\n",
+			"lets every certificate in"},
+		{"a CA that nobody asks, or none", pair + "  client_auth_type: RequestClientCert\n" +
+			"  client_ca_file: ca\n", "use RequireAndVerifyClientCert"},
 		{"client_auth_type", pair + "  client_auth_type: Require\n",
 			`line 4: unknown client_auth_type "Require"; use one of NoClientCert, `},
 		{"version", pair + "  min_version: TLS1.2\n", `line 4: unknown TLS version "TLS1.2"`},
