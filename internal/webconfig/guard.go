@@ -73,24 +73,31 @@ const turnWait = 5 * time.Second
 // cost a tenth of one processor at the most, whatever cost the hashes have.
 const wrongPause = 9
 
+// failedFor is how long a caller is one who guesses, after a wrong password.
+const failedFor = time.Minute
+
 // passwords compares passwords with their hashes: one at a time, since each takes up to a second of
 // a processor. A right one is known from then on, so that those who have it do not wait for those
 // who guess. One caller waits once: who guesses over many connections takes one place in the queue.
+// Who has just guessed wrong waits behind all who have not: or a few addresses of them would keep a
+// scraper out whose password is not known yet.
 type passwords struct {
 	compare func(hash, password []byte) error // bcrypt's
 	key     [32]byte                          // of the digests: no password is kept
-	turn    chan struct{}                     // has one token while no password is looked at
 
 	mu      sync.Mutex
-	known   map[string][]byte // by user, the digest of the password that was right, and its hash
+	looking bool               // at a password, or pausing after a wrong one
+	queues  [2][]chan struct{} // who waits for that to end: those who have not guessed, those who have
+	known   map[string][]byte  // by user, the digest of the password that was right, and its hash
 	waiting map[netip.Prefix]bool
+	failed  map[netip.Prefix]time.Time // when a caller's last wrong password was
 }
 
 func newPasswords() *passwords {
-	p := &passwords{compare: bcrypt.CompareHashAndPassword, turn: make(chan struct{}, 1),
-		known: map[string][]byte{}, waiting: map[netip.Prefix]bool{}}
+	p := &passwords{compare: bcrypt.CompareHashAndPassword,
+		known: map[string][]byte{}, waiting: map[netip.Prefix]bool{},
+		failed: map[netip.Prefix]time.Time{}}
 	_, _ = rand.Read(p.key[:]) // it never fails
-	p.turn <- struct{}{}
 	return p
 }
 
@@ -101,6 +108,8 @@ func (p *passwords) check(ctx context.Context, users map[string]hash, name, pass
 	p.mu.Lock()
 	known := there && hmac.Equal(digest, p.known[name])
 	queued := p.waiting[from]
+	at, failed := p.failed[from]
+	guesses := failed && time.Since(at) < failedFor
 	if !known && !queued {
 		p.waiting[from] = true
 	}
@@ -116,11 +125,7 @@ func (p *passwords) check(ctx context.Context, users map[string]hash, name, pass
 		delete(p.waiting, from)
 		p.mu.Unlock()
 	}()
-	ctx, cancel := context.WithTimeout(ctx, turnWait)
-	defer cancel()
-	select {
-	case <-p.turn:
-	case <-ctx.Done():
+	if !p.take(ctx, guesses) {
 		return busy
 	}
 	if !there {
@@ -130,14 +135,61 @@ func (p *passwords) check(ctx context.Context, users map[string]hash, name, pass
 	began := time.Now()
 	err := p.compare([]byte(of), []byte(password))
 	if err != nil || !there {
-		time.AfterFunc(wrongPause*time.Since(began), func() { p.turn <- struct{}{} })
+		time.AfterFunc(wrongPause*time.Since(began), p.give)
+		p.mu.Lock()
+		maps.DeleteFunc(p.failed, func(_ netip.Prefix, at time.Time) bool {
+			return time.Since(at) >= failedFor
+		})
+		p.failed[from] = time.Now()
+		p.mu.Unlock()
 		return wrong
 	}
-	p.turn <- struct{}{}
+	p.give()
 	p.mu.Lock()
 	p.known[name] = digest
 	p.mu.Unlock()
 	return right
+}
+
+// take waits for the turn to look at a password, and says whether it came. Who has it calls give.
+func (p *passwords) take(ctx context.Context, guesses bool) bool {
+	p.mu.Lock()
+	if !p.looking {
+		p.looking = true
+		p.mu.Unlock()
+		return true
+	}
+	queue := &p.queues[map[bool]int{true: 1}[guesses]]
+	turn := make(chan struct{})
+	*queue = append(*queue, turn)
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	select {
+	case <-turn:
+		return true
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	at := slices.Index(*queue, turn)
+	if at >= 0 {
+		*queue = slices.Delete(*queue, at, at+1)
+	}
+	p.mu.Unlock()
+	return at < 0 // it came at the last moment
+}
+
+func (p *passwords) give() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, queue := range p.queues {
+		if len(queue) > 0 {
+			p.queues[i] = queue[1:]
+			close(queue[0])
+			return
+		}
+	}
+	p.looking = false
 }
 
 func (p *passwords) digest(of hash, password string) []byte {

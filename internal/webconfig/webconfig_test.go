@@ -315,3 +315,40 @@ func TestGuessingNewcomer(t *testing.T) {
 		}
 	})
 }
+
+// TestGuessingMany: guesses from many addresses, without a pause, keep nobody out who has not
+// guessed, also where nothing is known yet; and what is kept of guessers ends.
+func TestGuessingMany(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPasswords()
+		p.compare = func(h, password []byte) error {
+			time.Sleep(60 * time.Millisecond) // cost 10
+			if string(password) != "right" {
+				return errors.New("no")
+			}
+			return nil
+		}
+		users := map[string]hash{"ops": "hash"}
+		end := time.Now().Add(time.Minute)
+		for n := range 64 {
+			guesser := netip.PrefixFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(n)}), 32)
+			go func() {
+				for time.Now().Before(end) {
+					p.check(t.Context(), users, "ops", "wrong", guesser)
+					time.Sleep(10 * time.Millisecond)
+				}
+			}()
+		}
+		// As long as their first guesses take.
+		time.Sleep(50 * time.Second)
+		scraper := netip.MustParsePrefix("203.0.114.1/32")
+		if got := p.check(t.Context(), users, "ops", "right", scraper); got != right {
+			t.Errorf("the right password: %d", got)
+		}
+		time.Sleep(2 * failedFor)
+		p.check(t.Context(), users, "ops", "wrong", netip.MustParsePrefix("203.0.114.2/32"))
+		if len(p.failed) != 1 || len(p.waiting) > 0 {
+			t.Errorf("kept: %v, %v", p.failed, p.waiting)
+		}
+	})
+}
