@@ -177,16 +177,9 @@ func setAttributes(w *guestattr.Writer, s status.Status) {
 	if s.Bootstrap.Failure != "" {
 		w.Set(guestattr.BootstrapLastFailure, s.Bootstrap.Failure)
 	}
-	if s.Ready || s.Heartbeat.Sub(s.Started) >= statusFrom {
-		head, services := s.Line()
-		w.SetWithTail(guestattr.AgentStatus, head, services)
-	}
+	head, services := s.Line()
+	w.SetWithTail(guestattr.AgentStatus, head, services)
 }
-
-// statusFrom is how long after the start agent-status waits while the VM is not ready: nobody has
-// been asked yet. A start that is well would else spend a query on it, and all who read it would see
-// a VM for a minute as not ready whose agent was restarted.
-const statusFrom = 5 * time.Second
 
 // notify tells systemd that the loop runs: READY at its first pass (the mesh's readiness is
 // /healthz/ready), the watchdog at each one, so that a loop that hangs is ended with its

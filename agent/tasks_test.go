@@ -190,19 +190,3 @@ func TestNumbers(t *testing.T) {
 		}
 	}
 }
-
-// TestStatusAtStart: agent-status does not tell of the moment in which nobody was asked yet.
-func TestStatusAtStart(t *testing.T) {
-	for _, test := range []struct {
-		after time.Duration
-		ready bool
-		told  int
-	}{{0, false, 0}, {statusFrom - 1, false, 0}, {statusFrom, false, 1}, {time.Second, true, 1}} {
-		w := guestattr.New(guestattr.Options{})
-		setAttributes(w, status.Status{Started: testStart, Heartbeat: testStart.Add(test.after),
-			Ready: test.ready})
-		if told := w.State().Pending - 1; told != test.told { // and the heartbeat
-			t.Errorf("after %v, ready %v: told %d times", test.after, test.ready, told)
-		}
-	}
-}
