@@ -88,8 +88,8 @@ func (t *told) publish(p passed, backend string) {
 	t.reporters.status(s)
 }
 
-// standing is how the VM stands after a pass. An earlier run's goes on where it stood so: a run knows
-// nothing at its first passes, and a restart of the agent is none of the VM's.
+// standing is how the VM stands after a pass. An earlier run's goes on where it stood so: a run
+// knows nothing at its first passes, and a restart of the agent is none of the VM's.
 func (t *told) standing(s status.Status, now time.Time) Standing {
 	is := Standing{s.State(), s.Failing, now.UTC().Truncate(time.Second)}
 	switch {
@@ -101,8 +101,8 @@ func (t *told) standing(s status.Status, now time.Time) Standing {
 	return is
 }
 
-// stand are those of the failures that are no longer told as such but are not over: another explains
-// them by now, or bootstrap has begun, which may put them right.
+// stand are those of the failures that are no longer told as such but are not over: another
+// explains them by now, or bootstrap has begun, which may put them right.
 func (p passed) stand(failures []Failure) (some []Failure) {
 	unsaid := map[which]bool{}
 	for _, found := range p.hidden {
