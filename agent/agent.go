@@ -246,7 +246,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	if err != nil {
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
-	failures := loadFailures(a.settings.StateDir)
+	failures := loadFailures(a.settings.StateDir, machineSum())
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{

@@ -191,7 +191,7 @@ func TestStandingKept(t *testing.T) {
 	var last status.Status
 	restarted := func() *told {
 		told, _ := heard()
-		told.failures = loadFailures(dir)
+		told.failures = loadFailures(dir, "")
 		told.before = told.failures.Standing
 		told.reporters.status = func(s status.Status) { last = s }
 		return told

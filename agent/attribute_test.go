@@ -357,7 +357,7 @@ func TestRunHistory(t *testing.T) {
 	put(&keptAttribute{Text: keptText})
 	wait("nothing is kept", func() bool {
 		k, err := loadKept(dir)
-		return err == nil && k != nil && k.Text == keptText && loadFailures(dir).Over.Text == "x"
+		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, "").Over.Text == "x"
 	})
 	put(nil)
 	wait("it is still kept", func() bool { k, err := loadKept(dir); return k == nil && err == nil })

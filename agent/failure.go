@@ -51,6 +51,7 @@ type Failures struct {
 	Over    Failure   `json:"over,omitzero"`
 	// Standing is kept with them for the next start.
 	Standing Standing `json:"standing,omitzero"`
+	Machine  string   `json:"machine,omitempty"` // whose they are (machineSum), "" where nothing tells
 }
 
 // Standing is how the VM stands, in as many words as are grouped by, and since when, UTC.
@@ -70,7 +71,7 @@ const forgetAfter = time.Hour
 // start. Those that stay last without a finding that tells of them.
 func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
-	next := Failures{Over: f.Over, Standing: f.Standing}
+	next := Failures{Over: f.Over, Standing: f.Standing, Machine: f.Machine}
 	var errors []symptom.Finding
 	at := map[which][]int{} // of errors that are not old ones
 	for _, found := range findings {
@@ -192,13 +193,16 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 
 const failureFile = "last-failure.json"
 
-// loadFailures reads the failures of an earlier run; a missing or unreadable file
-// loses nothing but history.
-func loadFailures(dir string) (f Failures) {
+// loadFailures reads the failures of an earlier run on this machine; a missing or unreadable file
+// loses nothing but history. Those of the VM that this one's disk was made from are not this VM's.
+func loadFailures(dir, machine string) Failures {
+	f := Failures{}
 	b, err := os.ReadFile(filepath.Join(dir, failureFile))
-	if err != nil || json.Unmarshal(b, &f) != nil {
-		return Failures{}
+	if err != nil || json.Unmarshal(b, &f) != nil ||
+		f.Machine != machine && f.Machine != "" && machine != "" {
+		f = Failures{}
 	}
+	f.Machine = machine
 	return f
 }
 

@@ -70,7 +70,7 @@ func TestFailure(t *testing.T) {
 		if err := f.save(dir); err != nil {
 			t.Fatal(err)
 		}
-		if back := loadFailures(dir); back.String() != f.String() || !back.equal(f) {
+		if back := loadFailures(dir, ""); back.String() != f.String() || !back.equal(f) {
 			t.Errorf("after %v: read back %q", s.after, back)
 		}
 	}
@@ -137,7 +137,7 @@ func TestFailureIs(t *testing.T) {
 // TestFailuresKept: they are kept for nobody else to read, and what cannot be read is no history.
 func TestFailuresKept(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	if f := loadFailures(dir); !f.equal(Failures{}) {
+	if f := loadFailures(dir, ""); !f.equal(Failures{}) {
 		t.Errorf("nothing is kept, and it is %+v", f)
 	}
 	f := Failures{Over: Failure{Text: "x"}}
@@ -150,11 +150,20 @@ func TestFailuresKept(t *testing.T) {
 			t.Errorf("%s: mode %v, %v, want %v", path, info.Mode(), err, mode)
 		}
 	}
+	f.Machine = "mine"
+	if err := f.save(dir); err != nil {
+		t.Fatal(err)
+	}
+	for machine, want := range map[string]string{"mine": "x", "": "x", "a clone": ""} {
+		if f := loadFailures(dir, machine); f.Over.Text != want || f.Machine != machine {
+			t.Errorf("on machine %q: %+v", machine, f)
+		}
+	}
 	half := []byte(`{"over":{"text":"half"},"lasting":[{`)
 	if err := os.WriteFile(path, half, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if f := loadFailures(dir); !f.equal(Failures{}) {
+	if f := loadFailures(dir, ""); !f.equal(Failures{}) {
 		t.Errorf("half of it is read: %+v", f)
 	}
 	if err := f.save(filepath.Join(path, "below-a-file")); err == nil {
