@@ -45,8 +45,9 @@ func TestGcloud(t *testing.T) {
 		s, err := a.Status(t.Context())
 		must(t, err)
 		g := m.Platform.GuestAttributes(guestattr.Namespace)
+		head, _ := s.Line()
 		return g["proxy-version"] != "" && g["agent-heartbeat"] != "" &&
-			g["agent-last-failure"] == s.LastFailure && strings.Contains(g["agent-status"], " state=ready ")
+			g["agent-last-failure"] == s.LastFailure && strings.HasPrefix(g["agent-status"], head)
 	}))
 	attributes := m.Platform.GuestAttributes(guestattr.Namespace)
 	beat, err := time.Parse(time.RFC3339, attributes["agent-heartbeat"])
