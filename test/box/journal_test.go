@@ -52,6 +52,7 @@ func TestJournal(t *testing.T) {
 	for _, release := range releases() {
 		t.Run(release, func(t *testing.T) {
 			v := ready(t, options{release: release})
+			v.checkProtected()
 			v.checkCatalog()
 			v.checkExplained()
 			v.checkStuck()
