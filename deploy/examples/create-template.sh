@@ -6,8 +6,9 @@
 #   gcloud storage cp dist/service-proxy-agent-VERSION.tgz gs://BUCKET/
 #   ./create-template.sh TEMPLATE gs://BUCKET/service-proxy-agent-VERSION.tgz
 #
-# The VMs' service account needs roles/trafficdirector.client, and roles/storage.objectViewer on the
-# bucket; the project needs trafficdirector.googleapis.com enabled.
+# The VMs' service account needs roles/trafficdirector.client, roles/logging.logWriter, and
+# roles/storage.objectViewer on the bucket; the project needs trafficdirector.googleapis.com and
+# logging.googleapis.com enabled.
 set -eu
 template=$1 archive=$2
 exec gcloud compute instance-templates create "$template" \

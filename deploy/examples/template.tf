@@ -1,7 +1,7 @@
 # A managed instance group of mesh nodes, autohealed on the agent's /healthz: it is 200 only once
 # bootstrap has finished, and fails only for what a new VM would mend.
 variable "archive" { description = "gs://BUCKET/service-proxy-agent-VERSION.tgz" }
-variable "service_account" { description = "e-mail; needs roles/trafficdirector.client and roles/storage.objectViewer" }
+variable "service_account" { description = "e-mail; needs roles/trafficdirector.client, roles/logging.logWriter and roles/storage.objectViewer" }
 
 resource "google_compute_instance_template" "mesh" {
   name_prefix  = "mesh-"

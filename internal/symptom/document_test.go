@@ -70,9 +70,9 @@ func findings(t *testing.T) string {
 	var doc strings.Builder
 	doc.WriteString(`# What the agent says, and what to do
 
-An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1 and in the log. A
-warning is told on serial port 1, in the log and in ` + "`status`" + `, advice in ` + "`status`" + ` alone. All have a
-series, which is 0 while the finding does not stand: ` +
+An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1, in Cloud Logging and in
+the log. A warning is told in all of these but the guest attribute, advice in ` + "`status`" + ` alone. All have
+a series, which is 0 while the finding does not stand: ` +
 		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
 
     gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
