@@ -516,7 +516,8 @@ func TestEnvoyUpgrade(t *testing.T) {
 		}},
 	} {
 		step.do()
-		v.eventually(90*time.Second, step.name+": proxy-version", func() error {
+		// Three queries a minute have bootstrap's status, the heartbeat and a failure to tell before it.
+		v.eventually(150*time.Second, step.name+": proxy-version", func() error {
 			if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "/"+step.version+"/") {
 				return fmt.Errorf("it is %q, want %s; bootstrap: %q", have, step.version,
 					v.state().FailureLine())
