@@ -196,14 +196,22 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 // rule is left out for the second.
 func (k *Kernel) addAlone(ctx context.Context, t tool, spec string) (err error) {
 	words, _ := splitWords(spec)
-	// Chain already exists is all that can be wrong with this and not with the next.
-	_, _ = k.run(ctx, writeLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-N", chainProbe)
-	args := append([]string{"-w", lockWait, "-t", "nat", "-A", chainProbe}, words...)
-	for range attempts {
-		if _, err = k.run(ctx, writeLimit, nil, t.list, args...); !errors.Is(err, ErrLocked) {
-			break
+	run := func(args ...string) error {
+		for range attempts {
+			_, err = k.run(ctx, writeLimit, nil, t.list,
+				append([]string{"-w", lockWait, "-t", "nat"}, args...)...)
+			if !errors.Is(err, ErrLocked) {
+				break
+			}
 		}
+		return err
 	}
+	// Without the chain the rule would be refused for that. Else, Chain already exists is all that can
+	// be wrong with this and not with the next.
+	if err := run("-N", chainProbe); errors.Is(err, ErrLocked) {
+		return err
+	}
+	err = run(append([]string{"-A", chainProbe}, words...)...)
 	if command, ok := errors.AsType[*CommandError](err); ok && !errors.Is(err, ErrLocked) &&
 		!errors.Is(err, ErrNotRoot) && !errors.Is(err, ErrNoTable) {
 		return &RefusedError{
