@@ -171,20 +171,23 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 	} else if isRefusal {
 		return refusal, nil
 	}
-	if err != nil && !isRefusal {
+	if err != nil && !isRefusal && !errors.Is(err, ErrLocked) {
 		return nil, err
 	}
 	// Overtaken, too, on legacy. What stays behind is taken for drift, so this tries longer.
+	var removed error
 	for range 4 * attempts {
 		removal := Plan{family: t.family, lines: []string{declared, "-X " + chainProbe}}
-		if err = k.restore(ctx, t, removal); err == nil {
+		if removed = k.restore(ctx, t, removal); removed == nil {
 			break
 		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("remove probe: %w", err)
-	}
-	if isRefusal {
+	switch {
+	case errors.Is(err, ErrLocked):
+		return nil, err
+	case removed != nil:
+		return nil, fmt.Errorf("remove probe: %w", removed)
+	case isRefusal:
 		return refusal, nil
 	}
 	return nil, nil
@@ -212,13 +215,18 @@ func (k *Kernel) addAlone(ctx context.Context, t tool, spec string) (err error) 
 		return err
 	}
 	err = run(append([]string{"-A", chainProbe}, words...)...)
-	if command, ok := errors.AsType[*CommandError](err); ok && !errors.Is(err, ErrLocked) &&
-		!errors.Is(err, ErrNotRoot) && !errors.Is(err, ErrNoTable) {
-		return &RefusedError{
-			Family: t.family, Rule: "-A " + chainProbe + " " + spec, Stderr: command.Stderr,
-		}
+	command, ok := errors.AsType[*CommandError](err)
+	if !ok || errors.Is(err, ErrLocked) || errors.Is(err, ErrNotRoot) || errors.Is(err, ErrNoTable) {
+		return err
 	}
-	return err
+	// Who writes without the lock may put back the table as it was before the chain, if both have as
+	// many rules: that is all the kernel compares.
+	if run("-S", chainProbe) != nil {
+		return fmt.Errorf("%w: the probe's chain went away", ErrLocked)
+	}
+	return &RefusedError{
+		Family: t.family, Rule: "-A " + chainProbe + " " + spec, Stderr: command.Stderr,
+	}
 }
 
 func leftOut(f Family, rule string, verdict error) RefusedError {
