@@ -192,6 +192,30 @@ func TestProbeOfBefore(t *testing.T) {
 	})
 }
 
+// TestProbeOfNew: the way of a process that was just met is tried soon, though that of the one before
+// was tried a moment ago; one that crashes all the time has it tried no more than each two seconds.
+func TestProbeOfNew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &way{}
+		w := probing(t, p)
+		w.step()
+		synctest.Wait()
+		w.step() // takes the answer
+		p.tries()
+		w.targets = []envoyadmin.Target{{Address: "c:443"}}
+		tries := 0
+		for range 20 {
+			w.restart()
+			w.after(time.Second)
+			synctest.Wait()
+			tries += strings.Count(p.tries(), "c:443")
+		}
+		if tries < 5 || tries > 10 {
+			t.Errorf("tried %d times in 20 s", tries)
+		}
+	})
+}
+
 // TestProbeLate: the stream stands again before the answer of a try came.
 func TestProbeLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

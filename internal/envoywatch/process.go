@@ -50,6 +50,9 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 		id: id, info: info, state: info.State,
 		stream: w.process.stream.after(w.began),
 	}
+	if soon := w.o.Now().Add(probeNew - probeEvery); w.probeAt.After(soon) {
+		w.probeAt = soon
+	}
 	return nil
 }
 

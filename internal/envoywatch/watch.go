@@ -101,6 +101,9 @@ const (
 	warmLimit = time.Minute
 	// probeEvery is how often our own way to the control plane is tried while Envoy's is broken.
 	probeEvery = 30 * time.Second
+	// probeNew is how soon it is tried for a process that was just met, whenever it was tried for the
+	// one before; an Envoy that crashes all the time has it tried no more often.
+	probeNew = 2 * time.Second
 	// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin
 	// address.
 	unitEvery = 5 * time.Second
