@@ -169,7 +169,7 @@ func TestTable(t *testing.T) {
 		makeRoom()
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
-		_, err := a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
+		_, err := a.Wait(within(t, 45*time.Second), "the words", func(s status.Status) bool {
 			return strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") &&
 				strings.Contains(s.LastFailure, "connection refused")
 		})
