@@ -11,11 +11,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -440,14 +442,40 @@ func (v *VM) Serial() string {
 	return strings.ReplaceAll(v.serial.String(), "\r\n", "\n")
 }
 
+// ownCgroup runs a command in a cgroup named $0, in each hierarchy that systemd uses: version 2 alone,
+// or "systemd" and "unified" beside those of version 1. Boxes side by side would else share theirs,
+// and the systemd of one take away what that of another was about to start a service in (status
+// 219/CGROUP).
+const ownCgroup = `for h in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; do
+	[ -e $h/cgroup.procs ] && mkdir -p $h/$0 && echo $$ >$h/$0/cgroup.procs
+done
+exec "$@"`
+
+// removeCgroup removes what ownCgroup made, and what the box made in it.
+func removeCgroup(name string) {
+	for _, hierarchy := range []string{"", "systemd", "unified"} {
+		var dirs []string
+		_ = filepath.WalkDir(filepath.Join("/sys/fs/cgroup", hierarchy, name),
+			func(path string, d fs.DirEntry, err error) error {
+				if err == nil && d.IsDir() {
+					dirs = append(dirs, path)
+				}
+				return nil
+			})
+		for _, dir := range slices.Backward(dirs) {
+			_ = os.Remove(dir) // one in which something still runs stays
+		}
+	}
+}
+
 // boot starts the box and waits until systemd answers.
 func (v *VM) boot() {
 	t := v.t
 	t.Helper()
 	v.platform.Rebooted()
 	name := fmt.Sprintf("spa-box-%d-%d", os.Getpid(), time.Now().UnixNano()%1e6)
-	v.nspawn = exec.Command("systemd-nspawn", "--quiet", "-D", v.root, "-b", "--register=no",
-		"--keep-unit", "--machine="+name,
+	v.nspawn = exec.Command("sh", "-c", ownCgroup, name, "systemd-nspawn", "--quiet", "-D", v.root,
+		"-b", "--register=no", "--keep-unit", "--machine="+name,
 		"--network-namespace-path=/run/netns/"+v.lab.VM.Name, "--bind="+v.pts+":/dev/ttyS0", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
 		"--console=pipe",
 		// the one nspawn gives only with a namespace of its own making, the other modprobe@.service wants
@@ -460,6 +488,7 @@ func (v *VM) boot() {
 	v.exited = make(chan struct{})
 	go func(cmd *exec.Cmd, exited chan struct{}) {
 		_ = cmd.Wait() // however it ends
+		removeCgroup(name)
 		close(exited)
 	}(v.nspawn, v.exited)
 	v.eventually(30*time.Second, "the box has a pid 1", func() error {
