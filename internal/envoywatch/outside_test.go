@@ -192,8 +192,9 @@ func TestProbeOfBefore(t *testing.T) {
 	})
 }
 
-// TestProbeOfNew: the way of a process that was just met is tried soon, though that of the one before
-// was tried a moment ago; one that crashes all the time has it tried no more than each two seconds.
+// TestProbeOfNew: the way of a process that was just met is tried soon, though that of the one
+// before was tried a moment ago; one that crashes all the time has it tried no more than each two
+// seconds.
 func TestProbeOfNew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := &way{}

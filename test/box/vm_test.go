@@ -442,10 +442,10 @@ func (v *VM) Serial() string {
 	return strings.ReplaceAll(v.serial.String(), "\r\n", "\n")
 }
 
-// ownCgroup runs a command in a cgroup named $0, in each hierarchy that systemd uses: version 2 alone,
-// or "systemd" and "unified" beside those of version 1. Boxes side by side would else share theirs,
-// and the systemd of one take away what that of another was about to start a service in (status
-// 219/CGROUP).
+// ownCgroup runs a command in a cgroup named $0, in each hierarchy that systemd uses: version 2
+// alone, or "systemd" and "unified" beside those of version 1. Boxes side by side would else share
+// theirs, and the systemd of one take away what that of another was about to start a service in
+// (status 219/CGROUP).
 const ownCgroup = `for h in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; do
 	[ -e $h/cgroup.procs ] && mkdir -p $h/$0 && echo $$ >$h/$0/cgroup.procs
 done
