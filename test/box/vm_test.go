@@ -451,19 +451,26 @@ const ownCgroup = `for h in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup
 done
 exec "$@"`
 
-// removeCgroup removes what ownCgroup made, and what the box made in it.
+// removeCgroup removes what ownCgroup made, and what the box made in it, once its processes have
+// ended.
 func removeCgroup(name string) {
 	for _, hierarchy := range []string{"", "systemd", "unified"} {
-		var dirs []string
-		_ = filepath.WalkDir(filepath.Join("/sys/fs/cgroup", hierarchy, name),
-			func(path string, d fs.DirEntry, err error) error {
+		top := filepath.Join("/sys/fs/cgroup", hierarchy, name)
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
+			var dirs []string
+			_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
 				if err == nil && d.IsDir() {
 					dirs = append(dirs, path)
 				}
 				return nil
 			})
-		for _, dir := range slices.Backward(dirs) {
-			_ = os.Remove(dir) // one in which something still runs stays
+			if len(dirs) == 0 {
+				break
+			}
+			for _, dir := range slices.Backward(dirs) {
+				_ = os.Remove(dir)
+			}
+			time.Sleep(20 * time.Millisecond)
 		}
 	}
 }
