@@ -16,8 +16,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -53,20 +51,7 @@ func newMeasured(t testing.TB, k *iptables.Kernel) *measured {
 		attribute: attributeInForce{
 			Known: true, Config: attribute.Default()},
 		mark: readMark(t.TempDir(), log),
-		vm: vm{
-			addrs:      func() ([]netip.Addr, error) { return nil, nil },
-			userIDs:    func(string) (uint32, uint32, error) { return proxyUID, proxyGID, nil },
-			userName:   func(uint32) string { return "" },
-			tcp:        listeners,
-			udp:        listeners,
-			progress:   func() (progress.State, error) { return progress.State{}, nil },
-			account:    func() *metadata.Account { return nil },
-			guestOff:   func() bool { return false },
-			listenErr:  func() error { return nil },
-			metricsErr: func() error { return nil },
-			backend:    k.Backend,
-			request:    func(string) error { return nil },
-		},
+		vm:   quietVM(k, listeners),
 		told: told{log: log, reporters: reporters{
 			events:  func(report.Event) {},
 			metrics: m.metrics.Pass,

@@ -80,19 +80,27 @@ func (w *world) vm(k *iptables.Kernel) vm {
 		}
 		return all, nil
 	}
+	v := quietVM(k, listeners)
+	v.addrs = func() ([]netip.Addr, error) {
+		if w.local.IsValid() {
+			return []netip.Addr{w.local}, nil
+		}
+		return nil, nil
+	}
+	v.userIDs = func(string) (uint32, uint32, error) {
+		if w.noUser {
+			return 0, 0, errors.New("no such user")
+		}
+		return proxyUID, proxyGID, nil
+	}
+	return v
+}
+
+// quietVM has a kernel, ports and the proxy's user, and nothing else to tell.
+func quietVM(k *iptables.Kernel, listeners func(uint16) ([]sockdiag.Listener, error)) vm {
 	return vm{
-		addrs: func() ([]netip.Addr, error) {
-			if w.local.IsValid() {
-				return []netip.Addr{w.local}, nil
-			}
-			return nil, nil
-		},
-		userIDs: func(string) (uint32, uint32, error) {
-			if w.noUser {
-				return 0, 0, errors.New("no such user")
-			}
-			return proxyUID, proxyGID, nil
-		},
+		addrs:      func() ([]netip.Addr, error) { return nil, nil },
+		userIDs:    func(string) (uint32, uint32, error) { return proxyUID, proxyGID, nil },
 		userName:   func(uint32) string { return "" },
 		tcp:        listeners,
 		udp:        listeners,
