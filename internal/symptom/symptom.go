@@ -84,6 +84,21 @@ const (
 	InterceptionNotReady ID = "interception-port-closed" // Hold: Envoy does not accept yet
 	Starting             ID = "starting"                 // status asked before the first pass
 	ListenAddress        ID = "listen-address"           // /healthz or /metrics cannot be served
+
+	EnvoyOtherUser     ID = "envoy-other-user"        // row 15: not the user that is let out
+	RulesDiffer        ID = "rules-differ"            // row 13: and nobody repairs them
+	InputDropped       ID = "serving-port-dropped"    // row 20
+	ApplicationSilent  ID = "application-silent"      // row 21
+	EndpointsPanic     ID = "endpoints-panic"         // row 24
+	EndpointsUnhealthy ID = "endpoints-unhealthy"     // row 31
+	AgentStuck         ID = "agent-stuck"             // row 28
+	EnvoyIdentity      ID = "envoy-identity"          // row 29
+	ClockWrong         ID = "clock-wrong"             // row 30
+	OldConnections     ID = "old-connections"         // row 33
+	ConntrackFull      ID = "conntrack-full"          // row 35
+	NoRoute            ID = "no-route"                // row 36
+	EnvoyNotOurs       ID = "envoy-not-as-configured" // row 37
+	ToolsMissing       ID = "iptables-missing"        // row 38
 )
 
 // Finding is one symptom that is there now.
@@ -99,6 +114,19 @@ type Finding struct {
 	// Key tells two findings of one ID apart (a listener's name, a port); together they say
 	// when it is the same one.
 	Key string `json:"key,omitempty"`
+	// Since is when it was first seen, UTC; zero: not known.
+	Since time.Time `json:"since,omitzero"`
+	// Evidence is what it was found by, as it was seen.
+	Evidence []Evidence `json:"evidence,omitempty"`
+	// Commands are the next step to paste, with this VM's own project, zone and names.
+	Commands []string `json:"commands,omitempty"`
+}
+
+// Evidence is what a source told: the text as it was seen, which may hold what others have written.
+type Evidence struct {
+	Source Source    `json:"source"`
+	Time   time.Time `json:"time,omitzero"` // UTC; zero: not known
+	Text   string    `json:"text"`
 }
 
 // Text is the line for people: cause first, then the next step.
@@ -199,6 +227,12 @@ type Facts struct {
 	Uncovered    []uint16 // serving ports without a chain in Envoy's inbound listener
 	ServerFirst  []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
 	Others       []iptables.OtherChain
+
+	VM VM
+	// Unseen are the sources that could not be observed, and why. Of a source that is not in it the
+	// fields are what it told, also when that is nothing.
+	Unseen map[Source]string
+	Surroundings
 }
 
 // Refusal is an entry of a listener that agent.Desired would not turn into a rule.

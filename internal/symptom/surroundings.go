@@ -1,0 +1,118 @@
+package symptom
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// Source is where facts come from.
+type Source string
+
+const (
+	FromKernel    Source = "iptables"        // table nat of both families
+	FromFilter    Source = "iptables-filter" // table filter
+	FromOthers    Source = "other-chains"    // other nat chains, and the other backend's
+	FromSockets   Source = "sockets"         // who listens, by sock_diag
+	FromConntrack Source = "conntrack"       // the connection tracking table
+	FromRoutes    Source = "routes"          // the routing table
+	FromUsers     Source = "users"           // who the proxy's user is
+	FromEnvoy     Source = "envoy"           // its admin interface
+	FromEnvoyLog  Source = "envoy-log"       // its log
+	FromClusters  Source = "envoy-clusters"  // the health of its endpoints
+	FromMetadata  Source = "metadata-server" // the attribute, and what else it says of the VM
+	FromState     Source = "state-folder"    // what bootstrap reached and configured
+	FromAgent     Source = "agent"           // the daemon: only it knows what happened over time
+)
+
+// VM is what the metadata server says this machine is; "" where it is not known.
+type VM struct {
+	Name, Zone    string // "web-1", "europe-west1-b"
+	Project       string // its ID
+	ProjectNumber string
+	Network       string // of its first interface: "default"
+}
+
+// Surroundings are facts on what Envoy and the rules stand in.
+type Surroundings struct {
+	Dropped []Dropped
+	Silent  []uint16 // serving ports on which nothing listens
+	// Clusters are those of Envoy's that have endpoints which are not healthy.
+	Clusters []Cluster
+	// Clock is how far this VM's clock is ahead of the metadata server's; behind is negative. What is
+	// below a second, or not known, is zero.
+	Clock time.Duration
+	// Node is what Envoy should present itself with, and Presented what it does. Configured and
+	// Running are the same of what bootstrap wrote and what the Envoy that runs was started with. Each
+	// is nil where it is not known.
+	Node, Presented     *Node
+	Configured, Running *EnvoyConfig
+	Conntrack           Conntrack
+	NoRoute             []Unrouted
+	Old                 []OldConnection
+	Agent               Agent
+	// Processes are users other than the proxy's that hold a port of Envoy's, and as whom a program
+	// named envoy runs, or that answers on the admin port.
+	Processes []uint32
+	// Differ is how the kernel's rules differ from what Envoy needs, where nobody repairs them.
+	Differ []iptables.Drift
+	// NoTools is why there is no iptables to be had; nil: there is.
+	NoTools error
+}
+
+// Dropped is a serving port that table filter drops whoever asks.
+type Dropped struct {
+	Family iptables.Family
+	Port   uint16 // the serving port
+	At     uint16 // the port that the rule sees: Envoy's, where the port is redirected
+	Chain  string
+	Rule   string // in iptables-save's form without "-A CHAIN"; "": the chain's policy
+}
+
+// Cluster is a cluster of Envoy's.
+type Cluster struct {
+	envoyadmin.ClusterHealth
+	// Panic: Envoy ignores the health and sends to all (lb_healthy_panic moved).
+	Panic bool
+}
+
+// Node is how an Envoy presents itself to Traffic Director; "" where it does not.
+type Node struct{ ID, ProjectNumber, Network string }
+
+// EnvoyConfig is what tells an Envoy from another: whose it is and whom it asks.
+type EnvoyConfig struct {
+	NodeID  string
+	Targets []string // host:port of its control planes
+	From    string   // the file, or the process
+}
+
+// Conntrack is the connection tracking table; the zero value where there is none.
+type Conntrack struct {
+	Count, Max int
+	Dropped    uint64 // packets since the last look, because it was full
+}
+
+// Unrouted is that a family's services have no route.
+type Unrouted struct {
+	Family iptables.Family
+	Addrs  []netip.Addr // a few of them
+	Count  int          // all of them
+	Of     int          // of so many services' addresses
+	Err    string       // the kernel's word: "network is unreachable"
+}
+
+// OldConnection is one that was there before the rules, and goes the old way.
+type OldConnection struct {
+	From, To netip.AddrPort
+	UID      uint32
+}
+
+// Agent is the daemon, as others see it.
+type Agent struct {
+	Heartbeat time.Time // when its last pass ended; zero: not known
+	Now       time.Time // when that was looked at
+	// Killed is when systemd's watchdog ended an earlier run, which hung; zero: it did not lately.
+	Killed time.Time
+}
