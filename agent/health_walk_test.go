@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -200,9 +201,54 @@ var sicknesses = []sick{
 	}, "bootstrap: FAILED no such archive"},
 }
 
+// strains are what Envoy and the rules stand in, in the worst form. A new VM stands in the same, or
+// would hide what a person should see.
+var strains = map[symptom.ID]func(*symptom.Surroundings){
+	symptom.EnvoyOtherUser: func(s *symptom.Surroundings) { s.Processes = []uint32{0} },
+	symptom.RulesDiffer: func(s *symptom.Surroundings) {
+		s.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}}
+	},
+	symptom.InputDropped: func(s *symptom.Surroundings) {
+		s.Dropped = []symptom.Dropped{{Port: 80, At: 15006, Chain: "INPUT"}}
+	},
+	symptom.ApplicationSilent: func(s *symptom.Surroundings) { s.Silent = []uint16{80} },
+	symptom.EndpointsPanic: func(s *symptom.Surroundings) {
+		s.Clusters = append(s.Clusters, symptom.Cluster{Panic: true,
+			ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5}})
+	},
+	symptom.EndpointsUnhealthy: func(s *symptom.Surroundings) {
+		s.Clusters = append(s.Clusters, symptom.Cluster{
+			ClusterHealth: envoyadmin.ClusterHealth{Name: "db", Total: 5, Healthy: 4}})
+	},
+	symptom.AgentStuck: func(s *symptom.Surroundings) { s.Agent.Killed = time.Now() },
+	symptom.EnvoyIdentity: func(s *symptom.Surroundings) {
+		s.Node, s.Presented = &symptom.Node{Network: "default"}, &symptom.Node{}
+	},
+	symptom.ClockWrong: func(s *symptom.Surroundings) { s.Clock = time.Hour },
+	symptom.OldConnections: func(s *symptom.Surroundings) {
+		s.Old = make([]symptom.OldConnection, 2)
+	},
+	symptom.ConntrackFull: func(s *symptom.Surroundings) {
+		s.Conntrack = symptom.Conntrack{Count: 8, Max: 8, Dropped: 1}
+	},
+	symptom.NoRoute: func(s *symptom.Surroundings) {
+		s.NoRoute = []symptom.Unrouted{{Family: iptables.IPv6, Count: 1,
+			Addrs: []netip.Addr{netip.MustParseAddr("fd10::1")}}}
+	},
+	symptom.EnvoyNotOurs: func(s *symptom.Surroundings) {
+		s.Configured, s.Running = &symptom.EnvoyConfig{NodeID: "a"}, &symptom.EnvoyConfig{NodeID: "b"}
+	},
+	symptom.ToolsMissing: func(s *symptom.Surroundings) { s.NoTools = errors.New("no iptables") },
+}
+
 // ask is what /healthz says after that pass, and what the pass found.
-func ask(p passed) (ok bool, why string, found []symptom.Finding) {
-	p.findings = symptom.Check(p.seen.Facts(p.want, p.outcomes))
+func ask(p passed, under ...func(*symptom.Surroundings)) (ok bool, why string,
+	found []symptom.Finding) {
+	facts := p.seen.Facts(p.want, p.outcomes)
+	for _, strain := range under {
+		strain(&facts.Surroundings)
+	}
+	p.findings = symptom.Check(facts)
 	s := p.status()
 	s.Heartbeat = time.Now()
 	a := &Agent{awaitBootstrap: true, started: time.Now()}
@@ -230,6 +276,20 @@ func TestHealthzWalk(t *testing.T) {
 				t.Errorf("%s, %s: it is not among %+v", s.id, s.name, found)
 			}
 			walked[s.id] = true
+		}
+		for id, strain := range strains {
+			ok, why, found := ask(healthyVM(), strain)
+			if !ok {
+				t.Errorf("%s: %q", id, why)
+			}
+			if !slices.ContainsFunc(found, func(f symptom.Finding) bool { return f.ID == id }) {
+				t.Errorf("%s: it is not among %+v", id, found)
+			}
+			walked[id] = true
+		}
+		if ok, why, found := ask(healthyVM(), slices.Collect(maps.Values(strains))...); !ok ||
+			len(found) < len(strains) {
+			t.Errorf("all strains together: %v %q, %+v", ok, why, found)
 		}
 		for _, kind := range symptom.Kinds() {
 			if !walked[kind.ID] {

@@ -31,6 +31,10 @@ const (
 // noAlert is each kind of error that has no alert of its own, and why.
 var noAlert = map[symptom.ID]string{
 	symptom.Starting: "no pass finds it: status says it before the first one, and so no series is 1",
+	symptom.RulesDiffer: "doctor finds it where no agent runs, which has no series then: " +
+		"ServiceProxyAgentAbsent tells",
+	symptom.AgentStuck: "an agent that is stuck makes no pass that could find it: " +
+		"ServiceProxyAgentHeartbeatStale tells",
 }
 
 // fromElsewhere are metrics that are not in the golden scrape: Prometheus makes up, and the process

@@ -86,6 +86,35 @@ its address itself reaches it.`,
 control plane gives are not known.`,
 	ListenAddress: `Interception goes on. Health checks and scrapes of the VM get no answer, or
 another program's.`,
+	EnvoyOtherUser: `The rules let Envoy's own traffic out by the user that it runs as. What another
+user's Envoy sends would come back to it for ever, so the jumps are out and traffic goes to the raw
+addresses.`,
+	RulesDiffer: `What the kernel has is not what Envoy's services need, and no agent runs that would put
+it right: some traffic goes past the mesh, or into a port where nobody waits for it.`,
+	InputDropped: `Clients of this VM get no answer on that port. The agent's rules come before table
+filter, so that sees Envoy's inbound port where the serving port is redirected.`,
+	ApplicationSilent: `Envoy accepts the connection and finds nobody behind it: clients get an error
+(503), and health checks through Envoy fail.`,
+	EndpointsPanic: `Below half of its endpoints healthy Envoy takes none of them out any more and sends
+to all. Part of the requests fail, and those that succeed overload who is left.`,
+	EndpointsUnhealthy: `Traffic goes to those that are left, which may be in another zone: slower, and
+paid for.`,
+	AgentStuck: `An agent that hangs repairs nothing and follows no change. The rules stay in the kernel
+as they are. Its loop has a limit for every question, so the stack is worth a report.`,
+	EnvoyIdentity: `The control plane chooses an Envoy's configuration by the network and the project
+that it presents in its node. With another one it gets another configuration, or none.`,
+	ClockWrong: `Certificates and tokens are not valid yet, or not any more, to a clock that is wrong.
+Envoy keeps the connections it has, and cannot make new ones to the control plane.`,
+	OldConnections: `Whether a connection is intercepted is decided when it begins. These began before
+there were rules for their service, and stay as they are until they end.`,
+	ConntrackFull: `Each new connection needs an entry. While there is none left the kernel drops its
+first packet: clients see timeouts, on services of the mesh and on all others.`,
+	NoRoute: `The kernel looks for a route before the rules see the packet. Without one connect fails at
+once (network is unreachable), whatever Envoy knows.`,
+	EnvoyNotOurs: `Another program started the Envoy that answers, with another configuration. What it
+gets from its control plane is not what this VM was set up for.`,
+	ToolsMissing: `The rules are written by iptables and ip6tables. Bootstrap installs them where the
+package manager has them; until then nothing is intercepted.`,
 	Starting: `The first look at Envoy and at the kernel has not ended. This passes within seconds.`,
 }
 

@@ -22,34 +22,33 @@ const cannotReach = "Cannot reach the Traffic Director API server"
 // cloudPlatform is the scope that the control plane's API asks for.
 const cloudPlatform = "https://www.googleapis.com/auth/cloud-platform"
 
-func one(id ID, row int, s Severity, next, cause string, args ...any) []Finding {
-	return []Finding{{ID: id, Row: row, Severity: s, Cause: fmt.Sprintf(cause, args...), Next: next}}
-}
-
 func foreignOwner(f Facts) (out []Finding) {
 	if f.UserErr != nil {
 		return nil
 	}
+	const orElse = "and stop it, or set --proxy-user if Envoy runs as that user"
 	for _, p := range f.Ports {
-		if !p.Listening || p.Owner == f.ProxyUID || p.Purpose == "admin" && p.Owner == 0 {
+		if !p.Listening || p.Owner == f.ProxyUID || p.Purpose == "admin" && p.Owner == 0 ||
+			slices.Contains(f.Processes, p.Owner) { // the last is otherUser's
 			continue
 		}
 		if !p.Addr.IsValid() {
-			out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Purpose,
-				Cause: fmt.Sprintf(
-					"Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from "+
-						"there is believed", p.Purpose, f.Envoy.Admin, p.owner(), f.ProxyUser, f.ProxyUID),
-				Next: "find it with `ss -lxp` and stop it, or set --proxy-user if Envoy runs as that user"})
+			socket := strings.TrimPrefix(f.Envoy.Admin, "unix://")
+			out = append(out, finding(ForeignOwner, 32, Error, "find it with `ss -lxp` "+orElse,
+				"Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from "+
+					"there is believed", p.Purpose, f.Envoy.Admin, p.owner(), name(f.ProxyUser), f.ProxyUID).
+				under(p.Purpose).
+				seen(FromSockets, time.Time{}, fmt.Sprintf("%s %s", name(socket), p.owner())).
+				try("sudo ss -lxp", "ls -l -- "+word(socket, "SOCKET")))
 			continue
 		}
-		out = append(out, Finding{ID: ForeignOwner, Row: 32, Severity: Error, Key: p.Addr.String(),
-			Cause: fmt.Sprintf(
-				"Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and "+
-					"nothing from there is believed",
-				p.Addr.Port(), p.Purpose, p.owner(), f.ProxyUser, f.ProxyUID),
-			Next: fmt.Sprintf(
-				"find it with `ss -ltunp sport = :%d` and stop it, or set --proxy-user if Envoy runs as that "+
-					"user", p.Addr.Port())})
+		out = append(out, finding(ForeignOwner, 32, Error,
+			fmt.Sprintf("find it with `ss -ltunp sport = :%d` ", p.Addr.Port())+orElse,
+			"Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and "+
+				"nothing from there is believed",
+			p.Addr.Port(), p.Purpose, p.owner(), name(f.ProxyUser), f.ProxyUID).
+			under(p.Addr.String()).seen(FromSockets, time.Time{}, p.socket()).
+			try(listens(p.Addr.Port()), fmt.Sprintf("ps -fu %d", p.Owner)))
 	}
 	return out
 }
@@ -66,16 +65,17 @@ func resolverLoop(f Facts) (out []Finding) {
 			continue
 		}
 		reported[p.Owner] = true
-		name := cmp.Or(p.OwnerName, strconv.FormatUint(uint64(p.Owner), 10))
+		who := cmp.Or(name(p.OwnerName), strconv.FormatUint(uint64(p.Owner), 10))
 		if p.Owner == 0 {
-			name = "the user it runs as"
+			who = "the user it runs as"
 		}
-		out = append(out, Finding{ID: ResolverLoop, Row: 42, Severity: Warning,
-			Key: strconv.FormatUint(uint64(p.Owner), 10),
-			Cause: fmt.Sprintf(
-				"Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
-					"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()),
-			Next: fmt.Sprintf("then add %s to --resolver-users", name)})
+		out = append(out, finding(ResolverLoop, 42, Warning,
+			"then add "+who+" to --resolver-users",
+			"Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
+				"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()).
+			under(strconv.FormatUint(uint64(p.Owner), 10)).
+			seen(FromSockets, time.Time{}, p.socket()).
+			try(listens(p.Addr.Port()), editDefaults, restartAgent))
 	}
 	return out
 }
@@ -85,34 +85,55 @@ func (p Port) owner() string {
 	if p.OwnerName == "" {
 		return fmt.Sprintf("uid %d", p.Owner)
 	}
-	return fmt.Sprintf("%s (uid %d)", p.OwnerName, p.Owner)
+	return fmt.Sprintf("%s (uid %d)", name(p.OwnerName), p.Owner)
+}
+
+// socket is what the kernel says of it.
+func (p Port) socket() string {
+	if !p.Listening {
+		return fmt.Sprintf("nothing listens on %v", p.Addr)
+	}
+	return fmt.Sprintf("LISTEN %v %s", p.Addr, p.owner())
 }
 
 func proxyUser(f Facts) []Finding {
 	if f.UserErr == nil {
 		return nil
 	}
-	return one(ProxyUser, 15, Error, "create the user Envoy runs as, or name it with --proxy-user",
-		"No rules without the proxy's user, or its own traffic would loop: %v", f.UserErr)
+	user := word(f.ProxyUser, "USER")
+	found := finding(ProxyUser, 15, Error,
+		"create the user Envoy runs as, or name it with --proxy-user",
+		"No rules without the proxy's user, or its own traffic would loop: %v", f.UserErr).
+		seen(FromUsers, time.Time{}, f.UserErr.Error()).
+		try("getent passwd " + user)
+	if _, err := strconv.ParseUint(f.ProxyUser, 10, 32); err != nil {
+		found = found.try("sudo useradd --system --no-create-home --shell /usr/sbin/nologin " + user)
+	}
+	return []Finding{found.try(editDefaults, restartAgent)}
 }
 
 func envoyDown(f Facts) []Finding {
 	if !errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) {
 		return nil
 	}
-	cause := fmt.Sprintf("Envoy is not running: nothing accepts on its admin address %s",
-		f.Envoy.Admin)
+	cause := say("Envoy is not running: nothing accepts on its admin address %s", f.Envoy.Admin)
 	if !f.Envoy.Since.IsZero() {
 		cause += " since " + f.Envoy.Since.UTC().Format(time.RFC3339)
 	}
 	if f.Envoy.Unit != "" {
-		cause += " (unit " + f.Envoy.Unit + ")"
+		cause += say(" (unit %s)", name(f.Envoy.Unit))
 	}
 	if f.Envoy.LastError != "" {
-		cause += ", last error in its log: " + f.Envoy.LastError
+		cause += say(", last error in its log: %s", f.Envoy.LastError)
 	}
-	return one(EnvoyDown, 1, Error,
-		"see `systemctl status service-proxy-envoy` and /var/log/envoy/envoy.err.log", "%s", cause)
+	found := finding(EnvoyDown, 1, Error,
+		"see `systemctl status service-proxy-envoy` and /var/log/envoy/envoy.err.log", "%s", safe(cause)).
+		seen(FromEnvoy, f.Envoy.Since, f.Envoy.Err.Error()).
+		seen(FromUnit, time.Time{}, f.Envoy.Unit).
+		seen(FromEnvoyLog, time.Time{}, f.Envoy.LastError).
+		try(statusEnvoy, tailLog, restartEnvoy)
+	found.Since = f.Envoy.Since
+	return []Finding{found}
 }
 
 func adminUnreadable(f Facts) []Finding {
@@ -134,8 +155,12 @@ func adminUnreadable(f Facts) []Finding {
 		next = "the rules stay as they are; fewer services per network or scope make the configuration " +
 			"smaller"
 	}
-	return one(AdminUnreadable, 0, Error, next,
-		"Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err)
+	found := finding(AdminUnreadable, 0, Error, next,
+		"Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err).
+		seen(FromEnvoy, f.Envoy.Since, err.Error()).
+		try(f.ask("/server_info"), statusEnvoy, tailLog)
+	found.Since = f.Envoy.Since
+	return []Finding{found}
 }
 
 var (
@@ -146,45 +171,53 @@ var (
 
 func controlPlane(f Facts) []Finding {
 	if err := f.Envoy.Probe; err != nil {
-		// The code and text of the stream say nothing here: Envoy gives "closed: 13, " or no
-		// line at all for both.
-		if errors.Is(err, envoyadmin.ErrLookUp) {
-			return one(ControlPlaneLookUp, 3, Error,
-				"check the VM's resolver (/etc/resolv.conf) and the network's DNS", "%s: %v", cannotReach, err)
-		}
-		return one(ControlPlaneConnect, 4, Error,
-			"a firewall may block TCP 443; Private Google Access or Cloud NAT is needed without an "+
-				"external address", "%s: %v", cannotReach, err)
+		return []Finding{f.unreachable(err)}
 	}
 	s := f.Envoy.Stream
 	if s == nil {
 		if f.Envoy.Apart {
-			return one(ControlPlaneConnect, 4, Error, "see the warnings in /var/log/envoy/envoy.err.log",
+			return []Finding{finding(ControlPlaneConnect, 4, Error,
+				"see the warnings in /var/log/envoy/envoy.err.log",
 				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works",
-				cannotReach)
+				safe(cannotReach)).
+				seen(FromEnvoy, time.Time{}, "control_plane.connected_state: 0").try(tailLog)}
 		}
 		return nil
 	}
+	return []Finding{f.refused(s).seen(FromEnvoyLog, s.When, s.line())}
+}
+
+// unreachable is of our own way to the control plane. The code and text of the stream say nothing
+// here: Envoy gives "closed: 13, " or no line at all for all of it.
+func (f Facts) unreachable(err error) Finding {
+	host := "trafficdirector.googleapis.com"
+	var probe *envoyadmin.ProbeError
+	if errors.As(err, &probe) && probe.Target != "" {
+		host = hostOf(probe.Target)
+	}
+	host = word(host, "HOST")
+	if errors.Is(err, envoyadmin.ErrLookUp) {
+		return finding(ControlPlaneLookUp, 3, Error,
+			"check the VM's resolver (/etc/resolv.conf) and the network's DNS", "%s: %v", safe(cannotReach),
+			err).seen(FromControlPlane, time.Time{}, err.Error()).
+			try("getent ahosts "+host, "cat /etc/resolv.conf",
+				"gcloud dns managed-zones list --project="+f.project())
+	}
+	return finding(ControlPlaneConnect, 4, Error,
+		"a firewall may block TCP 443; Private Google Access or Cloud NAT is needed without an "+
+			"external address", "%s: %v", safe(cannotReach), err).
+		seen(FromControlPlane, time.Time{}, err.Error()).
+		try("curl -sSv -m 10 -o /dev/null https://"+host+"/",
+			"gcloud compute firewall-rules list --project="+f.project()+" --filter=direction=EGRESS",
+			f.instance("describe", "--format='yaml(networkInterfaces)'"))
+}
+
+// refused is of a stream that the control plane ended. Its words come under the old name of the
+// product, Traffic Director, and the new one, Cloud Service Mesh.
+func (f Facts) refused(s *Stream) Finding {
 	switch {
 	case s.Code == 7:
-		if m := notUsedRE.FindStringSubmatch(s.Message); m != nil {
-			return one(APINotEnabled, 5, Error,
-				"enable it: gcloud services enable trafficdirector.googleapis.com --project="+m[1],
-				"%s: the API is not enabled in project %s", cannotReach, m[1])
-		}
-		// Without the scope no role helps. Envoy's own words for it are not known, the
-		// metadata server's are.
-		if f.Scopes != nil && !slices.Contains(f.Scopes, cloudPlatform) {
-			return one(ScopeMissing, 7, Error,
-				"stop the VM, then gcloud compute instances set-service-account NAME --scopes="+cloudPlatform,
-				"%s: the VM's service account %s lacks the scope cloud-platform", cannotReach, f.Account)
-		}
-		account := f.Account
-		if account == "" {
-			account = "the VM's service account"
-		}
-		return one(PermissionDenied, 6, Error, "grant roles/trafficdirector.client to "+account, "%s: %s",
-			cannotReach, orCode(s))
+		return f.denied(s)
 	case s.Code == 5:
 		next, row := "check the mesh, scope or network name in the gce-service-proxy attribute", 9
 		if strings.Contains(s.Message, "configuration was not found") {
@@ -193,152 +226,236 @@ func controlPlane(f Facts) []Finding {
 		if m := networkRE.FindStringSubmatch(s.Message); m != nil {
 			next = fmt.Sprintf(
 				"create a forwarding rule (INTERNAL_SELF_MANAGED) or a mesh for network %q in project %q, or "+
-					"correct the attribute", m[1], m[2])
+					"correct the attribute", short(m[1]), short(m[2]))
 		}
-		return one(ConfigNotFound, row, Error, next, "%s: %s", cannotReach, orCode(s))
+		of := f.meshProject()
+		return finding(ConfigNotFound, row, Error, next, "%s: %s", safe(cannotReach), s.words()).
+			try("gcloud compute forwarding-rules list --global --project="+of+
+				" --filter=loadBalancingScheme=INTERNAL_SELF_MANAGED",
+				"gcloud network-services meshes list --location=global --project="+of,
+				askMetadata("", readAttribute))
 	case s.Message == "":
-		return one(ControlPlaneConnect, 4, Error,
+		return finding(ControlPlaneConnect, 4, Error,
 			"a firewall may block TCP 443; see the warnings in /var/log/envoy/envoy.err.log",
 			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works",
-			cannotReach, target(s), s.Code)
+			safe(cannotReach), safe(target(s)), s.Code).try(tailLog,
+			"gcloud compute firewall-rules list --project="+f.project()+" --filter=direction=EGRESS")
 	}
-	return one(ControlPlaneRefused, 0, Error, "see /var/log/envoy/envoy.err.log", "%s: %s",
-		cannotReach, orCode(s))
+	return finding(ControlPlaneRefused, 0, Error, "see /var/log/envoy/envoy.err.log", "%s: %s",
+		safe(cannotReach), s.words()).try(grepStream)
+}
+
+// denied is gRPC's code 7.
+func (f Facts) denied(s *Stream) Finding {
+	if m := notUsedRE.FindStringSubmatch(s.Message); m != nil {
+		enable := "gcloud services enable trafficdirector.googleapis.com --project=" +
+			word(m[1], "PROJECT")
+		return finding(APINotEnabled, 5, Error, "enable it: "+enable,
+			"%s: the API is not enabled in project %s", safe(cannotReach), name(m[1])).try(enable)
+	}
+	// Without the scope no role helps. Envoy's own words for it are not known, the
+	// metadata server's are.
+	if f.Scopes != nil && !slices.Contains(f.Scopes, cloudPlatform) {
+		return finding(ScopeMissing, 7, Error,
+			"stop the VM, then gcloud compute instances set-service-account NAME --scopes="+cloudPlatform,
+			"%s: the VM's service account %s lacks the scope cloud-platform", safe(cannotReach),
+			name(f.Account)).
+			seen(FromMetadata, time.Time{}, "scopes: "+strings.Join(f.Scopes, " ")).
+			try(f.instance("stop"), f.instance("set-service-account", "--scopes="+cloudPlatform),
+				f.instance("start"))
+	}
+	return finding(PermissionDenied, 6, Error,
+		"grant roles/trafficdirector.client to "+cmp.Or(name(f.Account), "the VM's service account"),
+		"%s: %s", safe(cannotReach), s.words()).
+		try("gcloud projects add-iam-policy-binding " + f.meshProject() + " --member=" +
+			word("serviceAccount:"+cmp.Or(f.Account, "ACCOUNT"), "serviceAccount:ACCOUNT") +
+			" --role=roles/trafficdirector.client")
 }
 
 func target(s *Stream) string {
 	if s.Target == "" {
 		return ""
 	}
-	return " to " + s.Target
+	return " to " + name(s.Target)
 }
 
-func orCode(s *Stream) string {
+// words are the control plane's, and their code.
+func (s *Stream) words() safe {
 	if s.Message == "" {
-		return fmt.Sprintf("gRPC code %d", s.Code)
+		return safe(fmt.Sprintf("gRPC code %d", s.Code))
 	}
-	return strings.TrimSuffix(s.Message, ".") + fmt.Sprintf(" (gRPC code %d)", s.Code)
+	return safe(say("%s (gRPC code %d)", strings.TrimSuffix(s.Message, "."), s.Code))
+}
+
+// line is what Envoy logged.
+func (s *Stream) line() string {
+	return fmt.Sprintf("gRPC config stream%s closed: %d, %s", target(s), s.Code, s.Message)
 }
 
 func notConfigured(f Facts) []Finding {
 	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" || f.Envoy.Configured {
 		return nil
 	}
-	return one(EnvoyNotConfigured, 2, Error,
+	return []Finding{finding(EnvoyNotConfigured, 2, Error,
 		"the rules stay as they are until it has; look for `gRPC config stream` in "+
 			"/var/log/envoy/envoy.err.log",
-		"Envoy has not received its configuration (state %s)", f.Envoy.State)
+		"Envoy has not received its configuration (state %s)", name(f.Envoy.State)).
+		seen(FromEnvoy, time.Time{}, f.Envoy.State).try(grepStream, f.ask("/ready"))}
 }
 
 func tooOld(f Facts) []Finding {
 	v := f.Envoy.Version
+	next := fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised)
+	var found Finding
 	switch {
 	case v == (envoyadmin.Version{}):
 		return nil
 	case v.Less(envoyadmin.Minimum):
-		return one(EnvoyTooOld, 25, Error, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised),
-			"Envoy %v is too old: %v is the minimum", v, envoyadmin.Minimum)
+		found = finding(EnvoyTooOld, 25, Error, next, "Envoy %v is too old: %v is the minimum", v,
+			envoyadmin.Minimum)
 	case v.Less(envoyadmin.Advised):
-		return one(EnvoyTooOld, 25, Advice, fmt.Sprintf("install Envoy %v or newer", envoyadmin.Advised),
-			"Envoy %v is old", v)
+		found = finding(EnvoyTooOld, 25, Advice, next, "Envoy %v is old", v)
+	default:
+		return nil
 	}
-	return nil
+	return []Finding{found.seen(FromEnvoy, time.Time{}, "version "+v.String()).
+		try("/usr/local/bin/envoy --version", "sudo systemctl restart service-proxy-bootstrap")}
 }
 
 func families(f Facts) (out []Finding) {
 	for _, fam := range f.Families {
-		add := func(id ID, row int, s Severity, next, cause string, args ...any) {
-			out = append(out, Finding{ID: id, Row: row, Severity: s, Cause: fmt.Sprintf(cause, args...),
-				Next: next, Key: fam.Family.String()})
-		}
-		by := ""
-		if fam.By != "" {
-			by = " by " + fam.By
-		}
-		switch {
-		case fam.Unusable != nil && fam.Family == iptables.IPv6:
-			add(FamilyUnusable, 16, Warning,
-				"IPv4 goes on; `modprobe ip6table_nat` or a reboot brings it back",
-				"IPv6 interception is off: %v", fam.Unusable)
-		case fam.Unusable != nil:
-			add(FamilyUnusable, 16, Error, "`modprobe iptable_nat` or a reboot brings it back",
-				"%v interception is off: %v", fam.Family, fam.Unusable)
-		case errors.Is(fam.Err, iptables.ErrCouldNotLook):
-			add(CouldNotLook, 17, Error,
-				"it is tried again; look for a program that changes rules all the time",
-				"The %v rules could not be read: %v", fam.Family, fam.Err)
-		case fam.Err != nil:
-			add(RuleRefused, 17, Error, nextForRules(fam.Family, fam.Err),
-				"The %v rules could not be applied: %v", fam.Family, fam.Err)
-		}
-		for i, left := range fam.Left {
-			if i > 0 && left.Rule == fam.Left[i-1].Rule {
-				continue // the comments of many rules
-			}
-			severity := Error
-			if left.Rule == iptables.CommentMatch {
-				severity = Warning // nothing is missing but words
-			}
-			add(RuleRefused, 17, severity,
-				"`modprobe` the match or target it names; everything else is in place, and it is tried again",
-				"The kernel refuses the %v rule %q: %s", fam.Family, left.Rule, left.Stderr)
-		}
-		for _, s := range fam.Shadow {
-			add(Shadowed, 18, Error,
-				"take that rule out, or give it matches that leave intercepted traffic alone",
-				"Our jump in %s is never reached for some traffic: %s stands before it (%v)", s.Chain,
-				s.Rule, fam.Family)
-		}
-		if fam.Fighting {
-			add(Fight, 18, Error,
-				"stop that program or make it leave SERVICE_PROXY_* rules alone; they are put back every few "+
-					"seconds until then",
-				"The %v interception rules are undone again and again%s (%d times)", fam.Family, by, fam.Undone)
-		} else if len(fam.Drift) > 0 {
-			d := fam.Drift[0]
-			where := d.Chain
-			if d.Rule != "" {
-				where += ": " + d.Rule
-			}
-			add(DriftRepaired, 13, Warning, "repaired; nothing to do unless it comes back",
-				"%v rules were changed%s: %v (%s)", fam.Family, by, d.Kind, where)
+		for _, found := range fam.findings() {
+			out = append(out, found.under(fam.Family.String()))
 		}
 	}
 	return out
 }
 
-func nextForRules(family iptables.Family, err error) string {
+func (fam Family) findings() (out []Finding) {
+	save := "sudo " + tables(fam.Family) + "-save -t nat"
+	switch err := fam.Err; {
+	case fam.Unusable != nil && fam.Family == iptables.IPv6:
+		out = append(out, finding(FamilyUnusable, 16, Warning,
+			"IPv4 goes on; `modprobe ip6table_nat` or a reboot brings it back",
+			"IPv6 interception is off: %v", fam.Unusable).
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe ip6table_nat"))
+	case fam.Unusable != nil:
+		out = append(out, finding(FamilyUnusable, 16, Error,
+			"`modprobe iptable_nat` or a reboot brings it back",
+			"%v interception is off: %v", fam.Family, fam.Unusable).
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe iptable_nat"))
+	case errors.Is(err, iptables.ErrCouldNotLook):
+		out = append(out, finding(CouldNotLook, 17, Error,
+			"it is tried again; look for a program that changes rules all the time",
+			"The %v rules could not be read: %v", fam.Family, err).
+			seen(FromKernel, time.Time{}, err.Error()).
+			try("time "+save+" > /dev/null", "sudo timeout 10 nft monitor"))
+	case err != nil:
+		next, commands := nextForRules(fam.Family, err)
+		out = append(out, finding(RuleRefused, 17, Error, next,
+			"The %v rules could not be applied: %v", fam.Family, err).
+			seen(FromKernel, time.Time{}, err.Error()).try(commands...))
+	}
+	for i, left := range fam.Left {
+		if i > 0 && left.Rule == fam.Left[i-1].Rule {
+			continue // the comments of many rules
+		}
+		severity := Error
+		if left.Rule == iptables.CommentMatch {
+			severity = Warning // nothing is missing but words
+		}
+		out = append(out, finding(RuleRefused, 17, severity,
+			"`modprobe` the match or target it names; everything else is in place, and it is tried again",
+			"The kernel refuses the %v rule %q: %s", fam.Family, name(left.Rule), left.Stderr).
+			seen(FromKernel, time.Time{}, left.Stderr).try(loadExtension(left.Stderr)...))
+	}
+	for _, s := range fam.Shadow {
+		out = append(out, finding(Shadowed, 18, Error,
+			"take that rule out, or give it matches that leave intercepted traffic alone",
+			"Our jump in %s is never reached for some traffic: %s stands before it (%v)", s.Chain,
+			s.Rule, fam.Family).
+			seen(FromKernel, time.Time{}, s.String()).
+			try(fmt.Sprintf("sudo %s -t nat -L %s -n -v --line-numbers", tables(fam.Family),
+				word(s.Chain, "CHAIN"))))
+	}
+	return append(out, fam.changed()...)
+}
+
+// changed is what somebody did to rules of ours.
+func (fam Family) changed() []Finding {
+	by := safe("")
+	if fam.By != "" {
+		by = safe(" by " + name(fam.By))
+	}
+	first := ""
+	if len(fam.Drift) > 0 {
+		first = fam.Drift[0].String()
+	}
+	switch {
+	case fam.Fighting:
+		return []Finding{finding(Fight, 18, Error,
+			"stop that program or make it leave SERVICE_PROXY_* rules alone; they are put back every few "+
+				"seconds until then",
+			"The %v interception rules are undone again and again%s (%d times)", fam.Family, by,
+			fam.Undone).
+			seen(FromKernel, time.Time{}, first).seen(FromKernel, time.Time{}, fam.By).
+			try(showProcess(fam.By)...).try("sudo timeout 10 nft monitor")}
+	case first != "":
+		d := fam.Drift[0]
+		where := d.Chain
+		if d.Rule != "" {
+			where += ": " + d.Rule
+		}
+		return []Finding{finding(DriftRepaired, 13, Warning,
+			"repaired; nothing to do unless it comes back",
+			"%v rules were changed%s: %v (%s)", fam.Family, by, d.Kind, where).
+			seen(FromKernel, time.Time{}, first).seen(FromKernel, time.Time{}, fam.By).
+			try(showProcess(fam.By)...).try("sudo journalctl SERVICE_PROXY_ID=" + string(DriftRepaired))}
+	}
+	return nil
+}
+
+func nextForRules(family iptables.Family, err error) (next string, commands []string) {
 	switch {
 	case errors.Is(err, iptables.ErrLocked):
-		return "it is tried again; `lsof /run/xtables.lock` names the program"
+		return "it is tried again; `lsof /run/xtables.lock` names the program",
+			[]string{"sudo lsof /run/xtables.lock"}
 	case errors.Is(err, iptables.ErrIncompatible):
 		nft := map[iptables.Family]string{iptables.IPv4: "ip", iptables.IPv6: "ip6"}[family]
 		return "a program made this table in a form iptables cannot read: `nft list table " + nft +
-			" nat` shows it; remove those rules or use one backend"
+				" nat` shows it; remove those rules or use one backend",
+			[]string{"sudo nft list table " + nft + " nat"}
 	case errors.Is(err, iptables.ErrNotRoot):
-		return "run as root or with CAP_NET_ADMIN and CAP_NET_RAW"
+		return "run as root or with CAP_NET_ADMIN and CAP_NET_RAW",
+			[]string{"systemctl show -p User,AmbientCapabilities service-proxy-agent"}
 	}
-	return "it is tried again; `modprobe` the match or table it names"
+	return "it is tried again; `modprobe` the match or table it names", loadExtension(err.Error())
 }
 
 var unwritableRE = regexp.MustCompile(`unable to open file '([^']*)': (.*)`)
 
 func rejected(f Facts) (out []Finding) {
 	for _, r := range f.Envoy.Rejected {
-		if m := unwritableRE.FindStringSubmatch(r.Details); m != nil {
-			out = append(out, Finding{ID: AccessLogUnwritable, Row: 11, Severity: Error, Key: r.Name,
-				Cause: fmt.Sprintf(
-					"Envoy rejected listener %s: it cannot write the access log %s (%s); services new in it are "+
-						"not intercepted", r.Name, m[1], m[2]),
-				Next: fmt.Sprintf(
-					"make %s writable by %s (`ls -ld` tells who owns it now), or choose another access-log path",
-					m[1], f.ProxyUser)})
+		m := unwritableRE.FindStringSubmatch(r.Details)
+		if m == nil {
+			out = append(out, finding(ListenerRejected, 10, Error,
+				"correct the configuration at the control plane",
+				"Envoy rejected listener %s: %s; services new in it are not intercepted", name(r.Name),
+				r.Details).
+				under(r.Name).seen(FromEnvoy, time.Time{}, r.Details).
+				try(f.ask("/config_dump?resource=dynamic_listeners&mask=name,error_state.details"),
+					"sudo grep 'config rejected' "+envoyLog+" | tail -n 5"))
 			continue
 		}
-		out = append(out, Finding{ID: ListenerRejected, Row: 10, Severity: Error, Key: r.Name,
-			Cause: fmt.Sprintf("Envoy rejected listener %s: %s; services new in it are not intercepted",
-				r.Name, r.Details),
-			Next: "correct the configuration at the control plane"})
+		file := word(m[1], "FILE")
+		out = append(out, finding(AccessLogUnwritable, 11, Error,
+			say("make %s writable by %s (`ls -ld` tells who owns it now), or choose another access-log path",
+				name(m[1]), name(f.ProxyUser)),
+			"Envoy rejected listener %s: it cannot write the access log %s (%s); services new in it are "+
+				"not intercepted", name(r.Name), name(m[1]), m[2]).
+			under(r.Name).seen(FromEnvoy, time.Time{}, r.Details).
+			try("sudo ls -ld -- "+file, "sudo ls -ld -- \"$(dirname -- "+file+")\"",
+				"id "+word(f.ProxyUser, "USER")))
 	}
 	return out
 }
@@ -351,8 +468,9 @@ func attributeBad(f Facts) []Finding {
 	if errors.Is(f.Attribute, attribute.ErrMissing) {
 		next = "or give this VM one (docs/attribute.md)"
 	}
-	return one(AttributeBad, 26, Error, next+"; until then "+inForce(f),
-		"The gce-service-proxy attribute cannot be used: %v", f.Attribute)
+	return []Finding{finding(AttributeBad, 26, Error, next+"; until then "+inForce(f),
+		"The gce-service-proxy attribute cannot be used: %v", f.Attribute).
+		seen(FromMetadata, time.Time{}, f.Attribute.Error()).try(f.setAttribute()...)}
 }
 
 // inForce says what holds while the attribute cannot be read.
@@ -367,16 +485,23 @@ func bootstrapFailed(f Facts) []Finding {
 	if f.Bootstrap == "" {
 		return nil
 	}
-	return one(Bootstrap, 26, Error, "", "Bootstrap failed: %s", f.Bootstrap)
+	return []Finding{finding(Bootstrap, 26, Error, "", "Bootstrap failed: %s",
+		safe(printable(f.Bootstrap, maxCause))).
+		seen(FromState, time.Time{}, f.Bootstrap).
+		try("sudo journalctl -u service-proxy-bootstrap -n 50",
+			"sudo systemctl restart service-proxy-bootstrap")}
 }
 
 func metadataServer(f Facts) []Finding {
 	if f.Metadata == nil {
 		return nil
 	}
-	return one(MetadataServer, 0, Error, "it is asked again, and until then "+inForce(f)+
+	return []Finding{finding(MetadataServer, 0, Error, "it is asked again, and until then "+inForce(f)+
 		"; check that nothing on the VM blocks 169.254.169.254 or stands before it",
-		"The metadata server gives no usable answer about the attribute: %v", f.Metadata)
+		"The metadata server gives no usable answer about the attribute: %v", f.Metadata).
+		seen(FromMetadata, time.Time{}, f.Metadata.Error()).
+		try(askMetadata("-v -m 5 ", readAttribute), "ip route get 169.254.169.254",
+			"sudo iptables-save | grep 169.254")}
 }
 
 func portClosed(f Facts) (out []Finding) {
@@ -384,45 +509,56 @@ func portClosed(f Facts) (out []Finding) {
 		if p.Listening || p.Purpose == "admin" {
 			continue
 		}
-		why := "nothing accepts there"
+		why := error(errNobody)
 		if p.Err != nil {
-			why = p.Err.Error()
+			why = p.Err
 		}
-		out = append(out, Finding{ID: InterceptionNotReady, Severity: Error, Key: p.Addr.String(),
-			Cause: fmt.Sprintf("Envoy's %s port %d does not accept %v connections (%s)", p.Purpose,
-				p.Addr.Port(), p.Family, why),
-			Next: "see /var/log/envoy/envoy.err.log for a bind error"})
+		out = append(out, finding(InterceptionNotReady, 0, Error,
+			"see /var/log/envoy/envoy.err.log for a bind error",
+			"Envoy's %s port %d does not accept %v connections (%v)", p.Purpose, p.Addr.Port(), p.Family,
+			why).
+			under(p.Addr.String()).seen(FromSockets, time.Time{}, p.socket()).
+			try(listens(p.Addr.Port()), "sudo grep -i bind "+envoyLog+" | tail -n 5"))
 	}
 	return out
 }
 
+var errNobody = errors.New("nothing accepts there")
+
 func servingPorts(f Facts) (out []Finding) {
 	for _, p := range f.Uncovered {
-		out = append(
-			out, Finding{ID: ServingPortNoChain, Row: 19, Severity: Warning, Key: strconv.Itoa(int(p)),
-				Cause: fmt.Sprintf(
-					"Envoy has no inbound listener for port %d yet; its traffic goes to the application directly",
-					p),
-				Next: "check that the control plane knows this VM's serving port (backend service, endpoint " +
-					"policy)"})
+		n := strconv.Itoa(int(p))
+		out = append(out, finding(ServingPortNoChain, 19, Warning,
+			"check that the control plane knows this VM's serving port (backend service, endpoint policy)",
+			"Envoy has no inbound listener for port %d yet; its traffic goes to the application directly",
+			p).
+			under(n).seen(FromEnvoy, time.Time{}, "no inbound filter chain for port "+n).
+			try("gcloud network-services endpoint-policies list --location=global --project="+
+				f.meshProject(),
+				f.ask("/config_dump?resource=dynamic_listeners&name_regex=.*INBOUND.*")))
 	}
 	return out
 }
 
 func entries(f Facts) (out []Finding) {
 	for _, r := range f.Refused {
-		out = append(out, Finding{ID: EntryRefused, Severity: Warning, Key: r.Listener + " " + r.Entry,
-			Cause: fmt.Sprintf("Listener %s asks for %s, which is never intercepted: %s", r.Listener,
-				r.Entry, r.Reason),
-			Next: "give the service another address at the control plane"})
+		out = append(out, finding(EntryRefused, 0, Warning,
+			"give the service another address at the control plane",
+			"Listener %s asks for %s, which is never intercepted: %s", name(r.Listener), name(r.Entry),
+			r.Reason).
+			under(r.Listener+" "+r.Entry).
+			seen(FromEnvoy, time.Time{}, name(r.Listener)+": "+r.Entry).
+			try(f.ask("/config_dump?resource=dynamic_listeners")))
 	}
 	return out
 }
 
 func skipped(f Facts) (out []Finding) {
 	for _, s := range f.Envoy.Skipped {
-		out = append(out, Finding{ID: ListenerSkipped, Severity: Warning, Key: s.Listener,
-			Cause: fmt.Sprintf("Listener %s is not intercepted: %s", s.Listener, s.Reason)})
+		out = append(out, finding(ListenerSkipped, 0, Warning, "",
+			"Listener %s is not intercepted: %s", name(s.Listener), s.Reason).
+			under(s.Listener).seen(FromEnvoy, time.Time{}, name(s.Listener)+": "+s.Reason).
+			try(f.ask("/listeners?format=json")))
 	}
 	return out
 }
@@ -430,20 +566,30 @@ func skipped(f Facts) (out []Finding) {
 func serverFirst(f Facts) (out []Finding) {
 	for _, p := range f.ServerFirst {
 		n := strconv.Itoa(int(p))
-		out = append(out, Finding{ID: ServerFirst, Row: 22, Severity: Advice, Key: n,
-			Cause: "Port " + n +
-				" usually speaks a protocol in which the server talks first, which hangs behind an HTTP or " +
-				"TLS inspecting listener",
-			Next: "set exclude-outbound-port-ranges=" + n})
+		out = append(out, finding(ServerFirst, 22, Advice, "set exclude-outbound-port-ranges="+n,
+			"Port %d usually speaks a protocol in which the server talks first, which hangs behind an HTTP "+
+				"or TLS inspecting listener", p).
+			under(n).
+			seen(FromEnvoy, time.Time{}, "an inspecting filter chain for port "+n).
+			try(f.setAttribute()...))
 	}
 	return out
 }
 
 func others(f Facts) (out []Finding) {
 	for _, o := range f.Others {
-		out = append(out, Finding{ID: OtherChain, Row: 34, Severity: Advice, Key: fmt.Sprint(o),
-			Cause: fmt.Sprintf("Another nat chain may come before ours: %v", o),
-			Next:  "check with `nft list ruleset` that it leaves the services' addresses alone"})
+		look := strings.Join([]string{"sudo nft list chain", word(o.Family, "FAMILY"),
+			word(o.Table, "TABLE"), word(o.Chain, "CHAIN")}, " ")
+		if o.Backend == "legacy" {
+			look = "sudo iptables-legacy -t nat -S"
+			if o.Family == "ip6" {
+				look = "sudo ip6tables-legacy -t nat -S"
+			}
+		}
+		out = append(out, finding(OtherChain, 34, Advice,
+			"check with `nft list ruleset` that it leaves the services' addresses alone",
+			"Another nat chain may come before ours: %v", o).
+			under(fmt.Sprint(o)).seen(FromOthers, time.Time{}, o.String()).try(look))
 	}
 	return out
 }
@@ -452,9 +598,11 @@ func guestOff(f Facts) []Finding {
 	if !f.GuestOff {
 		return nil
 	}
-	return one(GuestAttributesOff, 27, Warning,
+	return []Finding{finding(GuestAttributesOff, 27, Warning,
 		"set the metadata enable-guest-attributes=TRUE on the VM",
-		"Guest attributes are disabled: nobody outside can read this agent's status")
+		"Guest attributes are disabled: nobody outside can read this agent's status").
+		seen(FromMetadata, time.Time{}, "403 for a guest attribute").
+		try(f.instance("add-metadata", "--metadata=enable-guest-attributes=TRUE"))}
 }
 
 func listenAddress(f Facts) (out []Finding) {
@@ -463,14 +611,17 @@ func listenAddress(f Facts) (out []Finding) {
 		if f.MetricsApart {
 			what = "/healthz is"
 		}
-		out = one(ListenAddress, 0, Warning,
+		out = append(out, finding(ListenAddress, 0, Warning,
 			"stop the program that holds it or set --listen; interception goes on",
-			"%s not served: %v", what, f.ListenErr)
+			"%s not served: %v", what, f.ListenErr).
+			seen(FromAgent, time.Time{}, f.ListenErr.Error()).try(showListener(f.ListenErr)...))
 	}
 	if f.MetricsErr != nil {
-		out = append(out, Finding{ID: ListenAddress, Severity: Warning, Key: "metrics",
-			Cause: fmt.Sprintf("/metrics is not served as it should be: %v", f.MetricsErr),
-			Next:  "it is tried again every few seconds; interception goes on"})
+		out = append(out, finding(ListenAddress, 0, Warning,
+			"it is tried again every few seconds; interception goes on",
+			"/metrics is not served as it should be: %v", f.MetricsErr).
+			under("metrics").seen(FromAgent, time.Time{}, f.MetricsErr.Error()).
+			try(showListener(f.MetricsErr)...))
 	}
 	return out
 }
@@ -479,16 +630,18 @@ func logUnreadable(f Facts) []Finding {
 	if f.Envoy.LogErr == "" {
 		return nil
 	}
-	return one(LogUnreadable, 0, Warning,
+	return []Finding{finding(LogUnreadable, 0, Warning,
 		"make it readable for the agent's user; until then changes are seen up to a second later and "+
 			"the control plane's words are not known",
-		"Envoy's log cannot be read: %s", f.Envoy.LogErr)
+		"Envoy's log cannot be read: %s", f.Envoy.LogErr).
+		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld /var/log/envoy " + envoyLog)}
 }
 
 func attributeAdvice(f Facts) (out []Finding) {
 	for _, text := range f.Advice {
-		out = append(out, Finding{ID: AttributeAdvice, Severity: Warning, Key: text,
-			Cause: "The gce-service-proxy attribute: " + text, Next: "see docs/attribute.md"})
+		out = append(out, finding(AttributeAdvice, 0, Warning, "see docs/attribute.md",
+			"The gce-service-proxy attribute: %s", text).
+			under(text).seen(FromMetadata, time.Time{}, text).try(f.setAttribute()...))
 	}
 	return out
 }

@@ -25,22 +25,26 @@ var sections = []struct {
 	{"Envoy", "While Envoy does not accept, what is redirected to it fails. With " +
 		"`--when-envoy-down=bypass` it goes out as it is.",
 		[]ID{EnvoyDown, EnvoyNotConfigured, AdminUnreadable, InterceptionNotReady, ForeignOwner,
-			EnvoyTooOld, LogUnreadable}},
+			EnvoyOtherUser, EnvoyNotOurs, EnvoyTooOld, LogUnreadable}},
 	{"The control plane", "Connections go on as they are. What changes does not arrive, and an " +
 		"Envoy that starts now gets nothing.",
 		[]ID{ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
-			ConfigNotFound, ControlPlaneRefused}},
+			ConfigNotFound, ControlPlaneRefused, EnvoyIdentity, ClockWrong}},
 	{"Listeners", "What the control plane sent, and Envoy or the agent does not take. It is mended " +
 		"there, for all VMs at once.",
 		[]ID{ListenerRejected, AccessLogUnwritable, ServingPortNoChain, ServerFirst, EntryRefused,
 			ListenerSkipped}},
+	{"Services and clients", "What stands in their way on this VM or behind it. The rules are as they " +
+		"should be.",
+		[]ID{EndpointsPanic, EndpointsUnhealthy, InputDropped, ApplicationSilent, NoRoute, ConntrackFull,
+			OldConnections}},
 	{"The rules on this VM", "What the kernel has is not, or not for long, what it should have.",
-		[]ID{ProxyUser, FamilyUnusable, RuleRefused, CouldNotLook, Shadowed, Fight, DriftRepaired,
+		[]ID{ToolsMissing, ProxyUser, FamilyUnusable, RuleRefused, RulesDiffer, CouldNotLook, Shadowed, Fight, DriftRepaired,
 			OtherChain, ResolverLoop}},
 	{"Installation and settings", "",
 		[]ID{Bootstrap, AttributeBad, AttributeAdvice, MetadataServer}},
 	{"The agent itself", "Interception goes on.",
-		[]ID{GuestAttributesOff, ListenAddress, Starting}},
+		[]ID{AgentStuck, GuestAttributesOff, ListenAddress, Starting}},
 }
 
 // TestDocument: docs/symptoms.md says what the program says. `-update` writes it anew.

@@ -24,7 +24,13 @@ const (
 	FromClusters  Source = "envoy-clusters"  // the health of its endpoints
 	FromMetadata  Source = "metadata-server" // the attribute, and what else it says of the VM
 	FromState     Source = "state-folder"    // what bootstrap reached and configured
-	FromAgent     Source = "agent"           // the daemon: only it knows what happened over time
+	FromUnit      Source = "systemd"         // the state of Envoy's unit
+	// FromControlPlane is our own look-up of and connection to the control plane.
+	FromControlPlane Source = "control-plane"
+	// FromAgent is the daemon: only it knows what happened over time. Where none runs nothing has
+	// happened that it would know, so that is no reason to call it unseen; a socket that one may not
+	// read is.
+	FromAgent Source = "agent"
 )
 
 // VM is what the metadata server says this machine is; "" where it is not known.

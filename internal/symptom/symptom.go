@@ -249,11 +249,12 @@ func Check(f Facts) []Finding {
 	for _, check := range checks {
 		for _, found := range check(f) {
 			if !f.Bootstrapping || !awaited[found.ID] {
+				tidy(&found)
 				all = append(all, found)
 			}
 		}
 	}
-	explain(all)
+	explain(f, all)
 	sort.SliceStable(all, func(i, j int) bool { return rank(all[i]) > rank(all[j]) })
 	return all
 }
@@ -267,6 +268,7 @@ func Hidden(f Facts) (out []Finding) {
 	for _, check := range checks {
 		for _, found := range check(f) {
 			if awaited[found.ID] {
+				tidy(&found)
 				out = append(out, found)
 			}
 		}
@@ -276,7 +278,7 @@ func Hidden(f Facts) (out []Finding) {
 
 // awaited are the findings that only say that bootstrap has not come that far.
 var awaited = map[ID]bool{EnvoyDown: true, ProxyUser: true, FamilyUnusable: true,
-	EnvoyNotConfigured: true}
+	EnvoyNotConfigured: true, EnvoyIdentity: true, EnvoyNotOurs: true, ToolsMissing: true}
 
 func rank(f Finding) int {
 	r := int(f.Severity) * 2
@@ -287,40 +289,11 @@ func rank(f Finding) int {
 }
 
 var checks = []func(Facts) []Finding{
-	foreignOwner, resolverLoop, proxyUser, envoyDown, adminUnreadable, controlPlane,
+	foreignOwner, otherUser, resolverLoop, proxyUser, toolsMissing, envoyDown, adminUnreadable,
+	notOurs, identity, clock, controlPlane,
 	notConfigured, tooOld,
-	families, rejected, attributeBad, bootstrapFailed, metadataServer, portClosed,
-	servingPorts, entries, skipped, serverFirst, others, guestOff, listenAddress, logUnreadable,
-	attributeAdvice,
-}
-
-// explain lists Envoy's missing configuration under its cause, and everything else that follows
-// from Envoy being down.
-func explain(all []Finding) {
-	var down, why ID
-	for _, f := range all {
-		switch f.ID {
-		case EnvoyDown, ForeignOwner:
-			if down == "" {
-				down = f.ID
-			}
-		case ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
-			ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable:
-			if why == "" {
-				why = f.ID
-			}
-		}
-	}
-	for i := range all {
-		switch all[i].ID {
-		case EnvoyNotConfigured:
-			all[i].ExplainedBy = why
-		case InterceptionNotReady, ServingPortNoChain:
-			if down != "" {
-				all[i].ExplainedBy = down
-			} else {
-				all[i].ExplainedBy = why
-			}
-		}
-	}
+	families, rulesDiffer, conntrack, rejected, attributeBad, bootstrapFailed, metadataServer,
+	agentStuck, portClosed,
+	servingPorts, dropped, silent, clusters, noRoute, entries, skipped, serverFirst, others,
+	oldConnections, guestOff, listenAddress, logUnreadable, attributeAdvice,
 }

@@ -27,9 +27,12 @@ type example struct {
 
 var now = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 
+var web1 = VM{Name: "web-1", Zone: "europe-west1-b", Project: "my-project",
+	ProjectNumber: "123456789012", Network: "default"}
+
 // live is an Envoy that is well.
 func live(change func(*Facts)) Facts {
-	f := Facts{ProxyUser: "envoy", ProxyUID: 107, Account: "web@my-project.iam.gserviceaccount.com",
+	f := Facts{ProxyUser: "envoy", ProxyUID: 107, VM: web1, Account: "web@my-project.iam.gserviceaccount.com",
 		Scopes: []string{cloudPlatform},
 		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: envoyadmin.Version{
 			Major: 1, Minor: 40}, Configured: true}}
@@ -37,6 +40,29 @@ func live(change func(*Facts)) Facts {
 		change(&f)
 	}
 	return f
+}
+
+func with(f Facts, change func(*Facts)) Facts {
+	change(&f)
+	return f
+}
+
+// presents is an Envoy on a VM of project 123456789012 and network default that says this of itself.
+func presents(project, network string) func(*Facts) {
+	return func(f *Facts) {
+		f.Node = &Node{ProjectNumber: "123456789012", Network: "default"}
+		f.Presented = &Node{ID: "projects/" + project + "/networks/" + network + "/nodes/7f0c",
+			ProjectNumber: project, Network: network}
+	}
+}
+
+// manyClusters are n of five endpoints, of which so many are healthy.
+func manyClusters(n, healthy int) (all []Cluster) {
+	for i := range n {
+		all = append(all, Cluster{ClusterHealth: envoyadmin.ClusterHealth{
+			Name: fmt.Sprintf("cluster-%03d", i), Total: 5, Healthy: healthy}})
+	}
+	return all
 }
 
 func family(change func(*Family)) Facts {
@@ -132,6 +158,52 @@ var examples = []example{
 		f.Ports = []Port{
 			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
 	}), ForeignOwner},
+	{"Envoy runs as another user than the rules let out", live(func(f *Facts) {
+		f.Ports = []Port{
+			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("0.0.0.0:15001"), OwnerName: "root", Listening: true}}
+		f.Processes = []uint32{0}
+	}), EnvoyOtherUser},
+	{"another Envoy answers than that which bootstrap configured", live(func(f *Facts) {
+		f.Configured = &EnvoyConfig{NodeID: "projects/123456789012/networks/default/nodes/7f0c", Targets: []string{"trafficdirector.googleapis.com:443"}, From: "/etc/envoy/envoy.json"}
+		f.Running = &EnvoyConfig{NodeID: "sidecar~10.0.0.1~web", Targets: []string{"istiod.istio-system.svc:15012"}, From: "pid 4711"}
+	}), EnvoyNotOurs},
+	{"a hand-written bootstrap names another network, and nothing comes", with(stream(5, `Traffic Director configuration was not found for network "defualt" in project "123456789012".`), presents("123456789012", "defualt")), EnvoyIdentity},
+	{"a hand-written bootstrap names no project, and Envoy is configured", live(presents("", "default")), EnvoyIdentity},
+	{"the clock is seven minutes ahead, and the control plane's certificate is not believed", live(func(f *Facts) {
+		f.Clock = 7 * time.Minute
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrTLS, Target: "trafficdirector.googleapis.com", Err: errors.New("certificate has expired or is not yet valid")}
+	}), ClockWrong},
+	{"the clock is 40 seconds behind", live(func(f *Facts) { f.Clock = -40 * time.Second }), ClockWrong},
+	{"most endpoints of a cluster are unhealthy", live(func(f *Facts) {
+		f.Clusters = []Cluster{{ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5, Healthy: 1}, Panic: true}}
+	}), EndpointsPanic},
+	{"so are those of many", live(func(f *Facts) { f.Clusters = manyClusters(40, 1) }), EndpointsPanic},
+	{"an endpoint of a cluster is unhealthy", live(func(f *Facts) {
+		f.Clusters = []Cluster{{ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5, Healthy: 4}}}
+	}), EndpointsUnhealthy},
+	{"a firewall rule of the VM drops a serving port", live(func(f *Facts) {
+		f.Dropped = []Dropped{{Family: iptables.IPv4, Port: 8080, At: 15006, Chain: "INPUT", Rule: "-p tcp -m tcp --dport 15006 -j DROP"}}
+	}), InputDropped},
+	{"the policy does, and nothing accepts before it", live(func(f *Facts) {
+		f.Dropped = []Dropped{{Family: iptables.IPv6, Port: 8080, At: 8080, Chain: "INPUT"}}
+	}), InputDropped},
+	{"the application does not listen", live(func(f *Facts) { f.Silent = []uint16{8080} }), ApplicationSilent},
+	{"the VM has no IPv6 route", live(func(f *Facts) {
+		f.NoRoute = []Unrouted{{Family: iptables.IPv6, Addrs: []netip.Addr{netip.MustParseAddr("fd10::1")}, Count: 1, Of: 12, Err: "network is unreachable"}}
+	}), NoRoute},
+	{"the connection tracking table is nearly full", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 60000, Max: 65536} }), ConntrackFull},
+	{"it is full", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 65536, Max: 65536, Dropped: 12} }), ConntrackFull},
+	{"connections from before the rules", live(func(f *Facts) {
+		f.Old = []OldConnection{{From: netip.MustParseAddrPort("10.128.0.5:41000"), To: netip.MustParseAddrPort("10.0.0.1:80"), UID: 1000}}
+	}), OldConnections},
+	{"rules are missing and no agent runs", live(func(f *Facts) {
+		f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}, {Kind: iptables.ChainFlushed, Chain: "SERVICE_PROXY_OUTPUT"}}
+	}), RulesDiffer},
+	{"the loop has ended no pass for minutes", live(func(f *Facts) { f.Agent = Agent{Heartbeat: now, Now: now.Add(6 * time.Minute)} }), AgentStuck},
+	{"systemd's watchdog ended an earlier run", live(func(f *Facts) { f.Agent.Killed = now }), AgentStuck},
+	{"there is no iptables", live(func(f *Facts) {
+		f.NoTools = errors.New(`exec: "iptables-save": executable file not found in $PATH`)
+	}), ToolsMissing},
 	{"a resolver of the VM whose user is not exempt from intercept-dns", live(func(f *Facts) {
 		f.Resolvers = []Port{
 			{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true},

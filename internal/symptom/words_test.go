@@ -41,7 +41,6 @@ func TestWords(t *testing.T) {
 				Owner: owner, OwnerName: name, Listening: true}}
 		}
 	}
-	with := func(f Facts, change func(*Facts)) Facts { change(&f); return f }
 	for _, tt := range []struct {
 		when        string
 		facts       Facts
@@ -280,7 +279,8 @@ func TestWords(t *testing.T) {
 // TestSilentUntilBootstrapped: while bootstrap is under way, what it has not come to yet is no
 // failure; the rest is.
 func TestSilentUntilBootstrapped(t *testing.T) {
-	awaited := []ID{"envoy-down", "proxy-user", "family-unusable", "envoy-not-configured"}
+	awaited := []ID{"envoy-down", "proxy-user", "family-unusable", "envoy-not-configured",
+		"envoy-identity", "envoy-not-as-configured", "iptables-missing"}
 	for _, e := range examples {
 		f := e.facts
 		f.Bootstrapping = true

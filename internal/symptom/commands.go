@@ -1,0 +1,150 @@
+package symptom
+
+import (
+	"cmp"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// The commands are for somebody who pastes them as they are. So what others have named comes into
+// one by word, which a shell takes for a single word, and nothing is changed or removed by a path
+// that others have written: of those the commands only look.
+
+var plain = regexp.MustCompile(`^[A-Za-z0-9_@%+:,./-]+$`)
+
+// word is s as one word of a shell's command line. Where s is empty, would be taken for an option,
+// or is not what a terminal shows of it, the word is placeholder.
+func word(s, placeholder string) string {
+	strange := func(r rune) bool {
+		return !unicode.IsPrint(r) || r == utf8.RuneError
+	}
+	switch {
+	case s == "", len(s) > 200, s[0] == '-', strings.ContainsFunc(s, strange):
+		return placeholder
+	case plain.MatchString(s):
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+func (f Facts) project() string {
+	return word(cmp.Or(f.VM.Project, f.VM.ProjectNumber), "PROJECT")
+}
+
+// meshProject is the project whose mesh Envoy asks for.
+func (f Facts) meshProject() string {
+	for _, n := range []*Node{f.Presented, f.Node} {
+		if n != nil && n.ProjectNumber != "" && n.ProjectNumber != f.VM.ProjectNumber {
+			return word(n.ProjectNumber, "PROJECT")
+		}
+	}
+	return f.project()
+}
+
+// instance is `gcloud compute instances VERB` of this VM.
+func (f Facts) instance(verb string, flags ...string) string {
+	all := append([]string{"gcloud compute instances", verb, word(f.VM.Name, "VM"),
+		"--zone=" + word(f.VM.Zone, "ZONE"), "--project=" + f.project()}, flags...)
+	return strings.Join(all, " ")
+}
+
+// ask is a question to Envoy's admin interface.
+func (f Facts) ask(path string) string {
+	if socket, ok := strings.CutPrefix(f.Envoy.Admin, "unix://"); ok {
+		return "sudo curl -sS -m 5 --unix-socket " + word(socket, "SOCKET") + " " +
+			word("http://envoy"+path, "URL")
+	}
+	return "curl -sS -m 5 " + word("http://"+cmp.Or(f.Envoy.Admin, "127.0.0.1:15000")+path, "URL")
+}
+
+// askMetadata is a question to the metadata server.
+func askMetadata(flags, path string) string {
+	return "curl -sS " + flags + "-H 'Metadata-Flavor: Google' " +
+		"http://metadata.google.internal/computeMetadata/v1/" + path
+}
+
+const (
+	readAttribute = "instance/attributes/gce-service-proxy"
+	statusEnvoy   = "systemctl status service-proxy-envoy"
+	restartEnvoy  = "sudo systemctl restart service-proxy-envoy"
+	envoyLog      = "/var/log/envoy/envoy.err.log"
+	tailLog       = "sudo tail -n 50 " + envoyLog
+	grepStream    = "sudo grep 'gRPC config stream' " + envoyLog + " | tail -n 5"
+	editDefaults  = `sudo "${EDITOR:-vi}" /etc/default/service-proxy-agent`
+	restartAgent  = "sudo systemctl restart service-proxy-agent"
+)
+
+// setAttribute writes another attribute, after a look at what it would change.
+func (f Facts) setAttribute() []string {
+	return []string{askMetadata("", readAttribute) + " > FILE", editFile,
+		"sudo service-proxy-agent diff --config FILE",
+		f.instance("add-metadata", "--metadata-from-file=gce-service-proxy=FILE")}
+}
+
+const editFile = `"${EDITOR:-vi}" FILE`
+
+// listens shows who listens on a port.
+func listens(port uint16) string {
+	return "sudo ss -ltunp 'sport = :" + strconv.Itoa(int(port)) + "'"
+}
+
+// tables is iptables, or its twin for IPv6.
+func tables(family interface{ String() string }) string {
+	if family.String() == "IPv6" {
+		return "ip6tables"
+	}
+	return "iptables"
+}
+
+// hostOf is the host of "HOST:PORT", or of what has no port.
+func hostOf(target string) string {
+	if host, _, err := net.SplitHostPort(target); err == nil {
+		return host
+	}
+	return target
+}
+
+var (
+	pidRE     = regexp.MustCompile(`\(pid (\d+)\)`)
+	portRE    = regexp.MustCompile(`^listen tcp \S*:(\d{1,5}): `)
+	extension = regexp.MustCompile(
+		"(?:match|target) [`'](\\w+)'|[Ee]xtension (\\w+) revision")
+)
+
+// showProcess shows the program that is named "NAME (pid N)".
+func showProcess(by string) []string {
+	if m := pidRE.FindStringSubmatch(by); m != nil {
+		return []string{"ps -fp " + m[1]}
+	}
+	return nil
+}
+
+// showListener shows who listens on the port of "listen tcp ADDRESS:PORT: …", else the agent's
+// settings.
+func showListener(err error) []string {
+	if m := portRE.FindStringSubmatch(err.Error()); m != nil {
+		return []string{"sudo ss -ltnp 'sport = :" + m[1] + "'"}
+	}
+	return []string{editDefaults}
+}
+
+// loadExtension loads the kernel's module for what iptables or the kernel does not know.
+func loadExtension(stderr string) []string {
+	if m := extension.FindStringSubmatch(stderr); m != nil {
+		return []string{"sudo modprobe xt_" + cmp.Or(m[1], m[2])}
+	}
+	return nil
+}
+
+// routeTo asks the kernel for its way to an address.
+func routeTo(addr netip.Addr) string {
+	if addr.Is6() {
+		return "ip -6 route get " + addr.WithZone("").String()
+	}
+	return "ip route get " + addr.String()
+}

@@ -1,0 +1,57 @@
+package symptom
+
+import "slices"
+
+// follows says of each finding that follows from others which these are: the first of them that is
+// there is its reason. A reason stands further down in this table than all that follows from it, or
+// not in it at all, so there is no circle.
+var follows = []struct {
+	from []ID
+	what []ID
+}{
+	// Envoy does not get what it could make listeners of, or is not the one that should.
+	{noConfiguration, []ID{EnvoyNotConfigured}},
+	{slices.Concat(noEnvoy, noConfiguration), []ID{InterceptionNotReady, ServingPortNoChain}},
+	// Who asks in another's name, or another control plane, gets another answer.
+	{[]ID{EnvoyNotOurs, EnvoyIdentity}, []ID{ConfigNotFound, PermissionDenied, APINotEnabled}},
+	{[]ID{EnvoyNotOurs}, []ID{EnvoyIdentity}},
+	{[]ID{ClockWrong}, []ID{ControlPlaneConnect}}, // see fits
+	// Without the tools no rules, whatever else.
+	{[]ID{ToolsMissing}, []ID{FamilyUnusable, RuleRefused, CouldNotLook}},
+	{[]ID{ToolsMissing, ForeignOwner, EnvoyOtherUser, AgentStuck}, []ID{RulesDiffer}},
+}
+
+var (
+	noEnvoy         = []ID{ForeignOwner, EnvoyOtherUser, EnvoyDown}
+	noConfiguration = []ID{ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied,
+		ScopeMissing, ConfigNotFound, ControlPlaneRefused, ListenerRejected, AccessLogUnwritable,
+		EnvoyNotOurs, EnvoyIdentity, ForeignOwner, EnvoyOtherUser}
+)
+
+// explain lists what follows from another finding under it. Whatever counts as an error counts
+// once: so a reason is never milder than what it explains.
+func explain(f Facts, all []Finding) {
+	worst := map[ID]Severity{}
+	for _, found := range all {
+		worst[found.ID] = max(worst[found.ID], found.Severity)
+	}
+	for i := range all {
+		for _, rule := range follows {
+			if all[i].ExplainedBy != "" || !slices.Contains(rule.what, all[i].ID) {
+				continue
+			}
+			for _, reason := range rule.from {
+				severity, there := worst[reason]
+				if there && severity >= all[i].Severity && fits(f, reason, all[i].ID) {
+					all[i].ExplainedBy = reason
+					break
+				}
+			}
+		}
+	}
+}
+
+// fits says whether the facts bear it out where two findings can be there for themselves.
+func fits(f Facts, reason, what ID) bool {
+	return reason != ClockWrong || what != ControlPlaneConnect || failsTLS(f)
+}
