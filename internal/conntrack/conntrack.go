@@ -1,5 +1,5 @@
-// Package conntrack deletes the few connection-tracking entries that keep new
-// rules from taking effect.
+// Package conntrack deletes the few connection-tracking entries that keep new rules from taking
+// effect, and tells what became of a connection.
 //
 // NAT is decided at the first packet of a connection and kept in its conntrack entry. A connection
 // attempt that was on its way when a service's rules came stays on the old path until its entry
@@ -7,9 +7,9 @@
 // port keeps its entry, and so its path, for ever.
 //
 // It talks to the kernel by ctnetlink, so that the conntrack program need not be installed. It
-// needs CAP_NET_ADMIN. It never touches an established connection, and it does nothing else with
-// conntrack. Package agent calls it after iptables.Kernel.Apply has put the new rules in, and the
-// cleanup command after it has taken them out.
+// needs CAP_NET_ADMIN. It never touches an established connection. Package agent calls it after
+// iptables.Kernel.Apply has put the new rules in, and the cleanup command after it has taken them
+// out.
 package conntrack
 
 import (
@@ -189,59 +189,15 @@ func parse(data []byte) (e entry, name []byte, err error) {
 	}
 	d.ByteOrder = binary.BigEndian
 	named := netlink.NewAttributeEncoder()
-	var dst netip.Addr
-	var port uint16
+	var src, dst netip.AddrPort
 	hasID := false
 	for d.Next() {
 		switch d.Type() {
 		case ctaTupleOrig:
 			named.Bytes(ctaTupleOrig|unix.NLA_F_NESTED, d.Bytes())
-			d.Nested(func(tuple *netlink.AttributeDecoder) error {
-				for tuple.Next() {
-					switch tuple.Type() {
-					case ctaTupleIP:
-						tuple.Nested(func(ip *netlink.AttributeDecoder) error {
-							for ip.Next() {
-								if t := ip.Type(); t == ctaIPv4Dst || t == ctaIPv6Dst {
-									dst, _ = netip.AddrFromSlice(ip.Bytes())
-								}
-							}
-							return nil
-						})
-					case ctaTupleProto:
-						tuple.Nested(func(proto *netlink.AttributeDecoder) error {
-							for proto.Next() {
-								switch proto.Type() {
-								case ctaProtoNum:
-									e.proto = proto.Uint8()
-								case ctaProtoSrcPort:
-									e.srcPort = proto.Uint16()
-								case ctaProtoDstPort:
-									port = proto.Uint16()
-								}
-							}
-							return nil
-						})
-					}
-				}
-				return nil
-			})
+			d.Nested(parseTuple(&e.proto, &src, &dst))
 		case ctaProtoInfo:
-			d.Nested(func(info *netlink.AttributeDecoder) error {
-				for info.Next() {
-					if info.Type() == ctaProtoInfoTCP {
-						info.Nested(func(tcp *netlink.AttributeDecoder) error {
-							for tcp.Next() {
-								if tcp.Type() == ctaProtoTCPState {
-									e.tcpState = tcp.Uint8()
-								}
-							}
-							return nil
-						})
-					}
-				}
-				return nil
-			})
+			d.Nested(parseProtoInfo(&e.tcpState))
 		case ctaID:
 			named.Bytes(ctaID, d.Bytes())
 			hasID = true
@@ -254,10 +210,10 @@ func parse(data []byte) (e entry, name []byte, err error) {
 	}
 	// Every kernel sends both. To delete without a tuple is to empty the whole table, without an id
 	// to take what came in the entry's place.
-	if !dst.IsValid() || !hasID {
+	if !dst.Addr().IsValid() || !hasID {
 		return entry{}, nil, errNameless
 	}
-	e.dst = netip.AddrPortFrom(dst, port)
+	e.srcPort, e.dst = src.Port(), dst
 	name, err = named.Encode()
 	return e, name, err
 }
