@@ -30,8 +30,8 @@ var may = map[string]string{
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
 		"internal/conntrack internal/envoywatch internal/mailbox internal/metadata internal/progress " +
-		"internal/reconcile internal/report internal/server internal/sockdiag internal/status " +
-		"internal/symptom iptables systemd",
+		"internal/reconcile internal/report internal/route internal/server internal/sockdiag " +
+		"internal/status internal/symptom iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",
@@ -72,6 +72,7 @@ var may = map[string]string{
 	"internal/conntrack":   "",
 	"internal/mailbox":     "",
 	"internal/redaction":   "",
+	"internal/route":       "",
 	"internal/sockdiag":    "",
 	"internal/untrusted":   "",
 	"internal/webconfig":   "",
@@ -85,6 +86,7 @@ var only = map[string]string{
 	"os/exec": "iptables systemd internal/bootstrap",
 	// Raw kernel interfaces.
 	"github.com/mdlayher/netlink": "iptables internal/conntrack internal/sockdiag",
+	"github.com/mdlayher/socket":  "internal/route",
 	"unsafe":                      "",
 	// Envoy's types: reading them, deciding by them, writing the bootstrap configuration.
 	"github.com/envoyproxy/go-control-plane": "envoyadmin agent internal/bootstrap",
