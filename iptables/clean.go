@@ -151,11 +151,13 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 	return t, true, nil
 }
 
-// hasLegacyTable says whether there may be a legacy nat table, without making it: asking the kernel
-// for it by name, as iptables-legacy-save and every one of its socket options do, makes it wherever
+// hasLegacyTable says whether there may be a legacy table ("nat", "filter"), without making it:
+// asking the kernel for it by name, as iptables-legacy-save and every one of its socket options do, makes it wherever
 // its module is loaded. /proc names the tables, in a file that is root's (0440, also for the group
 // root); the agent, an ordinary user with capabilities, has to go by the modules.
-func hasLegacyTable(f Family, readFile func(string) ([]byte, error)) (bool, error) {
+func hasLegacyTable(
+	f Family, table string, readFile func(string) ([]byte, error),
+) (bool, error) {
 	file := "/proc/thread-self/net/ip_tables_names"
 	if f == IPv6 {
 		file = "/proc/thread-self/net/ip6_tables_names"
@@ -165,30 +167,30 @@ func hasLegacyTable(f Family, readFile func(string) ([]byte, error)) (bool, erro
 	case errors.Is(err, os.ErrNotExist): // ip_tables is not loaded
 		return false, nil
 	case err == nil:
-		return slices.Contains(strings.Fields(string(names)), "nat"), nil
+		return slices.Contains(strings.Fields(string(names)), table), nil
 	}
 	if modules, err := readFile("/proc/modules"); err == nil {
-		if may, ok := legacyByModules(f, modules); ok {
+		if may, ok := legacyByModules(f, table, modules); ok {
 			return may, nil
 		}
 	}
 	return false, fmt.Errorf("%w into the legacy backend: %w; run as root", ErrCouldNotLook, err)
 }
 
-// legacyByModules says by /proc/modules whether a legacy nat table may be there, and whether that
+// legacyByModules says by /proc/modules whether a legacy table may be there, and whether that
 // can be said at all. Nobody has made one if its module could be loaded and is not. If it is
 // loaded, somebody has, in this network namespace most likely: looking makes an empty one at worst.
 // That costs a look at each connection's first packet and a warning of iptables-nft's, and starts
 // no conntrack (a rule with a NAT target does). Built in says nothing, and then the agent would
 // make a table on every machine there is.
-func legacyByModules(f Family, modules []byte) (may, ok bool) {
-	base, nat := "ip_tables", "iptable_nat"
+func legacyByModules(f Family, table string, modules []byte) (may, ok bool) {
+	base, module := "ip_tables", "iptable_"+table
 	if f == IPv6 {
-		base, nat = "ip6_tables", "ip6table_nat"
+		base, module = "ip6_tables", "ip6table_"+table
 	}
 	for line := range strings.Lines(string(modules)) {
 		switch name, _, _ := strings.Cut(line, " "); name {
-		case nat:
+		case module:
 			return true, true
 		case base: // what is built upon a module is one itself
 			ok = true

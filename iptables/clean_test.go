@@ -434,7 +434,7 @@ func TestHasLegacyTable(t *testing.T) {
 			}
 		}
 		for f, want := range map[Family]bool{IPv4: test.has4, IPv6: test.has6} {
-			has, err := hasLegacyTable(f, read)
+			has, err := hasLegacyTable(f, "nat", read)
 			if has != want || (err == nil) != test.looked ||
 				err != nil && (!errors.Is(err, ErrCouldNotLook) || !errors.Is(err, fs.ErrPermission)) {
 				t.Errorf("%s: %s: %v %v, want %v", test.name, f, has, err, want)
@@ -479,12 +479,12 @@ func TestLegacyByModules(t *testing.T) {
 		{"loaded upon what is built in", "iptable_nat 16384 1 - Live 0x0\n", true, true},
 		{"the other family's, and names in other columns", "ip6table_nat 16384 1 - Live 0x0\nx_tables 65536 2 ip_tables,iptable_nat, Live 0x0\n", false, false},
 	} {
-		if may, ok := legacyByModules(IPv4, []byte(test.modules)); may != test.may || ok != test.ok {
+		if may, ok := legacyByModules(IPv4, "nat", []byte(test.modules)); may != test.may || ok != test.ok {
 			t.Errorf("%s: may be there %v, said %v", test.name, may, ok)
 		}
 	}
 	if may, ok := legacyByModules(
-		IPv6, []byte("ip6_tables 36864 0 - Live 0x0\nip6table_nat 16384 1 - Live 0x0\n")); !may || !ok {
+		IPv6, "nat", []byte("ip6_tables 36864 0 - Live 0x0\nip6table_nat 16384 1 - Live 0x0\n")); !may || !ok {
 		t.Errorf("IPv6: may be there %v, said %v", may, ok)
 	}
 }

@@ -268,7 +268,7 @@ func TestTheOtherBackend(t *testing.T) {
 			if said, err := used.CleanOtherBackend(t.Context()); err != nil || len(said) > 0 {
 				t.Fatalf("nothing there: %q %v", said, err)
 			}
-			if has, err := hasLegacyTable(IPv4, os.ReadFile); err != nil || backends[0] == NFT && has {
+			if has, err := hasLegacyTable(IPv4, "nat", os.ReadFile); err != nil || backends[0] == NFT && has {
 				t.Fatalf("looking made the legacy table: %v", err)
 			}
 			old := open(t, other)
@@ -330,10 +330,10 @@ func TestTheOtherBackendAsAnOrdinaryUser(t *testing.T) {
 					apply(t, open(t, Legacy), sample(f).Ruleset())
 				}
 			}
-			loaded, byModules := legacyByModules(IPv4, modules(t))
+			loaded, byModules := legacyByModules(IPv4, "nat", modules(t))
 			if !asOrdinaryUser(t, test.groups...) { // root, after the copy has ended
 				for _, f := range families {
-					if has, err := hasLegacyTable(f, os.ReadFile); err != nil || has != test.ours && !loaded {
+					if has, err := hasLegacyTable(f, "nat", os.ReadFile); err != nil || has != test.ours && !loaded {
 						t.Errorf("%s: a legacy table: %v %v, want %v", f, has, err, test.ours)
 					}
 				}

@@ -84,13 +84,14 @@ type machine struct {
 		stdout *bytes.Buffer, name string, args ...string) error
 	natChains func(Family) ([]string, error) // of iptables-nft
 	hasLegacy func(Family) (bool, error)     // whether there is a legacy nat table, without making it
+	hasFilter func(tool) (bool, error)       // whether there is a table filter, without making it
 	// lockHolder is the pid of who holds the xtables lock, 0 for nobody. nil: it is not asked.
 	lockHolder func() int
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
-	return hasLegacyTable(f, os.ReadFile)
-}, lockHolder}
+	return hasLegacyTable(f, "nat", os.ReadFile)
+}, hasFilter, lockHolder}
 
 // tool are the programs of one family.
 type tool struct {

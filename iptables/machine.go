@@ -48,6 +48,7 @@ func onMachine(m Machine) machine {
 			_, exists := m.Chains(programOf(Legacy, f))
 			return exists, nil
 		},
+		hasFilter: func(tool) (bool, error) { return false, nil },
 	}
 }
 

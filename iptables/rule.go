@@ -23,6 +23,9 @@ type parsed struct {
 	uid, gid   *idRange
 	dstLocal   bool
 	dstLocNot  bool
+	states     []string // of conntrack: NEW, ESTABLISHED, DNAT, …
+	statesNot  bool
+	hasStates  bool
 	target     string // "" for a rule that only counts
 	goTo       bool   // -g instead of -j
 	toPorts    string // --to-ports of REDIRECT
@@ -94,7 +97,7 @@ func (p *parsed) option(word string, not bool, words []string) []string {
 		p.out = interfaceMatch{value(), not}
 	case "-m", "--match":
 		switch value() {
-		case "tcp", "udp", "owner", "comment", "addrtype", "multiport":
+		case "tcp", "udp", "owner", "comment", "addrtype", "multiport", "conntrack", "state":
 		default:
 			p.unknown = true
 		}
@@ -121,6 +124,8 @@ func (p *parsed) option(word string, not bool, words []string) []string {
 		} else {
 			p.unknown = true
 		}
+	case "--ctstate", "--state":
+		p.states, p.statesNot, p.hasStates = strings.Split(value(), ","), not, true
 	case "-j", "--jump", "-g", "--goto":
 		p.goTo = word == "-g" || word == "--goto"
 		p.target = value()

@@ -16,7 +16,7 @@ type Table struct {
 	chains map[string][]string // rules in order, without "-A CHAIN "
 }
 
-// ErrTruncated says that a save ended in the middle of its nat table. What it held is not to be
+// ErrTruncated says that a save ended in the middle of the table that was read. What it held is not to be
 // trusted: the missing half would look like drift.
 var ErrTruncated = errors.New("the save ends within table nat")
 
@@ -25,30 +25,38 @@ var ErrTruncated = errors.New("the save ends within table nat")
 // lines that it does not know are passed over.
 func Parse(family Family, save []byte) (Table, error) {
 	t := Table{family: family, chains: map[string][]string{}}
-	inNat := false
+	if err := eachLine(save, "nat", t.line); err != nil {
+		return Table{}, fmt.Errorf("parse %s save: %w", family, err)
+	}
+	return t, nil
+}
+
+// eachLine hands over the lines that a save has of one table.
+func eachLine(save []byte, table string, take func(line string)) error {
+	within := false
 	// One copy of the text holds all rules: 10,000 rules are one allocation and not as many.
 	for line := range strings.SplitSeq(string(save), "\n") {
 		line = strings.TrimRight(line, "\r")
 		if name, ok := strings.CutPrefix(line, "*"); ok {
-			if inNat {
-				return Table{}, fmt.Errorf("parse %s save: %w", family, ErrTruncated)
+			if within {
+				return ErrTruncated
 			}
-			inNat = name == "nat"
+			within = name == table
 			continue
 		}
-		if !inNat {
+		if !within {
 			continue
 		}
 		if line == "COMMIT" {
-			inNat = false
+			within = false
 			continue
 		}
-		t.line(line)
+		take(line)
 	}
-	if inNat {
-		return Table{}, fmt.Errorf("parse %s save: %w", family, ErrTruncated)
+	if within {
+		return ErrTruncated
 	}
-	return t, nil
+	return nil
 }
 
 // line takes one line of a save's nat table or of `iptables -S`.

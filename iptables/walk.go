@@ -2,16 +2,19 @@ package iptables
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
 
-// Hook is where a packet enters table nat.
+// Hook is where a packet is walked: it enters table nat at the first two, and table filter at the
+// third.
 type Hook uint8
 
 const (
 	Output     Hook = iota + 1 // made on this machine
 	Prerouting                 // come in by an interface
+	Input                      // for a socket of this machine
 )
 
 // Proto is the transport protocol of a packet.
@@ -34,15 +37,18 @@ func (p Proto) String() string {
 
 // Packet is the first packet of a connection: the only one that table nat sees.
 type Packet struct {
-	Hook        Hook
-	Src, Dst    netip.AddrPort
-	Proto       Proto
-	UID, GID    uint32 // the socket's creator; of no meaning in PREROUTING
-	InInterface string // in PREROUTING
-	DstLocal    bool   // the destination is an address of this machine (addrtype LOCAL)
+	Hook     Hook
+	Src, Dst netip.AddrPort // a source without an address is anybody
+	Proto    Proto
+	UID, GID uint32 // the socket's creator; of no meaning but in OUTPUT
+	// InInterface is what it came in by, in PREROUTING and INPUT. "" in INPUT: any but loopback.
+	InInterface string
+	DstLocal    bool // the destination is an address of this machine (addrtype LOCAL)
 	// Syn says that the packet opens a connection. A TCP packet without it belongs to one that
 	// conntrack has not seen from its start.
 	Syn bool
+	// Redirected says that a rule of table nat has led it here (--ctstate DNAT).
+	Redirected bool
 }
 
 // Action is what becomes of a packet.
@@ -54,10 +60,11 @@ const (
 	// another program's rule decides (DNAT, DROP, REDIRECT of its own, ...); only from Table.Walk
 	Taken
 	CannotTell // depends on a match or target that this package does not know
+	Dropped    // or rejected; only from Filter.Walk
 )
 
 func (a Action) String() string {
-	words := [...]string{"", "pass", "redirect", "taken", "cannot tell"}
+	words := [...]string{"", "pass", "redirect", "taken", "cannot tell", "dropped"}
 	if int(a) < len(words) {
 		return words[a]
 	}
@@ -197,14 +204,22 @@ func (p parsed) matches(k Packet) match {
 	if p.proto != "" && (p.proto == k.Proto.String()) == p.protoNot {
 		return no
 	}
-	if !p.src.matches(k.Src.Addr()) || !p.dst.matches(k.Dst.Addr()) {
+	unsure := p.unknown || p.out.name != ""
+	if !k.Src.Addr().IsValid() {
+		unsure = unsure || p.src.prefix.IsValid()
+	} else if !p.src.matches(k.Src.Addr()) {
 		return no
 	}
-	in := k.InInterface
-	if k.Hook == Output {
-		in = "" // a packet made here came in by none
+	if !p.dst.matches(k.Dst.Addr()) {
+		return no
 	}
-	if p.in.name != "" && p.in.matches(in) == p.in.not {
+	switch in := p.in.comes(k); {
+	case in == maybe:
+		unsure = true
+	case (in == yes) == p.in.not:
+		return no
+	}
+	if p.hasStates && p.statesMatch(k) == p.statesNot {
 		return no
 	}
 	if p.hasDports {
@@ -225,10 +240,33 @@ func (p parsed) matches(k Packet) match {
 	if p.dstLocal && k.DstLocal == p.dstLocNot {
 		return no
 	}
-	if p.unknown || p.out.name != "" {
+	if unsure {
 		return maybe
 	}
 	return yes
+}
+
+// statesMatch says whether one of the rule's states is that of a first packet.
+func (p parsed) statesMatch(k Packet) bool {
+	return slices.Contains(p.states, "NEW") || k.Redirected && slices.Contains(p.states, "DNAT")
+}
+
+// comes says whether the packet came in by an interface of this name, whatever the match makes of
+// that.
+func (m interfaceMatch) comes(k Packet) match {
+	in := k.InInterface
+	switch {
+	case m.name == "":
+		return yes // no interface match, which is never negated
+	case k.Hook == Output:
+		in = "" // a packet made here came in by none
+	case k.Hook == Input && in == "" && m.name != "lo" && m.name != "+":
+		return maybe
+	}
+	if m.matches(in) {
+		return yes
+	}
+	return no
 }
 
 func (m addressMatch) matches(a netip.Addr) bool {

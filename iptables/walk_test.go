@@ -232,6 +232,8 @@ func TestMatches(t *testing.T) {
 	in.Hook, in.InInterface, in.DstLocal, in.UID, in.GID = Prerouting, "eth0", true, 0, 0
 	through := in
 	through.DstLocal = false
+	led, anyone := from, from
+	led.Redirected, anyone.Src = true, netip.AddrPort{}
 	for _, test := range []struct {
 		match  string
 		packet Packet
@@ -260,7 +262,11 @@ func TestMatches(t *testing.T) {
 		{"-m owner --gid-owner 100", from, yes}, {"-m owner --gid-owner 1000", from, no}, {"-m owner ! --gid-owner 100", from, no},
 		{"-m owner --uid-owner 0", in, no}, {"-m owner ! --uid-owner 1000", in, no}, {"-m owner --uid-owner root", from, maybe},
 		{"-m addrtype --dst-type LOCAL", in, yes}, {"-m addrtype --dst-type LOCAL", through, no}, {"-m addrtype ! --dst-type LOCAL", in, no}, {"-m addrtype ! --dst-type LOCAL", through, yes},
-		{"-m addrtype --dst-type BROADCAST", in, maybe}, {"-m conntrack --ctstate NEW", from, maybe}, {"-m set --match-set x dst", from, maybe},
+		{"-m addrtype --dst-type BROADCAST", in, maybe}, {"-m set --match-set x dst", from, maybe},
+		{"-m conntrack --ctstate NEW", from, yes}, {"-m state --state NEW", from, yes}, {"-m conntrack --ctstate RELATED,ESTABLISHED", from, no}, {"-m conntrack ! --ctstate RELATED,ESTABLISHED", from, yes},
+		{"-m conntrack --ctstate INVALID,NEW", from, yes}, {"-m conntrack --ctstate DNAT", from, no}, {"-m conntrack --ctstate DNAT", led, yes}, {"-m conntrack ! --ctstate DNAT", led, no},
+		{"-m conntrack --ctorigdst 10.0.0.1/32", from, maybe},
+		{"-s 10.0.0.0/8", anyone, maybe}, {"! -s 10.0.0.0/8", anyone, maybe}, {"-s 10.0.0.0/8 -p udp", anyone, no}, {"-p tcp", anyone, yes},
 		{"-m set --match-set x dst -p udp", from, no}, // no, whatever the set says
 		{`-m comment --comment "a -p udp"`, from, yes},
 	} {
