@@ -34,7 +34,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -65,9 +64,9 @@ type Agent struct {
 	history    *mailbox.Box[Failures]
 	keep       *mailbox.Box[*keptAttribute]
 	pause      chan chan struct{}
-	status     atomic.Pointer[status.Status]    // nil: no pass yet
-	account    atomic.Pointer[metadata.Account] // nil: not read yet
-	answered   atomic.Pointer[time.Time]        // when the metadata server last did; nil: not yet
+	status     atomic.Pointer[status.Status] // nil: no pass yet
+	answered   atomic.Pointer[time.Time]     // when the metadata server last did; nil: not yet
+	self       self
 
 	config *attribute.Config // of --config; nil: the metadata server tells
 	// its unit is enabled: a VM without its result is not finished yet
@@ -87,6 +86,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](),
 		keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}),
 	}
+	a.self.killed = takeKilled(server.Dir(), a.started, log)
 	var err error
 	if a.envoy, err = envoyadmin.New(s.EnvoyAdmin); err != nil {
 		return nil, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
@@ -223,7 +223,8 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 	}
 	if a.config == nil {
 		tasks = append(tasks,
-			task{"watch the attribute", a.watchAttribute}, task{"read the service account", a.readAccount})
+			task{"watch the attribute", a.watchAttribute}, task{"read the service account", a.readAccount},
+			task{"read who the VM is", a.readVM}, task{"watch the clock", a.watchClock})
 	}
 	return tasks
 }
@@ -277,7 +278,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 // thisVM asks the VM, and the daemon's tasks for what they know of it.
 func (a *Agent) thisVM() vm {
 	v := thisVM(a.settings.StateDir)
-	v.account = a.account.Load
+	v.self = a.self.known
 	v.guestOff = func() bool { return !a.guest.State().Enabled }
 	if a.public != nil {
 		v.listenErr = a.public.Err

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -25,12 +24,12 @@ type vm struct {
 	userName   func(uid uint32) string // "" where it has none
 	tcp, udp   func(port uint16) ([]sockdiag.Listener, error)
 	progress   func() (progress.State, error) // of bootstrap
-	account    func() *metadata.Account       // nil: not known yet
-	guestOff   func() bool                    // guest attributes are disabled
-	listenErr  func() error                   // of --listen
-	metricsErr func() error                   // of --metrics-listen
-	backend    func() string                  // of iptables: nft or legacy
-	request    func(reason string) error      // asks for a run of bootstrap
+	self       func(now time.Time) Self
+	guestOff   func() bool               // guest attributes are disabled
+	listenErr  func() error              // of --listen
+	metricsErr func() error              // of --metrics-listen
+	backend    func() string             // of iptables: nft or legacy
+	request    func(reason string) error // asks for a run of bootstrap
 }
 
 // thisVM asks the VM that the program runs on. What only a daemon knows is the daemon's to add.
@@ -39,7 +38,7 @@ func thisVM(stateDir string) vm {
 		addrs: localAddrs, userIDs: userIDs, userName: userName,
 		tcp: sockdiag.Listeners, udp: sockdiag.UDPListeners,
 		progress:   func() (progress.State, error) { return progress.Read(stateDir) },
-		account:    func() *metadata.Account { return nil },
+		self:       func(time.Time) Self { return Self{} },
 		guestOff:   func() bool { return false },
 		listenErr:  func() error { return nil },
 		metricsErr: func() error { return nil },
@@ -64,7 +63,7 @@ type Observation struct {
 	Envoy     envoywatch.View
 	Bootstrap progress.State
 	Awaited   bool // bootstrap is to come on this VM
-	Account   *metadata.Account
+	Self
 	Others    []iptables.OtherChain
 	GuestOff  bool
 	ListenErr error
@@ -85,7 +84,7 @@ func (l *loop) observe(now time.Time) Observation {
 	seen := Observation{
 		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute,
 		Envoy:     l.envoy,
-		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Account: l.vm.account(),
+		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Self: l.vm.self(now),
 		Others: l.others, GuestOff: l.vm.guestOff(), ListenErr: l.vm.listenErr(),
 		MetricsErr: l.vm.metricsErr(),
 	}
@@ -115,7 +114,9 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		Uncovered:     want.Uncovered,
 		ServerFirst:   want.ServerFirst,
 		Others:        o.Others,
+		VM:            o.VM,
 	}
+	f.Clock, f.Agent.Killed = o.Clock, o.Killed
 	if want.interceptsDNS() {
 		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs
 	}

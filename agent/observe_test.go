@@ -160,7 +160,8 @@ func TestFacts(t *testing.T) {
 		User:      proxyUser{UID: 107, Err: errors.New("user")},
 		Attribute: attributeInForce{Err: errors.New("attribute"), Source: errors.New("server")},
 		Bootstrap: progress.State{Status: progress.Failed, Failure: "no space", Time: testStart},
-		Account:   &metadata.Account{Email: "a@b", Scopes: []string{"s"}},
+		Self: Self{Account: &metadata.Account{Email: "a@b", Scopes: []string{"s"}},
+			VM: symptom.VM{Name: "web-1"}, Clock: time.Minute, Killed: testStart},
 		Others:    []iptables.OtherChain{{}},
 		GuestOff:  true,
 		ListenErr: errors.New("listen"), MetricsErr: errors.New("metrics"),
@@ -178,6 +179,9 @@ func TestFacts(t *testing.T) {
 		f.MetricsErr != seen.MetricsErr ||
 		f.Attribute != seen.Attribute.Err || f.Metadata != seen.Attribute.Source || !f.NoAttribute ||
 		len(f.Advice) != 1 || f.UserErr != seen.User.Err || f.ProxyUID != 107 || f.ProxyUser != "envoy" {
+		t.Errorf("%+v", f)
+	}
+	if f.VM.Name != "web-1" || f.Clock != time.Minute || f.Agent.Killed != testStart {
 		t.Errorf("%+v", f)
 	}
 	if len(f.Others) != 1 || len(f.Refused) != 1 || len(f.Uncovered) != 1 || len(f.ServerFirst) != 1 ||

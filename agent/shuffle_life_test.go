@@ -5,12 +5,12 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -105,7 +105,7 @@ func quietVM(k *iptables.Kernel, listeners func(uint16) ([]sockdiag.Listener, er
 		tcp:        listeners,
 		udp:        listeners,
 		progress:   func() (progress.State, error) { return progress.State{}, nil },
-		account:    func() *metadata.Account { return nil },
+		self:       func(time.Time) Self { return Self{} },
 		guestOff:   func() bool { return false },
 		listenErr:  func() error { return nil },
 		metricsErr: func() error { return nil },

@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -34,20 +33,6 @@ func runTasks(ctx context.Context, tasks []task) error {
 		})
 	}
 	return g.Wait()
-}
-
-// readAccount asks once for the VM's service account, whose name belongs into the control plane's
-// refusals.
-func (a *Agent) readAccount(ctx context.Context) error {
-	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
-		if account, err := metadata.ReadAccount(ctx); err == nil {
-			a.account.Store(&account)
-			return nil
-		}
-		if !sleep(ctx, wait) {
-			return nil
-		}
-	}
 }
 
 // How often other nat chains at our hooks, and a switch of iptables' backend, are looked for. The

@@ -54,23 +54,25 @@ func anAgent(t *testing.T) *Agent {
 func TestTasks(t *testing.T) {
 	const always = "loop, watch Envoy, report, keep history, guest attributes, serial port, " +
 		"Cloud Logging, socket"
+	const metadata = "watch the attribute, read the service account, read who the VM is, " +
+		"watch the clock"
 	for _, test := range []struct {
 		name   string
 		change func(*Agent)
 		want   string
 	}{
 		{"usual", func(*Agent) {},
-			", watch other nat chains, watch the attribute, read the service account"},
+			", watch other nat chains, " + metadata},
 		{"--config", func(a *Agent) { a.config = new(attribute.Default()) }, ", watch other nat chains"},
 		{"without iptables", func(a *Agent) { a.withoutTools = true },
-			", wait for iptables, watch the attribute, read the service account"},
+			", wait for iptables, " + metadata},
 		{"--listen", func(a *Agent) {
 			public, err := server.NewPublic("127.0.0.1:0", a.healthz, a.readyz, a.metrics.Handler(), a.log)
 			if err != nil {
 				t.Fatal(err)
 			}
 			a.public = public
-		}, ", watch other nat chains, listen, watch the attribute, read the service account"},
+		}, ", watch other nat chains, listen, " + metadata},
 	} {
 		a := anAgent(t)
 		test.change(a)
@@ -120,7 +122,7 @@ func TestNewLoop(t *testing.T) {
 		t.Errorf("--config: %+v", l.attribute)
 	}
 	v := a.thisVM()
-	if v.backend() != iptables.NFT || v.account() != nil || v.guestOff() != !a.guest.State().Enabled ||
+	if v.backend() != iptables.NFT || v.self(testStart) != (Self{}) || v.guestOff() != !a.guest.State().Enabled ||
 		v.listenErr() != nil || v.metricsErr() != nil {
 		t.Errorf("backend %q", v.backend())
 	}

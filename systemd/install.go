@@ -50,6 +50,10 @@ const (
 // service-proxy-ready.path starts the target then.
 const ReadyFile = "ready"
 
+// HungFile is what the agent's unit leaves in its runtime folder when systemd's watchdog has ended
+// it, so that the next run can tell.
+const HungFile = "hung"
+
 //go:embed units tmpfiles.d sysusers.d catalog
 var embedded embed.FS
 

@@ -82,13 +82,19 @@ var direct = &http.Transport{
 	IdleConnTimeout:       90 * time.Second,
 }
 
-// answer notes what gce.Client does not hand on of an answer, its ETag, and bounds what it reads.
-type answer struct{ etag string }
+// answer notes what gce.Client does not hand on of an answer, and bounds what it reads.
+type answer struct {
+	etag  string
+	ahead time.Duration // this machine's clock, against the server's
+	dated bool          // that is known
+}
 
 func (a *answer) RoundTrip(req *http.Request) (*http.Response, error) {
+	sent := time.Now()
 	resp, err := Transport{Base: direct}.RoundTrip(req)
 	if err == nil {
 		a.etag = resp.Header.Get("ETag")
+		a.ahead, a.dated = offset(sent, time.Now(), resp.Header.Get("Date"))
 		// One more than allowed: Parse says that it is too long.
 		resp.Body = struct {
 			io.Reader
@@ -100,8 +106,14 @@ func (a *answer) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // get is Read. With an etag it waits up to a minute for another value.
 func get(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
+	answer := &answer{}
+	text, err = ask(ctx, path, etag, answer)
+	return text, answer.etag, err
+}
+
+func ask(ctx context.Context, path, etag string, answer *answer) (text []byte, err error) {
 	if err := CheckHost(); err != nil {
-		return nil, "", &Error{Path: path, Err: err}
+		return nil, &Error{Path: path, Err: err}
 	}
 	limit := 10 * time.Second
 	query := ""
@@ -113,7 +125,6 @@ func get(ctx context.Context, path, etag string) (text []byte, newETag string, e
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	answer := &answer{}
 	client := gce.NewClient(&http.Client{
 		Transport:     answer,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -126,17 +137,17 @@ func get(ctx context.Context, path, etag string) (text []byte, newETag string, e
 	)
 	switch {
 	case err == nil:
-		return []byte(value), answer.etag, nil
+		return []byte(value), nil
 	case errors.As(err, &missing) && path == attributePath:
-		return nil, "", ErrNoAttribute
+		return nil, ErrNoAttribute
 	case errors.As(err, &missing):
-		return nil, "", &Error{Path: path, Code: http.StatusNotFound, Err: err}
+		return nil, &Error{Path: path, Code: http.StatusNotFound, Err: err}
 	case errors.As(err, &status):
-		return nil, "", &Error{Path: path, Code: status.Code, Err: err}
+		return nil, &Error{Path: path, Code: status.Code, Err: err}
 	case errors.Is(err, context.DeadlineExceeded):
 		err = fmt.Errorf("no answer within %v", limit)
 	case errors.As(err, &urlErr):
 		err = urlErr.Err // the address is said by Error
 	}
-	return nil, "", &Error{Path: path, Err: err}
+	return nil, &Error{Path: path, Err: err}
 }

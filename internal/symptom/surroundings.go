@@ -39,6 +39,9 @@ type VM struct {
 	Project       string // its ID
 	ProjectNumber string
 	Network       string // of its first interface: "default"
+	// NetworkProject is the number of the project that the network belongs to: the host project's, of
+	// a shared VPC.
+	NetworkProject string
 }
 
 // Surroundings are facts on what Envoy and the rules stand in.

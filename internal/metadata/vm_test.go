@@ -1,0 +1,91 @@
+package metadata
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestReadVM: the answers are in the forms of
+// https://cloud.google.com/compute/docs/metadata/predefined-metadata-keys.
+func TestReadVM(t *testing.T) {
+	answers := map[string]string{
+		"instance/name": "web-1\n", "instance/zone": "projects/123/zones/europe-west1-b",
+		"project/project-id": "shop-prod", "project/numeric-project-id": "123",
+		"instance/network-interfaces/0/network": "projects/456/networks/shared",
+	}
+	fail := ""
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		path := strings.TrimPrefix(r.URL.Path, "/computeMetadata/v1/")
+		text, known := answers[path]
+		if !known || path == fail {
+			http.NotFound(w, r)
+			return
+		}
+		_, _ = w.Write([]byte(text))
+	}))
+	defer srv.Close()
+	t.Setenv(HostEnv, strings.TrimPrefix(srv.URL, "http://"))
+	want := VM{Name: "web-1", Zone: "europe-west1-b", Project: "shop-prod", ProjectNumber: "123",
+		Network: "shared", NetworkProject: "456"}
+	if vm, err := ReadVM(t.Context()); err != nil || vm != want {
+		t.Errorf("it is %+v, %v, want %+v", vm, err, want)
+	}
+	for fail = range answers {
+		if vm, err := ReadVM(t.Context()); err == nil || vm != (VM{}) {
+			t.Errorf("without %q: %+v, %v", fail, vm, err)
+		}
+	}
+}
+
+func TestOffset(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 900_000_000, time.UTC) // the server's Date is of :05
+	date := now.Format(http.TimeFormat)
+	for _, tt := range []struct {
+		name  string
+		ahead time.Duration // of this machine's clock
+		took  time.Duration
+		date  string
+		want  time.Duration
+		known bool
+	}{
+		{"right", 0, time.Millisecond, date, 0, true},
+		{"a second is not told", time.Second, time.Millisecond, date, 0, true},
+		{"nor one behind", -time.Second, time.Millisecond, date, 0, true},
+		{"ahead", 37 * time.Second, time.Millisecond, date, 37 * time.Second, true},
+		{"behind", -time.Hour, time.Millisecond, date, -time.Hour, true},
+		{"right, and it took its time", 0, slowest, date, 0, true},
+		{"it took too long", time.Hour, slowest + 1, date, 0, false},
+		{"no Date", time.Hour, time.Millisecond, "", 0, false},
+		{"no date", time.Hour, time.Millisecond, "yesterday", 0, false},
+	} {
+		sent := now.Add(tt.ahead - tt.took/2)
+		ahead, known := offset(sent, sent.Add(tt.took), tt.date)
+		if (ahead-tt.want).Abs() > time.Second || known != tt.known || tt.want == 0 && ahead != 0 {
+			t.Errorf("%s: %v, %v, want %v, %v", tt.name, ahead, known, tt.want, tt.known)
+		}
+	}
+}
+
+// TestClock asks a server whose clock is another.
+func TestClock(t *testing.T) {
+	date := func() string { return time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat) }
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header()["Date"] = nil
+		if d := date(); d != "" {
+			w.Header().Set("Date", d)
+		}
+		_, _ = w.Write([]byte("42"))
+	}))
+	defer srv.Close()
+	t.Setenv(HostEnv, strings.TrimPrefix(srv.URL, "http://"))
+	if ahead, err := Clock(t.Context()); err != nil || (ahead-time.Hour).Abs() > 2*time.Second {
+		t.Errorf("it is %v ahead, %v", ahead, err)
+	}
+	date = func() string { return "" }
+	if ahead, err := Clock(t.Context()); err == nil || ahead != 0 {
+		t.Errorf("without a Date it is %v ahead, %v", ahead, err)
+	}
+}
