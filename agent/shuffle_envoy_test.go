@@ -289,4 +289,12 @@ func (e *envoy) Bootstrap(context.Context) (*envoyadmin.Bootstrap, error) {
 	return &envoyadmin.Bootstrap{LDS: true}, e.answers("/config_dump")
 }
 
+func (e *envoy) Clusters(context.Context) ([]envoyadmin.ClusterHealth, error) {
+	return nil, e.answers("/clusters")
+}
+
+func (e *envoy) Panics(context.Context) (map[string]uint64, error) {
+	return nil, e.answers("/stats")
+}
+
 func (e *envoy) Redial() {}

@@ -3,6 +3,8 @@ package envoywatch
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -31,6 +33,8 @@ type envoy struct {
 	stats    envoyadmin.ControlPlane
 	lds      bool
 	targets  []envoyadmin.Target
+	clusters []envoyadmin.ClusterHealth
+	panics   map[string]uint64
 
 	down  error                    // what every question comes to
 	fails map[string]error         // what a question comes to, by its name
@@ -160,6 +164,24 @@ func (e *envoy) Bootstrap(context.Context) (*envoyadmin.Bootstrap, error) {
 		return nil, err
 	}
 	return &envoyadmin.Bootstrap{LDS: e.lds, Targets: e.targets}, nil
+}
+
+func (e *envoy) Clusters(context.Context) ([]envoyadmin.ClusterHealth, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := e.question("clusters"); err != nil {
+		return nil, err
+	}
+	return slices.Clone(e.clusters), nil
+}
+
+func (e *envoy) Panics(context.Context) (map[string]uint64, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := e.question("panics"); err != nil {
+		return nil, err
+	}
+	return maps.Clone(e.panics), nil
 }
 
 func (e *envoy) Redial() { e.set(func() { e.asked = append(e.asked, "redial") }) }

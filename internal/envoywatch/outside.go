@@ -1,6 +1,7 @@
 package envoywatch
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,10 +18,10 @@ import (
 
 // What is asked of others than Envoy: the control plane, systemd, Envoy's log.
 
-// probed is what came of a probe, and the control planes that it knows by now.
+// probed is what came of a probe, and of the question for the control planes.
 type probed struct {
 	process uint64 // whose control planes these are
-	targets []envoyadmin.Target
+	started *envoyadmin.Bootstrap
 	err     error
 }
 
@@ -44,7 +45,7 @@ func (w *Watch) probe(ctx context.Context) {
 		return
 	}
 	w.probeAt = now
-	try := probed{process: w.process.id, targets: w.process.targets}
+	try := probed{process: w.process.id, started: w.process.aside.Started}
 	go func() {
 		select {
 		case w.probes <- w.probeControlPlane(ctx, try):
@@ -57,14 +58,14 @@ func (w *Watch) probe(ctx context.Context) {
 // it costs Envoy a third of a second at 10,000 services. It runs beside the Watch and touches of it
 // only what never changes.
 func (w *Watch) probeControlPlane(ctx context.Context, p probed) probed {
-	if p.targets == nil {
+	if p.started == nil {
 		b, err := w.o.Admin.Bootstrap(ctx)
 		if err != nil {
 			return p // the watch itself tells what is wrong with the admin interface
 		}
-		p.targets = b.Targets
+		p.started = b
 	}
-	for _, t := range p.targets {
+	for _, t := range p.started.Targets {
 		if p.err = w.o.Probe(ctx, t); p.err != nil {
 			break
 		}
@@ -79,7 +80,8 @@ func (w *Watch) takeProbe(p probed) {
 		w.probeAt = time.Time{}
 		return
 	}
-	w.process.probe, w.process.targets = p.err, p.targets
+	w.process.probe = p.err
+	w.process.aside.Started = cmp.Or(p.started, w.process.aside.Started)
 	w.put()
 }
 

@@ -26,9 +26,9 @@ type process struct {
 	// dump again and never counts itself: the configuration may have come after it was read.
 	untaken *envoyadmin.Snapshot
 	stream  stream
-	stats   envoyadmin.Pace     // of questions that go through all statistics
-	targets []envoyadmin.Target // of its bootstrap; nil: not asked yet
-	probe   error               // what our own way to these came to
+	stats   envoyadmin.Pace // of questions that go through all statistics
+	probe   error           // what our own way to its control planes came to
+	aside   aside
 }
 
 // live is Envoy's word for the state in which it serves.
@@ -48,7 +48,7 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 	}
 	w.process = process{
 		id: id, info: info, state: info.State,
-		stream: w.process.stream.after(w.began),
+		stream: w.process.stream.after(w.began), aside: asideAfter(w.began),
 	}
 	if soon := w.o.Now().Add(probeNew - probeEvery); w.probeAt.After(soon) {
 		w.probeAt = soon
@@ -166,6 +166,9 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	var b *envoyadmin.Bootstrap
 	w.ask(func() { b, err = w.o.Admin.Bootstrap(ctx) })
 	w.process.stats.Asked(began, w.o.Now())
+	if err == nil {
+		w.process.aside.Started = b
+	}
 	return err == nil && !b.LDS, err
 }
 

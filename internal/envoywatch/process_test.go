@@ -20,12 +20,12 @@ func TestRestart(t *testing.T) {
 	if v := w.after(15 * time.Second); !v.Apart || v.Stream == nil {
 		t.Fatalf("not apart: %+v", v)
 	}
-	w.w.process.probe, w.w.process.targets = errors.New("blocked"), []envoyadmin.Target{{}}
+	w.w.process.probe, w.w.process.aside.Started = errors.New("blocked"), &envoyadmin.Bootstrap{}
 
 	w.restart()
 	w.rejected = "bad"
 	v := w.after(time.Second)
-	if v.Apart || v.Stream != nil || v.Probe != nil || v.Configured || w.w.process.targets != nil {
+	if v.Apart || v.Stream != nil || v.Probe != nil || v.Configured || v.Started != nil {
 		t.Errorf("it is said of the next: %+v", v)
 	}
 	if v.State != "PRE_INITIALIZING" || v.Generation != 1 || names(v) != "dynamic1" {

@@ -18,6 +18,8 @@ type mishap struct {
 	happens func(*test, *rand.Rand)
 }
 
+var questions = []string{"look", "dump", "ready", "info", "stats", "bootstrap", "clusters", "panics"}
+
 var mishaps = []mishap{
 	{"restart", func(t *test, _ *rand.Rand) { t.restart() }},
 	{"hot restart", func(t *test, _ *rand.Rand) { t.restart(); t.state = "LIVE" }},
@@ -33,7 +35,7 @@ var mishaps = []mishap{
 	}},
 	{"warm", func(t *test, _ *rand.Rand) { t.warming = t.dynamic && !t.warming; t.sets++ }},
 	{"hang", func(t *test, r *rand.Rand) {
-		question := []string{"look", "dump", "ready", "info", "stats", "bootstrap"}[r.IntN(6)]
+		question := questions[r.IntN(len(questions))]
 		t.fails[question], t.takes[question] = envoyadmin.ErrTimeout, 5*time.Second
 	}},
 	{"down", func(t *test, _ *rand.Rand) { t.down = envoyadmin.ErrRefused }},
@@ -46,6 +48,10 @@ var mishaps = []mishap{
 		code := []int{0, 7, 14}[r.IntN(3)]
 		t.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.StreamClosed, Code: code, Count: 1})
 	}},
+	{"endpoints sicken", func(t *test, r *rand.Rand) {
+		t.clusters = []envoyadmin.ClusterHealth{{Name: "a", Total: 4, Healthy: r.IntN(5)}}
+		t.panics = map[string]uint64{"a": r.Uint64N(3)}
+	}},
 	{"stream stands", func(t *test, _ *rand.Rand) { t.stats.Connected = true }},
 }
 
@@ -53,7 +59,7 @@ func (e *envoy) heal() {
 	e.down = nil
 	clear(e.fails)
 	clear(e.takes)
-	for _, question := range []string{"look", "dump", "ready", "info", "stats", "bootstrap"} {
+	for _, question := range questions {
 		e.takes[question] = time.Millisecond
 	}
 }
@@ -82,7 +88,6 @@ func shuffled(t *testing.T, seed uint64) {
 		story = append(story, where+m.name)
 		m.happens(w, r)
 	}
-	questions := []string{"look", "dump", "ready", "info", "stats", "bootstrap"}
 	for range 30 {
 		switch question := questions[r.IntN(len(questions))]; r.IntN(3) {
 		case 0:

@@ -1,6 +1,7 @@
 package envoywatch
 
 import (
+	"errors"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
@@ -29,8 +30,14 @@ type View struct {
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
 	Probe      error           // our own way to the control plane, while Envoy's is broken
 	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
-	Dumps      int             // full dumps asked for, since the start
-	Rejections int             // the same of listener updates that Envoy was seen to have rejected
+	Counts
+	Aside
+}
+
+// Counts are since the start.
+type Counts struct {
+	Dumps      int // full dumps asked for
+	Rejections int // listener updates that Envoy was seen to have rejected
 }
 
 // Connected says whether Envoy has a stream to its control plane, if that is known.
@@ -69,8 +76,12 @@ func (w *Watch) view() View {
 	v := View{
 		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
-		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr, Dumps: w.set.dumps,
-		Rejections: w.set.rejections, Stands: p.stream.stands,
+		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
+		Counts: Counts{Dumps: w.set.dumps, Rejections: w.set.rejections}, Stands: p.stream.stands,
+		Aside: p.aside.Aside,
+	}
+	if errors.Is(w.outage.Err, envoyadmin.ErrRefused) {
+		v.Aside = Aside{} // nobody is there whose endpoints these are
 	}
 	if w.broken() {
 		v.Probe = p.probe

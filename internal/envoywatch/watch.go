@@ -36,6 +36,8 @@ type Admin interface {
 	ServerInfo(context.Context) (envoyadmin.ServerInfo, error)
 	ControlPlane(context.Context) (envoyadmin.ControlPlane, error)
 	Bootstrap(context.Context) (*envoyadmin.Bootstrap, error)
+	Clusters(context.Context) ([]envoyadmin.ClusterHealth, error)
+	Panics(context.Context) (map[string]uint64, error)
 	Redial()
 }
 
@@ -238,6 +240,9 @@ func (w *Watch) idle(ctx context.Context) (again bool) {
 	w.askStream(ctx)
 	w.probe(ctx)
 	w.askUnit(ctx)
+	if !w.heard {
+		w.askAside(ctx)
+	}
 	return false
 }
 

@@ -28,7 +28,7 @@ func TestFirstLook(t *testing.T) {
 	}
 	want := View{
 		State: "LIVE", Generation: 1, Told: e.clock, Configured: true, Stands: true,
-		Dumps: 1, Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Rejections: 1,
+		Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Counts: Counts{Dumps: 1, Rejections: 1},
 	}
 	want.Info, want.Snapshot = v.Info, v.Snapshot
 	if diff := cmp.Diff(want, v, cmp.Comparer(func(a, b envoyadmin.Fingerprint) bool {
@@ -114,13 +114,13 @@ func TestChange(t *testing.T) {
 	w.step()
 	w.questions()
 	v := w.after(10 * time.Minute) // the Detector asks for all once more
-	w.wantQuestions("dump ready stats")
+	w.wantQuestions("dump ready stats bootstrap")
 	if v.Generation != 1 || v.Dumps != 2 {
 		t.Errorf("generation %d, %d dumps", v.Generation, v.Dumps)
 	}
 	w.sets++
 	v = w.after(time.Second)
-	w.wantQuestions("look dump ready")
+	w.wantQuestions("look dump ready clusters")
 	if names(v) != "dynamic2" || v.Generation != 2 || v.Dumps != 3 {
 		t.Errorf("%s, generation %d, %d dumps", names(v), v.Generation, v.Dumps)
 	}
