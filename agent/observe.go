@@ -116,7 +116,8 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		Others:        o.Others,
 		VM:            o.VM,
 	}
-	f.Clock, f.Agent.Killed = o.Clock, o.Killed
+	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
+	o.compareEnvoy(&f)
 	if want.interceptsDNS() {
 		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs
 	}

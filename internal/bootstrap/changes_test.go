@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"regexp"
 	"strings"
 	"sync"
@@ -90,6 +91,12 @@ func TestAttributeChange(t *testing.T) {
 				}
 				_, err = os.Lstat(b.path(restartFile))
 				restart = err == nil
+				// The daemon holds the Envoy that runs against this.
+				node, err := envoyNode(cfg, testVM)
+				if wrote := b.state.Envoy; err != nil || wrote == nil || wrote.File != EnvoyConfig ||
+					wrote.Node != node.Id || !slices.Equal(wrote.Targets, []string{trafficDirector}) {
+					t.Errorf("%s: wrote down %+v, %v", text, wrote, err)
+				}
 			}
 			if restart != (tt.want == "restart") {
 				t.Errorf("%s from %s to %s: Envoy restarts: %v", tt.key, values[0], values[1], restart)

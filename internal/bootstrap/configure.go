@@ -11,19 +11,27 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // configureEnvoy writes Envoy's configuration when it has changed and Envoy accepts it.
 func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config, vm VM) error {
+	node, err := envoyNode(cfg, vm)
+	if err != nil {
+		return err
+	}
 	text, err := envoyConfig(cfg, vm, authorities.File(b.Root))
 	if err != nil {
 		return err
 	}
+	wrote := &progress.EnvoyConfig{File: EnvoyConfig, Node: node.Id,
+		Targets: []string{trafficDirector}}
 	target := b.path(EnvoyConfig)
 	have, err := os.ReadFile(target)
 	same := err == nil && bytes.Equal(have, text)
 	_, restart := os.Lstat(b.path(restartFile))
 	if same && restart != nil {
+		b.state.Envoy = wrote
 		return nil // and this Envoy has accepted it before
 	}
 	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
@@ -49,6 +57,7 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 			Advice: "install another Envoy by primary-source, or report this"}
 	}
 	if same {
+		b.state.Envoy = wrote
 		return nil
 	}
 	if err := b.markRestart(); err != nil {
@@ -57,6 +66,7 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 	if err := os.Rename(temp, target); err != nil {
 		return err
 	}
+	b.state.Envoy = wrote
 	b.say("INFO", "wrote Envoy's configuration, node "+"projects/"+vm.ProjectNumber+"/…/"+vm.Name)
 	return nil
 }

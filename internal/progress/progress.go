@@ -71,11 +71,21 @@ type State struct {
 	// Stale.
 	AttributeSum string `json:"attribute_sum,omitempty"`
 
+	// Envoy is the configuration that was written for Envoy; nil: none was.
+	Envoy *EnvoyConfig `json:"envoy,omitempty"`
+
 	MadeUsers []string `json:"made_users,omitempty"` // users that were not there before us
 
 	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on
 	// counting over restarts.
 	Story []Line `json:"story,omitempty"`
+}
+
+// EnvoyConfig is what tells the Envoy that was configured from any other.
+type EnvoyConfig struct {
+	File    string   `json:"file"`
+	Node    string   `json:"node"`    // its id
+	Targets []string `json:"targets"` // its control planes, host:port
 }
 
 // Line is one line of the story.
