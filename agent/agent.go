@@ -91,7 +91,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	if a.envoy, err = envoyadmin.New(s.EnvoyAdmin); err != nil {
 		return nil, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
 	}
-	a.envoy.Trust = trust(s.ProxyUser)
+	a.envoy.Trust = trust(s.ProxyUser, &a.self.adminOfRoot)
 	if s.Config != "" {
 		if a.config, err = readConfig(s.Config); err != nil {
 			return nil, err
@@ -233,7 +233,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 func (a *Agent) newWatch(ctx context.Context) *envoywatch.Watch {
 	o := envoywatch.Options{
 		Admin: a.envoy, LogPath: a.settings.EnvoyLog, Log: a.log,
-		Unit: envoywatch.Unit, Probe: envoywatch.Probe,
+		Unit: envoywatch.Unit, Probe: envoywatch.Probe, Foreign: answersAsEnvoy(a.settings.EnvoyAdmin),
 	}
 	if a.settings.EnvoyLog != "" {
 		o.Logged = envoyadmin.FollowLog(ctx, a.settings.EnvoyLog)

@@ -138,7 +138,27 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 			Listening: true,
 		})
 	}
+	f.Processes = o.otherEnvoys(f.Ports)
 	return f
+}
+
+// otherEnvoys are the users other than the proxy's that hold a port of Envoy's, and as whom an Envoy
+// runs: by its answer on the admin port, which counts where root holds that, or is only looked at.
+func (o Observation) otherEnvoys(ports []symptom.Port) (uids []uint32) {
+	var foreign *sockdiag.ForeignError
+	var runs uint32
+	switch {
+	case o.Envoy.ForeignEnvoy && errors.As(o.Envoy.Err, &foreign):
+		runs = foreign.UID
+	case o.Envoy.Err == nil && o.Envoy.State != "" && o.AdminOfRoot:
+	default:
+		return nil
+	}
+	holds := func(p symptom.Port) bool { return p.Listening && p.Owner == runs }
+	if runs != o.User.UID && slices.ContainsFunc(ports, holds) {
+		uids = append(uids, runs)
+	}
+	return uids
 }
 
 // envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration

@@ -3,10 +3,13 @@ package agent
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
@@ -195,6 +198,46 @@ func TestFacts(t *testing.T) {
 	seen.Bootstrap.Status, seen.Account = progress.Finished, nil
 	if f := seen.Facts(Want{}, nil); f.Bootstrap != "" || f.Account != "" || f.Scopes != nil {
 		t.Errorf("%+v", f)
+	}
+}
+
+// TestOtherEnvoys: who holds a port of Envoy's is an Envoy only where one answers on the admin port
+// for the same user.
+func TestOtherEnvoys(t *testing.T) {
+	const proxy, bob, eve = 107, 1000, 1001
+	foreign := &sockdiag.ForeignError{UID: bob}
+	at := func(owner uint32) []reconcile.Outcome {
+		return []reconcile.Outcome{{Ports: []symptom.Port{
+			{Purpose: outboundPort, Listening: true, Owner: owner}, {Purpose: inboundPort}}}}
+	}
+	answers := func(v *envoywatch.View, self *Self) { v.State, self.AdminOfRoot = "LIVE", true }
+	for _, tt := range []struct {
+		name   string
+		owner  uint32
+		change func(*envoywatch.View, *Self)
+		want   []uint32
+	}{
+		{"the proxy's", proxy, func(v *envoywatch.View, _ *Self) { v.State = "LIVE" }, nil},
+		{"another's, and the proxy's Envoy runs", bob,
+			func(v *envoywatch.View, _ *Self) { v.State = "LIVE" }, nil},
+		{"another's all of it, and it is no Envoy", bob,
+			func(v *envoywatch.View, _ *Self) { v.Err = foreign }, nil},
+		{"another's Envoy", bob,
+			func(v *envoywatch.View, _ *Self) { v.Err, v.ForeignEnvoy = foreign, true }, []uint32{bob}},
+		{"another's Envoy, and a third's port", eve,
+			func(v *envoywatch.View, _ *Self) { v.Err, v.ForeignEnvoy = foreign, true }, []uint32{bob}},
+		{"root's Envoy", 0, answers, []uint32{0}},
+		{"root holds the admin port for the proxy's", proxy, answers, nil},
+		{"root's, and it does not answer", 0, func(v *envoywatch.View, self *Self) {
+			answers(v, self)
+			v.Err = envoyadmin.ErrRefused
+		}, nil},
+	} {
+		seen := Observation{User: proxyUser{UID: proxy}, Now: testStart}
+		tt.change(&seen.Envoy, &seen.Self)
+		if f := seen.Facts(Want{}, at(tt.owner)); !slices.Equal(f.Processes, tt.want) {
+			t.Errorf("%s: %v, want %v", tt.name, f.Processes, tt.want)
+		}
 	}
 }
 

@@ -22,6 +22,8 @@ type Self struct {
 	VM      symptom.VM
 	Clock   time.Duration // this VM's is ahead of the metadata server's; 0: right, or not known
 	Killed  time.Time     // when systemd's watchdog ended a run that hung; zero: not lately
+	// AdminOfRoot: root holds the admin interface, whose answers count.
+	AdminOfRoot bool
 }
 
 // self is Self as tasks find it out.
@@ -30,10 +32,13 @@ type self struct {
 	vm      atomic.Pointer[metadata.VM]
 	ahead   atomic.Int64 // nanoseconds
 	killed  time.Time
+	// of the last connection
+	adminOfRoot atomic.Bool
 }
 
 func (s *self) known(now time.Time) Self {
-	is := Self{Account: s.account.Load(), Clock: time.Duration(s.ahead.Load())}
+	is := Self{Account: s.account.Load(), Clock: time.Duration(s.ahead.Load()),
+		AdminOfRoot: s.adminOfRoot.Load()}
 	if vm := s.vm.Load(); vm != nil {
 		is.VM = symptom.VM(*vm)
 	}

@@ -2,16 +2,21 @@ package agent
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 )
 
@@ -29,6 +34,11 @@ func TestTrust(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer unixSocket.Close()
+		go func() { // in Envoy's words
+			_ = http.Serve(port, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				fmt.Fprint(w, `{"version": "`+os.Getenv("TRUST_VERSION")+`", "state": "LIVE"}`)
+			}))
+		}()
 		fmt.Println("at", port.Addr())
 		_, _ = bufio.NewReader(os.Stdin).ReadByte() // until the other ends
 		return
@@ -41,7 +51,8 @@ func TestTrust(t *testing.T) {
 	uid := os.Getuid()
 	path := filepath.Join(dir, "s")
 	listener := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestTrust$")
-	listener.Env = append(os.Environ(), "TRUST_LISTENER="+path)
+	listener.Env = append(os.Environ(), "TRUST_LISTENER="+path,
+		"TRUST_VERSION=0123abc/1.40.0/Clean/RELEASE/BoringSSL")
 	if uid == 0 {
 		uid = 4711
 		listener.Path = filepath.Join(dir, "listener") // go test's own folder is root's
@@ -81,7 +92,12 @@ func TestTrust(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			err = trust(user)(c)
+			var root atomic.Bool
+			root.Store(true)
+			err = trust(user, &root)(c)
+			if trusted && root.Load() {
+				t.Errorf("%s of %d is root's", network, uid)
+			}
 			foreign, isForeign := errors.AsType[*sockdiag.ForeignError](err)
 			if trusted && err != nil || !trusted && (!isForeign || foreign.UID != uint32(uid)) {
 				t.Errorf("%s of %d, for user %s: %v", network, uid, user, err)
@@ -91,5 +107,24 @@ func TestTrust(t *testing.T) {
 			}
 			c.Close()
 		}
+	}
+	foreign := &sockdiag.ForeignError{UID: uint32(uid)}
+	for _, tt := range []struct {
+		name  string
+		admin string
+		err   error
+		want  bool
+	}{
+		{"an Envoy", at, fmt.Errorf("get: %w: %w", envoyadmin.ErrUntrusted, foreign), true},
+		{"by now another user's", at, &sockdiag.ForeignError{UID: uint32(uid) + 1}, false},
+		{"nobody's", at, envoyadmin.ErrTimeout, false},
+		{"it answers nothing", "unix://" + path, foreign, false},
+		{"nowhere", "nowhere", foreign, false},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		if is := answersAsEnvoy(tt.admin)(ctx, tt.err); is != tt.want {
+			t.Errorf("%s: %v", tt.name, is)
+		}
+		cancel()
 	}
 }

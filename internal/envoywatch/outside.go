@@ -109,6 +109,17 @@ func (w *Watch) askUnit(ctx context.Context) {
 	}
 }
 
+// askForeign asks whether another user's socket on the admin address is an Envoy's.
+func (w *Watch) askForeign(ctx context.Context) {
+	err := w.outage.Err
+	if w.o.Foreign == nil || !errors.Is(err, envoyadmin.ErrUntrusted) ||
+		w.o.Now().Sub(w.unitAt) < unitEvery {
+		return
+	}
+	w.unitAt = w.o.Now()
+	w.ask(func() { w.outage.ForeignEnvoy = w.o.Foreign(ctx, err) })
+}
+
 // Unit is what systemd says of Envoy's unit: "activating, auto-restart, exit code 1, 12 restarts".
 // Without systemd, or its unit, there is nothing to say.
 func Unit(ctx context.Context) string {

@@ -3,6 +3,7 @@ package envoywatch
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"strings"
 	"sync"
@@ -293,5 +294,36 @@ func TestUnitWords(t *testing.T) {
 		if got := unitWords(tt.unit); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt.unit, got, tt.want)
 		}
+	}
+}
+
+// TestForeign: whether it is an Envoy that answers for another user is asked each 5 s, and forgotten
+// with that user.
+func TestForeign(t *testing.T) {
+	asked, is := 0, true
+	e := running()
+	foreign := fmt.Errorf("%w: bob's", envoyadmin.ErrUntrusted)
+	w := watch(t, e, func(o *Options) {
+		o.Foreign = func(_ context.Context, err error) bool {
+			asked++
+			return is && errors.Is(err, foreign)
+		}
+	})
+	if v, _ := w.step(); v.ForeignEnvoy || asked != 0 {
+		t.Errorf("asked %d times while nobody else holds the port", asked)
+	}
+	w.down = foreign
+	if v := w.seconds(30); !v.ForeignEnvoy || asked < 4 || asked > 7 {
+		t.Errorf("it says %v, asked %d times in half a minute", v.ForeignEnvoy, asked)
+	}
+	is = false
+	if v := w.seconds(10); v.ForeignEnvoy {
+		t.Error("it is an Envoy no more")
+	}
+	is = true
+	w.seconds(10)
+	w.down = envoyadmin.ErrRefused
+	if v := w.seconds(10); v.ForeignEnvoy {
+		t.Error("it is said of nobody")
 	}
 }

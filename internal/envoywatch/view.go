@@ -58,6 +58,9 @@ type Outage struct {
 	Asked     time.Time // when what gave Err was last asked
 	LastError string    // last error line of Envoy's log
 	Unit      string    // systemd's word on Envoy while it is down
+	// ForeignEnvoy: another user holds the admin address, and an Envoy answers there. Nothing that it
+	// says counts.
+	ForeignEnvoy bool
 }
 
 // Facts are the View as internal/symptom takes it; admin is the address of the admin interface.

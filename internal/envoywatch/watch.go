@@ -50,6 +50,9 @@ type Options struct {
 	// Unit is systemd's word on Envoy, asked while nothing listens on the admin address (Unit of
 	// this package). "" is no news; nil: not asked.
 	Unit func(context.Context) string
+	// Foreign says whether it is an Envoy all the same that answers on the admin address, where another
+	// user's socket there gave this error. nil: not asked.
+	Foreign func(context.Context, error) bool
 	// Probe tries our own way to a control plane, beside everything else (Probe of this package).
 	// nil: not tried.
 	Probe func(context.Context, envoyadmin.Target) error
@@ -107,7 +110,7 @@ const (
 	// one before; an Envoy that crashes all the time has it tried no more often.
 	probeNew = 2 * time.Second
 	// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin
-	// address.
+	// address, and that address itself while another user holds it.
 	unitEvery = 5 * time.Second
 )
 
@@ -240,6 +243,7 @@ func (w *Watch) idle(ctx context.Context) (again bool) {
 	w.askStream(ctx)
 	w.probe(ctx)
 	w.askUnit(ctx)
+	w.askForeign(ctx)
 	if !w.heard {
 		w.askAside(ctx)
 	}
@@ -320,6 +324,7 @@ func (w *Watch) answered(kind int, err error) {
 		w.outage.Asked = w.o.Now()
 	}
 	w.outage.Err = now
+	w.outage.ForeignEnvoy = w.outage.ForeignEnvoy && errors.Is(now, envoyadmin.ErrUntrusted)
 	if errors.Is(now, envoyadmin.ErrRefused) {
 		return // so will the next question be, at once, and systemd is to be asked first
 	}
