@@ -138,8 +138,19 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 			Listening: true,
 		})
 	}
-	f.Processes = o.otherEnvoys(f.Ports)
+	f.Processes, f.NoTools = o.otherEnvoys(f.Ports), noTools(f.Families)
 	return f
+}
+
+// noTools is why no family can be used, where that is because there is no iptables.
+func noTools(families []symptom.Family) (why error) {
+	for _, f := range families {
+		if !errors.Is(f.Unusable, iptables.ErrNoIPTables) {
+			return nil
+		}
+		why = f.Unusable
+	}
+	return why
 }
 
 // otherEnvoys are the users other than the proxy's that hold a port of Envoy's, and as whom an Envoy

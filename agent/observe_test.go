@@ -2,13 +2,14 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"testing"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -198,6 +199,30 @@ func TestFacts(t *testing.T) {
 	seen.Bootstrap.Status, seen.Account = progress.Finished, nil
 	if f := seen.Facts(Want{}, nil); f.Bootstrap != "" || f.Account != "" || f.Scopes != nil {
 		t.Errorf("%+v", f)
+	}
+}
+
+// TestNoTools: iptables is missing where neither family has it.
+func TestNoTools(t *testing.T) {
+	none := fmt.Errorf("find: %w", iptables.ErrNoIPTables)
+	for name, tt := range map[string]struct {
+		v4, v6 error
+		want   bool
+	}{
+		"both are there":             {nil, nil, false},
+		"neither":                    {none, none, true},
+		"ip6tables alone is missing": {nil, none, false},
+		"one for another reason":     {none, iptables.ErrNoTable, false},
+	} {
+		outcomes := []reconcile.Outcome{{Facts: symptom.Family{Unusable: tt.v4}},
+			{Facts: symptom.Family{Unusable: tt.v6}}}
+		f := Observation{Now: testStart}.Facts(Want{}, outcomes)
+		if errors.Is(f.NoTools, iptables.ErrNoIPTables) != tt.want || !tt.want && f.NoTools != nil {
+			t.Errorf("%s: %v", name, f.NoTools)
+		}
+	}
+	if f := (Observation{Now: testStart}).Facts(Want{}, nil); f.NoTools != nil {
+		t.Errorf("no family: %v", f.NoTools)
 	}
 }
 
