@@ -130,7 +130,7 @@ func lookAtEnvoy(ctx context.Context, s Settings) (envoywatch.View, error) {
 		return envoywatch.View{}, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
 	}
 	defer client.Close()
-	client.Trust = trust(s.ProxyUser)
+	client.Trust = trust(s.ProxyUser, nil)
 	watch := envoywatch.New(envoywatch.Options{
 		Admin: client, LogPath: s.EnvoyLog, Unit: envoywatch.Unit, Probe: envoywatch.Probe,
 	})
