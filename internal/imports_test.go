@@ -24,8 +24,8 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
-		"internal/cloudlog internal/conntrack internal/drain internal/progress internal/reconcile " +
-		"internal/server internal/status internal/symptom iptables systemd",
+		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/progress " +
+		"internal/reconcile internal/server internal/status internal/symptom iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
@@ -39,6 +39,8 @@ var may = map[string]string{
 		"internal/symptom systemd",
 	// Causes and next steps, of facts that others have found.
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
+	// What `doctor` says of what these came to.
+	"internal/doctor": "guestattr internal/symptom",
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
 	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",
@@ -101,10 +103,11 @@ var only = map[string]string{
 	"go.yaml.in/yaml":                      "internal/webconfig",
 	"golang.org/x/crypto":                  "internal/webconfig",
 	// What is for tests.
-	"github.com/google/go-cmp":        "",
-	"testing":                         "iptables/iptablestest",
-	module + "/iptables/iptablestest": "",
-	module + "/test":                  "",
+	"github.com/google/go-cmp":              "",
+	"github.com/santhosh-tekuri/jsonschema": "",
+	"testing":                               "iptables/iptablestest",
+	module + "/iptables/iptablestest":       "",
+	module + "/test":                        "",
 	// What is at the top.
 	module + "/internal/bootstrap":      "cmd/service-proxy-agent",
 	module + "/agent":                   "cmd/service-proxy-agent",

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+func doctorCommand() *cobra.Command {
+	var output, failOn string
+	var ignore []string
+	c := &cobra.Command{
+		Use: "doctor",
+		Short: "Every check on this VM, with the fix; exit code 0 nothing found, 1 something, 2 could " +
+			"not look",
+		Long: "Looks at Envoy, the kernel, the metadata server and files by itself, with and without a " +
+			"daemon, and changes\nnothing. It ends within ten seconds. What it may not see, or what does " +
+			"not answer, is told as unknown.\n\n" +
+			"Exit code, the same in every form of output: 0 nothing of the severity to fail on; 1 " +
+			"something; 2 nothing, but a\ncheck of that severity could not look (as another user than " +
+			"root, say); 64 wrong usage.\n\n" +
+			"docs/symptoms.md has every check. docs/doctor.schema.json is the form of -o json.",
+	}
+	settings := lookFlags(c)
+	f := c.Flags()
+	f.StringVarP(&output, "output", "o", "text", "text or json")
+	f.StringVar(&failOn, "fail-on", "error", "least severity to fail on: error, warning or advice")
+	f.StringSliceVar(&ignore, "ignore", nil,
+		"ids of checks whose findings do not count, with commas between; may be given several times")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		if output != "text" && output != "json" {
+			return usage(fmt.Errorf("--output is %q; use text or json", output))
+		}
+		severity, err := doctor.ParseSeverity(failOn)
+		if err != nil {
+			return usage(fmt.Errorf("--fail-on: %w", err))
+		}
+		ignored, err := doctor.ParseIDs(ignore)
+		if err != nil {
+			return usage(fmt.Errorf("--ignore: %w", err))
+		}
+		s, err := settings()
+		if err != nil {
+			return err
+		}
+		facts := agent.Look(cmd.Context(), s).Facts
+		report := doctor.New(symptom.Examine(facts, ignored...), doctor.Options{
+			Version: version, Time: time.Now(), FailOn: severity, Ignored: ignored, Unseen: facts.Unseen,
+		})
+		if output == "json" {
+			var body []byte
+			if body, err = report.JSON(); err == nil {
+				_, err = cmd.OutOrStdout().Write(body)
+			}
+		} else {
+			err = report.Text(cmd.OutOrStdout())
+		}
+		if err == nil && report.Exit != doctor.Fine {
+			err = &exitError{code: report.Exit}
+		}
+		return err
+	}
+	return c
+}

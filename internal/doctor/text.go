@@ -1,0 +1,265 @@
+package doctor
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// Limits of what is printed. 10,000 listeners may be rejected at once, each with a name of a
+// megabyte.
+const (
+	maxText     = 2000 // bytes of a cause, a next step or a command in JSON
+	maxEvidence = 300  // bytes of evidence in the text
+	maxFindings = 200  // of one check in JSON
+	maxShown    = 5    // of one check in the text that one finding explains, or that stand
+	maxItems    = 20   // evidence and commands of a finding
+)
+
+// text makes what others wrote fit for one line: no character moves a cursor, turns the direction
+// of the text or is not seen at all.
+func text(s string, limit int) string {
+	if len(s) > 4*limit { // what is left out need not be gone through
+		s = s[:4*limit]
+	}
+	return guestattr.OneLine(strings.Map(func(r rune) rune {
+		if unicode.Is(unicode.Cf, r) || unicode.Is(unicode.Co, r) {
+			return ' '
+		}
+		return r
+	}, s), limit)
+}
+
+// bounded is a result with everything short enough.
+func bounded(result symptom.Result) Check {
+	c := Check{Result: result}
+	c.Why = text(c.Why, maxText)
+	if n := len(c.Findings); n > maxFindings {
+		c.Findings, c.More = c.Findings[:maxFindings], n-maxFindings
+	}
+	c.Findings = slices.Clone(c.Findings)
+	for i := range c.Findings {
+		f := &c.Findings[i]
+		f.Cause, f.Next, f.Key = text(f.Cause, maxText), text(f.Next, maxText), text(f.Key, maxText)
+		f.Evidence = slices.Clone(f.Evidence[:min(len(f.Evidence), maxItems)])
+		for i := range f.Evidence {
+			f.Evidence[i].Text = text(f.Evidence[i].Text, maxText)
+		}
+		f.Commands = commands(f.Commands)
+	}
+	return c
+}
+
+// commands are those that can be pasted as they are printed. One that would have to be cut, or in
+// which something cannot be seen, is another command then.
+func commands(all []string) (fit []string) {
+	for _, command := range all[:min(len(all), maxItems)] {
+		if text(command, maxText) == command {
+			fit = append(fit, command)
+		}
+	}
+	return fit
+}
+
+// JSON is the Report for programs, which docs/doctor.schema.json describes.
+func (r Report) JSON() ([]byte, error) {
+	out, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	return append(out, '\n'), nil
+}
+
+// Text is the Report for people.
+func (r Report) Text(out io.Writer) error {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "%s at %s by service-proxy-agent %s\n", r.verdict(), r.Time.Format(time.RFC3339),
+		r.Version)
+	for _, one := range shown(r.tree()) {
+		b.WriteByte('\n')
+		one.print(&b, "")
+	}
+	r.omitted(&b)
+	r.unknown(&b)
+	fmt.Fprintf(&b, "\n%s\n", r.rest())
+	_, err := out.Write(b.Bytes())
+	return err
+}
+
+// verdict is the first line's word.
+func (r Report) verdict() string {
+	n := map[symptom.Severity]int{}
+	unknown := 0
+	for _, check := range r.Checks {
+		switch check.State {
+		case symptom.Unknown:
+			unknown++
+		case symptom.Found:
+			for _, f := range check.Findings {
+				n[f.Severity]++
+			}
+			n[check.Severity] += check.More
+		}
+	}
+	var words []string
+	for _, s := range []symptom.Severity{symptom.Error, symptom.Warning, symptom.Advice} {
+		if n[s] > 0 {
+			words = append(words, fmt.Sprintf("%d %s", n[s], plural(s, n[s])))
+		}
+	}
+	if len(words) == 0 {
+		words = append(words, "nothing found")
+	}
+	if unknown > 0 {
+		words = append(words, fmt.Sprintf("%d unknown", unknown))
+	}
+	return strings.Join(words, ", ")
+}
+
+func plural(s symptom.Severity, n int) string {
+	if n == 1 || s == symptom.Advice {
+		return s.String()
+	}
+	return s.String() + "s"
+}
+
+// shown are the nodes that are printed: of one kind in one place a few stand for all, unless they
+// are the only ones to explain something.
+func shown(nodes []*node) (some []*node) {
+	count := map[symptom.ID]int{}
+	for _, n := range nodes {
+		if count[n.ID]++; count[n.ID] <= maxShown || len(n.explains) > 0 {
+			some = append(some, n)
+		}
+	}
+	return some
+}
+
+// omitted says what of many findings of a kind is not printed.
+func (r Report) omitted(b *bytes.Buffer) {
+	all, printed := map[symptom.ID]int{}, map[symptom.ID]int{}
+	for _, f := range r.Findings {
+		all[f.ID]++
+	}
+	for _, one := range shown(r.tree()) {
+		one.count(printed)
+	}
+	began := false
+	for _, check := range r.Checks {
+		if check.State != symptom.Found {
+			continue
+		}
+		if left := all[check.ID] + check.More - printed[check.ID]; left > 0 {
+			if !began {
+				b.WriteByte('\n')
+			}
+			began = true
+			fmt.Fprintf(b, "and %d more of %s (`doctor -o json` has %d of all)\n", left, check.ID,
+				all[check.ID])
+		}
+	}
+}
+
+func (n *node) count(printed map[symptom.ID]int) {
+	printed[n.ID]++
+	for _, below := range shown(n.explains) {
+		below.count(printed)
+	}
+}
+
+// print writes a finding, and what it explains below it.
+func (n *node) print(b *bytes.Buffer, indent string) {
+	f := n.Finding
+	fmt.Fprintf(b, "%s%s %s: %s\n", indent, cmp.Or(map[symptom.Severity]string{
+		symptom.Error: "ERROR", symptom.Warning: "WARNING", symptom.Advice: "ADVICE"}[f.Severity],
+		f.Severity.String()), f.ID, f.Cause)
+	row := func(name, value string) { fmt.Fprintf(b, "%s  %-7s %s\n", indent, name, value) }
+	if f.Next != "" {
+		row("next", f.Next)
+	}
+	for _, command := range f.Commands {
+		row("run", command)
+	}
+	if !f.Since.IsZero() {
+		row("since", f.Since.UTC().Format(time.RFC3339))
+	}
+	for _, e := range f.Evidence {
+		at := ""
+		if !e.Time.IsZero() {
+			at = " at " + e.Time.UTC().Format(time.RFC3339)
+		}
+		row("seen", fmt.Sprintf("%s%s: %s", e.Source, at, text(e.Text, maxEvidence)))
+	}
+	if len(n.explains) > 0 {
+		fmt.Fprintf(b, "%s  explains\n", indent)
+	}
+	for _, below := range shown(n.explains) {
+		below.print(b, indent+"    ")
+	}
+}
+
+// unknown writes what is not known, by why: what an ordinary user may not see is one line.
+func (r Report) unknown(b *bytes.Buffer) {
+	sources := map[string][]string{} // by reason
+	for _, source := range slices.Sorted(maps.Keys(r.Unseen)) {
+		why := r.Unseen[source]
+		sources[why] = append(sources[why], string(source))
+	}
+	needs := map[symptom.ID][]symptom.Source{}
+	for _, k := range symptom.Kinds() {
+		needs[k.ID] = k.Needs
+	}
+	var order []string
+	checks := map[string][]symptom.ID{}
+	for _, check := range r.Checks {
+		if check.State != symptom.Unknown {
+			continue
+		}
+		why := check.Why
+		for _, source := range needs[check.ID] {
+			if reason, unseen := r.Unseen[source]; unseen {
+				why = reason
+				break
+			}
+		}
+		if checks[why] == nil {
+			order = append(order, why)
+		}
+		checks[why] = append(checks[why], check.ID)
+	}
+	for i, why := range order {
+		if i == 0 {
+			b.WriteByte('\n')
+		}
+		from := ""
+		if len(sources[why]) > 0 {
+			from = " (" + strings.Join(sources[why], ", ") + ")"
+		}
+		fmt.Fprintf(b, "UNKNOWN %s%s: %s\n", text(why, maxEvidence), from, joined(checks[why]))
+	}
+}
+
+// rest is the line for what needs no words.
+func (r Report) rest() string {
+	fine := 0
+	for _, check := range r.Checks {
+		if check.State == symptom.OK {
+			fine++
+		}
+	}
+	line := fmt.Sprintf("%d checks ok", fine)
+	if len(r.Ignored) > 0 {
+		line += fmt.Sprintf(", %d ignored: %s", len(r.Ignored), joined(r.Ignored))
+	}
+	return line
+}
