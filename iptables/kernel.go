@@ -50,6 +50,9 @@ type Options struct {
 	Path string
 	// Machine replaces this machine, in tests.
 	Machine Machine
+	// ReadOnly is for who must leave no trace: a legacy table that is not there is empty, and not
+	// asked for, since the kernel makes it for whoever asks. Nothing may be applied.
+	ReadOnly bool
 }
 
 // Kernel reads and writes the nat tables by running iptables. Its methods may be called by several
@@ -152,6 +155,15 @@ func (k *Kernel) Probe(ctx context.Context, f Family) error {
 	return err
 }
 
+// missing says whether the table is not there, where that makes a difference.
+func (k *Kernel) missing(t tool) (bool, error) {
+	if !k.options.ReadOnly || t.backend != Legacy {
+		return false, nil
+	}
+	has, err := k.machine.hasLegacy(t.family)
+	return err == nil && !has, err
+}
+
 // mayPass says whether an error tells of the moment and not of the family.
 func mayPass(err error) bool { return errors.Is(err, ErrLocked) || errors.Is(err, ErrCouldNotLook) }
 
@@ -163,6 +175,9 @@ func (k *Kernel) probe(ctx context.Context, f Family) error {
 	k.mu.Lock()
 	k.tools[f] = t
 	k.mu.Unlock()
+	if missing, err := k.missing(t); err != nil || missing {
+		return err
+	}
 	_, err = k.run(ctx, readLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-S", builtinPrerouting)
 	if errors.Is(err, ErrIncompatible) { // no reason not to write
 		err = nil
@@ -280,6 +295,9 @@ func (k *Kernel) Read(ctx context.Context, f Family) (Table, error) {
 	t, err := k.tool(ctx, f)
 	if err != nil {
 		return Table{}, err
+	}
+	if missing, err := k.missing(t); err != nil || missing {
+		return Table{family: f}, err
 	}
 	return k.read(ctx, t)
 }

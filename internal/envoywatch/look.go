@@ -1,0 +1,122 @@
+package envoywatch
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+)
+
+const (
+	// askedAgain is how long after an answer that Envoy has no stream it is asked once more: a control
+	// plane ends streams now and then, and Envoy is back within half a second.
+	askedAgain = time.Second
+	// countsWithin is how long a set of listeners that does not count yet is waited for.
+	countsWithin = 3 * time.Second
+	// connects is how old an Envoy is that must have had the time to connect.
+	connects = 5 * time.Second
+)
+
+// errNoTime is the error of a Look that ended before Envoy could have answered.
+var errNoTime = errors.New("no answer from Envoy in time")
+
+// Look is one look by who cannot wait for what Run would learn over time. past is what the log tells
+// of this Envoy (envoyadmin.Recent), which stands for what Run would have heard. It returns when ctx
+// ends at the latest if the Admin does, with as much as was learned by then. The error is that there
+// was no time to learn anything; that Envoy does not answer is in the View.
+func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (View, error) {
+	probe := o.Probe
+	o.Probe, o.Logged = nil, nil
+	w := New(o)
+	w.untilCounted(ctx)
+	if w.outage.Err == nil && w.process.id != 0 {
+		w.process.stream = stream{}
+		w.process.stream.recall(past)
+		w.judge(ctx, probe)
+	}
+	w.outage.Since = time.Time{} // when it was first asked tells nothing
+	v := w.view()
+	if v.Err == nil && w.process.id == 0 {
+		return v, errNoTime
+	}
+	return v, nil
+}
+
+// untilCounted looks until a set of listeners counts, or nothing tells that one soon will.
+func (w *Watch) untilCounted(ctx context.Context) {
+	end, forced := w.o.Now().Add(countsWithin), false
+	for {
+		wait := w.Step(ctx)
+		p := &w.process
+		// Run waits for listeners that warm, so as not to make rules of half of a process's first set.
+		// Here nobody waits.
+		if s := p.untaken; !forced && s != nil && len(s.Warming) > 0 &&
+			(hasDynamic(*s) || p.info.Uptime >= warmLimit) {
+			forced, p.warming = true, w.o.Now().Add(-warmLimit)
+			w.detector.Again()
+		}
+		if w.outage.Err != nil || p.told || !forced && !p.confirmed || w.o.Now().After(end) ||
+			!pause(ctx, wait) {
+			return
+		}
+	}
+}
+
+// recall takes what the log told before.
+func (s *stream) recall(past []envoyadmin.Logged) {
+	for _, e := range past {
+		switch e.Kind {
+		case envoyadmin.StreamClosed:
+			s.closed(e.Time, e.LogEvent)
+		case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
+			s.spoke(e.Time)
+		}
+	}
+}
+
+// judge asks Envoy whether its stream stands, and where it seems not to, our own way to the control
+// plane, and Envoy once more.
+func (w *Watch) judge(ctx context.Context, probe func(context.Context, envoyadmin.Target) error) {
+	p := &w.process
+	asked := w.o.Now()
+	first, err := w.askControlPlane(ctx)
+	if err != nil {
+		return
+	}
+	if first.Streams && first.Connected && p.stream.end == nil && p.told {
+		p.stream.stands = true
+		return
+	}
+	w.o.Probe = probe
+	if probe != nil {
+		came := w.probeControlPlane(ctx, probed{process: p.id})
+		p.probe, p.targets = came.err, came.targets
+	}
+	if !first.Streams {
+		return
+	}
+	p.stream.answered(asked, first.Connected, p.probe != nil)
+	if !pause(ctx, askedAgain-w.o.Now().Sub(asked)) {
+		return
+	}
+	asked = w.o.Now()
+	if second, err := w.askControlPlane(ctx); err == nil && second.Streams {
+		p.stream.answered(asked, second.Connected, p.probe != nil)
+	}
+	if p.probe == nil && p.info.Uptime < connects {
+		p.stream.without = 0
+	}
+}
+
+// pause waits, and says whether ctx let it.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}
