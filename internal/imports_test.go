@@ -94,6 +94,7 @@ var only = map[string]string{
 	"github.com/envoyproxy/go-control-plane": "envoyadmin agent internal/bootstrap",
 	// One wrapper each.
 	"cloud.google.com/go/compute/metadata": "internal/metadata",
+	"github.com/coreos/go-iptables":        "iptables",
 	"github.com/coreos/go-systemd":         "systemd",
 	"github.com/fsnotify/fsnotify":         "envoyadmin",
 	"github.com/go-json-experiment/json":   "envoyadmin",
