@@ -43,3 +43,16 @@ func (r Ruleset) WithoutJumps() Ruleset {
 
 // Len is the number of lines of the plan between *nat and COMMIT.
 func (p Plan) Len() int { return len(p.lines) }
+
+// WithoutComments is the ruleset as a kernel without the comment match takes it.
+func (r Ruleset) WithoutComments() Ruleset {
+	bare := Ruleset{family: r.family, jumps: r.jumps}
+	for _, c := range r.chains {
+		rules := make([]string, len(c.rules))
+		for i, spec := range c.rules {
+			rules[i] = withoutComment(spec)
+		}
+		bare.chains = append(bare.chains, chain{c.name, rules})
+	}
+	return bare
+}

@@ -177,7 +177,7 @@ func (f *Family) Pass(ctx context.Context, now time.Time, o Order) Outcome {
 	if f.backOff.on() && !held {
 		p.out.BackOffs++
 	}
-	f.report(&p.out)
+	f.report(p)
 	return p.out
 }
 
@@ -446,12 +446,17 @@ func (f *Family) settled(p *pass) {
 	f.retry = retry{}
 }
 
-// report puts what is told of the family into the outcome.
-func (f *Family) report(o *Outcome) {
+// report puts what is told of the family into the pass's outcome.
+func (f *Family) report(p *pass) {
+	o := &p.out
 	o.Facts, o.Status, o.NotReady = f.facts(), f.status(), f.notReady()
 	o.Written, o.Lacks, o.InSync = f.standing.written, f.goal.lacks(), f.standing.seen
 	o.Removed = f.paths.taken()
 	o.Undone, o.LastDriftBy, o.LastDriftAt = f.drift.undone, f.drift.lastBy, f.drift.lastAt
+	if p.order.Known && f.goal.compiled && !p.order.Paused {
+		s := f.goal.shape.told(p.order)
+		o.Status.Shape, o.Status.Left = &s, leftRules(f.goal.left)
+	}
 }
 
 func (f *Family) facts() symptom.Family {

@@ -33,8 +33,16 @@ func TestHold(t *testing.T) {
 		len(out.Ports) != 1 || out.Ports[0].Listening {
 		t.Errorf("not ready: %q, want %q; looks %v", out.NotReady, want, out.Ports)
 	}
+	if s := out.Status.Shape; s == nil || s.Jumps ||
+		s.Held != "the jumps are held back: Envoy does not accept on 15001" {
+		t.Errorf("shape %+v", s)
+	}
 	r.listens(proxyUID)
 	out = r.pass(time.Second)
+	if s := out.Status.Shape; s == nil || !s.Jumps || s.Held != "" ||
+		!r.ours().Equal(Shaped(r.order.Want, *s)) {
+		t.Errorf("shape %+v", s)
+	}
 	if !out.Status.Equal || !out.Status.Jumps || !out.Written || !out.Confirmed ||
 		out.NotReady != "" || out.Wake != tick || !r.has("OUTPUT", jump) {
 		t.Errorf("once it accepts: %+v\n%s", out, r.ours())
@@ -785,6 +793,9 @@ func TestRefused(t *testing.T) {
 		!out.Status.Jumps || !out.Confirmed || out.Facts.Err != nil {
 		t.Errorf("refused: %+v", out)
 	}
+	if told := out.Status.Left; len(told) != 1 || told[0].Rule != out.Facts.Left[0].Rule {
+		t.Errorf("told: %+v", told)
+	}
 	if len(out.Facts.Left) != 1 || out.NotReady != "the IPv4 rules are not as wanted" ||
 		!slices.Contains(r.logged(), "rule left out that the kernel refuses") {
 		t.Errorf("said: %+v", out)
@@ -833,7 +844,7 @@ func TestPaused(t *testing.T) {
 	r.others(byIptables, "-D OUTPUT "+jump)
 	out := r.pass(time.Second)
 	if r.called() != "" || out.Status.Equal || out.Status.Jumps || out.Wake != tick ||
-		r.has("OUTPUT", jump) || !out.Written {
+		r.has("OUTPUT", jump) || !out.Written || out.Status.Shape != nil {
 		t.Errorf("%+v", out)
 	}
 }

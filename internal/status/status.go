@@ -88,6 +88,26 @@ type Family struct {
 	Rules        int       `json:"rules"`
 	Applied      time.Time `json:"applied,omitzero"` // last write
 	Error        string    `json:"error,omitempty"`
+	// Shape is what of the rules that are wanted is let in; nil: it is not known what is wanted.
+	Shape *Shape `json:"shape,omitempty"`
+	// Left are rules that the kernel does not take. A hundred at most: they are alike then.
+	Left []Left `json:"left,omitempty"`
+}
+
+// Shape is what the policies (Hold, bypass, a planned stop, settling) make of the rules that are
+// wanted.
+type Shape struct {
+	Jumps    bool   `json:"jumps"`   // the built-in chains lead to ours
+	Inbound  bool   `json:"inbound"` // serving ports are redirected
+	DNS      bool   `json:"dns"`     // DNS questions are
+	Settling bool   `json:"settling,omitempty"`
+	Held     string `json:"held,omitempty"` // what is held back, and why; "": nothing
+}
+
+// Left is a rule that the kernel does not take.
+type Left struct {
+	Rule string `json:"rule"` // "-A CHAIN …", or "-m comment": all rules are without their comments
+	Why  string `json:"why"`  // the kernel's, or iptables', words
 }
 
 // Service is what a client's connection is intercepted for.

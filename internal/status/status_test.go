@@ -44,7 +44,8 @@ func TestJSON(t *testing.T) {
 		Backend: "nft",
 		Families: []Family{{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Services: 2,
 			ServicePorts: 1, OutboundPort: 15001, InboundPort: 15006, DNSPort: 15053, Rules: 9,
-			Applied: at, Error: "e"}},
+			Applied: at, Error: "e", Shape: &Shape{Jumps: true, Inbound: true, DNS: true, Settling: true, Held: "h"},
+			Left: []Left{{Rule: "r", Why: "w"}}}},
 		Services:     []Service{{Name: "web", Addresses: []string{"10.0.0.1:80"}}},
 		ServingPorts: []uint16{80}, Passes: 7, Undone: 3, Paused: true, LastDriftBy: "x (1)",
 		LastDriftWhen: at,
@@ -57,7 +58,8 @@ func TestJSON(t *testing.T) {
 		`"version_number":"1.40.0","down_since":"2026-11-28T12:00:00Z","listeners":5,"rejected":1,"node":"n"},` +
 		`"backend":"nft","families":[{"family":"IPv4","usable":true,"equal":true,"jumps":true,` +
 		`"services":2,"service_ports":1,"outbound_port":15001,"inbound_port":15006,` +
-		`"dns_port":15053,"rules":9,"applied":"2026-11-28T12:00:00Z","error":"e"}],` +
+		`"dns_port":15053,"rules":9,"applied":"2026-11-28T12:00:00Z","error":"e",` +
+		`"shape":{"jumps":true,"inbound":true,"dns":true,"settling":true,"held":"h"},"left":[{"rule":"r","why":"w"}]}],` +
 		`"services":[{"name":"web","addresses":["10.0.0.1:80"]}],"serving_ports":[80],"passes":7,"drift_repaired":3,"paused":true,` +
 		`"last_drift_by":"x (1)","last_drift_when":"2026-11-28T12:00:00Z"}`
 	const emptyJSON = `{"version":"","heartbeat":"0001-01-01T00:00:00Z",` +
