@@ -14,6 +14,9 @@ const (
 	askedAgain = time.Second
 	// countsWithin is how long a set of listeners that does not count yet is waited for.
 	countsWithin = 3 * time.Second
+	// clustersChecked is how long after a first answer endpoints count as unhealthy that still are:
+	// those that have just come were not checked yet.
+	clustersChecked = 3 * time.Second
 	// connects is how old an Envoy is that must have had the time to connect.
 	connects = 5 * time.Second
 )
@@ -21,22 +24,40 @@ const (
 // errNoTime is the error of a Look that ended before Envoy could have answered.
 var errNoTime = errors.New("no answer from Envoy in time")
 
+// Looked is what one look tells.
+type Looked struct {
+	View
+	Clusters bool // the health of the endpoints is known: the View has those that are not
+}
+
 // Look is one look by who cannot wait for what Run would learn over time. past is what the log tells
 // of this Envoy (envoyadmin.Recent), which stands for what Run would have heard. It returns when ctx
 // ends at the latest if the Admin does, with as much as was learned by then. The error is that there
 // was no time to learn anything; that Envoy does not answer is in the View.
-func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (View, error) {
+func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, error) {
 	probe := o.Probe
 	o.Probe, o.Logged = nil, nil
 	w := New(o)
 	w.untilCounted(ctx)
-	if w.outage.Err == nil && w.process.id != 0 {
+	answers := w.outage.Err == nil && w.process.id != 0
+	clusters := false
+	if answers {
 		w.process.stream = stream{}
 		w.process.stream.recall(past)
+		w.askClusters(ctx)
+		asked := w.o.Now()
 		w.judge(ctx, probe)
+		if w.process.aside.Started == nil {
+			w.askStarted(ctx)
+		}
+		h := &w.process.aside.health
+		if len(h.unhealthy) > 0 && pause(ctx, clustersChecked-w.o.Now().Sub(asked)) {
+			w.askClusters(ctx)
+		}
+		clusters = h.unhealthy != nil
 	}
 	w.outage.Since = time.Time{} // when it was first asked tells nothing
-	v := w.view()
+	v := Looked{w.view(), clusters}
 	if v.Err == nil && w.process.id == 0 {
 		return v, errNoTime
 	}
@@ -90,8 +111,8 @@ func (w *Watch) judge(ctx context.Context, probe func(context.Context, envoyadmi
 	}
 	w.o.Probe = probe
 	if probe != nil {
-		came := w.probeControlPlane(ctx, probed{process: p.id})
-		p.probe, p.targets = came.err, came.targets
+		came := w.probeControlPlane(ctx, probed{process: p.id, started: p.aside.Started})
+		p.probe, p.aside.Started = came.err, came.started
 	}
 	if !first.Streams {
 		return

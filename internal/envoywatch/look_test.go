@@ -94,6 +94,32 @@ func TestLook(t *testing.T) {
 	}
 }
 
+// TestLookAtClusters: endpoints count as unhealthy that are after some seconds, too.
+func TestLookAtClusters(t *testing.T) {
+	for name, tt := range map[string]struct {
+		change func(*envoy)
+		want   string
+		known  bool
+	}{
+		"well": {func(e *envoy) { e.clusters[0].Healthy = 4 }, "", true},
+		"sick": {func(*envoy) {}, "a 1/4", true},
+		"checked just then": {func(e *envoy) {
+			e.while["stats"] = func() { e.set(func() { e.clusters[0].Healthy = 4 }) }
+		}, "", true},
+		"no answer": {func(e *envoy) { e.fails["clusters"] = envoyadmin.ErrTimeout }, "", false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			e := running()
+			e.clusters = []envoyadmin.ClusterHealth{{Name: "a", Total: 4, Healthy: 1}}
+			tt.change(e)
+			v, err := Look(t.Context(), Options{Admin: e}, nil)
+			if sick(v.View) != tt.want || v.Clusters != tt.known || err != nil || v.Started == nil {
+				t.Errorf("%s: %q, %v, %v, started with %v", name, sick(v.View), v.Clusters, err, v.Started)
+			}
+		})
+	}
+}
+
 // TestLookAtNobody: what kept Envoy from answering is told, and when that began is not known.
 func TestLookAtNobody(t *testing.T) {
 	for _, down := range []error{envoyadmin.ErrRefused, envoyadmin.ErrTimeout, envoyadmin.ErrUntrusted} {
