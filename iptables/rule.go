@@ -26,6 +26,7 @@ type parsed struct {
 	states     []string // of conntrack: NEW, ESTABLISHED, DNAT, …
 	statesNot  bool
 	hasStates  bool
+	comment    string
 	target     string // "" for a rule that only counts
 	goTo       bool   // -g instead of -j
 	toPorts    string // --to-ports of REDIRECT
@@ -102,7 +103,7 @@ func (p *parsed) option(word string, not bool, words []string) []string {
 			p.unknown = true
 		}
 	case "--comment":
-		value()
+		p.comment = value()
 	case "--dport", "--destination-port", "--dports", "--destination-ports":
 		p.ports(value(), not)
 	case "--syn":

@@ -87,22 +87,26 @@ func (r Ruleset) Walk(p Packet) Verdict {
 			return r.jumpsFrom(name), true
 		}
 		return r.chain(name)
-	}}
+	}, note: func(Step) {}}
 	return w.start()
 }
 
 // Walk says what the table does with the packet, other programs' rules included.
 func (t Table) Walk(p Packet) Verdict {
-	w := walker{packet: p, rules: func(name string) ([]string, bool) {
+	return t.walker(p, func(Step) {}).start()
+}
+
+func (t Table) walker(p Packet, note func(Step)) walker {
+	return walker{packet: p, rules: func(name string) ([]string, bool) {
 		rules, ok := t.chains[name]
 		return rules, ok
-	}}
-	return w.start()
+	}, note: note}
 }
 
 type walker struct {
 	packet Packet
 	rules  func(chain string) ([]string, bool)
+	note   func(Step) // told of each rule that matches, and of each chain's end that is come to
 }
 
 // maxDepth bounds the walk through a table that leads in a circle; the kernel refuses those,
@@ -127,37 +131,31 @@ func (w walker) start() Verdict {
 func (w walker) chain(name string, depth int) Verdict {
 	rules, ok := w.rules(name)
 	if !ok || depth > maxDepth {
+		w.note(Step{Chain: name, Did: NotRead})
 		return Verdict{Action: CannotTell, Chain: name}
 	}
-	for _, spec := range rules {
+	passed := 0
+	for n, spec := range rules {
 		p := parseRule(spec)
 		m := p.matches(w.packet)
-		if m == no || letsPass(p.target) {
+		if m == no {
+			passed++
 			continue
 		}
-		found := Verdict{Chain: name, Rule: spec}
-		switch p.target {
-		case "RETURN":
-		case "ACCEPT":
-			found.Action = Pass
-		case "REDIRECT":
-			found.Action = Taken
-			if port, err := strconv.ParseUint(p.toPorts, 10, 16); err == nil && isOurs(name) {
-				found.Action, found.Port = Redirect, uint16(port)
+		found, did := w.target(name, spec, p)
+		w.note(Step{Chain: name, Index: n + 1, Rule: spec, Comment: p.comment, Target: p.target,
+			Did: did, Perhaps: m == maybe, Passed: passed})
+		passed = 0
+		if did == WentOn {
+			continue
+		}
+		if did == Jumped {
+			inner := w.chain(p.target, depth+1)
+			if inner.Action == 0 && !p.goTo {
+				continue // back from there, whether it went there or not
 			}
-		default:
-			if _, ok := w.rules(p.target); ok {
-				inner := w.chain(p.target, depth+1)
-				if inner.Action == 0 && !p.goTo {
-					continue // back from there, whether it went there or not
-				}
-				if inner.Action != 0 {
-					found = inner
-				}
-			} else if isTerminal(p.target) {
-				found.Action = Taken
-			} else {
-				found.Action = CannotTell
+			if inner.Action != 0 {
+				found = inner
 			}
 		}
 		if m == maybe {
@@ -168,7 +166,40 @@ func (w walker) chain(name string, depth int) Verdict {
 		}
 		return found
 	}
+	w.note(Step{Chain: name, Did: Ended, Passed: passed})
 	return Verdict{}
+}
+
+// target says what a rule that matches does. A Verdict of no action is a RETURN's, or that of the
+// end of a chain which it leads to.
+func (w walker) target(chain, spec string, p parsed) (found Verdict, did Did) {
+	if letsPass(p.target) {
+		return Verdict{}, WentOn
+	}
+	found = Verdict{Chain: chain, Rule: spec}
+	switch p.target {
+	case "RETURN":
+		return found, Returned
+	case "ACCEPT":
+		found.Action = Pass
+		return found, Accepted
+	case "REDIRECT":
+		if port, err := strconv.ParseUint(p.toPorts, 10, 16); err == nil && isOurs(chain) {
+			found.Action, found.Port = Redirect, uint16(port)
+			return found, Redirected
+		}
+		found.Action = Taken
+		return found, Took
+	}
+	if _, ok := w.rules(p.target); ok {
+		return found, Jumped
+	}
+	if isTerminal(p.target) {
+		found.Action = Taken
+		return found, Took
+	}
+	found.Action = CannotTell
+	return found, NotKnown
 }
 
 // letsPass says whether a packet goes on to the next rule after this target.
