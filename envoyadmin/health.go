@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -84,39 +85,70 @@ func (c *Client) Clusters(ctx context.Context) ([]ClusterHealth, error) {
 	return all, nil
 }
 
-// host counts an element of host_statuses: its health_status has eds_health_status, and a field
-// that is true for each way of having failed.
+// host counts an element of host_statuses.
 func (r *reader) host(h *ClusterHealth) error {
-	var eds string
-	var failed, degraded bool
-	err := r.object(func(name string) error {
+	state := Healthy
+	err := r.object(func(name string) (err error) {
 		if name != "health_status" {
 			return r.skip()
 		}
-		status := map[string]any{}
-		if err := r.into(&status); err != nil {
-			return err
-		}
-		eds, _ = status["eds_health_status"].(string)
-		for flag, value := range status {
-			if set, _ := value.(bool); set {
-				// failed_active_degraded_check means that the check succeeded and told the
-				// endpoint to be degraded.
-				degraded = degraded || flag == "failed_active_degraded_check"
-				failed = failed || strings.HasPrefix(flag, "failed_") && flag != "failed_active_degraded_check"
+		state, err = r.health()
+		return err
+	})
+	h.count(state)
+	return err
+}
+
+// count counts an endpoint.
+func (h *ClusterHealth) count(state Health) {
+	h.Total++
+	switch state {
+	case Healthy:
+		h.Healthy++
+	case Degraded:
+		h.Degraded++
+	}
+}
+
+// Health is how an endpoint is, "healthy", "degraded" or what is against it: "failed active health
+// check", "unhealthy", "draining", "timeout".
+type Health string
+
+const (
+	Healthy  Health = "healthy"
+	Degraded Health = "degraded"
+)
+
+// health reads a health_status: it has eds_health_status, and a field that is true for each way of
+// having failed.
+func (r *reader) health() (Health, error) {
+	status := map[string]any{}
+	if err := r.into(&status); err != nil {
+		return Healthy, err
+	}
+	eds, _ := status["eds_health_status"].(string)
+	var failed []string
+	degraded := eds == "DEGRADED"
+	for flag, value := range status {
+		if set, _ := value.(bool); set {
+			// failed_active_degraded_check means that the check succeeded and told the
+			// endpoint to be degraded.
+			degraded = degraded || flag == "failed_active_degraded_check"
+			if strings.HasPrefix(flag, "failed_") && flag != "failed_active_degraded_check" {
+				failed = append(failed, strings.ReplaceAll(flag, "_", " "))
 			}
 		}
-		return nil
-	})
-	h.Total++
-	switch {
-	case failed, eds == "UNHEALTHY", eds == "DRAINING", eds == "TIMEOUT":
-	case degraded, eds == "DEGRADED":
-		h.Degraded++
-	default:
-		h.Healthy++
 	}
-	return err
+	slices.Sort(failed)
+	switch {
+	case len(failed) > 0:
+		return Health(strings.Join(failed[:min(len(failed), 4)], ", ")), nil
+	case eds == "UNHEALTHY", eds == "DRAINING", eds == "TIMEOUT":
+		return Health(strings.ToLower(eds)), nil
+	case degraded:
+		return Degraded, nil
+	}
+	return Healthy, nil
 }
 
 // ControlPlane is what Envoy's stats say of its configuration.

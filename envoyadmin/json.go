@@ -138,8 +138,10 @@ var fieldNames = func() map[string]string {
 		bind_to_port deprecated_v1 use_original_dst traffic_direction fcds_config internal_listener
 		api_listener
 		filters typed_config config transport_socket tls_context rds route_config_name route_config
-		cluster weighted_clusters clusters
+		cluster weighted_clusters clusters cluster_header
+		virtual_hosts domains routes route
 		cluster_statuses host_statuses health_status eds_health_status observability_name
+		socket_address port_value
 		node dynamic_resources static_resources admin`) {
 		m[name] = name
 	}

@@ -29,12 +29,16 @@ type Listener struct {
 	// looks up where a redirected connection wanted to go: original_dst listener
 	// filter, or use_original_dst
 	OriginalDst bool
-	FCDS        bool // gets filter chains by a discovery of their own, which no dump shows
+	// HandsOff: by use_original_dst it hands a connection to the listener of the address that was
+	// wanted, bound or not, where there is one
+	HandsOff bool
+	FCDS     bool // gets filter chains by a discovery of their own, which no dump shows
 
 	// Chains are what traffic is matched against. With a filter_chain_matcher a chain is listed once
 	// per way that leads to it, with the addresses and port of that way.
 	Chains       []FilterChain
 	DefaultChain *FilterChain
+	ByMatcher    bool // a filter_chain_matcher chooses
 
 	Version     string // version_info: stale after an update of filter chains only
 	LastUpdated time.Time
@@ -50,6 +54,7 @@ type FilterChain struct {
 	ApplicationProtocols []string
 	// it takes only some of these connections: by source, or by what a filter_chain_matcher looks at
 	OtherConditions bool
+	Source          *SourceMatch // the conditions by source; nil: none that are known
 
 	HTTP, TCP bool // has an HTTP connection manager, a TCP proxy
 	TLS       bool // ends TLS (has a transport socket)
@@ -57,6 +62,14 @@ type FilterChain struct {
 	TLSInspected bool
 	RouteConfig  string
 	Cluster      string // of a TCP proxy; several of weighted clusters, parted by commas
+}
+
+// SourceMatch is what a chain wants of where a connection comes from.
+type SourceMatch struct {
+	Direct          []netip.Prefix // of the connection itself, whatever a proxy protocol says
+	Prefixes        []netip.Prefix
+	Ports           []uint16
+	Local, External bool // from this machine, from elsewhere
 }
 
 // decode reads the JSON of a pruned part into a type of go-control-plane. Fields of
@@ -211,7 +224,8 @@ func (p *partial) finish() {
 		return
 	}
 	p.Direction = parsed.GetTrafficDirection()
-	p.OriginalDst = p.OriginalDst || parsed.GetUseOriginalDst().GetValue()
+	p.HandsOff = parsed.GetUseOriginalDst().GetValue()
+	p.OriginalDst = p.OriginalDst || p.HandsOff
 	//nolint:staticcheck // older control planes say it this way
 	if bind := cmp.Or(parsed.GetBindToPort(), parsed.GetDeprecatedV1().GetBindToPort()); bind != nil {
 		p.Bound = bind.GetValue()
@@ -228,6 +242,7 @@ func (p *partial) finish() {
 		}
 	}
 	if p.matcher != nil {
+		p.ByMatcher = true
 		if err := p.match(p.matcher, p.note); err != nil {
 			p.note("filter_chain_matcher: %s", plain(err))
 		}
@@ -331,6 +346,34 @@ func (c *FilterChain) match(raw []byte) error {
 	c.OtherConditions = len(m.GetSourcePrefixRanges()) > 0 ||
 		len(m.GetDirectSourcePrefixRanges()) > 0 || len(m.GetSourcePorts()) > 0 ||
 		m.GetSourceType() != listenerv3.FilterChainMatch_ANY
+	if c.OtherConditions {
+		return c.source(&m)
+	}
+	return nil
+}
+
+// source takes over what a filter_chain_match wants of the source.
+func (c *FilterChain) source(m *listenerv3.FilterChainMatch) error {
+	source := SourceMatch{
+		Local:    m.GetSourceType() == listenerv3.FilterChainMatch_SAME_IP_OR_LOOPBACK,
+		External: m.GetSourceType() == listenerv3.FilterChainMatch_EXTERNAL,
+	}
+	for _, of := range []struct {
+		ranges []*corev3.CidrRange
+		into   *[]netip.Prefix
+	}{{m.GetDirectSourcePrefixRanges(), &source.Direct}, {m.GetSourcePrefixRanges(), &source.Prefixes}} {
+		for _, r := range of.ranges {
+			p, err := prefix(r.GetAddressPrefix(), r.GetPrefixLen().GetValue())
+			if err != nil {
+				return err
+			}
+			*of.into = append(*of.into, p)
+		}
+	}
+	for _, port := range m.GetSourcePorts() {
+		source.Ports = append(source.Ports, uint16(port)) // Envoy takes 1 to 65535 only
+	}
+	c.Source = &source
 	return nil
 }
 

@@ -10,7 +10,7 @@ type Question uint8
 
 // The questions, by what they are for: a path may be asked for more than one.
 const (
-	DumpQuestion       Question = iota // the listeners as a whole
+	DumpQuestion       Question = iota // the listeners as a whole, or routes
 	LookQuestion                       // the masked dump: has anything moved?
 	ReadyQuestion                      // is it live?
 	ServerInfoQuestion                 // who is it?

@@ -1,0 +1,311 @@
+package envoyadmin
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+)
+
+// Endpoint is one of a cluster's.
+type Endpoint struct {
+	Address string // "10.0.0.1:80", "unix:///path"; "" where Envoy does not say
+	Health  Health
+}
+
+// ClusterEndpoints are those of one cluster.
+type ClusterEndpoints struct {
+	ClusterHealth
+	First []Endpoint // the first maxEndpoints that are not healthy, and then others
+}
+
+// maxEndpoints is how many endpoints of a cluster are told one by one.
+const maxEndpoints = 10
+
+// Endpoints asks for the endpoints of some clusters, in their order; one that Envoy does not have
+// is left out. Envoy tells those of all clusters: see Clusters for what that costs.
+func (c *Client) Endpoints(ctx context.Context, clusters ...string) ([]ClusterEndpoints, error) {
+	if len(clusters) == 0 {
+		return nil, nil
+	}
+	var found []ClusterEndpoints
+	err := c.get(ctx, ClustersQuestion, "/clusters?format=json", c.LongLimit, maxLong,
+		func(body io.Reader) error {
+			r := newReader(body)
+			return r.document(func() error {
+				var known, other bool
+				err := r.object(func(name string) error {
+					if name != "cluster_statuses" {
+						other = true
+						return r.skip()
+					}
+					known = true
+					return r.array(func() error {
+						one, err := r.endpoints(clusters)
+						if slices.Contains(clusters, one.Name) {
+							found = append(found, one)
+						}
+						return err
+					})
+				})
+				if err == nil && other && !known {
+					return &shapeError{"there is no cluster_statuses in it"}
+				}
+				return err
+			})
+		})
+	if err != nil {
+		return nil, err
+	}
+	slices.SortStableFunc(found, func(a, b ClusterEndpoints) int {
+		return slices.Index(clusters, a.Name) - slices.Index(clusters, b.Name)
+	})
+	return found, nil
+}
+
+// endpoints reads an element of cluster_statuses. The name comes before the hosts: those of a
+// cluster that is not asked for are skipped.
+func (r *reader) endpoints(clusters []string) (one ClusterEndpoints, err error) {
+	var well []Endpoint
+	err = r.object(func(name string) error {
+		switch {
+		case name == "name":
+			return r.textInto(&one.Name)
+		case name == "host_statuses" && slices.Contains(clusters, one.Name):
+			return r.array(func() error {
+				e, err := r.endpoint()
+				one.count(e.Health)
+				switch {
+				case e.Health != Healthy && len(one.First) < maxEndpoints:
+					one.First = append(one.First, e)
+				case e.Health == Healthy && len(well) < maxEndpoints:
+					well = append(well, e)
+				}
+				return err
+			})
+		}
+		return r.skip()
+	})
+	one.First = append(one.First, well[:min(len(well), maxEndpoints-len(one.First))]...)
+	return one, err
+}
+
+// endpoint reads an element of host_statuses.
+func (r *reader) endpoint() (e Endpoint, err error) {
+	e.Health = Healthy
+	err = r.object(func(name string) (err error) {
+		switch name {
+		case "address":
+			e.Address, err = r.socketAddress()
+			return err
+		case "health_status":
+			e.Health, err = r.health()
+			return err
+		}
+		return r.skip()
+	})
+	return e, err
+}
+
+// socketAddress reads a config.core.v3.Address.
+func (r *reader) socketAddress() (text string, err error) {
+	address := struct {
+		Socket struct {
+			Address string `json:"address"`
+			Port    uint32 `json:"port_value"`
+		} `json:"socket_address"`
+		Pipe struct {
+			Path string `json:"path"`
+		} `json:"pipe"`
+	}{}
+	if err := r.into(&address); err != nil {
+		return "", err
+	}
+	switch {
+	case address.Pipe.Path != "":
+		return "unix://" + cut(address.Pipe.Path), nil
+	case address.Socket.Address != "":
+		return net.JoinHostPort(cut(address.Socket.Address),
+			strconv.FormatUint(uint64(address.Socket.Port), 10)), nil
+	}
+	return "", nil
+}
+
+// maxText is how much of a name is kept where many may come.
+const maxText = 1 << 10
+
+func cut(s string) string { return s[:min(len(s), maxText)] }
+
+// Routes is a route configuration, as far as it says who is behind an HTTP listener.
+type Routes struct {
+	Name, Version string
+	Hosts         []VirtualHost // the first maxHosts
+	Count         int           // of virtual hosts
+}
+
+// VirtualHost is a part of a route configuration: for requests to some names.
+type VirtualHost struct {
+	Name     string
+	Domains  []string // the first maxDomains, of DomainCount
+	Clusters []string // the first maxRouted, of ClusterCount, each once
+	// DomainCount and ClusterCount are of all. A cluster that a header names is not among them.
+	DomainCount, ClusterCount int
+	ByHeader                  bool // a request's header says which cluster
+}
+
+// What of a route configuration is told one by one.
+const (
+	maxHosts   = 50
+	maxDomains = 5
+	maxRouted  = 20
+)
+
+// Routes asks for a route configuration by its name: what the control plane has sent, else what
+// stands in a listener. ok is false where Envoy has none of that name.
+func (c *Client) Routes(ctx context.Context, name string) (routes Routes, ok bool, err error) {
+	for _, kind := range []string{"dynamic", "static"} {
+		path := "/config_dump?resource=" + kind + "_route_configs"
+		if len(name) <= maxText {
+			// An Envoy that does not know name_regex tells all.
+			path += "&name_regex=" + url.QueryEscape(regexp.QuoteMeta(name))
+		}
+		err = c.get(ctx, DumpQuestion, path, c.LongLimit, maxLong, func(body io.Reader) error {
+			r := newReader(body)
+			return r.document(func() error {
+				return r.configs(func(r *reader) error {
+					one, err := r.routeEntry()
+					if !ok && one.Name == name && (err == nil || isShape(err)) {
+						routes, ok = one, true
+					}
+					return err
+				})
+			})
+		})
+		if err != nil || ok {
+			return routes, ok, err
+		}
+	}
+	return Routes{}, false, nil
+}
+
+// routeEntry reads an element of dynamic_route_configs or static_route_configs.
+func (r *reader) routeEntry() (routes Routes, err error) {
+	var version string
+	err = r.object(func(name string) error {
+		switch name {
+		case "version_info":
+			return r.textInto(&version)
+		case "route_config":
+			routes, err = r.routeConfig()
+			return err
+		}
+		return r.skip()
+	})
+	routes.Version = cut(version)
+	return routes, err
+}
+
+func (r *reader) routeConfig() (routes Routes, err error) {
+	err = r.object(func(name string) error {
+		switch name {
+		case "name":
+			return r.textInto(&routes.Name)
+		case "virtual_hosts":
+			return r.array(func() error {
+				if routes.Count++; routes.Count > maxHosts {
+					return r.skip()
+				}
+				host, err := r.virtualHost()
+				routes.Hosts = append(routes.Hosts, host)
+				return err
+			})
+		}
+		return r.skip()
+	})
+	return routes, err
+}
+
+func (r *reader) virtualHost() (host VirtualHost, err error) {
+	clusters := map[string]bool{}
+	cluster := func() error {
+		name, err := r.text()
+		if err == nil && name != "" && !clusters[name] && host.ClusterCount < maxHosts*maxRouted {
+			clusters[name] = true
+			if host.ClusterCount++; host.ClusterCount <= maxRouted {
+				host.Clusters = append(host.Clusters, cut(name))
+			}
+		}
+		return err
+	}
+	err = r.object(func(name string) error {
+		switch name {
+		case "name":
+			name, err := r.text()
+			host.Name = cut(name)
+			return err
+		case "domains":
+			return r.array(func() error {
+				domain, err := r.text()
+				if host.DomainCount++; host.DomainCount <= maxDomains {
+					host.Domains = append(host.Domains, cut(domain))
+				}
+				return err
+			})
+		case "routes":
+			return r.array(func() error {
+				return r.object(func(name string) error {
+					if name == "route" {
+						return r.routeAction(cluster, &host.ByHeader)
+					}
+					return r.skip()
+				})
+			})
+		}
+		return r.skip()
+	})
+	return host, err
+}
+
+// routeAction reads a config.route.v3.RouteAction.
+func (r *reader) routeAction(cluster func() error, byHeader *bool) error {
+	return r.object(func(name string) error {
+		switch name {
+		case "cluster":
+			return cluster()
+		case "cluster_header":
+			*byHeader = true
+			return r.skip()
+		case "weighted_clusters":
+			return r.object(func(name string) error {
+				if name != "clusters" {
+					return r.skip()
+				}
+				return r.array(func() error {
+					return r.object(func(name string) error {
+						switch name {
+						case "name":
+							return cluster()
+						case "cluster_header":
+							*byHeader = true
+						}
+						return r.skip()
+					})
+				})
+			})
+		}
+		return r.skip()
+	})
+}
+
+// String is e.g. "3 of 4 healthy".
+func (h ClusterHealth) String() string {
+	text := fmt.Sprintf("%d of %d healthy", h.Healthy, h.Total)
+	if h.Degraded > 0 {
+		text += fmt.Sprintf(", %d degraded", h.Degraded)
+	}
+	return text
+}
