@@ -27,5 +27,6 @@
 // Commands are run by this package itself and not through coreos/go-iptables: that one takes
 // no context, so a start could hang for ever in an iptables that waits (istio/istio#29249),
 // and it has no restore. What a person asks once goes by it: OtherBackend looks into the backend
-// that is not used, independently of Kernel, beside a caller who leaves when the time is over.
+// that is not used, independently of Kernel, beside a caller who leaves when the time is over, and
+// Counters lists the chains of a packet's way.
 package iptables

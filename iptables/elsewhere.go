@@ -62,7 +62,7 @@ func OtherBackend(ctx context.Context, used string) ([]Elsewhere, error) {
 // hasTable says whether a backend has a nat table, without making one.
 func hasTable(backend string, f Family) (bool, error) {
 	if backend == Legacy {
-		return hasLegacyTable(f, func(name string) ([]byte, error) {
+		return hasLegacyTable(f, "nat", func(name string) ([]byte, error) {
 			if name == "/proc/modules" { // a guess, and a wrong one makes a table
 				return nil, fs.ErrNotExist
 			}

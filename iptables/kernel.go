@@ -90,11 +90,13 @@ type machine struct {
 	hasFilter func(tool) (bool, error)       // whether there is a table filter, without making it
 	// lockHolder is the pid of who holds the xtables lock, 0 for nobody. nil: it is not asked.
 	lockHolder func() int
+	// counted is how chains are listed with counters. nil: this machine does not count.
+	counted func(tool) (func(chain string) ([]string, error), error)
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
 	return hasLegacyTable(f, "nat", os.ReadFile)
-}, hasFilter, lockHolder}
+}, hasFilter, lockHolder, counted}
 
 // tool are the programs of one family.
 type tool struct {
