@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
@@ -130,7 +131,7 @@ func lookAtEnvoy(ctx context.Context, s Settings) (envoywatch.View, error) {
 		return envoywatch.View{}, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
 	}
 	defer client.Close()
-	client.Trust = trust(s.ProxyUser, nil)
+	client.Trust = trust(s.ProxyUser, new(atomic.Bool))
 	watch := envoywatch.New(envoywatch.Options{
 		Admin: client, LogPath: s.EnvoyLog, Unit: envoywatch.Unit, Probe: envoywatch.Probe,
 	})

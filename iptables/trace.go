@@ -42,3 +42,6 @@ func (t Table) Trace(p Packet) ([]Step, Verdict) {
 
 // maxSteps bounds a trace through a table of others' that leads in circles.
 const maxSteps = 1000
+
+// IsOurs says whether a chain is one of ours by its name.
+func IsOurs(chain string) bool { return isOurs(chain) }
