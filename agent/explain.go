@@ -105,7 +105,7 @@ func (l Looked) behind(ctx context.Context, choice envoyadmin.Choice) (routes []
 		return nil, nil, err
 	}
 	defer client.Close()
-	client.Trust = trust(l.Seen.Settings.ProxyUser)
+	client.Trust = trust(l.Seen.Settings.ProxyUser, new(atomic.Bool))
 	var names, asked []string
 	for _, one := range choice.Candidates {
 		if one.Chain == nil {

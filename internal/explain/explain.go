@@ -9,7 +9,9 @@ package explain
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"unicode"
 
@@ -257,17 +259,17 @@ func Explain(q Question, s Seen) Answer {
 	} else {
 		a.UID, a.GID = &q.UID, &q.GID
 	}
-	if s.EnvoyErr != nil {
-		a.Unseen[symptom.FromEnvoy] = safe(s.EnvoyErr.Error())
-	}
-	if s.BehindErr != nil {
-		a.Unseen[symptom.FromClusters] = safe(s.BehindErr.Error())
-	}
 	if s.NoRoute != nil && !q.Inbound {
 		a.Verdict, a.Why = NotIntercepted, "the kernel has no way there: "+safe(s.NoRoute.Error())
 		a.Next = fmt.Sprintf("give this machine a route to %s: without one a connection fails before "+
 			"any rule sees it", q.To.Addr())
 		return a
+	}
+	if s.EnvoyErr != nil {
+		a.Unseen[symptom.FromEnvoy] = safe(s.EnvoyErr.Error())
+	}
+	if s.BehindErr != nil {
+		a.Unseen[symptom.FromClusters] = safe(s.BehindErr.Error())
 	}
 	if s.HaveErr != nil {
 		a.Unseen[symptom.FromKernel] = safe(s.HaveErr.Error())
@@ -314,4 +316,28 @@ func (a *Answer) steps(steps []iptables.Step, s Seen) {
 	if s.CountErr != nil {
 		a.Notes = append(a.Notes, "not all counters are known: "+safe(s.CountErr.Error()))
 	}
+}
+
+// ParseAddress reads ADDRESS:PORT.
+func ParseAddress(text string) (netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(text)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("%q is not ADDRESS:PORT; as in 10.0.0.1:80 or [fd00::1]:80",
+			safe(text))
+	}
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case err != nil && host == "":
+		return netip.AddrPort{}, fmt.Errorf("%q has no address; as in 10.0.0.1:80", safe(text))
+	case err != nil:
+		return netip.AddrPort{}, fmt.Errorf("%q is no address: explain takes one, since a name may lead to "+
+			"several; `getent ahosts %s` looks it up", safe(host), safe(host))
+	case addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast():
+		return netip.AddrPort{}, fmt.Errorf("%q is no address that a connection goes to", safe(host))
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return netip.AddrPort{}, fmt.Errorf("%q is not a port from 1 to 65535", safe(port))
+	}
+	return netip.AddrPortFrom(addr.Unmap(), uint16(n)), nil
 }

@@ -1,0 +1,86 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+)
+
+func explainCommand() *cobra.Command {
+	var output, uid, gid string
+	var q explain.Question
+	c := &cobra.Command{
+		Use: "explain ADDRESS:PORT",
+		Short: "Would a connection be intercepted, by which rule, and what does Envoy do with it; " +
+			"exit code 0 intercepted, 1 not, 2 could not look",
+		Example: "  service-proxy-agent explain 10.0.0.1:80\n" +
+			"  service-proxy-agent explain [fd00::1]:80 --uid www-data\n" +
+			"  service-proxy-agent explain 10.128.0.5:8080 --inbound",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usage(fmt.Errorf("%s takes one ADDRESS:PORT, got %q", cmd.CommandPath(), args))
+			}
+			return nil
+		},
+	}
+	settings := lookFlags(c)
+	f := c.Flags()
+	f.StringVarP(&output, "output", "o", "text", "text or json")
+	f.StringVar(&uid, "uid", "", "who makes the connection, by name or number (default: an ordinary user)")
+	f.StringVar(&gid, "gid", "", "their group, by name or number (default: the user's)")
+	f.BoolVar(&q.UDP, "udp", false, "a UDP packet, as a DNS question is")
+	f.BoolVar(&q.Inbound, "inbound", false, "the connection comes in from elsewhere")
+	f.StringVar(&q.In, "in-interface", "", "the interface it comes in by, e.g. docker0")
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if output != "text" && output != "json" {
+			return usage(fmt.Errorf("--output is %q; use text or json", output))
+		}
+		if q.Inbound && (uid != "" || gid != "") {
+			return usage(fmt.Errorf("--uid and --gid are of who makes a connection here; " +
+				"leave them out with --inbound"))
+		}
+		if !q.Inbound && q.In != "" {
+			return usage(fmt.Errorf("--in-interface is for --inbound"))
+		}
+		var err error
+		if q.To, err = explain.ParseAddress(args[0]); err != nil {
+			return usage(err)
+		}
+		s, err := settings()
+		if err != nil {
+			return err
+		}
+		looked := agent.Look(cmd.Context(), s)
+		if q.UID, q.GID, err = looked.Caller(uid, gid); err != nil {
+			return err
+		}
+		answer := looked.Explain(cmd.Context(), q)
+		if output == "json" {
+			encoder := json.NewEncoder(cmd.OutOrStdout())
+			encoder.SetIndent("", "  ")
+			err = encoder.Encode(answer)
+		} else {
+			err = answer.WriteText(cmd.OutOrStdout())
+		}
+		if err != nil {
+			return err
+		}
+		return explainExit(answer)
+	}
+	return c
+}
+
+// explainExit is the exit code of an answer, in every form of output.
+func explainExit(a explain.Answer) error {
+	switch {
+	case !a.Complete():
+		return &exitError{code: exitNoAnswer}
+	case a.Verdict == explain.Intercepted:
+		return nil
+	}
+	return &exitError{code: exitNo}
+}

@@ -1,0 +1,164 @@
+package explain
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+)
+
+// WriteText writes the answer for people: the verdict first, then the way through the rules, then
+// Envoy's side.
+func (a Answer) WriteText(out io.Writer) error {
+	var b strings.Builder
+	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	line("%s: %s", a.headline(), a.Why)
+	if a.Next != "" {
+		line("next: %s", a.Next)
+	}
+	if a.Setting != "" {
+		line("setting: %s", a.Setting)
+	}
+	if a.Nearest != nil {
+		line("nearest: %s", strings.TrimPrefix(a.Nearest.Text, "nearest is "))
+	}
+	if len(a.Path) > 0 {
+		line("\nthe way through table nat (connections counted)")
+		for _, step := range a.Path {
+			line("  %s", step)
+		}
+	}
+	if a.Listener != "" {
+		line("\nEnvoy's listener %q", a.Listener)
+		for _, chain := range a.Chains {
+			chain.write(line)
+		}
+	}
+	notes := slices.Clone(a.Notes)
+	for _, source := range slices.Sorted(maps.Keys(a.Unseen)) {
+		notes = append(notes, fmt.Sprintf("could not look: %s: %s", source, a.Unseen[source]))
+	}
+	if len(notes) > 0 {
+		line("")
+	}
+	for _, note := range notes {
+		line("note: %s", note)
+	}
+	_, err := io.WriteString(out, b.String())
+	return err
+}
+
+// headline is the verdict: "10.0.0.1:80 by uid 65534 is intercepted".
+func (a Answer) headline() string {
+	who := ""
+	switch {
+	case a.Direction == "inbound" && a.Interface != "":
+		who = " coming in by " + a.Interface
+	case a.Direction == "inbound":
+		who = " coming in"
+	case a.UID != nil:
+		who = fmt.Sprintf(" by uid %d", *a.UID)
+	}
+	what := "is " + string(a.Verdict)
+	if a.Verdict == Unknown {
+		what = "could not be told"
+	}
+	return fmt.Sprintf("%s/%s%s %s", a.To, a.Protocol, who, what)
+}
+
+// String is the step in a line: "OUTPUT 1  -p tcp -j SERVICE_PROXY_OUTPUT  [7]".
+func (s Step) String() string {
+	passed := ""
+	switch {
+	case s.Passed == 1:
+		passed = ", 1 rule passed over"
+	case s.Passed > 1:
+		passed = fmt.Sprintf(", %d rules passed over", s.Passed)
+	}
+	if s.Index == 0 {
+		return fmt.Sprintf("%s  %s%s", s.Chain, s.Did, passed)
+	}
+	counted := "?"
+	if s.Packets != nil {
+		counted = fmt.Sprint(*s.Packets)
+	}
+	perhaps := ""
+	if s.Perhaps {
+		perhaps = ", if it matches"
+	}
+	return fmt.Sprintf("%s %d  %s  [%s] %s%s%s", s.Chain, s.Index, s.Rule, counted, s.Did, perhaps,
+		passed)
+}
+
+func (c Chain) write(line func(format string, args ...any)) {
+	when := ""
+	if len(c.When) > 0 {
+		when = "  when " + strings.Join(c.When, ", ")
+	}
+	if c.None {
+		line("  no filter chain: Envoy closes the connection%s", when)
+		return
+	}
+	name := c.Name
+	if name == "" {
+		name = "without a name"
+	} else {
+		name = fmt.Sprintf("%q", name)
+	}
+	what := "filter chain " + name
+	if c.Default {
+		what = "default filter chain " + name
+	}
+	if c.Kind != "" {
+		what += ", " + c.Kind
+	}
+	if c.TLS {
+		what += ", ends TLS"
+	}
+	if c.Service != "" {
+		what += ", service " + c.Service
+	}
+	line("  %s%s", what, when)
+	if c.Route != "" {
+		line("    route %q, %d virtual hosts", c.Route, c.HostCount)
+	}
+	for _, h := range c.Hosts {
+		domains := strings.Join(h.Domains, ", ")
+		if more := h.Domain - len(h.Domains); more > 0 {
+			domains += fmt.Sprintf(" and %d more", more)
+		}
+		clusters := strings.Join(h.Clusters, ", ")
+		if more := h.Cluster - len(h.Clusters); more > 0 {
+			clusters += fmt.Sprintf(" and %d more", more)
+		}
+		if h.ByHeader {
+			clusters = strings.TrimPrefix(clusters+", what a header names", ", ")
+		}
+		line("    for %s -> %s", domains, clusters)
+	}
+	if more := c.HostCount - len(c.Hosts); more > 0 && len(c.Hosts) > 0 {
+		line("    and %d more virtual hosts", more)
+	}
+	for _, cluster := range c.Clusters {
+		cluster.write(line)
+	}
+}
+
+func (c Cluster) write(line func(format string, args ...any)) {
+	if !c.Known {
+		line("    cluster %q: its endpoints are not known", c.Name)
+		return
+	}
+	degraded := ""
+	if c.Degraded > 0 {
+		degraded = fmt.Sprintf(", %d degraded", c.Degraded)
+	}
+	line("    cluster %q: %d of %d endpoints healthy%s", c.Name, c.Healthy, c.Total, degraded)
+	for _, e := range c.Endpoints {
+		line("      %s %s", e.Address, e.Health)
+	}
+	if more := c.Total - len(c.Endpoints); more > 0 {
+		line("      and %d more", more)
+	}
+}
