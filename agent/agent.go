@@ -60,6 +60,7 @@ type Agent struct {
 
 	attributes *mailbox.Box[attributeNews]
 	others     *mailbox.Box[[]iptables.OtherChain]
+	around     *surroundings
 	reports    *mailbox.Box[status.Status]
 	history    *mailbox.Box[Failures]
 	keep       *mailbox.Box[*keptAttribute]
@@ -109,6 +110,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	case err != nil:
 		return nil, nextStep(err)
 	}
+	a.around = newSurroundings(askKernel(a.kernel), log)
 	a.guest = guestattr.New(guestattr.Options{
 		Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget"),
 	})
@@ -202,6 +204,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 		{"watch Envoy", envoy.Run},
 		{"report", a.report},
 		{"keep history", a.keepHistory},
+		{"look around", a.around.run},
 		{"guest attributes", a.guest.Run},
 		{"serial port", a.serial.Run},
 		{"Cloud Logging", a.cloud.Run},
@@ -252,10 +255,12 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
 			views: views, attributes: a.attributes.Get(), others: a.others.Get(),
-			pause: a.pause, events: events,
+			around: a.around.found.Get(),
+			pause:  a.pause, events: events,
 		},
 		attribute: attributeInForce{Config: attribute.Default()}, // what is not known yet is as usual
 		bootstrap: bootstrapProgress{awaited: a.awaitBootstrap},
+		beside:    beside{asked: func(about about) { a.around.asked.Put(about) }},
 		mark:      readMark(server.Dir(), a.log),
 		told: told{
 			reporters: a.reporters(), log: a.log, started: a.started,

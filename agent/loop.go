@@ -37,7 +37,7 @@ type loop struct {
 	attribute attributeInForce
 	bootstrap bootstrapProgress
 	envoy     envoywatch.View
-	others    []iptables.OtherChain
+	beside    beside
 	user      proxyUser
 	local     []netip.Addr
 	paused    bool
@@ -48,11 +48,26 @@ type loop struct {
 	told     told
 }
 
+// beside is what tasks have found that look at other things than Envoy, and what one of them is told
+// to look for.
+type beside struct {
+	others []iptables.OtherChain
+	around symptom.Surroundings
+	asked  func(about) // nil: nobody looks
+}
+
+func (b beside) tell(a about) {
+	if b.asked != nil {
+		b.asked(a)
+	}
+}
+
 // inbox is where the loop's news come from. Of each kind only the newest counts, but for events.
 type inbox struct {
 	views      <-chan envoywatch.View
 	attributes <-chan attributeNews
 	others     <-chan []iptables.OtherChain
+	around     <-chan symptom.Surroundings
 	pause      <-chan chan struct{}
 	events     <-chan iptables.Event // nil: the kernel tells nothing, or no longer
 }
@@ -71,7 +86,8 @@ func (l *loop) run(ctx context.Context) error {
 			l.attribute.take(news, l.log)
 		case e, ok := <-l.inbox.events:
 			l.takeEvent(e, ok, time.Now())
-		case l.others = <-l.inbox.others:
+		case l.beside.others = <-l.inbox.others:
+		case l.beside.around = <-l.inbox.around:
 		case done := <-l.inbox.pause:
 			l.paused = true
 			close(done)
@@ -89,6 +105,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	seen := l.observe(now)
 	want, known := l.wanted.desired(l.settings, seen)
 	outcomes := l.reconcile(ctx, now, seen, want, known)
+	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
 	facts := seen.Facts(want, outcomes)
 	findings := symptom.Check(facts)

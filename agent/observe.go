@@ -65,6 +65,7 @@ type Observation struct {
 	Awaited   bool // bootstrap is to come on this VM
 	Self
 	Others    []iptables.OtherChain
+	Around    symptom.Surroundings // as far as the kernel tells of them
 	GuestOff  bool
 	ListenErr error
 	// MetricsErr is why /metrics is not served on --metrics-listen, or not by the newest web config.
@@ -85,7 +86,8 @@ func (l *loop) observe(now time.Time) Observation {
 		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute,
 		Envoy:     l.envoy,
 		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Self: l.vm.self(now),
-		Others: l.others, GuestOff: l.vm.guestOff(), ListenErr: l.vm.listenErr(),
+		Others: l.beside.others, Around: l.beside.around, GuestOff: l.vm.guestOff(),
+		ListenErr:  l.vm.listenErr(),
 		MetricsErr: l.vm.metricsErr(),
 	}
 	if l.attribute.Config.InterceptDNS {
@@ -115,6 +117,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		ServerFirst:   want.ServerFirst,
 		Others:        o.Others,
 		VM:            o.VM,
+		Surroundings:  o.Around,
 	}
 	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
 	o.compareEnvoy(&f)

@@ -60,7 +60,8 @@ type Surroundings struct {
 	Configured, Running *EnvoyConfig
 	Conntrack           Conntrack
 	NoRoute             []Unrouted
-	Old                 []OldConnection
+	Old                 []OldConnection // the first of them
+	OldCount            int             // all of them
 	Agent               Agent
 	// Processes are users other than the proxy's that hold a port of Envoy's, and as whom a program
 	// named envoy runs, or that answers on the admin port.
@@ -100,7 +101,7 @@ type EnvoyConfig struct {
 // Conntrack is the connection tracking table; the zero value where there is none.
 type Conntrack struct {
 	Count, Max int
-	Dropped    uint64 // packets since the last look, because it was full
+	Dropped    uint64 // packets in the last minute, because it was full; 0 where one look was made
 }
 
 // Unrouted is that a family's services have no route.
