@@ -4,15 +4,15 @@ package iptables
 type Did string
 
 const (
-	WentOn     Did = "goes on"    // it only counts, logs or marks
-	Jumped     Did = "jumps"      // to another chain, or goes there
-	Returned   Did = "returns"    // to the chain it came from; in a built-in one: is done
-	Accepted   Did = "accepts"    // the packet goes its own way
-	Redirected Did = "redirects"  // a rule of ours
-	Took       Did = "takes"      // another program's rule decides
-	NotKnown   Did = "not known"  // a target that this package does not know
-	NotRead    Did = "not read"   // no rule: the chain is not known, or leads in a circle
-	Ended      Did = "comes back" // no rule: the end of the chain, where none more matched
+	WentOn     Did = "goes on"   // it only counts, logs or marks
+	Jumped     Did = "jumps"     // to another chain, or goes there
+	Returned   Did = "returns"   // to the chain it came from; in a built-in one: is done
+	Accepted   Did = "accepts"   // the packet goes its own way
+	Redirected Did = "redirects" // a rule of ours
+	Took       Did = "takes"     // another program's rule decides
+	NotKnown   Did = "not known" // a target that this package does not know
+	NotRead    Did = "not read"  // no rule: the chain is not known, or leads in a circle
+	Ended      Did = "ends"      // no rule: the end of the chain, where none more matched
 )
 
 // Step is a rule that matched on a packet's way, or the end of a chain that it came to.

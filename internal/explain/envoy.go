@@ -34,7 +34,7 @@ func (w why) behind() {
 		finding.Next = "have the control plane send an inbound listener with a chain for the port"
 	}
 	w.answer.Finding = &finding
-	w.answer.Why += ". " + finding.Cause
+	w.answer.Why = finding.Cause
 	w.answer.Next = finding.Next
 }
 

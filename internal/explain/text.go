@@ -70,11 +70,8 @@ func (a Answer) headline() string {
 // String is the step in a line: "OUTPUT 1  -p tcp -j SERVICE_PROXY_OUTPUT  [7]".
 func (s Step) String() string {
 	passed := ""
-	switch {
-	case s.Passed == 1:
-		passed = ", 1 rule passed over"
-	case s.Passed > 1:
-		passed = fmt.Sprintf(", %d rules passed over", s.Passed)
+	if s.Passed > 0 {
+		passed = fmt.Sprintf(", %d passed over", s.Passed)
 	}
 	if s.Index == 0 {
 		return fmt.Sprintf("%s  %s%s", s.Chain, s.Did, passed)
@@ -121,7 +118,15 @@ func (c Chain) write(line func(format string, args ...any)) {
 	}
 	line("  %s%s", what, when)
 	if c.Route != "" {
-		line("    route %q, %d virtual hosts", c.Route, c.HostCount)
+		hosts := "which Envoy does not have"
+		switch c.HostCount {
+		case 0:
+		case 1:
+			hosts = "1 virtual host"
+		default:
+			hosts = fmt.Sprintf("%d virtual hosts", c.HostCount)
+		}
+		line("    route %q, %s", c.Route, hosts)
 	}
 	for _, h := range c.Hosts {
 		domains := strings.Join(h.Domains, ", ")

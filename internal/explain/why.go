@@ -232,8 +232,14 @@ func (w why) excluded(step iptables.Step) {
 		w.say("", "run the application as an ordinary user",
 			"with intercept-all-outbound root's connections are not redirected")
 	case iptables.Loopback, iptables.LinkLocal, iptables.MetadataServer:
-		w.say("", "", "%s is never redirected outbound: %s", to.Addr(),
-			strings.ReplaceAll(step.Comment, "-", " "))
+		what := step.Comment
+		for _, r := range w.q.Family().Reserved() {
+			if r.Prefix.Contains(to.Addr()) {
+				what = r.Name // the most specific one is the last
+			}
+		}
+		w.say("", "", "%s (%s) is never redirected outbound", to.Addr(),
+			strings.ReplaceAll(what, "-", " "))
 	case "excluded":
 		if strings.Contains(step.Rule, "--dport") || !strings.HasPrefix(step.Rule, "-d ") {
 			w.say(excludePorts, fmt.Sprintf("take port %d out of %s in the attribute", to.Port(),
