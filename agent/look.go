@@ -1,19 +1,15 @@
 package agent
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"sync"
-	"sync/atomic"
+	"maps"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -32,152 +28,305 @@ type Looked struct {
 	HaveErr [2]error
 	Backend string         // of iptables: nft or legacy; "" not known
 	Daemon  *status.Status // of the daemon's socket; nil: none answers
-	Facts   symptom.Facts
+	// Shapes are what is let in of what is wanted, by family: by the daemon, or by what one that
+	// starts now would do.
+	Shapes [2]status.Shape
+	Facts  symptom.Facts
 }
 
 // lookLimit bounds a look as a whole. What has not answered by then is unknown.
-const lookLimit = 8 * time.Second
+const lookLimit = 9 * time.Second
 
 // Look looks once. It changes nothing and it never fails: what could not be seen is in
 // Facts.Unseen, with the reason.
 func Look(ctx context.Context, s Settings) Looked {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	now := time.Now()
-	l := Looked{Seen: Observation{Now: now, Settings: s}}
-	unseen := map[symptom.Source]string{}
-	var mu sync.Mutex
-	// see runs one question beside the others. What comes back too late changes nothing.
-	var questions []<-chan struct{}
-	see := func(source symptom.Source, question func() (take func(), err error)) {
-		done := make(chan struct{})
-		questions = append(questions, done)
-		mu.Lock()
-		unseen[source] = "no answer in time"
-		mu.Unlock()
-		go func() {
-			defer close(done)
-			take, err := question()
-			mu.Lock()
-			defer mu.Unlock()
-			if ctx.Err() != nil {
-				return
-			}
-			delete(unseen, source)
-			if err != nil {
-				unseen[source] = err.Error()
-			}
-			if take != nil {
-				take()
-			}
-		}()
+	l := &looking{
+		Looked: Looked{Seen: Observation{Now: time.Now(), Settings: s}},
+		vm:     thisVM(s.StateDir), unseen: map[symptom.Source]string{},
 	}
-	v := thisVM(s.StateDir)
-	l.Seen.User = proxyIDs(s.ProxyUser, v.userIDs)
-	if addrs, err := v.addrs(); err == nil {
-		l.Seen.Local = addrs
+	l.Seen.Attribute.Config = attribute.Default()
+	l.HaveErr = [2]error{errNoAnswer, errNoAnswer}
+	l.askAll(ctx, l.questions()...)
+	l.conclude(ctx)
+	return l.Looked
+}
+
+// looking is a look under way.
+type looking struct {
+	Looked
+	vm     vm
+	unseen map[symptom.Source]string
+	// moved says that one of the sources that can hang has answered: where none does, it is this
+	// machine that hangs, or the time was too short, and nothing is said against any of them.
+	moved     bool
+	kernel    kernelSeen
+	installed bool   // something of the agent's is on this VM
+	silent    string // why the daemon's socket gives no answer though it takes connections
+	logErr    string // why Envoy's log cannot be read, for whoever
+	hung      error  // the metadata server takes connections, and does not answer
+	kept      *keptAttribute
+	outcomes  []reconcile.Outcome
+}
+
+// conclude makes the facts of what the sources told.
+func (l *looking) conclude(ctx context.Context) {
+	l.takeAttribute()
+	l.judgeSilence()
+	if !l.ours() {
+		l.leaveAlone()
 	}
-	see(symptom.FromKernel, func() (func(), error) { return l.readKernel(ctx) })
-	see(symptom.FromEnvoy, func() (func(), error) {
-		view, err := lookAtEnvoy(ctx, s)
-		return func() { l.Seen.Envoy = view }, err
-	})
-	see(symptom.FromMetadata, func() (func(), error) {
-		in, err := lookAtAttribute(ctx, s)
-		return func() { l.Seen.Attribute = in }, err
-	})
-	see(symptom.FromState, func() (func(), error) {
-		state, err := progress.Read(s.StateDir)
-		return func() { l.Seen.Bootstrap = state }, err
-	})
-	see(symptom.FromAgent, func() (func(), error) {
-		answer, err := lookAtDaemon(ctx)
-		return func() { l.Daemon = answer }, err
-	})
-	for _, done := range questions {
-		select {
-		case <-done:
-		case <-ctx.Done():
-		}
-	}
-	mu.Lock()
-	defer mu.Unlock()
-	seen := l // what comes too late would change l
 	var w wanted
-	seen.Want, seen.Known = w.desired(s, seen.Seen)
-	seen.Facts = seen.Seen.Facts(seen.Want, nil)
-	seen.Facts.Unseen = unseen
-	return seen
+	l.Want, l.Known = w.desired(l.Seen.Settings, l.Seen)
+	l.lookAtPorts(ctx)
+	l.lookAround(ctx)
+	differ := l.differ(ctx)
+	f := l.Seen.Facts(l.Want, l.outcomes)
+	f.Differ = differ
+	f.NoTools, f.Envoy.LogErr = l.kernel.noTools, l.logErr
+	f.Agent = l.agent(f.Agent)
+	if l.Daemon != nil && f.Envoy.Err != nil && !l.Daemon.Envoy.Down.IsZero() {
+		f.Envoy.Since = l.Daemon.Envoy.Down
+	}
+	f.Unseen = maps.Clone(l.unseen)
+	l.Facts = f
 }
 
-// readKernel reads table nat of both families.
-func (l *Looked) readKernel(ctx context.Context) (take func(), err error) {
-	kernel, err := iptables.Open(ctx, iptables.Options{})
-	if err != nil {
-		return func() { l.HaveErr = [2]error{err, err} }, nextStep(err)
+// takeAttribute makes the attribute in force of what the metadata server told, and of what an
+// earlier run of the daemon kept, as the daemon does.
+func (l *looking) takeAttribute() {
+	a := &l.Seen.Attribute
+	if a.Known || a.Source == nil || l.kept == nil {
+		return
 	}
-	var have [2]iptables.Table
-	var errs [2]error
-	for i, family := range families {
-		have[i], errs[i] = kernel.Read(ctx, family)
-	}
-	return func() { l.Have, l.HaveErr, l.Backend = have, errs, kernel.Backend() }, errs[0]
-}
-
-// lookAtEnvoy makes a View by one look.
-func lookAtEnvoy(ctx context.Context, s Settings) (envoywatch.View, error) {
-	client, err := envoyadmin.New(s.EnvoyAdmin)
-	if err != nil {
-		return envoywatch.View{}, fmt.Errorf("%w: --envoy-admin: %w", ErrSettings, err)
-	}
-	defer client.Close()
-	client.Trust = trust(s.ProxyUser, new(atomic.Bool))
-	watch := envoywatch.New(envoywatch.Options{
-		Admin: client, LogPath: s.EnvoyLog, Unit: envoywatch.Unit, Probe: envoywatch.Probe,
-	})
-	watch.Step(ctx)
-	select {
-	case view := <-watch.Views():
-		return view, view.Err
-	default:
-		return envoywatch.View{}, errors.New("no answer in time")
-	}
-}
-
-// lookAtAttribute reads the attribute of --config, or the metadata server's.
-func lookAtAttribute(ctx context.Context, s Settings) (attributeInForce, error) {
-	if s.Config != "" {
-		c, err := readConfig(s.Config)
-		if err != nil {
-			return attributeInForce{Config: attribute.Default()}, err
+	if machine := machineSum(); machine != "" && machine == l.kept.Machine {
+		if config, err := attribute.Parse([]byte(l.kept.Text)); err == nil {
+			a.Known, a.Config, a.Serial = true, config, 1
+			a.Good = &goodAttribute{Config: config, Text: []byte(l.kept.Text), Read: l.kept.Read, Kept: true}
 		}
-		return attributeInForce{Known: true, Config: *c, Serial: 1}, nil
 	}
-	a := metadata.ReadAttribute(ctx)
-	if a.Err != nil {
-		return attributeInForce{Config: attribute.Default(), Err: a.Err}, nil
-	}
-	return attributeInForce{Known: true, Config: a.Config, Serial: 1,
-		Good: &goodAttribute{Config: a.Config, Text: a.Text, Read: time.Now()}}, nil
 }
 
-// lookAtDaemon asks the daemon's socket.
-func lookAtDaemon(ctx context.Context) (*status.Status, error) {
-	body, err := server.Dial(server.Dir()).Get(ctx, "/status")
-	if err != nil {
-		return nil, err
+// judgeSilence says what it means that a source takes connections and does not answer.
+func (l *looking) judgeSilence() {
+	if !l.moved {
+		if errors.Is(l.Seen.Envoy.Err, envoyadmin.ErrTimeout) {
+			l.Seen.Envoy.Err = nil
+			l.unseen[symptom.FromEnvoy] = errNoAnswer.Error()
+		}
+		l.silent = ""
+		return
 	}
-	var s status.Status
-	if err := json.Unmarshal(body, &s); err != nil {
-		return nil, fmt.Errorf("read the agent's answer: %w", err)
+	if l.hung != nil {
+		l.Seen.Attribute.Source = l.hung
 	}
-	return &s, nil
 }
 
-// Ruleset is what the kernel should have of one family, in the order of Want.Families. The jumps
-// are in unless the daemon holds them back.
+// ours says whether something shows that this VM is the agent's.
+func (l *looking) ours() bool {
+	return l.installed || l.Seen.Attribute.Good != nil || l.Seen.Attribute.Err != nil &&
+		!errors.Is(l.Seen.Attribute.Err, attribute.ErrMissing) || l.intercepted() ||
+		l.Seen.Settings.Config != "" && l.Seen.Settings.Config != noConfig
+}
+
+// intercepted says whether rules of ours are there, whoever made them.
+func (l *looking) intercepted() bool {
+	for i := range l.Have {
+		if l.HaveErr[i] == nil && !l.Have[i].Ours().Empty() {
+			return true
+		}
+	}
+	return false
+}
+
+// leaveAlone forgets what is no trouble on a VM that is not the agent's: one that was set up by
+// hand, or a container beside an Envoy.
+func (l *looking) leaveAlone() {
+	a := &l.Seen.Attribute
+	if a.Source != nil {
+		l.unseen[symptom.FromMetadata] = whyNot(a.Source)
+	}
+	a.Source, a.Err = nil, nil
+	l.Seen.User.Err = nil
+	if l.kernel.noTools != nil {
+		l.unseen[symptom.FromKernel] = whyNot(l.kernel.noTools)
+	}
+	l.kernel = kernelSeen{}
+	l.Seen.Others = nil
+}
+
+// lookAtPorts asks who listens on the ports that matter, and what the rules shall be then.
+func (l *looking) lookAtPorts(ctx context.Context) {
+	now := *l // a question that hangs may still read it
+	l.askAll(ctx, question{[]symptom.Source{symptom.FromSockets}, 2 * time.Second,
+		func(context.Context) (func(*looking), error) {
+			looks, resolvers, err := now.listeners()
+			return func(l *looking) { l.judgePorts(looks, resolvers) }, err
+		}})
+	if l.outcomes == nil { // it did not answer
+		l.judgePorts([2]reconcile.Looks{}, resolvers{})
+	}
+}
+
+// listeners asks who listens. The ports are those that a daemon would look at.
+func (l *looking) listeners() (looks [2]reconcile.Looks, r resolvers, err error) {
+	if l.Seen.Attribute.Config.InterceptDNS {
+		r = l.vm.resolvers(l.Seen.Settings.ResolverUsers)
+	}
+	for i, family := range families {
+		looks[i] = l.vm.look(family, l.ports(i), l.Seen)
+		for _, p := range []symptom.Port{looks[i].Outbound, looks[i].Inbound, looks[i].DNS} {
+			err = cmp.Or(err, p.Err)
+		}
+	}
+	return looks, r, err
+}
+
+// ports are those of a family that its rules lead to, or shall.
+func (l *looking) ports(i int) (p reconcile.Ports) {
+	ours := l.Have[i].Ours()
+	switch want := l.Want.Families[i]; {
+	case l.Known:
+		p = reconcile.Ports{Outbound: want.OutboundPort, Inbound: want.InboundPort, DNS: want.DNSPort,
+			DNSOverTCP: want.DNSOverTCP}
+	case l.HaveErr[i] == nil && ours.Intercepting():
+		p.Outbound, p.Inbound, p.DNS = ours.Ports()
+	case l.ours() && l.Seen.User.Err == nil:
+		p = reconcile.Ports{Outbound: l.Seen.Attribute.Config.ProxyPort, Inbound: attribute.InboundPort}
+	}
+	return p
+}
+
+// judgePorts makes facts of who listens, by family.
+func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
+	l.Seen.Resolvers = r
+	marked := readMark(server.Dir(), nil).set
+	for i, family := range families {
+		o := reconcile.Order{
+			Want: l.Want.Families[i], Serial: 1, Known: l.Known, Ports: l.ports(i), Looks: looks[i],
+			ProxyUID: l.Seen.User.UID, UserKnown: l.Seen.User.Err == nil,
+			Draining: l.Seen.Envoy.State == "DRAINING", WhenDown: l.Seen.Settings.WhenEnvoyDown,
+			Marked: marked,
+		}
+		l.Shapes[i] = reconcile.Fresh(l.Seen.Now, o, l.Have[i].Ours())
+		if s := l.daemonShape(family); s != nil {
+			l.Shapes[i] = *s
+		}
+		out := reconcile.Outcome{Facts: l.family(i)}
+		for _, p := range []symptom.Port{looks[i].Outbound, looks[i].Inbound, looks[i].DNS} {
+			foreign := p.Listening && p.Owner != o.ProxyUID
+			if p.Addr.Port() != 0 && p.Err == nil && (l.Known || foreign) {
+				out.Ports = append(out.Ports, p)
+			}
+		}
+		l.outcomes = append(l.outcomes, out)
+	}
+}
+
+// daemonShape is what the daemon lets in; nil where it does not say so.
+func (l *looking) daemonShape(family iptables.Family) *status.Shape {
+	if l.Daemon == nil {
+		return nil
+	}
+	for _, f := range l.Daemon.Families {
+		if f.Family == family.String() {
+			return f.Shape
+		}
+	}
+	return nil
+}
+
+// family are the facts of a family's rules, as far as one look tells them.
+func (l *looking) family(i int) symptom.Family {
+	f := symptom.Family{Family: families[i], Unusable: l.kernel.unusable[i]}
+	if l.Daemon == nil && errors.Is(l.HaveErr[i], iptables.ErrIncompatible) {
+		f.Err = l.HaveErr[i] // else the daemon says what became of its rules
+	}
+	if l.Known && l.kernel.read && l.HaveErr[i] == nil && f.Unusable == nil {
+		for _, d := range iptables.Diff(l.Ruleset(i), l.Have[i]) {
+			if d.Kind == iptables.Shadowed {
+				f.Shadow = append(f.Shadow, d)
+			}
+		}
+	}
+	return f
+}
+
+// agent is the daemon as it looks from here.
+func (l *looking) agent(a symptom.Agent) symptom.Agent {
+	a.Now, a.Silent = l.Seen.Now, l.silent
+	if s := l.Daemon; s != nil {
+		a.Heartbeat = s.Heartbeat
+		if l.follows() {
+			a.Findings = s.Findings
+		}
+	}
+	if l.Daemon == nil && l.silent == "" && !l.installed {
+		delete(l.unseen, symptom.FromAgent) // with what is not there nothing can be wrong
+	}
+	return a
+}
+
+// follows says whether a daemon runs that keeps the rules as they should be.
+func (l *looking) follows() bool {
+	return l.Daemon != nil && l.Seen.Now.Sub(l.Daemon.Heartbeat) < stuck
+}
+
+const (
+	// lookAgain is how soon the kernel is read again where it differs: an agent that restarts may be
+	// about to put it right.
+	lookAgain = 600 * time.Millisecond
+	mostDrift = 100
+)
+
+// differ is what the kernel lacks, or has too much, where no agent runs to put it right: one that
+// runs says itself what keeps it from that.
+func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
+	if !l.Known || !l.ours() || l.Seen.Envoy.Err != nil {
+		return nil
+	}
+	for n := range 3 {
+		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, lookAgain) {
+			return nil
+		}
+		if n > 0 {
+			l.askAll(ctx, l.askKernel(), l.askDaemon())
+			l.Seen.Now = time.Now()
+		}
+		drift = nil
+		for i := range families {
+			drift = append(drift, l.drift(i)...)
+		}
+		if len(drift) == 0 {
+			return nil
+		}
+	}
+	return drift[:min(len(drift), mostDrift)]
+}
+
+// drift is how one family differs. Shadowed jumps have a finding of their own.
+func (l *looking) drift(i int) (drift []iptables.Drift) {
+	want, have := l.Ruleset(i), l.Have[i]
+	if l.kernel.unusable[i] != nil || l.HaveErr[i] != nil ||
+		!want.Intercepting() && have.Ours().Empty() || // on hold there need not be any chain
+		len(iptables.Diff(want.WithoutComments(), have)) == 0 {
+		return nil
+	}
+	for _, d := range iptables.Diff(want, have) {
+		if d.Kind != iptables.Shadowed {
+			drift = append(drift, d)
+		}
+	}
+	return drift
+}
+
+// Ruleset is what the kernel should have of one family, in the order of Want.Families: all that is
+// wanted but for what is held back.
 func (l Looked) Ruleset(family int) iptables.Ruleset {
 	want := l.Want.Families[family]
-	want.Jumps = l.Daemon == nil || l.Daemon.Mode == "intercepting" || l.Daemon.Mode == ""
-	return want.Ruleset()
+	if l.Daemon != nil && l.Daemon.Paused {
+		return iptables.Interception{Family: want.Family}.Ruleset() // cleanup took all out
+	}
+	return reconcile.Shaped(want, l.Shapes[family])
 }

@@ -203,8 +203,11 @@ func (l rootOnly) Accept() (net.Conn, error) {
 	}
 }
 
-// ErrNoAgent says that no agent answers on the socket.
-var ErrNoAgent = errors.New("no agent runs")
+// Why there is no answer of an agent.
+var (
+	ErrNoAgent = errors.New("no agent runs")     // nothing listens on the socket
+	ErrSilent  = errors.New("no answer in time") // somebody does
+)
 
 // StatusError is an answer of the agent other than 200.
 type StatusError struct {
@@ -286,9 +289,9 @@ func (c *Client) explain(err error) error {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w: nothing listens on %s", ErrNoAgent, c.path)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("connect to %s: permission denied; run as root", c.path)
+		return fmt.Errorf("connect to %s: %w; run as root", c.path, fs.ErrPermission)
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Errorf("ask agent on %s: no answer in time", c.path)
+		return fmt.Errorf("ask agent on %s: %w", c.path, ErrSilent)
 	}
 	var u *url.Error
 	if errors.As(err, &u) {

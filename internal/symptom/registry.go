@@ -28,8 +28,9 @@ type Result struct {
 
 // Examine is Check with an answer for each kind, in the order of Kinds.
 func Examine(f Facts, ignore ...ID) []Result {
-	found := map[ID][]Finding{}
-	for _, one := range Check(f) {
+	found, all := map[ID][]Finding{}, Check(f)
+	sinceAgent(f, all)
+	for _, one := range all {
 		found[one.ID] = append(found[one.ID], one)
 	}
 	results := make([]Result, 0, len(kinds))

@@ -123,6 +123,11 @@ type OldConnection struct {
 type Agent struct {
 	Heartbeat time.Time // when its last pass ended; zero: not known
 	Now       time.Time // when that was looked at
+	// Silent is why its socket gives no answer though it takes connections; "": it answers, or is not
+	// there.
+	Silent string
+	// Findings are what it tells itself, newest status; nil: it does not answer, or is stuck.
+	Findings []Finding
 	// Killed is when systemd's watchdog ended an earlier run, which hung; zero: it did not lately.
 	Killed time.Time
 }

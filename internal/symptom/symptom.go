@@ -293,7 +293,7 @@ var checks = []func(Facts) []Finding{
 	notOurs, identity, clock, controlPlane,
 	notConfigured, tooOld,
 	families, rulesDiffer, conntrack, rejected, attributeBad, bootstrapFailed, metadataServer,
-	agentStuck, portClosed,
+	agentStuck, agentSilent, told, portClosed,
 	servingPorts, dropped, silent, clusters, noRoute, entries, skipped, serverFirst, others,
 	oldConnections, guestOff, listenAddress, logUnreadable, attributeAdvice,
 }
