@@ -24,9 +24,9 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
-		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/explain " +
-		"internal/progress internal/reconcile internal/server internal/status internal/symptom " +
-		"iptables systemd",
+		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/envfile " +
+		"internal/explain internal/metadata internal/progress internal/reconcile internal/server " +
+		"internal/status internal/symptom iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
@@ -76,6 +76,7 @@ var may = map[string]string{
 	"internal/attribute":   "",
 	"internal/authorities": "",
 	"internal/conntrack":   "",
+	"internal/envfile":     "",
 	"internal/mailbox":     "",
 	"internal/redaction":   "",
 	"internal/route":       "",

@@ -1,11 +1,26 @@
 package main
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/envfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
+
+// daemonsFile is where the daemon's unit has its settings from. A command that looks at the same VM
+// reads it, too: a flag comes first, then the environment, then this file.
+var daemonsFile = "/etc/default/service-proxy-agent"
+
+// ofDaemon marks the flags whose values are in that file, too.
+const ofDaemon = "of the daemon"
 
 // lookFlags gives a command that looks at the VM the flags of `run` that say where to look.
 func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
@@ -20,11 +35,54 @@ func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
 		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
 			"none: defaults")
 	f.StringVar(&s.Listen, "listen", defaultListen, "the daemon's --listen")
+	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "as the daemon has them")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
 		"as the daemon has them")
+	for _, name := range []string{"envoy-admin", "envoy-log", "proxy-user", "config", "listen",
+		"metrics-listen", "intercept-interfaces", "resolver-users"} {
+		_ = f.SetAnnotation(name, ofDaemon, nil) // it is there
+	}
 	return func() (agent.Settings, error) {
 		s.Interfaces, s.ResolverUsers = words(interfaces), words(resolvers)
+		if dir := os.Getenv("STATE_DIRECTORY"); dir != "" {
+			s.StateDir = dir // as with the daemon
+		}
 		return s, nil
 	}
+}
+
+// fromDaemonsFile gives the flags that have no value yet those of the daemon's file. A file that
+// cannot be read is told, and no reason not to look.
+func fromDaemonsFile(flags *pflag.FlagSet) (err error) {
+	var file map[string]string
+	flags.VisitAll(func(f *pflag.Flag) {
+		if _, of := f.Annotations[ofDaemon]; !of || err != nil {
+			return
+		}
+		if file == nil {
+			file = readDaemonsFile()
+		}
+		value, set := file[envName(f.Name)]
+		if !set || f.Changed {
+			return
+		}
+		if e := flags.Set(f.Name, value); e != nil {
+			err = usage(fmt.Errorf("%s: %s=%q: %w", daemonsFile, envName(f.Name), value, e))
+		}
+	})
+	host := file[metadata.HostEnv]
+	if _, set := os.LookupEnv(metadata.HostEnv); host != "" && !set && err == nil {
+		err = os.Setenv(metadata.HostEnv, host)
+	}
+	return err
+}
+
+func readDaemonsFile() map[string]string {
+	text, err := os.ReadFile(daemonsFile)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(os.Stderr, "service-proxy-agent: %v: the daemon's settings are not known; "+
+			"give them as flags, or run as root\n", err)
+	}
+	return envfile.Parse(string(text))
 }

@@ -125,7 +125,8 @@ func envName(flag string) string {
 	return "SERVICE_PROXY_AGENT_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// withEnvironment gives each flag of a command its environment twin; a flag wins.
+// withEnvironment gives each flag of a command its environment twin; a flag wins. Commands that look
+// at the VM take what is left from the daemon's file.
 func withEnvironment(c *cobra.Command) {
 	c.PreRunE = func(cmd *cobra.Command, _ []string) error {
 		var first error
@@ -138,6 +139,9 @@ func withEnvironment(c *cobra.Command) {
 				first = usage(fmt.Errorf("%s=%q: %w", envName(f.Name), value, err))
 			}
 		})
+		if first == nil {
+			first = fromDaemonsFile(cmd.Flags())
+		}
 		if first == nil {
 			// Cobra looks too, after this; its error would not be told from one of the command's.
 			if err := cmd.ValidateFlagGroups(); err != nil {
