@@ -202,7 +202,7 @@ func (l *looking) ports(i int) (p reconcile.Ports) {
 func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
 	l.Seen.Resolvers = r
 	marked := readMark(server.Dir(), nil).set
-	for i, family := range families {
+	for i := range families {
 		o := reconcile.Order{
 			Want: l.Want.Families[i], Serial: 1, Known: l.Known, Ports: l.ports(i), Looks: looks[i],
 			ProxyUID: l.Seen.User.UID, UserKnown: l.Seen.User.Err == nil,
@@ -210,8 +210,8 @@ func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
 			Marked: marked,
 		}
 		l.Shapes[i] = reconcile.Fresh(l.Seen.Now, o, l.Have[i].Ours())
-		if s := l.daemonShape(family); s != nil {
-			l.Shapes[i] = *s
+		if shape, told := l.daemonShape(i); told {
+			l.Shapes[i] = shape // it has seen more than this look
 		}
 		out := reconcile.Outcome{Facts: l.family(i)}
 		for _, p := range []symptom.Port{looks[i].Outbound, looks[i].Inbound, looks[i].DNS} {
@@ -222,19 +222,6 @@ func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
 		}
 		l.outcomes = append(l.outcomes, out)
 	}
-}
-
-// daemonShape is what the daemon lets in; nil where it does not say so.
-func (l *looking) daemonShape(family iptables.Family) *status.Shape {
-	if l.Daemon == nil {
-		return nil
-	}
-	for _, f := range l.Daemon.Families {
-		if f.Family == family.String() {
-			return f.Shape
-		}
-	}
-	return nil
 }
 
 // family are the facts of a family's rules, as far as one look tells them.
@@ -274,10 +261,10 @@ func (l *looking) follows() bool {
 }
 
 const (
-	// lookAgain is how soon the kernel is read again where it differs: an agent that restarts may be
+	// differAgain is how soon the kernel is read again where it differs: an agent that restarts may be
 	// about to put it right.
-	lookAgain = 600 * time.Millisecond
-	mostDrift = 100
+	differAgain = 600 * time.Millisecond
+	mostDrift   = 100
 )
 
 // differ is what the kernel lacks, or has too much, where no agent runs to put it right: one that
@@ -287,7 +274,7 @@ func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
 		return nil
 	}
 	for n := range 3 {
-		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, lookAgain) {
+		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, differAgain) {
 			return nil
 		}
 		if n > 0 {
@@ -309,7 +296,6 @@ func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
 func (l *looking) drift(i int) (drift []iptables.Drift) {
 	want, have := l.Ruleset(i), l.Have[i]
 	if l.kernel.unusable[i] != nil || l.HaveErr[i] != nil ||
-		!want.Intercepting() && have.Ours().Empty() || // on hold there need not be any chain
 		len(iptables.Diff(want.WithoutComments(), have)) == 0 {
 		return nil
 	}
@@ -321,12 +307,37 @@ func (l *looking) drift(i int) (drift []iptables.Drift) {
 	return drift
 }
 
-// Ruleset is what the kernel should have of one family, in the order of Want.Families: all that is
-// wanted but for what is held back.
+// Ruleset is what the kernel should have of one family, in the order of Want.Families: what is
+// wanted, without what is held back (Held).
 func (l Looked) Ruleset(family int) iptables.Ruleset {
-	want := l.Want.Families[family]
-	if l.Daemon != nil && l.Daemon.Paused {
-		return iptables.Interception{Family: want.Family}.Ruleset() // cleanup took all out
+	ruleset := reconcile.Shaped(l.Want.Families[family], l.Shapes[family])
+	if l.Daemon != nil && l.Daemon.Paused || // cleanup took all out
+		// Chains without a jump are of no use, and need not be there.
+		!ruleset.Intercepting() && l.HaveErr[family] == nil && l.Have[family].Ours().Empty() {
+		return iptables.Interception{Family: families[family]}.Ruleset()
 	}
-	return reconcile.Shaped(want, l.Shapes[family])
+	return ruleset
+}
+
+// Held is what of a family's wanted rules is held back, and why; "": nothing.
+func (l Looked) Held(family int) string { return l.Shapes[family].Held }
+
+// daemonShape is what the daemon lets in of a family's rules, where it says so.
+func (l Looked) daemonShape(i int) (shape status.Shape, told bool) {
+	if f, ok := l.daemonFamily(i); ok && f.Shape != nil {
+		return *f.Shape, true
+	}
+	return shape, false
+}
+
+// daemonFamily is what the daemon says of a family's rules.
+func (l Looked) daemonFamily(i int) (status.Family, bool) {
+	if l.Daemon != nil {
+		for _, f := range l.Daemon.Families {
+			if f.Family == families[i].String() {
+				return f, true
+			}
+		}
+	}
+	return status.Family{}, false
 }

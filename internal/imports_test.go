@@ -25,15 +25,15 @@ var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
 		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/envfile " +
-		"internal/explain internal/metadata internal/progress internal/reconcile internal/server " +
-		"internal/status internal/symptom iptables systemd",
+		"internal/explain internal/metadata internal/progress internal/reconcile " +
+		"internal/rulediff internal/server internal/status internal/symptom iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
 		"internal/conntrack internal/envoywatch internal/explain internal/mailbox " +
-		"internal/metadata internal/progress internal/reconcile internal/report " +
-		"internal/route internal/server internal/sockdiag internal/status " +
-		"internal/symptom iptables systemd",
+		"internal/metadata internal/progress internal/reconcile internal/report internal/route " +
+		"internal/rulediff internal/server internal/sockdiag internal/status internal/symptom " +
+		"iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",
@@ -45,6 +45,8 @@ var may = map[string]string{
 	"internal/doctor": "guestattr internal/symptom",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin guestattr internal/symptom iptables",
+	// What `diff` says of rules.
+	"internal/rulediff": "iptables",
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
 	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",

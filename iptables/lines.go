@@ -25,7 +25,8 @@ type Line struct {
 
 // The notes of Lines.
 const (
-	NoteMoved   = "it is there, in another place"
+	NoteThere   = "it is there, in another place"
+	NoteMoved   = "wanted, in another place"
 	NoteDoubled = "it is there more than once"
 	NoteBefore  = "stands before our jump, and may take its packets"
 	NoteLeads   = "leads to a chain of ours"
@@ -133,7 +134,7 @@ func jumpLines(builtin string, want []string, have Table) []Line {
 	}
 	for i, line := range lines {
 		if spec := strings.TrimPrefix(line.Text, "-A "+builtin+" "); line.Mark == Absent && said[spec] {
-			lines[i].Note = NoteMoved
+			lines[i].Note = NoteThere
 		}
 	}
 	return lines
@@ -218,7 +219,7 @@ func ruleLines(chain string, want, have []string) []Line {
 		}
 		line := Line{Absent, "-A " + chain + " " + spec, ""}
 		if unwanted[spec] {
-			line.Note = NoteMoved
+			line.Note = NoteThere
 		}
 		lines = append(lines, line)
 	}

@@ -47,7 +47,7 @@ func TestLines(t *testing.T) {
 	inOutput := func(lines ...string) []string {
 		return slices.Concat([]string{"  *nat", "  :OUTPUT"}, lines)
 	}
-	moved, doubled := "  # "+NoteMoved, "  # "+NoteDoubled
+	there, moved, doubled := "  # "+NoteThere, "  # "+NoteMoved, "  # "+NoteDoubled
 	for _, test := range []struct {
 		name  string
 		lines []string
@@ -64,9 +64,9 @@ func TestLines(t *testing.T) {
 		{"a rule of ours doubled", []string{"-A " + cidrs + " " + first},
 			inCIDRs("+ -A " + cidrs + " " + first + doubled)},
 		{"the first moved to the end", refill(second, third, first),
-			inCIDRs("- -A "+cidrs+" "+first+moved, "+ -A "+cidrs+" "+first+moved)},
+			inCIDRs("- -A "+cidrs+" "+first+there, "+ -A "+cidrs+" "+first+moved)},
 		{"the last moved to the start", refill(third, first, second),
-			inCIDRs("+ -A "+cidrs+" "+third+moved, "- -A "+cidrs+" "+third+moved)},
+			inCIDRs("+ -A "+cidrs+" "+third+moved, "- -A "+cidrs+" "+third+there)},
 		{"a chain removed", []string{"-D SERVICE_PROXY_OUTPUT -j SERVICE_PROXY_SERVICE_PORTS",
 			":SERVICE_PROXY_SERVICE_PORTS - [0:0]", "-X SERVICE_PROXY_SERVICE_PORTS"}, []string{
 			"  *nat", "  :SERVICE_PROXY_OUTPUT",
@@ -81,11 +81,11 @@ func TestLines(t *testing.T) {
 		{"a jump changed", []string{"-D OUTPUT " + jumpOutput, "-I OUTPUT 1 -j SERVICE_PROXY_OUTPUT"},
 			inOutput("- -A OUTPUT "+jumpOutput, "+ -A OUTPUT -j SERVICE_PROXY_OUTPUT")},
 		{"a rule before them that takes", []string{"-I OUTPUT 1 " + dnat}, inOutput(
-			"- -A OUTPUT "+jumpOutput+moved, "- -A OUTPUT "+jumpDNS+moved,
+			"- -A OUTPUT "+jumpOutput+there, "- -A OUTPUT "+jumpDNS+there,
 			"! -A OUTPUT "+dnat+"  # "+NoteBefore,
 			"+ -A OUTPUT "+jumpOutput+moved, "+ -A OUTPUT "+jumpDNS+moved)},
 		{"a harmless rule between them", []string{"-I OUTPUT 2 -j LOG"}, inOutput(
-			"- -A OUTPUT "+jumpDNS+moved, "  -A OUTPUT -j LOG", "+ -A OUTPUT "+jumpDNS+moved)},
+			"- -A OUTPUT "+jumpDNS+there, "  -A OUTPUT -j LOG", "+ -A OUTPUT "+jumpDNS+moved)},
 		{"a rule behind them", []string{"-A OUTPUT " + dnat}, nil},
 		{"Istio's behind them", []string{":ISTIO_OUTPUT - [0:0]", "-A ISTIO_OUTPUT -j RETURN",
 			"-A OUTPUT -p tcp -j ISTIO_OUTPUT"}, []string{

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -19,10 +21,18 @@ func TestWrongUsage(t *testing.T) {
 		"run --metrics-listen x", "run --metrics-listen 127.0.0.1:15020", "run --web-config-file /etc/web-config.yml",
 		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
 		"status -o yaml", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "cleanup x",
+		"diff x", "diff -o yaml", "diff --config=", "diff --config /no/such/file",
 	} {
 		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {
 			t.Errorf("%q: exit code %d, want %d", args, have, exitUsage)
 		}
+	}
+	bad := filepath.Join(t.TempDir(), "bad.json")
+	if err := os.WriteFile(bad, []byte(`{"service":{"serving-ports":[0]}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if have := execute(t.Context(), []string{"diff", "--config", bad}); have != exitUsage {
+		t.Errorf("diff with a malformed attribute: exit code %d, want %d", have, exitUsage)
 	}
 	t.Setenv("SERVICE_PROXY_AGENT_TIMEOUT", "soon")
 	if have := execute(t.Context(), []string{"wait"}); have != exitUsage {
