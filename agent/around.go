@@ -180,10 +180,11 @@ func (q questions) dropped(ctx context.Context, a about) (all []symptom.Dropped,
 // droppedBy are the serving ports of one family that are dropped at each of the VM's addresses,
 // whoever asks.
 func droppedBy(filter iptables.Filter, family int, a about) (all []symptom.Dropped) {
+	addrs := localOf(families[family], a.local)
 	for _, port := range a.serving {
 		var first symptom.Dropped
-		dropped := true
-		for i, addr := range localOf(families[family], a.local) {
+		dropped := len(addrs) > 0
+		for i, addr := range addrs {
 			p := iptables.Packet{Hook: iptables.Input, Dst: netip.AddrPortFrom(addr, port),
 				Proto: iptables.TCP, DstLocal: true, Syn: true, Redirected: a.redirects(family, addr, port)}
 			if p.Redirected { // REDIRECT has given it this port when it comes to INPUT
