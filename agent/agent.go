@@ -265,6 +265,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		told: told{
 			reporters: a.reporters(), log: a.log, started: a.started,
 			failures: failures, unasked: failures.Lasting, before: failures.Standing,
+			unseen: failures.Warnings.whichOf(),
 		},
 	}
 	if a.config != nil {

@@ -1,8 +1,8 @@
 package agent
 
 import (
+	"cmp"
 	"encoding/json"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,6 +49,8 @@ type Failures struct {
 	// oldest first; of those that came in one pass the worst last
 	Lasting []Failure `json:"lasting,omitempty"`
 	Over    Failure   `json:"over,omitzero"`
+	// Warnings are told while no failure lasts.
+	Warnings Warnings `json:"warnings,omitzero"`
 	// Standing is kept with them for the next start.
 	Standing Standing `json:"standing,omitzero"`
 	Machine  string   `json:"machine,omitempty"` // whose they are (machineSum), "" where nothing tells
@@ -71,7 +73,7 @@ const forgetAfter = time.Hour
 // start. Those that stay last without a finding that tells of them.
 func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
-	next := Failures{Over: f.Over, Standing: f.Standing, Machine: f.Machine}
+	next := Failures{Over: f.Over, Warnings: f.Warnings, Standing: f.Standing, Machine: f.Machine}
 	var errors []symptom.Finding
 	at := map[which][]int{} // of errors that are not old ones
 	for _, found := range findings {
@@ -108,8 +110,27 @@ func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failu
 	return next
 }
 
+// date has the findings whose time this run has filled in (seen) tell since when they really are, by
+// their history.
+func (f Failures) date(findings []symptom.Finding, seen map[which]time.Time) {
+	first := make(map[which]time.Time, len(f.Lasting)+len(f.Warnings.Lasting))
+	for _, is := range f.Lasting {
+		first[is.which()] = is.First
+	}
+	for _, is := range f.Warnings.Lasting {
+		first[is.which()] = is.First
+	}
+	for i, found := range findings {
+		is := which{found.ID, found.Key}
+		if at, lasts := first[is]; lasts && found.Since.Equal(seen[is]) && at.Before(found.Since) {
+			findings[i].Since = at
+		}
+	}
+}
+
 func (f Failures) equal(g Failures) bool {
-	return f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting)
+	return f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting) &&
+		f.Warnings.equal(g.Warnings)
 }
 
 // newest is the newest of those that last, the zero Failure when none does. An older one may last
@@ -121,34 +142,17 @@ func (f Failures) newest() Failure {
 	return f.Lasting[len(f.Lasting)-1]
 }
 
-// String is the value of agent-last-failure: the newest of those that last; else the last one.
+// String is the value of agent-last-failure: the newest of those that last; else what is told of the
+// warnings; else the last one.
 func (f Failures) String() string {
-	n := len(f.Lasting)
-	if n == 0 {
-		return f.Over.String()
+	if n := len(f.Lasting); n > 0 {
+		return f.newest().string("since", n-1)
 	}
-	newest := f.newest()
-	if n > 1 {
-		newest.Text += fmt.Sprintf("; and %d more, see `service-proxy-agent status`", n-1)
-	}
-	return newest.String()
+	return cmp.Or(f.Warnings.string(f.Over), f.Over.String())
 }
 
 // String has TEXT first, so that a cut value still tells what happened.
-func (f Failure) String() string {
-	times := "1 time"
-	if f.Times != 1 {
-		times = fmt.Sprintf("%d times", f.Times)
-	}
-	switch {
-	case f.Text == "":
-		return ""
-	case f.Last.IsZero():
-		return fmt.Sprintf("%s (since %s, %s)", f.Text, f.First.Format(time.RFC3339), times)
-	}
-	return fmt.Sprintf("%s (over; %s to %s, %s)", f.Text, f.First.Format(time.RFC3339),
-		f.Last.Format(time.RFC3339), times)
-}
+func (f Failure) String() string { return f.string("since", 0) }
 
 // showLate is how long some failures may take to show: Envoy logs what its control plane says at
 // each attempt, and these are up to 75 s apart; who undoes our rules must do it some times.

@@ -44,8 +44,9 @@ type told struct {
 	started   time.Time
 	passes    uint64
 	failures  Failures
-	unasked   []Failure // that an earlier run left, and of which this one cannot tell yet
-	findings  map[string]bool
+	unasked   []Failure           // that an earlier run left, and of which this one cannot tell yet
+	seen      map[which]time.Time // the findings, since when this run has had them
+	unseen    map[which]bool      // warnings that an earlier run left, and this one has not had yet
 	services  serviceNews
 	ration    ration
 	envoy     string   // its version
@@ -63,7 +64,11 @@ func (t *told) publish(p passed, backend string) {
 		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
 	})
 	stays := slices.Concat(t.unasked, p.stand(t.failures.Lasting))
+	findings, seen := t.date(p.findings, now)
+	p.findings = findings
 	next := t.failures.next(p.findings, now, stays...)
+	next.Warnings = t.failures.Warnings.next(p.findings, now, t.staying(p, now))
+	next.date(p.findings, seen)
 	s := p.status()
 	s.Failing = next.newest().ID
 	next.Standing = t.standing(s, now)
@@ -73,6 +78,7 @@ func (t *told) publish(p passed, backend string) {
 		t.history(next)
 	}
 	t.tellFindings(p.findings)
+	t.seen = seen
 	t.tellResolvers(p.seen.Resolvers.Missing)
 	t.tellEnvoy(p.seen.Envoy.Info.Text)
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
@@ -101,24 +107,62 @@ func (t *told) standing(s status.Status, now time.Time) Standing {
 	return is
 }
 
+// date says of each finding that does not itself since when it stands, and returns that of all.
+func (t *told) date(findings []symptom.Finding, now time.Time) (
+	dated []symptom.Finding, seen map[which]time.Time) {
+	now = now.UTC().Truncate(time.Second)
+	dated, seen = slices.Clone(findings), make(map[which]time.Time, len(findings))
+	for i, f := range dated {
+		is := which{f.ID, f.Key}
+		since, had := t.seen[is]
+		if !had {
+			since = now
+		}
+		seen[is] = since
+		if f.Since.IsZero() {
+			dated[i].Since = since
+		}
+	}
+	return dated, seen
+}
+
+// staying says of a warning whether it lasts though it is not found: another finding explains it by
+// now, or it is of an earlier run, and this one has not had the time to find it.
+func (t *told) staying(p passed, now time.Time) func(Failure) bool {
+	for _, f := range p.findings {
+		delete(t.unseen, which{f.ID, f.Key})
+	}
+	if now.Sub(t.started) >= warningsLate {
+		t.unseen = nil
+	}
+	unsaid := p.unsaid(symptom.Warning)
+	return func(f Failure) bool { return unsaid[f.which()] || t.unseen[f.which()] }
+}
+
 // stand are those of the failures that are no longer told as such but are not over: another
 // explains them by now, or bootstrap has begun, which may put them right.
 func (p passed) stand(failures []Failure) (some []Failure) {
-	unsaid := map[which]bool{}
-	for _, found := range p.hidden {
-		unsaid[which{found.ID, found.Key}] = true
-	}
-	for _, found := range p.findings {
-		if found.ExplainedBy != "" && found.Severity == symptom.Error {
-			unsaid[which{found.ID, found.Key}] = true
-		}
-	}
+	unsaid := p.unsaid(symptom.Error)
 	for _, f := range failures {
 		if unsaid[f.which()] {
 			some = append(some, f)
 		}
 	}
 	return some
+}
+
+// unsaid are the findings of a severity that stand and are not told as such.
+func (p passed) unsaid(severity symptom.Severity) map[which]bool {
+	unsaid := map[which]bool{}
+	for _, found := range p.hidden {
+		unsaid[which{found.ID, found.Key}] = true
+	}
+	for _, found := range p.findings {
+		if found.ExplainedBy != "" && found.Severity == severity {
+			unsaid[which{found.ID, found.Key}] = true
+		}
+	}
+	return unsaid
 }
 
 // status is what the pass tells of itself.
@@ -255,11 +299,17 @@ func (t *told) inLog(e report.Event) {
 	t.log.Log(level, e.Message, fields...)
 }
 
-// tellFailures tells each failure that came, and each that is over, once.
+// tellFailures tells each failure that came, and each failure and warning that is over, once.
 func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
 	wereIn, areIn := whichOf(was.Lasting), whichOf(is.Lasting)
 	for _, f := range was.Lasting {
 		if !areIn[f.which()] {
+			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
+				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
+		}
+	}
+	for _, f := range was.Warnings.Lasting {
+		if !is.Warnings.lasts(f.which()) && !happened(f.ID) {
 			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
 				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
 		}
@@ -283,11 +333,8 @@ func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
 // tellFailures', and advice is for those who look at the status. What came before is known by ID
 // and key, so a changing text (a count) is not news.
 func (t *told) tellFindings(findings []symptom.Finding) {
-	now := map[string]bool{}
 	for _, f := range findings {
-		key := string(f.ID) + " " + f.Key
-		now[key] = true
-		if t.findings[key] {
+		if _, had := t.seen[which{f.ID, f.Key}]; had {
 			continue
 		}
 		switch {
@@ -299,7 +346,6 @@ func (t *told) tellFindings(findings []symptom.Finding) {
 				zap.String("explained_by", string(f.ExplainedBy)))
 		}
 	}
-	t.findings = now
 }
 
 // tellResolvers logs each user of --resolver-users that is not there once.

@@ -190,6 +190,11 @@ systemctl daemon-reload; systemctl restart service-proxy-agent.service`)
 	if out := jumps(); out != "" {
 		t.Errorf("the rules went:\n%s", out)
 	}
+	// By that the run which follows tells it.
+	if owner := strings.TrimSpace(v.run("stat", "-c", "%U", "/run/service-proxy-agent/hung")); owner !=
+		"service-proxy-agent" {
+		t.Errorf("the mark of the run that hung is %q's", owner)
+	}
 	journal := v.run("journalctl", "--no-pager", "-o", "cat", "-u", "service-proxy-agent.service")
 	for _, word := range []string{"Watchdog timeout", "SIGABRT: abort", "goroutine 1 "} {
 		if !strings.Contains(journal, word) {
