@@ -230,6 +230,7 @@ func (f Facts) refused(s *Stream) Finding {
 		}
 		of := f.meshProject()
 		return finding(ConfigNotFound, row, Error, next, "%s: %s", safe(cannotReach), s.words()).
+			seen(FromEnvoy, time.Time{}, f.Envoy.node()).
 			try("gcloud compute forwarding-rules list --global --project="+of+
 				" --filter=loadBalancingScheme=INTERNAL_SELF_MANAGED",
 				"gcloud network-services meshes list --location=global --project="+of,
@@ -285,6 +286,14 @@ func (s *Stream) words() safe {
 		return safe(fmt.Sprintf("gRPC code %d", s.Code))
 	}
 	return safe(say("%s (gRPC code %d)", strings.TrimSuffix(s.Message, "."), s.Code))
+}
+
+// node is whom Envoy presents itself as, "" when not known.
+func (e Envoy) node() string {
+	if e.Node == "" {
+		return ""
+	}
+	return "node.id " + e.Node
 }
 
 // line is what Envoy logged.

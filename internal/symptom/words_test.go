@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -231,6 +232,103 @@ func TestWords(t *testing.T) {
 			f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "front", Reason: "its address is a pipe"}}
 		}),
 			"listener-not-intercepted", 0, Warning, "Listener front is not intercepted: its address is a pipe", ""},
+		{"Envoy was started by root", live(func(f *Facts) {
+			port("outbound interception", "0.0.0.0:15001", 0, "root")(f)
+			f.Processes = []uint32{0}
+		}), "envoy-other-user", 15, Error,
+			"Envoy runs as root (uid 0)…envoy (uid 107)…come back to it…interception is off", "run Envoy as envoy…--proxy-user=root…"},
+		{"by a user without a name", live(func(f *Facts) {
+			port("outbound interception", "0.0.0.0:15001", 4711, "")(f)
+			f.Processes = []uint32{4711, 4711, 107}
+		}), "envoy-other-user", 15, Error, "Envoy runs as uid 4711, …envoy (uid 107)…", "…--proxy-user=4711…"},
+		{"its own user, and nobody else", live(func(f *Facts) { f.Processes = []uint32{107} }), "", 0, 0, "", ""},
+		{"iptables -F, and the agent is stopped", live(func(f *Facts) {
+			f.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}}
+		}), "rules-differ", 13, Error, "The kernel's rules are not what Envoy needs…no agent repairs them: 1 difference: table flushed: nat",
+			"start the agent…systemctl start service-proxy-agent…service-proxy-agent diff…"},
+		{"several chains of ours are gone", live(func(f *Facts) {
+			f.Differ = []iptables.Drift{{Kind: iptables.ChainRemoved, Chain: "SERVICE_PROXY_DNS"}, {}, {}}
+		}), "rules-differ", 13, Error, "…3 differences, the first: chain removed: SERVICE_PROXY_DNS", "start the agent…"},
+		{"iptables -A INPUT -p tcp --dport 8080 -j DROP", live(func(f *Facts) {
+			f.Dropped = []Dropped{{Family: iptables.IPv4, Port: 8080, At: 8080, Chain: "INPUT", Rule: "-p tcp -m tcp --dport 8080 -j DROP"}}
+		}), "serving-port-dropped", 20, Warning,
+			"IPv4 …serving port 8080 is dropped by the rule -A INPUT -p tcp -m tcp --dport 8080 -j DROP of table filter", "let TCP 8080 in before that rule…"},
+		{"ufw's chain, of a port that is redirected", live(func(f *Facts) {
+			f.Dropped = []Dropped{{Family: iptables.IPv6, Port: 80, At: 15006, Chain: "ufw6-user-input", Rule: "-j REJECT"}}
+		}), "serving-port-dropped", 20, Warning,
+			"IPv6 …serving port 80 …-A ufw6-user-input -j REJECT…Envoy's port 15006…", "let TCP 15006 in…"},
+		{"iptables -P INPUT DROP", live(func(f *Facts) {
+			f.Dropped = []Dropped{{Family: iptables.IPv4, Port: 80, Chain: "INPUT"}}
+		}), "serving-port-dropped", 20, Warning, "IPv4 …80 …by the policy -P INPUT DROP of table filter", "let TCP 80 in before that policy…"},
+		{"the application was stopped", live(func(f *Facts) { f.Silent = []uint16{8080} }),
+			"application-silent", 21, Warning, "The application is not listening on 8080…", "start it…serving-ports…"},
+		{"four of five endpoints fail", live(func(f *Facts) { f.Clusters = manyClusters(1, 1) }),
+			"endpoints-panic", 24, Warning, "…cluster cluster-000 (1 of 5 healthy)…ignores health…", "…health checks…firewall…"},
+		{"half fail, and Envoy's counter moves", live(func(f *Facts) {
+			f.Clusters = []Cluster{{ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 4, Healthy: 2}, Panic: true}}
+		}), "endpoints-panic", 24, Warning, "…cluster web (2 of 4 healthy)…", "…"},
+		{"one of five fails", live(func(f *Facts) { f.Clusters = manyClusters(1, 4) }),
+			"endpoints-unhealthy", 31, Advice, "…cluster cluster-000 (4 of 5 healthy)…leave its zone…", "…health checks…"},
+		{"one of five fails in many clusters", live(func(f *Facts) { f.Clusters = manyClusters(500, 4) }),
+			"endpoints-unhealthy", 31, Advice, "…cluster-000 (4 of 5 healthy), cluster cluster-001 …cluster-002 (4 of 5 healthy) and 497 more: …", "…"},
+		{"all are healthy", live(func(f *Facts) { f.Clusters = manyClusters(3, 5) }), "", 0, 0, "", ""},
+		{"a cluster without endpoints", live(func(f *Facts) { f.Clusters = []Cluster{{}} }), "", 0, 0, "", ""},
+		{"kill -STOP", live(func(f *Facts) { f.Agent = Agent{Heartbeat: now, Now: now.Add(5*time.Minute + time.Second)} }),
+			"agent-stuck", 28, Error, "The agent is stuck: its last heartbeat is of 2026-01-02T03:04:05Z, 5m1s ago", "…watchdog…systemctl restart service-proxy-agent…"},
+		{"a heartbeat of five minutes ago", live(func(f *Facts) { f.Agent = Agent{Heartbeat: now, Now: now.Add(5 * time.Minute)} }), "", 0, 0, "", ""},
+		{"the watchdog", live(func(f *Facts) { f.Agent.Killed = now }),
+			"agent-stuck", 28, Warning, "An earlier run …hung and was restarted …2026-01-02T03:04:05Z", "the journal has the stack…"},
+		{"a bootstrap by hand, of another network", with(stream(5, "no"), presents("123456789012", "prod")),
+			"envoy-identity", 29, Error, `Envoy presents …network "prod", where this VM's is "default" (node projects/123456789012/networks/prod/nodes/7f0c)`, "correct node.id…"},
+		{"of another project and no network", with(stream(5, "no"), presents("4711", "")),
+			"envoy-identity", 29, Error, `Envoy presents …no network, where this VM's is "default", and project "4711", where this VM's is "123456789012"…`, "correct node.id…"},
+		{"of another network, and it works", live(presents("123456789012", "prod")),
+			"envoy-identity", 29, Warning, `Envoy presents …network "prod"…"default"…`, "if that is not meant: correct node.id…"},
+		{"as it should be", live(presents("123456789012", "default")), "", 0, 0, "", ""},
+		{"what the VM's is is not known", live(func(f *Facts) {
+			presents("4711", "prod")(f)
+			f.Node = &Node{}
+		}), "", 0, 0, "", ""},
+		{"a clock in the future", live(func(f *Facts) { f.Clock = 5*time.Minute + time.Second }),
+			"clock-wrong", 30, Error, "The clock of this VM is 5m1s ahead of the metadata server's…TLS…heartbeat…", "…NTP…chronyc makestep…"},
+		{"a clock in the past", live(func(f *Facts) { f.Clock = -5 * time.Minute }),
+			"clock-wrong", 30, Warning, "The clock of this VM is 5m0s behind the metadata server's…", "…NTP…"},
+		{"half a minute", live(func(f *Facts) { f.Clock = -30 * time.Second }), "", 0, 0, "", ""},
+		{"a stream from before the rules", live(func(f *Facts) {
+			f.Old = []OldConnection{{From: netip.MustParseAddrPort("10.128.0.5:41000"), To: netip.MustParseAddrPort("10.0.0.1:80"), UID: 33}}
+		}), "old-connections", 33, Advice, "A connection from before the rules…10.128.0.5:41000 to 10.0.0.1:80 (uid 33)", "it ends by itself…"},
+		{"many", live(func(f *Facts) { f.Old = make([]OldConnection, 7) }),
+			"old-connections", 33, Advice, "7 connections …and 4 more", "they end by themselves…"},
+		{"90 % of conntrack", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 900, Max: 1000} }),
+			"conntrack-full", 35, Warning, "…nearly full: 900 of 1000 entries…", "…net.netfilter.nf_conntrack_max"},
+		{"89 %", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 899, Max: 1000} }), "", 0, 0, "", ""},
+		{"no conntrack", live(func(f *Facts) { f.Conntrack = Conntrack{} }), "", 0, 0, "", ""},
+		{"all of it", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 1000, Max: 1000} }),
+			"conntrack-full", 35, Error, "…is full: 1000 of 1000 entries; new connections fail", "…net.netfilter.nf_conntrack_max"},
+		{"it was full", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 700, Max: 1000, Dropped: 3} }),
+			"conntrack-full", 35, Error, "…full: 700 of 1000 entries…3 packets were dropped…", "…net.netfilter.nf_conntrack_max"},
+		{"no IPv6 on the VM", live(func(f *Facts) {
+			f.NoRoute = []Unrouted{{Family: iptables.IPv6, Addrs: []netip.Addr{netip.MustParseAddr("fd10::1")}, Count: 4, Of: 9, Err: "network is unreachable"}, {Family: iptables.IPv4}}
+		}), "no-route", 36, Warning, "There is no IPv6 route to fd10::1 and 3 more, 4 of 9 …connect fails before interception (network is unreachable)", "…IPv6 address…route"},
+		{"nor a default route", live(func(f *Facts) {
+			f.NoRoute = []Unrouted{{Family: iptables.IPv4, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Count: 1, Of: 1}}
+		}), "no-route", 36, Warning, "There is no IPv4 route to 10.0.0.1, 1 of 1 …", "…route…"},
+		{"somebody's Envoy", live(func(f *Facts) {
+			f.Configured = &EnvoyConfig{NodeID: "projects/1/networks/default/nodes/a", Targets: []string{"trafficdirector.googleapis.com:443"}}
+			f.Running = &EnvoyConfig{NodeID: "projects/1/networks/default/nodes/a", Targets: []string{"xds.example.com:18000"}}
+		}), "envoy-not-as-configured", 37, Error,
+			"…control plane is xds.example.com:18000, and trafficdirector.googleapis.com:443 was configured", "stop the other Envoy…"},
+		{"an old one of our own", live(func(f *Facts) {
+			f.Configured, f.Running = &EnvoyConfig{NodeID: "a", Targets: []string{"x", "y"}}, &EnvoyConfig{NodeID: "b", Targets: []string{"y", "x"}}
+		}), "envoy-not-as-configured", 37, Error, `…: its node is "b", and "a" was configured`, "…"},
+		{"without a control plane", live(func(f *Facts) {
+			f.Configured, f.Running = &EnvoyConfig{Targets: []string{"x"}}, &EnvoyConfig{}
+		}), "envoy-not-as-configured", 37, Error, "…control plane is none, and x was configured", "…"},
+		{"ours", live(func(f *Facts) {
+			f.Configured, f.Running = &EnvoyConfig{NodeID: "a", From: "file"}, &EnvoyConfig{NodeID: "a", From: "pid 1"}
+		}), "", 0, 0, "", ""},
+		{"apt-get failed", live(func(f *Facts) { f.NoTools = errors.New("apt-get: E: Unable to locate package iptables") }),
+			"iptables-missing", 38, Error, "There is no iptables on this VM: apt-get: E: Unable to locate package iptables", "install the package iptables (`apt-get install iptables`…"},
 		{"503", live(func(f *Facts) { f.Metadata = errors.New("status 503 Service Unavailable") }),
 			"metadata-server", 0, Error, "The metadata server gives no usable answer about the attribute: status 503 Service Unavailable", "…the last good one stays in force…169.254.169.254…"},
 		{"chmod", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }),

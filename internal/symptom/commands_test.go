@@ -1,0 +1,150 @@
+package symptom
+
+import (
+	"net/netip"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+)
+
+// placeholders are for what nobody knows, or no terminal shows. They cannot be taken for a name.
+var placeholders = regexp.MustCompile(`\b(PROJECT|VM|ZONE|ACCOUNT|FILE|SOCKET|URL|HOST|USER|CHAIN|TABLE|FAMILY|BACKEND_SERVICE)\b`)
+
+// TestEvidence: each finding says what it was found by, and gives a command to paste; on a VM that
+// knows itself with nothing to fill in but a file of one's own, or one of several services.
+func TestEvidence(t *testing.T) {
+	for _, e := range examples {
+		for _, f := range Check(e.facts) {
+			if len(f.Evidence) == 0 || len(f.Commands) == 0 {
+				t.Errorf("%s: %s has evidence %q and commands %q", e.when, f.ID, f.Evidence, f.Commands)
+			}
+			for _, seen := range f.Evidence {
+				if !slices.Contains(sources(t), seen.Source) || seen.Text == "" {
+					t.Errorf("%s: %+v", e.when, seen)
+				}
+			}
+			for _, command := range f.Commands {
+				open := placeholders.FindAllString(command, -1)
+				if len(open) > 0 && open[0] != "FILE" && open[0] != "BACKEND_SERVICE" ||
+					strings.Contains(command, "%!") {
+					t.Errorf("%s: %s: to fill in: %s", e.when, f.ID, command)
+				}
+			}
+		}
+	}
+}
+
+// TestCommands: the commands of this VM, written by hand.
+func TestCommands(t *testing.T) {
+	const where = "web-1 --zone=europe-west1-b --project=my-project"
+	port := func(f *Facts) {
+		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception",
+			Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711, Listening: true}}
+	}
+	for _, tt := range []struct {
+		facts Facts
+		id    ID
+		want  string
+	}{
+		{stream(7, "API has not been used in project 4711 before or it is disabled"), APINotEnabled,
+			"gcloud services enable trafficdirector.googleapis.com --project=4711"},
+		{stream(7, "no"), PermissionDenied, "gcloud projects add-iam-policy-binding my-project " +
+			"--member=serviceAccount:web@my-project.iam.gserviceaccount.com --role=roles/trafficdirector.client"},
+		{with(stream(7, "no"), presents("4711", "default")), PermissionDenied,
+			"gcloud projects add-iam-policy-binding 4711 --member=…"},
+		{with(stream(7, "no"), func(f *Facts) { f.VM, f.Account, f.Scopes = VM{}, "", nil }), PermissionDenied,
+			"gcloud projects add-iam-policy-binding PROJECT --member=serviceAccount:ACCOUNT --role=…"},
+		{with(stream(7, "no"), func(f *Facts) { f.Scopes = []string{} }), ScopeMissing,
+			"gcloud compute instances stop " + where},
+		{with(stream(7, "no"), func(f *Facts) { f.Scopes = []string{} }), ScopeMissing,
+			"gcloud compute instances set-service-account " + where + " --scopes=" + cloudPlatform},
+		{stream(5, "no"), ConfigNotFound, "gcloud compute forwarding-rules list --global --project=my-project …"},
+		{live(func(f *Facts) { f.GuestOff = true }), GuestAttributesOff,
+			"gcloud compute instances add-metadata " + where + " --metadata=enable-guest-attributes=TRUE"},
+		{live(func(f *Facts) { f.GuestOff, f.VM = true, VM{} }), GuestAttributesOff,
+			"gcloud compute instances add-metadata VM --zone=ZONE --project=PROJECT --metadata=…"},
+		{live(func(f *Facts) { f.Attribute = malformed }), AttributeBad,
+			"gcloud compute instances add-metadata " + where + " --metadata-from-file=gce-service-proxy=FILE"},
+		{live(port), ForeignOwner, "sudo ss -ltunp 'sport = :15001'"},
+		{live(func(f *Facts) { port(f); f.Processes = []uint32{4711} }), EnvoyOtherUser,
+			"echo SERVICE_PROXY_AGENT_PROXY_USER=4711 | sudo tee -a /etc/default/service-proxy-agent"},
+		{family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable,
+			"sudo modprobe ip6table_nat"},
+		{family(func(f *Family) {
+			f.Left = []iptables.RefusedError{{Stderr: "Couldn't load match `addrtype':No such file or directory"}}
+		}), RuleRefused, "sudo modprobe xt_addrtype"},
+		{family(func(f *Family) {
+			f.Left = []iptables.RefusedError{{Stderr: "Warning: Extension owner revision 0 not supported, missing kernel module?"}}
+		}), RuleRefused, "sudo modprobe xt_owner"},
+		{family(func(f *Family) { f.Fighting, f.By = true, "firewalld (pid 4711)" }), Fight, "ps -fp 4711"},
+		{family(func(f *Family) {
+			f.Family, f.Shadow = iptables.IPv6, []iptables.Drift{{Chain: "PREROUTING", Rule: "-j X"}}
+		}), Shadowed, "sudo ip6tables -t nat -L PREROUTING -n -v --line-numbers"},
+		{live(func(f *Facts) { f.Conntrack = Conntrack{Count: 9, Max: 10} }), ConntrackFull,
+			"sudo sysctl -w net.netfilter.nf_conntrack_max=20"},
+		{live(func(f *Facts) { f.Agent.Killed = now }), AgentStuck,
+			"sudo journalctl -u service-proxy-agent --since='2026-01-02 03:03:05 UTC' --until='2026-01-02 03:05:05 UTC'"},
+		{live(func(f *Facts) {
+			f.Envoy.Admin, f.Envoy.Err = "unix:///run/envoy admin.sock", envoyadmin.ErrTimeout
+		}), AdminUnreadable, "sudo curl -sS -m 5 --unix-socket '/run/envoy admin.sock' http://envoy/server_info"},
+		{live(func(f *Facts) {
+			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "unable to open file '/a b': no"}}
+		}), AccessLogUnwritable, "sudo ls -ld -- '/a b'"},
+		{live(func(f *Facts) { f.Silent = []uint16{8080} }), ApplicationSilent, "sudo ss -ltunp 'sport = :8080'"},
+		{live(func(f *Facts) {
+			f.Others = []iptables.OtherChain{{Backend: "legacy", Family: "ip6", Table: "nat", Chain: "OUTPUT"}}
+		}), OtherChain, "sudo ip6tables-legacy -t nat -S"},
+	} {
+		findings := Check(tt.facts)
+		i := slices.IndexFunc(findings, func(f Finding) bool { return f.ID == tt.id })
+		if i < 0 || !slices.ContainsFunc(findings[i].Commands, func(c string) bool { return says(c, tt.want) }) {
+			t.Errorf("%s: %+v, want %s", tt.id, findings, tt.want)
+		}
+	}
+}
+
+// TestSince: what knows since when says so.
+func TestSince(t *testing.T) {
+	for id, f := range map[ID]Facts{
+		EnvoyDown:       live(func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrRefused, now }),
+		AdminUnreadable: live(func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrTimeout, now }),
+		AgentStuck:      live(func(f *Facts) { f.Agent.Killed = now }),
+	} {
+		if got := Check(f)[0]; got.ID != id || !got.Since.Equal(now) {
+			t.Errorf("%+v", got)
+		}
+	}
+	// Envoy tries again and again: the last time is no beginning.
+	got := Check(stream(7, "no"))[0]
+	if !got.Since.IsZero() || got.Evidence[0].Source != FromEnvoyLog || !got.Evidence[0].Time.Equal(now) ||
+		got.Evidence[0].Text != "gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, no" {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestWord: a real shell takes what others have named for one word, and for that one.
+func TestWord(t *testing.T) {
+	for s, want := range map[string]string{
+		"web-1": "web-1", "serviceAccount:a@b.c": "serviceAccount:a@b.c", "": "X", "-rf": "X",
+		"a\nb": "X", "\x1b[2J": "X", "\xff": "X", "\u202e": "X", strings.Repeat("a", 201): "X",
+		"a b": "'a b'", "a'b": `'a'\''b'`, "$(id)": "'$(id)'", "`id`": "'`id`'", "*": "'*'", "~": "'~'",
+		"a;b|c&d>e": "'a;b|c&d>e'", `a\`: `'a\'`, "ü": "'ü'", "!!": "'!!'", "#a": "'#a'", "{a,b}": "'{a,b}'",
+	} {
+		got := word(s, "X")
+		if got != want {
+			t.Errorf("%q: %s, want %s", s, got, want)
+		}
+		if got == "X" {
+			continue
+		}
+		out, err := exec.Command("sh", "-c", "printf %s. "+got).Output()
+		if err != nil || string(out) != s+"." {
+			t.Errorf("%q: sh makes %q of %s: %v", s, out, got, err)
+		}
+	}
+}
