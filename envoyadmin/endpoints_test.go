@@ -110,8 +110,8 @@ func TestRoutes(t *testing.T) {
 // TestRoutesAreBounded: of a large route configuration the beginning is kept.
 func TestRoutesAreBounded(t *testing.T) {
 	var hosts []string
-	long := strings.Repeat("n", 100_000)
-	for i := range 300 {
+	long := strings.Repeat("n", 20_000)
+	for i := range 100 {
 		var domains, routes []string
 		for j := range 30 {
 			domains = append(domains, fmt.Sprintf(`"%d-%d.test"`, i, j))
@@ -123,7 +123,7 @@ func TestRoutesAreBounded(t *testing.T) {
 	c := answering(t, "1.40.0", `{"configs":[{"@type":"x","route_config":{"name":"r","virtual_hosts":[`+
 		strings.Join(hosts, ",")+`]}}]}`)
 	got, ok, err := c.Routes(t.Context(), "r")
-	if err != nil || !ok || got.Count != 300 || len(got.Hosts) != maxHosts {
+	if err != nil || !ok || got.Count != 100 || len(got.Hosts) != maxHosts {
 		t.Fatalf("%v %v: %d of %d hosts", ok, err, len(got.Hosts), got.Count)
 	}
 	for _, h := range got.Hosts {

@@ -62,25 +62,32 @@ func explainCommand() *cobra.Command {
 		if output == "json" {
 			encoder := json.NewEncoder(cmd.OutOrStdout())
 			encoder.SetIndent("", "  ")
-			err = encoder.Encode(answer)
+			err = encoder.Encode(struct {
+				Version string `json:"version"`
+				Exit    int    `json:"exit"`
+				explain.Answer
+			}{version, explainCode(answer), answer})
 		} else {
 			err = answer.WriteText(cmd.OutOrStdout())
 		}
 		if err != nil {
 			return err
 		}
-		return explainExit(answer)
+		if code := explainCode(answer); code != 0 {
+			return &exitError{code: code}
+		}
+		return nil
 	}
 	return c
 }
 
-// explainExit is the exit code of an answer, in every form of output.
-func explainExit(a explain.Answer) error {
+// explainCode is the exit code of an answer, in every form of output.
+func explainCode(a explain.Answer) int {
 	switch {
 	case !a.Complete():
-		return &exitError{code: exitNoAnswer}
+		return exitNoAnswer
 	case a.Verdict == explain.Intercepted:
-		return nil
+		return 0
 	}
-	return &exitError{code: exitNo}
+	return exitNo
 }

@@ -22,6 +22,8 @@ func TestWrongUsage(t *testing.T) {
 		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
 		"status -o yaml", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "cleanup x",
 		"diff x", "diff -o yaml", "diff --config=", "diff --config /no/such/file",
+		"explain", "explain web.test:80", "explain 10.0.0.1", "explain 10.0.0.1:80 -o yaml", "explain 10.0.0.1:0",
+		"explain 10.0.0.1:80 --inbound --uid 0", "explain 10.0.0.1:80 --in-interface eth0", "explain 10.0.0.1:80 x",
 	} {
 		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {
 			t.Errorf("%q: exit code %d, want %d", args, have, exitUsage)

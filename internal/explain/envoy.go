@@ -2,6 +2,7 @@ package explain
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
@@ -29,8 +30,14 @@ func (w why) behind() {
 	if !none {
 		return
 	}
-	finding := symptom.NoChain(w.q.To, safe(choice.Listener.Name), portsOf(*choice.Listener, w.q))
-	if w.q.Inbound {
+	ports := w.portsOf(*choice.Listener)
+	finding := symptom.NoChain(w.q.To, safe(choice.Listener.Name), ports)
+	if len(ports) > 0 {
+		w.answer.Setting = excludePorts
+	}
+	if w.q.Inbound && w.verdict.Port == w.s.Asked.InboundPort {
+		w.answer.Setting = controlPlane
+
 		finding.Next = "have the control plane send an inbound listener with a chain for the port"
 	}
 	w.answer.Finding = &finding
@@ -38,21 +45,21 @@ func (w why) behind() {
 	w.answer.Next = finding.Next
 }
 
-// portsOf are the ports for which the listener has a chain with this very address.
-func portsOf(l envoyadmin.Listener, q Question) (ports []uint16) {
+// portsOf are the ports that Envoy has of this very address.
+func (w why) portsOf(l envoyadmin.Listener) (ports []uint16) {
+	holds := func(p netip.Prefix) bool { return p.Contains(w.q.To.Addr()) }
 	for _, c := range l.Chains {
-		if c.Port == 0 || slices.Contains(ports, c.Port) {
-			continue
+		if c.Port != 0 && slices.ContainsFunc(c.Prefixes, holds) {
+			ports = append(ports, c.Port)
 		}
-		for _, p := range c.Prefixes {
-			if p.Contains(q.To.Addr()) {
-				ports = append(ports, c.Port)
-				break
-			}
+	}
+	for _, s := range w.s.Services { // those of listeners without a socket too
+		if s.Port != 0 && s.Prefix.IsValid() && holds(s.Prefix) {
+			ports = append(ports, s.Port)
 		}
 	}
 	slices.Sort(ports)
-	return ports
+	return slices.Compact(ports)
 }
 
 func (w why) chain(l envoyadmin.Listener, one envoyadmin.Candidate) Chain {

@@ -118,15 +118,14 @@ func (c Chain) write(line func(format string, args ...any)) {
 	}
 	line("  %s%s", what, when)
 	if c.Route != "" {
-		hosts := "which Envoy does not have"
-		switch c.HostCount {
-		case 0:
-		case 1:
-			hosts = "1 virtual host"
-		default:
-			hosts = fmt.Sprintf("%d virtual hosts", c.HostCount)
+		hosts := ""
+		switch {
+		case c.HostCount == 1:
+			hosts = ", 1 virtual host"
+		case c.HostCount > 1:
+			hosts = fmt.Sprintf(", %d virtual hosts", c.HostCount)
 		}
-		line("    route %q, %s", c.Route, hosts)
+		line("    route %q%s", c.Route, hosts)
 	}
 	for _, h := range c.Hosts {
 		domains := strings.Join(h.Domains, ", ")

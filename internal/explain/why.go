@@ -103,6 +103,12 @@ func (w why) intercepted() {
 		w.answer.Why += "; Envoy does not tell what it does with it: " + safe(w.s.EnvoyErr.Error())
 		return
 	}
+	if slices.ContainsFunc(w.s.Have.Rules("SERVICE_PROXY_OUTPUT"), func(rule string) bool {
+		return strings.Contains(rule, "--comment settling ")
+	}) {
+		w.answer.Notes = append(w.answer.Notes, "the rules are new: connections that are older than they "+
+			"go the old way until they end")
+	}
 	if w.s.Mode == "bypass" || w.s.Mode == "hold" || w.s.Mode == "paused" {
 		w.answer.Notes = append(w.answer.Notes, fmt.Sprintf("the agent says that it does not intercept "+
 			"now (%s), and the rules do", w.s.Mode))
@@ -148,9 +154,7 @@ func (w why) service() (found Service, ok bool) {
 
 // not says why a connection is not intercepted.
 func (w why) not() {
-	asked := slices.ContainsFunc(w.steps, func(s iptables.Step) bool {
-		return iptables.IsOurs(s.Chain)
-	})
+	asked := w.asked()
 	ended, byForeign := w.endedByForeign()
 	returned, wasReturned := w.returned()
 	ours := w.s.Have.Ours()
@@ -174,6 +178,11 @@ func (w why) not() {
 		w.answer.Notes = append(w.answer.Notes, fmt.Sprintf("rule %d of chain %s, which is not ours, then "+
 			"decides: %s", ended.Index, safe(ended.Chain), safe(ended.Rule)))
 	}
+}
+
+// asked says whether the connection came to a chain of ours.
+func (w why) asked() bool {
+	return slices.ContainsFunc(w.steps, func(s iptables.Step) bool { return iptables.IsOurs(s.Chain) })
 }
 
 // wants says whether anything is to be intercepted of the question's kind.
@@ -214,7 +223,14 @@ func (w why) foreign(step iptables.Step) {
 		what = "lets the connection go before it comes to ours"
 	}
 	w.rule(step)
-	w.say("", "move it behind the jump to SERVICE_PROXY_OUTPUT, or leave the address out of it",
+	jump := "SERVICE_PROXY_OUTPUT"
+	switch {
+	case w.q.Inbound:
+		jump = "SERVICE_PROXY_INBOUND"
+	case w.q.UDP:
+		jump = "SERVICE_PROXY_DNS"
+	}
+	w.say("", "move it behind the jump to "+jump+", or leave the address out of it",
 		"rule %d of chain %s, which is not ours, %s: %s", step.Index, safe(step.Chain), what,
 		safe(step.Rule))
 }
@@ -225,9 +241,12 @@ func (w why) excluded(step iptables.Step) {
 	to := w.q.To
 	switch step.Comment {
 	case "proxy-user", "proxy-group":
+		who := fmt.Sprintf("user %d is the proxy's (%s)", w.q.UID, safe(w.s.ProxyUser))
+		if step.Comment == "proxy-group" {
+			who = fmt.Sprintf("group %d is that of the proxy's user (%s)", w.q.GID, safe(w.s.ProxyUser))
+		}
 		w.say(proxyUser, "ask with --uid for the user of the application",
-			"user %d, group %d is the proxy's (%s): its own connections are never redirected, since they "+
-				"would come back to it", w.q.UID, w.q.GID, safe(w.s.ProxyUser))
+			"%s: the proxy's own connections are never redirected, since they would come back to it", who)
 	case "root":
 		w.say("", "run the application as an ordinary user",
 			"with intercept-all-outbound root's connections are not redirected")
@@ -301,7 +320,7 @@ func (w why) run() string {
 	if w.s.Mode == "" {
 		return "start the agent: `systemctl start service-proxy-agent`"
 	}
-	return "the agent puts them in; if it does not, see `service-proxy-agent status`"
+	return "the agent repairs that by itself; if it does not, see `service-proxy-agent status`"
 }
 
 // noJumps: the chains stand, and no packet comes to them.
@@ -354,6 +373,10 @@ func (w why) noService() {
 		w.say("", "look why with `service-proxy-agent doctor`",
 			"no rule has its address, and Envoy does not tell which services it has been told of: %s",
 			safe(w.s.EnvoyErr.Error()))
+		return
+	case isService && !w.asked():
+		w.say("", w.run(), "it is an address of service %s, and no jump leads to the rules of ours",
+			service.Name)
 		return
 	case isService && w.wanted().Action == iptables.Redirect:
 		w.say("", w.run(), "it is an address of service %s, and its rule is missing in the kernel",
@@ -458,9 +481,11 @@ func (w why) wanted() iptables.Verdict {
 // differs tells where the kernel's rules give another answer than they should.
 func (w why) differs() {
 	want := w.wanted()
-	if !w.s.Known || w.verdict.Action == iptables.CannotTell || w.verdict.Action == iptables.Taken ||
-		want.Action == iptables.CannotTell || want.Action == w.verdict.Action &&
-		want.Port == w.verdict.Port {
+	foreign := w.answer.Rule != nil && !w.answer.Rule.Ours // which is the reason, and told
+	if !w.s.Known || foreign || w.verdict.Action == iptables.CannotTell ||
+		want.Action == iptables.CannotTell ||
+		(want.Action == iptables.Redirect) == (w.verdict.Action == iptables.Redirect) &&
+			want.Port == w.verdict.Port {
 		return
 	}
 	should := "not be intercepted"

@@ -41,6 +41,8 @@ func NoChain(to netip.AddrPort, listener string, ports []uint16) Finding {
 	next := fmt.Sprintf("exclude it by exclude-outbound-ip-ranges=%s or "+
 		"exclude-outbound-port-ranges=%d, or have the control plane configure it", to.Addr(), to.Port())
 	if len(ports) > 0 {
+		next = fmt.Sprintf("exclude the port by exclude-outbound-port-ranges=%d, or have the control "+
+			"plane configure it", to.Port())
 		var some []string
 		for _, p := range ports[:min(len(ports), 5)] {
 			some = append(some, fmt.Sprint(p))

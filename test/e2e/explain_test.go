@@ -76,7 +76,7 @@ func TestExplain(t *testing.T) {
 			{"a service", web4.String(), 0, "exclude-outbound-ip-ranges", "", `route "route-web"`},
 			{"of IPv6", web6.String(), 0, "exclude-outbound-ip-ranges", "", "1 of 1 endpoints healthy"},
 			{"of TCP", db4.String(), 0, "exclude-outbound-ip-ranges", "", `filter chain "db", tcp`},
-			{"a port without a chain", "10.10.0.1:82", 0, "exclude-outbound-ip-ranges",
+			{"a port without a chain", "10.10.0.1:82", 0, "exclude-outbound-port-ranges",
 				symptom.NoFilterChain, "Envoy has no configuration for 10.10.0.1:82"},
 			{"one that is excluded", "10.10.0.5:81", 1, "exclude-outbound-ip-ranges", "",
 				"10.10.0.5 is excluded by exclude-outbound-ip-ranges"},
