@@ -49,17 +49,14 @@ func Compare(v iptables.Verdict, o Outcome) Comparison {
 	return c
 }
 
+// matches says whether the two are one. A rule that leads to where a packet goes anyway changes
+// nothing, so that the address itself can be both.
 func matches(v iptables.Verdict, o Outcome) bool {
-	// A rule that leads to where the packet goes anyway changes nothing.
-	where := o.Where
-	if !where.IsValid() || o.Led == Itself {
-		where = o.Ask.To
-	}
 	switch v.Action {
 	case iptables.Pass:
 		return o.Led == Itself
 	case iptables.Redirect:
-		return where.Port() == v.Port && (o.Led == Here || where.Addr().IsLoopback())
+		return o.local && o.Where.Port() == v.Port
 	case iptables.Taken:
 		addr, port, ok := leadsTo(v.Rule)
 		if !ok {
@@ -69,9 +66,9 @@ func matches(v iptables.Verdict, o Outcome) bool {
 			port = o.Ask.To.Port()
 		}
 		if !addr.IsValid() {
-			return where.Port() == port && (o.Led == Here || where.Addr().IsLoopback())
+			return o.local && o.Where.Port() == port
 		}
-		return where == netip.AddrPortFrom(addr, port)
+		return o.Where == netip.AddrPortFrom(addr, port)
 	}
 	return false
 }

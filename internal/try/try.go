@@ -101,8 +101,12 @@ type Outcome struct {
 	Led    Led
 	// Where is the other end that the entry names; zero where there is none.
 	Where netip.AddrPort
-	State string // the entry's state of TCP, e.g. "SYN_SENT"; "" where there is none
-	Why   string // why Led is Unseen
+	local bool // Where is this machine's
+	// Client is whom the other end takes it to come from: From, or what a rule or conntrack has made of
+	// it, which gives another port where two redirected connections would look the same.
+	Client netip.AddrPort
+	State  string // the entry's state of TCP, e.g. "SYN_SENT"; "" where there is none
+	Why    string // why Led is Unseen
 }
 
 // Port is the port of this machine that it was led to; 0: not to another one.
@@ -302,7 +306,7 @@ func (o *Outcome) look(ctx context.Context, opened *conntrack.Opened) error {
 }
 
 func (o *Outcome) fromEntry(e conntrack.Entry, local bool) {
-	o.Where, o.State = e.ReplySrc, stateName(e.TCPState)
+	o.Where, o.Client, o.local, o.State = e.ReplySrc, e.ReplyDst, local, stateName(e.TCPState)
 	switch {
 	case !e.Redirected():
 		o.Led = Itself

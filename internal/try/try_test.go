@@ -19,6 +19,7 @@ func led(led Led, where string) Outcome {
 	o := Outcome{Ask: Ask{To: netip.MustParseAddrPort("10.0.0.1:80")}, Answer: Connected, Led: led}
 	if where != "" {
 		o.Where = netip.MustParseAddrPort(where)
+		o.local = led == Here || o.Where.Addr().IsLoopback()
 	}
 	return o
 }
@@ -66,6 +67,8 @@ func TestCompare(t *testing.T) {
 		{"another's redirect", taken("-j REDIRECT --to-ports 9"), led(Here, "127.0.0.1:9"), Agree},
 		{"another's redirect of the address", taken("-j REDIRECT"), led(Here, "127.0.0.1:80"), Agree},
 		{"another's redirect that came to Envoy", taken("-j REDIRECT --to-ports 9"), led(Here, "127.0.0.1:15001"), Differ},
+		{"another's redirect to itself", taken("-j REDIRECT"), toLoopback, Agree},
+		{"another's redirect that did not take it", taken("-j REDIRECT"), led(Itself, "10.0.0.1:80"), Differ},
 		{"another's target", taken("-j NETMAP --to 10.9.0.0/16"), led(Elsewhere, "10.9.0.1:80"), Agree},
 		{"no verdict", iptables.Verdict{}, led(Itself, "10.0.0.1:80"), Differ},
 	} {
