@@ -16,6 +16,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -27,6 +28,9 @@ func (l Looked) Explain(ctx context.Context, q explain.Question) explain.Answer 
 	s := l.seen(q)
 	s.Source, s.Local, s.NoRoute = routeTo(ctx, q.To)
 	if s.HaveErr == nil {
+		if q.Try && s.NoRoute == nil {
+			s.Tried, s.Have = tried(ctx, q, s)
+		}
 		steps, verdict := q.Path(s)
 		s.Counters, s.CountErr = countersOf(ctx, q.Family(), steps)
 		if verdict.Action == iptables.Redirect && s.EnvoyErr == nil && !q.UDP {
@@ -84,8 +88,44 @@ func routeTo(ctx context.Context, to netip.AddrPort) (source netip.Addr, local b
 	if from, ok := conn.LocalAddr().(*net.UDPAddr); ok {
 		source = from.AddrPort().Addr().Unmap()
 	}
-	// The source of what goes to an address of this machine is that address.
-	return source, source == to.Addr().WithZone(""), nil
+	// The source of what goes to an address of this machine is that address; but for 127.0.0.0/8,
+	// whose route names one.
+	return source, source == to.Addr().WithZone("") || to.Addr().IsLoopback(), nil
+}
+
+// tried makes the connection. Where rules and kernel differ the rules may have changed since they
+// were read: the second reading decides, and have is what it read.
+func tried(ctx context.Context, q explain.Question, s explain.Seen) (t *explain.Tried,
+	have iptables.Table) {
+	for again := true; ; again = false {
+		_, verdict := q.Path(s)
+		t = tryOnce(ctx, q, verdict)
+		if t.Agreement != explain.Differ || !again {
+			return t, s.Have
+		}
+		kernel, err := iptables.Open(ctx, iptables.Options{})
+		if err != nil {
+			return t, s.Have
+		}
+		now, err := kernel.Read(ctx, q.Family())
+		if err != nil {
+			return t, s.Have
+		}
+		s.Have = now
+		if _, is := q.Path(s); is == verdict {
+			return t, s.Have
+		}
+	}
+}
+
+func tryOnce(ctx context.Context, q explain.Question, v iptables.Verdict) *explain.Tried {
+	o, err := try.Connect(ctx, try.Ask{To: q.To, UID: q.UID, GID: q.GID})
+	if err != nil {
+		return &explain.Tried{Error: err.Error()}
+	}
+	c := try.Compare(v, o)
+	return &explain.Tried{Agreement: explain.Agreement(c.Agreement.String()), Rules: c.Rules,
+		Kernel: c.Tried, Answer: o.Answer.String(), Port: o.Port(), TookMS: o.Took.Milliseconds()}
 }
 
 func countersOf(ctx context.Context, f iptables.Family,

@@ -8,6 +8,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 )
 
 func explainCommand() *cobra.Command {
@@ -18,7 +19,7 @@ func explainCommand() *cobra.Command {
 		Short: "Would a connection be intercepted, by which rule, and what does Envoy do with it; " +
 			"exit code 0 intercepted, 1 not, 2 could not look",
 		Example: "  service-proxy-agent explain 10.0.0.1:80\n" +
-			"  service-proxy-agent explain [fd00::1]:80 --uid www-data\n" +
+			"  service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +
 			"  service-proxy-agent explain 10.128.0.5:8080 --inbound",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -35,6 +36,8 @@ func explainCommand() *cobra.Command {
 	f.BoolVar(&q.UDP, "udp", false, "a UDP packet, as a DNS question is")
 	f.BoolVar(&q.Inbound, "inbound", false, "the connection comes in from elsewhere")
 	f.StringVar(&q.In, "in-interface", "", "the interface it comes in by, e.g. docker0")
+	f.BoolVar(&q.Try, "try", false,
+		"make one real connection as that user, which needs root, and compare what becomes of it")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		if output != "text" && output != "json" {
 			return usage(fmt.Errorf("--output is %q; use text or json", output))
@@ -45,6 +48,12 @@ func explainCommand() *cobra.Command {
 		}
 		if !q.Inbound && q.In != "" {
 			return usage(fmt.Errorf("--in-interface is for --inbound"))
+		}
+		if q.Try && q.Inbound {
+			return usage(fmt.Errorf("--try: %w", try.ErrInbound))
+		}
+		if q.Try && q.UDP {
+			return usage(fmt.Errorf("--try makes a TCP connection; leave out --udp"))
 		}
 		var err error
 		if q.To, err = explain.ParseAddress(args[0]); err != nil {

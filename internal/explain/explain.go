@@ -28,6 +28,7 @@ type Question struct {
 	UDP      bool
 	Inbound  bool   // it comes in from elsewhere
 	In       string // the interface it comes in by
+	Try      bool   // make the connection, and see what becomes of it
 }
 
 // Family is the family of the address.
@@ -52,6 +53,8 @@ type Seen struct {
 	Known    bool                  // Want and Asked are
 	Counters []iptables.Counter    // of Path's steps; nil: not asked for
 	CountErr error                 // why some are not known
+
+	Tried *Tried // nil: it was not made
 
 	// The daemon. Mode is status.Status.Mode; "": it does not answer.
 	Mode, NotReady string
@@ -137,6 +140,9 @@ type Answer struct {
 	// Nearest is the service that comes next to the address; Rule and Nearest are for a "no".
 	Nearest *Nearest `json:"nearest,omitempty"`
 
+	// Tried is the connection as it was made; nil: it was not asked for, or there is no way for it.
+	Tried *Tried `json:"tried,omitempty"`
+
 	Path     []Step   `json:"path,omitempty"`
 	Listener string   `json:"listener,omitempty"`
 	Chains   []Chain  `json:"chains,omitempty"`
@@ -151,7 +157,7 @@ type Answer struct {
 func (a Answer) Complete() bool {
 	_, kernel := a.Unseen[symptom.FromKernel]
 	_, envoy := a.Unseen[symptom.FromEnvoy]
-	return a.Verdict != Unknown && !kernel && !envoy
+	return a.Verdict != Unknown && !kernel && !envoy && (a.Tried == nil || a.Tried.Error == "")
 }
 
 // Rule is one rule of the kernel's table.
@@ -293,6 +299,7 @@ func Explain(q Question, s Seen) Answer {
 		w.not()
 	}
 	w.differs()
+	w.tried()
 	return a
 }
 

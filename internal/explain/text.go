@@ -20,6 +20,9 @@ func (a Answer) WriteText(out io.Writer) error {
 	if a.Setting != "" {
 		line("setting: %s", a.Setting)
 	}
+	if a.Tried != nil {
+		line("tried: %s", a.Tried)
+	}
 	if a.Nearest != nil {
 		line("nearest: %s", strings.TrimPrefix(a.Nearest.Text, "nearest is "))
 	}
