@@ -41,7 +41,8 @@ type Packet struct {
 	Src, Dst netip.AddrPort // a source without an address is anybody
 	Proto    Proto
 	UID, GID uint32 // the socket's creator; of no meaning but in OUTPUT
-	// InInterface is what it came in by, in PREROUTING and INPUT. "" in INPUT: any but loopback.
+	// InInterface is what it came in by, in PREROUTING and INPUT. "" in INPUT: any but loopback, and
+	// in PREROUTING one that no rule names.
 	InInterface string
 	DstLocal    bool // the destination is an address of this machine (addrtype LOCAL)
 	// Syn says that the packet opens a connection. A TCP packet without it belongs to one that

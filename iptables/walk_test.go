@@ -342,3 +342,35 @@ func TestParseWhateverASaveContains(t *testing.T) {
 		t.Errorf("a comment's words are taken for the target: %q", got)
 	}
 }
+
+// A person who asks about an inbound connection may not know where it comes from: a rule that asks
+// for that may or may not match.
+func TestWalkWithoutSource(t *testing.T) {
+	known := Packet{Hook: Prerouting, Src: netip.MustParseAddrPort("192.0.2.1:4000"),
+		Dst: netip.MustParseAddrPort("10.0.0.1:443"), Proto: TCP, InInterface: "eth0", DstLocal: true, Syn: true}
+	noSource := known
+	noSource.Src = netip.AddrPort{}
+	for _, test := range []struct {
+		rule   string
+		packet Packet
+		action Action
+	}{
+		{"-s 192.0.2.0/24 -j DNAT --to-destination 10.9.9.9", known, Taken},
+		{"-s 192.0.2.0/24 -j DNAT --to-destination 10.9.9.9", noSource, CannotTell},
+		{"! -s 192.0.2.0/24 -j DNAT --to-destination 10.9.9.9", known, Pass},
+		{"! -s 192.0.2.0/24 -j DNAT --to-destination 10.9.9.9", noSource, CannotTell},
+		{"-s 192.0.2.0/24 -p udp -j DNAT --to-destination 10.9.9.9", noSource, Pass},
+		{"-d 10.0.0.1/32 -j DNAT --to-destination 10.9.9.9", noSource, Taken},
+		{"-s 192.0.2.0/24 -j LOG", noSource, Pass},
+		{"-s 192.0.2.0/24 -j A", noSource, Pass}, // it comes back from there
+	} {
+		table, err := Parse(IPv4, []byte("*nat\n:PREROUTING ACCEPT [0:0]\n:A - [0:0]\n"+
+			"-A PREROUTING "+test.rule+"\nCOMMIT\n"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := table.Walk(test.packet); v.Action != test.action {
+			t.Errorf("%s, %+v: got %v, want %v", test.rule, test.packet, v.Action, test.action)
+		}
+	}
+}
