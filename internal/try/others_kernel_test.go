@@ -76,6 +76,10 @@ func (a *agreement) others(r *rand.Rand, hook iptables.Hook) others {
 
 func (o *others) add(a *agreement, r *rand.Rand, hook iptables.Hook, where string, chains []string) {
 	words := a.match(r, hook)
+	// A chain may ask for an interface that nothing of OUTPUT has come in by.
+	if hook == iptables.Output && strings.Contains(where, "FOREIGN") && r.IntN(5) == 0 {
+		words = append(words, pick(r, []string{"-i eth0", "! -i eth0", "-i +"}))
+	}
 	target := a.target(r, chains)
 	// Targets that name ports need the protocol.
 	tcp := slices.Contains(words, "-p tcp")

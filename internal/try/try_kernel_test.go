@@ -152,6 +152,55 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// TestDifferenceIsTold: what decides without being in the list of table nat is told as a difference:
+// an exemption from tracking, and a rule of nft's own in the table of iptables, which iptables-save
+// of 1.8 lists without what it asks for.
+func TestDifferenceIsTold(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	listen(t, ":80")
+	listen(t, ":15001")
+	kernel, err := iptables.Open(t.Context(), iptables.Options{Backend: iptables.NFT})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := iptables.Interception{Family: iptables.IPv4, Jumps: true, OutboundPort: 15001, ProxyUID: 999,
+		ProxyGID: 999, Services: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}.Ruleset()
+	have, err := kernel.Read(t.Context(), iptables.IPv4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kernel.Apply(t.Context(), iptables.NewPlan(want, have)); err != nil {
+		t.Fatal(err)
+	}
+	sh(t, "ip address add 10.0.0.1/32 dev lo")
+	compare := func() Comparison {
+		t.Helper()
+		table, err := kernel.Read(t.Context(), iptables.IPv4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := netip.MustParseAddrPort("10.0.0.1:80")
+		return Compare(table.Walk(iptables.Packet{Hook: iptables.Output, Src: to, Dst: to,
+			Proto: iptables.TCP, UID: 1000, GID: 1000, DstLocal: true, Syn: true}),
+			connectAs(t, to.String(), 1000, 1000))
+	}
+	if c := compare(); c.Agreement != Agree {
+		t.Errorf("as it should be: %+v", c)
+	}
+	sh(t, "iptables-nft -t raw -A OUTPUT -d 10.0.0.1 -j NOTRACK; "+
+		"iptables-nft -t raw -A OUTPUT -s 10.0.0.1 -j NOTRACK")
+	if c := compare(); c.Agreement != Differ || !strings.Contains(c.Tried, "10.0.0.1:80 itself") {
+		t.Errorf("not tracked: %+v", c)
+	}
+	sh(t, "iptables-nft -t raw -F; nft add set ip nat others '{ type ipv4_addr; }'; "+
+		"nft insert rule ip nat OUTPUT ip daddr @others accept")
+	if c := compare(); c.Agreement != Differ || !strings.Contains(c.Tried, "port 15001") {
+		t.Errorf("a rule of nft's own: %+v", c)
+	}
+}
+
 // TestListenerThatIsStopped: a stopped process takes connections as long as its socket has room,
 // and then nobody answers. Where they were led to is told all the same.
 func TestListenerThatIsStopped(t *testing.T) {
