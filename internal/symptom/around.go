@@ -135,8 +135,8 @@ func (d Dropped) rule() string {
 // silent: each port has its finding, up to a number.
 func silent(f Facts) (out []Finding) {
 	all := slices.Sorted(slices.Values(f.Silent))
-	const next = "start it, or take the port out of serving-ports; Envoy answers its clients with an " +
-		"error until then"
+	const next = "start it, or take the port out of serving-ports; Envoy answers its clients with " +
+		"an error until then"
 	for i, port := range all {
 		if i == somePorts && len(all) > somePorts+1 {
 			return append(out, finding(ApplicationSilent, 21, Warning, next,
@@ -168,7 +168,8 @@ func clusters(f Facts) (out []Finding) {
 	if len(panics) > 0 {
 		out = append(out, f.ofClusters(finding(EndpointsPanic, 24, Warning,
 			next+" (35.191.0.0/16, 130.211.0.0/22)",
-			"Too few endpoints are healthy in %s: Envoy ignores health there and sends to all of them (panic)",
+			"Too few endpoints are healthy in %s: Envoy ignores health there and sends to all of them "+
+				"(panic)",
 			worst(panics)), panics))
 	}
 	if len(others) > 0 {
@@ -201,7 +202,7 @@ func worst(all []Cluster) safe {
 	})
 }
 
-// hangs is how long a heartbeat may be late. The platform takes an older one for a stuck agent, too.
+// hangs is how long a heartbeat may be late. The platform takes an older one for a stuck agent.
 const hangs = 5 * time.Minute
 
 func agentStuck(f Facts) (out []Finding) {
@@ -269,8 +270,8 @@ func identity(f Facts) []Finding {
 		severity, next = Warning, "if that is not meant: "+next
 	}
 	return []Finding{finding(EnvoyIdentity, 29, severity, next,
-		"Envoy presents itself to the control plane with %s (node %s)", safe(strings.Join(said, ", and ")),
-		name(f.Presented.ID)).
+		"Envoy presents itself to the control plane with %s (node %s)",
+		safe(strings.Join(said, ", and ")), name(f.Presented.ID)).
 		seen(FromEnvoy, time.Time{}, fmt.Sprintf("node.id %s, project number %q, network %q",
 			name(f.Presented.ID), name(f.Presented.ProjectNumber), name(f.Presented.Network))).
 		seen(FromMetadata, time.Time{}, fmt.Sprintf("project number %q, network %q",
@@ -339,8 +340,8 @@ func clock(f Facts) []Finding {
 	}
 	return []Finding{finding(ClockWrong, 30, severity,
 		"have it set by NTP (metadata.google.internal): `chronyc makestep`, or restart systemd-timesyncd",
-		"The clock of this VM is %v %s the metadata server's: TLS to the control plane fails with a wrong "+
-			"clock, and the heartbeat looks old or of the future", off.Round(time.Second), how).
+		"The clock of this VM is %v %s the metadata server's: TLS to the control plane fails with a "+
+			"wrong clock, and the heartbeat looks old or of the future", off.Round(time.Second), how).
 		seen(FromMetadata, time.Time{}, fmt.Sprintf("Date differs by %v", f.Clock.Round(time.Second))).
 		try("timedatectl", askMetadata("-o /dev/null -D - ", "instance/id")+" | grep -i ^date; date -u",
 			"sudo chronyc makestep || sudo systemctl restart systemd-timesyncd")}
@@ -356,7 +357,8 @@ func oldConnections(f Facts) []Finding {
 			"they end by themselves; restart their programs to have them"
 	}
 	found := finding(OldConnections, 33, Advice, them+" intercepted now",
-		"%s from before the rules, and so past Envoy: %s", count, few(f.Old, someNames, OldConnection.String))
+		"%s from before the rules, and so past Envoy: %s", count,
+		few(f.Old, someNames, OldConnection.String))
 	for _, c := range f.Old[:min(len(f.Old), someNames)] {
 		found = found.seen(FromConntrack, time.Time{}, c.String())
 	}
@@ -401,7 +403,8 @@ func conntrack(f Facts) []Finding {
 	return []Finding{found.
 		seen(FromConntrack, time.Time{}, fmt.Sprintf("nf_conntrack_count %d, nf_conntrack_max %d",
 			c.Count, c.Max)).
-		try("sysctl net.netfilter.nf_conntrack_count "+setting, "sudo dmesg | grep 'nf_conntrack: table full'",
+		try("sysctl net.netfilter.nf_conntrack_count "+setting,
+			"sudo dmesg | grep 'nf_conntrack: table full'",
 			fmt.Sprintf("sudo sysctl -w %s=%d", setting, 2*c.Max),
 			fmt.Sprintf("echo %s=%d | sudo tee /etc/sysctl.d/90-conntrack.conf", setting, 2*c.Max))}
 }

@@ -518,7 +518,7 @@ func portClosed(f Facts) (out []Finding) {
 		if p.Listening || p.Purpose == "admin" {
 			continue
 		}
-		why := error(errNobody)
+		why := errNobody
 		if p.Err != nil {
 			why = p.Err
 		}

@@ -102,7 +102,9 @@ func TestCommands(t *testing.T) {
 	} {
 		findings := Check(tt.facts)
 		i := slices.IndexFunc(findings, func(f Finding) bool { return f.ID == tt.id })
-		if i < 0 || !slices.ContainsFunc(findings[i].Commands, func(c string) bool { return says(c, tt.want) }) {
+		if i < 0 || !slices.ContainsFunc(findings[i].Commands, func(c string) bool {
+			return says(c, tt.want)
+		}) {
 			t.Errorf("%s: %+v, want %s", tt.id, findings, tt.want)
 		}
 	}
@@ -121,8 +123,9 @@ func TestSince(t *testing.T) {
 	}
 	// Envoy tries again and again: the last time is no beginning.
 	got := Check(stream(7, "no"))[0]
-	if !got.Since.IsZero() || got.Evidence[0].Source != FromEnvoyLog || !got.Evidence[0].Time.Equal(now) ||
-		got.Evidence[0].Text != "gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, no" {
+	want := Evidence{FromEnvoyLog, now,
+		"gRPC config stream to trafficdirector.googleapis.com:443 closed: 7, no"}
+	if !got.Since.IsZero() || got.Evidence[0] != want {
 		t.Errorf("%+v", got)
 	}
 }

@@ -39,8 +39,8 @@ var sections = []struct {
 		[]ID{EndpointsPanic, EndpointsUnhealthy, InputDropped, ApplicationSilent, NoRoute, ConntrackFull,
 			OldConnections}},
 	{"The rules on this VM", "What the kernel has is not, or not for long, what it should have.",
-		[]ID{ToolsMissing, ProxyUser, FamilyUnusable, RuleRefused, RulesDiffer, CouldNotLook, Shadowed, Fight, DriftRepaired,
-			OtherChain, ResolverLoop}},
+		[]ID{ToolsMissing, ProxyUser, FamilyUnusable, RuleRefused, RulesDiffer, CouldNotLook, Shadowed,
+			Fight, DriftRepaired, OtherChain, ResolverLoop}},
 	{"Installation and settings", "",
 		[]ID{Bootstrap, AttributeBad, AttributeAdvice, MetadataServer}},
 	{"The agent itself", "Interception goes on.",
@@ -81,6 +81,7 @@ a series, which is 0 while the finding does not stand: ` +
 
     gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
     sudo service-proxy-agent status     on the VM: all of it, and what follows from what
+    sudo service-proxy-agent doctor     every check, without the daemon, with commands to paste
 
 What follows from another finding is listed under it in ` + "`status`" + `, and counts nowhere else: mend the
 first one. Alerts that are not a finding's are in [the last part](#what-only-a-scrape-shows).

@@ -82,6 +82,7 @@ func together(all ...Facts) Facts {
 // milder; going from reason to reason ends. So as many errors count as there are causes, and at
 // least one where there is an error.
 func TestTogether(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -163,7 +164,9 @@ func TestReasons(t *testing.T) {
 		}
 	}
 	clock := func(off time.Duration) func(*Facts) { return func(f *Facts) { f.Clock = off } }
-	differ := func(f *Facts) { f.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}} }
+	differ := func(f *Facts) {
+		f.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}}
+	}
 	noTools := func(f *Facts) { f.NoTools = errors.New("not found") }
 	noTable := func(f *Facts) {
 		f.Families = []Family{{Family: iptables.IPv4, Unusable: iptables.ErrNoTable}}

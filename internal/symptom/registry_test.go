@@ -61,8 +61,8 @@ func TestExamineOK(t *testing.T) {
 	}
 }
 
-// TestExamineUnseen: without any one source those that need it are unknown and say why; no other is.
-// Nothing is ok on a VM where nothing could be seen.
+// TestExamineUnseen: without any one source those that need it are unknown and say why; no other
+// is. Nothing is ok on a VM where nothing could be seen.
 func TestExamineUnseen(t *testing.T) {
 	for _, k := range Kinds() {
 		if len(k.Needs) == 0 {

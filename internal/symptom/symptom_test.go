@@ -47,7 +47,7 @@ func with(f Facts, change func(*Facts)) Facts {
 	return f
 }
 
-// presents is an Envoy on a VM of project 123456789012 and network default that says this of itself.
+// presents is an Envoy on a VM of project 123456789012 and network default that says so of itself.
 func presents(project, network string) func(*Facts) {
 	return func(f *Facts) {
 		f.Node = &Node{ProjectNumber: "123456789012", Network: "default"}
@@ -179,7 +179,8 @@ var examples = []example{
 	}), EndpointsPanic},
 	{"so are those of many", live(func(f *Facts) { f.Clusters = manyClusters(40, 1) }), EndpointsPanic},
 	{"an endpoint of a cluster is unhealthy", live(func(f *Facts) {
-		f.Clusters = []Cluster{{ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5, Healthy: 4}}}
+		f.Clusters = []Cluster{
+			{ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5, Healthy: 4}}}
 	}), EndpointsUnhealthy},
 	{"a firewall rule of the VM drops a serving port", live(func(f *Facts) {
 		f.Dropped = []Dropped{{Family: iptables.IPv4, Port: 8080, At: 15006, Chain: "INPUT", Rule: "-p tcp -m tcp --dport 15006 -j DROP"}}

@@ -311,7 +311,8 @@ func TestWords(t *testing.T) {
 			f.NoRoute = []Unrouted{{Family: iptables.IPv6, Addrs: []netip.Addr{netip.MustParseAddr("fd10::1")}, Count: 4, Of: 9, Err: "network is unreachable"}, {Family: iptables.IPv4}}
 		}), "no-route", 36, Warning, "There is no IPv6 route to fd10::1 and 3 more, 4 of 9 …connect fails before interception (network is unreachable)", "…IPv6 address…route"},
 		{"nor a default route", live(func(f *Facts) {
-			f.NoRoute = []Unrouted{{Family: iptables.IPv4, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Count: 1, Of: 1}}
+			f.NoRoute = []Unrouted{{Family: iptables.IPv4, Count: 1, Of: 1,
+				Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}}
 		}), "no-route", 36, Warning, "There is no IPv4 route to 10.0.0.1, 1 of 1 …", "…route…"},
 		{"somebody's Envoy", live(func(f *Facts) {
 			f.Configured = &EnvoyConfig{NodeID: "projects/1/networks/default/nodes/a", Targets: []string{"trafficdirector.googleapis.com:443"}}
