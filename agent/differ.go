@@ -16,9 +16,12 @@ import (
 )
 
 // lookAgain are the pauses before the looks after one that found a difference. A daemon that
-// answers may be about to write just what is missing: it follows Envoy within half a second, and on
+// answers may be about to write just what is missing: it follows Envoy within half a second, or
+// within some when that has changed all the time (what its questions cost Envoy is limited), and on
 // legacy it sees each 1.5 s what others did.
-var lookAgain = []time.Duration{500 * time.Millisecond, 1500 * time.Millisecond}
+var lookAgain = []time.Duration{
+	500 * time.Millisecond, 1500 * time.Millisecond, 3 * time.Second,
+}
 
 // Differ says how the kernel's rules differ from those that it should have; with config, a file,
 // what that attribute would change. The error is of the file (ErrSettings).
