@@ -110,8 +110,8 @@ func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failu
 	return next
 }
 
-// date has the findings whose time this run has filled in (seen) tell since when they really are, by
-// their history.
+// date has the findings whose time this run has filled in (seen) tell since when they really are,
+// by their history.
 func (f Failures) date(findings []symptom.Finding, seen map[which]time.Time) {
 	first := make(map[which]time.Time, len(f.Lasting)+len(f.Warnings.Lasting))
 	for _, is := range f.Lasting {
@@ -142,8 +142,8 @@ func (f Failures) newest() Failure {
 	return f.Lasting[len(f.Lasting)-1]
 }
 
-// String is the value of agent-last-failure: the newest of those that last; else what is told of the
-// warnings; else the last one.
+// String is the value of agent-last-failure: the newest of those that last; else what is told of
+// the warnings; else the last one.
 func (f Failures) String() string {
 	if n := len(f.Lasting); n > 0 {
 		return f.newest().string("since", n-1)

@@ -14,8 +14,8 @@ import (
 // settleTime is how long after bootstrap has finished Envoy may still be seen as it was before.
 const settleTime = 30 * time.Second
 
-// settled says whether the Envoy that is seen is the one that bootstrap wants: it changes nothing, is
-// not about to, and did not do so just now.
+// settled says whether the Envoy that is seen is the one that bootstrap wants: it changes nothing,
+// is not about to, and did not do so just now.
 func settled(boot progress.State, text []byte, now time.Time) bool {
 	switch boot.Status {
 	case progress.InProgress:
@@ -26,8 +26,8 @@ func settled(boot progress.State, text []byte, now time.Time) bool {
 	return true
 }
 
-// compareEnvoy fills in whom Envoy should be and is: by the attribute and the metadata server, and by
-// what bootstrap has written.
+// compareEnvoy fills in whom Envoy should be and is: by the attribute and the metadata server, and
+// by what bootstrap has written.
 func (o Observation) compareEnvoy(f *symptom.Facts) {
 	if o.Envoy.Err != nil || !settled(o.Bootstrap, o.Attribute.text, o.Now) {
 		return

@@ -156,8 +156,9 @@ func noTools(families []symptom.Family) (why error) {
 	return why
 }
 
-// otherEnvoys are the users other than the proxy's that hold a port of Envoy's, and as whom an Envoy
-// runs: by its answer on the admin port, which counts where root holds that, or is only looked at.
+// otherEnvoys are the users other than the proxy's that hold a port of Envoy's, and as whom an
+// Envoy runs: by its answer on the admin port, which counts where root holds that, or is only
+// looked at.
 func (o Observation) otherEnvoys(ports []symptom.Port) (uids []uint32) {
 	var foreign *sockdiag.ForeignError
 	var runs uint32

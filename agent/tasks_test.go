@@ -122,8 +122,8 @@ func TestNewLoop(t *testing.T) {
 		t.Errorf("--config: %+v", l.attribute)
 	}
 	v := a.thisVM()
-	if v.backend() != iptables.NFT || v.self(testStart) != (Self{}) || v.guestOff() != !a.guest.State().Enabled ||
-		v.listenErr() != nil || v.metricsErr() != nil {
+	if v.backend() != iptables.NFT || v.self(testStart) != (Self{}) ||
+		v.guestOff() != !a.guest.State().Enabled || v.listenErr() != nil || v.metricsErr() != nil {
 		t.Errorf("backend %q", v.backend())
 	}
 	r := a.reporters()

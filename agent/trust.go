@@ -15,8 +15,8 @@ import (
 
 // trust lets the admin interface's answers count only when the proxy's user or root holds its
 // socket: any local user can listen on the port while Envoy is down. The user is looked up at each
-// new connection, since bootstrap may create it after the daemon was started. byRoot is told whether
-// it was root.
+// new connection, since bootstrap may create it after the daemon was started. byRoot is told
+// whether it was root.
 func trust(user string, byRoot *atomic.Bool) func(net.Conn) error {
 	return func(c net.Conn) error {
 		trusted := []uint32{0}

@@ -41,8 +41,8 @@ const (
 	warningsLate = 5 * time.Minute
 )
 
-// away is how long a warning must have been away to be over: the first time not at all, and then the
-// longer the more often it has come.
+// away is how long a warning must have been away to be over: the first time not at all, and then
+// the longer the more often it has come.
 func (w Warning) away() time.Duration {
 	return min(time.Duration(w.Times-1)*time.Minute, mostAway)
 }
@@ -53,13 +53,15 @@ func happened(id symptom.ID) bool { return id == symptom.DriftRepaired }
 // counts says whether a finding is a warning to be told outside. That guest attributes are disabled
 // can be read in none.
 func (w Warnings) counts(f symptom.Finding, now time.Time) bool {
-	return f.Severity == symptom.Warning && f.ExplainedBy == "" && f.ID != symptom.GuestAttributesOff &&
+	return f.Severity == symptom.Warning && f.ExplainedBy == "" &&
+		f.ID != symptom.GuestAttributesOff &&
 		(happened(f.ID) || !f.Since.IsZero() && now.Sub(f.Since) >= warningAfter)
 }
 
-// next are the warnings after a pass with these findings, worst first, each of which says since when
-// it stands. Those that stay last without a finding that tells of them.
-func (w Warnings) next(findings []symptom.Finding, now time.Time, stays func(Failure) bool) Warnings {
+// next are the warnings after a pass with these findings, worst first, each of which says since
+// when it stands. Those that stay last without a finding that tells of them.
+func (w Warnings) next(findings []symptom.Finding, now time.Time,
+	stays func(Failure) bool) Warnings {
 	now = now.UTC().Truncate(time.Second)
 	found := map[which]symptom.Finding{} // warnings of whatever age
 	var count []symptom.Finding
@@ -151,9 +153,9 @@ func (w Warnings) over() Failure {
 	return Failure{}
 }
 
-// string is what is told of them while no error lasts: the newest that lasts, else the last one, and
-// behind it an error that ended not long before it came; "" where that error, which is over, is what
-// is to be told.
+// string is what is told of them while no error lasts: the newest that lasts, else the last one,
+// and behind it an error that ended not long before it came; "" where that error, which is over, is
+// what is to be told.
 func (w Warnings) string(over Failure) string {
 	var is Failure
 	var text string

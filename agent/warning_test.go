@@ -63,7 +63,8 @@ func TestWarnings(t *testing.T) {
 		{time.Hour, []symptom.Finding{off, under, advice}, ""},
 		{0, []symptom.Finding{silent}, ""}, // it may pass, while Envoy starts, say
 		{4 * second, []symptom.Finding{silent}, ""},
-		{second, []symptom.Finding{silent}, "nothing on 80 (warning; since 2026-11-28T19:00:00Z, 1 time)"},
+		{second, []symptom.Finding{silent},
+			"nothing on 80 (warning; since 2026-11-28T19:00:00Z, 1 time)"},
 		{second, []symptom.Finding{dropped, silent},
 			"nothing on 80 (warning; since 2026-11-28T19:00:00Z, 1 time)"},
 		{5 * second, []symptom.Finding{dropped, silent},
@@ -108,8 +109,8 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-// TestWarningFlaps: one that comes and goes each minute is written a few times an hour, and one whose
-// words change all the time once a minute at most.
+// TestWarningFlaps: one that comes and goes each minute is written a few times an hour, and one
+// whose words change all the time once a minute at most.
 func TestWarningFlaps(t *testing.T) {
 	for name, tt := range map[string]struct {
 		on, off time.Duration
@@ -122,7 +123,8 @@ func TestWarningFlaps(t *testing.T) {
 		"too short to be heard": {4 * time.Second, 4 * time.Second, 1},
 	} {
 		w := newWarned()
-		one, other := warning(symptom.ApplicationSilent, "80", "80"), warning(symptom.NoRoute, "IPv6", "r")
+		one := warning(symptom.ApplicationSilent, "80", "80")
+		other := warning(symptom.NoRoute, "IPv6", "r")
 		for at := time.Duration(0); at < time.Hour; at += time.Second {
 			if at%(tt.on+tt.off) < tt.on {
 				w.pass(time.Second, one, other)

@@ -11,8 +11,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// What is asked beside the listeners, each rarely: how the endpoints are, and what Envoy was started
-// with. At 10,000 services each costs its main thread half a second.
+// What is asked beside the listeners, each rarely: how the endpoints are, and what Envoy was
+// started with. At 10,000 services each costs its main thread half a second.
 
 const (
 	// asideFirst is when the first of these questions comes to a process that was just met: it has
@@ -54,8 +54,8 @@ func asideAfter(met time.Time) aside {
 	return aside{startedNext: first, health: health{next: first}}
 }
 
-// health is when to ask how the endpoints are, and what to make of the answers. It is pure: the time
-// is given to it.
+// health is when to ask how the endpoints are, and what to make of the answers. It is pure: the
+// time is given to it.
 //
 //	h.due(now)                 is it time to ask for the clusters?
 //	h.answered(…, clusters)    their answer; does it tell, and shall panics be asked for?
@@ -124,9 +124,9 @@ func (h *health) panicsDue(now time.Time) bool {
 		slices.ContainsFunc(h.clusters, envoyadmin.ClusterHealth.FewHealthy)
 }
 
-// panicked takes the counts; nil: there was no usable answer. A cluster that ignored the health once
-// is told so until more of its endpoints are healthy: whether there was traffic between two answers
-// says nothing about them.
+// panicked takes the counts; nil: there was no usable answer. A cluster that ignored the health
+// once is told so until more of its endpoints are healthy: whether there was traffic between two
+// answers says nothing about them.
 func (h *health) panicked(began, ended time.Time, counts map[string]uint64) {
 	h.panicsNext = ended.Add(pace(ended.Sub(began), clustersEvery))
 	if counts == nil {

@@ -120,7 +120,8 @@ func TestPanic(t *testing.T) {
 	}
 }
 
-// TestClustersOfAnother: what was told of a process is not told of the next, nor of one that is gone.
+// TestClustersOfAnother: what was told of a process is not told of the next, nor of one that is
+// gone.
 func TestClustersOfAnother(t *testing.T) {
 	told := func() *test {
 		w := watch(t, running())
@@ -200,7 +201,8 @@ func TestAsideCost(t *testing.T) {
 	}
 	hour := w.clock.Sub(began)
 	for _, question := range []string{"clusters", "panics"} {
-		if share := float64(asked[question]) * 0.5 / hour.Seconds(); share > 0.0041 || asked[question] < 15 {
+		share := float64(asked[question]) * 0.5 / hour.Seconds()
+		if share > 0.0041 || asked[question] < 15 {
 			t.Errorf("%s: %d times in an hour, %.2f %%", question, asked[question], 100*share)
 		}
 	}

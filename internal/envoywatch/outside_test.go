@@ -297,8 +297,8 @@ func TestUnitWords(t *testing.T) {
 	}
 }
 
-// TestForeign: whether it is an Envoy that answers for another user is asked each 5 s, and forgotten
-// with that user.
+// TestForeign: whether it is an Envoy that answers for another user is asked each 5 s, and
+// forgotten with that user.
 func TestForeign(t *testing.T) {
 	asked, is := 0, true
 	e := running()

@@ -50,8 +50,8 @@ type Options struct {
 	// Unit is systemd's word on Envoy, asked while nothing listens on the admin address (Unit of
 	// this package). "" is no news; nil: not asked.
 	Unit func(context.Context) string
-	// Foreign says whether it is an Envoy all the same that answers on the admin address, where another
-	// user's socket there gave this error. nil: not asked.
+	// Foreign says whether it is an Envoy all the same that answers on the admin address, where
+	// another user's socket there gave this error. nil: not asked.
 	Foreign func(context.Context, error) bool
 	// Probe tries our own way to a control plane, beside everything else (Probe of this package).
 	// nil: not tried.

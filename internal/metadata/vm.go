@@ -52,8 +52,8 @@ func ReadVM(ctx context.Context) (VM, error) {
 // errNoDate is the error of an answer that does not tell the time, or came too late to.
 var errNoDate = errors.New("its answer does not tell the time")
 
-// Clock asks how far this machine's clock is ahead of the metadata server's; behind is negative. The
-// server tells whole seconds: what is below two of them is zero. Errors: [*Error].
+// Clock asks how far this machine's clock is ahead of the metadata server's; behind is negative.
+// The server tells whole seconds: what is below two of them is zero. Errors: [*Error].
 func Clock(ctx context.Context) (ahead time.Duration, err error) {
 	// Not an answer that the server was waited for with: nothing says whether its Date is of the
 	// beginning or of the end of that.

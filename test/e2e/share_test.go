@@ -67,11 +67,14 @@ func TestShareOfMainThread(t *testing.T) {
 			must(t, err)
 			resting := newBooking(t, a)
 			idle := during(func() { time.Sleep(length) })
-			resting.check(t, map[string]float64{"look": 1, "ready": 1}, nil)
+			resting.check(t, map[string]float64{"look": 1, "ready": 1, "clusters": 1. / 20},
+				map[string]float64{"clusters": 1. / 101})
 			booked = newBooking(t, a)
 			withChanging := during(changing)
-			// A dump that took 1 is followed by 11 without, statistics that took 1 by 1,000.
-			booked.check(t, nil, map[string]float64{"dump": 1. / 12, "stats": 1. / 1001})
+			// A dump that took 1 is followed by 11 without, statistics that took 1 by 1,000, and the health
+			// of the endpoints by 250, or 100 where that would come to more than some minutes.
+			booked.check(t, nil,
+				map[string]float64{"dump": 1. / 12, "stats": 1. / 1001, "clusters": 1. / 101})
 			last, err := a.Status(t.Context())
 			must(t, err)
 			eventually(t, time.Minute, "the last change in the rules", func() (bool, string) {
@@ -116,7 +119,7 @@ func (b *booking) look(t *testing.T) {
 		return
 	}
 	now := map[string]float64{}
-	for _, q := range []string{"dump", "look", "ready", "stats"} {
+	for _, q := range []string{"dump", "look", "ready", "stats", "clusters"} {
 		for _, series := range []string{"envoy_questions_total", "envoy_question_seconds_total"} {
 			name := fmt.Sprintf("%s{question=%q}", series, q)
 			now[name] = metric(t, b.agent, name)
