@@ -361,7 +361,10 @@ func (c *FilterChain) source(m *listenerv3.FilterChainMatch) error {
 	for _, of := range []struct {
 		ranges []*corev3.CidrRange
 		into   *[]netip.Prefix
-	}{{m.GetDirectSourcePrefixRanges(), &source.Direct}, {m.GetSourcePrefixRanges(), &source.Prefixes}} {
+	}{
+		{m.GetDirectSourcePrefixRanges(), &source.Direct},
+		{m.GetSourcePrefixRanges(), &source.Prefixes},
+	} {
 		for _, r := range of.ranges {
 			p, err := prefix(r.GetAddressPrefix(), r.GetPrefixLen().GetValue())
 			if err != nil {

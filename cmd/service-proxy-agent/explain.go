@@ -31,7 +31,8 @@ func explainCommand() *cobra.Command {
 	settings := lookFlags(c)
 	f := c.Flags()
 	f.StringVarP(&output, "output", "o", "text", "text or json")
-	f.StringVar(&uid, "uid", "", "who makes the connection, by name or number (default: an ordinary user)")
+	f.StringVar(&uid, "uid", "",
+		"who makes the connection, by name or number (default: an ordinary user)")
 	f.StringVar(&gid, "gid", "", "their group, by name or number (default: the user's)")
 	f.BoolVar(&q.UDP, "udp", false, "a UDP packet, as a DNS question is")
 	f.BoolVar(&q.Inbound, "inbound", false, "the connection comes in from elsewhere")

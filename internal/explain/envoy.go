@@ -1,7 +1,6 @@
 package explain
 
 import (
-	"fmt"
 	"net/netip"
 	"slices"
 
@@ -13,8 +12,7 @@ import (
 func (w why) behind() {
 	choice := w.q.Choice(w.s, w.verdict.Port)
 	if choice.Entry == nil {
-		w.answer.Notes = append(w.answer.Notes, fmt.Sprintf("no listener of Envoy's has port %d: "+
-			"connections to it are refused", w.verdict.Port))
+		w.note("no listener of Envoy's has port %d: connections to it are refused", w.verdict.Port)
 		return
 	}
 	w.answer.Listener = safe(choice.Listener.Name)
@@ -24,8 +22,7 @@ func (w why) behind() {
 		w.answer.Chains = append(w.answer.Chains, w.chain(*choice.Listener, one))
 	}
 	if choice.More > 0 {
-		w.answer.Notes = append(w.answer.Notes,
-			fmt.Sprintf("%d more filter chains may take it", choice.More))
+		w.note("%d more filter chains may take it", choice.More)
 	}
 	if !none {
 		return

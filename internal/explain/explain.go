@@ -337,8 +337,8 @@ func ParseAddress(text string) (netip.AddrPort, error) {
 	case err != nil && host == "":
 		return netip.AddrPort{}, fmt.Errorf("%q has no address; as in 10.0.0.1:80", safe(text))
 	case err != nil:
-		return netip.AddrPort{}, fmt.Errorf("%q is no address: explain takes one, since a name may lead to "+
-			"several; `getent ahosts %s` looks it up", safe(host), safe(host))
+		return netip.AddrPort{}, fmt.Errorf("%q is no address: explain takes one, since a name may "+
+			"lead to several; `getent ahosts %s` looks it up", safe(host), safe(host))
 	case addr.Zone() != "" || addr.IsUnspecified() || addr.IsMulticast():
 		return netip.AddrPort{}, fmt.Errorf("%q is no address that a connection goes to", safe(host))
 	}

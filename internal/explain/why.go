@@ -25,6 +25,10 @@ func (w why) say(setting, next, format string, args ...any) {
 	w.answer.Why, w.answer.Next, w.answer.Setting = fmt.Sprintf(format, args...), next, setting
 }
 
+func (w why) note(format string, args ...any) {
+	w.answer.Notes = append(w.answer.Notes, fmt.Sprintf(format, args...))
+}
+
 // Settings that an answer names: keys of the attribute, flags of the agent, and what is none.
 const (
 	excludeRanges = "exclude-outbound-ip-ranges"
@@ -106,12 +110,10 @@ func (w why) intercepted() {
 	if slices.ContainsFunc(w.s.Have.Rules("SERVICE_PROXY_OUTPUT"), func(rule string) bool {
 		return strings.Contains(rule, "--comment settling ")
 	}) {
-		w.answer.Notes = append(w.answer.Notes, "the rules are new: connections that are older than they "+
-			"go the old way until they end")
+		w.note("the rules are new: connections that are older than they go the old way until they end")
 	}
 	if w.s.Mode == "bypass" || w.s.Mode == "hold" || w.s.Mode == "paused" {
-		w.answer.Notes = append(w.answer.Notes, fmt.Sprintf("the agent says that it does not intercept "+
-			"now (%s), and the rules do", w.s.Mode))
+		w.note("the agent says that it does not intercept now (%s), and the rules do", w.s.Mode)
 	}
 	w.behind()
 }
@@ -175,8 +177,8 @@ func (w why) not() {
 		w.noService()
 	}
 	if byForeign && asked {
-		w.answer.Notes = append(w.answer.Notes, fmt.Sprintf("rule %d of chain %s, which is not ours, then "+
-			"decides: %s", ended.Index, safe(ended.Chain), safe(ended.Rule)))
+		w.note("rule %d of chain %s, which is not ours, then decides: %s", ended.Index,
+			safe(ended.Chain), safe(ended.Rule))
 	}
 }
 
@@ -310,8 +312,8 @@ func (w why) noRules() {
 		w.say(controlPlane, "have the control plane give the interception listener an IPv6 address (::)",
 			"IPv6 is not intercepted: Envoy's interception listener has no IPv6 address")
 	default:
-		w.say(controlPlane, "have the control plane send a listener that is bound, TCP, and looks up the "+
-			"original destination", "Envoy has no %s listener that takes redirected connections", family)
+		w.say(controlPlane, "have the control plane send a listener that is bound, TCP, and looks up "+
+			"the original destination", "Envoy has no %s listener that takes redirected connections", family)
 	}
 }
 
@@ -492,7 +494,6 @@ func (w why) differs() {
 	if want.Action == iptables.Redirect {
 		should = fmt.Sprintf("go to port %d", want.Port)
 	}
-	w.answer.Notes = append(w.answer.Notes, "the kernel's rules are not as they should be: by Envoy's "+
-		"listeners and the attribute the connection should "+should+
-		"; `service-proxy-agent diff` shows the difference")
+	w.note("the kernel's rules are not as they should be: by Envoy's listeners and the attribute the "+
+		"connection should %s; `service-proxy-agent diff` shows the difference", should)
 }

@@ -184,8 +184,9 @@ func explainWithout(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
 		answer.Verdict != explain.Intercepted || answer.Unseen[symptom.FromEnvoy] == "" {
 		t.Errorf("without Envoy: exit code %d\n%s", code, text)
 	}
-	_, _, code, err = a.Run(t.Context(), "cleanup")
-	must(t, err)
+	if _, stderr, code, err := a.Run(t.Context(), "cleanup"); err != nil || code != 0 {
+		t.Errorf("cleanup: exit code %d, %v, %s", code, err, stderr)
+	}
 	if _, text, code := explained(t, m, a, web4.String()); code != 2 ||
 		!strings.Contains(text, "there are no IPv4 rules of ours") {
 		t.Errorf("without rules: exit code %d\n%s", code, text)
