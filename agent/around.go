@@ -85,6 +85,9 @@ type answer struct {
 var aroundSources = []symptom.Source{symptom.FromSockets, symptom.FromConntrack,
 	symptom.FromFilter, symptom.FromRoutes}
 
+// errNoAnswer is for a source that has not answered in its time.
+var errNoAnswer = errors.New("no answer in time")
+
 // lookAround looks once at all of the surroundings that the kernel tells of, with the connections
 // that are older than the rules, and says of each source that failed why. It returns when ctx ends,
 // whatever still hangs.

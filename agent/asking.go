@@ -53,7 +53,7 @@ func (l *looking) askAll(ctx context.Context, questions ...question) {
 	for len(open) > 0 {
 		first := began.Add(lookLimit)
 		for n, until := range open {
-			if time.Now().After(until) {
+			if !time.Now().Before(until) {
 				delete(open, n)
 			} else if until.Before(first) {
 				first = until
@@ -85,9 +85,6 @@ func (l *looking) answered(of []symptom.Source, take func(*looking), err error) 
 		take(l)
 	}
 }
-
-// errNoAnswer is why a source told nothing that hangs.
-var errNoAnswer = errors.New("no answer in time")
 
 // whyNot is why a source told nothing, in few words. What another user may not see has the same
 // words for every source.

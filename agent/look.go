@@ -48,6 +48,10 @@ func Look(ctx context.Context, s Settings) Looked {
 	}
 	l.Seen.Attribute.Config = attribute.Default()
 	l.HaveErr = [2]error{errNoAnswer, errNoAnswer}
+	l.again = func(ctx context.Context) {
+		l.askAll(ctx, l.askKernel(), l.askDaemon())
+		l.Seen.Now = time.Now()
+	}
 	l.askAll(ctx, l.questions()...)
 	l.conclude(ctx)
 	return l.Looked
@@ -68,6 +72,8 @@ type looking struct {
 	hung      error  // the metadata server takes connections, and does not answer
 	kept      *keptAttribute
 	outcomes  []reconcile.Outcome
+	// again asks the kernel and the daemon once more.
+	again func(context.Context)
 }
 
 // conclude makes the facts of what the sources told.
@@ -224,6 +230,24 @@ func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
 	}
 }
 
+// aroundTime is how long the look at the surroundings may take.
+const aroundTime = 3 * time.Second
+
+// lookAround looks at what Envoy and the rules stand in.
+func (l *looking) lookAround(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, aroundTime)
+	defer cancel()
+	var jumps [2]bool
+	for i := range l.Have {
+		jumps[i] = l.HaveErr[i] == nil && l.Have[i].Ours().Intercepting()
+	}
+	around, failed := lookAround(ctx, askKernel(l.kernel.of), aboutOf(l.Want, 1, l.Seen, jumps))
+	l.Seen.Around = around
+	for source, err := range failed {
+		l.unseen[source] = whyNot(err)
+	}
+}
+
 // family are the facts of a family's rules, as far as one look tells them.
 func (l *looking) family(i int) symptom.Family {
 	f := symptom.Family{Family: families[i], Unusable: l.kernel.unusable[i]}
@@ -278,8 +302,7 @@ func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
 			return nil
 		}
 		if n > 0 {
-			l.askAll(ctx, l.askKernel(), l.askDaemon())
-			l.Seen.Now = time.Now()
+			l.again(ctx)
 		}
 		drift = nil
 		for i := range families {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -51,9 +50,10 @@ func (l *looking) askUsers() question {
 
 // kernelSeen is what was read of the kernel's rules.
 type kernelSeen struct {
-	read     bool     // table nat of each family that can be used
-	unusable [2]error // why not
-	noTools  error    // there is no iptables
+	read     bool             // table nat of each family that can be used
+	unusable [2]error         // why not
+	noTools  error            // there is no iptables
+	of       *iptables.Kernel // nil: not known
 }
 
 // askKernel reads table nat of both families, and who else has nat chains.
@@ -87,7 +87,7 @@ func (l *looking) askKernel() question {
 			if seen.unusable[0] != nil && seen.unusable[1] != nil {
 				err = nil // Open says so once more
 			}
-			seen.read = err == nil
+			seen.read, seen.of = err == nil, kernel
 			hung := ctx.Err() != nil
 			others, othersErr := otherChains(ctx, kernel)
 			return func(l *looking) {
@@ -168,7 +168,10 @@ func (l *looking) askEnvoy(past <-chan []envoyadmin.Logged) question {
 			return func(l *looking) {
 				l.Seen.Envoy, l.Seen.AdminOfRoot = v.View, byRoot.Load()
 				l.moved = l.moved || err == nil && !errors.Is(v.Err, envoyadmin.ErrTimeout)
-				if v.Err != nil {
+				switch {
+				case errors.Is(v.Err, envoyadmin.ErrRefused):
+					l.unseen[symptom.FromEnvoy] = "it is not running"
+				case v.Err != nil:
 					l.unseen[symptom.FromEnvoy] = whyNot(v.Err)
 				}
 				if !v.Clusters {
@@ -212,9 +215,8 @@ func (l *looking) askMetadata() question {
 				hung, err, in.Source = errors.New("it gives no answer within seconds"), errNoAnswer, nil
 			}
 			var self Self
-			var off bool
 			if err == nil {
-				self, off, err = readSelf(ctx)
+				self, err = readSelf(ctx)
 			}
 			if s.Config != "" && isAway(err) {
 				err = nil // a machine that has no metadata server, and says so
@@ -222,7 +224,7 @@ func (l *looking) askMetadata() question {
 			return func(l *looking) {
 				l.moved = l.moved || hung == nil
 				l.hung = hung
-				l.Seen.Attribute, l.Seen.GuestOff = in, off
+				l.Seen.Attribute = in
 				l.Seen.Account, l.Seen.VM, l.Seen.Clock = self.Account, self.VM, self.Clock
 			}, err
 		}}
@@ -251,25 +253,21 @@ func readAttribute(ctx context.Context) (attributeInForce, error) {
 	return in, nil
 }
 
-// readSelf asks who the VM is, and whether it may tell others.
-func readSelf(ctx context.Context) (self Self, guestOff bool, err error) {
+// readSelf asks who the VM is. Not for its guest attributes: each question counts against what the
+// agent may write.
+func readSelf(ctx context.Context) (self Self, err error) {
 	vm, err := metadata.ReadVM(ctx)
 	if err != nil {
-		return self, false, err
+		return self, err
 	}
 	self.VM = symptom.VM(vm)
 	if self.Clock, err = metadata.Clock(ctx); err != nil {
-		return self, false, err
+		return self, err
 	}
 	if account, err := metadata.ReadAccount(ctx); err == nil { // without it a next step lacks a name
 		self.Account = &account
 	}
-	_, err = metadata.Read(ctx, "instance/guest-attributes/")
-	var of *metadata.Error
-	if errors.As(err, &of) {
-		guestOff = of.Code == http.StatusForbidden
-	}
-	return self, guestOff, nil
+	return self, nil
 }
 
 // askState reads what bootstrap and earlier runs of the daemon left.

@@ -12,6 +12,8 @@ const (
 	// askedAgain is how long after an answer that Envoy has no stream it is asked once more: a control
 	// plane ends streams now and then, and Envoy is back within half a second.
 	askedAgain = time.Second
+	// probeTime is how long our own way is tried. A control plane answers within a second.
+	probeTime = 4 * time.Second
 	// countsWithin is how long a set of listeners that does not count yet is waited for.
 	countsWithin = 3 * time.Second
 	// clustersChecked is how long after a first answer endpoints count as unhealthy that still are:
@@ -111,7 +113,9 @@ func (w *Watch) judge(ctx context.Context, probe func(context.Context, envoyadmi
 	}
 	w.o.Probe = probe
 	if probe != nil {
-		came := w.probeControlPlane(ctx, probed{process: p.id, started: p.aside.Started})
+		limited, cancel := context.WithTimeout(ctx, probeTime)
+		came := w.probeControlPlane(limited, probed{process: p.id, started: p.aside.Started})
+		cancel()
 		p.probe, p.aside.Started = came.err, came.started
 	}
 	if !first.Streams {

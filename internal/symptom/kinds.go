@@ -73,7 +73,7 @@ var kinds = []Kind{
 	{MetadataServer, 0, justError, "The metadata server gives no usable answer",
 		[]Source{FromMetadata}},
 	{GuestAttributesOff, 27, justWarning, "Guest attributes are disabled",
-		[]Source{FromMetadata}},
+		[]Source{FromAgent}},
 	{ForeignOwner, 32, justError, "Another user holds a port of Envoy's",
 		[]Source{FromSockets, FromUsers}},
 	{OtherChain, 34, justAdvice, "Another nat chain may come before ours",

@@ -201,6 +201,9 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 // Setenv adds NAME=VALUE to the environment of the next start.
 func (a *Agent) Setenv(kv string) { a.env = append(a.env, kv) }
 
+// Environ is the environment of the agent, for other commands beside it.
+func (a *Agent) Environ() []string { return slices.Clone(a.env) }
+
 // Start starts the process; it does not wait for it to do anything.
 func (a *Agent) Start() error {
 	binary, err := Binary()
