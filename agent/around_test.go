@@ -21,7 +21,8 @@ import (
 )
 
 // sameAddrs compares values that hold addresses.
-var sameAddrs = cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{}),
+var sameAddrs = cmp.Options{
+	cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{}),
 	cmpopts.EquateEmpty(), cmpopts.EquateErrors()}
 
 // mesh is what a VM with two services and two serving ports wants, with the jumps in.
@@ -32,7 +33,8 @@ func mesh() about {
 				Services:        []netip.Prefix{netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.7.0.9/16")},
 				ExcludePrefixes: []netip.Prefix{netip.MustParsePrefix("10.7.1.0/24")},
 				ExcludePorts:    []iptables.PortRange{{First: 8000, Last: 8010}},
-				Serving:         []iptables.Serving{{Port: 8080}, {Addr: netip.MustParseAddr("10.0.0.9"), Port: 9090}}},
+				Serving: []iptables.Serving{{Port: 8080},
+					{Addr: netip.MustParseAddr("10.0.0.9"), Port: 9090}}},
 			{Family: iptables.IPv6, OutboundPort: 15001,
 				Services: []netip.Prefix{netip.MustParsePrefix("fd01::3/128")}},
 		},
@@ -83,7 +85,8 @@ func TestDroppedBy(t *testing.T) {
 		if test.change != nil {
 			test.change(&a)
 		}
-		if diff := cmp.Diff(test.want, droppedBy(filterOf(t, test.filter...), 0, a), sameAddrs); diff != "" {
+		got := droppedBy(filterOf(t, test.filter...), 0, a)
+		if diff := cmp.Diff(test.want, got, sameAddrs); diff != "" {
 			t.Errorf("%s: %s", test.name, diff)
 		}
 	}
@@ -117,12 +120,18 @@ func TestCandidate(t *testing.T) {
 // calm is a kernel without anything to tell, in which fields can be replaced.
 func calm() questions {
 	return questions{
-		filter:    func(_ context.Context, f iptables.Family) (iptables.Filter, error) { return iptables.Filter{}, nil },
+		filter: func(context.Context, iptables.Family) (iptables.Filter, error) {
+			return iptables.Filter{}, nil
+		},
 		listeners: func(uint16) ([]sockdiag.Listener, error) { return []sockdiag.Listener{{}}, nil },
-		connections: func(context.Context, func(sockdiag.Connection) bool) ([]sockdiag.Connection, error) {
+		connections: func(context.Context, func(sockdiag.Connection) bool) (
+			[]sockdiag.Connection, error,
+		) {
 			return nil, nil
 		},
-		load: func(context.Context) (conntrack.Load, error) { return conntrack.Load{Count: 1, Max: 100}, nil },
+		load: func(context.Context) (conntrack.Load, error) {
+			return conntrack.Load{Count: 1, Max: 100}, nil
+		},
 		find: func(context.Context, uint8, netip.AddrPort, netip.AddrPort) (conntrack.Entry, error) {
 			return conntrack.Entry{}, conntrack.ErrNoEntry
 		},
@@ -170,7 +179,9 @@ func TestOldConnections(t *testing.T) {
 		{"without conntrack", []uint16{redirected, accepted}, true, []uint16{redirected}, 1, nil},
 		{"not allowed to ask", []uint16{direct, 66, 67}, false, []uint16{direct}, 1, refused},
 	} {
-		q.connections = func(_ context.Context, pick func(sockdiag.Connection) bool) (found []sockdiag.Connection, err error) {
+		q.connections = func(_ context.Context, pick func(sockdiag.Connection) bool) (
+			found []sockdiag.Connection, err error,
+		) {
 			for _, port := range test.ports {
 				if c := connection(port); pick(c) {
 					found = append(found, c)
@@ -194,7 +205,9 @@ func TestOldConnections(t *testing.T) {
 			t.Errorf("%s: %d, %v: %s", test.name, got.OldCount, failed, diff)
 		}
 	}
-	q.connections = func(context.Context, func(sockdiag.Connection) bool) (all []sockdiag.Connection, err error) {
+	q.connections = func(context.Context, func(sockdiag.Connection) bool) (
+		all []sockdiag.Connection, err error,
+	) {
 		for port := range uint16(1000) {
 			all = append(all, connection(2000-port))
 		}
@@ -210,7 +223,7 @@ func TestUnrouted(t *testing.T) {
 	a := netip.MustParseAddr
 	asked := []netip.Addr{a("10.1.2.3"), a("10.7.0.0"), a("fd01::3")}
 	got := unrouted(asked, []route.Failure{{Addr: a("fd01::3"), Why: "network is unreachable"}})
-	want := []symptom.Unrouted{{Family: iptables.IPv6, Addrs: []netip.Addr{a("fd01::3")}, Count: 1, Of: 1,
+	want := []symptom.Unrouted{{Family: iptables.IPv6, Addrs: asked[2:], Count: 1, Of: 1,
 		Err: "network is unreachable"}}
 	if diff := cmp.Diff(want, got, sameAddrs); diff != "" {
 		t.Error(diff)
@@ -225,8 +238,8 @@ func TestUnrouted(t *testing.T) {
 		many = append(many, route.Failure{Addr: asked[i], Why: []string{"a route of type blackhole", "network is unreachable"}[min(i, 1)]})
 	}
 	got = unrouted(asked, many[:90])
-	if len(got) != 1 || got[0].Count != 90 || got[0].Of != 100 || got[0].Err != "a route of type blackhole" ||
-		!slices.Equal(got[0].Addrs, asked[:fewAddrs]) {
+	if len(got) != 1 || got[0].Count != 90 || got[0].Of != 100 ||
+		got[0].Err != "a route of type blackhole" || !slices.Equal(got[0].Addrs, asked[:fewAddrs]) {
 		t.Errorf("of many: %+v", got)
 	}
 }
@@ -258,7 +271,9 @@ func TestLookAround(t *testing.T) {
 	broken := errors.New("broken")
 	for source, spoil := range map[symptom.Source]func(*questions){
 		symptom.FromFilter: func(q *questions) {
-			q.filter = func(context.Context, iptables.Family) (iptables.Filter, error) { return iptables.Filter{}, broken }
+			q.filter = func(context.Context, iptables.Family) (iptables.Filter, error) {
+				return iptables.Filter{}, broken
+			}
 		},
 		symptom.FromSockets: func(q *questions) {
 			q.listeners = func(uint16) ([]sockdiag.Listener, error) { return nil, broken }
@@ -291,7 +306,10 @@ func TestLookAroundEndsInTime(t *testing.T) {
 		release := make(chan struct{})
 		defer close(release)
 		q := calm()
-		q.routes = func(context.Context, []netip.Addr) ([]route.Failure, error) { <-release; return nil, nil }
+		q.routes = func(context.Context, []netip.Addr) ([]route.Failure, error) {
+			<-release
+			return nil, nil
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 		defer cancel()
 		began := time.Now()

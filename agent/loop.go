@@ -48,8 +48,8 @@ type loop struct {
 	told     told
 }
 
-// beside is what tasks have found that look at other things than Envoy, and what one of them is told
-// to look for.
+// beside is what tasks have found that look at other things than Envoy, and whom the loop tells
+// what to look at.
 type beside struct {
 	others []iptables.OtherChain
 	around symptom.Surroundings

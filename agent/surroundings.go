@@ -28,7 +28,7 @@ const (
 	dropsKept = time.Minute
 )
 
-// surroundings is the task that looks around, beside the loop: none of what it asks may hold a pass.
+// surroundings is the task that looks around beside the loop: nothing that it asks may hold a pass.
 type surroundings struct {
 	ask   questions
 	log   *zap.Logger

@@ -95,6 +95,9 @@ func newPlayed(seed uint64) *played {
 		release: make(chan struct{}), random: rand.New(rand.NewPCG(seed, 0))}
 }
 
+var playedSources = []symptom.Source{symptom.FromFilter, symptom.FromSockets,
+	symptom.FromConntrack}
+
 var errPlayed = errors.New("played")
 
 // ask is one question: it says how it ends.
@@ -102,7 +105,8 @@ func (p *played) ask(source symptom.Source) error {
 	p.mu.Lock()
 	p.asked[source] = append(p.asked[source], time.Now())
 	p.running[source]++
-	hangs, fails, delay := p.hangs[source], p.fails[source], time.Duration(p.random.IntN(900))*time.Millisecond
+	hangs, fails := p.hangs[source], p.fails[source]
+	delay := time.Duration(p.random.IntN(900)) * time.Millisecond
 	p.mu.Unlock()
 	if hangs {
 		<-p.release
@@ -177,10 +181,10 @@ func lookingAround(t *testing.T, p *played) (s *surroundings, newest func() symp
 	}
 }
 
-// TestSurroundingsWithASourceThatHangs: whichever it is, the others go on at their pace, it is asked
-// no second time, and what it told is forgotten after a minute.
+// TestSurroundingsWithASourceThatHangs: whichever it is, the others go on at their pace, it is not
+// asked a second time, and what it told is forgotten after a minute.
 func TestSurroundingsWithASourceThatHangs(t *testing.T) {
-	for _, hung := range []symptom.Source{symptom.FromFilter, symptom.FromSockets, symptom.FromConntrack} {
+	for _, hung := range playedSources {
 		synctest.Test(t, func(t *testing.T) {
 			p := newPlayed(1)
 			p.dropped, p.silent = true, true
@@ -222,9 +226,9 @@ func TestSurroundingsWithASourceThatHangs(t *testing.T) {
 	}
 }
 
-// TestSurroundingsAtRandom: sources that take their time, fail and hang, and a want that changes, in
-// random order. What changes is told within a minute of their recovery, no source is asked twice at
-// a time or faster than it may, and the loop's side never waits.
+// TestSurroundingsAtRandom: sources that take their time, fail and hang, and a want that changes,
+// in random order. What changes is told within a minute of their recovery, no source is asked twice
+// at a time or faster than it may, and the loop's side never waits.
 func TestSurroundingsAtRandom(t *testing.T) {
 	n := 200
 	seed := rand.Uint64N(1 << 32)
@@ -235,10 +239,9 @@ func TestSurroundingsAtRandom(t *testing.T) {
 			random := rand.New(rand.NewPCG(seed+uint64(i), 1))
 			s, newest := lookingAround(t, p)
 			a := mesh()
-			sources := []symptom.Source{symptom.FromFilter, symptom.FromSockets, symptom.FromConntrack}
 			for range 30 {
 				p.mu.Lock()
-				switch source := sources[random.IntN(len(sources))]; random.IntN(6) {
+				switch source := playedSources[random.IntN(len(playedSources))]; random.IntN(6) {
 				case 0:
 					p.hangs[source] = true
 				case 1:
@@ -276,7 +279,8 @@ func TestSurroundingsAtRandom(t *testing.T) {
 			p.mu.Unlock()
 			time.Sleep(time.Minute)
 			all := newest()
-			if got := [2]bool{len(all.Dropped) > 0, len(all.Silent) > 0}; got != want || all.Conntrack.Count != 7 {
+			got := [2]bool{len(all.Dropped) > 0, len(all.Silent) > 0}
+			if got != want || all.Conntrack.Count != 7 {
 				t.Errorf("seed %d: dropped, silent: %v, want %v; %+v", seed+uint64(i), got, want, all)
 			}
 			p.mu.Lock()
@@ -303,7 +307,8 @@ func TestSurroundingsReachTheLoop(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		synctest.Wait()
 		seen := Observation{Around: <-s.found.Get()}
-		if f := seen.Facts(Want{}, nil); !slices.Equal(f.Silent, mesh().serving) || f.Conntrack.Max != 100 {
+		f := seen.Facts(Want{}, nil)
+		if !slices.Equal(f.Silent, mesh().serving) || f.Conntrack.Max != 100 {
 			t.Errorf("%+v", f.Surroundings)
 		}
 	})

@@ -152,9 +152,10 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 }
 
 // hasLegacyTable says whether there may be a legacy table ("nat", "filter"), without making it:
-// asking the kernel for it by name, as iptables-legacy-save and every one of its socket options do, makes it wherever
-// its module is loaded. /proc names the tables, in a file that is root's (0440, also for the group
-// root); the agent, an ordinary user with capabilities, has to go by the modules.
+// asking the kernel for it by name, as iptables-legacy-save and every one of its socket options do,
+// makes it wherever its module is loaded. /proc names the tables, in a file that is root's (0440,
+// also for the group root); the agent, an ordinary user with capabilities, has to go by the
+// modules.
 func hasLegacyTable(
 	f Family, table string, readFile func(string) ([]byte, error),
 ) (bool, error) {

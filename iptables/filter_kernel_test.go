@@ -29,7 +29,8 @@ func TestReadFilter(t *testing.T) {
 		dst := func(port uint16) netip.AddrPort {
 			return netip.AddrPortFrom(netip.MustParseAddr(own), port)
 		}
-		if v := filter.Walk(Packet{Hook: Input, Dst: dst(80), Proto: TCP, DstLocal: true}); v != (Verdict{Action: Pass}) {
+		p := Packet{Hook: Input, Dst: dst(80), Proto: TCP, DstLocal: true}
+		if v := filter.Walk(p); v != (Verdict{Action: Pass}) {
 			t.Errorf("without a table: %+v", v)
 		}
 		if has, err := hasFilter(k.tools[f]); err != nil || has {
@@ -95,10 +96,14 @@ func TestReadFilter(t *testing.T) {
 // neighbour makes another network namespace beside that of the test, and returns what tries to
 // connect from there to ports of this one, and
 // says which it reached. One that it is not to reach is waited for shortly.
-func neighbour(t *testing.T, f Family, own string) (dial func(ports map[uint16]bool) map[uint16]bool) {
+func neighbour(t *testing.T, f Family, own string) (
+	dial func(ports map[uint16]bool) map[uint16]bool,
+) {
 	t.Helper()
 	cmd := exec.Command("sleep", "120")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

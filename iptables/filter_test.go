@@ -17,7 +17,8 @@ func filterSave(text string) []byte {
 
 // anybody is the first packet of a connection to a port of this machine, from whoever.
 func anybody(dst string) Packet {
-	return Packet{Hook: Input, Dst: netip.MustParseAddrPort(dst), Proto: TCP, DstLocal: true, Syn: true}
+	return Packet{Hook: Input, Dst: netip.MustParseAddrPort(dst), Proto: TCP, DstLocal: true,
+		Syn: true}
 }
 
 func TestFilterWalk(t *testing.T) {
@@ -111,8 +112,8 @@ func TestFilterWalk(t *testing.T) {
 	}
 }
 
-// The firewalls that VMs come with, in the form that iptables-save prints of them, shortened to what
-// a packet to a port may meet.
+// The firewalls that VMs come with, in the form that iptables-save prints of them, shortened to
+// what a packet to a port may meet.
 const (
 	ufw = `
 :INPUT DROP [0:0]
@@ -139,7 +140,7 @@ const (
 -A ufw-after-input -p udp -m udp --dport 137 -j ufw-skip-to-policy-input
 -A ufw-after-input -p tcp -m tcp --dport 445 -j ufw-skip-to-policy-input
 -A ufw-after-input -m addrtype --dst-type BROADCAST -j ufw-skip-to-policy-input
--A ufw-after-logging-input -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix "[UFW BLOCK] "
+-A ufw-after-logging-input -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix UFW
 -A ufw-before-input -i lo -j ACCEPT
 -A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
 -A ufw-before-input -m conntrack --ctstate INVALID -j ufw-logging-deny
@@ -158,7 +159,7 @@ const (
 -A ufw-skip-to-policy-input -j DROP
 -A ufw-user-input -p tcp -m tcp --dport 22 -j ACCEPT
 -A ufw-user-input -p tcp -m multiport --dports 80,443 -m comment --comment "\'dapp_Nginx%20Full\'" -j ACCEPT
--A ufw-user-input -p tcp -m tcp --dport 9000 -m conntrack --ctstate NEW -m recent --update --seconds 30 --hitcount 6 --name DEFAULT --mask 255.255.255.255 --rsource -j ufw-user-limit
+-A ufw-user-input -p tcp -m tcp --dport 9000 -m recent --update --seconds 30 -j ufw-user-limit
 -A ufw-user-input -p tcp -m tcp --dport 9000 -j ufw-user-limit-accept
 -A ufw-user-limit -m limit --limit 3/min -j LOG --log-prefix "[UFW LIMIT BLOCK] "
 -A ufw-user-limit -j REJECT --reject-with icmp-port-unreachable
@@ -284,7 +285,8 @@ func TestFilterWalkAtRandom(t *testing.T) {
 		got := filter.Walk(p)
 		p.Hook = Prerouting
 		want := nat.Walk(p)
-		if (want.Action == Taken) != (got.Action == Dropped) || (want.Action == Pass) != (got.Action == Pass) ||
+		if (want.Action == Taken) != (got.Action == Dropped) ||
+			(want.Action == Pass) != (got.Action == Pass) ||
 			want.Action == Taken && (want.Rule != got.Rule) {
 			t.Fatalf("seed %d: %+v, want %+v\n%s", seed, got, want, save)
 		}

@@ -16,8 +16,8 @@ type Table struct {
 	chains map[string][]string // rules in order, without "-A CHAIN "
 }
 
-// ErrTruncated says that a save ended in the middle of the table that was read. What it held is not to be
-// trusted: the missing half would look like drift.
+// ErrTruncated says that a save ended in the middle of the table that was read. What it held is not
+// to be trusted: the missing half would look like drift.
 var ErrTruncated = errors.New("the save ends within table nat")
 
 // Parse reads the output of iptables-save, with or without counters and with or without other

@@ -31,7 +31,7 @@ type Load struct {
 	Full uint64
 }
 
-// ReadLoad reads it. [ErrNoTable] where the module is not loaded, which asking does not change. Full
+// ReadLoad reads it. [ErrNoTable] where the module is not loaded, and asking does not load it. Full
 // needs CAP_NET_ADMIN and stays 0 without.
 func ReadLoad(ctx context.Context) (Load, error) {
 	l, err := readLoad(os.ReadFile)

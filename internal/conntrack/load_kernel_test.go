@@ -30,7 +30,9 @@ func fill(t *testing.T, n int) {
 		dst := netip.AddrFrom4([4]byte{192, 0, 2, 1})
 		e := netlink.NewAttributeEncoder()
 		e.ByteOrder = binary.BigEndian
-		for kind, tuple := range map[uint16][2]netip.Addr{ctaTupleOrig: {src, dst}, ctaTupleReply: {dst, src}} {
+		for kind, tuple := range map[uint16][2]netip.Addr{
+			ctaTupleOrig: {src, dst}, ctaTupleReply: {dst, src},
+		} {
 			e.Nested(kind, func(e *netlink.AttributeEncoder) error {
 				e.Nested(ctaTupleIP, func(e *netlink.AttributeEncoder) error {
 					e.Bytes(ctaIPv4Src, tuple[0].AsSlice())

@@ -49,9 +49,9 @@ func Missing(ctx context.Context, addrs []netip.Addr) ([]Failure, error) {
 	if len(addrs) == 0 {
 		return nil, nil
 	}
-	// Not a netlink.Conn, which looks at the length of each answer before it takes it, and makes a page
-	// of memory for it: twenty times as much as the look-up itself. What is written here without an
-	// address goes to the kernel.
+	// Not a netlink.Conn, which looks at the length of each answer before it takes it, and makes a
+	// page of memory for it: twenty times as much as the look-up itself. What is written here without
+	// an address goes to the kernel.
 	conn, err := socket.Socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE, "rtnetlink", nil)
 	if err != nil {
 		return nil, fmt.Errorf("look up routes: %w", err)

@@ -60,7 +60,8 @@ func message(kind uint16, sequence uint32, data ...byte) []byte {
 func aRoute() []byte { return message(unix.RTM_NEWROUTE, 0, make([]byte, 12)...) }
 
 func failed(errno unix.Errno) []byte {
-	return message(unix.NLMSG_ERROR, 0, binary.NativeEndian.AppendUint32(nil, uint32(-int32(errno)))...)
+	number := binary.NativeEndian.AppendUint32(nil, uint32(-int32(errno)))
+	return message(unix.NLMSG_ERROR, 0, number...)
 }
 
 func TestMissingInBatches(t *testing.T) {

@@ -76,7 +76,8 @@ func TestConnections(t *testing.T) {
 		got, err := connections(c, func(one Connection) bool {
 			return one.Remote == addr("10.1.2.3:443") || one.Remote.Addr().Is6()
 		})
-		if !slices.Equal(got, test.want) || !errors.Is(err, test.err) || (err == nil) != (test.err == nil) {
+		if !slices.Equal(got, test.want) || !errors.Is(err, test.err) ||
+			(err == nil) != (test.err == nil) {
 			t.Errorf("%s: %v, %v; want %v, %v", test.name, got, err, test.want, test.err)
 		}
 	}
