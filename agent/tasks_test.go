@@ -46,13 +46,14 @@ func anAgent(t *testing.T) *Agent {
 		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](),
 		keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}),
 	}
+	a.around = newSurroundings(askKernel(k), a.log)
 	a.metrics = report.NewMetrics(report.Sources{})
 	return a
 }
 
 // TestTasks: what runs, by name. Each of these that were missing would be missed only on a VM.
 func TestTasks(t *testing.T) {
-	const always = "loop, watch Envoy, report, keep history, guest attributes, serial port, " +
+	const always = "loop, watch Envoy, report, keep history, look around, guest attributes, serial port, " +
 		"Cloud Logging, socket"
 	const metadata = "watch the attribute, read the service account, read who the VM is, " +
 		"watch the clock"
