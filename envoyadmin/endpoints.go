@@ -2,7 +2,6 @@ package envoyadmin
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"net"
 	"net/url"
@@ -299,13 +298,4 @@ func (r *reader) routeAction(cluster func() error, byHeader *bool) error {
 		}
 		return r.skip()
 	})
-}
-
-// String is e.g. "3 of 4 healthy".
-func (h ClusterHealth) String() string {
-	text := fmt.Sprintf("%d of %d healthy", h.Healthy, h.Total)
-	if h.Degraded > 0 {
-		text += fmt.Sprintf(", %d degraded", h.Degraded)
-	}
-	return text
 }
