@@ -11,15 +11,16 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/rulediff"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// lookAgain are the pauses before the looks after one that found a difference. A daemon that
+// differAgain are the pauses before the looks after one that found a difference. A daemon that
 // answers may be about to write just what is missing: it follows Envoy within half a second, or
 // within some when that has changed all the time (what its questions cost Envoy is limited), and on
 // legacy it sees each 1.5 s what others did.
-var lookAgain = []time.Duration{
+var differAgain = []time.Duration{
 	500 * time.Millisecond, 1500 * time.Millisecond, 3 * time.Second,
 }
 
@@ -33,7 +34,7 @@ func Differ(ctx context.Context, s Settings, config string) (rulediff.Difference
 		}
 		return Look(ctx, s).changes(config, *other), nil
 	}
-	return steady(ctx, lookAgain, func() (rulediff.Difference, bool) {
+	return steady(ctx, differAgain, func() (rulediff.Difference, bool) {
 		l := Look(ctx, s)
 		elsewhere, err := iptables.OtherBackend(ctx, l.Backend)
 		if l.Backend == "" {
@@ -80,8 +81,8 @@ func (l Looked) differs(elsewhere []iptables.Elsewhere, elsewhereErr error) rule
 		if note != "" {
 			notes = append(notes, note)
 		}
-		parts = append(parts, rulediff.Compare(l.Ruleset(i), have, left))
-		if held := l.Held(i); held != "" && !paused {
+		parts = append(parts, rulediff.Compare(l.wanted(i), have, left))
+		if held := l.Shapes[i].Held; held != "" && !paused {
 			notes = append(notes, fmt.Sprintf("%v: %s", f, held))
 		}
 	}
@@ -104,16 +105,38 @@ func (l Looked) daemonNotes() []string {
 	return nil
 }
 
+// told is what the daemon tells of a family.
+func (l Looked) told(i int) (f status.Family, ok bool) {
+	if l.Daemon != nil {
+		for _, f := range l.Daemon.Families {
+			if f.Family == families[i].String() {
+				return f, true
+			}
+		}
+	}
+	return status.Family{}, false
+}
+
+// wanted is what is wanted of a family here and now.
+func (l Looked) wanted(i int) iptables.Ruleset {
+	want := l.Ruleset(i)
+	if !want.Intercepting() && l.Have[i].Ours().Empty() {
+		// Chains without a jump are of no use, and are not put in.
+		return iptables.Interception{Family: families[i]}.Ruleset()
+	}
+	return want
+}
+
 // left are the rules of a family that the kernel does not take, as the daemon says.
 func (l Looked) left(i int) (left []rulediff.Left, note string) {
-	f, ok := l.daemonFamily(i)
+	f, ok := l.told(i)
 	if !ok {
 		return nil, ""
 	}
 	for _, rule := range f.Left {
 		if rule.Rule == iptables.CommentMatch {
-			note = fmt.Sprintf("%v: the rules are without their comments, which the kernel does not take: %s",
-				families[i], rule.Why)
+			note = fmt.Sprintf("%v: the rules are without their comments, which the kernel does not "+
+				"take: %s", families[i], rule.Why)
 		}
 		left = append(left, rulediff.Left{Rule: rule.Rule, Why: rule.Why})
 	}

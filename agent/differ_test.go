@@ -38,7 +38,7 @@ func aLook(t *testing.T) Looked {
 	var w wanted
 	l.Want, l.Known = w.desired(l.Seen.Settings, l.Seen)
 	for i := range families {
-		l.Have[i] = saved(t, l, i, "", "")
+		l.Have[i] = saved(t, l, i, "")
 	}
 	if !l.Known || l.Ruleset(0).Empty() {
 		t.Fatal("nothing is wanted")
@@ -46,14 +46,14 @@ func aLook(t *testing.T) Looked {
 	return l
 }
 
-// saved is what a save shows of a family's rules after one text of it was replaced.
-func saved(t *testing.T, l Looked, i int, old, changed string) iptables.Table {
+// saved is what a save shows of a family's rules without one text of it.
+func saved(t *testing.T, l Looked, i int, gone string) iptables.Table {
 	t.Helper()
 	save := reconcile.Shaped(l.Want.Families[i], reconcile.Whole()).String()
-	if !strings.Contains(save, old) {
-		t.Fatalf("no %q in\n%s", old, save)
+	if !strings.Contains(save, gone) {
+		t.Fatalf("no %q in\n%s", gone, save)
 	}
-	have, err := iptables.Parse(families[i], []byte(strings.ReplaceAll(save, old, changed)))
+	have, err := iptables.Parse(families[i], []byte(strings.ReplaceAll(save, gone, "")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,13 +92,13 @@ func TestDiffers(t *testing.T) {
 	}{
 		{"as wanted", func(*Looked) {}, nil, nil, rulediff.Same,
 			[]string{"IPv4 and IPv6 rules are as wanted: 1 service, 19 rules, nft\n"}, "agent"},
-		{"a row is gone", func(l *Looked) { l.Have[0] = saved(t, *l, 0, row, "") }, nil, nil,
+		{"a row is gone", func(l *Looked) { l.Have[0] = saved(t, *l, 0, row) }, nil, nil,
 			rulediff.Differs, []string{"- " + row, "IPv4 rules differ"}, ""},
 		{"no daemon", func(l *Looked) { l.Daemon = nil }, nil, nil, rulediff.Same,
 			[]string{"no agent answers", "as wanted"}, ""},
 		{"the jumps are held back", func(l *Looked) {
 			hold(l)
-			l.Have[0] = saved(t, *l, 0, jump, "")
+			l.Have[0] = saved(t, *l, 0, jump)
 		}, nil, nil, rulediff.Same, []string{"IPv4: " + held + "\n", "as wanted"}, "- "},
 		{"and no chain is in", func(l *Looked) { hold(l); l.Have[0] = empty }, nil, nil, rulediff.Same,
 			[]string{"IPv4: " + held + "\n", "as wanted"}, "- "},
@@ -112,7 +112,7 @@ func TestDiffers(t *testing.T) {
 		{"a rule that the kernel does not take", func(l *Looked) {
 			l.Daemon.Families = []status.Family{{Family: "IPv4",
 				Left: []status.Left{{Rule: strings.TrimSpace(row), Why: "No chain/target/match"}}}}
-			l.Have[0] = saved(t, *l, 0, row, "")
+			l.Have[0] = saved(t, *l, 0, row)
 		}, nil, nil, rulediff.Differs,
 			[]string{"- " + row[:len(row)-1] + "  # the kernel refuses it: No chain/target/match\n"}, ""},
 		{"no comments", func(l *Looked) {
@@ -250,7 +250,7 @@ func TestSteady(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			n, began := 0, time.Now()
-			d := steady(t.Context(), lookAgain, func() (rulediff.Difference, bool) {
+			d := steady(t.Context(), differAgain, func() (rulediff.Difference, bool) {
 				n++
 				return test.looks[n-1], test.again
 			})
@@ -261,7 +261,7 @@ func TestSteady(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if d := steady(ended, lookAgain, func() (rulediff.Difference, bool) { return differs, true }); d.
+	if d := steady(ended, differAgain, func() (rulediff.Difference, bool) { return differs, true }); d.
 		Exit != rulediff.Differs {
 		t.Errorf("interrupted: %+v", d)
 	}

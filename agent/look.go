@@ -285,9 +285,9 @@ func (l *looking) follows() bool {
 }
 
 const (
-	// differAgain is how soon the kernel is read again where it differs: an agent that restarts may be
+	// lookAgain is how soon the kernel is read again where it differs: an agent that restarts may be
 	// about to put it right.
-	differAgain = 600 * time.Millisecond
+	lookAgain = 600 * time.Millisecond
 	mostDrift   = 100
 )
 
@@ -298,7 +298,7 @@ func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
 		return nil
 	}
 	for n := range 3 {
-		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, differAgain) {
+		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, lookAgain) {
 			return nil
 		}
 		if n > 0 {

@@ -128,7 +128,8 @@ func goTables(program string, f Family) (*goiptables.IPTables, error) {
 	if f == IPv6 {
 		proto = goiptables.ProtocolIPv6
 	}
-	tables, err := goiptables.New(goiptables.IPFamily(proto), goiptables.Path(path), goiptables.Timeout(5))
+	tables, err := goiptables.New(goiptables.IPFamily(proto), goiptables.Path(path),
+		goiptables.Timeout(5))
 	if err != nil {
 		return nil, fmt.Errorf("ask %s for its version: %w", program, err)
 	}

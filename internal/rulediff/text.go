@@ -56,11 +56,11 @@ func (d Difference) Text(out io.Writer) error {
 
 func printLines(b *bufio.Writer, lines []Line) {
 	for _, l := range lines {
-		fmt.Fprintf(b, "%s %s", l.Mark, safe(l.Text))
+		note := ""
 		if l.Note != "" {
-			fmt.Fprintf(b, "  # %s", safe(l.Note))
+			note = "  # " + safe(l.Note)
 		}
-		b.WriteByte('\n')
+		fmt.Fprintf(b, "%s %s%s\n", l.Mark, safe(l.Text), note)
 	}
 }
 
