@@ -24,8 +24,8 @@ import (
 // silent is an Envoy that does not answer.
 var silent = envoywatch.View{Outage: envoywatch.Outage{Err: envoyadmin.ErrRefused}}
 
-// aLook is a VM with an Envoy that has one service, and the rules for it.
-func aLook(t *testing.T) Looked {
+// interceptingLook is a VM with an Envoy that has one service, and the rules for it.
+func interceptingLook(t *testing.T) Looked {
 	t.Helper()
 	l := Looked{Backend: iptables.NFT, Daemon: &status.Status{Mode: "intercepting"},
 		Shapes: [2]status.Shape{reconcile.Whole(), reconcile.Whole()}}
@@ -156,7 +156,7 @@ func TestDiffers(t *testing.T) {
 			rulediff.Same, []string{"the other backend: could not look\n"}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			l := aLook(t)
+			l := interceptingLook(t)
 			test.change(&l)
 			d := l.differs(test.elsewhere, test.err)
 			text := printed(t, d)
@@ -211,7 +211,7 @@ func TestChangesOfAnAttribute(t *testing.T) {
 		}, other, rulediff.NotKnown, []string{"could not look: Envoy: "}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			l := aLook(t)
+			l := interceptingLook(t)
 			test.change(&l)
 			d := l.changes("new.json", test.by)
 			text := printed(t, d)
