@@ -216,7 +216,8 @@ func (a *agreement) text(table iptables.Table, twins map[string]string) string {
 
 // oneWay says whether the outcome is what the table says if each rule with an unknown match either
 // matches or does not.
-func (a *agreement) oneWay(table iptables.Table, o others, p iptables.Packet, outcome Outcome) bool {
+func (a *agreement) oneWay(table iptables.Table, o others, p iptables.Packet,
+	outcome Outcome) bool {
 	comments := make([]string, 0, len(o.twins))
 	for comment := range o.twins {
 		comments = append(comments, comment)

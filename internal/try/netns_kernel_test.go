@@ -125,7 +125,7 @@ func newSeed(t *testing.T) uint64 {
 	return seed
 }
 
-func sh(t testing.TB, command string) string {
+func sh(t testing.TB, command string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -133,7 +133,6 @@ func sh(t testing.TB, command string) string {
 	if err != nil {
 		t.Fatalf("%s: %v\n%s", command, err, out)
 	}
-	return string(out)
 }
 
 func listen(t testing.TB, at string) *net.TCPListener {

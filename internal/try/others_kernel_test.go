@@ -74,7 +74,8 @@ func (a *agreement) others(r *rand.Rand, hook iptables.Hook) others {
 	return o
 }
 
-func (o *others) add(a *agreement, r *rand.Rand, hook iptables.Hook, where string, chains []string) {
+func (o *others) add(a *agreement, r *rand.Rand, hook iptables.Hook, where string,
+	chains []string) {
 	words := a.match(r, hook)
 	// A chain may ask for an interface that nothing of OUTPUT has come in by.
 	if hook == iptables.Output && strings.Contains(where, "FOREIGN") && r.IntN(5) == 0 {
@@ -172,7 +173,9 @@ func (a *agreement) target(r *rand.Rand, chains []string) string {
 	}
 	there := pick(r, a.remote)
 	here := pick(r, a.local)
-	with := func(addr netip.Addr, port uint16) string { return netip.AddrPortFrom(addr, port).String() }
+	with := func(addr netip.Addr, port uint16) string {
+		return netip.AddrPortFrom(addr, port).String()
+	}
 	return pick(r, []string{"-j ACCEPT", "-j RETURN", "-j RETURN", "-j CONNMARK --set-mark 0x1",
 		"-j MARK --set-mark 0x1", "-j ACCEPT", fmt.Sprintf("-j REDIRECT --to-ports %d", foreignPort),
 		"-j REDIRECT", "-j DNAT --to-destination " + there.String(),

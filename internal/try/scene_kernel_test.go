@@ -91,7 +91,8 @@ func (n *neighbour) in(f func()) {
 }
 
 func newScene(t *testing.T, family iptables.Family) *scene {
-	s := &scene{t: t, family: family, clients: map[string]*neighbour{}, arrived: make(chan arrival, 64)}
+	s := &scene{t: t, family: family, clients: map[string]*neighbour{},
+		arrived: make(chan arrival, 64)}
 	ip, nodad, bits := "ip -4", "", "/24"
 	local := []string{"10.50.0.1", "10.50.0.2"}
 	remote := []string{"10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.1.1", "10.2.0.1", "8.8.8.8",
@@ -201,7 +202,8 @@ func arrivalOf(c *net.TCPConn) (a arrival, ok bool) {
 			a.original = netip.AddrPortFrom(netip.AddrFrom16(m.Addr.Addr), port<<8|port>>8)
 		}
 	})
-	return a, a.original.IsValid() && a.original != netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+	at := netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+	return a, a.original.IsValid() && a.original != at
 }
 
 // sourceOf is the address from which a connection of this machine to another would come.
@@ -220,8 +222,8 @@ func (s *scene) isLocal(a netip.Addr) bool {
 	return a.IsLoopback() || slices.Contains(s.local, a) || s.routed.Contains(a)
 }
 
-// packet is the first packet of a random connection. Every other one is for what the interception is
-// about.
+// packet is the first packet of a random connection. Every other one is for what the interception
+// is about.
 func (s *scene) packet(r *rand.Rand, hook iptables.Hook, i iptables.Interception) iptables.Packet {
 	p := iptables.Packet{Hook: hook, Proto: iptables.TCP, Syn: true}
 	addresses := slices.Concat(s.local, s.remote, []netip.Addr{s.routed.Addr().Next()})

@@ -102,8 +102,8 @@ type Outcome struct {
 	// Where is the other end that the entry names; zero where there is none.
 	Where netip.AddrPort
 	local bool // Where is this machine's
-	// Client is whom the other end takes it to come from: From, or what a rule or conntrack has made of
-	// it, which gives another port where two redirected connections would look the same.
+	// Client is whom the other end takes it to come from: From, or what a rule or conntrack has
+	// made of it, which gives another port where two redirected connections would look the same.
 	Client netip.AddrPort
 	State  string // the entry's state of TCP, e.g. "SYN_SENT"; "" where there is none
 	Why    string // why Led is Unseen
@@ -182,11 +182,13 @@ func socketAs(ask Ask) (fd int, err error) {
 		return 0, err
 	}
 	fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	// What follows is done as before.
-	unix.SetfsuidRetUid(unix.Geteuid())
-	unix.SetfsgidRetGid(unix.Getegid())
 	if err != nil {
 		return 0, fmt.Errorf("make a socket: %w", err)
+	}
+	// What follows is done as before.
+	if err := errors.Join(unix.Setfsuid(unix.Geteuid()), unix.Setfsgid(unix.Getegid())); err != nil {
+		unix.Close(fd)
+		return 0, fmt.Errorf("be root again: %w", err)
 	}
 	return fd, nil
 }
@@ -202,12 +204,15 @@ func become(ask Ask) error {
 	if _, _, errno := syscall.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); errno != 0 {
 		return fmt.Errorf("%w: connect as uid %d, gid %d: %w", ErrNotPermitted, uid, gid, errno)
 	}
-	// These two say nothing of a failure: asked for a user that there cannot be they tell who it is.
-	unix.SetfsgidRetGid(gid)
-	unix.SetfsuidRetUid(uid)
+	// The kernel says nothing of a user that it refuses. Asked for one that there cannot be it tells
+	// who it is.
 	const nobody = -1
-	isGID, _ := unix.SetfsgidRetGid(nobody)
-	isUID, _ := unix.SetfsuidRetUid(nobody)
+	err := errors.Join(unix.Setfsgid(gid), unix.Setfsuid(uid))
+	isGID, errGID := unix.SetfsgidRetGid(nobody)
+	isUID, errUID := unix.SetfsuidRetUid(nobody)
+	if err := errors.Join(err, errGID, errUID); err != nil {
+		return fmt.Errorf("connect as uid %d, gid %d: %w", uid, gid, err)
+	}
 	if isUID != uid || isGID != gid {
 		return fmt.Errorf("%w: connect as uid %d, gid %d: the kernel left it at %d, %d", ErrNotPermitted,
 			uid, gid, isUID, isGID)
@@ -226,7 +231,9 @@ func answer(ctx context.Context, socket *os.File) error {
 	if err != nil {
 		return err
 	}
-	defer context.AfterFunc(ctx, func() { socket.SetWriteDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() {
+		socket.SetWriteDeadline(time.Unix(1, 0)) //nolint:errcheck // a socket has deadlines
+	})()
 	var result error
 	if err := raw.Write(func(fd uintptr) bool {
 		var done bool

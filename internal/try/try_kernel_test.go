@@ -147,14 +147,15 @@ func TestAnswers(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := Connect(ctx, Ask{To: netip.MustParseAddrPort("10.1.0.9:80")}); !errors.Is(err, context.Canceled) {
+	to := netip.MustParseAddrPort("10.1.0.9:80")
+	if _, err := Connect(ctx, Ask{To: to}); !errors.Is(err, context.Canceled) {
 		t.Errorf("called off: %v", err)
 	}
 }
 
-// TestDifferenceIsTold: what decides without being in the list of table nat is told as a difference:
-// an exemption from tracking, and a rule of nft's own in the table of iptables, which iptables-save
-// of 1.8 lists without what it asks for.
+// TestDifferenceIsTold: what decides without being in the list of table nat is told as a
+// difference: an exemption from tracking, and a rule of nft's own in the table of iptables, which
+// iptables-save of 1.8 lists without what it asks for.
 func TestDifferenceIsTold(t *testing.T) {
 	if !inNetns(t) {
 		return
@@ -165,8 +166,9 @@ func TestDifferenceIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := iptables.Interception{Family: iptables.IPv4, Jumps: true, OutboundPort: 15001, ProxyUID: 999,
-		ProxyGID: 999, Services: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}.Ruleset()
+	want := iptables.Interception{Family: iptables.IPv4, Jumps: true, OutboundPort: 15001,
+		ProxyUID: 999, ProxyGID: 999,
+		Services: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}}.Ruleset()
 	have, err := kernel.Read(t.Context(), iptables.IPv4)
 	if err != nil {
 		t.Fatal(err)

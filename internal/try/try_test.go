@@ -25,8 +25,8 @@ func led(led Led, where string) Outcome {
 }
 
 func TestCompare(t *testing.T) {
-	redirect := iptables.Verdict{Action: iptables.Redirect, Port: 15001, Chain: "SERVICE_PROXY_REDIRECT",
-		Rule: "-p tcp -j REDIRECT --to-ports 15001"}
+	redirect := iptables.Verdict{Action: iptables.Redirect, Port: 15001,
+		Chain: "SERVICE_PROXY_REDIRECT", Rule: "-p tcp -j REDIRECT --to-ports 15001"}
 	taken := func(rule string) iptables.Verdict {
 		return iptables.Verdict{Action: iptables.Taken, Chain: "OUTPUT", Rule: rule}
 	}
@@ -140,7 +140,8 @@ func TestAnswerOf(t *testing.T) {
 
 func TestNoTarget(t *testing.T) {
 	for _, to := range []string{"0.0.0.0:80", "[::]:80", "10.0.0.1:0", "224.0.0.1:80", "[ff02::1]:80"} {
-		if _, err := Connect(t.Context(), Ask{To: netip.MustParseAddrPort(to)}); !errors.Is(err, ErrNoTarget) {
+		ask := Ask{To: netip.MustParseAddrPort(to)}
+		if _, err := Connect(t.Context(), ask); !errors.Is(err, ErrNoTarget) {
 			t.Errorf("%s: %v", to, err)
 		}
 	}
