@@ -159,6 +159,19 @@ var (
 // resolver is every DNS server of the world: it gives the same answer to every question, by UDP.
 func resolver(t *testing.T, m *mesh.Mesh) (answerLate func()) {
 	t.Helper()
+	return resolverOf(t, m, func(q *dnsmessage.Message) {
+		q.Answers = []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Type: dnsmessage.TypeA,
+				Class: dnsmessage.ClassINET},
+			Body: &dnsmessage.AResource{A: fromResolver.As4()},
+		}}
+	})
+}
+
+// resolverOf is every DNS server of the world, which answers as reply does.
+func resolverOf(t *testing.T, m *mesh.Mesh,
+	reply func(*dnsmessage.Message)) (answerLate func()) {
+	t.Helper()
 	late := make(chan struct{})
 	for network, addr := range map[string]string{"udp4": "0.0.0.0:53", "udp6": "[::]:53"} {
 		var conn *net.UDPConn
@@ -170,14 +183,14 @@ func resolver(t *testing.T, m *mesh.Mesh) (answerLate func()) {
 			return err
 		}))
 		t.Cleanup(func() { conn.Close() })
-		answer(t, conn, late)
+		answer(t, conn, late, reply)
 	}
 	return sync.OnceFunc(func() { close(late) })
 }
 
 // answer answers on a socket with the address that was asked as the source, which is none
 // of the machine's own.
-func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
+func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}, say func(*dnsmessage.Message)) {
 	raw, err := conn.SyscallConn()
 	must(t, err)
 	must(t, raw.Control(func(fd uintptr) {
@@ -196,11 +209,7 @@ func answer(t *testing.T, conn *net.UDPConn, late <-chan struct{}) {
 				continue
 			}
 			q.Response, q.Additionals = true, nil
-			q.Answers = []dnsmessage.Resource{{
-				Header: dnsmessage.ResourceHeader{Name: q.Questions[0].Name, Type: dnsmessage.TypeA,
-					Class: dnsmessage.ClassINET},
-				Body: &dnsmessage.AResource{A: fromResolver.As4()},
-			}}
+			say(&q)
 			reply, err := q.Pack()
 			if err != nil {
 				continue

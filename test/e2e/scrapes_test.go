@@ -21,7 +21,8 @@ import (
 )
 
 var record = flag.Bool("record", false,
-	"TestScrapes: write test/grafana/testdata anew, which takes eight minutes")
+	"TestScrapes: write test/grafana/testdata anew, which takes eight minutes; "+
+		"TestSymptoms: write the table of docs/symptoms.md")
 
 const recorded = "../grafana/testdata"
 

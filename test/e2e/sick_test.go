@@ -20,17 +20,15 @@ import (
 // and gives it for the dumps; nil: Envoy's own answer.
 type sickness func(w http.ResponseWriter, r *http.Request, healthy []byte)
 
-// TestSickAdmin: whatever the admin interface answers, the rules stay, the heartbeat goes on, the
-// failure is named, and it is over by itself.
-func TestSickAdmin(t *testing.T) {
-	t.Parallel()
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
-	must(t, err)
-	defer func() { must(t, m.Close()) }()
+// fakeAdmin is where beforeAdmin answers.
+const fakeAdmin = "127.0.0.1:15100"
 
+// beforeAdmin puts a server before Envoy's admin interface, which is as sick as it is told to be.
+func beforeAdmin(t *testing.T, m *mesh.Mesh) *atomic.Pointer[sickness] {
+	t.Helper()
 	var sick atomic.Pointer[sickness]
 	envoy := m.VM.HTTP()
-	fake, err := m.VM.ListenAs(lab.EnvoyUID, "tcp", "127.0.0.1:15100")
+	fake, err := m.VM.ListenAs(lab.EnvoyUID, "tcp", fakeAdmin)
 	must(t, err)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		resp, err := envoy.Get("http://" + lab.AdminAddr.String() + r.URL.String())
@@ -49,10 +47,21 @@ func TestSickAdmin(t *testing.T) {
 		w.WriteHeader(resp.StatusCode)
 		w.Write(body)
 	})}
-	go server.Serve(fake)
-	defer server.Close()
+	go server.Serve(fake) // ends by Close
+	t.Cleanup(func() { server.Close() })
+	return &sick
+}
 
-	a := m.NewAgent("--envoy-admin", "127.0.0.1:15100")
+// TestSickAdmin: whatever the admin interface answers, the rules stay, the heartbeat goes on, the
+// failure is named, and it is over by itself.
+func TestSickAdmin(t *testing.T) {
+	t.Parallel()
+	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
+	must(t, err)
+	defer func() { must(t, m.Close()) }()
+
+	sick := beforeAdmin(t, m)
+	a := m.NewAgent("--envoy-admin", fakeAdmin)
 	defer func() {
 		if t.Failed() {
 			t.Log(a.Log())

@@ -69,9 +69,11 @@ type EnvoyOptions struct {
 	ControlPlane netip.AddrPort // ADS, by plain HTTP/2 unless CA is set
 	// PEM of the authority that the control plane's certificate is checked against
 	CA         []byte
-	ServerName string         // the name in that certificate; empty: trafficdirector.googleapis.com
-	NodeID     string         // empty: projects/123456789012/networks/default/nodes/lab
-	Metadata   map[string]any // node metadata
+	ServerName string // the name in that certificate; empty: trafficdirector.googleapis.com
+	// LookUp has Envoy look this name up to find its control plane, at ControlPlane's port.
+	LookUp   string
+	NodeID   string         // empty: projects/123456789012/networks/default/nodes/lab
+	Metadata map[string]any // node metadata
 	// an RTDS layer traffic_director_runtime: until it is answered, or 15 s long,
 	// Envoy is PRE_INITIALIZING
 	Runtime  bool
@@ -344,6 +346,12 @@ func xdsCluster(opts EnvoyOptions) (*clusterv3.Cluster, error) {
 	}
 	cluster.TypedExtensionProtocolOptions = map[string]*anypb.Any{
 		"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http2}
+	if opts.LookUp != "" {
+		cluster.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STRICT_DNS}
+		cluster.DnsLookupFamily = clusterv3.Cluster_V4_ONLY
+		at := cluster.LoadAssignment.Endpoints[0].LbEndpoints[0].GetEndpoint()
+		at.Address.GetSocketAddress().Address = opts.LookUp
+	}
 	if opts.CA != nil {
 		context, err := packed(&tlsv3.UpstreamTlsContext{
 			Sni: opts.ServerName,

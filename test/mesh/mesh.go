@@ -60,7 +60,8 @@ type Mesh struct {
 	CPAddr   netip.AddrPort
 	Platform *platform.Emulator
 	Envoy    *lab.Envoy
-	Serial   *Serial // port 1: what is written there is in Platform, where gcloud reads it
+	App      *lab.Echo // behind the serving port
+	Serial   *Serial   // port 1: what is written there is in Platform, where gcloud reads it
 	ends     []func()
 }
 
@@ -110,8 +111,12 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		{m.Service, 81, lab.EchoOptions{Name: "escaped"}},
 		{m.Service, 9000, lab.EchoOptions{Name: "escaped"}},
 	} {
-		if _, err := m.Echo(e.in, e.port, e.opts); err != nil {
+		echo, err := m.Echo(e.in, e.port, e.opts)
+		if err != nil {
 			return nil, err
+		}
+		if e.in == m.VM {
+			m.App = echo
 		}
 	}
 	if m.Serial, err = openSerial(filepath.Join(m.Dir, "ttyS0"), m.Platform); err != nil {
@@ -149,9 +154,11 @@ func (m *Mesh) Close() error {
 type Agent struct {
 	mesh *Mesh
 	args []string
+	own  int // how many of args the lab needs
 	env  []string
 	dir  string
-	// Under is a command that starts the agent by exec(2), in a mount namespace for one.
+	// Under is a command that starts the agent, and root's other commands, by exec(2): in a mount
+	// namespace for one.
 	Under []string
 
 	mu   sync.Mutex
@@ -191,6 +198,7 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 	if m.Envoy != nil {
 		a.args = append(a.args, "--envoy-log", m.Envoy.LogPath)
 	}
+	a.own = len(a.args)
 	a.args = append(a.args, args...) // of two the later one counts
 	// No name of Google's resolves here, and the emulator answers for all of its services.
 	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+
@@ -289,14 +297,31 @@ func (a *Agent) Run(
 	return a.RunAs(ctx, 0, nil, args...)
 }
 
-// RunAs is Run as another user (0: root), with more in the environment.
+// Settings are the flags that the agent was made with, as environment twins: other commands that look
+// at this VM take them, too.
+func (a *Agent) Settings() (env []string) {
+	for i := 1; i+1 < len(a.args); i += 2 {
+		name := strings.ToUpper(strings.ReplaceAll(strings.TrimPrefix(a.args[i], "--"), "-", "_"))
+		env = append(env, "SERVICE_PROXY_AGENT_"+name+"="+a.args[i+1])
+	}
+	return env
+}
+
+// SetArgs changes the flags beside those that the lab needs, for the next start.
+func (a *Agent) SetArgs(args ...string) {
+	a.args = append(slices.Clip(a.args[:a.own]), args...)
+}
+
+// RunAs is Run as another user (0: root, then below what the agent is), with more in the
+// environment.
 func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string,
 	args ...string) (stdout, stderr string, code int, err error) {
 	binary, err := Binary()
 	if err != nil {
 		return "", "", 0, err
 	}
-	cmd := a.mesh.VM.Command(ctx, binary, args...)
+	argv := slices.Concat(a.Under, []string{binary}, args)
+	cmd := a.mesh.VM.Command(ctx, argv[0], argv[1:]...)
 	if uid != 0 {
 		cmd = a.mesh.VM.CommandAs(ctx, uid, binary, args...)
 	}
