@@ -15,9 +15,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// withDoctor: there is a command doctor to ask.
-const withDoctor = false
-
 // doctorLimit is how long doctor may take, whatever hangs.
 const doctorLimit = 10 * time.Second
 
@@ -92,11 +89,11 @@ func diagnose(t *testing.T, a *mesh.Agent, uid uint32, args ...string) (d diagno
 	return d
 }
 
-// examine has doctor find the symptom, and nothing else but what it explains.
-func (p *patient) examine(t *testing.T, i injection) {
+// examine has doctor find the symptom, and nothing else but what it explains. It returns the words.
+func (p *patient) examine(t *testing.T, i injection) (words string) {
 	t.Helper()
-	if !withDoctor || i.told == answers {
-		return
+	if doctored != "" || i.told == answers {
+		return ""
 	}
 	var d diagnosis
 	// What only passes by, as a repair, may be gone from one of the two looks.
@@ -107,13 +104,14 @@ func (p *patient) examine(t *testing.T, i injection) {
 	}
 	if d.state(i.id) != symptom.Found {
 		t.Errorf("doctor says that %s is %q:\n%s", i.id, d.state(i.id), d.text)
-		return
+		return ""
 	}
 	worst := symptom.Advice
 	for _, f := range d.Findings {
 		worst = max(worst, f.Severity)
 		switch {
 		case f.ID == i.id && f.ExplainedBy == "":
+			words = f.Text()
 			if !strings.Contains(d.text, f.Cause) {
 				t.Errorf("the text does not say %q:\n%s", f.Cause, d.text)
 			}
@@ -131,4 +129,5 @@ func (p *patient) examine(t *testing.T, i injection) {
 	case worst != symptom.Error && len(unknown) > 0 && d.code != 2:
 		t.Errorf("exit code %d, and unknown are %s:\n%s", d.code, unknown, d.text)
 	}
+	return words
 }

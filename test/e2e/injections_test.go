@@ -29,6 +29,18 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
+// What is told where, and what there is to tell, as far as the program has it.
+const (
+	// warning is where a warning is read from outside.
+	warning = inStatus
+	// surrounds is why a row of what Envoy and the rules stand in is not run; "": it is.
+	surrounds = "the agent does not look at this yet"
+	// explained is why the answers of explain are not asked for; "": they are.
+	explained = "there is no explain yet"
+	// doctored is why what only doctor finds is not looked for; "": it is.
+	doctored = "there is no doctor yet"
+)
+
 // situations are the VMs, with what is injected in each. They stand beside each other, so a VM has as
 // few as fit into a minute or two.
 var situations = []situation{
@@ -106,14 +118,14 @@ var situations = []situation{
 			says: `^Port 3306 usually speaks a protocol in which the server talks first.*` +
 				`; set exclude-outbound-port-ranges=3306`},
 		{row: 19, id: symptom.ServingPortNoChain, how: "no inbound listener",
-			inject: sends(func(c *controlplane.Config) { c.Inbound = nil }), told: inStatus, disturbs: true,
+			inject: sends(func(c *controlplane.Config) { c.Inbound = nil }), told: warning, disturbs: true,
 			says: `^Envoy has no inbound listener for port 8081 yet; its traffic goes to the application ` +
 				`directly; check that the control plane knows`},
 		{row: 0, id: symptom.EntryRefused, how: "a service on the metadata server's address",
 			inject: sends(func(c *controlplane.Config) {
 				c.Services = append(c.Services, controlplane.Service{Name: "metadata", Port: 80,
 					Prefixes: controlplane.VIPs("169.254.169.254"), Endpoints: endpoints()})
-			}), told: inStatus,
+			}), told: warning,
 			says: `^Listener TRAFFICDIRECTOR_INTERCEPTION_LISTENER asks for .*, which is never intercepted`},
 	}},
 	{"control plane away", vmWithoutRuntime, []injection{
@@ -183,7 +195,7 @@ var situations = []situation{
 		{row: 15, id: symptom.ProxyUser, how: "--proxy-user names nobody", inject: nobodyIsProxy,
 			says: `^No rules without the proxy's user, or its own traffic would loop: .*nobody-at-all.*` +
 				`; create the user Envoy runs as, or name it with --proxy-user`, disturbs: true},
-		{row: 16, id: symptom.FamilyUnusable, how: "no ip6tables", inject: noIP6Tables, told: inStatus,
+		{row: 16, id: symptom.FamilyUnusable, how: "no ip6tables", inject: noIP6Tables, told: warning,
 			says:     `^IPv6 interception is off: .*; IPv4 goes on; .modprobe ip6table_nat. or a reboot`,
 			disturbs: true},
 	}},
@@ -197,7 +209,7 @@ var situations = []situation{
 				`Service Unavailable; it is asked again`},
 		{row: 0, id: symptom.AttributeAdvice, how: "the attribute intercepts port 22",
 			inject: attributeIs(`{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081,22]}}`),
-			told:   inStatus, beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
+			told:   warning, beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
 			says: `^The gce-service-proxy attribute: service\.serving-ports: 22 sends SSH through Envoy`},
 	}},
 	{"channels", healthyVM, []injection{
@@ -212,7 +224,7 @@ var situations = []situation{
 	}},
 	{"DNS", vmWithDNS, []injection{
 		{row: 42, id: symptom.ResolverLoop, how: "a resolver of uid 4712 that is not let out",
-			inject: resolverAppears, told: inStatus,
+			inject: resolverAppears, told: warning,
 			says: `^Questions of the resolver on 127\.0\.0\.1:53 of uid 4712 go to Envoy's DNS listener, too ` +
 				`\(intercept-dns\).*; then add 4712 to --resolver-users`},
 	}},
@@ -224,6 +236,96 @@ var situations = []situation{
 		{row: 0, id: symptom.AdminUnreadable, how: "the admin interface answers 500", inject: adminSick,
 			says: `^Envoy's admin interface on 127\.0\.0\.1:15100 gives no usable answer: .*status 500` +
 				`.*; the rules stay as they are`},
+	}},
+	{"firewall", healthyVM, []injection{
+		{row: 20, id: symptom.InputDropped, how: "iptables -A INPUT -p tcp --dport 15006 -j DROP",
+			inject: firewall("-A INPUT -p tcp --dport 15006 -j DROP"), told: warning, pending: surrounds,
+			says: `^IPv4 traffic to serving port 8081 is dropped by the rule -A INPUT -p tcp -m tcp ` +
+				`--dport 15006 -j DROP of table filter \(it sees Envoy's port 15006\); let TCP 15006 in`},
+		{row: 20, id: symptom.InputDropped, how: "iptables -P INPUT DROP", told: warning,
+			inject: firewall("-A INPUT -i lo -j ACCEPT",
+				"-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-P INPUT DROP"),
+			pending: surrounds,
+			says: `^IPv4 traffic to serving port 8081 is dropped by the policy -P INPUT DROP of table filter` +
+				`.*; let TCP 15006 in before that policy`},
+		{row: 21, id: symptom.ApplicationSilent, how: "the application stops", inject: applicationStops,
+			told: warning, pending: surrounds,
+			says: `^The application is not listening on 8081, a serving port: nothing listens there behind ` +
+				`Envoy; start it, or take the port out of serving-ports`},
+	}},
+	{"endpoints", healthyVM, []injection{
+		{row: 31, id: symptom.EndpointsUnhealthy, how: "one of four endpoints is unhealthy",
+			inject: unhealthy(1), told: inStatus, pending: surrounds,
+			says: `^Some endpoints are unhealthy in cluster cluster-db \(3 of 4 healthy\): traffic may leave ` +
+				`its zone or be spread badly; look at the endpoints' health checks`},
+		{row: 24, id: symptom.EndpointsPanic, how: "three of four endpoints are unhealthy",
+			inject: unhealthy(3), told: warning, pending: surrounds,
+			check: func(t *testing.T, p *patient) { through(t, p.Mesh, db4) },
+			says: `^Too few endpoints are healthy in cluster cluster-db \(1 of 4 healthy\): Envoy ignores ` +
+				`health there and sends to all of them \(panic\); look at the endpoints' health checks`},
+	}},
+	{"identity", healthyVM, []injection{
+		{row: 29, id: symptom.EnvoyIdentity, how: "node.id has another network and project",
+			inject: anotherNode, told: warning, disturbs: true, pending: surrounds,
+			says: `^Envoy presents itself to the control plane with network "other", where this VM's is ` +
+				`"default", and project "999", where this VM's is "123456789012" \(node .*\); .*correct node\.id`},
+	}},
+	{"clock", healthyVM, []injection{
+		{row: 30, id: symptom.ClockWrong, how: "the metadata server's Date is ten minutes behind",
+			inject: clockAhead, pending: surrounds,
+			says: `^The clock of this VM is 10m\d*s ahead of the metadata server's: .*; have it set by NTP`},
+	}},
+	{"another Envoy", vmWithState, []injection{
+		{row: 37, id: symptom.EnvoyNotOurs, how: "bootstrap has configured another control plane and node",
+			inject: configuredOtherwise, disturbs: true, pending: surrounds,
+			says: `^The Envoy that runs is not the one that was configured: its control plane is ` +
+				`10\.131\.0\.1:443, and trafficdirector\.googleapis\.com:443 was configured; its node is .*` +
+				`; stop the other Envoy`},
+	}},
+	{"another user", healthyVM, []injection{
+		{row: 15, id: symptom.EnvoyOtherUser, how: "Envoy runs as uid 21338", inject: envoyOfAnother,
+			disturbs: true, beside: []symptom.ID{symptom.ForeignOwner, symptom.InterceptionNotReady},
+			pending: surrounds,
+			says: `^Envoy runs as uid 21338, and the rules let out 21337 \(uid 21337\): its own traffic would ` +
+				`come back to it, so interception is off; run Envoy as 21337, or set --proxy-user=21338`},
+	}},
+	{"connections", healthyVM, []injection{
+		{row: 33, id: symptom.OldConnections, how: "a connection, and then the agent's first rules",
+			inject: connectedBefore, told: inStatus, disturbs: true, pending: surrounds,
+			says: `^A connection from before the rules, and so past Envoy: \S+ to 10\.10\.0\.2:9000 ` +
+				`\(uid 1000\); it ends by itself; restart its program`},
+		{row: 35, id: symptom.ConntrackFull, how: "95 % of the conntrack table is filled",
+			inject: conntrackFilled, told: warning, pending: surrounds,
+			says: `^The connection tracking table is nearly full: \d+ of \d+ entries; when it is, new ` +
+				`connections fail; raise the sysctl net\.netfilter\.nf_conntrack_max`},
+	}},
+	{"routes", healthyVM, []injection{
+		{row: 36, id: symptom.NoRoute, how: "no IPv6 default route", inject: noRoute6, told: warning,
+			pending: surrounds,
+			says: `^There is no IPv6 route to fd10::1, 1 of 1 services' addresses: connect fails before ` +
+				`interception \(.*\); give the VM an external or internal IPv6 address`},
+	}},
+	{"tools", healthyVM, []injection{
+		{row: 38, id: symptom.ToolsMissing, how: "no iptables", inject: noIPTables, pending: surrounds,
+			beside: []symptom.ID{symptom.FamilyUnusable}, says: `^There is no iptables on this VM: .*; install the package iptables`},
+		{row: 13, id: symptom.RulesDiffer, how: "iptables -D of a service's rule, without the agent",
+			inject: differing, told: doctorAlone, disturbs: true, pending: doctored},
+	}},
+	{"watchdog", healthyVM, []injection{
+		{row: 28, id: symptom.AgentStuck, how: "SIGSTOP of the agent, and what systemd's watchdog does",
+			inject: hung, told: warning, pending: surrounds,
+			says: `^An earlier run of the agent hung and was restarted by systemd's watchdog at \S+Z` +
+				`; the journal has the stack it hung in`},
+	}},
+	{"questions", healthyVM, []injection{
+		{row: 12, how: "explain of an address that is no service's", inject: nothing, told: answers,
+			ask: "explain 10.99.0.1:81", code: 1, pending: explained,
+			says: `Envoy has not been told of 10\.99\.0\.1:81: none of its listeners has this address.*`},
+		{row: 14, how: "intercept-all-outbound, and explain of an address without a chain",
+			inject: attributeIs(interception(`"intercept-all-outbound":true`)), told: answers, disturbs: true,
+			ask: "explain 198.51.100.7:81", pending: explained,
+			says: `Envoy has no configuration for 198\.51\.100\.7:81(?s:.*)` +
+				`exclude-outbound-ip-ranges=198\.51\.100\.7`},
 	}},
 }
 
@@ -621,12 +723,14 @@ func noIP6Tables(t *testing.T, p *patient) func() {
 }
 
 // lacking starts a program where files of /usr/sbin are not, in a mount namespace of its own.
-func lacking(pattern string) []string {
+func lacking(patterns string) []string {
 	return []string{"unshare", "-m", "sh", "-ec", `
 		mount -t tmpfs none /mnt
 		mkdir /mnt/upper /mnt/work
 		mount -t overlay overlay -o lowerdir=/usr/sbin,upperdir=/mnt/upper,workdir=/mnt/work /usr/sbin
-		rm -f /usr/sbin/` + pattern + `
+		cd /usr/sbin
+		rm -f ` + patterns + `
+		cd /
 		exec "$@"`, "sh"}
 }
 

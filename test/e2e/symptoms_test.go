@@ -41,6 +41,9 @@ type injection struct {
 	late time.Duration
 	// check looks at more while it stands.
 	check func(t *testing.T, p *patient)
+	// ask is the command that answers, with the exit code.
+	ask  string
+	code int
 	// pending is what is missing to run it: it is then listed as not run.
 	pending string
 }
@@ -155,7 +158,9 @@ func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words s
 	if i.told != answers && i.told != doctorAlone {
 		p.counted(t, i.id)
 	}
-	p.examine(t, i)
+	if said := p.examine(t, i); i.told == doctorAlone {
+		words = said
+	}
 	if i.check != nil {
 		i.check(t, p)
 	}
@@ -211,7 +216,28 @@ func (p *patient) named(t *testing.T, i injection) (words string) {
 		eventually(t, 5*time.Second, "the words in the log", func() (bool, string) {
 			return line.MatchString(p.a.Log()), p.a.Log()
 		})
-	case answers, doctorAlone: // examine or check asks
+	case answers:
+		words = p.answered(t, i)
+	case doctorAlone: // examine asks
+	}
+	return words
+}
+
+// answered asks until the words are in the answer. The exit code is the same in each form.
+func (p *patient) answered(t *testing.T, i injection) (words string) {
+	t.Helper()
+	line := regexp.MustCompile(i.says)
+	args := strings.Fields(i.ask)
+	eventually(t, 10*time.Second, "an answer to "+i.ask, func() (bool, string) {
+		out, stderr, code, err := p.a.RunAs(t.Context(), 0, p.a.Settings(), args...)
+		must(t, err)
+		words = line.FindString(out)
+		return words != "" && code == i.code, fmt.Sprintf("exit code %d\n%s%s", code, out, stderr)
+	})
+	_, _, code, err := p.a.RunAs(t.Context(), 0, p.a.Settings(), append(args, "-o", "json")...)
+	must(t, err)
+	if code != i.code {
+		t.Errorf("%s -o json: exit code %d, want %d", i.ask, code, i.code)
 	}
 	return words
 }

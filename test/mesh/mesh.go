@@ -265,6 +265,12 @@ func (w lockedWriter) Write(p []byte) (int, error) {
 // StateDir is where it keeps what it knows between starts.
 func (a *Agent) StateDir() string { return filepath.Join(a.dir, "state") }
 
+// RunDir is its runtime folder.
+func (a *Agent) RunDir() string { return filepath.Join(a.dir, "run") }
+
+// Ended waits for the end of the process.
+func (a *Agent) Ended() { <-a.done }
+
 // PID of the process.
 func (a *Agent) PID() int { return a.cmd.Process.Pid }
 
