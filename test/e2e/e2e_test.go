@@ -234,6 +234,7 @@ func TestVIPs(t *testing.T) {
 
 // TestServingPort: redirected to Envoy's inbound listener once that is active, and not before.
 func TestServingPort(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		config := services()
 		inbound := append(
@@ -427,6 +428,7 @@ func TestControlPlaneAway(t *testing.T) {
 // TestForeignOwner: another local user on Envoy's ports while Envoy is down. The jumps go, it is
 // said, nothing is believed.
 func TestForeignOwner(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))
@@ -496,6 +498,7 @@ func TestForeignOwner(t *testing.T) {
 // TestForeignOwnerInbound: inbound connections are redirected to an address of the interface, and
 // not to loopback, so that is where a foreign owner would get them.
 func TestForeignOwnerInbound(t *testing.T) {
+	t.Parallel()
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	m.Envoy.Kill()
@@ -523,6 +526,7 @@ func TestForeignOwnerInbound(t *testing.T) {
 // TestForeignOwnerAfterRestart: the jumps that an earlier run left lead to a foreign owner
 // when the agent starts.
 func TestForeignOwnerAfterRestart(t *testing.T) {
+	t.Parallel()
 	m, a := start(t, mesh.Options{Backend: lab.NFT, Config: services()})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	a.Kill()
@@ -537,39 +541,11 @@ func TestForeignOwnerAfterRestart(t *testing.T) {
 	escapes(t, m, web6)
 }
 
-// TestRuleDeleted: a rule deleted by hand is back within the poll interval, at once where the
-// kernel notifies, and who did it is told where the kernel tells.
-func TestRuleDeleted(t *testing.T) {
-	onBoth(t, func(t *testing.T, backend lab.Backend) {
-		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
-		must(t, a.WaitReady(within(t, 20*time.Second)))
-		for i, family := range []struct{ name, program string }{
-			{"IPv4", "iptables"}, {"IPv6", "ip6tables"}} {
-			_, err := m.VM.Run(t.Context(), family.program, "-w", "-t", "nat", "-D", "OUTPUT", "-p", "tcp",
-				"-j", "SERVICE_PROXY_OUTPUT")
-			must(t, err)
-			start := time.Now()
-			eventually(t, 5*time.Second, "the jump back in "+family.name, func() (bool, string) {
-				out, err := m.Chains(t.Context(), family.name)
-				return err == nil && strings.Contains(out, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), out
-			})
-			t.Logf("%s: back after %v (looking included)", family.name,
-				time.Since(start).Round(time.Millisecond))
-			s, err := a.Wait(within(t, 5*time.Second), "the repair in status", func(s status.Status) bool {
-				return s.Undone == uint64(i+1)
-			})
-			must(t, err)
-			if backend == lab.NFT && !strings.Contains(s.LastDriftBy, family.program) {
-				t.Errorf("%s: done by %q, want the program named", family.name, s.LastDriftBy)
-			}
-		}
-	})
-}
-
 // TestCleanup: everything of ours goes, the running agent pauses, and foreign rules stay to the
 // byte. Where the rules cannot be taken out, the exit code says so: whoever stops Envoy after a 0
 // would cut the machine off.
 func TestCleanup(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		ctx := within(t, 60*time.Second)
 		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})

@@ -172,7 +172,7 @@ var situations = []situation{
 			says: `^Another nat chain may come before ours: nft inet other output hook output priority -110` +
 				`; check with .nft list ruleset.`},
 		{row: 13, id: symptom.DriftRepaired, how: "iptables -D of a service's rule, again and again",
-			inject: drifting, told: inStatus, disturbs: true,
+			inject: drifting, told: inStatus, disturbs: true, check: counts(`drift_repaired_total{kind="rule removed"}`),
 			says: `^IPv4 rules were changed by iptables \(pid \d+\): rule removed \(SERVICE_PROXY_SERVICE_CIDRS: ` +
 				`.*10\.10\.0\.1/32.*\); repaired`},
 	}},
@@ -530,6 +530,15 @@ func explains(what, by symptom.ID) func(*testing.T, *patient) {
 func tells(id symptom.ID, words string) func(*testing.T, *patient) {
 	return func(t *testing.T, p *patient) {
 		p.named(t, injection{id: id, told: inStatus, says: words})
+	}
+}
+
+// counts checks that a metric moved.
+func counts(series string) func(*testing.T, *patient) {
+	return func(t *testing.T, p *patient) {
+		if metric(t, p.a, series) == 0 {
+			t.Errorf("%s is 0", series)
+		}
 	}
 }
 

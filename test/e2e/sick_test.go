@@ -136,6 +136,7 @@ func TestSickAdmin(t *testing.T) {
 // TestBadInput: one line that names the thing and the next step, an exit code that is
 // not 0, nothing changed.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
 	must(t, err)
 	defer func() { must(t, m.Close()) }()

@@ -80,8 +80,8 @@ func fullDisk(t *testing.T, a *mesh.Agent) (makeRoom func()) {
 	return func() { must(t, os.Remove(filepath.Join("/proc", pid, "root", a.StateDir(), "full"))) }
 }
 
-// TestTable walks through rows of the README's table that no other test reads to their end: what
-// the agent does, its words, the metric that moves, and how it is over.
+// TestTable walks through rows of the README's table that neither TestSymptoms nor another test reads
+// to their end: what the agent does, its words, the metric that moves, and how it is over.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second),
@@ -104,17 +104,11 @@ func TestTable(t *testing.T) {
 		`^envoy +LIVE \S+/1\.\S+ at 127\.0\.0\.1:15000, 2 listeners, 0 rejected$`,
 		`^IPv4 +as wanted \(nft\), jumps in, 2 service prefixes, 0 ports, \d+ rules, to ports 15001 out 15006 in$`, `^IPv6 +as wanted \(nft\), jumps in, 1 service prefixes`}
 
+	// The words are in the table of the symptoms.
 	t.Run("guest attributes disabled", func(t *testing.T) {
 		eventually(t, 5*time.Second, "the metric", func() (bool, string) {
 			return metric(t, a, `channel_enabled{channel="guest_attributes"}`) == 0, "1"
 		})
-		const words = "Guest attributes are disabled: nobody outside can read this agent's status; set the metadata enable-guest-attributes=TRUE on the VM"
-		eventually(t, 5*time.Second, "the words on serial", func() (bool, string) {
-			return strings.Contains(m.Platform.Serial(), words), m.Platform.Serial()
-		})
-		if !strings.Contains(a.Log(), words) {
-			t.Error("not in the log")
-		}
 		// a warning: healthy
 		says(t, a, 0, 0, append(healthy, `^warning +Guest attributes are disabled`), "status")
 	})
@@ -200,55 +194,6 @@ func TestTable(t *testing.T) {
 		}
 	})
 
-	t.Run("a rule was removed", func(t *testing.T) {
-		const series = `drift_repaired_total{kind="rule removed"}`
-		if n := metric(t, a, series); n != 0 {
-			t.Errorf("before: %v", n)
-		}
-		_, err := m.VM.Run(t.Context(), "iptables", "-w", "-t", "nat", "-D",
-			"SERVICE_PROXY_SERVICE_CIDRS", "-d", "10.10.0.1/32", "-j", "SERVICE_PROXY_REDIRECT")
-		must(t, err)
-		eventually(t, 5*time.Second, "the metric", func() (bool, string) {
-			n := metric(t, a, series)
-			return n == 1, fmt.Sprint(n)
-		})
-		if now := chains(t, m); now != before {
-			t.Errorf("not as before:\n%s", now)
-		}
-		says(t, a, 0, 0,
-			[]string{`^warning +IPv4 rules were changed by iptables \(pid \d+\): rule removed`}, "status")
-	})
-
-	t.Run("table incompatible", func(t *testing.T) {
-		out, err := m.VM.Run(t.Context(), "nft", "--echo", "--handle", "add", "rule", "ip", "nat",
-			"OUTPUT", "jhash", "ip", "saddr", "mod", "2", "0")
-		must(t, err)
-		_, handle, ok := strings.Cut(strings.TrimSpace(out), "# handle ")
-		if !ok {
-			t.Fatalf("nft names no handle: %q", out)
-		}
-		handle, _, _ = strings.Cut(handle, "\n")
-		_, err = a.Wait(within(t, 10*time.Second), "the words", func(s status.Status) bool {
-			return strings.HasPrefix(s.LastFailure, "The IPv4 rules could not be applied: ") &&
-				strings.Contains(s.LastFailure, "table nat is incompatible") &&
-				strings.Contains(s.LastFailure, "`nft list table ip nat` shows it")
-		})
-		must(t, err)
-		if n := metric(t, a, finding(symptom.RuleRefused)); n != 1 {
-			t.Errorf("finding rules-not-applied: %v", n)
-		}
-		through(t, m, web4)
-		_, err = m.VM.Run(t.Context(), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle", handle)
-		must(t, err)
-		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool {
-			return s.Ready && strings.Contains(s.LastFailure, "(over; ")
-		})
-		must(t, err)
-		if now := chains(t, m); now != before {
-			t.Errorf("not as before:\n%s", now)
-		}
-	})
-
 	// Who polls once a second sees one push a second at the most when each waits for the one before.
 	t.Run("a change is seen by its hint", func(t *testing.T) {
 		const pushes = 6
@@ -262,7 +207,7 @@ func TestTable(t *testing.T) {
 				return strings.Contains(out, row), out
 			})
 		}
-		if took := time.Since(began); took > pushes*time.Second/2 {
+		if took := time.Since(began); took > pushes*time.Second*3/4 {
 			t.Errorf("%d changes one after the other took %v", pushes, took)
 		} else {
 			t.Logf("%d changes one after the other took %v", pushes, took.Round(time.Millisecond))
