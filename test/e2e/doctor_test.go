@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -112,6 +113,9 @@ func (p *patient) examine(t *testing.T, i injection) (words string) {
 		switch {
 		case f.ID == i.id && f.ExplainedBy == "":
 			words = f.Text()
+			if i.told == doctorAlone && !regexp.MustCompile(i.says).MatchString(words) {
+				t.Errorf("doctor says %q, want %q", words, i.says)
+			}
 			if !strings.Contains(d.text, f.Cause) {
 				t.Errorf("the text does not say %q:\n%s", f.Cause, d.text)
 			}

@@ -29,7 +29,9 @@ var foreign = []string{
 	"\x1b]0;owned\x07\x1b[2J\x1b[31mred\u009b5m\x7f\u202egnp.exe",
 	"line\r\n2026-11-28T00:00:00Z ERROR: forged\r\nproxy-version: 0\t\v\f\x00end",
 	`<script>alert(1)</script>"'&|; $(reboot) %s %n {{.}}`,
-	"long" + strings.Repeat("🐌", 1<<18),
+	// Envoy cuts its answer to the control plane anywhere, and what is then no UTF-8 ends its stream: so
+	// not of 🐌 alone.
+	"🐌long" + strings.Repeat("x", 1<<20),
 }
 
 // outputLimit is for all of an output of a command here, and lineLimit for one line of it.

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -291,7 +292,7 @@ var situations = []situation{
 	}},
 	{"connections", healthyVM, []injection{
 		{row: 33, id: symptom.OldConnections, how: "a connection, and then the agent's first rules",
-			inject: connectedBefore, told: inStatus, disturbs: true, pending: surrounds,
+			inject: connectedBefore, told: doctorAlone, disturbs: true, pending: doctored,
 			says: `^A connection from before the rules, and so past Envoy: \S+ to 10\.10\.0\.2:9000 ` +
 				`\(uid 1000\); it ends by itself; restart its program`},
 		{row: 35, id: symptom.ConntrackFull, how: "95 % of the conntrack table is filled",
@@ -306,10 +307,13 @@ var situations = []situation{
 				`interception \(.*\); give the VM an external or internal IPv6 address`},
 	}},
 	{"tools", healthyVM, []injection{
-		{row: 38, id: symptom.ToolsMissing, how: "no iptables", inject: noIPTables, pending: surrounds,
-			beside: []symptom.ID{symptom.FamilyUnusable}, says: `^There is no iptables on this VM: .*; install the package iptables`},
+		{row: 38, id: symptom.ToolsMissing, how: "no iptables", inject: noIPTables, told: doctorAlone,
+			beside: []symptom.ID{symptom.FamilyUnusable}, disturbs: true, pending: doctored,
+			says: `^There is no iptables on this VM: .*; install the package iptables`},
 		{row: 13, id: symptom.RulesDiffer, how: "iptables -D of a service's rule, without the agent",
-			inject: differing, told: doctorAlone, disturbs: true, pending: doctored},
+			inject: differing, told: doctorAlone, disturbs: true, pending: doctored,
+			says: `^The kernel's rules are not what Envoy needs, and no agent repairs them: .*10\.10\.0\.1/32.*` +
+				`; start the agent, which repairs them`},
 	}},
 	{"watchdog", healthyVM, []injection{
 		{row: 28, id: symptom.AgentStuck, how: "SIGSTOP of the agent, and what systemd's watchdog does",
@@ -494,7 +498,7 @@ func awayAtStart(t *testing.T, p *patient) func() {
 func blocked(t *testing.T, p *patient) func() {
 	rule := []string{"-p", "tcp", "--dport", "443", "-j", "DROP"}
 	firewall := func(do string) {
-		_, err := p.Service.Run(t.Context(), "iptables",
+		_, err := p.Service.Run(context.WithoutCancel(t.Context()), "iptables",
 			slices.Concat([]string{"-w", do, "INPUT"}, rule)...)
 		must(t, err)
 	}
@@ -529,7 +533,7 @@ func explains(what, by symptom.ID) func(*testing.T, *patient) {
 // tells checks the words of another finding.
 func tells(id symptom.ID, words string) func(*testing.T, *patient) {
 	return func(t *testing.T, p *patient) {
-		p.named(t, injection{id: id, told: inStatus, says: words})
+		p.named(t, injection{id: id, told: inStatus, says: words}, "")
 	}
 }
 
@@ -616,7 +620,7 @@ func incompatible(t *testing.T, p *patient) func() {
 	}
 	handle, _, _ = strings.Cut(handle, "\n")
 	return func() {
-		_, err := p.VM.Run(t.Context(), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle",
+		_, err := p.VM.Run(context.WithoutCancel(t.Context()), "nft", "delete", "rule", "ip", "nat", "OUTPUT", "handle",
 			handle)
 		must(t, err)
 	}
@@ -630,7 +634,8 @@ func otherChain(t *testing.T, p *patient) func() {
 	must(t, err)
 	restarts(t, p, func() {})
 	return func() {
-		_, err := p.VM.Run(t.Context(), "nft", "delete", "table", "inet", "other")
+		_, err := p.VM.Run(context.WithoutCancel(t.Context()), "nft", "delete", "table",
+			"inet", "other")
 		must(t, err)
 		restarts(t, p, func() {})
 	}
@@ -673,7 +678,7 @@ func drifting(t *testing.T, p *patient) func() {
 // shadowing keeps a rule before our jump.
 func shadowing(t *testing.T, p *patient) func() {
 	accept := func(do ...string) error {
-		_, err := p.VM.Run(t.Context(), "iptables", slices.Concat([]string{"-w", "-t", "nat"}, do,
+		_, err := p.VM.Run(context.WithoutCancel(t.Context()), "iptables", slices.Concat([]string{"-w", "-t", "nat"}, do,
 			[]string{"-p", "tcp", "-j", "ACCEPT"})...)
 		return err
 	}

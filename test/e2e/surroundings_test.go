@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -28,7 +29,7 @@ import (
 func firewall(commands ...string) func(*testing.T, *patient) func() {
 	return func(t *testing.T, p *patient) func() {
 		iptables := func(words string) {
-			_, err := p.VM.Run(t.Context(), "iptables", strings.Fields("-w "+words)...)
+			_, err := p.VM.Run(context.WithoutCancel(t.Context()), "iptables", strings.Fields("-w "+words)...)
 			must(t, err)
 		}
 		for _, words := range commands {
@@ -115,7 +116,8 @@ func vmWithState(t *testing.T) *patient {
 // configuredOtherwise is the state that bootstrap leaves when it has configured another Envoy.
 func configuredOtherwise(t *testing.T, p *patient) func() {
 	state, err := json.Marshal(map[string]any{
-		"status": progress.Finished, "time": time.Now().Add(-time.Hour).UTC(),
+		"attribute_sum": progress.Sum(mesh.Attribute),
+		"status":        progress.Finished, "time": time.Now().Add(-time.Hour).UTC(),
 		"envoy": map[string]any{"file": "/etc/service-proxy-agent/envoy.json",
 			"node":    "projects/123456789012/networks/default/nodes/another",
 			"targets": []string{"trafficdirector.googleapis.com:443"}},
@@ -227,7 +229,7 @@ func conntrackFlush() error {
 
 func noRoute6(t *testing.T, p *patient) func() {
 	route := func(do string) {
-		_, err := p.VM.Run(t.Context(), "ip", "-6", "route", do, "default", "via",
+		_, err := p.VM.Run(context.WithoutCancel(t.Context()), "ip", "-6", "route", do, "default", "via",
 			lab.GatewayAddr6.String())
 		must(t, err)
 	}
@@ -236,8 +238,13 @@ func noRoute6(t *testing.T, p *patient) func() {
 }
 
 func noIPTables(t *testing.T, p *patient) func() {
-	restarts(t, p, func() { p.a.Under = lacking("ip*tables* xtables*") })
-	return func() { restarts(t, p, func() { p.a.Under = nil }) }
+	_, err := p.a.Stop() // it does not start there
+	must(t, err)
+	p.a.Under = lacking("ip*tables* xtables*")
+	return func() {
+		p.a.Under = nil
+		must(t, p.a.Start())
+	}
 }
 
 // differing takes a rule out while no agent is there to repair it.

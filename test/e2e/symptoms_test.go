@@ -102,7 +102,7 @@ func TestSymptoms(t *testing.T) {
 	}
 	// They mostly wait: for Envoy's back-off, and for the budget of guest attributes. So they take one
 	// of the places of parallel tests together. Only starting one takes the processors.
-	starting := make(chan struct{}, 2)
+	starting := make(chan struct{}, 3)
 	var wg sync.WaitGroup
 	for _, s := range situations {
 		wg.Go(func() { t.Run(s.name, func(t *testing.T) { s.play(t, starting, note) }) })
@@ -145,11 +145,11 @@ func (s situation) play(t *testing.T, starting chan struct{}, note func(seen)) {
 
 // suffer has the symptom injected, named, found by doctor, and over.
 func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words string) {
-	before := chains(t, p.Mesh)
+	before, stale := chains(t, p.Mesh), p.readAttribute(guestattr.AgentLastFailure)
 	began := time.Now()
 	end := sync.OnceFunc(i.inject(t, p))
 	t.Cleanup(end) // the next one begins with a healthy VM
-	words = p.named(t, i)
+	words = p.named(t, i, stale)
 	took = time.Since(began)
 	t.Logf("named after %.1f s: %s", took.Seconds(), words)
 	if took > i.limit() {
@@ -182,8 +182,9 @@ func (i injection) limit() time.Duration {
 	return time.Minute
 }
 
-// named waits until the symptom is told where people read it, and returns the words.
-func (p *patient) named(t *testing.T, i injection) (words string) {
+// named waits until the symptom is told where people read it, and returns the words. stale is what the
+// attribute told before, which may be of the same symptom.
+func (p *patient) named(t *testing.T, i injection, stale string) (words string) {
 	t.Helper()
 	line := regexp.MustCompile(i.says)
 	ctx := within(t, i.limit()+30*time.Second) // to say by how much it was late
@@ -191,7 +192,7 @@ func (p *patient) named(t *testing.T, i injection) (words string) {
 	case byAPI:
 		if err := p.Platform.Wait(ctx, func() bool {
 			words = p.readAttribute(guestattr.AgentLastFailure)
-			return line.MatchString(words) && !strings.Contains(words, "(over; ")
+			return words != stale && line.MatchString(words) && lasts(words)
 		}); err != nil {
 			s, _ := p.a.Status(t.Context())
 			t.Fatalf("%v: agent-last-failure is %q; last failure %q, findings %+v", err, words,
@@ -240,6 +241,13 @@ func (p *patient) answered(t *testing.T, i injection) (words string) {
 		t.Errorf("%s -o json: exit code %d, want %d", i.ask, code, i.code)
 	}
 	return words
+}
+
+// lasts says of the words of agent-last-failure whether what they begin with is still there. Behind
+// it may stand what was before.
+func lasts(words string) bool {
+	over, since := strings.Index(words, "(over; "), strings.Index(words, "since ")
+	return over < 0 || 0 <= since && since < over
 }
 
 // readAttribute asks the Compute API for one guest attribute, as gcloud does.
