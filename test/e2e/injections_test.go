@@ -183,8 +183,9 @@ var situations = []situation{
 				symptom.DriftRepaired},
 			check: tells(symptom.Shadowed, `^Our jump in OUTPUT is never reached for some traffic: `+
 				`-p tcp -j ACCEPT stands before it \(IPv4\); take that rule out`),
-			says: `^The IPv4 interception rules are undone again and again by iptables \(pid \d+\) ` +
-				`\(\d+ times\); stop that program`},
+			// Either may be the newest that came.
+			says: `^(The IPv4 interception rules are undone again and again by iptables \(pid \d+\) ` +
+				`\(\d+ times\); stop that program|Our jump in OUTPUT is never reached for some traffic: )`},
 	}},
 	{"lock", vmWithLock, []injection{
 		{row: 17, id: symptom.RuleRefused, how: "another holds the xtables lock", inject: lockHeld,
@@ -295,16 +296,20 @@ var situations = []situation{
 			inject: connectedBefore, told: doctorAlone, disturbs: true, pending: doctored,
 			says: `^A connection from before the rules, and so past Envoy: \S+ to 10\.10\.0\.2:9000 ` +
 				`\(uid 1000\); it ends by itself; restart its program`},
-		{row: 35, id: symptom.ConntrackFull, how: "95 % of the conntrack table is filled",
+		{row: 35, id: symptom.ConntrackFull, how: "91 % of the conntrack table is filled",
 			inject: conntrackFilled, told: warning, pending: surrounds,
 			says: `^The connection tracking table is nearly full: \d+ of \d+ entries; when it is, new ` +
 				`connections fail; raise the sysctl net\.netfilter\.nf_conntrack_max`},
 	}},
-	{"routes", healthyVM, []injection{
+	{"routes, and a watchdog", healthyVM, []injection{
 		{row: 36, id: symptom.NoRoute, how: "no IPv6 default route", inject: noRoute6, told: warning,
 			pending: surrounds,
 			says: `^There is no IPv6 route to fd10::1, 1 of 1 services' addresses: connect fails before ` +
 				`interception \(.*\); give the VM an external or internal IPv6 address`},
+		{row: 28, id: symptom.AgentStuck, how: "SIGSTOP of the agent, and what systemd's watchdog does",
+			inject: hung, told: warning, anew: true, pending: surrounds,
+			says: `^An earlier run of the agent hung and was restarted by systemd's watchdog at \S+Z` +
+				`; the journal has the stack it hung in`},
 	}},
 	{"tools", healthyVM, []injection{
 		{row: 38, id: symptom.ToolsMissing, how: "no iptables", inject: noIPTables, told: doctorAlone,
@@ -314,12 +319,6 @@ var situations = []situation{
 			inject: differing, told: doctorAlone, disturbs: true, pending: doctored,
 			says: `^The kernel's rules are not what Envoy needs, and no agent repairs them: .*10\.10\.0\.1/32.*` +
 				`; start the agent, which repairs them`},
-	}},
-	{"watchdog", healthyVM, []injection{
-		{row: 28, id: symptom.AgentStuck, how: "SIGSTOP of the agent, and what systemd's watchdog does",
-			inject: hung, told: warning, pending: surrounds,
-			says: `^An earlier run of the agent hung and was restarted by systemd's watchdog at \S+Z` +
-				`; the journal has the stack it hung in`},
 	}},
 	{"questions", healthyVM, []injection{
 		{row: 12, how: "explain of an address that is no service's", inject: nothing, told: answers,

@@ -149,8 +149,8 @@ func conntrackFilled(t *testing.T, p *patient) func() {
 	most, err := strconv.Atoi(strings.TrimSpace(string(text)))
 	must(t, err)
 	began := time.Now()
-	must(t, p.VM.Do(func() error { return conntrackFill(most * 95 / 100) }))
-	t.Logf("%d entries in %v", most*95/100, time.Since(began).Round(time.Millisecond))
+	must(t, p.VM.Do(func() error { return conntrackFill(most * 91 / 100) }))
+	t.Logf("%d entries in %v", most*91/100, time.Since(began).Round(time.Millisecond))
 	return func() { must(t, p.VM.Do(conntrackFlush)) }
 }
 
