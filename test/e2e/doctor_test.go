@@ -50,7 +50,7 @@ func (d diagnosis) troubles(state symptom.State, least symptom.Severity) (out []
 
 // diagnose runs doctor in both forms at the same time, and checks what holds whatever they find:
 // the exit code is the same, both end in time, and each finding of one is in the other.
-func diagnose(t *testing.T, a *mesh.Agent, uid uint32, args ...string) (d diagnosis) {
+func diagnose(t *testing.T, a *mesh.Agent, uid uint32) (d diagnosis) {
 	t.Helper()
 	type answer struct {
 		stdout, stderr string
@@ -62,7 +62,7 @@ func diagnose(t *testing.T, a *mesh.Agent, uid uint32, args ...string) (d diagno
 		defer cancel()
 		var r answer
 		r.stdout, r.stderr, r.code, r.err = a.RunAs(ctx, uid, a.Settings(),
-			slices.Concat([]string{"doctor"}, form, args)...)
+			slices.Concat([]string{"doctor"}, form)...)
 		return r
 	}
 	began := time.Now()

@@ -23,8 +23,8 @@ func noDoctor(t *testing.T) {
 	}
 }
 
-// TestDoctorHealthy: on a VM on which nothing is wrong doctor finds nothing, whatever goes on there.
-// As another user than root it does not know everything, and says so.
+// TestDoctorHealthy: on a VM on which nothing is wrong doctor finds nothing, whatever goes on
+// there. As another user than root it does not know everything, and says so.
 func TestDoctorHealthy(t *testing.T) {
 	noDoctor(t)
 	t.Parallel()

@@ -42,8 +42,8 @@ const (
 	doctored = "there is no doctor yet"
 )
 
-// situations are the VMs, with what is injected in each. They stand beside each other, so a VM has as
-// few as fit into a minute or two.
+// situations are the VMs, with what is injected in each. They stand beside each other, so a VM has
+// as few as fit into a minute or two.
 var situations = []situation{
 	{"Envoy", healthyVM, []injection{
 		{row: 1, id: symptom.EnvoyDown, how: "kill -9 of Envoy", inject: envoyKilled, disturbs: true,
@@ -446,7 +446,7 @@ func keepsSecret(t *testing.T, p *patient) {
 	out, _, _, err := p.a.Run(t.Context(), "status", "-o", "json")
 	must(t, err)
 	for what, text := range map[string]string{
-		"status -o json": out, "agent-last-failure": p.readAttribute("agent-last-failure"),
+		"status -o json": out, "agent-last-failure": p.lastFailure(),
 		"serial": p.Platform.Serial(), "the agent's log": p.a.Log(),
 	} {
 		if !strings.Contains(text, "quoted") || strings.Contains(text, secret) {
@@ -492,8 +492,8 @@ func awayAtStart(t *testing.T, p *patient) func() {
 	return end
 }
 
-// blocked is a firewall on the way, which says nothing. What is established goes on, as with those of
-// Google's networks, so Envoy is restarted.
+// blocked is a firewall on the way, which says nothing. What is established goes on, as with those
+// of Google's networks, so Envoy is restarted.
 func blocked(t *testing.T, p *patient) func() {
 	rule := []string{"-p", "tcp", "--dport", "443", "-j", "DROP"}
 	firewall := func(do string) {
@@ -665,7 +665,8 @@ func again(t *testing.T, every time.Duration, do func()) (end func()) {
 	return end
 }
 
-// drifting takes a rule out, seldom enough not to be a fight. (A repair is told until the next pass.)
+// drifting takes a rule out, seldom enough not to be a fight. (A repair is told until the next
+// pass.)
 func drifting(t *testing.T, p *patient) func() {
 	return again(t, 3*time.Second, func() {
 		// It fails while there is nothing to delete.

@@ -92,8 +92,8 @@ func envoyOfAnother(t *testing.T, p *patient) func() {
 	return anotherEnvoy(t, p, lab.EnvoyOptions{UID: lab.EnvoyUID + 1})
 }
 
-// clockAhead is a wrong clock of the VM, as far as one can be made: processes share the machine's, so
-// it is the metadata server's that is another.
+// clockAhead is a wrong clock of the VM, as far as one can be made: processes share the machine's,
+// so it is the metadata server's that is another.
 func clockAhead(_ *testing.T, p *patient) func() {
 	p.Platform.SetClock(-10 * time.Minute)
 	return func() { p.Platform.SetClock(0) }
@@ -156,7 +156,7 @@ func conntrackFilled(t *testing.T, p *patient) func() {
 
 // From linux/netfilter/nfnetlink_conntrack.h.
 const (
-	ctNew    = 1<<8 | 0 // IPCTNL_MSG_CT_NEW of NFNL_SUBSYS_CTNETLINK
+	ctNew    = 1 << 8 // IPCTNL_MSG_CT_NEW of NFNL_SUBSYS_CTNETLINK
 	ctDelete = 1<<8 | 2
 )
 

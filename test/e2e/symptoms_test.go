@@ -147,7 +147,7 @@ func (s situation) play(t *testing.T, starting chan struct{}, note func(seen)) {
 
 // suffer has the symptom injected, named, found by doctor, and over.
 func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words string) {
-	before, stale := chains(t, p.Mesh), p.readAttribute(guestattr.AgentLastFailure)
+	before, stale := chains(t, p.Mesh), p.lastFailure()
 	began := time.Now()
 	end := sync.OnceFunc(i.inject(t, p))
 	t.Cleanup(end) // the next one begins with a healthy VM
@@ -184,8 +184,8 @@ func (i injection) limit() time.Duration {
 	return time.Minute
 }
 
-// named waits until the symptom is told where people read it, and returns the words. stale is what the
-// attribute told before, which may be of the same symptom.
+// named waits until the symptom is told where people read it, and returns the words. stale is what
+// the attribute told before, which may be of the same symptom.
 func (p *patient) named(t *testing.T, i injection, stale string) (words string) {
 	t.Helper()
 	line := regexp.MustCompile(i.says)
@@ -193,7 +193,7 @@ func (p *patient) named(t *testing.T, i injection, stale string) (words string) 
 	switch i.told {
 	case byAPI:
 		if err := p.Platform.Wait(ctx, func() bool {
-			words = p.readAttribute(guestattr.AgentLastFailure)
+			words = p.lastFailure()
 			return words != stale && line.MatchString(words) && lasts(words)
 		}); err != nil {
 			s, _ := p.a.Status(t.Context())
@@ -252,12 +252,12 @@ func lasts(words string) bool {
 	return over < 0 || 0 <= since && since < over
 }
 
-// readAttribute asks the Compute API for one guest attribute, as gcloud does.
-func (p *patient) readAttribute(key string) string {
+// lastFailure asks the Compute API for agent-last-failure, as gcloud does.
+func (p *patient) lastFailure() string {
 	w := httptest.NewRecorder()
 	p.Platform.ServeHTTP(w, httptest.NewRequest(http.MethodGet,
 		vmPath+"/getGuestAttributes?alt=json&queryPath="+
-			url.QueryEscape(guestattr.Namespace+"/"+key), nil))
+			url.QueryEscape(guestattr.Namespace+"/"+guestattr.AgentLastFailure), nil))
 	var answer struct {
 		QueryValue struct{ Items []struct{ Value string } }
 	}

@@ -80,8 +80,8 @@ func fullDisk(t *testing.T, a *mesh.Agent) (makeRoom func()) {
 	return func() { must(t, os.Remove(filepath.Join("/proc", pid, "root", a.StateDir(), "full"))) }
 }
 
-// TestTable walks through rows of the README's table that neither TestSymptoms nor another test reads
-// to their end: what the agent does, its words, the metric that moves, and how it is over.
+// TestTable walks through rows of the README's table that neither TestSymptoms nor another test
+// reads to their end: what the agent does, its words, the metric that moves, and how it is over.
 func TestTable(t *testing.T) {
 	t.Parallel()
 	m, err := mesh.New(within(t, 30*time.Second),

@@ -303,8 +303,8 @@ func (a *Agent) Run(
 	return a.RunAs(ctx, 0, nil, args...)
 }
 
-// Settings are the flags that the agent was made with, as environment twins: other commands that look
-// at this VM take them, too.
+// Settings are the flags that the agent was made with, as environment twins: other commands that
+// look at this VM take them, too.
 func (a *Agent) Settings() (env []string) {
 	for i := 1; i+1 < len(a.args); i += 2 {
 		name := strings.ToUpper(strings.ReplaceAll(strings.TrimPrefix(a.args[i], "--"), "-", "_"))
