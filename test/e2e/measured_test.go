@@ -66,9 +66,9 @@ func writeMeasured(rows []seen) error {
 	b.WriteString(measuredBegin)
 	b.WriteString(`
 Each was made with the real parts: Envoy, netfilter, a control plane, a metadata server. The seconds
-are from then until the words were read from outside the VM, where they are told at all. Most of them
-are Envoy's own time limits, and the budget of guest attributes, of which one is written each 20
-seconds.
+are from then until the words were read from outside the VM, where they are told at all. Most of
+them are Envoy's own time limits, and the budget of guest attributes, of which one is written each
+20 seconds.
 
 | row | id | what was done | read in | seconds | words |
 |---|---|---|---|---|---|
