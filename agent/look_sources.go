@@ -185,7 +185,8 @@ func (l *looking) askEnvoy(past <-chan []envoyadmin.Logged) question {
 
 // traces says whether something of the agent's is, or was, on this VM.
 func traces(stateDir string) bool {
-	for _, path := range []string{stateDir, server.Dir(), filepath.Join(systemd.UnitDir, systemd.AgentUnit),
+	for _, path := range []string{stateDir, server.Dir(),
+		filepath.Join(systemd.UnitDir, systemd.AgentUnit),
 		filepath.Join("/usr/lib/systemd/system", systemd.AgentUnit)} {
 		if _, err := os.Lstat(path); err == nil && path != "" {
 			return true
@@ -293,7 +294,8 @@ const (
 	daemonComes = 3 * time.Second
 )
 
-// askDaemon asks the daemon's socket. One that is being restarted, by an upgrade, say, is waited for.
+// askDaemon asks the daemon's socket. One that is being restarted, by an upgrade, say, is waited
+// for.
 func (l *looking) askDaemon() question {
 	return question{[]symptom.Source{symptom.FromAgent}, 5500 * time.Millisecond,
 		func(ctx context.Context) (func(*looking), error) {
@@ -346,8 +348,8 @@ func restarts(ctx context.Context) bool {
 	return err == nil && job != "" && job != "stop"
 }
 
-// askUnits asks systemd whether the agent is installed, and bootstrap to come. Without systemd there
-// is nothing to say.
+// askUnits asks systemd whether the agent is installed, and bootstrap to come. Without systemd
+// there is nothing to say.
 func (l *looking) askUnits() question {
 	return question{nil, 3 * time.Second, func(ctx context.Context) (func(*looking), error) {
 		_, err := systemd.UnitState(ctx, systemd.AgentUnit)

@@ -58,7 +58,8 @@ func TestDaemonsFile(t *testing.T) {
 		os.Getenv(metadata.HostEnv) != "127.0.0.1:9" {
 		t.Errorf("%+v, %v", s, err)
 	}
-	for _, path := range []string{t.TempDir(), filepath.Join(t.TempDir(), "none")} { // a folder; nothing
+	// a folder; nothing
+	for _, path := range []string{t.TempDir(), filepath.Join(t.TempDir(), "none")} {
 		daemonsFile = path
 		if s, _, err := look(); err != nil || s.EnvoyAdmin != defaultAdmin {
 			t.Errorf("%s: %+v, %v", path, s, err)

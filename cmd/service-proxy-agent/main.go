@@ -125,8 +125,8 @@ func envName(flag string) string {
 	return "SERVICE_PROXY_AGENT_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-// withEnvironment gives each flag of a command its environment twin; a flag wins. Commands that look
-// at the VM take what is left from the daemon's file.
+// withEnvironment gives each flag of a command its environment twin; a flag wins. Commands that
+// look at the VM take what is left from the daemon's file.
 func withEnvironment(c *cobra.Command) {
 	c.PreRunE = func(cmd *cobra.Command, _ []string) error {
 		var first error

@@ -282,8 +282,8 @@ func TestParse(t *testing.T) {
 	}
 }
 
-// valid fails where the JSON is not as docs/doctor.schema.json says, or has a property of which that
-// says nothing.
+// valid fails where the JSON is not as docs/doctor.schema.json says, or has a property of which
+// that says nothing.
 func valid(t *testing.T, name string, r Report) []byte {
 	t.Helper()
 	body, err := r.JSON()

@@ -32,10 +32,10 @@ type Looked struct {
 	Clusters bool // the health of the endpoints is known: the View has those that are not
 }
 
-// Look is one look by who cannot wait for what Run would learn over time. past is what the log tells
-// of this Envoy (envoyadmin.Recent), which stands for what Run would have heard. It returns when ctx
-// ends at the latest if the Admin does, with as much as was learned by then. The error is that there
-// was no time to learn anything; that Envoy does not answer is in the View.
+// Look is one look by who cannot wait for what Run would learn over time. past is what the log
+// tells of this Envoy (envoyadmin.Recent), which stands for what Run would have heard. It returns
+// when ctx ends at the latest if the Admin does, with as much as was learned by then. The error is
+// that there was no time to learn anything; that Envoy does not answer is in the View.
 func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, error) {
 	probe := o.Probe
 	o.Probe, o.Logged = nil, nil

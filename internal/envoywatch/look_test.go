@@ -19,8 +19,9 @@ func TestLook(t *testing.T) {
 				Count: count},
 			Time: bubble.Add(-ago)}}
 	}
-	spoke := envoyadmin.Logged{LogEvent: envoyadmin.LogEvent{Kind: envoyadmin.ListenerChanged, Count: 1},
-		Time: bubble.Add(-time.Second)}
+	spoke := envoyadmin.Logged{
+		LogEvent: envoyadmin.LogEvent{Kind: envoyadmin.ListenerChanged, Count: 1},
+		Time:     bubble.Add(-time.Second)}
 	apart := func(e *envoy) { e.stats.Connected = false }
 	blocked := errors.New("blocked")
 	type seen struct{ end, apart, stands, probed, configured bool }
@@ -122,7 +123,8 @@ func TestLookAtClusters(t *testing.T) {
 
 // TestLookAtNobody: what kept Envoy from answering is told, and when that began is not known.
 func TestLookAtNobody(t *testing.T) {
-	for _, down := range []error{envoyadmin.ErrRefused, envoyadmin.ErrTimeout, envoyadmin.ErrUntrusted} {
+	for _, down := range []error{envoyadmin.ErrRefused, envoyadmin.ErrTimeout,
+		envoyadmin.ErrUntrusted} {
 		e := running()
 		e.down = down
 		v, err := Look(t.Context(), Options{Admin: e}, nil)
