@@ -288,7 +288,7 @@ const (
 	// lookAgain is how soon the kernel is read again where it differs: an agent that restarts may be
 	// about to put it right.
 	lookAgain = 600 * time.Millisecond
-	mostDrift   = 100
+	mostDrift = 100
 )
 
 // differ is what the kernel lacks, or has too much, where no agent runs to put it right: one that

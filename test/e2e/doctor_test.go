@@ -93,7 +93,7 @@ func diagnose(t *testing.T, a *mesh.Agent, uid uint32) (d diagnosis) {
 // examine has doctor find the symptom, and nothing else but what it explains. It returns the words.
 func (p *patient) examine(t *testing.T, i injection) (words string) {
 	t.Helper()
-	if doctored != "" || i.told == answers {
+	if i.told == answers {
 		return ""
 	}
 	var d diagnosis

@@ -30,18 +30,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// What is told where, and what there is to tell, as far as the program has it.
-const (
-	// warning is where a warning is read from outside.
-	warning = inStatus
-	// surrounds is why a row of what Envoy and the rules stand in is not run; "": it is.
-	surrounds = "the agent does not look at this yet"
-	// explained is why the answers of explain are not asked for; "": they are.
-	explained = "there is no explain yet"
-	// doctored is why what only doctor finds is not looked for; "": it is.
-	doctored = "there is no doctor yet"
-)
-
 // situations are the VMs, with what is injected in each. They stand beside each other, so a VM has
 // as few as fit into a minute or two.
 var situations = []situation{
@@ -119,14 +107,14 @@ var situations = []situation{
 			says: `^Port 3306 usually speaks a protocol in which the server talks first.*` +
 				`; set exclude-outbound-port-ranges=3306`},
 		{row: 19, id: symptom.ServingPortNoChain, how: "no inbound listener",
-			inject: sends(func(c *controlplane.Config) { c.Inbound = nil }), told: warning, disturbs: true,
+			inject: sends(func(c *controlplane.Config) { c.Inbound = nil }), disturbs: true,
 			says: `^Envoy has no inbound listener for port 8081 yet; its traffic goes to the application ` +
 				`directly; check that the control plane knows`},
 		{row: 0, id: symptom.EntryRefused, how: "a service on the metadata server's address",
 			inject: sends(func(c *controlplane.Config) {
 				c.Services = append(c.Services, controlplane.Service{Name: "metadata", Port: 80,
 					Prefixes: controlplane.VIPs("169.254.169.254"), Endpoints: endpoints()})
-			}), told: warning,
+			}),
 			says: `^Listener TRAFFICDIRECTOR_INTERCEPTION_LISTENER asks for .*, which is never intercepted`},
 	}},
 	{"control plane away", vmWithoutRuntime, []injection{
@@ -173,7 +161,7 @@ var situations = []situation{
 			says: `^Another nat chain may come before ours: nft inet other output hook output priority -110` +
 				`; check with .nft list ruleset.`},
 		{row: 13, id: symptom.DriftRepaired, how: "iptables -D of a service's rule, again and again",
-			inject: drifting, told: inStatus, disturbs: true, check: counts(`drift_repaired_total{kind="rule removed"}`),
+			inject: drifting, passes: true, disturbs: true, check: counts(`drift_repaired_total{kind="rule removed"}`),
 			says: `^IPv4 rules were changed by iptables \(pid \d+\): rule removed \(SERVICE_PROXY_SERVICE_CIDRS: ` +
 				`.*10\.10\.0\.1/32.*\); repaired`},
 	}},
@@ -197,7 +185,7 @@ var situations = []situation{
 		{row: 15, id: symptom.ProxyUser, how: "--proxy-user names nobody", inject: nobodyIsProxy,
 			says: `^No rules without the proxy's user, or its own traffic would loop: .*nobody-at-all.*` +
 				`; create the user Envoy runs as, or name it with --proxy-user`, disturbs: true},
-		{row: 16, id: symptom.FamilyUnusable, how: "no ip6tables", inject: noIP6Tables, told: warning,
+		{row: 16, id: symptom.FamilyUnusable, how: "no ip6tables", inject: noIP6Tables,
 			says:     `^IPv6 interception is off: .*; IPv4 goes on; .modprobe ip6table_nat. or a reboot`,
 			disturbs: true},
 	}},
@@ -210,8 +198,7 @@ var situations = []situation{
 			says: `^The metadata server gives no usable answer about the attribute: .*status 503 ` +
 				`Service Unavailable; it is asked again`},
 		{row: 0, id: symptom.AttributeAdvice, how: "the attribute intercepts port 22",
-			inject: attributeIs(`{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081,22]}}`),
-			told:   warning, beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
+			inject: attributeIs(`{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081,22]}}`), beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
 			says: `^The gce-service-proxy attribute: service\.serving-ports: 22 sends SSH through Envoy`},
 	}},
 	{"channels", healthyVM, []injection{
@@ -226,7 +213,7 @@ var situations = []situation{
 	}},
 	{"DNS", vmWithDNS, []injection{
 		{row: 42, id: symptom.ResolverLoop, how: "a resolver of uid 4712 that is not let out",
-			inject: resolverAppears, told: warning,
+			inject: resolverAppears,
 			says: `^Questions of the resolver on 127\.0\.0\.1:53 of uid 4712 go to Envoy's DNS listener, too ` +
 				`\(intercept-dns\).*; then add 4712 to --resolver-users`},
 	}},
@@ -241,45 +228,43 @@ var situations = []situation{
 	}},
 	{"firewall", healthyVM, []injection{
 		{row: 20, id: symptom.InputDropped, how: "iptables -A INPUT -p tcp --dport 15006 -j DROP",
-			inject: firewall("-A INPUT -p tcp --dport 15006 -j DROP"), told: warning, pending: surrounds,
+			inject: firewall("-A INPUT -p tcp --dport 15006 -j DROP"),
 			says: `^IPv4 traffic to serving port 8081 is dropped by the rule -A INPUT -p tcp -m tcp ` +
 				`--dport 15006 -j DROP of table filter \(it sees Envoy's port 15006\); let TCP 15006 in`},
-		{row: 20, id: symptom.InputDropped, how: "iptables -P INPUT DROP", told: warning,
+		{row: 20, id: symptom.InputDropped, how: "iptables -P INPUT DROP",
 			inject: firewall("-A INPUT -i lo -j ACCEPT",
 				"-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-P INPUT DROP"),
-			pending: surrounds,
 			says: `^IPv4 traffic to serving port 8081 is dropped by the policy -P INPUT DROP of table filter` +
 				`.*; let TCP 15006 in before that policy`},
 		{row: 21, id: symptom.ApplicationSilent, how: "the application stops", inject: applicationStops,
-			told: warning, pending: surrounds,
 			says: `^The application is not listening on 8081, a serving port: nothing listens there behind ` +
 				`Envoy; start it, or take the port out of serving-ports`},
 	}},
 	{"endpoints", healthyVM, []injection{
 		{row: 31, id: symptom.EndpointsUnhealthy, how: "one of four endpoints is unhealthy",
-			inject: unhealthy(1), told: inStatus, pending: surrounds,
+			inject: unhealthy(1), told: inStatus,
 			says: `^Some endpoints are unhealthy in cluster cluster-db \(3 of 4 healthy\): traffic may leave ` +
 				`its zone or be spread badly; look at the endpoints' health checks`},
 		{row: 24, id: symptom.EndpointsPanic, how: "three of four endpoints are unhealthy",
-			inject: unhealthy(3), told: warning, pending: surrounds,
-			check: func(t *testing.T, p *patient) { through(t, p.Mesh, db4) },
+			inject: unhealthy(3),
+			check:  func(t *testing.T, p *patient) { through(t, p.Mesh, db4) },
 			says: `^Too few endpoints are healthy in cluster cluster-db \(1 of 4 healthy\): Envoy ignores ` +
 				`health there and sends to all of them \(panic\); look at the endpoints' health checks`},
 	}},
 	{"identity", healthyVM, []injection{
 		{row: 29, id: symptom.EnvoyIdentity, how: "node.id has another network and project",
-			inject: anotherNode, told: warning, disturbs: true, pending: surrounds,
+			inject: anotherNode, disturbs: true,
 			says: `^Envoy presents itself to the control plane with network "other", where this VM's is ` +
 				`"default", and project "999", where this VM's is "123456789012" \(node .*\); .*correct node\.id`},
 	}},
 	{"clock", healthyVM, []injection{
 		{row: 30, id: symptom.ClockWrong, how: "the metadata server's Date is ten minutes behind",
-			inject: clockAhead, pending: surrounds,
-			says: `^The clock of this VM is 10m\d*s ahead of the metadata server's: .*; have it set by NTP`},
+			inject: clockAhead,
+			says:   `^The clock of this VM is 10m\d*s ahead of the metadata server's: .*; have it set by NTP`},
 	}},
 	{"another Envoy", vmWithState, []injection{
 		{row: 37, id: symptom.EnvoyNotOurs, how: "bootstrap has configured another control plane and node",
-			inject: configuredOtherwise, disturbs: true, pending: surrounds,
+			inject: configuredOtherwise, disturbs: true,
 			says: `^The Envoy that runs is not the one that was configured: its control plane is ` +
 				`10\.131\.0\.1:443, and trafficdirector\.googleapis\.com:443 was configured; its node is .*` +
 				`; stop the other Envoy`},
@@ -287,46 +272,44 @@ var situations = []situation{
 	{"another user", healthyVM, []injection{
 		{row: 15, id: symptom.EnvoyOtherUser, how: "Envoy runs as uid 21338", inject: envoyOfAnother,
 			disturbs: true, beside: []symptom.ID{symptom.ForeignOwner, symptom.InterceptionNotReady},
-			pending: surrounds,
 			says: `^Envoy runs as uid 21338, and the rules let out 21337 \(uid 21337\): its own traffic would ` +
 				`come back to it, so interception is off; run Envoy as 21337, or set --proxy-user=21338`},
 	}},
 	{"connections", healthyVM, []injection{
 		{row: 33, id: symptom.OldConnections, how: "a connection, and then the agent's first rules",
-			inject: connectedBefore, told: doctorAlone, disturbs: true, pending: doctored,
+			inject: connectedBefore, told: doctorAlone, disturbs: true,
 			says: `^A connection from before the rules, and so past Envoy: \S+ to 10\.10\.0\.2:9000 ` +
 				`\(uid 1000\); it ends by itself; restart its program`},
 		{row: 35, id: symptom.ConntrackFull, how: "91 % of the conntrack table is filled",
-			inject: conntrackFilled, told: warning, pending: surrounds,
+			inject: conntrackFilled,
 			says: `^The connection tracking table is nearly full: \d+ of \d+ entries; when it is, new ` +
 				`connections fail; raise the sysctl net\.netfilter\.nf_conntrack_max`},
 	}},
 	{"routes, and a watchdog", healthyVM, []injection{
-		{row: 36, id: symptom.NoRoute, how: "no IPv6 default route", inject: noRoute6, told: warning,
-			pending: surrounds,
+		{row: 36, id: symptom.NoRoute, how: "no IPv6 default route", inject: noRoute6,
 			says: `^There is no IPv6 route to fd10::1, 1 of 1 services' addresses: connect fails before ` +
 				`interception \(.*\); give the VM an external or internal IPv6 address`},
 		{row: 28, id: symptom.AgentStuck, how: "SIGSTOP of the agent, and what systemd's watchdog does",
-			inject: hung, told: warning, anew: true, pending: surrounds,
+			inject: hung, anew: true,
 			says: `^An earlier run of the agent hung and was restarted by systemd's watchdog at \S+Z` +
 				`; the journal has the stack it hung in`},
 	}},
 	{"tools", healthyVM, []injection{
 		{row: 38, id: symptom.ToolsMissing, how: "no iptables", inject: noIPTables, told: doctorAlone,
-			beside: []symptom.ID{symptom.FamilyUnusable}, disturbs: true, pending: doctored,
+			beside: []symptom.ID{symptom.FamilyUnusable}, disturbs: true,
 			says: `^There is no iptables on this VM: .*; install the package iptables`},
 		{row: 13, id: symptom.RulesDiffer, how: "iptables -D of a service's rule, without the agent",
-			inject: differing, told: doctorAlone, disturbs: true, pending: doctored,
+			inject: differing, told: doctorAlone, disturbs: true,
 			says: `^The kernel's rules are not what Envoy needs, and no agent repairs them: .*10\.10\.0\.1/32.*` +
 				`; start the agent, which repairs them`},
 	}},
 	{"questions", healthyVM, []injection{
 		{row: 12, how: "explain of an address that is no service's", inject: nothing, told: answers,
-			ask: "explain 10.99.0.1:81", code: 1, pending: explained,
+			ask: "explain 10.99.0.1:81", code: 1,
 			says: `Envoy has not been told of 10\.99\.0\.1:81: none of its listeners has this address.*`},
 		{row: 14, how: "intercept-all-outbound, and explain of an address without a chain",
 			inject: attributeIs(interception(`"intercept-all-outbound":true`)), told: answers, disturbs: true,
-			ask: "explain 198.51.100.7:81", pending: explained,
+			ask: "explain 198.51.100.7:81",
 			says: `Envoy has no configuration for 198\.51\.100\.7:81(?s:.*)` +
 				`exclude-outbound-ip-ranges=198\.51\.100\.7`},
 	}},
