@@ -17,9 +17,8 @@ import (
 // and names, and why.
 var noInjection = map[ID]string{
 	Starting:        "status answers so before the first pass: TestHealthzWithoutPass of package agent",
-	DriftRepaired:   "the lab counts repairs by the metric: it is told for the one pass that repaired",
 	CouldNotLook:    ofFacts,
-	Shadowed:        ofFacts,
+	Shadowed:        "the row of Fight in the lab makes it, and looks at its words",
 	ListenerSkipped: ofFacts,
 	LogUnreadable:   ofFacts,
 }
