@@ -174,7 +174,7 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 			f.ID == symptom.MetadataServer && attribute.Source != nil
 	case symptom.EnvoyDown, symptom.AdminUnreadable:
 		return told
-	case symptom.ForeignOwner: // of the ports that Envoy tells, and its own
+	case symptom.ForeignOwner, symptom.EnvoyOtherUser: // of the ports that Envoy tells, and its own
 		return v.Err != nil || answered && p.known
 	case symptom.InterceptionNotReady: // is not told of the ports that the rules in place lead to
 		return answered && p.known
@@ -191,6 +191,10 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 			return s.Family == f.Key && (!s.Usable || s.Equal) &&
 				(f.ID != symptom.Fight || running >= showLate)
 		})
+	case symptom.ClockWrong, symptom.ConntrackFull, symptom.EnvoyIdentity, symptom.EnvoyNotOurs,
+		symptom.ToolsMissing, symptom.InputDropped, symptom.ApplicationSilent, symptom.NoRoute,
+		symptom.EndpointsPanic: // what they are found by is asked beside the loop, now and then
+		return running >= showLate
 	}
 	return answered
 }

@@ -179,7 +179,7 @@ func TestNumbers(t *testing.T) {
 		{"tick", tick, time.Second},
 		{"passLimit", passLimit, 20 * time.Second},
 		{"othersFirst", othersFirst, 20 * time.Second},
-		{"othersEvery", othersEvery, 5 * time.Minute},
+		{"othersEvery", othersEvery, 45 * time.Second},
 		{"stuck", stuck, 5 * time.Minute},
 		{"envoyDead", envoyDead, 5 * time.Minute},
 		{"bootstrapEvery", bootstrapEvery, time.Second},

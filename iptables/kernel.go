@@ -254,12 +254,14 @@ func (k *Kernel) find(ctx context.Context, backend string, f Family) (tool, erro
 		return tool{}, fmt.Errorf("backend %q: want nft or legacy", backend)
 	}
 	t := tool{family: f}
-	for suffix, path := range map[string]*string{"": &t.list, "-restore": &t.restore,
-		"-save": &t.saving} {
+	for _, program := range []struct {
+		suffix string
+		path   *string
+	}{{"", &t.list}, {"-restore", &t.restore}, {"-save", &t.saving}} { // the first is told
 		var err error
-		if *path, err = k.machine.lookPath(k.options.Path, name+suffix); err != nil {
-			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)", name+suffix,
-				ErrNoIPTables)
+		if *program.path, err = k.machine.lookPath(k.options.Path, name+program.suffix); err != nil {
+			return tool{}, fmt.Errorf("find %q: %w (package iptables of the distribution)",
+				name+program.suffix, ErrNoIPTables)
 		}
 	}
 	out, err := k.run(ctx, readLimit, nil, t.list, "--version")

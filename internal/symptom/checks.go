@@ -146,8 +146,8 @@ func adminUnreadable(f Facts) []Finding {
 		"this lasts"
 	switch {
 	case errors.Is(err, envoyadmin.ErrForbiddenPath):
-		next = "add prefixes /config_dump, /server_info, /ready and /stats to admin.allow_paths in " +
-			"Envoy's bootstrap"
+		next = "add prefixes /config_dump, /server_info, /ready, /stats and /clusters to " +
+			"admin.allow_paths in Envoy's bootstrap"
 	case errors.Is(err, envoyadmin.ErrTimeout):
 		next = "Envoy's main thread may be busy or stopped; the rules stay as they are; see `systemctl " +
 			"status service-proxy-envoy`"

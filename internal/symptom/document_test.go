@@ -75,8 +75,9 @@ func findings(t *testing.T) string {
 	doc.WriteString(`# What the agent says, and what to do
 
 An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1, in Cloud Logging and in
-the log. A warning is told in all of these but the guest attribute, advice in ` + "`status`" + ` alone. All have
-a series, which is 0 while the finding does not stand: ` +
+the log. So is a warning, but in the guest attribute only while no error lasts (and ` +
+		"`guest-attributes-off`" + ` not there), and
+advice in ` + "`status`" + ` alone. All have a series, which is 0 while the finding does not stand: ` +
 		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
 
     gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/

@@ -16,7 +16,8 @@ import (
 )
 
 // Severity says what a finding does to the VM's state: an error makes `status` unhealthy and is
-// told in agent-last-failure, a warning is told on serial and in status, advice in status alone.
+// told in agent-last-failure, as is a warning while there is no error; advice is told in status
+// alone.
 type Severity int
 
 const (

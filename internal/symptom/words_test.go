@@ -213,7 +213,7 @@ func TestWords(t *testing.T) {
 		{"an answer without end", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrTooLarge }),
 			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …too large", "the rules stay as they are…"},
 		{"allow_paths", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrForbiddenPath }),
-			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …forbids…", "…/config_dump, /server_info, /ready and /stats…allow_paths…"},
+			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …forbids…", "…/config_dump, /server_info, /ready, /stats and /clusters…allow_paths…"},
 		{"named as bind", live(func(f *Facts) {
 			f.Resolvers = []Port{
 				{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true}}

@@ -63,6 +63,7 @@ var situations = []situation{
 			inject: ends(func(cp *controlplane.Server) {
 				cp.Refuse(codes.ResourceExhausted, "Quota exceeded.")
 			}), // which Envoy hopes will pass, and logs after 30 s
+			late: 90 * time.Second,
 			says: `^Cannot reach the Traffic Director API server: Quota exceeded \(gRPC code 8\); see`},
 	}},
 	{"no configuration", healthyVM, []injection{
@@ -115,6 +116,7 @@ var situations = []situation{
 				c.Services = append(c.Services, controlplane.Service{Name: "metadata", Port: 80,
 					Prefixes: controlplane.VIPs("169.254.169.254"), Endpoints: endpoints()})
 			}),
+			late: 90 * time.Second, // the last of five on this VM: the budget is spent
 			says: `^Listener TRAFFICDIRECTOR_INTERCEPTION_LISTENER asks for .*, which is never intercepted`},
 	}},
 	{"control plane away", vmWithoutRuntime, []injection{
@@ -198,7 +200,9 @@ var situations = []situation{
 			says: `^The metadata server gives no usable answer about the attribute: .*status 503 ` +
 				`Service Unavailable; it is asked again`},
 		{row: 0, id: symptom.AttributeAdvice, how: "the attribute intercepts port 22",
-			inject: attributeIs(`{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081,22]}}`), beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
+			inject: attributeIs(`{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081,22]}}`),
+			// Others come with it, and the newest is told.
+			told: inStatus, beside: []symptom.ID{symptom.ServingPortNoChain, symptom.ApplicationSilent},
 			says: `^The gce-service-proxy attribute: service\.serving-ports: 22 sends SSH through Envoy`},
 	}},
 	{"channels", healthyVM, []injection{

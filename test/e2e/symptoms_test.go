@@ -139,8 +139,8 @@ func (s situation) play(t *testing.T, starting chan struct{}, note func(seen)) {
 // suffer has the symptom injected, named, found by doctor, and over.
 func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words string) {
 	before, stale := chains(t, p.Mesh), p.lastFailure()
-	began := time.Now()
 	end := sync.OnceFunc(i.inject(t, p))
+	began := time.Now()
 	t.Cleanup(end) // the next one begins with a healthy VM
 	words = p.named(t, i, stale)
 	took = time.Since(began)
