@@ -90,7 +90,9 @@ func (w Warnings) next(findings []symptom.Finding, now time.Time,
 				was.Gone = now
 			}
 			if now.Sub(was.Gone) >= was.away() {
-				was.Last = was.Gone
+				if was.Last = was.Gone; happened(was.ID) {
+					was.Last = was.Worded
+				}
 				next.Ended = append(slices.Clone(next.Ended), was.Failure)
 				next.Ended = next.Ended[max(0, len(next.Ended)-maxEnded):]
 				continue
@@ -160,7 +162,10 @@ func (w Warnings) string(over Failure) string {
 	var is Failure
 	var text string
 	if n := len(w.Lasting); n > 0 {
-		is = w.Lasting[n-1].Failure
+		newest := w.Lasting[n-1]
+		if is = newest.Failure; happened(is.ID) {
+			is.Last = newest.Worded
+		}
 		text = is.string("warning; since", n-1)
 	} else if is = w.over(); is.Last.After(over.Last) {
 		text = is.string("", 0)

@@ -87,14 +87,14 @@ func TestWarnings(t *testing.T) {
 		{10 * second, nil, "down (over; 2026-11-28T19:00:12Z to 2026-11-28T19:00:40Z, 2 times)"},
 		// Drift is over when it is told.
 		{20 * second, []symptom.Finding{drift},
-			"rules were changed (warning; since 2026-11-28T19:01:00Z, 1 time); " +
+			"rules were changed (over; 2026-11-28T19:01:00Z to 2026-11-28T19:01:00Z, 1 time); " +
 				"before that: down (over; 2026-11-28T19:00:12Z to 2026-11-28T19:00:40Z, 2 times)"},
 		{second, nil,
-			"rules were changed (over; 2026-11-28T19:01:00Z to 2026-11-28T19:01:01Z, 1 time); " +
+			"rules were changed (over; 2026-11-28T19:01:00Z to 2026-11-28T19:01:00Z, 1 time); " +
 				"before that: down (over; 2026-11-28T19:00:12Z to 2026-11-28T19:00:40Z, 2 times)"},
 		// A failure of another day is not told with it.
 		{30 * time.Hour, []symptom.Finding{drift},
-			"rules were changed (warning; since 2026-11-30T01:01:01Z, 1 time)"},
+			"rules were changed (over; 2026-11-30T01:01:01Z to 2026-11-30T01:01:01Z, 1 time)"},
 	} {
 		if got := w.pass(step.after, step.findings...); got != step.want {
 			t.Errorf("step %d: %q, want %q", i, got, step.want)

@@ -40,7 +40,7 @@ func (d *demo) outside(ctx context.Context) error {
 	const ready = "ready: Envoy "
 	err := d.mesh.Platform.Wait(ctx, func() bool {
 		g := attributes()
-		return g["agent-heartbeat"] != "" && g["proxy-version"] != "" &&
+		return g["agent-heartbeat"] != "" && g["proxy-version"] != "" && g["agent-last-failure"] != "" &&
 			strings.Contains(d.mesh.Platform.Serial(), ready)
 	})
 	if err != nil {
@@ -73,8 +73,10 @@ func (d *demo) outside(ctx context.Context) error {
 		return fmt.Errorf("agent-heartbeat is %s, and it is %s", at1, time.Now().UTC())
 	case now["proxy-version"] != d.version:
 		return fmt.Errorf("proxy-version is %q, and Envoy is %q", now["proxy-version"], d.version)
-	case now["agent-last-failure"] != "":
-		return fmt.Errorf("agent-last-failure is %q, and nothing failed", now["agent-last-failure"])
+	case !strings.Contains(now["agent-last-failure"], "rule removed") ||
+		!strings.Contains(now["agent-last-failure"], "(over; "):
+		return fmt.Errorf("agent-last-failure is %q, and all that happened is that a rule was removed",
+			now["agent-last-failure"])
 	}
 	for _, key := range []string{"agent-heartbeat", "proxy-version"} {
 		if table[key] == "" || key == "proxy-version" && table[key] != d.version {
@@ -89,8 +91,8 @@ func (d *demo) outside(ctx context.Context) error {
 	}
 	d.tell("hold: no jump goes in until Envoy accepts connections; then it is intercepting.")
 	d.ok(
-		"the heartbeat is fresh, the version is that of the Envoy that runs, and the serial port tells " +
-			"what happened")
+		"the heartbeat is fresh, the version is that of the Envoy that runs, and agent-last-failure and " +
+			"the serial port tell who deleted the rule, and that this is over")
 	return nil
 }
 
