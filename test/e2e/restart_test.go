@@ -55,7 +55,7 @@ func lateControlPlane(t *testing.T, backend lab.Backend) {
 	before, applies := chains(t, m), applied(t, a)
 	steady := m.Steady(lab.SteadyOptions{From: m.VM, UID: 1000, To: []netip.AddrPort{web4, web6},
 		PerSecond: 100, HTTP: true})
-	restarts := soak(40, 5)
+	restarts := soak(40, 3)
 	for i := range restarts {
 		const dumpReads = "envoy_dump_reads_total"
 		dumps, delay := metric(t, a, dumpReads), time.Duration(300+random.IntN(2700))*time.Millisecond
