@@ -18,6 +18,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
@@ -149,6 +150,7 @@ func (s sick) put(name string, content []byte) string {
 // when the cause has gone.
 func (s sick) check(failures []failure) {
 	v, whole := s.VM, s.t
+	asked := false
 	for _, tt := range failures {
 		whole.Run(tt.name, func(t *testing.T) {
 			v.t = t
@@ -168,6 +170,10 @@ func (s sick) check(failures []failure) {
 			start := time.Now()
 			if tt.want != nil {
 				v.waitFailure(45*time.Second, tt.want...)
+				if !asked || os.Getenv("SOAK") != "" {
+					v.doctor(1, symptom.Bootstrap)
+					asked = true
+				}
 			}
 			failed := time.Since(start)
 			switch {

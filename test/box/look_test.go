@@ -4,9 +4,11 @@ package box
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -16,6 +18,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // checkQuiet: a first boot at which nothing is wrong says of nothing that it is, neither to those
@@ -43,6 +46,42 @@ func (v *VM) checkQuiet(t *testing.T) {
 		t.Errorf("the journal has nothing of the agent:\n%s", lines)
 	}
 	v.run("service-proxy-agent", "status")
+	v.run("service-proxy-agent", "diff")
+	v.doctor(0)
+	if out, code := v.asks("setpriv", "--reuid=nobody", "--clear-groups", "service-proxy-agent",
+		"doctor"); code != 2 || !strings.Contains(out, "needs root") {
+		t.Errorf("doctor as another user: exit code %d\n%s", code, out)
+	}
+}
+
+// doctor has doctor find each of these, with the same exit code in both forms.
+func (v *VM) doctor(code int, want ...symptom.ID) {
+	v.t.Helper()
+	text, inText := v.asks("service-proxy-agent", "doctor")
+	report, inJSON := v.asks("service-proxy-agent", "doctor", "-o", "json")
+	if inText != code || inJSON != code {
+		v.t.Errorf("doctor: exit codes %d and %d, want %d:\n%s", inText, inJSON, code, text)
+	}
+	for _, id := range want {
+		if !strings.Contains(text, " "+string(id)+": ") ||
+			!strings.Contains(report, strconv.Quote(string(id))) {
+			v.t.Errorf("doctor does not find %s:\n%s", id, text)
+		}
+	}
+}
+
+// asks runs a command of which the exit code is of interest.
+func (v *VM) asks(name string, args ...string) (out string, code int) {
+	v.t.Helper()
+	out, err := v.try(name, args...)
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		v.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	if exit != nil {
+		code = exit.ExitCode()
+	}
+	return out, code
 }
 
 // written is what is in the box's writable layer and in /run: path to kind and time of change.
@@ -204,6 +243,14 @@ systemctl daemon-reload; systemctl restart service-proxy-agent.service`)
 	if err := v.checkVIP(); err != nil {
 		t.Error(err)
 	}
+	v.eventually(time.Minute, "the hang is told outside", func() error {
+		have := v.guest(guestattr.AgentLastFailure)
+		if !strings.Contains(have, "hung and was restarted by systemd's watchdog") {
+			return fmt.Errorf("it is %q", have)
+		}
+		return nil
+	})
+	v.doctor(0, symptom.AgentStuck)
 }
 
 // watchJump looks at the rules all the time until end is called, which returns the first ones that
