@@ -331,7 +331,7 @@ func (l *looking) drift(i int) (drift []iptables.Drift) {
 }
 
 // Ruleset is what the kernel should have of one family, in the order of Want.Families: what is
-// wanted, without what is held back (Held).
+// wanted, without what is held back (Shapes).
 func (l Looked) Ruleset(family int) iptables.Ruleset {
 	ruleset := reconcile.Shaped(l.Want.Families[family], l.Shapes[family])
 	if l.Daemon != nil && l.Daemon.Paused || // cleanup took all out
@@ -341,9 +341,6 @@ func (l Looked) Ruleset(family int) iptables.Ruleset {
 	}
 	return ruleset
 }
-
-// Held is what of a family's wanted rules is held back, and why; "": nothing.
-func (l Looked) Held(family int) string { return l.Shapes[family].Held }
 
 // daemonShape is what the daemon lets in of a family's rules, where it says so.
 func (l Looked) daemonShape(i int) (shape status.Shape, told bool) {

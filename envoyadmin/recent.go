@@ -20,7 +20,7 @@ type Logged struct {
 const (
 	// recentBytes is how much of the log's end is gone through: in a storm of rejections some minutes.
 	recentBytes = 4 << 20
-	// stampLayout is the time as Envoy writes it unless --log-format says otherwise, in its local time.
+	// stampLayout is the time as Envoy writes it without --log-format, in its local time.
 	stampLayout = "2006-01-02 15:04:05.000"
 )
 

@@ -45,9 +45,6 @@ type Entry struct {
 // Redirected says whether a rule (REDIRECT, DNAT) has given its first packet another destination.
 func (e Entry) Redirected() bool { return e.Status&statusDstNAT != 0 && e.ReplySrc != e.Dst }
 
-// Answered says whether a packet has come back.
-func (e Entry) Answered() bool { return e.Status&statusSeenReply != 0 }
-
 // Find looks up the connection from src to dst, by the addresses that its program sees: src is the
 // local address of the socket, dst what was given to connect(2). [ErrNoEntry] if there is none.
 //

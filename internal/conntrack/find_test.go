@@ -23,7 +23,7 @@ func TestParseEntry(t *testing.T) {
 				found++
 				want := Entry{Proto: r.proto, Src: src, Dst: dst, ReplySrc: dst, ReplyDst: src,
 					Status: e.Status, TCPState: r.state}
-				if e != want || e.Status == 0 || e.Redirected() || e.Answered() {
+				if e != want || e.Status == 0 || e.Redirected() || e.Status&statusSeenReply != 0 {
 					t.Errorf("%s: %s: %+v, want %+v", f.name, r.name, e, want)
 				}
 			}

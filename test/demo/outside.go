@@ -90,9 +90,8 @@ func (d *demo) outside(ctx context.Context) error {
 			strings.Join(serial, "\n"))
 	}
 	d.tell("hold: no jump goes in until Envoy accepts connections; then it is intercepting.")
-	d.ok(
-		"the heartbeat is fresh, the version is that of the Envoy that runs, and agent-last-failure and " +
-			"the serial port tell who deleted the rule, and that this is over")
+	d.ok("the heartbeat is fresh, the version is that of the Envoy that runs, and " +
+		"agent-last-failure and the serial port tell who deleted the rule, and that this is over")
 	return nil
 }
 

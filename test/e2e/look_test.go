@@ -109,10 +109,11 @@ func TestDoctor(t *testing.T) {
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 30*time.Second)))
-		if e := (doctor{m: m, a: a}.examine(t)); e.Exit != 0 || len(e.troubles()) > 0 || e.took > 5*time.Second {
+		e := doctor{m: m, a: a}.examine(t)
+		if e.Exit != 0 || len(e.troubles()) > 0 || e.took > 5*time.Second {
 			t.Errorf("healthy: %d after %v: %s", e.Exit, e.took, e.text)
 		}
-		e := doctor{m: m, a: a, uid: 1000}.examine(t)
+		e = doctor{m: m, a: a, uid: 1000}.examine(t)
 		if e.Exit != 2 || len(e.troubles()) > 0 || e.Unseen[symptom.FromKernel] != "needs root" {
 			t.Errorf("an ordinary user: %d: %s", e.Exit, e.text)
 		}
@@ -133,7 +134,8 @@ func TestDoctor(t *testing.T) {
 		_, err := a.Stop()
 		must(t, err)
 		// What only the daemon knows is not known then, and the rules are as they should be.
-		if e := (doctor{m: m, a: a}.examine(t)); e.Exit != 2 || len(e.troubles()) > 0 || len(e.Unseen) != 1 {
+		e = doctor{m: m, a: a}.examine(t)
+		if e.Exit != 2 || len(e.troubles()) > 0 || len(e.Unseen) != 1 {
 			t.Errorf("without the daemon: %d: %s", e.Exit, e.text)
 		}
 		_, err = m.VM.Run(t.Context(), "iptables", "-t", "nat", "-F", "SERVICE_PROXY_SERVICE_CIDRS")
