@@ -105,11 +105,11 @@ func (p *played) ask(source symptom.Source) error {
 	p.mu.Lock()
 	p.asked[source] = append(p.asked[source], time.Now())
 	p.running[source]++
-	hangs, fails := p.hangs[source], p.fails[source]
+	hangs, fails, release := p.hangs[source], p.fails[source], p.release
 	delay := time.Duration(p.random.IntN(900)) * time.Millisecond
 	p.mu.Unlock()
 	if hangs {
-		<-p.release
+		<-release
 	}
 	time.Sleep(delay)
 	p.mu.Lock()
