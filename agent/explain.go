@@ -103,7 +103,7 @@ func tried(ctx context.Context, q explain.Question, s explain.Seen) (t *explain.
 		if t.Agreement != explain.Differ || !again {
 			return t, s.Have
 		}
-		kernel, err := iptables.Open(ctx, iptables.Options{})
+		kernel, err := iptables.Open(ctx, iptables.Options{ReadOnly: true})
 		if err != nil {
 			return t, s.Have
 		}
@@ -130,7 +130,7 @@ func tryOnce(ctx context.Context, q explain.Question, v iptables.Verdict) *expla
 
 func countersOf(ctx context.Context, f iptables.Family,
 	steps []iptables.Step) ([]iptables.Counter, error) {
-	kernel, err := iptables.Open(ctx, iptables.Options{})
+	kernel, err := iptables.Open(ctx, iptables.Options{ReadOnly: true})
 	if err != nil {
 		return nil, err
 	}

@@ -100,7 +100,8 @@ func (t Table) Walk(p Packet) Verdict {
 func (t Table) walker(p Packet, note func(Step)) walker {
 	return walker{packet: p, rules: func(name string) ([]string, bool) {
 		rules, ok := t.chains[name]
-		return rules, ok
+		// A built-in chain without a rule need not be there, nor the table that it would be in.
+		return rules, ok || isJumpSite(name)
 	}, note: note}
 }
 

@@ -196,3 +196,30 @@ func explainWithout(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
 		t.Errorf("without rules: exit code %d\n%s", code, text)
 	}
 }
+
+// TestExplainOfAnEmptyKernel: before any agent has run, nothing is intercepted, which is an answer;
+// and to ask makes no table.
+func TestExplainOfAnEmptyKernel(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: backend, Config: services()})
+		must(t, err)
+		t.Cleanup(func() { must(t, m.Close()) })
+		a := m.NewAgent()
+		for _, args := range [][]string{{web4.String()}, {web6.String()}, {web4.String(), "--try"},
+			{"10.128.0.2:8081", "--inbound"}} {
+			answer, text, code := explained(t, m, a, args...)
+			if code != 1 || answer.Verdict != explain.NotIntercepted {
+				t.Errorf("%v: exit code %d\n%s", args, code, text)
+			}
+		}
+		legacy, err := m.VM.Run(t.Context(), "cat", "/proc/net/ip_tables_names",
+			"/proc/net/ip6_tables_names")
+		must(t, err)
+		nft, err := m.VM.Run(t.Context(), "nft", "list", "ruleset")
+		must(t, err)
+		if strings.TrimSpace(legacy+nft) != "" {
+			t.Errorf("it made %s%s", legacy, nft)
+		}
+	})
+}
