@@ -33,23 +33,37 @@ func otherUser(f Facts) (out []Finding) {
 			continue
 		}
 		owner := Port{Owner: uid}
-		var evidence []string
+		var evidence, sockets []string
 		for _, p := range f.Ports {
 			if p.Listening && p.Owner == uid {
 				owner.OwnerName = cmp.Or(owner.OwnerName, p.OwnerName)
 				evidence = append(evidence, p.socket())
+				if p.Addr.IsValid() {
+					sockets = append(sockets, listens(p.Addr.Port()))
+				}
 			}
 		}
 		user := word(owner.OwnerName, strconv.FormatUint(uint64(uid), 10))
-		found := finding(EnvoyOtherUser, 15, Error, say(
-			"run Envoy as %s, or set --proxy-user=%s in /etc/default/service-proxy-agent and restart the "+
-				"agent", name(f.ProxyUser), user),
-			"Envoy runs as %s, and the rules let out %s (uid %d): its own traffic would come back to it, "+
-				"so interception is off", owner.owner(), name(f.ProxyUser), f.ProxyUID).
+		who, next := "Envoy runs", say("run Envoy as %s, or set --proxy-user=%s in "+
+			"/etc/default/service-proxy-agent and restart the agent", name(f.ProxyUser), user)
+		commands := []string{"ps -o pid,user,args -C envoy",
+			"echo SERVICE_PROXY_AGENT_PROXY_USER=" + user + " | sudo tee -a /etc/default/service-proxy-agent",
+			restartAgent}
+		if uid != 0 {
+			// Any user can take the ports of an Envoy that is down, and answer as one. Nobody shall have
+			// the VM's traffic because a command was pasted.
+			who = "What answers as Envoy runs"
+			next = say("look who that is; run Envoy as %s, or, only if %s is meant to run it, set "+
+				"--proxy-user=%s in /etc/default/service-proxy-agent and restart the agent",
+				name(f.ProxyUser), user, user)
+			commands = append(commands[:1], fmt.Sprintf("ps -fu %d", uid))
+			commands = append(commands, sockets[:min(len(sockets), 1)]...)
+		}
+		found := finding(EnvoyOtherUser, 15, Error, next,
+			"%s as %s, and the rules let out %s (uid %d): its own traffic would come back to it, so "+
+				"interception is off", who, owner.owner(), name(f.ProxyUser), f.ProxyUID).
 			under(strconv.FormatUint(uint64(uid), 10)).
-			try("ps -o pid,user,args -C envoy",
-				"echo SERVICE_PROXY_AGENT_PROXY_USER="+user+" | sudo tee -a /etc/default/service-proxy-agent",
-				restartAgent)
+			try(commands...)
 		for _, socket := range evidence {
 			found = found.seen(FromSockets, time.Time{}, socket)
 		}

@@ -71,8 +71,7 @@ func TestCommands(t *testing.T) {
 		{live(func(f *Facts) { f.Attribute = malformed }), AttributeBad,
 			"gcloud compute instances add-metadata " + where + " --metadata-from-file=gce-service-proxy=FILE"},
 		{live(port), ForeignOwner, "sudo ss -ltunp 'sport = :15001'"},
-		{live(func(f *Facts) { port(f); f.Processes = []uint32{4711} }), EnvoyOtherUser,
-			"echo SERVICE_PROXY_AGENT_PROXY_USER=4711 | sudo tee -a /etc/default/service-proxy-agent"},
+		{live(func(f *Facts) { port(f); f.Processes = []uint32{4711} }), EnvoyOtherUser, "ps -fu 4711"},
 		{family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable,
 			"sudo modprobe ip6table_nat"},
 		{family(func(f *Family) {
@@ -106,6 +105,22 @@ func TestCommands(t *testing.T) {
 			return says(c, tt.want)
 		}) {
 			t.Errorf("%s: %+v, want %s", tt.id, findings, tt.want)
+		}
+	}
+}
+
+// TestStrangerIsNotTrusted: whoever answers as an Envoy while that is down gets the VM's traffic by
+// no command that is to be pasted.
+func TestStrangerIsNotTrusted(t *testing.T) {
+	for _, found := range Check(live(func(f *Facts) {
+		f.Processes = []uint32{4711}
+		f.Ports = append(f.Ports, Port{Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: 4711,
+			OwnerName: "mallory", Listening: true})
+	})) {
+		for _, c := range found.Commands {
+			if strings.Contains(c, "mallory") || strings.Contains(c, "PROXY_USER") {
+				t.Errorf("%s: %s", found.ID, c)
+			}
 		}
 	}
 }

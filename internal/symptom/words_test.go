@@ -240,7 +240,7 @@ func TestWords(t *testing.T) {
 		{"by a user without a name", live(func(f *Facts) {
 			port("outbound interception", "0.0.0.0:15001", 4711, "")(f)
 			f.Processes = []uint32{4711, 4711, 107}
-		}), "envoy-other-user", 15, Error, "Envoy runs as uid 4711, …envoy (uid 107)…", "…--proxy-user=4711…"},
+		}), "envoy-other-user", 15, Error, "What answers as Envoy runs as uid 4711, …envoy (uid 107)…", "look who that is…only if 4711 is meant…--proxy-user=4711…"},
 		{"its own user, and nobody else", live(func(f *Facts) { f.Processes = []uint32{107} }), "", 0, 0, "", ""},
 		{"iptables -F, and the agent is stopped", live(func(f *Facts) {
 			f.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}}

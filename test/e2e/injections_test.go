@@ -276,8 +276,9 @@ var situations = []situation{
 	{"another user", healthyVM, []injection{
 		{row: 15, id: symptom.EnvoyOtherUser, how: "Envoy runs as uid 21338", inject: envoyOfAnother,
 			disturbs: true, beside: []symptom.ID{symptom.ForeignOwner, symptom.InterceptionNotReady},
-			says: `^Envoy runs as uid 21338, and the rules let out 21337 \(uid 21337\): its own traffic would ` +
-				`come back to it, so interception is off; run Envoy as 21337, or set --proxy-user=21338`},
+			says: `^What answers as Envoy runs as uid 21338, and the rules let out 21337 \(uid 21337\): its ` +
+				`own traffic would come back to it, so interception is off; look who that is; run Envoy as ` +
+				`21337, or, only if 21338 is meant to run it, set --proxy-user=21338`},
 	}},
 	{"connections", healthyVM, []injection{
 		{row: 33, id: symptom.OldConnections, how: "a connection, and then the agent's first rules",
