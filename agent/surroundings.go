@@ -84,6 +84,7 @@ type sight struct {
 	facts   symptom.Surroundings
 	silence silence
 	drops   drops
+	figures time.Time // when those of conntrack's table were last taken
 }
 
 type sourceSight struct {
@@ -139,6 +140,13 @@ func (s *sight) take(one answer, now time.Time) {
 		one.facts.Silent = s.silence.lasting(one.facts.Silent, now)
 	case symptom.FromConntrack:
 		one.facts.Conntrack.Dropped = s.drops.lately(one.full, now)
+		// The figures are in the words of a finding, and so in a guest attribute.
+		if told := s.facts.Conntrack; told.Level() > 0 && told.Level() == one.facts.Conntrack.Level() &&
+			told.Max == one.facts.Conntrack.Max && now.Sub(s.figures) < wordsEvery {
+			one.facts.Conntrack = told
+		} else {
+			s.figures = now
+		}
 	}
 	take(&s.facts, one)
 }

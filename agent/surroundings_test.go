@@ -44,6 +44,27 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestFiguresOfConntrack: they change at each look, and a guest attribute that holds them does not.
+func TestFiguresOfConntrack(t *testing.T) {
+	s := sight{sources: map[symptom.Source]*sourceSight{symptom.FromConntrack: {}}}
+	start, full := time.Unix(1000, 0), uint64(0)
+	var told []symptom.Conntrack
+	for i := range 60 { // five minutes
+		count := 50 + i%3
+		if i >= 12 {
+			count, full = 95+i%3, uint64(i/24*i)
+		}
+		s.take(answer{source: symptom.FromConntrack, full: full, facts: symptom.Surroundings{
+			Conntrack: symptom.Conntrack{Count: count, Max: 100}}}, start.Add(time.Duration(i)*aroundEvery))
+		if is := s.facts.Conntrack; is.Level() > 0 && (len(told) == 0 || told[len(told)-1] != is) {
+			told = append(told, is)
+		}
+	}
+	if n := len(told); n > 5 || told[0].Level() != symptom.Warning || told[n-1].Level() != symptom.Error {
+		t.Errorf("%d times: %v", n, told)
+	}
+}
+
 func TestDrops(t *testing.T) {
 	var d drops
 	start := time.Unix(1000, 0)

@@ -397,17 +397,15 @@ func conntrack(f Facts) []Finding {
 	c := f.Conntrack
 	const setting = "net.netfilter.nf_conntrack_max"
 	var found Finding
-	switch {
-	case c.Max <= 0:
-		return nil
-	case c.Dropped > 0:
+	switch level := c.Level(); {
+	case level == Error && c.Dropped > 0:
 		found = finding(ConntrackFull, 35, Error, "raise the sysctl "+setting,
 			"The connection tracking table is full: %d of %d entries, and %d packets were dropped for it; "+
 				"new connections fail", c.Count, c.Max, c.Dropped)
-	case c.Count >= c.Max:
+	case level == Error:
 		found = finding(ConntrackFull, 35, Error, "raise the sysctl "+setting,
 			"The connection tracking table is full: %d of %d entries; new connections fail", c.Count, c.Max)
-	case 10*c.Count >= 9*c.Max:
+	case level == Warning:
 		found = finding(ConntrackFull, 35, Warning, "raise the sysctl "+setting,
 			"The connection tracking table is nearly full: %d of %d entries; when it is, new connections "+
 				"fail", c.Count, c.Max)

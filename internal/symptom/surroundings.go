@@ -104,6 +104,19 @@ type Conntrack struct {
 	Dropped    uint64 // packets in the last minute, because it was full; 0 where one look was made
 }
 
+// Level is how bad that is: Advice where it is as it should be.
+func (c Conntrack) Level() Severity {
+	switch {
+	case c.Max <= 0:
+		return 0
+	case c.Dropped > 0 || c.Count >= c.Max:
+		return Error
+	case 10*c.Count >= 9*c.Max:
+		return Warning
+	}
+	return 0
+}
+
 // Unrouted is that a family's services have no route.
 type Unrouted struct {
 	Family iptables.Family
