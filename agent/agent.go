@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync/atomic"
@@ -166,7 +167,7 @@ func readConfig(path string) (*attribute.Config, error) {
 	if path == "none" {
 		return &c, nil
 	}
-	text, err := os.ReadFile(path)
+	text, err := readAtMost(path, attribute.MaxSize+1) // Parse refuses what is longer
 	if err != nil {
 		return nil, fmt.Errorf("%w: --config: %w; name a file with the attribute's JSON, or none",
 			ErrSettings, err)
@@ -175,6 +176,16 @@ func readConfig(path string) (*attribute.Config, error) {
 		return nil, fmt.Errorf("%w: --config %q: %w", ErrSettings, path, err)
 	}
 	return &c, nil
+}
+
+// readAtMost reads the beginning of a file, which may have no end, as /dev/zero.
+func readAtMost(path string, size int64) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(io.LimitReader(file, size))
 }
 
 // Run runs until ctx ends, which is no error. The rules stay in place.

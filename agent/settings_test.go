@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"os/user"
 	"strings"
 	"testing"
@@ -35,5 +36,12 @@ func TestProxyIDs(t *testing.T) {
 		case test.err != "" && (p.Err == nil || !strings.Contains(p.Err.Error(), test.err)):
 			t.Errorf("%q: %+v; want an error that says %q", test.name, p, test.err)
 		}
+	}
+}
+
+// TestConfigWithoutEnd: a file that has none is refused, and not read until memory ends.
+func TestConfigWithoutEnd(t *testing.T) {
+	if _, err := readConfig("/dev/zero"); !errors.Is(err, ErrSettings) {
+		t.Errorf("/dev/zero: %v", err)
 	}
 }
