@@ -43,20 +43,20 @@ func otherUser(f Facts) (out []Finding) {
 				}
 			}
 		}
-		user := word(owner.OwnerName, strconv.FormatUint(uint64(uid), 10))
-		who, next := "Envoy runs", say("run Envoy as %s, or set --proxy-user=%s in "+
-			"/etc/default/service-proxy-agent and restart the agent", name(f.ProxyUser), user)
-		commands := []string{"ps -o pid,user,args -C envoy",
-			"echo SERVICE_PROXY_AGENT_PROXY_USER=" + user + " | sudo tee -a /etc/default/service-proxy-agent",
-			restartAgent}
-		if uid != 0 {
+		who, next := "Envoy runs", say("run Envoy as %s: root's traffic cannot be told from everybody "+
+			"else's, so --proxy-user cannot be root", name(f.ProxyUser))
+		commands := []string{"ps -o pid,user,args -C envoy"}
+		if uid == 0 {
+			commands = append(commands, "systemctl cat service-proxy-envoy", statusEnvoy)
+		} else {
 			// Any user can take the ports of an Envoy that is down, and answer as one. Nobody shall have
 			// the VM's traffic because a command was pasted.
+			user := word(owner.OwnerName, strconv.FormatUint(uint64(uid), 10))
 			who = "What answers as Envoy runs"
 			next = say("look who that is; run Envoy as %s, or, only if %s is meant to run it, set "+
 				"--proxy-user=%s in /etc/default/service-proxy-agent and restart the agent",
 				name(f.ProxyUser), user, user)
-			commands = append(commands[:1], fmt.Sprintf("ps -fu %d", uid))
+			commands = append(commands, fmt.Sprintf("ps -fu %d", uid))
 			commands = append(commands, sockets[:min(len(sockets), 1)]...)
 		}
 		found := finding(EnvoyOtherUser, 15, Error, next,
@@ -366,13 +366,14 @@ func oldConnections(f Facts) []Finding {
 		return nil
 	}
 	count, them := "A connection", "it ends by itself; restart its program to have it"
-	if n := len(f.Old); n > 1 {
+	all := max(f.OldCount, len(f.Old))
+	if n := all; n > 1 {
 		count, them = fmt.Sprintf("%d connections", n),
 			"they end by themselves; restart their programs to have them"
 	}
 	found := finding(OldConnections, 33, Advice, them+" intercepted now",
 		"%s from before the rules, and so past Envoy: %s", count,
-		few(f.Old, someNames, OldConnection.String))
+		f.oldNames(all))
 	for _, c := range f.Old[:min(len(f.Old), someNames)] {
 		found = found.seen(FromConntrack, time.Time{}, c.String())
 	}
@@ -382,6 +383,16 @@ func oldConnections(f Facts) []Finding {
 		}
 	}
 	return []Finding{found}
+}
+
+// oldNames names some of so many: the facts have the first of them alone.
+func (f Facts) oldNames(all int) safe {
+	if all == len(f.Old) {
+		return few(f.Old, someNames, OldConnection.String)
+	}
+	some := f.Old[:min(len(f.Old), someNames)]
+	return few(some, someNames, OldConnection.String) +
+		safe(fmt.Sprintf(", and %d more", all-len(some)))
 }
 
 func (c OldConnection) String() string {

@@ -106,7 +106,7 @@ func proxyUser(f Facts) []Finding {
 		"No rules without the proxy's user, or its own traffic would loop: %v", f.UserErr).
 		seen(FromUsers, time.Time{}, f.UserErr.Error()).
 		try("getent passwd " + user)
-	if _, err := strconv.ParseUint(f.ProxyUser, 10, 32); err != nil {
+	if _, err := strconv.ParseUint(f.ProxyUser, 10, 32); err != nil && f.ProxyUser != "root" {
 		found = found.try("sudo useradd --system --no-create-home --shell /usr/sbin/nologin " + user)
 	}
 	return []Finding{found.try(editDefaults, restartAgent)}

@@ -236,7 +236,7 @@ func TestWords(t *testing.T) {
 			port("outbound interception", "0.0.0.0:15001", 0, "root")(f)
 			f.Processes = []uint32{0}
 		}), "envoy-other-user", 15, Error,
-			"Envoy runs as root (uid 0)…envoy (uid 107)…come back to it…interception is off", "run Envoy as envoy…--proxy-user=root…"},
+			"Envoy runs as root (uid 0)…envoy (uid 107)…come back to it…interception is off", "run Envoy as envoy…--proxy-user cannot be root"},
 		{"by a user without a name", live(func(f *Facts) {
 			port("outbound interception", "0.0.0.0:15001", 4711, "")(f)
 			f.Processes = []uint32{4711, 4711, 107}
@@ -297,6 +297,8 @@ func TestWords(t *testing.T) {
 		{"a stream from before the rules", live(func(f *Facts) {
 			f.Old = []OldConnection{{From: netip.MustParseAddrPort("10.128.0.5:41000"), To: netip.MustParseAddrPort("10.0.0.1:80"), UID: 33}}
 		}), "old-connections", 33, Advice, "A connection from before the rules…10.128.0.5:41000 to 10.0.0.1:80 (uid 33)", "it ends by itself…"},
+		{"more than are named", live(func(f *Facts) { f.Old, f.OldCount = make([]OldConnection, 20), 5000 }),
+			"old-connections", 33, Advice, "5000 connections from before the rules…, and 4997 more", "they end by themselves…"},
 		{"many", live(func(f *Facts) { f.Old = make([]OldConnection, 7) }),
 			"old-connections", 33, Advice, "7 connections …and 4 more", "they end by themselves…"},
 		{"90 % of conntrack", live(func(f *Facts) { f.Conntrack = Conntrack{Count: 900, Max: 1000} }),
