@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
@@ -257,16 +259,24 @@ func readAttribute(ctx context.Context) (attributeInForce, error) {
 // readSelf asks who the VM is. Not for its guest attributes: each question counts against what the
 // agent may write.
 func readSelf(ctx context.Context) (self Self, err error) {
-	vm, err := metadata.ReadVM(ctx)
-	if err != nil {
-		return self, err
-	}
-	self.VM = symptom.VM(vm)
-	if self.Clock, err = metadata.Clock(ctx); err != nil {
-		return self, err
-	}
-	if account, err := metadata.ReadAccount(ctx); err == nil { // without it a next step lacks a name
-		self.Account = &account
+	g, asked := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		vm, err := metadata.ReadVM(asked)
+		self.VM = symptom.VM(vm)
+		return err
+	})
+	g.Go(func() (err error) {
+		self.Clock, err = metadata.Clock(asked)
+		return err
+	})
+	g.Go(func() error {
+		if account, err := metadata.ReadAccount(asked); err == nil { // else a next step lacks a name
+			self.Account = &account
+		}
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		return Self{}, err
 	}
 	return self, nil
 }

@@ -7,6 +7,8 @@ import (
 	"path"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // VM is who the VM is. It cannot change while the VM runs.
@@ -20,9 +22,10 @@ type VM struct {
 	NetworkProject string
 }
 
-// ReadVM asks who the VM is. Errors: [*Error].
+// ReadVM asks who the VM is, all of it at once: a slow server is waited for once. Errors: [*Error].
 func ReadVM(ctx context.Context) (VM, error) {
 	var vm VM
+	g, ctx := errgroup.WithContext(ctx)
 	for _, want := range []struct {
 		path string
 		take func(text string)
@@ -38,13 +41,16 @@ func ReadVM(ctx context.Context) (VM, error) {
 			}
 		}},
 	} {
-		text, err := Read(ctx, want.path)
-		if err != nil {
-			return VM{}, err
-		}
-		if s := strings.TrimSpace(string(text)); s != "" {
-			want.take(s)
-		}
+		g.Go(func() error {
+			text, err := Read(ctx, want.path)
+			if s := strings.TrimSpace(string(text)); s != "" && err == nil {
+				want.take(s) // each has fields of its own
+			}
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return VM{}, err
 	}
 	return vm, nil
 }
