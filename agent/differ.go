@@ -11,7 +11,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/rulediff"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -81,7 +80,7 @@ func (l Looked) differs(elsewhere []iptables.Elsewhere, elsewhereErr error) rule
 		if note != "" {
 			notes = append(notes, note)
 		}
-		parts = append(parts, rulediff.Compare(l.wanted(i), have, left))
+		parts = append(parts, rulediff.Compare(l.Ruleset(i), have, left))
 		if held := l.Shapes[i].Held; held != "" && !paused {
 			notes = append(notes, fmt.Sprintf("%v: %s", f, held))
 		}
@@ -105,31 +104,9 @@ func (l Looked) daemonNotes() []string {
 	return nil
 }
 
-// told is what the daemon tells of a family.
-func (l Looked) told(i int) (f status.Family, ok bool) {
-	if l.Daemon != nil {
-		for _, f := range l.Daemon.Families {
-			if f.Family == families[i].String() {
-				return f, true
-			}
-		}
-	}
-	return status.Family{}, false
-}
-
-// wanted is what is wanted of a family here and now.
-func (l Looked) wanted(i int) iptables.Ruleset {
-	want := l.Ruleset(i)
-	if !want.Intercepting() && l.Have[i].Ours().Empty() {
-		// Chains without a jump are of no use, and are not put in.
-		return iptables.Interception{Family: families[i]}.Ruleset()
-	}
-	return want
-}
-
 // left are the rules of a family that the kernel does not take, as the daemon says.
 func (l Looked) left(i int) (left []rulediff.Left, note string) {
-	f, ok := l.told(i)
+	f, ok := l.daemonFamily(i)
 	if !ok {
 		return nil, ""
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -53,10 +54,10 @@ func (l Looked) seen(q explain.Question) explain.Seen {
 		Listeners: view.Snapshot.Listeners, Configured: view.Configured, EnvoyErr: view.Err,
 		ProxyUser: l.Seen.Settings.ProxyUser,
 	}
-	if why, unseen := l.Facts.Unseen["iptables"]; unseen && s.HaveErr == nil {
+	if why, unseen := l.Facts.Unseen[symptom.FromKernel]; unseen && s.HaveErr == nil {
 		s.HaveErr = errors.New(why)
 	}
-	if why, unseen := l.Facts.Unseen["envoy"]; unseen && s.EnvoyErr == nil {
+	if why, unseen := l.Facts.Unseen[symptom.FromEnvoy]; unseen && s.EnvoyErr == nil {
 		s.EnvoyErr = errors.New(why)
 	}
 	if l.Known {

@@ -131,7 +131,7 @@ func (l *looking) askLog(past chan<- []envoyadmin.Logged) question {
 			events, err := envoyadmin.Recent(path)
 			past <- events
 			if errors.Is(err, fs.ErrNotExist) {
-				return nil, fmt.Errorf("there is no %s; --envoy-log names another", path)
+				return nil, fmt.Errorf("there is no %s; name another by --envoy-log", path)
 			}
 			unreadable := ""
 			if err != nil && !errors.Is(err, fs.ErrPermission) {

@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	goiptables "github.com/coreos/go-iptables/iptables"
 )
 
 // Counter is what the kernel has counted for a rule: the first packets of connections, since table
@@ -66,60 +64,40 @@ func (k *Kernel) Counters(ctx context.Context, f Family, steps []Step) ([]Counte
 
 // list lists the rules of chains with their counters, without the line that makes the chain.
 func (k *Kernel) list(ctx context.Context, t tool, chains []string) (map[string][]string, error) {
-	type answer struct {
-		listed map[string][]string
-		err    error
-	}
-	ended := make(chan answer, 1)
-	// go-iptables takes no context: one that hangs is left behind, which only a command that ends soon
-	// can afford.
-	go func() {
-		a := answer{listed: map[string][]string{}}
+	listed, err := aside(ctx, func() (map[string][]string, error) {
+		listed := map[string][]string{}
 		count, err := k.machine.counted(t)
 		if err != nil {
-			ended <- answer{err: err}
-			return
+			return nil, err
 		}
+		var errs []error
 		for _, chain := range chains {
 			lines, err := count(chain)
 			if err != nil {
-				a.err = errors.Join(a.err, fmt.Errorf("list chain %s: %w", chain, err))
+				errs = append(errs, fmt.Errorf("chain %s: %w", chain, err))
 				continue
 			}
-			a.listed[chain] = slices.DeleteFunc(lines, func(line string) bool {
+			listed[chain] = slices.DeleteFunc(lines, func(line string) bool {
 				return !strings.HasPrefix(line, "-A ")
 			})
 		}
-		ended <- a
-	}()
-	select {
-	case a := <-ended:
-		return a.listed, a.err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("list %s chains: %w: %w", t.family, ErrCouldNotLook, ctx.Err())
+		return listed, errors.Join(errs...)
+	})
+	if err != nil {
+		err = fmt.Errorf("list %s chains: %w", t.family, err)
 	}
+	return listed, err
 }
 
 // counted is how the rules of a chain are listed with their counters on this machine.
 func counted(t tool) (func(chain string) ([]string, error), error) {
-	protocol := goiptables.ProtocolIPv4
-	if t.family == IPv6 {
-		protocol = goiptables.ProtocolIPv6
-	}
-	seconds, _ := strconv.Atoi(lockWait)
-	table, err := goiptables.New(goiptables.IPFamily(protocol), goiptables.Path(t.list),
-		goiptables.Timeout(seconds))
+	tables, err := goTables(t.list, t.family)
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", t.list, err)
+		return nil, err
 	}
 	return func(chain string) ([]string, error) {
-		lines, err := table.ListWithCounters("nat", chain)
-		var failed *goiptables.Error
-		if errors.As(err, &failed) {
-			_, text, _ := strings.Cut(failed.Error(), ": ") // without the whole command line
-			err = classify("iptables -v -S "+chain, failed.ExitStatus(), text)
-		}
-		return lines, err
+		lines, err := tables.ListWithCounters("nat", chain)
+		return lines, fromGo("iptables -v -S "+chain, err)
 	}, nil
 }
 

@@ -8,8 +8,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-
-	goiptables "github.com/coreos/go-iptables/iptables"
 )
 
 // Elsewhere is what table nat holds, of one family, in the backend that iptables is not: the kernel
@@ -74,13 +72,18 @@ func hasTable(backend string, f Family) (bool, error) {
 
 func lookElsewhere(backend string, f Family) (Elsewhere, error) {
 	e := Elsewhere{Family: f, Backend: backend}
-	tables, err := goTables(programOf(backend, f), f)
+	program := programOf(backend, f)
+	path, err := lookPath("", program)
+	if err != nil {
+		return e, fmt.Errorf("find %q: %w", program, ErrNoIPTables)
+	}
+	tables, err := goTables(path, f)
 	if err != nil {
 		return e, err
 	}
 	chains, err := tables.ListChains("nat")
 	if err != nil {
-		return e, fromGo(err)
+		return e, fromGo(program+" -S", err)
 	}
 	for _, name := range chains {
 		if isOurs(name) {
@@ -93,7 +96,7 @@ func lookElsewhere(backend string, f Family) (Elsewhere, error) {
 		}
 		rules, err := tables.List("nat", builtin)
 		if err != nil {
-			return e, fromGo(err)
+			return e, fromGo(program+" -S "+builtin, err)
 		}
 		n := 0
 		for _, line := range rules {
@@ -115,53 +118,4 @@ func lookElsewhere(backend string, f Family) (Elsewhere, error) {
 	slices.Sort(e.Jumps)
 	slices.SortFunc(e.Others, func(a, b OtherChain) int { return strings.Compare(a.Chain, b.Chain) })
 	return e, nil
-}
-
-// goTables is coreos/go-iptables on one program. A lock that is held ends what it runs after five
-// seconds.
-func goTables(program string, f Family) (*goiptables.IPTables, error) {
-	path, err := lookPath("", program)
-	if err != nil {
-		return nil, fmt.Errorf("find %q: %w", program, ErrNoIPTables)
-	}
-	proto := goiptables.ProtocolIPv4
-	if f == IPv6 {
-		proto = goiptables.ProtocolIPv6
-	}
-	tables, err := goiptables.New(goiptables.IPFamily(proto), goiptables.Path(path),
-		goiptables.Timeout(5))
-	if err != nil {
-		return nil, fmt.Errorf("ask %s for its version: %w", program, err)
-	}
-	return tables, nil
-}
-
-// fromGo is an error of go-iptables in the classes of this package.
-func fromGo(err error) error {
-	var failed *goiptables.Error
-	if !errors.As(err, &failed) {
-		return err
-	}
-	return classify("iptables", failed.ExitStatus(), failed.Error())
-}
-
-// aside asks beside the caller, who has a time limit where go-iptables takes none: what does not
-// answer in time is left alone, and its answer goes nowhere.
-func aside[T any](ctx context.Context, ask func() (T, error)) (T, error) {
-	type answer struct {
-		got T
-		err error
-	}
-	answers := make(chan answer, 1)
-	go func() {
-		got, err := ask()
-		answers <- answer{got, err}
-	}()
-	select {
-	case a := <-answers:
-		return a.got, a.err
-	case <-ctx.Done():
-		var none T
-		return none, fmt.Errorf("%w: %w", ErrCouldNotLook, ctx.Err())
-	}
 }

@@ -22,7 +22,11 @@ func TestGoIPTablesReadsOurChains(t *testing.T) {
 			if _, err := k.Apply(t.Context(), NewPlan(want, have)); err != nil {
 				t.Fatal(err)
 			}
-			tables, err := goTables(programOf(k.Backend(), f), f)
+			path, err := lookPath("", programOf(k.Backend(), f))
+			if err != nil {
+				t.Fatal(err)
+			}
+			tables, err := goTables(path, f)
 			if err != nil {
 				t.Fatal(err)
 			}
