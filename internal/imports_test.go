@@ -43,9 +43,9 @@ var may = map[string]string{
 	// Causes and next steps, of facts that others have found.
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
-	"internal/doctor": "guestattr internal/symptom",
+	"internal/doctor": "internal/symptom",
 	// What becomes of one connection, of what others have seen.
-	"internal/explain": "envoyadmin guestattr internal/symptom iptables",
+	"internal/explain": "envoyadmin internal/symptom iptables",
 	// What `diff` says of rules.
 	"internal/rulediff": "iptables",
 	// What the loop tells, and who passes it on.

@@ -55,13 +55,13 @@ type Options struct {
 // New makes a Report of the results of symptom.Examine.
 func New(results []symptom.Result, o Options) Report {
 	r := Report{
-		Version: text(o.Version, 64), Time: o.Time.UTC().Truncate(time.Second), FailOn: o.FailOn,
-		Ignored: append([]symptom.ID{}, o.Ignored...), Findings: []symptom.Finding{},
+		Version: symptom.Printable(o.Version, 64), Time: o.Time.UTC().Truncate(time.Second),
+		FailOn: o.FailOn, Ignored: append([]symptom.ID{}, o.Ignored...), Findings: []symptom.Finding{},
 		Checks: make([]Check, 0, len(results)), Unseen: map[symptom.Source]string{},
 		Exit: exit(results, o.FailOn),
 	}
 	for source, why := range o.Unseen {
-		r.Unseen[source] = text(why, maxText)
+		r.Unseen[source] = symptom.Printable(why, maxText)
 	}
 	for _, result := range results {
 		r.Checks = append(r.Checks, bounded(result))
@@ -111,7 +111,7 @@ func ParseIDs(words []string) ([]symptom.ID, error) {
 			case id == "" || slices.Contains(ids, id):
 			case !slices.Contains(known, id):
 				slices.Sort(known)
-				return nil, fmt.Errorf("there is no check %q; these are: %s", text(string(id), 64),
+				return nil, fmt.Errorf("there is no check %q; these are: %s", symptom.Printable(string(id), 64),
 					joined(known))
 			default:
 				ids = append(ids, id)

@@ -10,9 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
 
-	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
@@ -26,34 +24,22 @@ const (
 	maxItems    = 20   // evidence and commands of a finding
 )
 
-// text makes what others wrote fit for one line: no character moves a cursor, turns the direction
-// of the text or is not seen at all.
-func text(s string, limit int) string {
-	if len(s) > 4*limit { // what is left out need not be gone through
-		s = s[:4*limit]
-	}
-	return guestattr.OneLine(strings.Map(func(r rune) rune {
-		if unicode.Is(unicode.Cf, r) || unicode.Is(unicode.Co, r) {
-			return ' '
-		}
-		return r
-	}, s), limit)
-}
-
 // bounded is a result with everything short enough.
 func bounded(result symptom.Result) Check {
 	c := Check{Result: result}
-	c.Why = text(c.Why, maxText)
+	c.Why = symptom.Printable(c.Why, maxText)
 	if n := len(c.Findings); n > maxFindings {
 		c.Findings, c.More = c.Findings[:maxFindings], n-maxFindings
 	}
 	c.Findings = slices.Clone(c.Findings)
 	for i := range c.Findings {
 		f := &c.Findings[i]
-		f.Cause, f.Next, f.Key = text(f.Cause, maxText), text(f.Next, maxText), text(f.Key, maxText)
+		for _, text := range []*string{&f.Cause, &f.Next, &f.Key} {
+			*text = symptom.Printable(*text, maxText)
+		}
 		f.Evidence = slices.Clone(f.Evidence[:min(len(f.Evidence), maxItems)])
 		for i := range f.Evidence {
-			f.Evidence[i].Text = text(f.Evidence[i].Text, maxText)
+			f.Evidence[i].Text = symptom.Printable(f.Evidence[i].Text, maxText)
 		}
 		f.Commands = commands(f.Commands)
 	}
@@ -64,7 +50,7 @@ func bounded(result symptom.Result) Check {
 // which something cannot be seen, is another command then.
 func commands(all []string) (fit []string) {
 	for _, command := range all[:min(len(all), maxItems)] {
-		if text(command, maxText) == command {
+		if symptom.Printable(command, maxText) == command {
 			fit = append(fit, command)
 		}
 	}
@@ -198,7 +184,7 @@ func (n *node) print(b *bytes.Buffer, indent string) {
 		if !e.Time.IsZero() {
 			at = " at " + e.Time.UTC().Format(time.RFC3339)
 		}
-		row("seen", fmt.Sprintf("%s%s: %s", e.Source, at, text(e.Text, maxEvidence)))
+		row("seen", fmt.Sprintf("%s%s: %s", e.Source, at, symptom.Printable(e.Text, maxEvidence)))
 	}
 	if len(n.explains) > 0 {
 		fmt.Fprintf(b, "%s  explains\n", indent)
@@ -245,7 +231,8 @@ func (r Report) unknown(b *bytes.Buffer) {
 		if len(sources[why]) > 0 {
 			from = " (" + strings.Join(sources[why], ", ") + ")"
 		}
-		fmt.Fprintf(b, "UNKNOWN %s%s: %s\n", text(why, maxEvidence), from, joined(checks[why]))
+		fmt.Fprintf(b, "UNKNOWN %s%s: %s\n", symptom.Printable(why, maxEvidence), from,
+			joined(checks[why]))
 	}
 }
 

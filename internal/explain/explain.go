@@ -12,11 +12,8 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
-	"strings"
-	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
-	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -239,19 +236,8 @@ const (
 	maxNamed = 5   // services
 )
 
-// safe is a text of others' as it may be printed anywhere: short, in one line, and without what a
-// terminal would obey.
-func safe(s string) string {
-	if len(s) > 4*maxLine {
-		s = s[:4*maxLine]
-	}
-	return guestattr.OneLine(strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
-			return r
-		}
-		return ' '
-	}, s), maxLine)
-}
+// safe is a text of others' as it may be printed anywhere.
+func safe(s string) string { return symptom.Printable(s, maxLine) }
 
 // Explain answers a question.
 func Explain(q Question, s Seen) Answer {

@@ -446,7 +446,7 @@ func TestParseAddress(t *testing.T) {
 		{"[fd00::1]:80", "[fd00::1]:80", ""},
 		{"[::ffff:10.0.0.1]:80", "10.0.0.1:80", ""},
 		{"web.test:80", "", "`getent ahosts web.test`"},
-		{"we\x1bb:80", "", "we b"},
+		{"we\x1bb:80", "", "we\uFFFDb"},
 		{"10.0.0.1", "", "is not ADDRESS:PORT"},
 		{"fd00::1:80:", "", "is not ADDRESS:PORT"},
 		{":80", "", "has no address"},

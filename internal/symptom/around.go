@@ -130,7 +130,7 @@ func droppedBesides(rest []Dropped) Finding {
 	found := finding(InputDropped, 20, Warning, "let them in before the rules that drop them",
 		"Traffic to more serving ports is dropped by table filter: %s",
 		few(rest, someNames, func(d Dropped) string {
-			return say("%d (%v, %s)", d.Port, d.Family, printable(d.rule(), 100))
+			return say("%d (%v, %s)", d.Port, d.Family, Printable(d.rule(), 100))
 		})).under("more").try("sudo iptables -L -n -v --line-numbers",
 		"sudo ip6tables -L -n -v --line-numbers")
 	for _, d := range rest[:min(len(rest), someNames)] {

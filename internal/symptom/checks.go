@@ -495,7 +495,7 @@ func bootstrapFailed(f Facts) []Finding {
 		return nil
 	}
 	return []Finding{finding(Bootstrap, 26, Error, "", "Bootstrap failed: %s",
-		safe(printable(f.Bootstrap, maxCause))).
+		safe(Printable(f.Bootstrap, maxCause))).
 		seen(FromState, time.Time{}, f.Bootstrap).
 		try("sudo journalctl -u service-proxy-bootstrap -n 50",
 			"sudo systemctl restart service-proxy-bootstrap")}

@@ -238,8 +238,8 @@ func FuzzPrintable(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string, limit int) {
 		limit = 4 + int(uint(limit)%1000)
-		got := printable(s, limit)
-		if !shown(got, limit) || printable(got, limit) != got {
+		got := Printable(s, limit)
+		if !shown(got, limit) || Printable(got, limit) != got {
 			t.Errorf("%q of %q", got, s)
 		}
 		if shown(s, limit) && strings.Join(strings.Fields(s), " ") == s && got != s {

@@ -30,11 +30,11 @@ func say(format string, args ...any) string {
 	for i, arg := range args {
 		switch arg := arg.(type) {
 		case string:
-			made[i] = printable(arg, maxWords)
+			made[i] = Printable(arg, maxWords)
 		case error:
-			made[i] = printable(arg.Error(), maxWords)
+			made[i] = Printable(arg.Error(), maxWords)
 		case fmt.Stringer:
-			made[i] = printable(arg.String(), maxWords)
+			made[i] = Printable(arg.String(), maxWords)
 		default:
 			made[i] = arg
 		}
@@ -46,12 +46,12 @@ func say(format string, args ...any) string {
 type safe string
 
 // name is what others have called something, and short is it in a list.
-func name(s string) string  { return printable(s, maxName) }
-func short(s string) string { return printable(s, maxShort) }
+func name(s string) string  { return Printable(s, maxName) }
+func short(s string) string { return Printable(s, maxShort) }
 
-// printable is s in at most limit bytes, on one line, of runes that a terminal shows: others become
+// Printable is s in at most limit bytes, on one line, of runes that a terminal shows: others become
 // the replacement character, spaces and line breaks one space. What is cut ends in "…".
-func printable(s string, limit int) string {
+func Printable(s string, limit int) string {
 	const mark = "…"
 	long := len(s) > 4*limit // more than is looked at: a rune is up to 4 bytes
 	if long {
@@ -79,16 +79,16 @@ func printable(s string, limit int) string {
 
 // tidy makes a finding fit for wherever it goes. It is the last that is done to one.
 func tidy(f *Finding) {
-	f.Cause, f.Next = printable(f.Cause, maxCause), printable(f.Next, maxNext)
-	if key := printable(f.Key, maxKey); key != f.Key { // a hash: no two keys become one
+	f.Cause, f.Next = Printable(f.Cause, maxCause), Printable(f.Next, maxNext)
+	if key := Printable(f.Key, maxKey); key != f.Key { // a hash: no two keys become one
 		sum := fnv.New64a()
 		sum.Write([]byte(f.Key))
-		f.Key = fmt.Sprintf("%s#%016x", printable(f.Key, maxKey-17), sum.Sum64())
+		f.Key = fmt.Sprintf("%s#%016x", Printable(f.Key, maxKey-17), sum.Sum64())
 	}
 	f.Evidence = f.Evidence[:min(len(f.Evidence), maxPieces)]
 	for i := range f.Evidence {
 		e := &f.Evidence[i]
-		e.Text, e.Time = printable(e.Text, maxEvidence), e.Time.UTC()
+		e.Text, e.Time = Printable(e.Text, maxEvidence), e.Time.UTC()
 	}
 	if !f.Since.IsZero() {
 		f.Since = f.Since.UTC()
