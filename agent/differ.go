@@ -31,10 +31,10 @@ func Differ(ctx context.Context, s Settings, config string) (rulediff.Difference
 		if err != nil {
 			return rulediff.Difference{}, err
 		}
-		return Look(ctx, s).changes(config, *other), nil
+		return LookAtRules(ctx, s).changes(config, *other), nil
 	}
 	return steady(ctx, differAgain, func() (rulediff.Difference, bool) {
-		l := Look(ctx, s)
+		l := LookAtRules(ctx, s)
 		elsewhere, err := iptables.OtherBackend(ctx, l.Backend)
 		if l.Backend == "" {
 			err = nil // the families say why

@@ -39,12 +39,18 @@ const lookLimit = 9 * time.Second
 
 // Look looks once. It changes nothing and it never fails: what could not be seen is in
 // Facts.Unseen, with the reason.
-func Look(ctx context.Context, s Settings) Looked {
+func Look(ctx context.Context, s Settings) Looked { return lookAt(ctx, s, false) }
+
+// LookAtRules is a Look for what the rules are made of, and for nothing that findings alone need:
+// what stands around, and what is dear to Envoy.
+func LookAtRules(ctx context.Context, s Settings) Looked { return lookAt(ctx, s, true) }
+
+func lookAt(ctx context.Context, s Settings, brief bool) Looked {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
 	l := &looking{
 		Looked: Looked{Seen: Observation{Now: time.Now(), Settings: s}},
-		vm:     thisVM(s.StateDir), unseen: map[symptom.Source]string{},
+		vm:     thisVM(s.StateDir), unseen: map[symptom.Source]string{}, brief: brief,
 	}
 	l.Seen.Attribute.Config = attribute.Default()
 	l.HaveErr = [2]error{errNoAnswer, errNoAnswer}
@@ -61,6 +67,7 @@ func Look(ctx context.Context, s Settings) Looked {
 type looking struct {
 	Looked
 	vm     vm
+	brief  bool // for the rules alone
 	unseen map[symptom.Source]string
 	// moved says that one of the sources that can hang has answered: where none does, it is this
 	// machine that hangs, or the time was too short, and nothing is said against any of them.
@@ -86,7 +93,9 @@ func (l *looking) conclude(ctx context.Context) {
 	var w wanted
 	l.Want, l.Known = w.desired(l.Seen.Settings, l.Seen)
 	l.lookAtPorts(ctx)
-	l.lookAround(ctx)
+	if !l.brief {
+		l.lookAround(ctx)
+	}
 	differ := l.differ(ctx)
 	f := l.Seen.Facts(l.Want, l.outcomes)
 	f.Differ = differ

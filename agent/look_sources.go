@@ -143,7 +143,7 @@ func (l *looking) askLog(past chan<- []envoyadmin.Logged) question {
 
 // askEnvoy makes a View by one look.
 func (l *looking) askEnvoy(past <-chan []envoyadmin.Logged) question {
-	s := l.Seen.Settings
+	s, brief := l.Seen.Settings, l.brief
 	return question{[]symptom.Source{symptom.FromEnvoy, symptom.FromClusters}, 7500 * time.Millisecond,
 		func(ctx context.Context) (func(*looking), error) {
 			client, err := envoyadmin.New(s.EnvoyAdmin)
@@ -166,7 +166,12 @@ func (l *looking) askEnvoy(past <-chan []envoyadmin.Logged) question {
 			case events = <-past:
 			case <-time.After(time.Second):
 			}
-			v, err := envoywatch.Look(ctx, options, events)
+			var v envoywatch.Looked
+			if brief {
+				v.View, err = envoywatch.LookAtListeners(ctx, options)
+			} else {
+				v, err = envoywatch.Look(ctx, options, events)
+			}
 			return func(l *looking) {
 				l.Seen.Envoy, l.Seen.AdminOfRoot = v.View, byRoot.Load()
 				l.moved = l.moved || err == nil && !errors.Is(v.Err, envoyadmin.ErrTimeout)

@@ -64,7 +64,7 @@ func explainCommand() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		looked := agent.Look(cmd.Context(), s)
+		looked := agent.LookAtRules(cmd.Context(), s)
 		if q.UID, q.GID, err = looked.Caller(uid, gid); err != nil {
 			return err
 		}

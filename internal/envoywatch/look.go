@@ -37,18 +37,13 @@ type Looked struct {
 // when ctx ends at the latest if the Admin does, with as much as was learned by then. The error is
 // that there was no time to learn anything; that Envoy does not answer is in the View.
 func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, error) {
-	probe := o.Probe
-	o.Probe, o.Logged = nil, nil
-	w := New(o)
-	w.untilCounted(ctx)
-	answers := w.outage.Err == nil && w.process.id != 0
 	clusters := false
-	if answers {
+	v, err := look(ctx, o, func(w *Watch) {
 		w.process.stream = stream{}
 		w.process.stream.recall(past)
 		w.askClusters(ctx)
 		asked := w.o.Now()
-		w.judge(ctx, probe)
+		w.judge(ctx, o.Probe)
 		if w.process.aside.Started == nil {
 			w.askStarted(ctx)
 		}
@@ -57,9 +52,26 @@ func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, err
 			w.askClusters(ctx)
 		}
 		clusters = h.unhealthy != nil
+	})
+	return Looked{v, clusters}, err
+}
+
+// LookAtListeners is a Look by who only asks for those. All else that a Look asks costs Envoy's main
+// thread seconds at 10,000 services.
+func LookAtListeners(ctx context.Context, o Options) (View, error) {
+	return look(ctx, o, func(*Watch) {})
+}
+
+// look looks at the listeners, and asks on where Envoy has answered.
+func look(ctx context.Context, o Options, on func(*Watch)) (View, error) {
+	o.Probe, o.Logged = nil, nil
+	w := New(o)
+	w.untilCounted(ctx)
+	if w.outage.Err == nil && w.process.id != 0 {
+		on(w)
 	}
 	w.outage.Since = time.Time{} // when it was first asked tells nothing
-	v := Looked{w.view(), clusters}
+	v := w.view()
 	if v.Err == nil && w.process.id == 0 {
 		return v, errNoTime
 	}
