@@ -26,6 +26,8 @@ func diffCommand() *cobra.Command {
 			"Exit code, the same in every form of output: 0 same; 1 differs; 2 could not look (as another " +
 			"user than\nroot, say); 64 wrong usage, or a malformed file.\n\n" +
 			"docs/diff.schema.json is the form of -o json.",
+		Example: "  sudo service-proxy-agent diff\n" +
+			"  service-proxy-agent diff --config new.json",
 	}
 	settings := lookFlags(c)
 	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")

@@ -19,12 +19,14 @@ func doctorCommand() *cobra.Command {
 		Short: "Every check on this VM, with the fix; exit code 0 nothing found, 1 something, 2 could " +
 			"not look",
 		Long: "Looks at Envoy, the kernel, the metadata server and files by itself, with and without a " +
-			"daemon, and changes\nnothing. It ends within ten seconds. What it may not see, or what does " +
-			"not answer, is told as unknown.\n\n" +
+			"daemon, and\nchanges nothing. It ends within ten seconds. What it may not see, or what does " +
+			"not answer, is told\nas unknown.\n\n" +
 			"Exit code, the same in every form of output: 0 nothing of the severity to fail on; 1 " +
-			"something; 2 nothing, but a\ncheck of that severity could not look (as another user than " +
-			"root, say); 64 wrong usage.\n\n" +
+			"something; 2\nnothing, but a check of that severity could not look (as another user than " +
+			"root, say); 64 wrong\nusage.\n\n" +
 			"docs/symptoms.md has every check. docs/doctor.schema.json is the form of -o json.",
+		Example: "  sudo service-proxy-agent doctor\n" +
+			"  sudo service-proxy-agent doctor --fail-on warning --ignore application-silent -o json",
 	}
 	settings := lookFlags(c)
 	f := c.Flags()

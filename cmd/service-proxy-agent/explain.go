@@ -18,9 +18,16 @@ func explainCommand() *cobra.Command {
 		Use: "explain ADDRESS:PORT",
 		Short: "Would a connection be intercepted, by which rule, and what does Envoy do with it; " +
 			"exit code 0 intercepted, 1 not, 2 could not look",
-		Example: "  service-proxy-agent explain 10.0.0.1:80\n" +
-			"  service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +
-			"  service-proxy-agent explain 10.128.0.5:8080 --inbound",
+		Long: "Says of one connection whether it goes to Envoy, and what decides that: the way through " +
+			"the kernel's\nrules with their counters, Envoy's listener, filter chain, route, cluster and " +
+			"endpoints. It changes\nnothing, and needs no daemon. Only --try makes traffic: one real " +
+			"connection, on which no byte is sent.\n\n" +
+			"Exit code, the same in every form of output: 0 intercepted; 1 not; 2 could not look (as " +
+			"another user\nthan root, say), or rules and kernel differ (--try); 64 wrong usage.\n\n" +
+			"docs/explain.schema.json is the form of -o json.",
+		Example: "  sudo service-proxy-agent explain 10.0.0.1:80\n" +
+			"  sudo service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +
+			"  sudo service-proxy-agent explain 10.128.0.5:8080 --inbound",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usage(fmt.Errorf("%s takes one ADDRESS:PORT, got %q", cmd.CommandPath(), args))

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -34,11 +35,13 @@ func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
 	f.StringVar(&s.Config, "config", "",
 		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
 			"none: defaults")
-	f.StringVar(&s.Listen, "listen", defaultListen, "the daemon's --listen")
-	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen")
-	f.StringSliceVar(&interfaces, "intercept-interfaces", nil, "as the daemon has them")
+	f.StringVar(&s.Listen, "listen", defaultListen,
+		"the daemon's --listen, whose port is never intercepted")
+	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen, the same")
+	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
+		"the daemon's --intercept-interfaces")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
-		"as the daemon has them")
+		"the daemon's --resolver-users")
 	for _, name := range []string{"envoy-admin", "envoy-log", "proxy-user", "config", "listen",
 		"metrics-listen", "intercept-interfaces", "resolver-users"} {
 		_ = f.SetAnnotation(name, ofDaemon, nil) // it is there
@@ -48,6 +51,11 @@ func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
 		if dir := os.Getenv("STATE_DIRECTORY"); dir != "" {
 			s.StateDir = dir // as with the daemon
 		}
+		client, err := envoyadmin.New(s.EnvoyAdmin)
+		if err != nil {
+			return s, usage(fmt.Errorf("--envoy-admin: %w", err))
+		}
+		client.Close()
 		return s, nil
 	}
 }

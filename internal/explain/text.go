@@ -18,7 +18,7 @@ func (a Answer) WriteText(out io.Writer) error {
 		line("next: %s", a.Next)
 	}
 	if a.Setting != "" {
-		line("setting: %s", a.Setting)
+		line("would change it: %s", a.Setting)
 	}
 	if a.Tried != nil {
 		line("tried: %s", a.Tried)

@@ -26,7 +26,8 @@ func (d Difference) JSON(out io.Writer) error {
 }
 
 // Text is the Difference for people: the lines of each family that has some, then how many, or that
-// nothing differs and what was compared.
+// nothing differs and what was compared, and what to do. What matters most is at the end, where a
+// long difference leaves a terminal.
 func (d Difference) Text(out io.Writer) error {
 	b := bufio.NewWriter(out)
 	for _, f := range d.Families {
@@ -51,6 +52,13 @@ func (d Difference) Text(out io.Writer) error {
 		fmt.Fprintln(b, safe(note))
 	}
 	fmt.Fprintln(b, safe(d.verdict()))
+	switch {
+	case d.Result == Unknown:
+		fmt.Fprintln(b, "next: run it as root, or look why with `service-proxy-agent doctor`")
+	case d.Config == "" && len(d.of(IsOther)) > 0:
+		fmt.Fprintln(b, "next: a running agent repairs that by itself; if it does not, see "+
+			"`service-proxy-agent doctor`")
+	}
 	return b.Flush()
 }
 
@@ -64,7 +72,7 @@ func printLines(b *bufio.Writer, lines []Line) {
 	}
 }
 
-// verdict is the last line.
+// verdict is the line that sums it up.
 func (d Difference) verdict() string {
 	if d.Config != "" {
 		return d.configVerdict()
