@@ -77,15 +77,19 @@ func findings(t *testing.T) string {
 An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1, in Cloud Logging and in
 the log. So is a warning, but in the guest attribute only while no error lasts (and ` +
 		"`guest-attributes-off`" + ` not there), and
-advice in ` + "`status`" + ` alone. All have a series, which is 0 while the finding does not stand: ` +
+advice in ` + "`status` and `doctor`" + ` alone. All have a series, which is 0 while the
+finding does not stand: ` +
 		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
 
     gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
     sudo service-proxy-agent status     on the VM: all of it, and what follows from what
     sudo service-proxy-agent doctor     every check, without the daemon, with commands to paste
+    sudo service-proxy-agent explain ADDRESS:PORT     where one connection goes, and why
+    sudo service-proxy-agent diff       the rules that should be there against those that are
 
-What follows from another finding is listed under it in ` + "`status`" + `, and counts nowhere else: mend the
-first one. Alerts that are not a finding's are in [the last part](#what-only-a-scrape-shows).
+What follows from another finding is listed under it in ` + "`status` and `doctor`" + `, and told
+nowhere else: mend the first one. Alerts that are not a finding's are in
+[the last part](#what-only-a-scrape-shows).
 
 This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with examples
 for names and addresses. The row is the one that reports and issues name.
