@@ -20,11 +20,13 @@ const doctorLimit = 10 * time.Second
 
 // diagnosis is what `doctor -o json` prints, as far as it is looked at here, and its exit code.
 type diagnosis struct {
-	Findings []symptom.Finding `json:"findings"`
-	Checks   []symptom.Result  `json:"checks"`
+	Exit     int                       `json:"exit"`
+	Findings []symptom.Finding         `json:"findings"`
+	Checks   []symptom.Result          `json:"checks"`
+	Unseen   map[symptom.Source]string `json:"unseen"`
 	code     int
-	text     string // of the other form
-	took     time.Duration
+	text     string        // of the other form
+	took     time.Duration // of both, at the same time
 }
 
 // state is what came of one check.
@@ -47,27 +49,35 @@ func (d diagnosis) troubles(state symptom.State, least symptom.Severity) (out []
 	return out
 }
 
-// diagnose runs doctor in both forms at the same time, and checks what holds whatever they find:
-// the exit code is the same, both end in time, and each finding of one is in the other.
-func diagnose(t *testing.T, a *mesh.Agent, uid uint32) (d diagnosis) {
+// run is what one run of doctor came to.
+type run struct {
+	stdout, stderr string
+	code           int
+	err            error
+}
+
+// diagnose runs doctor beside an agent, with its settings.
+func diagnose(t *testing.T, a *mesh.Agent, uid uint32) diagnosis {
 	t.Helper()
-	type answer struct {
-		stdout, stderr string
-		code           int
-		err            error
-	}
-	run := func(form ...string) answer {
-		ctx, cancel := context.WithTimeout(t.Context(), 3*doctorLimit)
-		defer cancel()
-		var r answer
+	return diagnosed(t, func(ctx context.Context, form ...string) (r run) {
 		r.stdout, r.stderr, r.code, r.err = a.RunAs(ctx, uid, a.Settings(),
 			slices.Concat([]string{"doctor"}, form)...)
 		return r
-	}
+	})
+}
+
+// diagnosed runs doctor in both forms at the same time, and checks what holds whatever they find:
+// the exit code is the same, and both end in time.
+func diagnosed(
+	t *testing.T, ask func(ctx context.Context, form ...string) run,
+) (d diagnosis) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*doctorLimit)
+	defer cancel()
 	began := time.Now()
-	text := make(chan answer, 1)
-	go func() { text <- run() }()
-	inJSON := run("-o", "json")
+	text := make(chan run, 1)
+	go func() { text <- ask(ctx) }()
+	inJSON := ask(ctx, "-o", "json")
 	inText := <-text
 	d.took = time.Since(began)
 	must(t, inJSON.err)
@@ -76,9 +86,9 @@ func diagnose(t *testing.T, a *mesh.Agent, uid uint32) (d diagnosis) {
 		t.Fatalf("doctor -o json: %v: exit code %d\n%s%s", err, inJSON.code, inJSON.stdout, inJSON.stderr)
 	}
 	d.code, d.text = inJSON.code, inText.stdout
-	if inText.code != d.code {
-		t.Errorf("doctor: exit code %d in JSON, %d in text:\n%s\n%s", d.code, inText.code, inJSON.stdout,
-			d.text)
+	if inText.code != d.code || d.Exit != d.code {
+		t.Errorf("doctor: exit code %d with JSON, which says %d, and %d with text:\n%s\n%s", d.code,
+			d.Exit, inText.code, inJSON.stdout, d.text)
 	}
 	if d.took > doctorLimit+time.Second { // a process takes time to start, too
 		t.Errorf("doctor took %v", d.took)
