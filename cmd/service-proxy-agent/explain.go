@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -50,20 +51,10 @@ func explainCommand() *cobra.Command {
 		if output != "text" && output != "json" {
 			return usage(fmt.Errorf("--output is %q; use text or json", output))
 		}
-		if q.Inbound && (uid != "" || gid != "") {
-			return usage(fmt.Errorf("--uid and --gid are of who makes a connection here; " +
-				"leave them out with --inbound"))
+		err := fitTogether(q, uid+gid != "")
+		if err != nil {
+			return usage(err)
 		}
-		if !q.Inbound && q.In != "" {
-			return usage(fmt.Errorf("--in-interface is for --inbound"))
-		}
-		if q.Try && q.Inbound {
-			return usage(fmt.Errorf("--try: %w", try.ErrInbound))
-		}
-		if q.Try && q.UDP {
-			return usage(fmt.Errorf("--try makes a TCP connection; leave out --udp"))
-		}
-		var err error
 		if q.To, err = explain.ParseAddress(args[0]); err != nil {
 			return usage(err)
 		}
@@ -96,6 +87,23 @@ func explainCommand() *cobra.Command {
 		return nil
 	}
 	return c
+}
+
+// fitTogether refuses flags of which one leaves the other without a meaning; hasUser says that who
+// makes the connection is given.
+func fitTogether(q explain.Question, hasUser bool) error {
+	switch {
+	case q.Inbound && hasUser:
+		return errors.New("--uid and --gid are of who makes a connection here; " +
+			"leave them out with --inbound")
+	case !q.Inbound && q.In != "":
+		return errors.New("--in-interface is for --inbound")
+	case q.Try && q.Inbound:
+		return fmt.Errorf("--try: %w", try.ErrInbound)
+	case q.Try && q.UDP:
+		return errors.New("--try makes a TCP connection; leave out --udp")
+	}
+	return nil
 }
 
 // explainCode is the exit code of an answer, in every form of output.
