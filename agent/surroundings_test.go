@@ -60,7 +60,8 @@ func TestFiguresOfConntrack(t *testing.T) {
 			told = append(told, is)
 		}
 	}
-	if n := len(told); n > 5 || told[0].Level() != symptom.Warning || told[n-1].Level() != symptom.Error {
+	if n := len(told); n > 5 || told[0].Level() != symptom.Warning ||
+		told[n-1].Level() != symptom.Error {
 		t.Errorf("%d times: %v", n, told)
 	}
 }

@@ -56,8 +56,8 @@ func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, err
 	return Looked{v, clusters}, err
 }
 
-// LookAtListeners is a Look by who only asks for those. All else that a Look asks costs Envoy's main
-// thread seconds at 10,000 services.
+// LookAtListeners is a Look by who only asks for those. All else that a Look asks costs Envoy's
+// main thread seconds at 10,000 services.
 func LookAtListeners(ctx context.Context, o Options) (View, error) {
 	return look(ctx, o, func(*Watch) {})
 }
