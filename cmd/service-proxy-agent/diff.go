@@ -65,6 +65,7 @@ func diffCommand() *cobra.Command {
 		} else {
 			err = d.Text(cmd.OutOrStdout())
 		}
+		err = unwritten(err)
 		if err == nil && d.Exit != rulediff.Same {
 			err = &exitError{code: d.Exit}
 		}

@@ -62,6 +62,7 @@ func doctorCommand() *cobra.Command {
 		} else {
 			err = report.Text(cmd.OutOrStdout())
 		}
+		err = unwritten(err)
 		if err == nil && report.Exit != doctor.Fine {
 			err = &exitError{code: report.Exit}
 		}

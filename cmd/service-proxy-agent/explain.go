@@ -79,7 +79,7 @@ func explainCommand() *cobra.Command {
 			err = answer.WriteText(cmd.OutOrStdout())
 		}
 		if err != nil {
-			return err
+			return unwritten(err)
 		}
 		if code := explainCode(answer); code != 0 {
 			return &exitError{code: code}

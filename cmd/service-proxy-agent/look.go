@@ -94,3 +94,12 @@ func readDaemonsFile() map[string]string {
 	}
 	return envfile.Parse(string(text))
 }
+
+// unwritten is the error of an answer that could not be written. Nobody has it then, so that it is
+// none: 1 would say what was found.
+func unwritten(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &exitError{code: exitNoAnswer, err: fmt.Errorf("write the answer: %w", err)}
+}

@@ -206,11 +206,23 @@ func TestExplainOfAnEmptyKernel(t *testing.T) {
 		must(t, err)
 		t.Cleanup(func() { must(t, m.Close()) })
 		a := m.NewAgent()
+		binary, err := mesh.Binary()
+		must(t, err)
 		for _, args := range [][]string{{web4.String()}, {web6.String()}, {web4.String(), "--try"},
 			{"10.128.0.2:8081", "--inbound"}} {
 			answer, text, code := explained(t, m, a, args...)
 			if code != 1 || answer.Verdict != explain.NotIntercepted {
 				t.Errorf("%v: exit code %d\n%s", args, code, text)
+			}
+		}
+		for _, command := range []string{"doctor", "diff", "explain " + web4.String()} {
+			// An answer that nobody gets is none, whatever was found.
+			full := m.VM.Command(t.Context(), "sh", "-c", binary+" "+command+" --proxy-user "+
+				fmt.Sprint(lab.EnvoyUID)+" --envoy-log "+m.Envoy.LogPath+" >/dev/full")
+			full.Env = a.Environ()
+			must(t, lab.Start(full))
+			if _ = full.Wait(); full.ProcessState.ExitCode() != 2 {
+				t.Errorf("%s on a full disk: %v", command, full.ProcessState)
 			}
 		}
 		legacy, err := m.VM.Run(t.Context(), "cat", "/proc/net/ip_tables_names",
