@@ -10,10 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
@@ -264,26 +263,22 @@ func readAttribute(ctx context.Context) (attributeInForce, error) {
 // readSelf asks who the VM is. Not for its guest attributes: each question counts against what the
 // agent may write.
 func readSelf(ctx context.Context) (self Self, err error) {
-	g, asked := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		vm, err := metadata.ReadVM(asked)
-		self.VM = symptom.VM(vm)
-		return err
-	})
-	g.Go(func() (err error) {
-		self.Clock, err = metadata.Clock(asked)
-		return err
-	})
-	g.Go(func() error {
-		if account, err := metadata.ReadAccount(asked); err == nil { // else a next step lacks a name
-			self.Account = &account
-		}
-		return nil
-	})
-	if err := g.Wait(); err != nil {
+	var vm metadata.VM
+	var account metadata.Account
+	var clockErr, accountErr error
+	var asked sync.WaitGroup // all at once: a slow server is waited for once
+	asked.Go(func() { vm, err = metadata.ReadVM(ctx) })
+	asked.Go(func() { self.Clock, clockErr = metadata.Clock(ctx) })
+	asked.Go(func() { account, accountErr = metadata.ReadAccount(ctx) })
+	asked.Wait()
+	if err != nil {
 		return Self{}, err
 	}
-	return self, nil
+	self.VM = symptom.VM(vm)
+	if accountErr == nil { // without it a next step lacks a name
+		self.Account = &account
+	}
+	return self, clockErr
 }
 
 // askState reads what bootstrap and earlier runs of the daemon left.

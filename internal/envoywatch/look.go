@@ -91,8 +91,9 @@ func (w *Watch) untilCounted(ctx context.Context) {
 			forced, p.warming = true, w.o.Now().Add(-warmLimit)
 			w.detector.Again()
 		}
-		if w.outage.Err != nil || p.told || !forced && !p.confirmed || w.o.Now().After(end) ||
-			!pause(ctx, wait) {
+		// One that has just started, by a hot restart, say, may complete its first update any moment.
+		soon := forced || p.confirmed || p.id != 0 && p.info.Uptime < connects
+		if w.outage.Err != nil || p.told || !soon || w.o.Now().After(end) || !pause(ctx, wait) {
 			return
 		}
 	}

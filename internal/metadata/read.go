@@ -123,7 +123,8 @@ func ask(ctx context.Context, path, etag string, answer *answer) (text []byte, e
 			"wait_for_change": {"true"}, "timeout_sec": {"60"}, "last_etag": {etag},
 		}.Encode()
 	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	outer := ctx
+	ctx, cancel := context.WithTimeout(outer, limit)
 	defer cancel()
 	client := gce.NewClient(&http.Client{
 		Transport:     answer,
@@ -144,6 +145,8 @@ func ask(ctx context.Context, path, etag string, answer *answer) (text []byte, e
 		return nil, &Error{Path: path, Code: http.StatusNotFound, Err: err}
 	case errors.As(err, &status):
 		return nil, &Error{Path: path, Code: status.Code, Err: err}
+	case errors.Is(err, context.DeadlineExceeded) && outer.Err() != nil:
+		err = fmt.Errorf("no answer in time: %w", outer.Err())
 	case errors.Is(err, context.DeadlineExceeded):
 		err = fmt.Errorf("no answer within %v", limit)
 	case errors.As(err, &urlErr):

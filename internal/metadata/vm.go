@@ -6,9 +6,8 @@ import (
 	"net/http"
 	"path"
 	"strings"
+	"sync"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 )
 
 // VM is who the VM is. It cannot change while the VM runs.
@@ -22,11 +21,10 @@ type VM struct {
 	NetworkProject string
 }
 
-// ReadVM asks who the VM is, all of it at once: a slow server is waited for once. Errors: [*Error].
+// ReadVM asks who the VM is, all at once: a slow server is waited for once. Errors: [*Error].
 func ReadVM(ctx context.Context) (VM, error) {
 	var vm VM
-	g, ctx := errgroup.WithContext(ctx)
-	for _, want := range []struct {
+	questions := []struct {
 		path string
 		take func(text string)
 	}{
@@ -40,17 +38,20 @@ func ReadVM(ctx context.Context) (VM, error) {
 				vm.NetworkProject = parts[1]
 			}
 		}},
-	} {
-		g.Go(func() error {
-			text, err := Read(ctx, want.path)
-			if s := strings.TrimSpace(string(text)); s != "" && err == nil {
-				want.take(s) // each has fields of its own
-			}
-			return err
-		})
 	}
-	if err := g.Wait(); err != nil {
-		return VM{}, err
+	texts, errs := make([][]byte, len(questions)), make([]error, len(questions))
+	var asked sync.WaitGroup
+	for i, q := range questions {
+		asked.Go(func() { texts[i], errs[i] = Read(ctx, q.path) })
+	}
+	asked.Wait()
+	for i, q := range questions {
+		if errs[i] != nil {
+			return VM{}, errs[i]
+		}
+		if s := strings.TrimSpace(string(texts[i])); s != "" {
+			q.take(s)
+		}
 	}
 	return vm, nil
 }

@@ -1,9 +1,12 @@
 package metadata
 
 import (
+	"context"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -37,6 +40,37 @@ func TestReadVM(t *testing.T) {
 		if vm, err := ReadVM(t.Context()); err == nil || vm != (VM{}) {
 			t.Errorf("without %q: %+v, %v", fail, vm, err)
 		}
+	}
+}
+
+// TestReadVMAsksAtOnce: a server that answers nobody before all have asked is no server that hangs;
+// and where it does, that the caller's time is over is said, and not another limit.
+func TestReadVMAsksAtOnce(t *testing.T) {
+	all := make(chan struct{})
+	var come atomic.Int32
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if come.Add(1) == 5 {
+			close(all)
+		}
+		select {
+		case <-all:
+			_, _ = w.Write([]byte("x"))
+		case <-r.Context().Done():
+		}
+	}))
+	defer srv.Close()
+	t.Setenv(HostEnv, strings.TrimPrefix(srv.URL, "http://"))
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if vm, err := ReadVM(ctx); err != nil || vm.Name != "x" || vm.ProjectNumber != "x" {
+		t.Errorf("it is %+v, %v", vm, err)
+	}
+	all = make(chan struct{})
+	ctx, cancel = context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := Read(ctx, "instance/name"); !errors.Is(err, context.DeadlineExceeded) ||
+		!strings.Contains(err.Error(), "no answer in time") {
+		t.Errorf("it hangs: %v", err)
 	}
 }
 
