@@ -56,6 +56,11 @@ func TestLook(t *testing.T) {
 			want: seen{apart: true, probed: true, configured: true}},
 		"it never got a configuration": {change: func(e *envoy) { e.restart(); e.uptime = time.Hour },
 			past: ended(10*time.Second, 5, 9), want: seen{end: true, apart: true, probed: true}},
+		"it is about to get its first": {change: func(e *envoy) {
+			e.restart()
+			e.state = "LIVE" // as it says before its listeners are there
+			time.AfterFunc(1500*time.Millisecond, func() { e.set(e.serve) })
+		}, want: seen{stands: true, configured: true}},
 		"a listener warms": {change: func(e *envoy) { e.warming = true },
 			want: seen{stands: true, configured: true}},
 		"all listeners warm for long": {change: func(e *envoy) { e.warming, e.dynamic = true, false },

@@ -236,7 +236,7 @@ func agentStuck(f Facts) (out []Finding) {
 	if !a.Killed.IsZero() {
 		when := a.Killed.UTC()
 		found := finding(AgentStuck, 28, Warning,
-			"the journal has the stack it hung in; please send it",
+			"the journal has the stack it hung in; please open an issue with it",
 			"An earlier run of the agent hung and was restarted by systemd's watchdog at %s",
 			when.Format(time.RFC3339)).under("killed").
 			seen(FromAgent, when, "watchdog").

@@ -75,8 +75,12 @@ them are Envoy's own time limits, and the budget of guest attributes, of which o
 		if s.row == 0 {
 			row = "–"
 		}
-		fmt.Fprintf(&b, "| %s | [%s](#%s) | %s | %v | %.1f | %s |\n", row, s.id, s.id,
-			cell.Replace(s.how), s.told, s.took.Seconds(), cell.Replace(guestattr.OneLine(s.words, 400)))
+		id := "–" // an answer of explain
+		if s.id != "" {
+			id = fmt.Sprintf("[%s](#%[1]s)", s.id)
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s | %v | %.1f | %s |\n", row, id, cell.Replace(s.how), s.told,
+			s.took.Seconds(), cell.Replace(guestattr.OneLine(s.words, 400)))
 	}
 	b.WriteString("\n" + measuredEnd)
 	text := string(page)
