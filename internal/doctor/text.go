@@ -22,6 +22,7 @@ const (
 	maxFindings = 200  // of one check in JSON
 	maxShown    = 5    // of one check in the text that one finding explains, or that stand
 	maxItems    = 20   // evidence and commands of a finding
+	maxUnknown  = 15   // checks of one reason in the text
 )
 
 // bounded is a result with everything short enough.
@@ -103,7 +104,11 @@ func (r Report) verdict() string {
 			words = append(words, fmt.Sprintf("%d %s", n[s], plural(s, n[s])))
 		}
 	}
-	if len(words) == 0 {
+	switch {
+	case len(words) > 0:
+	case !slices.ContainsFunc(r.Checks, func(c Check) bool { return c.State == symptom.OK }):
+		words = append(words, "could not look")
+	default:
 		words = append(words, "nothing found")
 	}
 	if unknown > 0 {
@@ -231,8 +236,12 @@ func (r Report) unknown(b *bytes.Buffer) {
 		if len(sources[why]) > 0 {
 			from = " (" + strings.Join(sources[why], ", ") + ")"
 		}
-		fmt.Fprintf(b, "UNKNOWN %s%s: %s\n", symptom.Printable(why, maxEvidence), from,
-			joined(checks[why]))
+		ids, more := checks[why], ""
+		if n := len(ids) - maxUnknown; n > 1 {
+			ids, more = ids[:maxUnknown], fmt.Sprintf(" and %d more (-o json names all)", n)
+		}
+		fmt.Fprintf(b, "UNKNOWN %s%s: %s%s\n", symptom.Printable(why, maxEvidence), from, joined(ids),
+			more)
 	}
 }
 
