@@ -168,9 +168,14 @@ func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words s
 	return took, words
 }
 
+// limit is a minute, beside other tests half a minute more: a second failure within a minute waits
+// for the budget of guest attributes, and has seconds left.
 func (i injection) limit() time.Duration {
-	if i.late != 0 {
+	switch {
+	case i.late != 0:
 		return i.late
+	case os.Getenv("SOAK") == "":
+		return 90 * time.Second
 	}
 	return time.Minute
 }
