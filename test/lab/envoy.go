@@ -219,7 +219,23 @@ func (e *Envoy) HotRestart() error {
 	e.argv = append(slices.Clip(e.argv), "--restart-epoch", fmt.Sprint(e.epoch))
 	e.mu.Unlock()
 	e.lab.atEnd(func() { old.Process.Kill(); <-exited })
-	return e.Start()
+	// While the old one's workers are still starting, which /ready does not tell, the new one ends at
+	// once: "previous envoy process is still initializing".
+	for range 20 {
+		if err := e.Start(); err != nil {
+			return err
+		}
+		e.mu.Lock()
+		ended := e.exited
+		e.mu.Unlock()
+		select {
+		case <-ended:
+			time.Sleep(500 * time.Millisecond)
+		case <-time.After(time.Second):
+			return nil
+		}
+	}
+	return fmt.Errorf("start the next Envoy: it ends at once: %s", e.LogTail(3))
 }
 
 // PID is Envoy's process, or 0.
