@@ -53,6 +53,14 @@ func ready(t *testing.T, opts options) *VM {
 	return v
 }
 
+// serve starts an application on the serving port.
+func (v *VM) serve() {
+	v.t.Helper()
+	if _, err := v.lab.Echo(v.lab.VM, servingPort, lab.EchoOptions{Name: "application"}); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
 // waitFinished waits for bootstrap itself, not for the guest attribute, which comes
 // within its rate budget.
 func (v *VM) waitFinished(limit time.Duration) {
@@ -104,10 +112,7 @@ func TestFirstBoot(t *testing.T) {
 			if have := v.guest(guestattr.BootstrapStatus); have != "" {
 				t.Errorf("before: bootstrap-status %q", have)
 			}
-			if _, err := v.lab.Echo(v.lab.VM, servingPort,
-				lab.EchoOptions{Name: "application"}); err != nil {
-				t.Fatal(err)
-			}
+			v.serve()
 			start := time.Now()
 			took := v.install()
 			if took > 20*time.Second {
@@ -615,6 +620,7 @@ func TestShutdown(t *testing.T) {
 		}
 	}})
 	v.boot()
+	v.serve() // else that is warned of
 	v.run("systemctl", "enable", "application.service")
 	// as Docker might: the lock is root's, 0600
 	v.run("sh", "-c", "rm -f /run/xtables.lock; iptables -t nat -nL")
@@ -717,6 +723,7 @@ func (v *VM) checkNoRules() {
 func TestIPv6Only(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{ipv6: true})
+	v.serve() // else that is warned of
 	if out := v.run("ip", "-4", "-o", "addr", "show", "scope", "global"); out != "" {
 		t.Fatalf("the VM has IPv4: %s", out)
 	}
