@@ -27,8 +27,9 @@ const (
 	statusDstNAT    = 1 << 5
 )
 
-// findLimit bounds one question, which takes the kernel some microseconds.
-const findLimit = time.Second
+// findLimit bounds one question, which takes the kernel some microseconds. But a program that waits
+// for a processor meanwhile, on a busy machine for more than a second, finds its time over.
+const findLimit = 5 * time.Second
 
 // Entry is a connection as conntrack has it.
 type Entry struct {

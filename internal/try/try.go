@@ -290,7 +290,7 @@ func (o *Outcome) look(ctx context.Context, opened *conntrack.Opened) error {
 	to := netip.AddrPortFrom(o.Ask.To.Addr().WithZone(""), o.Ask.To.Port())
 	from := netip.AddrPortFrom(o.From.Addr().WithZone(""), o.From.Port())
 	// The caller's time may have run out with the connection's.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	entry, err := conntrack.Find(ctx, unix.IPPROTO_TCP, from, to)
 	if errors.Is(err, conntrack.ErrNoEntry) {
