@@ -23,7 +23,7 @@ group() { # NAME COMMAND…
   local name=$1 start=$SECONDS status=ok; shift
   printf '\n=== %s\n' "$name"
   "$@" || { status=FAILED; failed=1; }
-  report+=("$(printf '%-14s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
+  report+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
 }
 
 # What this machine itself does with packets. Looking changes nothing: iptables-legacy-save makes a
@@ -69,11 +69,11 @@ tagged() { # TAG FLAG…
 
 bench()  { test/bench.sh once; }
 # Boxes mostly wait: meanwhile the benchmarks can be seen to work (their figures mean little here),
-# and then the linters have what is left of the processors.
-box+bench+lint() {
+# and then what needs no root has what is left of the processors.
+box+rest() {
   local beside ended=0
   beside=$(mktemp)
-  (bad=0; bench || bad=1; nice -n 10 test/lint.sh || bad=1; exit $bad) >"$beside" 2>&1 &
+  (bad=0; bench || bad=1; alerts || bad=1; nice -n 10 test/lint.sh || bad=1; exit $bad) >"$beside" 2>&1 &
   box || ended=1
   wait $! || ended=1
   cat "$beside"; rm -f "$beside"
@@ -86,7 +86,7 @@ command -v gcloud >/dev/null ||
     "         TestGcloud made its requests")
 
 if (( ! failed )); then
-  (( $# )) || set -- unit alerts kernel lab box+bench+lint
+  (( $# )) || set -- unit kernel lab box+rest
   before=$(mktemp); host >"$before" 2>&1
   for name; do
     group "$name" "$name"
