@@ -1,34 +1,17 @@
 package symptom
 
 import (
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 )
 
 // TestKinds: every ID of this package is a kind, once, with a title and its severities.
 func TestKinds(t *testing.T) {
-	file, err := parser.ParseFile(token.NewFileSet(), "symptom.go", nil, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
 	ids := map[ID]bool{}
-	ast.Inspect(file, func(n ast.Node) bool {
-		if v, ok := n.(*ast.ValueSpec); ok && len(v.Values) == 1 {
-			if kind, ok := v.Type.(*ast.Ident); ok && kind.Name == "ID" {
-				text, err := strconv.Unquote(v.Values[0].(*ast.BasicLit).Value)
-				if err != nil {
-					t.Fatal(err)
-				}
-				ids[ID(text)] = true
-			}
-		}
-		return true
-	})
+	for _, id := range constants(t) {
+		ids[id] = true
+	}
 	if len(ids) < 30 {
 		t.Fatalf("only %d IDs in symptom.go", len(ids))
 	}
