@@ -13,9 +13,13 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
+// Schema names the form of a Status in JSON, docs/status.schema.json. Fields may be added to it.
+const Schema = "service-proxy-agent/status/v1"
+
 // Status is what the agent knows after a pass: a value, copied out to every reporter. Its JSON is
 // what `status -o json` prints; fields are added, never renamed.
 type Status struct {
+	Schema    string    `json:"schema"`
 	Version   string    `json:"version"`   // of this agent
 	Heartbeat time.Time `json:"heartbeat"` // when the last pass ran to its end, UTC
 	Started   time.Time `json:"started"`
@@ -45,6 +49,69 @@ type Status struct {
 	// program and pid, where the kernel tells
 	LastDriftBy   string    `json:"last_drift_by,omitempty"`
 	LastDriftWhen time.Time `json:"last_drift_when,omitzero"`
+	// Channels are the ways on which the agent tells others, each with what it may still write.
+	Channels []Channel `json:"channels,omitempty"`
+	Cost     Cost      `json:"cost,omitzero"`
+	// History are the last transitions, oldest first, those of earlier runs on this machine too.
+	History []Transition `json:"history,omitempty"`
+	// Samples are the last minutes, oldest first: what the charts are drawn of.
+	Samples []Sample `json:"samples,omitempty"`
+}
+
+// Channel is a way on which the agent tells others, and how it goes.
+type Channel struct {
+	Name    string `json:"name"` // "guest_attributes", "serial", "cloud_logging"
+	Enabled bool   `json:"enabled"`
+	Up      bool   `json:"up"`
+	// Error is why it is not up, or off.
+	Error   string    `json:"error,omitempty"`
+	Last    time.Time `json:"last,omitzero"` // the last write that was taken, UTC
+	Waiting int       `json:"waiting"`       // told, and not written yet
+	Written uint64    `json:"written"`       // by this run
+	Dropped uint64    `json:"dropped"`       // by this run
+	// Budget is how much may be written: Left of Most, and Next is when one more may be, UTC.
+	Budget Budget `json:"budget,omitzero"`
+}
+
+// Budget is a bound on what a channel writes.
+type Budget struct {
+	Unit string    `json:"unit"` // "queries a minute", "bytes a second"
+	Left float64   `json:"left"`
+	Most float64   `json:"most"`
+	Next time.Time `json:"next,omitzero"`
+}
+
+// Cost is what the agent takes of the machine.
+type Cost struct {
+	// EnvoyShare is the share of Envoy's main thread that the agent's questions took lately, 0 to 1.
+	EnvoyShare float64 `json:"envoy_main_thread_share"`
+	CPUShare   float64 `json:"cpu_share"` // of one processor, lately, 0 to 1 or more
+	Resident   uint64  `json:"resident_bytes"`
+}
+
+// Transition is something that changed, in the words of the log.
+type Transition struct {
+	Time     time.Time  `json:"time"`     // UTC
+	Severity string     `json:"severity"` // "info", "warning", "error"
+	Text     string     `json:"text"`
+	ID       symptom.ID `json:"id,omitempty"`  // of the finding that it is about
+	Key      string     `json:"key,omitempty"` // of that
+	// By is who did it, program and pid, where the kernel told; "" where it did not, or nobody else
+	// did.
+	By string `json:"by,omitempty"`
+}
+
+// Sample is a minute.
+type Sample struct {
+	Time   time.Time `json:"time"`  // when the minute ended, UTC
+	State  string    `json:"state"` // Status.State then
+	Passes int       `json:"passes"`
+	// SlowestPass and SlowestChange are in seconds: a pass, and a change from the moment that Envoy
+	// showed it to the rules. 0: there was none.
+	SlowestPass   float64 `json:"slowest_pass_seconds"`
+	SlowestChange float64 `json:"slowest_change_seconds"`
+	Changes       int     `json:"changes"` // of the rules
+	Repairs       int     `json:"repairs"` // of drift
 }
 
 // Attribute says where the attribute in force is from.

@@ -50,7 +50,7 @@ func TestJSON(t *testing.T) {
 		ServingPorts: []uint16{80}, Passes: 7, Undone: 3, Paused: true, LastDriftBy: "x (1)",
 		LastDriftWhen: at,
 	}
-	const fullJSON = `{"version":"1.2.3","heartbeat":"2026-11-28T12:00:00Z",` +
+	const fullJSON = `{"schema":"","version":"1.2.3","heartbeat":"2026-11-28T12:00:00Z",` +
 		`"started":"2026-11-28T12:00:00Z","mode":"hold","ready":true,"not_ready":"why",` +
 		`"last_failure":"failed","failing":"envoy-down","since":"2026-11-28T12:00:00Z","bootstrap":{"status":"FINISHED","failure":"late","done":true},` +
 		`"attribute":{"read":"2026-11-28T12:00:00Z","kept":true},` +
@@ -62,7 +62,7 @@ func TestJSON(t *testing.T) {
 		`"shape":{"jumps":true,"inbound":true,"dns":true,"settling":true,"held":"h"},"left":[{"rule":"r","why":"w"}]}],` +
 		`"services":[{"name":"web","addresses":["10.0.0.1:80"]}],"serving_ports":[80],"passes":7,"drift_repaired":3,"paused":true,` +
 		`"last_drift_by":"x (1)","last_drift_when":"2026-11-28T12:00:00Z"}`
-	const emptyJSON = `{"version":"","heartbeat":"0001-01-01T00:00:00Z",` +
+	const emptyJSON = `{"schema":"","version":"","heartbeat":"0001-01-01T00:00:00Z",` +
 		`"started":"0001-01-01T00:00:00Z","mode":"","ready":false,"bootstrap":{},` +
 		`"envoy":{"admin":"","configured":false,"listeners":0,"rejected":0},` +
 		`"passes":0,"drift_repaired":0}`
