@@ -26,8 +26,8 @@ var may = map[string]string{
 	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
 		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/envfile " +
 		"internal/explain internal/metadata internal/progress internal/reconcile " +
-		"internal/rulediff internal/server internal/status internal/symptom internal/try " +
-		"iptables systemd",
+		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
+		"internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
@@ -43,11 +43,11 @@ var may = map[string]string{
 	// Causes and next steps, of facts that others have found.
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
-	"internal/doctor": "internal/symptom",
+	"internal/doctor": "internal/symptom internal/terminal",
 	// What becomes of one connection, of what others have seen.
-	"internal/explain": "envoyadmin internal/symptom iptables",
+	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
 	// What `diff` says of rules.
-	"internal/rulediff": "iptables",
+	"internal/rulediff": "internal/terminal iptables",
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
 	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",
@@ -86,6 +86,7 @@ var may = map[string]string{
 	"internal/redaction":   "",
 	"internal/route":       "",
 	"internal/sockdiag":    "",
+	"internal/terminal":    "",
 	"internal/untrusted":   "",
 	"internal/webconfig":   "",
 }
