@@ -63,7 +63,7 @@ func saved(t *testing.T, l Looked, i int, gone string) iptables.Table {
 func printed(t *testing.T, d rulediff.Difference) string {
 	t.Helper()
 	var b bytes.Buffer
-	if err := d.Text(&b); err != nil {
+	if err := d.Text(&b, false, 1000); err != nil {
 		t.Fatal(err)
 	}
 	return b.String()

@@ -62,7 +62,8 @@ var may = map[string]string{
 	"iptables":   "",
 	"systemd":    "internal/atomicfile",
 	// For tests.
-	"iptables/iptablestest": "iptables",
+	"iptables/iptablestest":          "iptables",
+	"internal/terminal/terminaltest": "internal/terminal",
 
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
@@ -115,11 +116,12 @@ var only = map[string]string{
 	"go.yaml.in/yaml":                      "internal/webconfig",
 	"golang.org/x/crypto":                  "internal/webconfig",
 	// What is for tests.
-	"github.com/google/go-cmp":              "",
-	"github.com/santhosh-tekuri/jsonschema": "",
-	"testing":                               "iptables/iptablestest",
-	module + "/iptables/iptablestest":       "",
-	module + "/test":                        "",
+	"github.com/google/go-cmp":                 "",
+	"github.com/santhosh-tekuri/jsonschema":    "",
+	"testing":                                  "iptables/iptablestest internal/terminal/terminaltest",
+	module + "/iptables/iptablestest":          "",
+	module + "/internal/terminal/terminaltest": "",
+	module + "/test":                           "",
 	// What is at the top.
 	module + "/internal/bootstrap":      "cmd/service-proxy-agent",
 	module + "/agent":                   "cmd/service-proxy-agent",

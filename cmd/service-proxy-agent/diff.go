@@ -8,6 +8,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/rulediff"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 func diffCommand() *cobra.Command {
@@ -63,7 +64,8 @@ func diffCommand() *cobra.Command {
 		if output == "json" {
 			err = d.JSON(cmd.OutOrStdout())
 		} else {
-			err = d.Text(cmd.OutOrStdout())
+			out := cmd.OutOrStdout()
+			err = d.Text(out, terminal.For(out), terminal.Width(out))
 		}
 		err = unwritten(err)
 		if err == nil && d.Exit != rulediff.Same {

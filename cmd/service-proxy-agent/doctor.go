@@ -9,6 +9,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 func doctorCommand() *cobra.Command {
@@ -60,7 +61,8 @@ func doctorCommand() *cobra.Command {
 				_, err = cmd.OutOrStdout().Write(body)
 			}
 		} else {
-			err = report.Text(cmd.OutOrStdout())
+			out := cmd.OutOrStdout()
+			err = report.Text(out, terminal.For(out), terminal.Width(out))
 		}
 		err = unwritten(err)
 		if err == nil && report.Exit != doctor.Fine {

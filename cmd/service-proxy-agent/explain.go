@@ -9,6 +9,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 )
 
@@ -76,7 +77,8 @@ func explainCommand() *cobra.Command {
 				explain.Answer
 			}{version, explainCode(answer), answer})
 		} else {
-			err = answer.WriteText(cmd.OutOrStdout())
+			out := cmd.OutOrStdout()
+			err = answer.WriteText(out, terminal.For(out), terminal.Width(out))
 		}
 		if err != nil {
 			return unwritten(err)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -110,9 +111,10 @@ func TestGolden(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			valid(t, name, r)
 			var have bytes.Buffer
-			if err := r.Text(&have); err != nil {
+			if err := r.Text(&have, false, 100); err != nil {
 				t.Fatal(err)
 			}
+			terminaltest.Fits(t, r.Text)
 			file := filepath.Join("testdata", name+".txt")
 			if *update {
 				if err := os.WriteFile(file, have.Bytes(), 0o644); err != nil {
@@ -242,7 +244,7 @@ func TestForeignText(t *testing.T) {
 			r := New(results, Options{Version: word, Time: noon, Unseen: f.Unseen})
 			body := valid(t, name, r)
 			var text bytes.Buffer
-			if err := r.Text(&text); err != nil {
+			if err := r.Text(&text, false, 100); err != nil {
 				t.Fatal(err)
 			}
 			for form, out := range map[string][]byte{"text": text.Bytes(), "json": body} {

@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -12,6 +11,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 // Limits of what is printed. 10,000 listeners may be rejected at once, each with a name of a
@@ -67,20 +67,47 @@ func (r Report) JSON() ([]byte, error) {
 	return append(out, '\n'), nil
 }
 
-// Text is the Report for people.
-func (r Report) Text(out io.Writer) error {
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s at %s by service-proxy-agent %s\n", r.verdict(), r.Time.Format(time.RFC3339),
-		r.Version)
+// Text is the Report for people, in lines of that width where words allow it. Commands stay on one
+// line, so that they can be pasted.
+func (r Report) Text(out io.Writer, style terminal.Style, width int) error {
+	p := printer{style: style, width: width}
+	p.line(2, "%s at %s by service-proxy-agent %s", style.Bold(r.verdict()),
+		r.Time.Format(time.RFC3339), r.Version)
 	for _, one := range shown(r.tree()) {
-		b.WriteByte('\n')
-		one.print(&b, "")
+		p.WriteByte('\n')
+		one.print(&p, "")
 	}
-	r.omitted(&b)
-	r.unknown(&b)
-	fmt.Fprintf(&b, "\n%s\n", r.rest())
-	_, err := out.Write(b.Bytes())
+	r.omitted(&p)
+	r.unknown(&p)
+	p.WriteByte('\n')
+	p.line(2, "%s", r.rest())
+	_, err := out.Write(p.Bytes())
 	return err
+}
+
+// printer is a text in the making.
+type printer struct {
+	bytes.Buffer
+	style terminal.Style
+	width int
+}
+
+// line writes a line; what does not fit goes on, indented by hang more.
+func (p *printer) line(hang int, format string, args ...any) {
+	p.WriteString(terminal.Wrap(fmt.Sprintf(format, args...), p.width, hang) + "\n")
+}
+
+// word is a severity as it is printed.
+func (p *printer) word(s symptom.Severity) string {
+	switch s {
+	case symptom.Error:
+		return p.style.Bad("ERROR")
+	case symptom.Warning:
+		return p.style.Warn("WARNING")
+	case symptom.Advice:
+		return p.style.Bold("ADVICE")
+	}
+	return s.String()
 }
 
 // verdict is the first line's word.
@@ -137,7 +164,7 @@ func shown(nodes []*node) (some []*node) {
 }
 
 // omitted says what of many findings of a kind is not printed.
-func (r Report) omitted(b *bytes.Buffer) {
+func (r Report) omitted(p *printer) {
 	all, printed := map[symptom.ID]int{}, map[symptom.ID]int{}
 	for _, f := range r.Findings {
 		all[f.ID]++
@@ -152,10 +179,10 @@ func (r Report) omitted(b *bytes.Buffer) {
 		}
 		if left := all[check.ID] + check.More - printed[check.ID]; left > 0 {
 			if !began {
-				b.WriteByte('\n')
+				p.WriteByte('\n')
 			}
 			began = true
-			fmt.Fprintf(b, "and %d more of %s (`doctor -o json` has %d of all)\n", left, check.ID,
+			p.line(2, "and %d more of %s (`doctor -o json` has %d of all)", left, check.ID,
 				all[check.ID])
 		}
 	}
@@ -169,17 +196,17 @@ func (n *node) count(printed map[symptom.ID]int) {
 }
 
 // print writes a finding, and what it explains below it.
-func (n *node) print(b *bytes.Buffer, indent string) {
+func (n *node) print(p *printer, indent string) {
 	f := n.Finding
-	fmt.Fprintf(b, "%s%s %s: %s\n", indent, cmp.Or(map[symptom.Severity]string{
-		symptom.Error: "ERROR", symptom.Warning: "WARNING", symptom.Advice: "ADVICE"}[f.Severity],
-		f.Severity.String()), f.ID, f.Cause)
-	row := func(name, value string) { fmt.Fprintf(b, "%s  %-7s %s\n", indent, name, value) }
+	p.line(2, "%s%s %s: %s", indent, p.word(f.Severity), p.style.Bold(string(f.ID)), f.Cause)
+	row := func(name, value string) {
+		p.line(len("  ")+nameWidth+1, "%s  %s %s", indent, p.name(name), value)
+	}
 	if f.Next != "" {
 		row("next", f.Next)
 	}
 	for _, command := range f.Commands {
-		row("run", command)
+		fmt.Fprintf(p, "%s  %s %s\n", indent, p.name("run"), command)
 	}
 	if !f.Since.IsZero() {
 		row("since", f.Since.UTC().Format(time.RFC3339))
@@ -192,15 +219,22 @@ func (n *node) print(b *bytes.Buffer, indent string) {
 		row("seen", fmt.Sprintf("%s%s: %s", e.Source, at, symptom.Printable(e.Text, maxEvidence)))
 	}
 	if len(n.explains) > 0 {
-		fmt.Fprintf(b, "%s  explains\n", indent)
+		fmt.Fprintf(p, "%s  %s\n", indent, p.style.Dim("explains"))
 	}
 	for _, below := range shown(n.explains) {
-		below.print(b, indent+"    ")
+		below.print(p, indent+"    ")
 	}
 }
 
+// nameWidth is the width of what stands before a row's value.
+const nameWidth = 7
+
+func (p *printer) name(name string) string {
+	return p.style.Dim(name) + strings.Repeat(" ", nameWidth-len(name))
+}
+
 // unknown writes what is not known, by why: what an ordinary user may not see is one line.
-func (r Report) unknown(b *bytes.Buffer) {
+func (r Report) unknown(p *printer) {
 	sources := map[string][]string{} // by reason
 	for _, source := range slices.Sorted(maps.Keys(r.Unseen)) {
 		why := r.Unseen[source]
@@ -230,7 +264,7 @@ func (r Report) unknown(b *bytes.Buffer) {
 	}
 	for i, why := range order {
 		if i == 0 {
-			b.WriteByte('\n')
+			p.WriteByte('\n')
 		}
 		from := ""
 		if len(sources[why]) > 0 {
@@ -240,8 +274,8 @@ func (r Report) unknown(b *bytes.Buffer) {
 		if n := len(ids) - maxUnknown; n > 1 {
 			ids, more = ids[:maxUnknown], fmt.Sprintf(" and %d more (-o json names all)", n)
 		}
-		fmt.Fprintf(b, "UNKNOWN %s%s: %s%s\n", symptom.Printable(why, maxEvidence), from, joined(ids),
-			more)
+		p.line(2, "%s %s%s: %s%s", p.style.Warn("UNKNOWN"), symptom.Printable(why, maxEvidence), from,
+			joined(ids), more)
 	}
 }
 

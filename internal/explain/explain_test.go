@@ -21,6 +21,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -256,10 +257,11 @@ func TestAnswers(t *testing.T) {
 		c := all[name]
 		answer := Explain(c.q, finish(c.s, c.q, c.edit))
 		var text bytes.Buffer
-		if err := answer.WriteText(&text); err != nil {
+		if err := answer.WriteText(&text, false, 100); err != nil {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(&text, "\nfinding: %v, complete: %v\n", findingID(answer), answer.Complete())
+		terminaltest.Fits(t, answer.WriteText)
 		file := filepath.Join("testdata", name+".golden")
 		if *update {
 			if err := os.WriteFile(file, text.Bytes(), 0o644); err != nil {
@@ -306,7 +308,7 @@ func checkAnswer(t *testing.T, name string, a Answer) {
 		t.Errorf("%s: HTML in %s", name, body)
 	}
 	var text bytes.Buffer
-	if err := a.WriteText(&text); err != nil {
+	if err := a.WriteText(&text, false, 100); err != nil {
 		t.Fatal(err)
 	}
 	for _, r := range strings.ReplaceAll(text.String(), "\n", "") {

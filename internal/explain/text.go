@@ -6,36 +6,41 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 // WriteText writes the answer for people: the verdict first, then the way through the rules, then
-// Envoy's side.
-func (a Answer) WriteText(out io.Writer) error {
+// Envoy's side. Its lines have that width at most.
+func (a Answer) WriteText(out io.Writer, style terminal.Style, width int) error {
 	var b strings.Builder
-	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	line("%s: %s", a.headline(), a.Why)
+	line := func(format string, args ...any) {
+		b.WriteString(terminal.Wrap(fmt.Sprintf(format+"\n", args...), width, 4))
+	}
+	row := func(name, value string) { line("%s %s", style.Dim(name+":"), value) }
+	line("%s: %s", a.headline(style), a.Why)
 	if a.Next != "" {
-		line("next: %s", a.Next)
+		row("next", a.Next)
 	}
 	if a.Setting != "" {
-		line("would change it: %s", a.Setting)
+		row("would change it", a.Setting)
 	}
 	if a.Tried != nil {
-		line("tried: %s", a.Tried)
+		row("tried", a.Tried.String())
 	}
 	if a.Nearest != nil {
-		line("nearest: %s", strings.TrimPrefix(a.Nearest.Text, "nearest is "))
+		row("nearest", strings.TrimPrefix(a.Nearest.Text, "nearest is "))
 	}
 	if len(a.Path) > 0 {
-		line("\nthe way through table nat (connections counted)")
+		line("\n%s (connections counted)", style.Bold("the way through table nat"))
 		for _, step := range a.Path {
 			line("  %s", step)
 		}
 	}
 	if a.Listener != "" {
-		line("\nEnvoy's listener %q", a.Listener)
+		line("\n%s", style.Bold(fmt.Sprintf("Envoy's listener %q", a.Listener)))
 		for _, chain := range a.Chains {
-			chain.write(line)
+			chain.write(line, style)
 		}
 	}
 	notes := slices.Clone(a.Notes)
@@ -46,14 +51,14 @@ func (a Answer) WriteText(out io.Writer) error {
 		line("")
 	}
 	for _, note := range notes {
-		line("note: %s", note)
+		row("note", note)
 	}
 	_, err := io.WriteString(out, b.String())
 	return err
 }
 
 // headline is the verdict: "10.0.0.1:80 by uid 65534 is intercepted".
-func (a Answer) headline() string {
+func (a Answer) headline(style terminal.Style) string {
 	who := ""
 	switch {
 	case a.Direction == "inbound" && a.Interface != "":
@@ -64,8 +69,13 @@ func (a Answer) headline() string {
 		who = fmt.Sprintf(" by uid %d", *a.UID)
 	}
 	what := "is " + string(a.Verdict)
-	if a.Verdict == Unknown {
-		what = "could not be told"
+	switch a.Verdict {
+	case Unknown:
+		what = style.Warn("could not be told")
+	case Intercepted:
+		what = "is " + style.Good(string(a.Verdict))
+	default: // as often what is wanted as not
+		what = style.Bold(what)
 	}
 	return fmt.Sprintf("%s/%s%s %s", a.To, a.Protocol, who, what)
 }
@@ -91,13 +101,13 @@ func (s Step) String() string {
 		passed)
 }
 
-func (c Chain) write(line func(format string, args ...any)) {
+func (c Chain) write(line func(format string, args ...any), style terminal.Style) {
 	when := ""
 	if len(c.When) > 0 {
 		when = "  when " + strings.Join(c.When, ", ")
 	}
 	if c.None {
-		line("  no filter chain: Envoy closes the connection%s", when)
+		line("  %s: Envoy closes the connection%s", style.Bad("no filter chain"), when)
 		return
 	}
 	name := c.Name
@@ -148,11 +158,11 @@ func (c Chain) write(line func(format string, args ...any)) {
 		line("    and %d more virtual hosts", more)
 	}
 	for _, cluster := range c.Clusters {
-		cluster.write(line)
+		cluster.write(line, style)
 	}
 }
 
-func (c Cluster) write(line func(format string, args ...any)) {
+func (c Cluster) write(line func(format string, args ...any), style terminal.Style) {
 	if !c.Known {
 		line("    cluster %q: its endpoints are not known", c.Name)
 		return
@@ -161,7 +171,11 @@ func (c Cluster) write(line func(format string, args ...any)) {
 	if c.Degraded > 0 {
 		degraded = fmt.Sprintf(", %d degraded", c.Degraded)
 	}
-	line("    cluster %q: %d of %d endpoints healthy%s", c.Name, c.Healthy, c.Total, degraded)
+	healthy := fmt.Sprintf("%d of %d endpoints healthy", c.Healthy, c.Total)
+	if c.Healthy == 0 {
+		healthy = style.Bad(healthy)
+	}
+	line("    cluster %q: %s%s", c.Name, healthy, degraded)
 	for _, e := range c.Endpoints {
 		line("      %s %s", e.Address, e.Health)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -114,10 +115,11 @@ func TestGolden(t *testing.T) {
 				t.Errorf("exit code %d, %q, want %d", d.Exit, d.Result, want)
 			}
 			var out, body bytes.Buffer
-			if err := errors.Join(d.Text(&out), d.JSON(&body)); err != nil {
+			if err := errors.Join(d.Text(&out, false, 100), d.JSON(&body)); err != nil {
 				t.Fatal(err)
 			}
 			valid(t, body.Bytes())
+			terminaltest.Fits(t, d.Text)
 			file := filepath.Join("testdata", name+".txt")
 			if *update {
 				if err := os.WriteFile(file, out.Bytes(), 0o644); err != nil {
@@ -205,7 +207,7 @@ func TestForeignText(t *testing.T) {
 			{"+", "-A OUTPUT " + evil, evil}}}}, []iptables.Line{{Mark: '!', Text: evil, Note: evil}},
 			Options{Notes: []string{evil}, Config: evil, Against: evil})
 		var out, body bytes.Buffer
-		if err := errors.Join(d.Text(&out), d.JSON(&body)); err != nil {
+		if err := errors.Join(d.Text(&out, false, 100), d.JSON(&body)); err != nil {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(out.String()) {
@@ -242,7 +244,7 @@ func TestManyServices(t *testing.T) {
 	began := time.Now()
 	d := New([]Family{Compare(want, have, nil)}, nil, Options{Services: 10000})
 	var out bytes.Buffer
-	if err := d.Text(&out); err != nil {
+	if err := d.Text(&out, false, 100); err != nil {
 		t.Fatal(err)
 	}
 	if took := time.Since(began); took > 5*time.Second { // some 50 ms

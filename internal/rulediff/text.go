@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 // maxLine is the most of a rule, or of a word on it, that a line of text has. A comment in a rule
@@ -27,48 +29,56 @@ func (d Difference) JSON(out io.Writer) error {
 
 // Text is the Difference for people: the lines of each family that has some, then how many, or that
 // nothing differs and what was compared, and what to do. What matters most is at the end, where a
-// long difference leaves a terminal.
-func (d Difference) Text(out io.Writer) error {
+// long difference leaves a terminal. A rule that is wider than width goes on below itself.
+func (d Difference) Text(out io.Writer, style terminal.Style, width int) error {
 	b := bufio.NewWriter(out)
+	say := func(format string, args ...any) {
+		b.WriteString(terminal.Wrap(fmt.Sprintf(format+"\n", args...), width, 4))
+	}
 	for _, f := range d.Families {
 		if len(f.Lines) > 0 {
-			fmt.Fprintf(b, "# %s\n", f.Family)
-			printLines(b, f.Lines)
+			say("%s", style.Bold("# "+f.Family))
+			printLines(b, f.Lines, style, width)
 		}
 	}
 	if len(d.Others) > 0 {
-		fmt.Fprintln(b, "# elsewhere")
-		printLines(b, d.Others)
+		say("%s", style.Bold("# elsewhere"))
+		printLines(b, d.Others, style, width)
 	}
 	for _, f := range d.Families {
 		switch f.Result {
 		case Unknown:
-			fmt.Fprintf(b, "%s: could not look: %s\n", f.Family, safe(f.Why))
+			say("%s: %s: %s", f.Family, style.Warn("could not look"), safe(f.Why))
 		case Off:
-			fmt.Fprintf(b, "%s: off: %s\n", f.Family, safe(f.Why))
+			say("%s: off: %s", f.Family, safe(f.Why))
 		}
 	}
 	for _, note := range d.Notes {
-		fmt.Fprintln(b, safe(note))
+		say("%s", safe(note))
 	}
-	fmt.Fprintln(b, safe(d.verdict()))
+	b.WriteString(style.Bold(terminal.Wrap(safe(d.verdict()), width, 4)) + "\n")
 	switch {
 	case d.Result == Unknown:
-		fmt.Fprintln(b, "next: run it as root, or look why with `service-proxy-agent doctor`")
+		say("%s run it as root, or look why with `service-proxy-agent doctor`", style.Dim("next:"))
 	case d.Config == "" && len(d.of(IsOther)) > 0:
-		fmt.Fprintln(b, "next: a running agent repairs that by itself; if it does not, see "+
-			"`service-proxy-agent doctor`")
+		say("%s a running agent repairs that by itself; if it does not, see "+
+			"`service-proxy-agent doctor`", style.Dim("next:"))
 	}
 	return b.Flush()
 }
 
-func printLines(b *bufio.Writer, lines []Line) {
+func printLines(b *bufio.Writer, lines []Line, style terminal.Style, width int) {
+	paint := map[string]func(string) string{"-": style.Bad, "+": style.Good, "!": style.Warn}
 	for _, l := range lines {
+		line := l.Mark + " " + safe(l.Text)
+		if colour := paint[l.Mark]; colour != nil {
+			line = colour(l.Mark) + " " + safe(l.Text)
+		}
 		note := ""
 		if l.Note != "" {
-			note = "  # " + safe(l.Note)
+			note = "  " + style.Dim("#") + " " + safe(l.Note)
 		}
-		fmt.Fprintf(b, "%s %s%s\n", l.Mark, safe(l.Text), note)
+		b.WriteString(terminal.Wrap(line+note, width, 4) + "\n")
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,7 +33,9 @@ func (s Style) sgr(code, text string) string {
 	if !bool(s) || text == "" {
 		return text
 	}
-	return "\x1b[" + code + "m" + text + "\x1b[0m"
+	// Each line for itself, so that what shows a part of a text (less, grep) shows it right.
+	return "\x1b[" + code + "m" +
+		strings.ReplaceAll(text, "\n", "\x1b[0m\n\x1b["+code+"m") + "\x1b[0m"
 }
 
 // widest is the width where nobody asks for another: longer lines are hard to read.

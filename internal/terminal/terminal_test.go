@@ -108,6 +108,9 @@ func TestStyle(t *testing.T) {
 	if have := words(true); have != want {
 		t.Errorf("in colour: %q", have)
 	}
+	if have := Style(true).Bold("a\nb"); have != "\x1b[1ma\x1b[0m\n\x1b[1mb\x1b[0m" {
+		t.Errorf("two lines: %q", have)
+	}
 }
 
 func TestWrap(t *testing.T) {
@@ -121,8 +124,10 @@ func TestWrap(t *testing.T) {
 		{"long", "one two three four five", 2, "one two\n  three\n  four\n  five"},
 		{"its own indentation counts", "  one two three", 2, "  one two\n    three"},
 		{"inner spaces stay", "a  b one two", 1, "a  b one\n two"},
-		{"a long word stays whole", "see https://example.com now", 0, "see\nhttps://example.com\nnow"},
-		{"a long word first", "https://example.com now", 2, "https://example.com\n  now"},
+		{"a word wider than a line", "see 0123456789abcdefghijklm now", 2,
+			"see\n  01234567\n  89abcdef\n  ghijklm\n  now"},
+		{"such a word first", "  0123456789abc now", 1, "  01234567\n   89abc\n   now"},
+		{"no room at all", "            ab cd", 1, "            a\n             b\n             c\n             d"},
 		{"lines", "one\ntwo three four\n\nfive\n", 1, "one\ntwo three\n four\n\nfive\n"},
 		{"runes, not bytes", "äöü äöü äö", 0, "äöü äöü äö"},
 		{"a colour is no column", "\x1b[31mERROR\x1b[0m down x", 2, "\x1b[31mERROR\x1b[0m down\n  x"},

@@ -6,17 +6,14 @@ import (
 )
 
 // Wrap breaks each line of the text that is wider than width between words. What follows a break is
-// indented as its line is, and by indent more. A word is never broken, and counts without its
-// colour.
+// indented as its line is, and by indent more. A word that is wider than a line is broken, too, and
+// a colour has no width.
 func Wrap(text string, width, indent int) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
-		body, end := line, ""
-		if strings.HasSuffix(line, "\n") {
-			body, end = line[:len(line)-1], "\n"
-		}
+		body := strings.TrimSuffix(line, "\n")
 		wrapLine(&b, body, width, indent)
-		b.WriteString(end)
+		b.WriteString(line[len(body):])
 	}
 	return b.String()
 }
@@ -26,25 +23,45 @@ func wrapLine(b *strings.Builder, line string, width, indent int) {
 		b.WriteString(line)
 		return
 	}
-	own := len(line) - len(strings.TrimLeft(line, " "))
+	own := spaces(line)
 	hang := "\n" + strings.Repeat(" ", own+indent)
 	b.WriteString(line[:own])
 	at, fresh := own, true // fresh: nothing but the indentation is on this line
 	for rest := line[own:]; rest != ""; {
-		spaces := len(rest) - len(strings.TrimLeft(rest, " "))
-		word, after := rest[spaces:], ""
-		if end := strings.IndexByte(word, ' '); end >= 0 {
-			word, after = word[:end], word[end:]
-		}
-		if w := columns(word); fresh || at+spaces+w <= width {
-			b.WriteString(rest[:spaces] + word)
-			at += spaces + w
+		gap := spaces(rest)
+		end := gap + strings.IndexByte(rest[gap:]+" ", ' ')
+		word := rest[gap:end]
+		if w := columns(word); at+gap+w <= width {
+			b.WriteString(rest[:end])
+			at += gap + w
 		} else {
-			b.WriteString(hang + word)
-			at = own + indent + w
+			if !fresh {
+				b.WriteString(hang)
+				at = own + indent
+			}
+			for at+columns(word) > width && columns(word) > 1 {
+				first, others := split(word, max(width-at, 1))
+				b.WriteString(first + hang)
+				word, at = others, own+indent
+			}
+			b.WriteString(word)
+			at += columns(word)
 		}
-		rest, fresh = after, false
+		rest, fresh = rest[end:], false
 	}
+}
+
+func spaces(text string) int { return len(text) - len(strings.TrimLeft(text, " ")) }
+
+// split cuts a text after n runes.
+func split(text string, n int) (first, others string) {
+	for i := range text {
+		if n == 0 {
+			return text[:i], text[i:]
+		}
+		n--
+	}
+	return text, ""
 }
 
 // columns is how wide a text is: a rune is one column, and a colour none.
