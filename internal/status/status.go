@@ -17,7 +17,8 @@ import (
 const Schema = "service-proxy-agent/status/v1"
 
 // Status is what the agent knows after a pass: a value, copied out to every reporter. Its JSON is
-// what `status -o json` prints; fields are added, never renamed.
+// what `status -o json` prints and docs/status.schema.json describes; fields are added, never
+// renamed.
 type Status struct {
 	Schema    string    `json:"schema"`
 	Version   string    `json:"version"`   // of this agent
@@ -28,7 +29,7 @@ type Status struct {
 	Mode        string            `json:"mode"`
 	Ready       bool              `json:"ready"`
 	NotReady    string            `json:"not_ready,omitempty"` // why
-	Findings    []symptom.Finding `json:"findings,omitempty"`
+	Findings    []symptom.Finding `json:"findings"`
 	LastFailure string            `json:"last_failure,omitempty"`
 	// Failing is the newest failure that stands, of which LastFailure tells; "": none does.
 	Failing   symptom.ID `json:"failing,omitempty"`
@@ -37,12 +38,14 @@ type Status struct {
 	// in force; nil: none yet, or --config
 	Attribute *Attribute `json:"attribute,omitempty"`
 	Envoy     Envoy      `json:"envoy"`
-	Backend   string     `json:"backend,omitempty"` // nft or legacy
-	Families  []Family   `json:"families,omitempty"`
+	// ControlPlane is how Envoy's stream to it stands.
+	ControlPlane ControlPlane `json:"control_plane"`
+	Backend      string       `json:"backend,omitempty"` // nft or legacy
+	Families     []Family     `json:"families"`
 	// Services are those whose rules were last seen to be in, by name. All of them: 10,000 are 1 MB
 	// of JSON, and the socket's client takes 16. Nobody changes the slice.
-	Services     []Service `json:"services,omitempty"`
-	ServingPorts []uint16  `json:"serving_ports,omitempty"`
+	Services     []Service `json:"services"`
+	ServingPorts []uint16  `json:"serving_ports"`
 	Passes       uint64    `json:"passes"`
 	Undone       uint64    `json:"drift_repaired"`
 	Paused       bool      `json:"paused,omitempty"`
@@ -50,43 +53,72 @@ type Status struct {
 	LastDriftBy   string    `json:"last_drift_by,omitempty"`
 	LastDriftWhen time.Time `json:"last_drift_when,omitzero"`
 	// Channels are the ways on which the agent tells others, each with what it may still write.
-	Channels []Channel `json:"channels,omitempty"`
-	Cost     Cost      `json:"cost,omitzero"`
+	Channels []Channel `json:"channels"`
+	Cost     Cost      `json:"cost"`
 	// History are the last transitions, oldest first, those of earlier runs on this machine too.
-	History []Transition `json:"history,omitempty"`
+	History []Transition `json:"history"`
 	// Samples are the last minutes, oldest first: what the charts are drawn of.
-	Samples []Sample `json:"samples,omitempty"`
+	Samples []Sample `json:"samples"`
 }
 
-// Channel is a way on which the agent tells others, and how it goes.
+// Channel is a way on which the agent tells others, and how it goes. Counts are of this run.
 type Channel struct {
-	Name    string `json:"name"` // "guest_attributes", "serial", "cloud_logging"
-	Enabled bool   `json:"enabled"`
-	Up      bool   `json:"up"`
-	// Error is why it is not up, or off.
-	Error   string    `json:"error,omitempty"`
-	Last    time.Time `json:"last,omitzero"` // the last write that was taken, UTC
-	Waiting int       `json:"waiting"`       // told, and not written yet
-	Written uint64    `json:"written"`       // by this run
-	Dropped uint64    `json:"dropped"`       // by this run
-	// Budget is how much may be written: Left of Most, and Next is when one more may be, UTC.
-	Budget Budget `json:"budget,omitzero"`
+	Name string `json:"name"` // "guest_attributes", "serial", "cloud_logging"
+	// Enabled is false when it is turned off, by a setting or by the platform's refusal.
+	Enabled bool `json:"enabled"`
+	// Up is whether the newest try was taken: a query, a line, a request. False before the first.
+	Up       bool      `json:"up"`
+	Error    string    `json:"error,omitempty"` // why it is not up, or off
+	Last     time.Time `json:"last,omitzero"`   // the last write that was taken, UTC
+	Waiting  int       `json:"waiting"`         // told, and not written yet
+	Written  uint64    `json:"written"`         // attributes, lines, entries; one said twice is one
+	Failures uint64    `json:"failures"`        // tries that failed; one that is tried again may succeed
+	// Dropped is what will never be written: it waited for too long, or was refused for good.
+	Dropped uint64 `json:"dropped"`
+	Budget  Budget `json:"budget,omitzero"`
 }
 
-// Budget is a bound on what a channel writes.
+// Budget is a bound on what a channel may still write now: Left of Most, of which PerMinute come
+// back in a minute.
 type Budget struct {
-	Unit string    `json:"unit"` // "queries a minute", "bytes a second"
-	Left float64   `json:"left"`
-	Most float64   `json:"most"`
-	Next time.Time `json:"next,omitzero"`
+	Unit      string    `json:"unit"` // "queries", "entries", "lines"
+	Left      float64   `json:"left"`
+	Most      float64   `json:"most"`
+	PerMinute float64   `json:"per_minute,omitzero"` // 0: they come back as the other side takes them
+	Next      time.Time `json:"next,omitzero"`       // when one more may be written, UTC; zero: now
 }
 
-// Cost is what the agent takes of the machine.
+// Cost is what the agent takes of the machine. Shares are of the last Window seconds.
 type Cost struct {
-	// EnvoyShare is the share of Envoy's main thread that the agent's questions took lately, 0 to 1.
+	// EnvoyShare is the most that the agent's questions can have taken of Envoy's main thread, 0 to 1:
+	// the time from asking to the end of the answer.
 	EnvoyShare float64 `json:"envoy_main_thread_share"`
-	CPUShare   float64 `json:"cpu_share"` // of one processor, lately, 0 to 1 or more
-	Resident   uint64  `json:"resident_bytes"`
+	// CPUShare is of one processor, with the programs that it ran; above 1: of more than one.
+	CPUShare float64 `json:"cpu_share"`
+	Window   float64 `json:"window_seconds"` // 0: nothing is known yet
+	Resident uint64  `json:"resident_bytes"` // memory of the daemon's process
+}
+
+// ControlPlane is Envoy's stream to its control plane.
+type ControlPlane struct {
+	Known     bool `json:"known"` // it is known whether there is a stream
+	Connected bool `json:"connected"`
+	// Since is when this run first saw it so, UTC.
+	Since  time.Time `json:"since,omitzero"`
+	Target string    `json:"target,omitempty"` // host:port, as Envoy has it
+	// Heard is when it last sent listeners, as Envoy's log told this run, UTC.
+	Heard time.Time `json:"heard,omitzero"`
+	// Closed is how a stream last ended, be it that another stands now; nil: none is known of.
+	Closed *Close `json:"last_close,omitempty"`
+	Error  string `json:"error,omitempty"` // of our own way there, tried while Envoy's is broken
+}
+
+// Close is how a stream ended.
+type Close struct {
+	Time    time.Time `json:"time"`      // UTC
+	Code    int       `json:"grpc_code"` // https://grpc.io/docs/guides/status-codes
+	Message string    `json:"message,omitempty"`
+	Target  string    `json:"target,omitempty"`
 }
 
 // Transition is something that changed, in the words of the log.
@@ -158,7 +190,7 @@ type Family struct {
 	// Shape is what of the rules that are wanted is let in; nil: it is not known what is wanted.
 	Shape *Shape `json:"shape,omitempty"`
 	// Left are rules that the kernel does not take. A hundred at most: they are alike then.
-	Left []Left `json:"left,omitempty"`
+	Left []Left `json:"left"`
 }
 
 // Shape is what the policies (Hold, bypass, a planned stop, settling) make of the rules that are
@@ -185,7 +217,15 @@ type Service struct {
 	Addresses []string `json:"addresses"`
 }
 
-// Healthy is what `status` answers: every pass runs and no finding is an error.
+// StuckAfter is how old the newest pass may be: past every time limit of a pass.
+const StuckAfter = 5 * time.Minute
+
+// Stuck says whether the loop hangs: its last pass ended too long ago.
+func (s Status) Stuck(now time.Time) bool {
+	return !s.Heartbeat.IsZero() && now.Sub(s.Heartbeat) > StuckAfter
+}
+
+// Healthy says that no finding is an error.
 func (s Status) Healthy() bool {
 	for _, f := range s.Findings {
 		if f.Severity == symptom.Error {

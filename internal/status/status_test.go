@@ -1,14 +1,14 @@
 package status
 
 import (
+	"bytes"
 	"encoding/json"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 func TestHealthy(t *testing.T) {
@@ -31,52 +31,102 @@ func TestHealthy(t *testing.T) {
 	}
 }
 
-// People's scripts read these names: fields are added, never renamed, and what says nothing is left
-// out.
+// People's scripts read these names: fields are added, never renamed. What schema.Properties holds
+// against the type is held here against what is written.
 func TestJSON(t *testing.T) {
-	at := time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)
-	full := Status{
-		Version: "1.2.3", Heartbeat: at, Started: at, Mode: "hold", Ready: true, NotReady: "why",
-		LastFailure: "failed", Failing: "envoy-down", Since: at, Bootstrap: Bootstrap{Status: "FINISHED", Failure: "late", Done: true},
-		Attribute: &Attribute{Read: at, Kept: true},
-		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: "x/1.40.0/y", Number: "1.40.0",
-			Configured: true, Down: at, Listeners: 5, Rejected: 1, Node: "n"},
-		Backend: "nft",
-		Families: []Family{{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Services: 2,
-			ServicePorts: 1, OutboundPort: 15001, InboundPort: 15006, DNSPort: 15053, Rules: 9,
-			Applied: at, Error: "e", Shape: &Shape{Jumps: true, Inbound: true, DNS: true, Settling: true, Held: "h"},
-			Left: []Left{{Rule: "r", Why: "w"}}}},
-		Services:     []Service{{Name: "web", Addresses: []string{"10.0.0.1:80"}}},
-		ServingPorts: []uint16{80}, Passes: 7, Undone: 3, Paused: true, LastDriftBy: "x (1)",
-		LastDriftWhen: at,
-	}
-	const fullJSON = `{"schema":"","version":"1.2.3","heartbeat":"2026-11-28T12:00:00Z",` +
-		`"started":"2026-11-28T12:00:00Z","mode":"hold","ready":true,"not_ready":"why",` +
-		`"last_failure":"failed","failing":"envoy-down","since":"2026-11-28T12:00:00Z","bootstrap":{"status":"FINISHED","failure":"late","done":true},` +
-		`"attribute":{"read":"2026-11-28T12:00:00Z","kept":true},` +
-		`"envoy":{"admin":"127.0.0.1:15000","state":"LIVE","version":"x/1.40.0/y","configured":true,` +
-		`"version_number":"1.40.0","down_since":"2026-11-28T12:00:00Z","listeners":5,"rejected":1,"node":"n"},` +
-		`"backend":"nft","families":[{"family":"IPv4","usable":true,"equal":true,"jumps":true,` +
-		`"services":2,"service_ports":1,"outbound_port":15001,"inbound_port":15006,` +
-		`"dns_port":15053,"rules":9,"applied":"2026-11-28T12:00:00Z","error":"e",` +
-		`"shape":{"jumps":true,"inbound":true,"dns":true,"settling":true,"held":"h"},"left":[{"rule":"r","why":"w"}]}],` +
-		`"services":[{"name":"web","addresses":["10.0.0.1:80"]}],"serving_ports":[80],"passes":7,"drift_repaired":3,"paused":true,` +
-		`"last_drift_by":"x (1)","last_drift_when":"2026-11-28T12:00:00Z"}`
-	const emptyJSON = `{"schema":"","version":"","heartbeat":"0001-01-01T00:00:00Z",` +
-		`"started":"0001-01-01T00:00:00Z","mode":"","ready":false,"bootstrap":{},` +
-		`"envoy":{"admin":"","configured":false,"listeners":0,"rejected":0},` +
-		`"passes":0,"drift_repaired":0}`
-	for _, tt := range []struct {
-		status Status
-		want   string
-	}{{full, fullJSON}, {Status{}, emptyJSON}} {
-		have, err := json.Marshal(tt.status)
+	schema.Properties(t, "status", Status{})
+	for name, s := range map[string]Status{"nothing": {Mode: "starting"}, "everything": everything()} {
+		body, err := json.Marshal(s)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(tt.want, string(have)); diff != "" {
-			t.Errorf("(-want +have):\n%s", diff)
+		schema.Valid(t, "status", body)
+		if bytes.Contains(body, []byte("null")) {
+			t.Errorf("%s: null in %s", name, body)
 		}
+		var back Status
+		if err := json.Unmarshal(body, &back); err != nil {
+			t.Fatal(err)
+		}
+		again, err := json.Marshal(back)
+		if err != nil || !bytes.Equal(body, again) {
+			t.Errorf("%s: %v, read back and written it is\n%s, was\n%s", name, err, again, body)
+		}
+	}
+}
+
+// TestSchemaRefuses: it is a schema that something can fail.
+func TestSchemaRefuses(t *testing.T) {
+	body, err := json.Marshal(everything())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for old, changed := range map[string]string{
+		`"schema":"service-proxy-agent/status/v1",`: ``, `status/v1`: `status/v2`,
+		`"left":[{`: `"left":null,"other":[{`, `12:00:00Z`: `12:00:00+01:00`, `"mode":"hold"`: `"mode":""`,
+		`"up":true`: `"up":1`, `"most":3`: `"more":3`, `"severity":"info"`: `"severity":"INFO"`,
+	} {
+		other := bytes.Replace(body, []byte(old), []byte(changed), 1)
+		if bytes.Equal(other, body) {
+			t.Fatalf("no %s in %s", old, body)
+		}
+		if schema.Check(t, "status", other) == nil {
+			t.Errorf("%q for %q is taken", changed, old)
+		}
+	}
+}
+
+// TestOlder: the status of an agent from before there was a schema is still read.
+func TestOlder(t *testing.T) {
+	const older = `{"version":"1.0.0","heartbeat":"2026-11-28T12:00:00Z","started":"2026-11-28T12:00:00Z",` +
+		`"mode":"intercepting","ready":true,"bootstrap":{},"envoy":{"admin":"127.0.0.1:15000",` +
+		`"configured":true,"listeners":2,"rejected":0},"families":[{"family":"IPv4","usable":true,` +
+		`"equal":true,"jumps":true,"services":1,"service_ports":0,"rules":9}],"passes":1,"drift_repaired":0}`
+	var s Status
+	if err := json.Unmarshal([]byte(older), &s); err != nil || !s.Ready || len(s.Families) != 1 {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	body, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema.Valid(t, "status", body)
+}
+
+// everything is a Status in which nothing is left out.
+func everything() Status {
+	at := time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)
+	return Status{
+		Version: "1.2.3", Heartbeat: at, Started: at, Mode: "hold", Ready: true, NotReady: "why",
+		Findings: []symptom.Finding{
+			{ID: "envoy-down", Row: 1, Severity: symptom.Error, Cause: "c", Next: "n", Since: at,
+				Evidence: []symptom.Evidence{{Source: symptom.FromEnvoy, Time: at, Text: "t"}},
+				Commands: []string{"true"}},
+			{ID: "drift", Cause: "c", ExplainedBy: "envoy-down", Key: "k"}},
+		LastFailure: "failed", Failing: "envoy-down", Since: at,
+		Bootstrap: Bootstrap{Status: "FINISHED", Failure: "late", Done: true},
+		Attribute: &Attribute{Read: at, Kept: true},
+		Envoy: Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Version: "x/1.40.0/y", Number: "1.40.0",
+			Configured: true, Down: at, Listeners: 5, Rejected: 1, Node: "n"},
+		ControlPlane: ControlPlane{Known: true, Connected: true, Since: at, Target: "td:443", Heard: at,
+			Closed: &Close{Time: at, Code: 14, Message: "m", Target: "td:443"}, Error: "e"},
+		Backend: "nft",
+		Families: []Family{{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Services: 2,
+			ServicePorts: 1, OutboundPort: 15001, InboundPort: 15006, DNSPort: 15053, Rules: 9,
+			Applied: at, Error: "e",
+			Shape: &Shape{Jumps: true, Inbound: true, DNS: true, Settling: true, Held: "h"},
+			Left:  []Left{{Rule: "r", Why: "w"}}}, {Family: "IPv6"}},
+		Services:     []Service{{Name: "web", Addresses: []string{"10.0.0.1:80"}}, {Name: "none"}},
+		ServingPorts: []uint16{80}, Passes: 7, Undone: 3, Paused: true, LastDriftBy: "x (1)",
+		LastDriftWhen: at,
+		Channels: []Channel{{Name: "guest_attributes", Enabled: true, Up: true, Error: "e", Last: at,
+			Waiting: 1, Written: 2, Failures: 3, Dropped: 4,
+			Budget: Budget{Unit: "queries", Left: 1.5, Most: 3, PerMinute: 3, Next: at}}, {Name: "serial"}},
+		Cost: Cost{EnvoyShare: .01, CPUShare: .02, Window: 60, Resident: 1 << 25},
+		History: []Transition{{Time: at, Severity: "info", Text: "t", ID: "drift", Key: "k", By: "x (1)"},
+			{Time: at, Severity: "error", Text: "t"}},
+		Samples: []Sample{{Time: at, State: "ready", Passes: 60, SlowestPass: .1, SlowestChange: .2,
+			Changes: 1, Repairs: 2}},
 	}
 }
 

@@ -7,6 +7,7 @@
 package symptom
 
 import (
+	"encoding/json"
 	"net/netip"
 	"sort"
 	"time"
@@ -118,9 +119,16 @@ type Finding struct {
 	// Since is when it was first seen, UTC; zero: not known.
 	Since time.Time `json:"since,omitzero"`
 	// Evidence is what it was found by, as it was seen.
-	Evidence []Evidence `json:"evidence,omitempty"`
+	Evidence []Evidence `json:"evidence"`
 	// Commands are the next step to paste, with this VM's own project, zone and names.
-	Commands []string `json:"commands,omitempty"`
+	Commands []string `json:"commands"`
+}
+
+// MarshalJSON has every list there, empty or not: no reader need ask for null.
+func (f Finding) MarshalJSON() ([]byte, error) {
+	type plain Finding // without this method
+	f.Evidence, f.Commands = append([]Evidence{}, f.Evidence...), append([]string{}, f.Commands...)
+	return json.Marshal(plain(f))
 }
 
 // Evidence is what a source told: the text as it was seen, which may hold what others have written.
