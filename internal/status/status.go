@@ -121,29 +121,53 @@ type Close struct {
 	Target  string    `json:"target,omitempty"`
 }
 
-// Transition is something that changed, in the words of the log.
+// Transition is something that changed, in the words of the log. What happens again and again may
+// be one Transition, of the last time.
 type Transition struct {
-	Time     time.Time  `json:"time"`     // UTC
+	Time time.Time `json:"time"` // of the last time, UTC
+	// Kind is what changed: one of Kinds.
+	Kind     string     `json:"kind"`
 	Severity string     `json:"severity"` // "info", "warning", "error"
 	Text     string     `json:"text"`
 	ID       symptom.ID `json:"id,omitempty"`  // of the finding that it is about
-	Key      string     `json:"key,omitempty"` // of that
+	Key      string     `json:"key,omitempty"` // of that: of rules their family
 	// By is who did it, program and pid, where the kernel told; "" where it did not, or nobody else
 	// did.
 	By string `json:"by,omitempty"`
+	// Times is how often it happened, from First on; both are left out where that is once.
+	Times int       `json:"times,omitempty"`
+	First time.Time `json:"first,omitzero"`
 }
 
-// Sample is a minute.
+// The kinds of Transitions.
+const (
+	OfAgent     = "agent"     // it was started
+	OfAttribute = "attribute" // another one is in force
+	OfBootstrap = "bootstrap" // its story
+	OfDrift     = "drift"     // somebody changed rules of ours, which were repaired
+	OfEnvoy     = "envoy"     // it was restarted, or is another version
+	OfFinding   = "finding"   // a failure or a warning came, or is over ("over: …")
+	OfMode      = "mode"      // Status.Mode
+	OfReady     = "ready"     // ready, or not and why
+	OfRules     = "rules"     // rules of an earlier run were adopted
+	OfServices  = "services"  // found, changed, gone
+)
+
+// Kinds are those of Transitions.
+var Kinds = []string{OfAgent, OfAttribute, OfBootstrap, OfDrift, OfEnvoy, OfFinding, OfMode, OfReady,
+	OfRules, OfServices}
+
+// Sample is a minute, of this run.
 type Sample struct {
-	Time   time.Time `json:"time"`  // when the minute ended, UTC
+	Time   time.Time `json:"time"`  // when the minute ended, UTC; a pass that hung makes it longer
 	State  string    `json:"state"` // Status.State then
 	Passes int       `json:"passes"`
 	// SlowestPass and SlowestChange are in seconds: a pass, and a change from the moment that Envoy
 	// showed it to the rules. 0: there was none.
 	SlowestPass   float64 `json:"slowest_pass_seconds"`
 	SlowestChange float64 `json:"slowest_change_seconds"`
-	Changes       int     `json:"changes"` // of the rules
-	Repairs       int     `json:"repairs"` // of drift
+	Changes       int     `json:"changes"` // writes of rules, but for repairs
+	Repairs       int     `json:"repairs"` // writes that repaired drift
 }
 
 // Attribute says where the attribute in force is from.
