@@ -44,6 +44,9 @@ var may = map[string]string{
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
 	"internal/doctor": "internal/symptom internal/terminal",
+	"internal/doctor": "internal/symptom",
+	// What support gets of all that.
+	"internal/bundle": "internal/redaction",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
 	// What `diff` says of rules.
