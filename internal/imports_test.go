@@ -51,6 +51,9 @@ var may = map[string]string{
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
 	// What `diff` says of rules.
 	"internal/rulediff": "internal/terminal iptables",
+	"internal/rulediff": "iptables",
+	// What a look found, in JSON and back.
+	"internal/recording": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What the loop tells, and who passes it on.
 	"internal/status": "internal/symptom",
 	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",
