@@ -115,7 +115,7 @@ var only = map[string]string{
 	"github.com/coreos/go-iptables":        "iptables",
 	"github.com/coreos/go-systemd":         "systemd",
 	"github.com/fsnotify/fsnotify":         "envoyadmin",
-	"github.com/go-json-experiment/json":   "envoyadmin",
+	"github.com/go-json-experiment/json":   "envoyadmin internal/recording",
 	"github.com/prometheus/client_golang":  "internal/report",
 	"github.com/spf13":                     "cmd/service-proxy-agent",
 	"net/http/pprof":                       "internal/server",
