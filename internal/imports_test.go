@@ -28,6 +28,10 @@ var may = map[string]string{
 		"internal/explain internal/metadata internal/progress internal/reconcile " +
 		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
 		"internal/try iptables systemd",
+		"internal/atomicfile internal/explain internal/metadata internal/page internal/progress " +
+		"internal/reconcile internal/rulediff internal/server internal/status internal/symptom " +
+		"internal/try " +
+		"iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
@@ -49,6 +53,9 @@ var may = map[string]string{
 	"internal/bundle": "internal/redaction",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
+	"internal/explain": "envoyadmin internal/symptom iptables",
+	// What `status --html` shows of what others found.
+	"internal/page": "internal/doctor internal/status internal/symptom iptables",
 	// What `diff` says of rules.
 	"internal/rulediff": "internal/terminal iptables",
 	"internal/rulediff": "iptables",
@@ -87,6 +94,7 @@ var may = map[string]string{
 	"internal/atomicfile":  "",
 	"internal/attribute":   "",
 	"internal/authorities": "",
+	"internal/bundle":      "",
 	"internal/conntrack":   "",
 	"internal/envfile":     "",
 	"internal/mailbox":     "",

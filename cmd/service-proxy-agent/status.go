@@ -48,6 +48,8 @@ func statusCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	settings := lookFlags(c) // of --html alone: the daemon knows where to look
+	htmlFlag(c, settings)
 	return c
 }
 

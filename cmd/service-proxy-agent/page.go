@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// htmlFlag gives `status` the flag --html. With it the command looks at the VM itself, as doctor
+// does, and writes what it saw and what the daemon knows as one page.
+func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
+	var file string
+	c.Flags().StringVar(&file, "html", "",
+		"write one page to look at in a browser to this file, - for stdout")
+	run := c.RunE
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		if !cmd.Flags().Changed("html") {
+			return run(cmd, args)
+		}
+		if cmd.Flags().Changed("output") {
+			return usage(errors.New("--output is of the text and JSON; leave it out with --html"))
+		}
+		if file == "" {
+			return usage(errors.New("--html is empty; name a file, or - for stdout"))
+		}
+		s, err := settings()
+		if err != nil {
+			return err
+		}
+		content := pageContent(cmd.Context(), s)
+		var html bytes.Buffer
+		if err := page.Render(&html, content); err != nil {
+			return err
+		}
+		if file == "-" {
+			_, err = cmd.OutOrStdout().Write(html.Bytes())
+		} else {
+			// For its owner alone: who is shown the page learns the names of all services.
+			err = atomicfile.Write(file, html.Bytes(), 0o600)
+		}
+		switch {
+		case err != nil:
+			return unwritten(err)
+		case content.Status == nil:
+			return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
+				"was seen without it", content.NoStatus)}
+		case !content.Status.Healthy():
+			return &exitError{code: exitNo}
+		}
+		return nil
+	}
+}
+
+// pageContent looks at this VM, as doctor does, for a page.
+func pageContent(ctx context.Context, s agent.Settings) page.Content {
+	looked := agent.Look(ctx, s)
+	host, _ := os.Hostname() // a page without one is as good
+	c := page.Content{
+		Time: looked.Seen.Now, Host: host, Commit: commit, Status: looked.Daemon, Seen: looked.Status(),
+		Report: doctor.New(symptom.Examine(looked.Facts), doctor.Options{
+			Version: version, Time: looked.Seen.Now, FailOn: symptom.Error, Unseen: looked.Facts.Unseen}),
+	}
+	services := c.Seen.Services
+	if c.Status != nil {
+		services = c.Status.Services
+	} else {
+		c.NoStatus = cmp.Or(looked.Facts.Unseen[symptom.FromAgent], "it does not run")
+	}
+	ctx, cancel := context.WithTimeout(ctx, countLimit)
+	defer cancel()
+	counts, err := looked.ServiceCounts(ctx)
+	if err != nil {
+		c.NoCounts = err.Error()
+	}
+	if err == nil || len(counts[0].Prefixes)+len(counts[1].Prefixes) > 0 {
+		c.Counts = page.CountsOf(services, counts[:])
+	}
+	return c
+}
+
+// countLimit is how long the question for the services' counters may take, after the look.
+const countLimit = 3 * time.Second
