@@ -7,6 +7,8 @@
 package page
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"io"
 	"time"
 
@@ -29,6 +31,8 @@ type Content struct {
 	// status.Service; nil: not known, and NoCounts is why.
 	Counts   map[string]Count
 	NoCounts string
+	// Age is how old what is shown is, where the page is served: a new look may take its time.
+	Age time.Duration
 	// Live is set where the page is served and not a file: it refreshes itself unless it is Paused,
 	// and leads to the explain form.
 	Live, Paused bool
@@ -71,3 +75,13 @@ func Render(w io.Writer, c Content) error {
 
 // RenderQuestion writes the page with the form.
 func RenderQuestion(w io.Writer, q Question) error { return Render(w, Content{Live: true}) }
+
+// style is the text between <style> and </style>, word for word.
+const style = ""
+
+// StyleHash is the name of the page's style in a Content-Security-Policy that lets in this one and
+// no other. So there is one <style>, and no style attribute.
+func StyleHash() string {
+	sum := sha256.Sum256([]byte(style))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+}
