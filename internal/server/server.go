@@ -14,6 +14,8 @@
 // the commands status and cleanup.
 //
 // The answers themselves come from package agent as functions; nothing here knows what they mean.
+//
+// [Listen] and [Serve] are the same errors and limits for another server, that of package pageserver.
 package server
 
 import (
@@ -159,7 +161,7 @@ func (p *Public) Run(ctx context.Context) error {
 				p.log.Info("listening after all", zap.Stringer("address", l.Addr()))
 			}
 			retry = p.retry
-			err = p.failed(p.serve(ctx, l))
+			err = failed(p.flag, p.listen, p.serve(ctx, l))
 		}
 		if ctx.Err() != nil {
 			_ = p.set(nil, nil)
@@ -185,33 +187,50 @@ func (p *Public) open(ctx context.Context) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", p.listen)
-	if err != nil {
-		return nil, p.failed(err)
-	}
-	return l, nil
+	return Listen(ctx, p.flag, p.listen)
 }
 
-func (p *Public) failed(err error) error {
+// Listen opens the address that a flag gave. The error is a *[ListenError].
+func Listen(ctx context.Context, flag, address string) (net.Listener, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	return l, failed(flag, address, err)
+}
+
+func failed(flag, listen string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return &ListenError{Flag: p.flag, Listen: p.listen, Holders: holders(p.listen, err), Err: err}
+	return &ListenError{Flag: flag, Listen: listen, Holders: holders(listen, err), Err: err}
 }
 
-func (p *Public) serve(ctx context.Context, l net.Listener) error {
+// Serve answers by h on l until ctx ends, and returns nil then, within half a second. Requests have
+// the limits of [Public]: of time, size, and connections of each caller. A handler that needs more
+// time to answer sets its own deadline.
+func Serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	return serve(ctx, bounded(h, zap.NewNop()), newLimiter(l))
+}
+
+// bounded is a server whose requests have limits of time and size.
+func bounded(h http.Handler, log *zap.Logger) *http.Server {
 	s := &http.Server{
-		Handler:           p.handler,
+		Handler:           h,
 		ReadHeaderTimeout: headerLimit,
 		ReadTimeout:       readLimit,
 		WriteTimeout:      writeLimit,
 		MaxHeaderBytes:    maxHeader,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
-		ErrorLog:          quiet(p.log),
+		ErrorLog:          quiet(log),
+		// Else `OPTIONS *` would be answered without asking h.
+		DisableGeneralOptionsHandler: true,
 	}
 	// One request a connection: idle ones would count against the limit, and scrapes and
 	// probes are seconds apart.
 	s.SetKeepAlivesEnabled(false)
+	return s
+}
+
+func (p *Public) serve(ctx context.Context, l net.Listener) error {
+	s := bounded(p.handler, p.log)
 	addr := l.Addr()
 	l = newLimiter(l)
 	if p.web != nil {
