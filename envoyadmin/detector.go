@@ -68,6 +68,7 @@ type Detector struct {
 	redialed bool // since something moved, or since a look without a hint
 
 	hinted  bool
+	early   bool          // the last look that differed was asked for by a hint
 	hint    time.Time     // the last hint
 	hintGap time.Duration // after the last question, when hinted
 	warmGap time.Duration // the same while a listener is warming
@@ -115,6 +116,9 @@ func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (red
 	d.costs = append(d.costs, ended.Sub(began))
 	d.costs = d.costs[max(0, len(d.costs)-4):]
 	moved := f != d.last
+	if moved {
+		d.early = d.hinted && began.Before(d.due)
+	}
 	redial = d.hinted && !moved && !d.redialed
 	d.redialed = d.hinted && !moved
 	d.asked(began, ended, f, moved)
@@ -171,6 +175,10 @@ func (d *Detector) failed(began, ended time.Time) {
 		d.hinted = false
 	}
 }
+
+// Early says whether the last look that showed a change was made for a hint, before the pace without
+// hints had one due.
+func (d *Detector) Early() bool { return d.early }
 
 // Again says that the last dump does not count: another is due as soon as one may be asked for.
 func (d *Detector) Again() { d.known = false }

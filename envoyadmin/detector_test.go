@@ -136,12 +136,18 @@ func TestDetectorChangesAfterCalm(t *testing.T) {
 				if want := cost[0] + cost[1]; w.longestAfter != want {
 					t.Errorf("with a hint seen after %v, want %v: a look and a dump at once", w.longestAfter, want)
 				}
+				if !d.Early() {
+					t.Error("a look for a hint counts as one that was due")
+				}
 				w.longestAfter = 0
 				w.change()
 				w.drive(d, time.Minute, hints)
 				if limit := min(max(lookFloor, lookShare*cost[0]), lookCeiling) + cost[0] +
 					cost[1]; w.longestAfter == 0 || w.longestAfter > limit {
 					t.Errorf("without a hint seen after %v, want at most %v", w.longestAfter, limit)
+				}
+				if d.Early() {
+					t.Error("a look that was due counts as one for a hint")
 				}
 			})
 		})

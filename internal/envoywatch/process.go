@@ -111,7 +111,7 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	w.change.news()
 	w.o.Log.Debug("listeners read", zap.Int("listeners", len(s.Listeners)),
 		zap.Int64("bytes", s.Bytes), zap.Duration("took", s.Took),
-		zap.Uint64("generation", w.set.generation))
+		zap.Uint64("generation", w.set.generation), zap.Bool("hinted", w.detector.Early()))
 	w.put() // the next question may hang
 }
 

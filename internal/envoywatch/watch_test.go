@@ -44,7 +44,7 @@ func TestFirstLook(t *testing.T) {
 		t.Fatalf("logged %d times that listeners were read", len(read))
 	}
 	if fields := fmt.Sprint(read[0].ContextMap()); fields !=
-		"map[bytes:100 generation:1 listeners:1 took:2ms]" {
+		"map[bytes:100 generation:1 hinted:false listeners:1 took:2ms]" {
 		t.Errorf("logged %s", fields)
 	}
 	if n := w.logs.FilterMessage("envoy restarted").Len(); n != 0 {

@@ -194,24 +194,13 @@ func TestTable(t *testing.T) {
 		}
 	})
 
-	// Who polls once a second sees one push a second at the most when each waits for the one before.
 	t.Run("a change is seen by its hint", func(t *testing.T) {
-		const pushes = 6
-		began := time.Now()
-		for i := range pushes {
-			_, err := m.CP.Set(services(service(i)))
-			must(t, err)
-			row := "-d " + service(i).Prefixes[0].String() + " "
-			eventually(t, 5*time.Second, "the service in the rules", func() (bool, string) {
-				out := chains(t, m)
-				return strings.Contains(out, row), out
-			})
-		}
-		if took := time.Since(began); took > pushes*time.Second*3/4 {
-			t.Errorf("%d changes one after the other took %v", pushes, took)
-		} else {
-			t.Logf("%d changes one after the other took %v", pushes, took.Round(time.Millisecond))
-		}
+		a.Kill()
+		a.SetArgs("--log-level", "debug")
+		defer a.SetArgs()
+		must(t, a.Start())
+		must(t, a.WaitReady(within(t, 10*time.Second)))
+		seenByHint(t, m, a)
 	})
 
 	// A fresh one, with nothing of the above left to tell.
@@ -263,6 +252,35 @@ func TestTable(t *testing.T) {
 			t.Errorf("cleanup by another user:\n%s", now)
 		}
 	})
+}
+
+// seenByHint makes changes until the agent, which logs at debug, says that it saw one in a look that
+// a hint of Envoy's log asked for. On a busy machine the next full dump must wait, since the last
+// one took long, and the look that is due comes before.
+func seenByHint(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
+	t.Helper()
+	const enough = 20
+	early := regexp.MustCompile(`\tlisteners read\t.*"hinted": true`)
+	pushes, began := 0, time.Now()
+	for pushes < soak(6, 1) || !early.MatchString(a.Log()) {
+		if pushes == enough {
+			t.Fatalf("none of %d changes was seen by its hint:\n%s", pushes, a.Log())
+		}
+		_, err := m.CP.Set(services(service(pushes)))
+		must(t, err)
+		row := "-d " + service(pushes).Prefixes[0].String() + " "
+		eventually(t, 10*time.Second, "the service in the rules", func() (bool, string) {
+			out := chains(t, m)
+			return strings.Contains(out, row), out
+		})
+		pushes++
+	}
+	// Who asks once a second sees one a second at the most when each waits for the one before.
+	took := time.Since(began).Round(time.Millisecond)
+	t.Logf("%d one after the other, in %v", pushes, took)
+	if limit := time.Duration(pushes) * time.Second * 3 / 4; os.Getenv("SOAK") != "" && took > limit {
+		t.Errorf("that is more than %v", limit)
+	}
 }
 
 // TestOwnEnvoy: an Envoy and a control plane of one's own, no bootstrap, and the attribute from a
