@@ -23,22 +23,18 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 // along: the arrows go one way, from what decides to what it needs.
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
-	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
-		"internal/cloudlog internal/conntrack internal/doctor internal/drain internal/envfile " +
-		"internal/explain internal/metadata internal/progress internal/reconcile " +
-		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
-		"internal/try iptables systemd",
-		"internal/atomicfile internal/explain internal/metadata internal/page internal/progress " +
-		"internal/reconcile internal/rulediff internal/server internal/status internal/symptom " +
-		"internal/try " +
-		"iptables systemd",
+	"cmd/service-proxy-agent": "agent envoyadmin internal/atomicfile internal/attribute " +
+		"internal/bootstrap internal/cloudlog internal/conntrack internal/doctor " +
+		"internal/drain internal/envfile internal/explain internal/metadata internal/page " +
+		"internal/progress internal/reconcile internal/rulediff internal/server " +
+		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
-	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/cloudlog " +
-		"internal/conntrack internal/envoywatch internal/explain internal/mailbox " +
-		"internal/metadata internal/progress internal/reconcile internal/report internal/route " +
-		"internal/rulediff internal/server internal/sockdiag internal/status internal/symptom " +
-		"internal/try iptables systemd",
+	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
+		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
+		"internal/mailbox internal/metadata internal/progress internal/reconcile " +
+		"internal/report internal/route internal/rulediff internal/server internal/sockdiag " +
+		"internal/status internal/symptom internal/try iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",
@@ -48,17 +44,14 @@ var may = map[string]string{
 	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
 	"internal/doctor": "internal/symptom internal/terminal",
-	"internal/doctor": "internal/symptom",
 	// What support gets of all that.
 	"internal/bundle": "internal/redaction",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
-	"internal/explain": "envoyadmin internal/symptom iptables",
 	// What `status --html` shows of what others found.
 	"internal/page": "internal/doctor internal/status internal/symptom iptables",
 	// What `diff` says of rules.
 	"internal/rulediff": "internal/terminal iptables",
-	"internal/rulediff": "iptables",
 	// What a look found, in JSON and back.
 	"internal/recording": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What the loop tells, and who passes it on.
@@ -80,9 +73,8 @@ var may = map[string]string{
 
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
-		"internal/authorities internal/logs internal/metadata internal/progress internal/redaction " +
-		"internal/symptom " +
-		"internal/untrusted systemd",
+		"internal/authorities internal/logs internal/metadata internal/progress " +
+		"internal/redaction internal/symptom internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",
 	"internal/metadata": "internal/attribute",
@@ -94,7 +86,6 @@ var may = map[string]string{
 	"internal/atomicfile":  "",
 	"internal/attribute":   "",
 	"internal/authorities": "",
-	"internal/bundle":      "",
 	"internal/conntrack":   "",
 	"internal/envfile":     "",
 	"internal/mailbox":     "",
