@@ -123,8 +123,8 @@ func everything() Status {
 			Waiting: 1, Written: 2, Failures: 3, Dropped: 4,
 			Budget: Budget{Unit: "queries", Left: 1.5, Most: 3, PerMinute: 3, Next: at}}, {Name: "serial"}},
 		Cost: Cost{EnvoyShare: .01, CPUShare: .02, Window: 60, Resident: 1 << 25},
-		History: []Transition{{Time: at, Severity: "info", Text: "t", ID: "drift", Key: "k", By: "x (1)"},
-			{Time: at, Severity: "error", Text: "t"}},
+		History: []Transition{{Time: at, Kind: OfDrift, Severity: "info", Text: "t", ID: "drift", Key: "k", By: "x (1)", Times: 2, First: at},
+			{Time: at, Kind: OfReady, Severity: "error", Text: "t"}},
 		Samples: []Sample{{Time: at, State: "ready", Passes: 60, SlowestPass: .1, SlowestChange: .2,
 			Changes: 1, Repairs: 2}},
 	}
