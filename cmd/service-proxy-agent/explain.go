@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -69,13 +68,7 @@ func explainCommand() *cobra.Command {
 		}
 		answer := looked.Explain(cmd.Context(), q)
 		if output == "json" {
-			encoder := json.NewEncoder(cmd.OutOrStdout())
-			encoder.SetIndent("", "  ")
-			err = encoder.Encode(struct {
-				Version string `json:"version"`
-				Exit    int    `json:"exit"`
-				explain.Answer
-			}{version, explainCode(answer), answer})
+			err = explain.Print(answer, version, explainCode(answer)).JSON(cmd.OutOrStdout())
 		} else {
 			out := cmd.OutOrStdout()
 			err = answer.WriteText(out, terminal.For(out), terminal.Width(out))

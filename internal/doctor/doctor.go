@@ -23,8 +23,12 @@ const (
 	NotKnown = 2 // nothing was found, but a check of that severity could not look
 )
 
+// Schema names the form of a Report in JSON, docs/doctor.schema.json. Fields may be added to it.
+const Schema = "service-proxy-agent/doctor/v1"
+
 // Report is what a look came to.
 type Report struct {
+	Schema  string           `json:"schema"`
 	Version string           `json:"version"` // of this agent
 	Time    time.Time        `json:"time"`    // of the look, UTC
 	Exit    int              `json:"exit"`
@@ -55,7 +59,7 @@ type Options struct {
 // New makes a Report of the results of symptom.Examine.
 func New(results []symptom.Result, o Options) Report {
 	r := Report{
-		Version: symptom.Printable(o.Version, 64), Time: o.Time.UTC().Truncate(time.Second),
+		Schema: Schema, Version: symptom.Printable(o.Version, 64), Time: o.Time.UTC().Truncate(time.Second),
 		FailOn: o.FailOn, Ignored: append([]symptom.ID{}, o.Ignored...), Findings: []symptom.Finding{},
 		Checks: make([]Check, 0, len(results)), Unseen: map[symptom.Source]string{},
 		Exit: exit(results, o.FailOn),

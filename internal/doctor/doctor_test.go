@@ -14,12 +14,12 @@ import (
 	"unicode"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -292,13 +292,7 @@ func valid(t *testing.T, name string, r Report) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := schema(t).Validate(doc); err != nil {
-		t.Errorf("%s: %v", name, err)
-	}
+	schema.Valid(t, "doctor", body)
 	var read struct{ Exit int }
 	if err := json.Unmarshal(body, &read); err != nil || read.Exit != r.Exit {
 		t.Errorf("%s: JSON says exit %d, %v; want %d", name, read.Exit, err, r.Exit)
@@ -306,47 +300,8 @@ func valid(t *testing.T, name string, r Report) []byte {
 	return body
 }
 
-// schema is the document's, where an object may have no other properties than those it names: for
-// readers others may come.
-func schema(t *testing.T) *jsonschema.Schema {
-	t.Helper()
-	text, err := os.ReadFile("../../docs/doctor.schema.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
-	}
-	closeObjects(doc)
-	c := jsonschema.NewCompiler()
-	c.DefaultDraft(jsonschema.Draft2020)
-	c.AssertFormat()
-	if err := c.AddResource("doctor.json", doc); err != nil {
-		t.Fatal(err)
-	}
-	s, err := c.Compile("doctor.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func closeObjects(doc any) {
-	switch v := doc.(type) {
-	case map[string]any:
-		if _, has := v["additionalProperties"]; v["type"] == "object" && !has {
-			v["additionalProperties"] = false
-		}
-		for _, below := range v {
-			closeObjects(below)
-		}
-	case []any:
-		for _, below := range v {
-			closeObjects(below)
-		}
-	}
-}
+// TestSchema: what is documented is what is written.
+func TestSchema(t *testing.T) { schema.Properties(t, "doctor", Report{}) }
 
 // TestSchemaRefuses: it is a schema that something can fail.
 func TestSchemaRefuses(t *testing.T) {
@@ -363,11 +318,7 @@ func TestSchemaRefuses(t *testing.T) {
 		if changed == string(body) {
 			t.Fatalf("no %s", change[0])
 		}
-		doc, err := jsonschema.UnmarshalJSON(strings.NewReader(changed))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if schema(t).Validate(doc) == nil {
+		if schema.Check(t, "doctor", []byte(changed)) == nil {
 			t.Errorf("%s for %s is taken", change[1], change[0])
 		}
 	}

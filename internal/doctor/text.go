@@ -32,7 +32,7 @@ func bounded(result symptom.Result) Check {
 	if n := len(c.Findings); n > maxFindings {
 		c.Findings, c.More = c.Findings[:maxFindings], n-maxFindings
 	}
-	c.Findings = slices.Clone(c.Findings)
+	c.Findings = append([]symptom.Finding{}, c.Findings...) // in JSON a list, not null
 	for i := range c.Findings {
 		f := &c.Findings[i]
 		for _, text := range []*string{&f.Cause, &f.Next, &f.Key} {

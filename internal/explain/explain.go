@@ -140,10 +140,10 @@ type Answer struct {
 	// Tried is the connection as it was made; nil: it was not asked for, or there is no way for it.
 	Tried *Tried `json:"tried,omitempty"`
 
-	Path     []Step   `json:"path,omitempty"`
+	Path     []Step   `json:"path"`
 	Listener string   `json:"listener,omitempty"`
-	Chains   []Chain  `json:"chains,omitempty"`
-	Notes    []string `json:"notes,omitempty"`
+	Chains   []Chain  `json:"chains"`
+	Notes    []string `json:"notes"`
 	// Finding is the row of docs/symptoms.md that the answer is: 12 or 14.
 	Finding *symptom.Finding `json:"finding,omitempty"`
 	// Unseen is what could not be looked at, by source, and why.
@@ -193,22 +193,22 @@ type Chain struct {
 	Service string   `json:"service,omitempty"`
 	Default bool     `json:"default,omitempty"`
 	None    bool     `json:"none,omitempty"` // no chain: Envoy closes the connection
-	When    []string `json:"when,omitempty"`
+	When    []string `json:"when"`
 	Kind    string   `json:"kind,omitempty"` // http, tcp
 	TLS     bool     `json:"tls,omitempty"`
 	Route   string   `json:"route,omitempty"`
-	Hosts   []Host   `json:"virtual_hosts,omitempty"`
+	Hosts   []Host   `json:"virtual_hosts"`
 	// HostCount is of all virtual hosts; 0 where the route was not asked for.
 	HostCount int       `json:"virtual_host_count,omitempty"`
-	Clusters  []Cluster `json:"clusters,omitempty"`
+	Clusters  []Cluster `json:"clusters"`
 }
 
 // Host is a virtual host of an HTTP chain's routes.
 type Host struct {
 	Name     string   `json:"name,omitempty"`
-	Domains  []string `json:"domains,omitempty"`
+	Domains  []string `json:"domains"`
 	Domain   int      `json:"domain_count"`
-	Clusters []string `json:"clusters,omitempty"`
+	Clusters []string `json:"clusters"`
 	Cluster  int      `json:"cluster_count"`
 	ByHeader bool     `json:"by_header,omitempty"`
 }
@@ -220,7 +220,7 @@ type Cluster struct {
 	Healthy   int        `json:"healthy"`
 	Degraded  int        `json:"degraded"`
 	Total     int        `json:"total"`
-	Endpoints []Endpoint `json:"endpoints,omitempty"` // some
+	Endpoints []Endpoint `json:"endpoints"` // some
 }
 
 // Endpoint is one of a cluster's.

@@ -17,12 +17,11 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/santhosh-tekuri/jsonschema/v6"
-
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -289,20 +288,13 @@ func findingID(a Answer) symptom.ID {
 // checkAnswer holds what is true of every answer: its shape, and that it can be printed anywhere.
 func checkAnswer(t *testing.T, name string, a Answer) {
 	t.Helper()
-	body, err := json.Marshal(struct {
-		Version string `json:"version"`
-		Exit    int    `json:"exit"`
-		Answer
-	}{"1", 0, a})
+	body, err := json.Marshal(Print(a, "1", 0))
 	if err != nil {
 		t.Fatal(err)
 	}
-	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := schema(t).Validate(doc); err != nil {
-		t.Errorf("%s: %v\n%s", name, err, body)
+	schema.Valid(t, "explain", body)
+	if bytes.Contains(body, []byte(":null")) {
+		t.Errorf("%s: null in %s", name, body)
 	}
 	if bytes.ContainsAny(body, "<>") {
 		t.Errorf("%s: HTML in %s", name, body)
@@ -324,32 +316,8 @@ func checkAnswer(t *testing.T, name string, a Answer) {
 	}
 }
 
-var compiled *jsonschema.Schema
-
-func schema(t *testing.T) *jsonschema.Schema {
-	t.Helper()
-	if compiled != nil {
-		return compiled
-	}
-	file, err := os.Open("../../docs/explain.schema.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	doc, err := jsonschema.UnmarshalJSON(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := jsonschema.NewCompiler()
-	c.DefaultDraft(jsonschema.Draft2020)
-	if err := c.AddResource("explain.schema.json", doc); err != nil {
-		t.Fatal(err)
-	}
-	if compiled, err = c.Compile("explain.schema.json"); err != nil {
-		t.Fatal(err)
-	}
-	return compiled
-}
+// TestSchema: what is documented is what is written.
+func TestSchema(t *testing.T) { schema.Properties(t, "explain", Printed{}) }
 
 // TestForeignText puts the worst that others may write into every field of theirs.
 func TestForeignText(t *testing.T) {

@@ -31,9 +31,13 @@ const (
 	Off = "off"
 )
 
+// Schema names the form of a Difference in JSON, docs/diff.schema.json. Fields may be added to it.
+const Schema = "service-proxy-agent/diff/v1"
+
 // Difference is what a comparison came to. Its JSON is that of `diff -o json`
 // (docs/diff.schema.json): fields are added, never renamed.
 type Difference struct {
+	Schema  string    `json:"schema"`
 	Version string    `json:"version"` // of this agent
 	Time    time.Time `json:"time"`    // of the look, UTC
 	Exit    int       `json:"exit"`
@@ -175,7 +179,7 @@ func (c Counts) plus(d Counts) Counts {
 // New puts the families' parts and what is elsewhere together.
 func New(families []Family, others []iptables.Line, o Options) Difference {
 	d := Difference{
-		Version: o.Version, Time: o.Time.UTC().Truncate(time.Second), Config: o.Config,
+		Schema: Schema, Version: o.Version, Time: o.Time.UTC().Truncate(time.Second), Config: o.Config,
 		Against: o.Against, Backend: o.Backend, Services: o.Services,
 		Notes: append([]string{}, o.Notes...), Families: families, Others: Lines(others),
 		Exit: Same, Result: IsSame,

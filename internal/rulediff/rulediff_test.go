@@ -14,10 +14,10 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 var update = flag.Bool("update", false, "write the goldens anew")
@@ -118,7 +118,7 @@ func TestGolden(t *testing.T) {
 			if err := errors.Join(d.Text(&out, false, 100), d.JSON(&body)); err != nil {
 				t.Fatal(err)
 			}
-			valid(t, body.Bytes())
+			schema.Valid(t, "diff", body.Bytes())
 			terminaltest.Fits(t, d.Text)
 			file := filepath.Join("testdata", name+".txt")
 			if *update {
@@ -137,43 +137,8 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// valid fails where the JSON is not as docs/diff.schema.json says, or has a property of which that
-// says nothing.
-func valid(t *testing.T, body []byte) {
-	t.Helper()
-	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := schema(t).Validate(doc); err != nil {
-		t.Errorf("%v\n%s", err, body)
-	}
-}
-
-// schema is the document's, where an object may have no other properties than those it names.
-func schema(t *testing.T) *jsonschema.Schema {
-	t.Helper()
-	text, err := os.ReadFile("../../docs/diff.schema.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	text = bytes.ReplaceAll(text, []byte(`"type": "object",`),
-		[]byte(`"type": "object", "additionalProperties": false,`))
-	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := jsonschema.NewCompiler()
-	c.AssertFormat()
-	if err := c.AddResource("diff.schema.json", doc); err != nil {
-		t.Fatal(err)
-	}
-	s, err := c.Compile("diff.schema.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
+// TestSchema: what is documented is what is written.
+func TestSchema(t *testing.T) { schema.Properties(t, "diff", Difference{}) }
 
 // TestSchemaRefuses: it is a schema that something can fail.
 func TestSchemaRefuses(t *testing.T) {
@@ -188,12 +153,8 @@ func TestSchemaRefuses(t *testing.T) {
 		if !strings.Contains(body.String(), old) {
 			t.Fatalf("no %s in\n%s", old, body.String())
 		}
-		doc, err := jsonschema.UnmarshalJSON(strings.NewReader(
-			strings.Replace(body.String(), old, changed, 1)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if schema(t).Validate(doc) == nil {
+		other := strings.Replace(body.String(), old, changed, 1)
+		if schema.Check(t, "diff", []byte(other)) == nil {
 			t.Errorf("takes %s", changed)
 		}
 	}

@@ -26,7 +26,7 @@ type Result struct {
 	// Because is the finding that keeps an unknown one from being looked for: with Envoy down
 	// nobody can ask it. Who mends that one looks again.
 	Because  ID        `json:"because,omitempty"`
-	Findings []Finding `json:"findings,omitempty"` // also of one that is ignored
+	Findings []Finding `json:"findings"` // also of one that is ignored
 }
 
 // blinds are the findings because of which a source says nothing, the first that is there.

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -49,9 +50,13 @@ func read(t testing.TB, name string) map[string]any {
 	return doc.(map[string]any)
 }
 
-// Check says why body is not in the form NAME, nil if it is.
-func Check(t testing.TB, name string, body []byte) error {
+var compiled sync.Map // by name
+
+func compile(t testing.TB, name string) *jsonschema.Schema {
 	t.Helper()
+	if s, ok := compiled.Load(name); ok {
+		return s.(*jsonschema.Schema)
+	}
 	doc := read(t, name)
 	closeObjects(doc)
 	c := jsonschema.NewCompiler()
@@ -64,18 +69,25 @@ func Check(t testing.TB, name string, body []byte) error {
 	if err != nil {
 		t.Fatal(err)
 	}
+	compiled.Store(name, s)
+	return s
+}
+
+// Check says why body is not in the form NAME, nil if it is.
+func Check(t testing.TB, name string, body []byte) error {
+	t.Helper()
 	value, err := jsonschema.UnmarshalJSON(bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
-	return s.Validate(value)
+	return compile(t, name).Validate(value)
 }
 
 // Valid fails where body is not in the form NAME.
 func Valid(t testing.TB, name string, body []byte) {
 	t.Helper()
 	if err := Check(t, name, body); err != nil {
-		t.Errorf("%s: %v\n%.20000s", t.Name(), err, body)
+		t.Errorf("%s: %v\n%.2000s", t.Name(), err, body)
 	}
 }
 
