@@ -68,6 +68,7 @@ type Agent struct {
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status] // nil: no pass yet
 	answered   atomic.Pointer[time.Time]     // when the metadata server last did; nil: not yet
+	cost       atomic.Pointer[status.Cost]   // what the agent takes of the machine; nil: not known yet
 	self       self
 
 	config *attribute.Config // of --config; nil: the metadata server tells
@@ -121,12 +122,17 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		return nil, err
 	}
 	a.cloud = cloudlog.New(cloudlog.Options{Mode: mode, Log: log})
-	a.metrics = report.NewMetrics(report.Sources{
-		Version: s.Version, Commit: s.Commit, GuestAttributes: a.guest.State, Serial: a.serial.State,
-		CloudLogging: a.cloud.State,
-		Envoy:        a.envoy.Asked, Metadata: a.metadataAnswered,
-	})
+	a.metrics = report.NewMetrics(a.sources())
 	return a, a.newServers()
+}
+
+// sources are what is told of the agent beside what a pass tells.
+func (a *Agent) sources() report.Sources {
+	return report.Sources{
+		Version: a.settings.Version, Commit: a.settings.Commit,
+		GuestAttributes: a.guest.State, Serial: a.serial.State, CloudLogging: a.cloud.State,
+		Envoy: a.envoy.Asked, Metadata: a.metadataAnswered,
+	}
 }
 
 // newServers makes those who answer the network.
@@ -219,6 +225,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 		{"guest attributes", a.guest.Run},
 		{"serial port", a.serial.Run},
 		{"Cloud Logging", a.cloud.Run},
+		{"watch the cost", a.watchCost},
 		{"socket", func(ctx context.Context) error {
 			answers := server.Answers{Status: a.statusNow, Pause: a.pauseLoop}
 			return socket.Serve(ctx, answers, a.log)

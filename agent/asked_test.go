@@ -28,7 +28,7 @@ func TestAsked(t *testing.T) {
 	fails := func(p *passed) {
 		p.seen.Envoy = envoywatch.View{Outage: envoywatch.Outage{Err: errors.New("x")}}
 	}
-	dumped := func(p *passed) { p.seen.Envoy = envoywatch.View{State: "LIVE", Counts: envoywatch.Counts{Dumps: 1}} }
+	dumped := func(p *passed) { p.seen.Envoy = envoywatch.View{State: "LIVE", Past: envoywatch.Past{Dumps: 1}} }
 	knows := func(p *passed) { answers(p); p.known = true }
 	equal := func(p *passed) { p.outcomes[0].Status.Equal = true }
 	for _, tt := range []struct {

@@ -32,7 +32,7 @@ func TestHappened(t *testing.T) {
 		},
 	}}
 	p.want.Refused = make([]symptom.Refusal, 2)
-	p.seen.Envoy = envoywatch.View{Counts: envoywatch.Counts{Dumps: 4, Rejections: 5}, Stands: true,
+	p.seen.Envoy = envoywatch.View{Past: envoywatch.Past{Dumps: 4, Rejections: 5}, Stands: true,
 		Info: envoyadmin.ServerInfo{Version: envoyadmin.Version{Major: 1, Minor: 40}}}
 	want := report.Pass{
 		Duration: 3 * time.Second, Redirect: time.Second, DumpReads: 4, Rejections: 5,

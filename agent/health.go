@@ -9,25 +9,30 @@ import (
 )
 
 const (
-	// stuck is how old the newest pass may be: past every time limit of a pass.
-	stuck = 5 * time.Minute
+	stuck = status.StuckAfter
 	// envoyDead is how long Envoy may be away before a new VM is the better idea: its unit restarts it
 	// within seconds, again and again.
 	envoyDead = 5 * time.Minute
 )
 
-// statusNow is what the socket tells; before the first pass has ended, that there was none.
+// statusNow is what the socket tells; before the first pass has ended, that there was none. What no
+// pass is about is filled in here, when somebody asks: no pass waits for it.
 func (a *Agent) statusNow() any {
-	if s := a.status.Load(); s != nil {
-		return s
-	}
-	return &status.Status{
+	s := status.Status{
 		Version: a.settings.Version, Started: a.started.UTC(), Mode: "starting", NotReady: "no pass yet",
 		Findings: []symptom.Finding{{
 			ID: symptom.Starting, Severity: symptom.Error,
 			Cause: "The agent is only just starting", Next: "ask again in a second",
 		}},
 	}
+	if last := a.status.Load(); last != nil {
+		s = *last
+	}
+	s.Channels = a.sources().Channels()
+	if cost := a.cost.Load(); cost != nil {
+		s.Cost = *cost
+	}
+	return s
 }
 
 // moving is the newest Status, and why the loop does not move if it does not.
@@ -36,7 +41,7 @@ func (a *Agent) moving() (s *status.Status, why string) {
 	switch {
 	case s == nil:
 		return nil, "no pass yet"
-	case time.Since(s.Heartbeat) > stuck:
+	case s.Stuck(time.Now()):
 		return nil, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339)
 	}
 	return s, ""

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -8,6 +9,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -49,11 +51,17 @@ type told struct {
 	unseen    map[which]bool      // warnings that an earlier run left, and this one has not had yet
 	services  serviceNews
 	ration    ration
-	envoy     string   // its version
+	envoy     toldOfEnvoy
 	before    Standing // at the end of an earlier run
 	mode      string
 	ready     bool
 	resolvers map[string]bool // users of --resolver-users that are not there
+}
+
+// toldOfEnvoy is what was told last of Envoy.
+type toldOfEnvoy struct {
+	version string
+	stream  status.ControlPlane
 }
 
 // publish turns a pass into a Status and leaves it with every reporter.
@@ -82,6 +90,8 @@ func (t *told) publish(p passed, backend string) {
 	t.tellResolvers(p.seen.Resolvers.Missing)
 	t.tellEnvoy(p.seen.Envoy.Info.Text)
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
+	s.ControlPlane = since(t.envoy.stream, s.ControlPlane, now)
+	t.envoy.stream = s.ControlPlane
 	s.LastFailure, s.Since, s.Backend = t.failures.String(), t.failures.Standing.Since, backend
 	t.tellMode(s.Mode)
 	for _, e := range t.services.pass(p) {
@@ -175,8 +185,8 @@ func (p passed) status() status.Status {
 			Status: seen.Bootstrap.Status, Failure: seen.Bootstrap.FailureLine(),
 			Done: seen.Bootstrap.AttributeSum != "",
 		},
-		Envoy: envoyStatus(seen),
-		Mode:  p.mode(), NotReady: p.notReady(),
+		Envoy: envoyStatus(seen), ControlPlane: controlPlane(seen.Envoy),
+		Mode: p.mode(), NotReady: p.notReady(),
 	}
 	s.Ready = s.NotReady == ""
 	if good := seen.Attribute.Good; good != nil {
@@ -211,6 +221,41 @@ func envoyStatus(seen Observation) status.Envoy {
 		e.Down = v.Since.UTC()
 	}
 	return e
+}
+
+// controlPlane is how Envoy's stream to it stands.
+func controlPlane(v envoywatch.View) (c status.ControlPlane) {
+	c.Connected, c.Known = v.Connected()
+	c.Heard = v.Heard.UTC()
+	if closed := v.Closed; closed != nil {
+		c.Target = symptom.Printable(closed.Target, maxForeign)
+		c.Closed = &status.Close{Time: closed.When.UTC(), Code: closed.Code, Target: c.Target,
+			Message: symptom.Printable(closed.Message, maxForeign)}
+	}
+	if v.Started != nil && len(v.Started.Targets) > 0 {
+		c.Target = symptom.Printable(v.Started.Targets[0].Address, maxForeign)
+	}
+	if v.Probe != nil {
+		c.Error = symptom.Printable(v.Probe.Error(), maxForeign)
+	}
+	return c
+}
+
+// maxForeign bounds what others wrote where it is told as it is.
+const maxForeign = 400
+
+// since says since when the stream stands, or does not, and keeps where it leads while Envoy does
+// not tell.
+func since(was, is status.ControlPlane, now time.Time) status.ControlPlane {
+	is.Target = cmp.Or(is.Target, was.Target)
+	switch {
+	case !is.Known:
+	case was.Known && was.Connected == is.Connected:
+		is.Since = was.Since
+	default:
+		is.Since = now.UTC().Truncate(time.Second)
+	}
+	return is
 }
 
 // mode is what the rules do now, in a word (see status.Status.Mode).
@@ -364,10 +409,10 @@ func (t *told) tellResolvers(missing []missingUser) {
 
 // tellEnvoy tells Envoy's version when it is another one, in the words that people look for.
 func (t *told) tellEnvoy(version string) {
-	if version == "" || version == t.envoy {
+	if version == "" || version == t.envoy.version {
 		return
 	}
-	t.envoy = version
+	t.envoy.version = version
 	t.tell(report.Event{Severity: report.Info, Message: "Envoy Version: " + version})
 }
 

@@ -32,7 +32,7 @@ func intercepting() passed {
 				WhenEnvoyDown: reconcile.Keep},
 			Attribute: attributeInForce{Known: true, Config: attribute.Default()},
 			Envoy: envoywatch.View{
-				State: "LIVE", Configured: true, Generation: 1, Counts: envoywatch.Counts{Dumps: 3},
+				State: "LIVE", Configured: true, Generation: 1, Past: envoywatch.Past{Dumps: 3},
 				Info: envoyadmin.ServerInfo{Text: "1.40.0"},
 			},
 		},

@@ -41,6 +41,8 @@ type Cost struct {
 	// Took is the time from asking to the end of the answer, or of waiting for it. Envoy's main thread
 	// is busy for about that long, but where an answer waits for something else.
 	Took time.Duration
+	// Lost is how much of Took came to no answer that can be used.
+	Lost time.Duration
 }
 
 // book keeps the costs of a Client's questions.
@@ -58,6 +60,9 @@ func (b *book) note(q Question, sent, ended time.Time, err error) {
 	defer b.mu.Unlock()
 	b.asked.Questions[q].Count++
 	b.asked.Questions[q].Took += ended.Sub(sent)
+	if err != nil {
+		b.asked.Questions[q].Lost += ended.Sub(sent)
+	}
 	if err == nil && sent.After(b.asked.Answered) {
 		b.asked.Answered = sent
 	}

@@ -129,6 +129,13 @@ type State struct {
 	Lost       uint64 `json:"lost"` // found gone when read back, and written again
 	// found changed by somebody else when read back, and written again
 	Changed uint64 `json:"changed"`
+
+	// Left are the queries of the budget that may be made at once, of Most, of which PerMinute come
+	// back in a minute; Next is when one more may be made, zero: now.
+	Left      float64   `json:"left"`
+	Most      float64   `json:"most"`
+	PerMinute float64   `json:"per_minute"`
+	Next      time.Time `json:"next,omitzero"`
 }
 
 // Writer keeps guest attributes equal to what was last Set. Make it with [New]. All methods may be
@@ -283,8 +290,13 @@ func (w *Writer) SetWithTail(key, head, tail string) {
 func (w *Writer) State() State {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	s := w.state
-	s.Pending = w.pending(time.Now())
+	s, now := w.state, time.Now()
+	s.Pending = w.pending(now)
+	s.Left, s.Most = max(0, w.tokens.TokensAt(now)), burst
+	s.PerMinute = float64(time.Minute) / float64(refill)
+	if next := latest(w.token(now, 1), w.notTill); next.After(now) {
+		s.Next = next
+	}
 	return s
 }
 

@@ -126,6 +126,7 @@ type Writer struct {
 	since  time.Time // when the first of queue came
 	next   uint64    // the number of the next entry
 	missed uint64    // dropped, and not yet spoken of
+	later  time.Time // course.notTill, for State
 	state  report.ChannelState
 }
 
@@ -169,6 +170,13 @@ func New(o Options) *Writer {
 	}
 	w.deaf = w.mode == Off
 	w.state.Enabled = w.mode == On
+	switch w.mode {
+	case Off:
+		w.state.LastError = "--cloud-logging=off"
+	case Auto:
+		w.state.LastError = "it is not known yet whether this VM may write there"
+	case On:
+	}
 	return w
 }
 
@@ -194,7 +202,17 @@ func (w *Writer) Say(e report.Event) {
 func (w *Writer) State() report.ChannelState {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.state
+	s, now := w.state, time.Now()
+	s.Waiting = len(w.queue)
+	s.Left, s.Most = max(0, w.run.entries.TokensAt(now)), maxEntries // its pointer never changes
+	s.PerMinute = float64(time.Minute) / float64(refill)
+	if s.Left < 1 {
+		s.Next = now.Add(time.Duration((1 - s.Left) * float64(refill)))
+	}
+	if w.later.After(now) {
+		s.Next = later(w.later, s.Next)
+	}
+	return s
 }
 
 // Run writes what is said until ctx ends, and returns nil then. What is queued at the end is tried
@@ -296,7 +314,8 @@ func (w *Writer) find(ctx context.Context) {
 	case err == nil:
 		w.mu.Lock()
 		wasDeaf := w.deaf
-		w.deaf, w.state.Enabled = false, true
+		w.deaf, w.state.Enabled, w.state.LastError = false, true, ""
+		w.later = time.Time{}
 		w.mu.Unlock()
 		if wasDeaf || r.said {
 			w.log.Info("events go to Cloud Logging")
@@ -308,6 +327,7 @@ func (w *Writer) find(ctx context.Context) {
 		w.mu.Lock()
 		wasDeaf := w.deaf
 		w.deaf, w.queue, w.bytes = true, nil, 0
+		w.state.LastError = err.Error()
 		w.mu.Unlock()
 		if !wasDeaf {
 			w.log.Info("Cloud Logging is off", zap.Error(err))
@@ -331,6 +351,11 @@ func (w *Writer) failed(now time.Time, err error, told time.Duration) {
 	if r.failing.IsZero() {
 		r.failing = now
 	}
+	defer func() {
+		w.mu.Lock()
+		w.later = r.notTill
+		w.mu.Unlock()
+	}()
 	switch {
 	case r.refused: // said by refuse; an error in between is no news
 		r.notTill = later(r.notTill, now.Add(probeEvery))
@@ -401,7 +426,7 @@ func (w *Writer) succeeded(now time.Time) {
 	w.mu.Lock()
 	missed := w.missed
 	w.state.Enabled, w.state.Up, w.state.LastError = true, true, ""
-	w.state.LastSuccess = now
+	w.state.LastSuccess, w.later = now, time.Time{}
 	// While more is said than may be written, drops are told of once a minute.
 	if missed > 0 && (len(w.queue) == 0 || now.Sub(r.noticed) >= time.Minute) {
 		w.notice(now)

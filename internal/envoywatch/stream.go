@@ -22,6 +22,7 @@ const connectionEvery = 15 * time.Second
 //	s.answered(now, …)         Envoy's answer to what was asked then
 type stream struct {
 	end     *symptom.Stream // how it last ended; nil: it stands, as far as is known
+	last    *symptom.Stream // how one last ended, whatever came since; nil: none is known of
 	ends    int             // since the control plane last spoke
 	without int             // answers in a row that there is no stream
 	asked   time.Time       // when Envoy was last asked
@@ -37,12 +38,13 @@ func (s *stream) closed(now time.Time, e envoyadmin.LogEvent) {
 	s.ends += e.Count
 	s.stands = false
 	s.end = &symptom.Stream{Target: e.Target, Code: e.Code, Message: e.Message, When: now}
+	s.last = s.end
 }
 
 // spoke takes a sign from the control plane. It says whether that changes what a View tells.
 func (s *stream) spoke(now time.Time) (news bool) {
 	news = s.end != nil || s.apart()
-	*s = stream{asked: s.asked, heard: now, stands: true}
+	*s = stream{asked: s.asked, heard: now, stands: true, last: s.last}
 	return news
 }
 
@@ -50,7 +52,7 @@ func (s *stream) spoke(now time.Time) (news bool) {
 // what the log told since is of it. How often Envoy is asked does not start anew: a process that
 // has just started is not connected yet, and two answers in a row would say so.
 func (s stream) after(began time.Time) stream {
-	next := stream{asked: s.asked, heard: s.heard}
+	next := stream{asked: s.asked, heard: s.heard, last: s.last}
 	if s.end != nil && s.end.When.After(began) {
 		next.end, next.ends = s.end, s.ends
 	}

@@ -30,14 +30,17 @@ type View struct {
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
 	Probe      error           // our own way to the control plane, while Envoy's is broken
 	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
-	Counts
+	Past
 	Aside
 }
 
-// Counts are since the start.
-type Counts struct {
+// Past is what has happened since the start.
+type Past struct {
 	Dumps      int // full dumps asked for
 	Rejections int // listener updates that Envoy was seen to have rejected
+
+	Closed *symptom.Stream // how a stream last ended, whatever came since; nil: none is known of
+	Heard  time.Time       // when the control plane last sent listeners, by the log; zero: not known
 }
 
 // Connected says whether Envoy has a stream to its control plane, if that is known.
@@ -80,7 +83,9 @@ func (w *Watch) view() View {
 		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
-		Counts: Counts{Dumps: w.set.dumps, Rejections: w.set.rejections}, Stands: p.stream.stands,
+		Stands: p.stream.stands,
+		Past: Past{Dumps: w.set.dumps, Rejections: w.set.rejections, Closed: p.stream.last,
+			Heard: p.stream.heard},
 		Aside: p.aside.Aside,
 	}
 	if errors.Is(w.outage.Err, envoyadmin.ErrRefused) {

@@ -274,23 +274,6 @@ func (m *Metrics) Collect(to chan<- prometheus.Metric) {
 	}
 }
 
-// channel is what all channels have in common of the guest attributes.
-func guestChannel(s guestattr.State) ChannelState {
-	return ChannelState{
-		Enabled: s.Enabled, Up: s.Enabled && s.LastError == "" && !s.Since.IsZero(),
-		Writes: s.Writes, Failures: s.Failures, LastError: s.LastError, LastSuccess: s.LastSuccess,
-	}
-}
-
-// serialChannel is the same of the serial port.
-func serialChannel(s SerialState) ChannelState {
-	return ChannelState{
-		Enabled: s.Path != "", Up: s.Open && !s.Blocked,
-		Writes: s.Lines, Failures: s.Failures, Dropped: s.Dropped,
-		LastError: s.LastError, LastSuccess: s.LastSuccess,
-	}
-}
-
 // clean makes a label value valid: a byte that is no UTF-8, in a version Envoy tells, must not
 // cost the whole scrape.
 func clean(s string) string { return guestattr.OneLine(s, 200) }

@@ -65,6 +65,7 @@ type SerialState struct {
 	Lines     uint64 `json:"lines"`                // written
 	Dropped   uint64 `json:"dropped"`              // lines that found the queue full for too long
 	Failures  uint64 `json:"failures"`             // to open the device, or to write a line
+	Waiting   int    `json:"waiting"`              // lines in the queue, which holds 64
 	// when the last line was written
 	LastSuccess time.Time `json:"last_success,omitzero"`
 }
@@ -101,6 +102,7 @@ func (s *Serial) State() SerialState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.state
+	st.Waiting = len(s.queue)
 	st.Blocked = !s.writing.IsZero() && time.Since(s.writing) >= blockedFrom
 	return st
 }

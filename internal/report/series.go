@@ -247,30 +247,22 @@ func (e emit) asked(s Sources) {
 
 // channels has a series for each channel, on or off.
 func (e emit) channels(s Sources) {
-	channels := map[string]ChannelState{"guest_attributes": {}, "serial": {}, "cloud_logging": {}}
-	if s.CloudLogging != nil {
-		channels["cloud_logging"] = s.CloudLogging()
-	}
-	if s.Serial != nil {
-		channels["serial"] = serialChannel(s.Serial())
-	}
 	if s.GuestAttributes != nil {
 		g := s.GuestAttributes()
-		channels["guest_attributes"] = guestChannel(g)
 		e.gauge(guestPending, float64(g.Pending))
 		e.counter(guestReads, float64(g.Reads))
 		e.counter(guestSuperseded, float64(g.Superseded))
 		e.counter(guestRepaired, float64(g.Lost), "lost")
 		e.counter(guestRepaired, float64(g.Changed), "changed")
 	}
-	for name, c := range channels {
-		e.gauge(channelEnabled, one(c.Enabled), name)
-		e.gauge(channelUp, one(c.Enabled && c.Up), name)
-		e.counter(channelWrites, float64(c.Writes), name)
-		e.counter(channelFailed, float64(c.Failures), name)
-		e.counter(channelDropped, float64(c.Dropped), name)
+	for _, c := range s.Channels() {
+		e.gauge(channelEnabled, one(c.Enabled), c.Name)
+		e.gauge(channelUp, one(c.Up), c.Name)
+		e.counter(channelWrites, float64(c.Written), c.Name)
+		e.counter(channelFailed, float64(c.Failures), c.Name)
+		e.counter(channelDropped, float64(c.Dropped), c.Name)
 		if c.Enabled {
-			e.time(lastSuccess, c.LastSuccess, name)
+			e.time(lastSuccess, c.Last, c.Name)
 		}
 	}
 }

@@ -88,10 +88,10 @@ type Budget struct {
 	Next      time.Time `json:"next,omitzero"`       // when one more may be written, UTC; zero: now
 }
 
-// Cost is what the agent takes of the machine. Shares are of the last Window seconds.
+// Cost is what the agent takes of the machine. Shares are of Window seconds until some seconds ago.
 type Cost struct {
 	// EnvoyShare is the most that the agent's questions can have taken of Envoy's main thread, 0 to 1:
-	// the time from asking to the end of the answer.
+	// the time from asking to the end of the answer, of those that were answered.
 	EnvoyShare float64 `json:"envoy_main_thread_share"`
 	// CPUShare is of one processor, with the programs that it ran; above 1: of more than one.
 	CPUShare float64 `json:"cpu_share"`

@@ -1,0 +1,71 @@
+package agent
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+)
+
+// TestMeter: shares are of the last minute, whatever was before.
+func TestMeter(t *testing.T) {
+	var m meter
+	if first := m.take(spent{at: testStart, cpu: time.Hour}); first != (status.Cost{}) {
+		t.Errorf("of one look: %+v", first)
+	}
+	now := spent{at: testStart, cpu: time.Hour}
+	var last status.Cost
+	for range 30 { // five minutes, the last one calm
+		now.at = now.at.Add(costEvery)
+		if now.at.Sub(testStart) <= 4*time.Minute {
+			now.cpu += costEvery
+			now.envoy += 3 * costEvery // a long answer, booked at its end
+			if last = m.take(now); last.EnvoyShare != 1 || last.CPUShare != 1 {
+				t.Fatalf("while it is busy: %+v", last)
+			}
+			continue
+		}
+		now.cpu += costEvery / 100
+		now.envoy += costEvery / 1000
+		last = m.take(now)
+	}
+	if diff := cmp.Diff(status.Cost{EnvoyShare: .001, CPUShare: .01, Window: 60}, last); diff != "" {
+		t.Errorf("-want +have:\n%s", diff)
+	}
+}
+
+// TestReadSpent: what did not come is none of Envoy's time.
+func TestReadSpent(t *testing.T) {
+	var asked envoyadmin.Asked
+	asked.Questions[envoyadmin.LookQuestion] = envoyadmin.Cost{Took: 21 * time.Second, Lost: 20 * time.Second}
+	asked.Questions[envoyadmin.ReadyQuestion] = envoyadmin.Cost{Took: time.Second}
+	s, resident, err := readSpent(asked)
+	if err != nil || s.envoy != 2*time.Second || s.cpu <= 0 || resident < 1<<20 {
+		t.Errorf("%+v, %d bytes, %v", s, resident, err)
+	}
+}
+
+// TestStreamSince: a stream is dated by its changes, and leads where it led.
+func TestStreamSince(t *testing.T) {
+	at := func(minutes int) time.Time { return testStart.Add(time.Duration(minutes) * time.Minute).UTC() }
+	var was status.ControlPlane
+	for i, step := range []struct {
+		is    status.ControlPlane
+		since time.Time
+	}{
+		{status.ControlPlane{}, time.Time{}},
+		{status.ControlPlane{Known: true, Connected: true, Target: "td:443"}, at(1)},
+		{status.ControlPlane{Known: true, Connected: true}, at(1)},
+		{status.ControlPlane{Known: true}, at(3)},
+		{status.ControlPlane{}, time.Time{}},
+		{status.ControlPlane{Known: true}, at(5)},
+	} {
+		was = since(was, step.is, at(i))
+		if !was.Since.Equal(step.since.Truncate(time.Second)) || i > 0 && was.Target != "td:443" {
+			t.Errorf("%d: %+v, want it since %v", i, was, step.since)
+		}
+	}
+}
