@@ -47,25 +47,3 @@ func TestReadSpent(t *testing.T) {
 		t.Errorf("%+v, %d bytes, %v", s, resident, err)
 	}
 }
-
-// TestStreamSince: a stream is dated by its changes, and leads where it led.
-func TestStreamSince(t *testing.T) {
-	at := func(minutes int) time.Time { return testStart.Add(time.Duration(minutes) * time.Minute).UTC() }
-	var was status.ControlPlane
-	for i, step := range []struct {
-		is    status.ControlPlane
-		since time.Time
-	}{
-		{status.ControlPlane{}, time.Time{}},
-		{status.ControlPlane{Known: true, Connected: true, Target: "td:443"}, at(1)},
-		{status.ControlPlane{Known: true, Connected: true}, at(1)},
-		{status.ControlPlane{Known: true}, at(3)},
-		{status.ControlPlane{}, time.Time{}},
-		{status.ControlPlane{Known: true}, at(5)},
-	} {
-		was = since(was, step.is, at(i))
-		if !was.Since.Equal(step.since.Truncate(time.Second)) || i > 0 && was.Target != "td:443" {
-			t.Errorf("%d: %+v, want it since %v", i, was, step.since)
-		}
-	}
-}

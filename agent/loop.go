@@ -80,7 +80,8 @@ func (l *loop) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case l.envoy = <-l.inbox.views:
+		case v := <-l.inbox.views:
+			l.envoy = v.After(l.envoy, time.Now())
 			l.wanted.redirects.told(l.envoy.Told)
 		case news := <-l.inbox.attributes:
 			l.attribute.take(news, l.log)

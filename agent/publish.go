@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -51,17 +50,11 @@ type told struct {
 	unseen    map[which]bool      // warnings that an earlier run left, and this one has not had yet
 	services  serviceNews
 	ration    ration
-	envoy     toldOfEnvoy
+	envoy     string   // its version
 	before    Standing // at the end of an earlier run
 	mode      string
 	ready     bool
 	resolvers map[string]bool // users of --resolver-users that are not there
-}
-
-// toldOfEnvoy is what was told last of Envoy.
-type toldOfEnvoy struct {
-	version string
-	stream  status.ControlPlane
 }
 
 // publish turns a pass into a Status and leaves it with every reporter.
@@ -90,8 +83,6 @@ func (t *told) publish(p passed, backend string) {
 	t.tellResolvers(p.seen.Resolvers.Missing)
 	t.tellEnvoy(p.seen.Envoy.Info.Text)
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
-	s.ControlPlane = since(t.envoy.stream, s.ControlPlane, now)
-	t.envoy.stream = s.ControlPlane
 	s.LastFailure, s.Since, s.Backend = t.failures.String(), t.failures.Standing.Since, backend
 	t.tellMode(s.Mode)
 	for _, e := range t.services.pass(p) {
@@ -226,14 +217,12 @@ func envoyStatus(seen Observation) status.Envoy {
 // controlPlane is how Envoy's stream to it stands.
 func controlPlane(v envoywatch.View) (c status.ControlPlane) {
 	c.Connected, c.Known = v.Connected()
-	c.Heard = v.Heard.UTC()
+	c.Since, c.Heard = v.Seen.UTC().Truncate(time.Second), v.Heard.UTC()
+	c.Target = symptom.Printable(v.Target, maxForeign)
 	if closed := v.Closed; closed != nil {
-		c.Target = symptom.Printable(closed.Target, maxForeign)
-		c.Closed = &status.Close{Time: closed.When.UTC(), Code: closed.Code, Target: c.Target,
+		c.Closed = &status.Close{Time: closed.When.UTC(), Code: closed.Code,
+			Target:  symptom.Printable(closed.Target, maxForeign),
 			Message: symptom.Printable(closed.Message, maxForeign)}
-	}
-	if v.Started != nil && len(v.Started.Targets) > 0 {
-		c.Target = symptom.Printable(v.Started.Targets[0].Address, maxForeign)
 	}
 	if v.Probe != nil {
 		c.Error = symptom.Printable(v.Probe.Error(), maxForeign)
@@ -243,20 +232,6 @@ func controlPlane(v envoywatch.View) (c status.ControlPlane) {
 
 // maxForeign bounds what others wrote where it is told as it is.
 const maxForeign = 400
-
-// since says since when the stream stands, or does not, and keeps where it leads while Envoy does
-// not tell.
-func since(was, is status.ControlPlane, now time.Time) status.ControlPlane {
-	is.Target = cmp.Or(is.Target, was.Target)
-	switch {
-	case !is.Known:
-	case was.Known && was.Connected == is.Connected:
-		is.Since = was.Since
-	default:
-		is.Since = now.UTC().Truncate(time.Second)
-	}
-	return is
-}
 
 // mode is what the rules do now, in a word (see status.Status.Mode).
 func (p passed) mode() string {
@@ -409,10 +384,10 @@ func (t *told) tellResolvers(missing []missingUser) {
 
 // tellEnvoy tells Envoy's version when it is another one, in the words that people look for.
 func (t *told) tellEnvoy(version string) {
-	if version == "" || version == t.envoy.version {
+	if version == "" || version == t.envoy {
 		return
 	}
-	t.envoy.version = version
+	t.envoy = version
 	t.tell(report.Event{Severity: report.Info, Message: "Envoy Version: " + version})
 }
 

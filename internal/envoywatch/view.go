@@ -41,6 +41,9 @@ type Past struct {
 
 	Closed *symptom.Stream // how a stream last ended, whatever came since; nil: none is known of
 	Heard  time.Time       // when the control plane last sent listeners, by the log; zero: not known
+	// Seen is when Connected was first seen to be as it is; zero: it is not known. After fills it in.
+	Seen   time.Time
+	Target string // of its control plane, as Envoy last told; After keeps it
 }
 
 // Connected says whether Envoy has a stream to its control plane, if that is known.
@@ -74,6 +77,28 @@ func (v View) Facts(admin string) symptom.Envoy {
 		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped,
 		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, LogErr: v.LogErr,
 	}
+}
+
+// After is a View with since when its stream stands, or does not, and with where that leads while
+// Envoy does not tell. was is the View before.
+func (v View) After(was View, now time.Time) View {
+	is, known := v.Connected()
+	wasConnected, wasKnown := was.Connected()
+	switch {
+	case !known:
+	case wasKnown && is == wasConnected:
+		v.Seen = was.Seen
+	default:
+		v.Seen = now
+	}
+	v.Target = was.Target
+	if v.Closed != nil {
+		v.Target = v.Closed.Target
+	}
+	if v.Started != nil && len(v.Started.Targets) > 0 {
+		v.Target = v.Started.Targets[0].Address
+	}
+	return v
 }
 
 // view is what is known now.
