@@ -1,9 +1,6 @@
 package terminal
 
-import (
-	"strings"
-	"unicode/utf8"
-)
+import "strings"
 
 // Wrap breaks each line of the text that is wider than width between words. What follows a break is
 // indented as its line is, and by indent more. A word that is wider than a line is broken, too, and
@@ -19,7 +16,7 @@ func Wrap(text string, width, indent int) string {
 }
 
 func wrapLine(b *strings.Builder, line string, width, indent int) {
-	if columns(line) <= width {
+	if Columns(line) <= width {
 		b.WriteString(line)
 		return
 	}
@@ -31,7 +28,7 @@ func wrapLine(b *strings.Builder, line string, width, indent int) {
 		gap := spaces(rest)
 		end := gap + strings.IndexByte(rest[gap:]+" ", ' ')
 		word := rest[gap:end]
-		if w := columns(word); at+gap+w <= width {
+		if w := Columns(word); at+gap+w <= width {
 			b.WriteString(rest[:end])
 			at += gap + w
 		} else {
@@ -39,43 +36,16 @@ func wrapLine(b *strings.Builder, line string, width, indent int) {
 				b.WriteString(hang)
 				at = own + indent
 			}
-			for at+columns(word) > width && columns(word) > 1 {
+			for at+Columns(word) > width && Columns(word) > 1 {
 				first, others := split(word, max(width-at, 1))
 				b.WriteString(first + hang)
 				word, at = others, own+indent
 			}
 			b.WriteString(word)
-			at += columns(word)
+			at += Columns(word)
 		}
 		rest, fresh = rest[end:], false
 	}
 }
 
 func spaces(text string) int { return len(text) - len(strings.TrimLeft(text, " ")) }
-
-// split cuts a text after n runes.
-func split(text string, n int) (first, others string) {
-	for i := range text {
-		if n == 0 {
-			return text[:i], text[i:]
-		}
-		n--
-	}
-	return text, ""
-}
-
-// columns is how wide a text is: a rune is one column, and a colour none.
-func columns(text string) (n int) {
-	for text != "" {
-		if strings.HasPrefix(text, "\x1b[") {
-			if end := strings.IndexByte(text, 'm'); end > 0 {
-				text = text[end+1:]
-				continue
-			}
-		}
-		_, size := utf8.DecodeRuneInString(text)
-		text = text[size:]
-		n++
-	}
-	return n
-}

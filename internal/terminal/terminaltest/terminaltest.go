@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"unicode/utf8"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
@@ -28,7 +27,7 @@ func Fits(t *testing.T, text func(out io.Writer, style terminal.Style, width int
 		}
 		for line := range strings.Lines(plain.String()) {
 			line = strings.TrimSuffix(line, "\n")
-			if n := utf8.RuneCountInString(line); n > width && !command.MatchString(line) {
+			if n := terminal.Columns(line); n > width && !command.MatchString(line) {
 				t.Errorf("%d columns where %d were asked for:\n%s", n, width, line)
 			}
 			if colour.MatchString(line) {
