@@ -71,7 +71,7 @@ func New(results []symptom.Result, o Options) Report {
 		r.Checks = append(r.Checks, bounded(result))
 	}
 	for _, one := range r.tree() {
-		one.walk(func(n *node, _ int) { r.Findings = append(r.Findings, n.Finding) })
+		one.Walk(func(n *symptom.Tree) { r.Findings = append(r.Findings, n.Finding) })
 	}
 	return r
 }
@@ -133,69 +133,13 @@ func joined(ids []symptom.ID) string {
 	return strings.Join(words, ", ")
 }
 
-// node is a finding with what it explains.
-type node struct {
-	symptom.Finding
-	explains []*node
-}
-
-func (n *node) walk(visit func(n *node, depth int)) { n.walkFrom(0, visit) }
-
-func (n *node) walkFrom(depth int, visit func(n *node, depth int)) {
-	visit(n, depth)
-	for _, below := range n.explains {
-		below.walkFrom(depth+1, visit)
-	}
-}
-
-// worst is the worst severity in a tree: an error is told among the errors, whatever explains it.
-func (n *node) worst() symptom.Severity {
-	worst := n.Severity
-	for _, below := range n.explains {
-		worst = max(worst, below.worst())
-	}
-	return worst
-}
-
-// tree are the findings that stand by themselves, worst first, each with what it explains. What is
-// explained by something that was not found, or is ignored, stands by itself.
-func (r Report) tree() (roots []*node) {
-	var all []*node
-	first := map[symptom.ID]*node{}
+// tree are the findings, each with what it explains.
+func (r Report) tree() []*symptom.Tree {
+	var all []symptom.Finding
 	for _, check := range r.Checks {
-		if check.State != symptom.Found {
-			continue
-		}
-		for _, f := range check.Findings {
-			n := &node{Finding: f}
-			if first[f.ID] == nil {
-				first[f.ID] = n
-			}
-			all = append(all, n)
+		if check.State == symptom.Found {
+			all = append(all, check.Findings...)
 		}
 	}
-	for _, n := range all {
-		by := first[n.ExplainedBy]
-		if by == nil || n.within(by, first) {
-			roots = append(roots, n)
-			continue
-		}
-		by.explains = append(by.explains, n)
-	}
-	slices.SortStableFunc(roots, func(a, b *node) int { return int(b.worst()) - int(a.worst()) })
-	return roots
-}
-
-// within says whether one is explained by itself in the end: a circle has no cause.
-func (n *node) within(by *node, first map[symptom.ID]*node) bool {
-	for range len(first) + 1 {
-		if by == nil {
-			return false
-		}
-		if by.ID == n.ID {
-			return true
-		}
-		by = first[by.ExplainedBy]
-	}
-	return true
+	return symptom.Nested(all)
 }

@@ -75,7 +75,7 @@ func (r Report) Text(out io.Writer, style terminal.Style, width int) error {
 		r.Time.Format(time.RFC3339), r.Version)
 	for _, one := range shown(r.tree()) {
 		p.WriteByte('\n')
-		one.print(&p, "")
+		p.finding(one, "")
 	}
 	r.omitted(&p)
 	r.unknown(&p)
@@ -151,17 +151,8 @@ func plural(s symptom.Severity, n int) string {
 	return s.String() + "s"
 }
 
-// shown are the nodes that are printed: of one kind in one place a few stand for all, unless they
-// are the only ones to explain something.
-func shown(nodes []*node) (some []*node) {
-	count := map[symptom.ID]int{}
-	for _, n := range nodes {
-		if count[n.ID]++; count[n.ID] <= maxShown || len(n.explains) > 0 {
-			some = append(some, n)
-		}
-	}
-	return some
-}
+// shown are the nodes that are printed.
+func shown(nodes []*symptom.Tree) []*symptom.Tree { return symptom.Some(nodes, maxShown) }
 
 // omitted says what of many findings of a kind is not printed.
 func (r Report) omitted(p *printer) {
@@ -170,7 +161,7 @@ func (r Report) omitted(p *printer) {
 		all[f.ID]++
 	}
 	for _, one := range shown(r.tree()) {
-		one.count(printed)
+		count(one, printed)
 	}
 	began := false
 	for _, check := range r.Checks {
@@ -188,15 +179,15 @@ func (r Report) omitted(p *printer) {
 	}
 }
 
-func (n *node) count(printed map[symptom.ID]int) {
+func count(n *symptom.Tree, printed map[symptom.ID]int) {
 	printed[n.ID]++
-	for _, below := range shown(n.explains) {
-		below.count(printed)
+	for _, below := range shown(n.Explains) {
+		count(below, printed)
 	}
 }
 
-// print writes a finding, and what it explains below it.
-func (n *node) print(p *printer, indent string) {
+// finding writes a finding, and what it explains below it.
+func (p *printer) finding(n *symptom.Tree, indent string) {
 	f := n.Finding
 	p.line(2, "%s%s %s: %s", indent, p.word(f.Severity), p.style.Bold(string(f.ID)), f.Cause)
 	row := func(name, value string) {
@@ -218,11 +209,11 @@ func (n *node) print(p *printer, indent string) {
 		}
 		row("seen", fmt.Sprintf("%s%s: %s", e.Source, at, symptom.Printable(e.Text, maxEvidence)))
 	}
-	if len(n.explains) > 0 {
+	if len(n.Explains) > 0 {
 		fmt.Fprintf(p, "%s  %s\n", indent, p.style.Dim("explains"))
 	}
-	for _, below := range shown(n.explains) {
-		below.print(p, indent+"    ")
+	for _, below := range shown(n.Explains) {
+		p.finding(below, indent+"    ")
 	}
 }
 
