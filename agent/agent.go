@@ -63,8 +63,7 @@ type Agent struct {
 	others     *mailbox.Box[[]iptables.OtherChain]
 	around     *surroundings
 	reports    *mailbox.Box[status.Status]
-	history    *mailbox.Box[Failures]
-	keep       *mailbox.Box[*keptAttribute]
+	kept       kept
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status] // nil: no pass yet
 	answered   atomic.Pointer[time.Time]     // when the metadata server last did; nil: not yet
@@ -77,6 +76,18 @@ type Agent struct {
 	withoutTools   bool // iptables was not installed when the agent started
 }
 
+// kept is what keepHistory keeps for the next start.
+type kept struct {
+	failures    *mailbox.Box[Failures]
+	transitions *mailbox.Box[keptTransitions]
+	attribute   *mailbox.Box[*keptAttribute]
+}
+
+func newKept() kept {
+	return kept{failures: mailbox.New[Failures](), transitions: mailbox.New[keptTransitions](),
+		attribute: mailbox.New[*keptAttribute]()}
+}
+
 // New checks the settings and opens the kernel; nothing is changed there. Errors name the thing and
 // the next step.
 func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
@@ -86,8 +97,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
 		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
-		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](),
-		keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}),
+		reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
 	}
 	a.self.killed = takeKilled(server.Dir(), a.started, log)
 	var err error
@@ -203,8 +213,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.log.Info("started", zap.String("version", a.settings.Version),
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
-	a.say(report.Event{Severity: report.Info,
-		Message: "service-proxy-agent " + a.settings.Version + " started"})
+	a.say(report.Event{Severity: report.Info, Message: a.startedText()})
 	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
 	defer cancel()
 	err = runTasks(ctx, a.tasks(ctx, socket))
@@ -268,7 +277,8 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	if err != nil {
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
-	failures := loadFailures(a.settings.StateDir, machineSum())
+	machine := machineSum()
+	failures := loadFailures(a.settings.StateDir, machine)
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
@@ -281,7 +291,8 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		beside:    beside{asked: func(about about) { a.around.asked.Put(about) }},
 		mark:      readMark(server.Dir(), a.log),
 		told: told{
-			reporters: a.reporters(), log: a.log, started: a.started,
+			reporters: a.reporters(machine), log: a.log, started: a.started,
+			past:     a.history(machine),
 			failures: failures, unasked: failures.Lasting, before: failures.Standing,
 			unseen: failures.Warnings.whichOf(),
 		},
@@ -297,6 +308,21 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		}, a.log))
 	}
 	return l
+}
+
+// history is that of earlier runs on this machine, and that this one was started.
+func (a *Agent) history(machine string) (h history) {
+	var err error
+	if h.lines, err = loadTransitions(a.settings.StateDir, machine); err != nil {
+		a.log.Warn("the transitions of earlier runs are lost", zap.Error(err))
+	}
+	h.add(status.Transition{Kind: status.OfAgent, Severity: "info", Text: a.startedText()}, a.started)
+	return h
+}
+
+// startedText says that it was started, on each channel.
+func (a *Agent) startedText() string {
+	return "service-proxy-agent " + a.settings.Version + " started"
 }
 
 // thisVM asks the VM, and the daemon's tasks for what they know of it.
@@ -321,7 +347,7 @@ func (a *Agent) say(e report.Event) {
 	a.cloud.Say(e)
 }
 
-func (a *Agent) reporters() reporters {
+func (a *Agent) reporters(machine string) reporters {
 	return reporters{
 		events:  a.say,
 		metrics: a.metrics.Pass,
@@ -329,7 +355,10 @@ func (a *Agent) reporters() reporters {
 			a.status.Store(&s)
 			a.reports.Put(s)
 		},
-		history: func(f Failures) { a.history.Put(f) },
+		history: func(f Failures) { a.kept.failures.Put(f) },
+		transitions: func(all []status.Transition) {
+			a.kept.transitions.Put(keptTransitions{Machine: machine, Transitions: all})
+		},
 		// service-proxy-ready.path starts the target then, which stays: the file is not taken away
 		// again.
 		ready: func() error {

@@ -220,12 +220,12 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 		case foreign:
 			a.log.Warn("the attribute kept in the state folder is another instance's and is discarded",
 				zap.String("of", kept.Instance), zap.String("this", instance))
-			a.keep.Put(nil)
+			a.kept.attribute.Put(nil)
 		case look.Err == nil:
 			if instance == "" {
 				instance, _ = metadata.ReadInstance(ctx) // without it, the machine tells whose it is
 			}
-			a.keep.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance,
+			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance,
 				Machine: machine})
 		}
 	})

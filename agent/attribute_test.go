@@ -282,7 +282,7 @@ func TestWatchAttribute(t *testing.T) {
 			core, logs := observer.New(zap.InfoLevel)
 			a := &Agent{
 				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: mailbox.New[attributeNews](),
-				keep: mailbox.New[*keptAttribute](),
+				kept: newKept(),
 			}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := make(chan struct{})
@@ -290,7 +290,7 @@ func TestWatchAttribute(t *testing.T) {
 			news := <-a.attributes.Get()
 			var keep *keptAttribute
 			if test.keeps != "" {
-				keep = <-a.keep.Get()
+				keep = <-a.kept.attribute.Get()
 			}
 			if test.code == 200 {
 				<-again
@@ -308,7 +308,7 @@ func TestWatchAttribute(t *testing.T) {
 			switch {
 			case test.keeps == "":
 				select {
-				case keep = <-a.keep.Get():
+				case keep = <-a.kept.attribute.Get():
 					t.Errorf("kept: %+v", keep)
 				default:
 				}
@@ -338,13 +338,13 @@ func TestRunHistory(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	core, logs := observer.New(zap.InfoLevel)
 	a := &Agent{log: zap.New(core), settings: Settings{StateDir: dir},
-		history: mailbox.New[Failures](), keep: mailbox.New[*keptAttribute]()}
+		kept: newKept()}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); a.keepHistory(ctx) }()
 	put := func(k *keptAttribute) {
-		a.keep.Put(k)
-		a.history.Put(Failures{Over: Failure{Text: "x", First: time.Unix(1e9, 0).UTC()}})
+		a.kept.attribute.Put(k)
+		a.kept.failures.Put(Failures{Over: Failure{Text: "x", First: time.Unix(1e9, 0).UTC()}})
 	}
 	wait := func(what string, holds func() bool) {
 		t.Helper()
@@ -380,7 +380,7 @@ func TestRunHistory(t *testing.T) {
 	ctx, cancel = context.WithCancel(t.Context())
 	ended = make(chan struct{})
 	go func() { defer close(ended); a.keepHistory(ctx) }()
-	taken := func() bool { return len(a.keep.Get()) == 0 && len(a.history.Get()) == 0 }
+	taken := func() bool { return len(a.kept.attribute.Get()) == 0 && len(a.kept.failures.Get()) == 0 }
 	for range 3 {
 		put(&keptAttribute{Text: keptText})
 		wait("it is not taken", taken)

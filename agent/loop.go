@@ -12,6 +12,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -148,7 +149,7 @@ func (l *loop) reconcile(
 // followBootstrap tells bootstrap's story, and has it run where the attribute asks for it.
 func (l *loop) followBootstrap(now time.Time) {
 	for _, line := range l.bootstrap.story(l.told.started) {
-		l.told.tell(report.Event{
+		l.told.tell(status.OfBootstrap, report.Event{
 			Severity: report.Severity(line.Severity), Message: "bootstrap: " + line.Text})
 	}
 	if l.bootstrap.due(now, l.attribute.text) {

@@ -35,32 +35,39 @@ type reporters struct {
 	metrics func(status.Status, report.Pass)
 	status  func(status.Status)
 	history func(Failures)
-	ready   func() error // tells systemd
+	// transitions takes the last ones when there are others. Nobody changes them.
+	transitions func([]status.Transition)
+	ready       func() error // tells systemd
 }
 
 // told is what the world was told last: a reporter hears of a transition once.
 type told struct {
 	reporters
-	log       *zap.Logger
-	started   time.Time
-	passes    uint64
-	failures  Failures
-	unasked   []Failure           // that an earlier run left, and of which this one cannot tell yet
-	seen      map[which]time.Time // the findings, since when this run has had them
-	unseen    map[which]bool      // warnings that an earlier run left, and this one has not had yet
-	services  serviceNews
-	ration    ration
-	envoy     string   // its version
-	before    Standing // at the end of an earlier run
-	mode      string
-	ready     bool
-	resolvers map[string]bool // users of --resolver-users that are not there
+	log      *zap.Logger
+	started  time.Time
+	passes   uint64
+	failures Failures
+	unasked  []Failure           // that an earlier run left, and of which this one cannot tell yet
+	seen     map[which]time.Time // the findings, since when this run has had them
+	unseen   map[which]bool      // warnings that an earlier run left, and this one has not had yet
+	services serviceNews
+	ration   ration
+	before   Standing // at the end of an earlier run
+	past     history
+	minutes  minutes
+	said     struct {
+		envoy     string // its version
+		mode      string
+		ready     bool
+		resolvers map[string]bool // users of --resolver-users that are not there
+	}
 }
 
 // publish turns a pass into a Status and leaves it with every reporter.
 func (t *told) publish(p passed, backend string) {
 	t.passes++
 	now := p.seen.Now
+	t.past.pass(p, time.Now())
 	t.unasked = slices.DeleteFunc(slices.Clone(t.unasked), func(f Failure) bool {
 		return slices.ContainsFunc(p.findings, f.is) || p.asked(f, now.Sub(t.started))
 	})
@@ -86,13 +93,23 @@ func (t *told) publish(p passed, backend string) {
 	s.LastFailure, s.Since, s.Backend = t.failures.String(), t.failures.Standing.Since, backend
 	t.tellMode(s.Mode)
 	for _, e := range t.services.pass(p) {
-		t.tellAnyway(e)
+		t.tellAnyway(status.OfServices, e)
 	}
 	s.Services = t.services.in
 	t.tellReady(s)
 	t.tellLeft(s, time.Now())
+	t.remember(&s, p)
 	t.metrics(s, p.happened())
 	t.reporters.status(s)
+}
+
+// remember has the Status tell what was, and the transitions kept that are new.
+func (t *told) remember(s *status.Status, p passed) {
+	transitions, news := t.past.show()
+	if news {
+		t.transitions(transitions)
+	}
+	s.History, s.Samples = transitions, t.minutes.pass(p, s.State())
 }
 
 // standing is how the VM stands after a pass. An earlier run's goes on where it stood so: a run
@@ -285,17 +302,20 @@ func (p passed) notReady() string {
 	return ""
 }
 
-// tell tells an event on every channel, the log first, as far as the ration goes.
-func (t *told) tell(e report.Event) {
+// tell tells an event on every channel, the log first, as far as the ration goes. kind is that of
+// the transition (status.Kinds).
+func (t *told) tell(kind string, e report.Event) {
 	t.inLog(e)
+	t.past.note(kind, e, time.Now())
 	if t.ration.takes(time.Now()) {
 		t.events(e)
 	}
 }
 
 // tellAnyway is tell of what has its own bound.
-func (t *told) tellAnyway(e report.Event) {
+func (t *told) tellAnyway(kind string, e report.Event) {
 	t.inLog(e)
+	t.past.note(kind, e, time.Now())
 	t.events(e)
 }
 
@@ -324,13 +344,13 @@ func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
 	wereIn, areIn := whichOf(was.Lasting), whichOf(is.Lasting)
 	for _, f := range was.Lasting {
 		if !areIn[f.which()] {
-			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
+			t.tell(status.OfFinding, report.Event{Severity: report.Info, Message: "over: " + f.Text,
 				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
 		}
 	}
 	for _, f := range was.Warnings.Lasting {
 		if !is.Warnings.lasts(f.which()) && !happened(f.ID) {
-			t.tell(report.Event{Severity: report.Info, Message: "over: " + f.Text,
+			t.tell(status.OfFinding, report.Event{Severity: report.Info, Message: "over: " + f.Text,
 				Finding: symptom.Finding{ID: f.ID, Key: f.Key}})
 		}
 	}
@@ -344,7 +364,7 @@ func (t *told) tellFailures(was, is Failures, findings []symptom.Finding) {
 			if !known {
 				about = symptom.Finding{ID: f.ID, Key: f.Key}
 			}
-			t.tell(report.Event{Severity: report.Error, Message: f.Text, Finding: about})
+			t.tell(status.OfFinding, report.Event{Severity: report.Error, Message: f.Text, Finding: about})
 		}
 	}
 }
@@ -359,7 +379,8 @@ func (t *told) tellFindings(findings []symptom.Finding) {
 		}
 		switch {
 		case f.Severity == symptom.Warning:
-			t.tell(report.Event{Severity: report.Warning, Message: f.Text(), Finding: f})
+			t.tell(status.OfFinding,
+				report.Event{Severity: report.Warning, Message: f.Text(), Finding: f})
 		case f.Severity == symptom.Error && f.ExplainedBy != "":
 			t.log.Warn(f.Text(), zap.String("id", string(f.ID)), zap.String("key", f.Key),
 				zap.String("cause", f.Cause), zap.String("next", f.Next),
@@ -371,45 +392,45 @@ func (t *told) tellFindings(findings []symptom.Finding) {
 // tellResolvers logs each user of --resolver-users that is not there once.
 func (t *told) tellResolvers(missing []missingUser) {
 	for _, m := range missing {
-		if t.resolvers[m.Name] {
+		if t.said.resolvers[m.Name] {
 			continue
 		}
-		if t.resolvers == nil {
-			t.resolvers = map[string]bool{}
+		if t.said.resolvers == nil {
+			t.said.resolvers = map[string]bool{}
 		}
-		t.resolvers[m.Name] = true
+		t.said.resolvers[m.Name] = true
 		t.log.Warn("a user of --resolver-users is not there", zap.Error(m.Err))
 	}
 }
 
 // tellEnvoy tells Envoy's version when it is another one, in the words that people look for.
 func (t *told) tellEnvoy(version string) {
-	if version == "" || version == t.envoy {
+	if version == "" || version == t.said.envoy {
 		return
 	}
-	t.envoy = version
-	t.tell(report.Event{Severity: report.Info, Message: "Envoy Version: " + version})
+	t.said.envoy = version
+	t.tell(status.OfEnvoy, report.Event{Severity: report.Info, Message: "Envoy Version: " + version})
 }
 
 func (t *told) tellMode(mode string) {
-	if mode == t.mode {
+	if mode == t.said.mode {
 		return
 	}
-	t.tell(report.Event{Severity: report.Info, Message: "interception: " + mode,
-		Fields: []report.Field{{Key: "was", Value: t.mode}}})
-	t.mode = mode
+	t.tell(status.OfMode, report.Event{Severity: report.Info, Message: "interception: " + mode,
+		Fields: []report.Field{{Key: "was", Value: t.said.mode}}})
+	t.said.mode = mode
 }
 
 func (t *told) tellReady(s status.Status) {
-	if s.Ready == t.ready {
+	if s.Ready == t.said.ready {
 		return
 	}
-	t.ready = s.Ready
+	t.said.ready = s.Ready
 	if !s.Ready {
-		t.tell(report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
+		t.tell(status.OfReady, report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
 		return
 	}
-	t.tell(report.Event{Severity: report.Info,
+	t.tell(status.OfReady, report.Event{Severity: report.Info,
 		Message: "ready: Envoy " + s.Envoy.Version + " is live and the rules are in place"})
 	if err := t.reporters.ready(); err != nil {
 		t.log.Warn("cannot tell systemd of the readiness", zap.Error(err))

@@ -174,9 +174,10 @@ func heard() (t *told, take func() string) {
 			add(fmt.Sprint("dumps ", m.DumpReads-dumps))
 			dumps = m.DumpReads
 		},
-		status:  func(s status.Status) { add(fmt.Sprint("pass ", s.Passes, " ", s.LastFailure)) },
-		history: func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
-		ready:   func() error { add("systemd"); return errors.New("no folder") },
+		status:      func(s status.Status) { add(fmt.Sprint("pass ", s.Passes, " ", s.LastFailure)) },
+		history:     func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
+		transitions: func([]status.Transition) {},
+		ready:       func() error { add("systemd"); return errors.New("no folder") },
 	}
 	return t, func() string {
 		all := strings.Join(lines, "\n")

@@ -46,8 +46,10 @@ func (t *told) tellLeft(s status.Status, now time.Time) {
 	if f := t.failures.newest(); f.ID != "" {
 		stands = f.Text
 	}
-	t.tellAnyway(report.Event{Severity: report.Warning,
+	e := report.Event{Severity: report.Warning,
 		Message: fmt.Sprintf("%d lines were left out here, the VM's log has them; now %s: %s", r.left,
-			s.State(), stands)})
+			s.State(), stands)}
+	t.inLog(e) // and not in the history: there they are
+	t.events(e)
 	r.left = 0
 }

@@ -53,11 +53,12 @@ func newMeasured(t testing.TB, k *iptables.Kernel) *measured {
 		mark: readMark(t.TempDir(), log),
 		vm:   quietVM(k, listeners),
 		told: told{log: log, reporters: reporters{
-			events:  func(report.Event) {},
-			metrics: m.metrics.Pass,
-			status:  func(s status.Status) { m.last = s },
-			history: func(Failures) {},
-			ready:   func() error { return nil },
+			events:      func(report.Event) {},
+			metrics:     m.metrics.Pass,
+			status:      func(s status.Status) { m.last = s },
+			history:     func(Failures) {},
+			transitions: func([]status.Transition) {},
+			ready:       func() error { return nil },
 		}},
 	}
 	m.user = proxyIDs(m.settings.ProxyUser, m.vm.userIDs)

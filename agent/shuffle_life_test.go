@@ -41,11 +41,12 @@ func newLife(w *world, k *iptables.Kernel) *life {
 		attribute: attributeInForce{Config: attribute.Default()},
 		mark:      w.mark,
 		told: told{log: log, reporters: reporters{
-			events:  func(report.Event) {},
-			metrics: func(status.Status, report.Pass) {},
-			status:  func(s status.Status) { l.status = s },
-			history: func(Failures) {},
-			ready:   func() error { return nil },
+			events:      func(report.Event) {},
+			metrics:     func(status.Status, report.Pass) {},
+			status:      func(s status.Status) { l.status = s },
+			history:     func(Failures) {},
+			transitions: func([]status.Transition) {},
+			ready:       func() error { return nil },
 		}},
 	}
 	l.loop.user = proxyIDs(l.loop.settings.ProxyUser, l.loop.vm.userIDs)

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -110,25 +112,99 @@ func (a *Agent) pauseLoop(ctx context.Context) error {
 	}
 }
 
-// keepHistory keeps the failures and the attribute for the next start, beside the loop: a disk may
-// hang.
+// keepHistory keeps the failures, the transitions and the attribute for the next start, beside the
+// loop: a disk may hang.
 func (a *Agent) keepHistory(ctx context.Context) error {
-	reported := map[string]bool{}
-	note := func(lost string, err error) {
-		if err != nil && !reported[lost] {
-			a.log.Warn(lost, zap.Error(err))
-		}
-		reported[lost] = err != nil
+	dir := a.settings.StateDir
+	for _, name := range []string{failureFile, historyFile, keptFile} {
+		atomicfile.Sweep(filepath.Join(dir, name))
 	}
+	note := func(lost string) func(error) {
+		reported := false
+		return func(err error) {
+			if err != nil && !reported {
+				a.log.Warn(lost, zap.Error(err))
+			}
+			reported = err != nil
+		}
+	}
+	return runTasks(ctx, []task{
+		{"failures", func(ctx context.Context) error {
+			keep(ctx, a.kept.failures.Get(), 0,
+				func(f Failures) error { return f.save(dir) }, note("history is not kept"))
+			return nil
+		}},
+		{"transitions", func(ctx context.Context) error {
+			keep(ctx, a.kept.transitions.Get(), keepEvery,
+				func(k keptTransitions) error { return k.save(dir) }, note("transitions are not kept"))
+			return nil
+		}},
+		{"attribute", func(ctx context.Context) error {
+			keep(ctx, a.kept.attribute.Get(), 0,
+				func(k *keptAttribute) error { return saveKept(dir, k) }, note("the attribute is not kept"))
+			return nil
+		}},
+	})
+}
+
+const (
+	// keepEvery is how long after a write of the transitions the next one waits: as many may come as
+	// there are passes.
+	keepEvery = time.Second
+	// keepAgain is how long after a write that failed it is tried again.
+	keepAgain = 10 * time.Second
+	// keepLast is how long a write may hold up the end of the agent.
+	keepLast = time.Second
+)
+
+// keep saves each newest value, at most one within a time, until it is saved: be it that a disk is
+// full for a day. done gets what came of each write.
+func keep[T any](ctx context.Context, values <-chan T, every time.Duration,
+	save func(T) error, done func(error)) {
+	var newest T
+	var pause <-chan time.Time // nil: none
+	waits := false             // newest, to be saved
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case f := <-a.history.Get():
-			note("history is not kept", f.save(a.settings.StateDir))
-		case k := <-a.keep.Get():
-			note("the attribute is not kept", saveKept(a.settings.StateDir, k))
+			keepAtLast(values, newest, waits, save)
+			return
+		case newest = <-values:
+			waits = true
+		case <-pause:
+			pause = nil
 		}
+		if !waits || pause != nil {
+			continue
+		}
+		err := save(newest)
+		done(err)
+		if waits = err != nil; waits {
+			pause = time.After(keepAgain)
+		} else if every > 0 {
+			pause = time.After(every)
+		}
+	}
+}
+
+// keepAtLast saves what is not saved when the agent ends.
+func keepAtLast[T any](values <-chan T, newest T, waits bool, save func(T) error) {
+	select {
+	case newest = <-values:
+		waits = true
+	default:
+	}
+	if !waits {
+		return
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = save(newest) // nobody is left who would try again
+	}()
+	select {
+	case <-ended:
+	case <-time.After(keepLast):
 	}
 }
 

@@ -43,8 +43,7 @@ func anAgent(t *testing.T) *Agent {
 		serial:     report.NewSerial(""),
 		cloud:      cloudlog.New(cloudlog.Options{}),
 		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
-		reports: mailbox.New[status.Status](), history: mailbox.New[Failures](),
-		keep: mailbox.New[*keptAttribute](), pause: make(chan chan struct{}),
+		reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
 	}
 	a.around = newSurroundings(askKernel(k), a.log)
 	a.metrics = report.NewMetrics(report.Sources{})
@@ -127,13 +126,13 @@ func TestNewLoop(t *testing.T) {
 		v.guestOff() != !a.guest.State().Enabled || v.listenErr() != nil || v.metricsErr() != nil {
 		t.Errorf("backend %q", v.backend())
 	}
-	r := a.reporters()
+	r := a.reporters("")
 	r.status(status.Status{Mode: "hold"})
 	r.history(Failures{})
 	if s := <-a.reports.Get(); s.Mode != "hold" || a.status.Load().Mode != "hold" {
 		t.Errorf("%+v", s)
 	}
-	if len(a.history.Get()) != 1 {
+	if len(a.kept.failures.Get()) != 1 {
 		t.Error("no history")
 	}
 	if err := r.ready(); err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
 // Write puts data into path with this mode (the umask does not apply), by a new file beside it
@@ -14,7 +15,7 @@ import (
 // folder is never followed.
 func Write(path string, data []byte, mode os.FileMode) (err error) {
 	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".")
+	f, err := os.CreateTemp(dir, prefix(path))
 	if err != nil {
 		return fmt.Errorf("write %q: %w", path, err)
 	}
@@ -39,4 +40,19 @@ func Write(path string, data []byte, mode os.FileMode) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), path)
+}
+
+// prefix begins the name of a new file that is to replace path.
+func prefix(path string) string { return "." + filepath.Base(path) + "." }
+
+// Sweep removes what is left of a Write to path by a process that was killed. Nobody may write
+// there just then.
+func Sweep(path string) {
+	entries, _ := os.ReadDir(filepath.Dir(path)) // what can be read
+	for _, e := range entries {
+		number, is := strings.CutPrefix(e.Name(), prefix(path))
+		if is && number != "" && strings.Trim(number, "0123456789") == "" {
+			os.Remove(filepath.Join(filepath.Dir(path), e.Name()))
+		}
+	}
 }

@@ -43,6 +43,7 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 		return err
 	}
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
+		w.set.restarts++
 		w.o.Log.Info("envoy restarted",
 			zap.String("version", info.Text), zap.Int("epoch", info.Epoch))
 	}

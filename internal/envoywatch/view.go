@@ -38,6 +38,7 @@ type View struct {
 type Past struct {
 	Dumps      int // full dumps asked for
 	Rejections int // listener updates that Envoy was seen to have rejected
+	Restarts   int // Envoys that took the place of another
 
 	Closed *symptom.Stream // how a stream last ended, whatever came since; nil: none is known of
 	Heard  time.Time       // when the control plane last sent listeners, by the log; zero: not known
@@ -109,8 +110,8 @@ func (w *Watch) view() View {
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
 		Stands: p.stream.stands,
-		Past: Past{Dumps: w.set.dumps, Rejections: w.set.rejections, Closed: p.stream.last,
-			Heard: p.stream.heard},
+		Past: Past{Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
+			Closed: p.stream.last, Heard: p.stream.heard},
 		Aside: p.aside.Aside,
 	}
 	if errors.Is(w.outage.Err, envoyadmin.ErrRefused) {

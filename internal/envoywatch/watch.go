@@ -89,6 +89,7 @@ type listeners struct {
 	rejected   []envoyadmin.Rejected
 	rejections int
 	dumps      int
+	restarts   int // of Envoy
 }
 
 // The kinds of questions. Envoy must answer both, or its state is not known.

@@ -72,6 +72,7 @@ type Work struct {
 	Drift   map[string]int  // differences repaired, by kind
 	Applies map[string]int  // writes, by what came of them
 	Rows    int             // lines written
+	Adopted int             // rules that were found there at the start
 	Took    []time.Duration // by iptables-restore, for each write
 	Waited  time.Duration   // of these, for the xtables lock
 	// Repairs are how long each drift that is over was there to be seen.
@@ -327,6 +328,7 @@ func (f *Family) adopt(ctx context.Context, p *pass) error {
 		f.goal.settle(p.now)
 	}
 	if !ours.Empty() {
+		p.out.Adopted = ours.Len()
 		f.log.Info("rules adopted", zap.Stringer("family", f.family), zap.Int("rules", ours.Len()),
 			zap.Bool("jumps", f.standing.jumps), zap.Bool("of_this_boot", p.order.Marked))
 	}

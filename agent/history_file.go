@@ -1,0 +1,92 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+const (
+	historyFile = "history.json"
+	// maxHistoryFile is more than the transitions ever take.
+	maxHistoryFile = 256 << 10
+	maxWord        = 64 // of a kind or an ID, which another version may have
+)
+
+// keptTransitions are the last ones as the state folder keeps them for the next start. Nobody
+// changes them.
+type keptTransitions struct {
+	Machine     string              `json:"machine,omitempty"` // whose they are (machineSum)
+	Transitions []status.Transition `json:"transitions"`
+}
+
+// loadTransitions reads those of earlier runs on this machine. Those of the VM that this one's disk
+// was made from are not this VM's.
+func loadTransitions(dir, machine string) ([]status.Transition, error) {
+	path := filepath.Join(dir, historyFile)
+	text, err := readAtMost(path, maxHistoryFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	k := keptTransitions{}
+	if err := json.Unmarshal(text, &k); err != nil {
+		return nil, fmt.Errorf("read %q: %w", path, err)
+	}
+	if k.Machine != machine && k.Machine != "" && machine != "" {
+		return nil, nil
+	}
+	return k.sound(), nil
+}
+
+// sound are the transitions as this program would have written them, whoever has: another version
+// of it, or somebody by hand.
+func (k keptTransitions) sound() (all []status.Transition) {
+	for _, t := range k.Transitions[max(0, len(k.Transitions)-maxTransitions):] {
+		t = bounded(t)
+		t.Kind = symptom.Printable(t.Kind, maxWord)
+		t.ID = symptom.ID(symptom.Printable(string(t.ID), maxWord))
+		t.Time, t.First = t.Time.UTC(), t.First.UTC()
+		if t.Times < 2 || t.First.IsZero() || !written(t.First) {
+			t.Times, t.First = 0, time.Time{}
+		}
+		switch t.Severity {
+		case "info", "warning", "error":
+		default:
+			t.Severity = "info"
+		}
+		if t.Text != "" && t.Kind != "" && !t.Time.IsZero() && written(t.Time) {
+			all = append(all, t)
+		}
+	}
+	return all
+}
+
+// written says whether a time can be written as JSON: 9999-12-31T23:59:59-01:00 can be read, and is
+// of the year 10000 in UTC.
+func written(t time.Time) bool { return t.Year() >= 0 && t.Year() <= 9999 }
+
+func (k keptTransitions) save(dir string) error {
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false) // it may be read by eye
+	if err := e.Encode(k); err != nil {
+		return err
+	}
+	// systemd makes it; without, somebody runs the agent by hand
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return atomicfile.Write(filepath.Join(dir, historyFile), text.Bytes(), 0o600)
+}
