@@ -14,6 +14,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -287,6 +288,49 @@ func (w *world) pass() {
 		wake, w.oracle.known(), w.life.status.Mode, w.life.status.NotReady)
 	// On the kernel a read takes time, and others wait for their share of it.
 	w.oracle.after(wake <= 0 || w.real && wake < tick/2)
+	w.remembers()
+}
+
+// past is what a run of the agent begins with: what the one before kept.
+func (w *world) past() (h history) {
+	if w.life != nil {
+		h.lines = slices.Clone(w.life.status.History)
+	}
+	h.add(status.Transition{Kind: status.OfAgent, Text: "started"}, w.nat.now())
+	return h
+}
+
+// remembers looks at the history after a pass: it is short, in order, and says of the last repair
+// of each family who made the drift.
+func (w *world) remembers() {
+	past := w.life.status.History
+	if len(past) > maxTransitions {
+		w.fail("the history has %d lines", len(past))
+	}
+	for i := 1; i < len(past); i++ {
+		if past[i].Time.Before(past[i-1].Time) {
+			w.fail("the history is out of order: %+v, and then %+v", past[i-1], past[i])
+		}
+	}
+	began := 0 // this run
+	for i, t := range past {
+		if t.Kind == status.OfAgent {
+			began = i
+		}
+	}
+	for _, o := range w.life.loop.told.past.families {
+		var last status.Transition
+		for _, t := range past[began:] {
+			if t.Kind == status.OfDrift && t.Key == o.Status.Family &&
+				strings.Contains(t.Text, " rules repaired: ") {
+				last = t
+			}
+		}
+		if o.Undone > 0 != !last.Time.IsZero() || last.By != o.LastDriftBy {
+			w.fail("%d repairs of %s, of what %q did, and the last in the history is %+v",
+				o.Undone, o.Status.Family, o.LastDriftBy, last)
+		}
+	}
 }
 
 // startAgent begins a run of the agent.
@@ -295,7 +339,9 @@ func (w *world) startAgent() {
 	if err != nil {
 		w.fail("open iptables: %v", err)
 	}
+	past := w.past()
 	w.life = newLife(w, kernel)
+	w.life.loop.told.past = past
 	w.lookAt, w.passAt = w.nat.now(), w.nat.now()
 	w.oracle.started()
 	w.takeAttribute(w.attribute)

@@ -31,8 +31,8 @@ func TestRestart(t *testing.T) {
 	if v.State != "PRE_INITIALIZING" || v.Generation != 1 || names(v) != "dynamic1" {
 		t.Errorf("generation %d of %s, state %s", v.Generation, names(v), v.State)
 	}
-	if v.Dumps != 2 {
-		t.Errorf("%d dumps", v.Dumps)
+	if v.Dumps != 2 || v.Restarts != 1 {
+		t.Errorf("%d dumps, %d restarts", v.Dumps, v.Restarts)
 	}
 	if len(v.Rejected) != 1 {
 		t.Error("what the last look found rejected is not told")

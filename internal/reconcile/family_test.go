@@ -191,6 +191,9 @@ func TestAdopt(t *testing.T) {
 				if out.Wake != 0 || !out.Status.Jumps || out.Confirmed || out.Written {
 					t.Errorf("the first pass only looks: %+v", out)
 				}
+				if n := left.Ruleset().Len(); out.Adopted != n {
+					t.Errorf("%d rules adopted, want %d", out.Adopted, n)
+				}
 				adopted := fmt.Sprintf(
 					"rules adopted map[family:IPv4 jumps:true of_this_boot:%v rules:%d]",
 					r.order.Marked, left.Ruleset().Len())
@@ -198,7 +201,9 @@ func TestAdopt(t *testing.T) {
 					t.Errorf("logged %q", lines)
 				}
 				for range 3 {
-					out = r.pass(time.Second)
+					if out = r.pass(time.Second); out.Adopted != 0 {
+						t.Errorf("%d rules adopted again", out.Adopted)
+					}
 				}
 				if test.jumps != r.ours().Intercepting() || out.Status.Jumps != test.jumps ||
 					r.ours().Empty() {
