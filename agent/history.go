@@ -29,7 +29,8 @@ const (
 // What flaps must not push out what happened before it began, so not simply the oldest goes. What
 // comes again within an hour and says what the last of its kind said joins that line, which counts.
 // Where there is no room all the same, it is made in the group that has the most lines (a kind, or
-// one ID of findings): its oldest joins the next that says the same, and goes where none does.
+// one ID of findings): the oldest that a later one repeats joins that, and where none is repeated
+// the oldest goes.
 type history struct {
 	lines []status.Transition
 	shown []status.Transition // a copy for everybody, which nobody changes
@@ -55,11 +56,11 @@ type repair struct {
 func (h *history) add(t status.Transition, now time.Time) {
 	t.Time = now.UTC().Truncate(time.Millisecond)
 	t = bounded(t)
-	h.join(t) // the one before may have waited for its name
+	h.join(&t) // the one before may have waited for its name
 	h.lines, h.news = append(h.lines, t), true
 	// A drift whose program the kernel has not named may be named yet.
 	if t.Kind != status.OfDrift || t.By != "" {
-		h.join(t)
+		h.join(&t)
 	}
 	for len(h.lines) > maxTransitions {
 		h.makeRoom()
@@ -75,10 +76,10 @@ func bounded(t status.Transition) status.Transition {
 }
 
 // join makes one line of the newest two that are about what t is, if they say the same.
-func (h *history) join(t status.Transition) {
+func (h *history) join(t *status.Transition) {
 	last := h.newest(t, len(h.lines))
 	before := h.newest(t, last)
-	if before < 0 || !alike(h.lines[before], h.lines[last]) ||
+	if before < 0 || !alike(&h.lines[before], &h.lines[last]) ||
 		h.lines[last].Time.Sub(h.lines[before].Time).Abs() >= forgetAfter {
 		return
 	}
@@ -86,9 +87,9 @@ func (h *history) join(t status.Transition) {
 }
 
 // newest is the last line before end that is about what t is; -1: none.
-func (h *history) newest(t status.Transition, end int) int {
+func (h *history) newest(t *status.Transition, end int) int {
 	for i := end - 1; i >= 0; i-- {
-		if sameThing(h.lines[i], t) {
+		if sameThing(&h.lines[i], t) {
 			return i
 		}
 	}
@@ -96,15 +97,15 @@ func (h *history) newest(t status.Transition, end int) int {
 }
 
 // sameThing says whether both are about the same thing.
-func sameThing(a, b status.Transition) bool {
+func sameThing(a, b *status.Transition) bool {
 	return a.Kind == b.Kind && a.ID == b.ID && a.Key == b.Key
 }
 
 // alike says whether both say the same. Who undoes our rules undoes now this one, now that one, and
 // a script's programs have another pid each time.
-func alike(a, b status.Transition) bool {
-	return sameThing(a, b) && a.Severity == b.Severity && program(a.By) == program(b.By) &&
-		(a.Text == b.Text || a.Kind == status.OfDrift)
+func alike(a, b *status.Transition) bool {
+	return sameThing(a, b) && a.Severity == b.Severity && (a.Text == b.Text || a.Kind == status.OfDrift) &&
+		program(a.By) == program(b.By)
 }
 
 // program is who did it, without the pid.
@@ -125,40 +126,38 @@ func (h *history) fold(i, j int) {
 	h.lines = slices.Delete(h.lines, i, i+1)
 }
 
-// makeRoom takes a line out of the largest group, of several that whose oldest is the oldest.
+// makeRoom takes a line out of the largest group.
 func (h *history) makeRoom() {
-	type group struct {
-		of           string
-		first, lines int
+	in := h.largest()
+	for n, i := range in {
+		for _, j := range in[n+1:] {
+			if alike(&h.lines[i], &h.lines[j]) {
+				h.fold(i, j)
+				return
+			}
+		}
 	}
-	var groups []group
-	largest := 0
+	h.lines = slices.Delete(h.lines, in[0], in[0]+1)
+}
+
+// largest are the lines of the largest group, of several that whose oldest is the oldest.
+func (h *history) largest() (largest []int) {
+	var names []string
+	var groups [][]int // in the order of their oldest lines
 	for i, t := range h.lines {
 		of := cmp.Or(string(t.ID), t.Kind)
-		at := slices.IndexFunc(groups, func(g group) bool { return g.of == of })
+		at := slices.Index(names, of)
 		if at < 0 {
-			at, groups = len(groups), append(groups, group{of: of, first: i})
+			at, names, groups = len(names), append(names, of), append(groups, nil)
 		}
-		if groups[at].lines++; groups[at].lines > groups[largest].lines {
-			largest = at
+		groups[at] = append(groups[at], i)
+	}
+	for _, g := range groups {
+		if len(g) > len(largest) {
+			largest = g
 		}
 	}
-	// In the order of their oldest lines. While lines come one at a time, the one that came last
-	// made the largest largest, or all are equal.
-	for i, g := range groups {
-		if g.lines == groups[largest].lines {
-			largest = i
-			break
-		}
-	}
-	oldest := groups[largest].first
-	for i := oldest + 1; i < len(h.lines); i++ {
-		if alike(h.lines[oldest], h.lines[i]) {
-			h.fold(oldest, i)
-			return
-		}
-	}
-	h.lines = slices.Delete(h.lines, oldest, oldest+1)
+	return largest
 }
 
 // show returns the transitions for everybody to read, and whether they are others than before.
@@ -257,15 +256,15 @@ func (h *history) rules(o *reconcile.Outcome, now time.Time) {
 		h.add(drift, now)
 	case !r.named && o.LastDriftBy != "" && !r.at.IsZero() && r.at.Equal(o.LastDriftAt):
 		r.named = true // the kernel's word came late
-		h.name(drift)
+		h.name(&drift)
 	}
 	if o.Facts.Fighting && o.Facts.By != "" {
-		h.name(status.Transition{Kind: status.OfFinding, ID: symptom.Fight, Key: name, By: o.Facts.By})
+		h.name(&status.Transition{Kind: status.OfFinding, ID: symptom.Fight, Key: name, By: o.Facts.By})
 	}
 }
 
 // name says who did what the newest line about t tells, if that does not.
-func (h *history) name(t status.Transition) {
+func (h *history) name(t *status.Transition) {
 	at := h.newest(t, len(h.lines))
 	if at < 0 || h.lines[at].By != "" || h.lines[at].Severity == "info" { // that it is over
 		return

@@ -28,11 +28,12 @@ func (m *minutes) pass(p passed, state string) []status.Sample {
 	m.now.SlowestPass = max(m.now.SlowestPass, p.took.Seconds())
 	m.now.SlowestChange = max(m.now.SlowestChange, p.redirect.Seconds())
 	for _, o := range p.outcomes {
-		if len(o.Drift) > 0 {
+		switch {
+		case len(o.Drift) > 0:
 			m.now.Repairs++
-			continue
+		case o.Rows > 0:
+			m.now.Changes++
 		}
-		m.now.Changes += o.Applies["applied"] + o.Applies["refused"]
 	}
 	if now.Sub(m.began) >= time.Minute {
 		m.now.Time, m.now.State = now.UTC().Truncate(time.Second), state

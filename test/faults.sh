@@ -36,6 +36,7 @@ plant 'the settling row stays' internal/reconcile/goal.go 's/now\.Before\(g\.set
 plant 'repairs are not spaced' internal/reconcile/policy.go 's/return !now\.Before\(b\.until\)/return true/'
 plant 'a pause is no pause' internal/reconcile/family.go 's/if p\.order\.Paused \{/if false {/'
 plant 'rules of another boot are adopted' internal/reconcile/family.go 's/f\.standing\.jumps && p\.order\.Marked/f.standing.jumps/'
+plant 'who made a drift is told to nobody' agent/history.go 's/^(\t\t)h\.name\(\&drift\)/\1_ = drift/'
 if [[ ${1:-} == all ]]; then
   for kind in $(sed -nE '/^type DriftKind/,/^\)/ s/^\t([A-Z][A-Za-z]+).*/\1/p' iptables/diff.go); do
     plant "drift ignored: $kind" iptables/diff.go "/^func Diff\(/,/^}/ s/return (\[\]Drift\{.*\}|drift)\$/return slices.DeleteFunc(\1, func(d Drift) bool { return d.Kind == $kind })/"
