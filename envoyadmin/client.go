@@ -229,6 +229,13 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	return err
 }
 
+// Copy asks for a path and hands the answer to read as it is. It is for people who look at Envoy as
+// a whole, and not booked: what it costs Envoy depends on the path.
+func (c *Client) Copy(ctx context.Context, path string, maxBytes int64,
+	read func(io.Reader) error) error {
+	return c.do(ctx, order, http.MethodGet, path, c.LongLimit, maxBytes, read)
+}
+
 // limitReader is an io.LimitedReader that tells the limit from the end.
 type limitReader struct {
 	from io.Reader

@@ -45,7 +45,9 @@ var may = map[string]string{
 	// What `doctor` says of what these came to.
 	"internal/doctor": "internal/symptom internal/terminal",
 	// What support gets of all that.
-	"internal/bundle": "internal/redaction",
+	"internal/bundle": "internal/envfile internal/redaction",
+	"internal/gather": "envoyadmin internal/attribute internal/bundle internal/metadata " +
+		"internal/progress internal/symptom internal/untrusted systemd",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
 	// What `status --html` shows of what others found.
@@ -100,9 +102,9 @@ var may = map[string]string{
 // only is who, tests aside, may import what has effects or is heavy: a path, or what begins with
 // it.
 var only = map[string]string{
-	// Programs are run in three places: iptables alone runs iptables, systemd talks with systemd,
-	// and bootstrap runs what installs.
-	"os/exec": "iptables systemd internal/bootstrap",
+	// Programs are run in four places: iptables alone changes rules, systemd talks with systemd,
+	// bootstrap runs what installs, and gather what shows support how the VM is.
+	"os/exec": "iptables systemd internal/bootstrap internal/gather",
 	// Raw kernel interfaces.
 	"github.com/mdlayher/netlink": "iptables internal/conntrack internal/sockdiag",
 	"github.com/mdlayher/socket":  "internal/route",
