@@ -27,6 +27,9 @@ var may = map[string]string{
 		"internal/bootstrap internal/cloudlog internal/conntrack internal/doctor " +
 		"internal/drain internal/envfile internal/explain internal/metadata internal/page " +
 		"internal/progress internal/reconcile internal/rulediff internal/server " +
+		"internal/bootstrap internal/bundle internal/cloudlog internal/conntrack internal/doctor " +
+		"internal/drain internal/envfile internal/explain internal/gather internal/metadata " +
+		"internal/page internal/progress internal/reconcile internal/rulediff internal/server " +
 		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
 
 	// The daemon: everything but the installer.

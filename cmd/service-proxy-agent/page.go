@@ -65,7 +65,11 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 
 // pageContent looks at this VM, as doctor does, for a page.
 func pageContent(ctx context.Context, s agent.Settings) page.Content {
-	looked := agent.Look(ctx, s)
+	return contentOf(ctx, agent.Look(ctx, s))
+}
+
+// contentOf is what the page shows of a look.
+func contentOf(ctx context.Context, looked agent.Looked) page.Content {
 	host, _ := os.Hostname() // a page without one is as good
 	c := page.Content{
 		Time: looked.Seen.Now, Host: host, Commit: commit, Status: looked.Daemon, Seen: looked.Status(),

@@ -17,6 +17,7 @@ import (
 
 // programs runs programs that show how the VM is.
 type programs struct {
+	root string // before an absolute path
 	path string // folders, with colons between
 }
 
@@ -27,7 +28,11 @@ const sbin = ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 const waitDelay = 300 * time.Millisecond
 
 func (p programs) find(name string) (string, error) {
-	for _, dir := range filepath.SplitList(p.path) {
+	folders := filepath.SplitList(p.path)
+	if filepath.IsAbs(name) {
+		folders = []string{p.root + "/"}
+	}
+	for _, dir := range folders {
 		if found, err := exec.LookPath(filepath.Join(dir, name)); err == nil && filepath.IsAbs(found) {
 			return found, nil
 		}

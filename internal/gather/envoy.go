@@ -47,12 +47,12 @@ const statsThatMatter = `^(server|listener_manager|cluster_manager|control_plane
 // envoy asks. Its questions come one after the other.
 type envoy struct {
 	admin  string
-	silent atomic.Value // the path of a question that had no answer in time
+	silent atomic.Value // the path of a question that had no answer
 }
 
 func (e *envoy) ask(ctx context.Context, path string, most int) (Answer, error) {
 	if before := e.silent.Load(); before != nil {
-		return Answer{}, fmt.Errorf("not asked: Envoy did not answer %s in time", before)
+		return Answer{}, fmt.Errorf("not asked: Envoy did not answer %s", before)
 	}
 	client, err := envoyadmin.New(e.admin)
 	if err != nil {
@@ -65,7 +65,7 @@ func (e *envoy) ask(ctx context.Context, path string, most int) (Answer, error) 
 		return err
 	})
 	switch {
-	case errors.Is(err, envoyadmin.ErrTimeout), ctx.Err() != nil:
+	case errors.Is(err, envoyadmin.ErrTimeout), errors.Is(err, envoyadmin.ErrRefused), ctx.Err() != nil:
 		e.silent.Store(path)
 	case errors.Is(err, envoyadmin.ErrTooLarge):
 		err, out.lost = nil, true

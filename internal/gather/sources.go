@@ -61,7 +61,7 @@ func Sources(s Settings, look string) []Source {
 	if path == "" {
 		path = os.Getenv("PATH") + sbin
 	}
-	p := programs{path}
+	p := programs{s.Root, path}
 	var all []Source
 	all = append(all, s.ofEnvoy(look)...)
 	all = append(all, s.files()...)
