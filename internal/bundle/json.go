@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
@@ -19,7 +18,7 @@ import (
 // policy says what stays of a document.
 type policy struct {
 	// open are the fields whose value anybody may have made up, with its names: all of it is masked.
-	open []string
+	open map[string]bool
 	// text is what stays of a string; where are the names of the fields that it is in.
 	text func(where []string, s string) string
 }
@@ -31,8 +30,8 @@ func Config(in []byte) ([]byte, error) { return maskJSON(in, policy{openOfConfig
 
 // Attribute masks the text of the VM's gce-service-proxy attribute.
 func Attribute(in []byte) ([]byte, error) {
-	return maskJSON(in, policy{[]string{"labels"}, func(where []string, s string) string {
-		if slices.Contains(keptOfAttribute, where[len(where)-1]) {
+	return maskJSON(in, policy{set("labels"), func(where []string, s string) string {
+		if keptOfAttribute[where[len(where)-1]] {
 			return clean(s)
 		}
 		return mask(s)
@@ -41,14 +40,15 @@ func Attribute(in []byte) ([]byte, error) {
 
 // Told masks JSON of our own, in which strings are for people.
 func Told(in []byte) ([]byte, error) {
-	return maskJSON(in, policy{[]string{"labels", "Labels"},
+	return maskJSON(in, policy{set("labels Labels"),
 		func(_ []string, s string) string { return Secrets(s) }})
 }
 
 // maskJSON writes a document anew, without what the policy does not keep. Of one that is cut off,
 // or no JSON from some place on, it writes what is before, and closes what is open: with an error.
 func maskJSON(in []byte, p policy) ([]byte, error) {
-	m := masking{policy: p, decoder: json.NewDecoder(bytes.NewReader(in))}
+	m := masking{policy: p, decoder: json.NewDecoder(bytes.NewReader(in)),
+		names: map[string]string{}}
 	m.decoder.UseNumber()
 	err := m.document()
 	for len(m.within) > 0 {
@@ -73,6 +73,8 @@ type masking struct {
 	within  []container
 	where   []string // names of the fields that the next value is in
 	named   bool     // a field's name was written, and its value is next
+	// names are what is written of the names of fields: there are few, each many times.
+	names map[string]string
 }
 
 // container is an object or array that is open.
@@ -114,7 +116,12 @@ func (m *masking) take(token json.Token) error {
 	if in.kind == '{' && !m.named {
 		name, _ := token.(string) // it is one: the decoder takes nothing else here
 		m.line(in)
-		m.write(nameOf(name))
+		written, known := m.names[name]
+		if !known {
+			written = quoted(nameOf(name))
+			m.names[strings.Clone(name)] = written
+		}
+		m.out.WriteString(written)
 		m.out.WriteString(": ")
 		m.where, m.named = append(m.where[:in.depth], name), true
 		return nil
@@ -127,7 +134,7 @@ func (m *masking) take(token json.Token) error {
 		if len(m.within) == maxDepth {
 			return fmt.Errorf("more than %d values within each other", maxDepth)
 		}
-		open := in.open || in.kind == '{' && slices.Contains(m.open, m.where[len(m.where)-1])
+		open := in.open || in.kind == '{' && m.open[m.where[len(m.where)-1]]
 		m.out.WriteByte(byte(delim))
 		m.within = append(m.within, container{kind: delim, depth: len(m.where), open: open})
 		return nil
@@ -176,9 +183,11 @@ func (m *masking) end(delim json.Delim) {
 	m.out.WriteByte(byte(delim))
 }
 
-func (m *masking) write(s string) {
+func (m *masking) write(s string) { m.out.WriteString(quoted(s)) }
+
+func quoted(s string) string {
 	text, _ := json.Marshal(s) // of a string it cannot fail
-	m.out.Write(text)
+	return string(text)
 }
 
 func mask(s string) string {
@@ -213,17 +222,23 @@ func clean(s string) string {
 	return s
 }
 
+func set(words string) map[string]bool {
+	all := map[string]bool{}
+	for _, word := range strings.Fields(words) {
+		all[word] = true
+	}
+	return all
+}
+
 // openOfConfig are the fields of Envoy's types that are google.protobuf.Struct, or a map of what
 // people write, and "value" where it is not a string: of an extension that Envoy has no type for.
-var openOfConfig = []string{
-	"metadata", "filter_metadata", "typed_filter_metadata", "fields", "struct_value", "list_value",
-	"value", "labels", "json_format", "static_layer", "runtime", "dynamic_parameters", "params",
-	"string_map", "environment_variables", "key_values", "vm_config",
-}
+var openOfConfig = set(`metadata filter_metadata typed_filter_metadata fields struct_value
+	list_value value labels json_format static_layer runtime dynamic_parameters params string_map
+	environment_variables key_values vm_config`)
 
 // The strings of a configuration that stay, by the names of their fields: they name things, say
 // where something is, and which of some words of Envoy's it is.
-var keptConfig = strings.Fields(`
+var keptConfig = set(`
 	@type type_url type_urls name id version_info version category
 	address address_prefix server_names application_protocols transport_protocol resolver_name
 	domains cluster cluster_name service_name route_config_name stat_prefix alt_stat_name
@@ -234,7 +249,7 @@ var keptConfig = strings.Fields(`
 `)
 
 // keptBelow are those that stay in one kind of message only: what contains it is named first.
-var keptBelow = strings.Fields(`
+var keptBelow = set(`
 	match.prefix match.path match.path_separated_prefix route.prefix_rewrite header.key
 	typed_config.path pipe.path http_health_check.path address.path
 `)
@@ -248,7 +263,7 @@ var (
 )
 
 // valueFields hold what people wrote, whatever it looks like.
-var valueFields = strings.Fields(`value string_value inline_string inline_bytes inline_code exact
+var valueFields = set(`value string_value inline_string inline_bytes inline_code exact
 	prefix suffix contains regex exact_match prefix_match suffix_match contains_match password
 	username body text_format format source_code`)
 
@@ -259,11 +274,11 @@ func keptOfConfig(where []string, s string) string {
 		below = where[len(where)-2] + "." + name
 	}
 	switch {
-	case slices.Contains(keptConfig, name), slices.Contains(keptBelow, below):
+	case keptConfig[name], keptBelow[below]:
 		return clean(s)
 	case below == "error_state.details":
 		return Secrets(redaction.Text(s))
-	case slices.Contains(valueFields, name):
+	case valueFields[name]:
 		return mask(s)
 	case enumeration.MatchString(s), figure.MatchString(s):
 		return s
@@ -271,6 +286,6 @@ func keptOfConfig(where []string, s string) string {
 	return mask(s)
 }
 
-var keptOfAttribute = strings.Fields(`api-version exclude-outbound-ip-ranges
+var keptOfAttribute = set(`api-version exclude-outbound-ip-ranges
 	exclude-outbound-port-ranges tracing access-log network scope mesh project-number primary-source
 	secondary-source`)
