@@ -26,7 +26,10 @@ type Target struct {
 var ErrExists = errors.New("it is there already")
 
 // Create makes the file, still without its name.
-func Create(path string, replace bool) (*Target, error) {
+func Create(path string, replace bool) (*Target, error) { return create(path, replace, unix.Open) }
+
+func create(path string, replace bool, open func(dir string, flags int, mode uint32) (int, error),
+) (*Target, error) {
 	t := &Target{path: path, replace: replace}
 	info, err := os.Lstat(path)
 	switch {
@@ -40,7 +43,7 @@ func Create(path string, replace bool) (*Target, error) {
 		return nil, t.failed(err)
 	}
 	dir := filepath.Dir(path)
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	fd, err := open(dir, unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
 	switch {
 	case err == nil:
 		t.f = os.NewFile(uintptr(fd), path)
