@@ -51,8 +51,16 @@ func TestCountersOfTheKernel(t *testing.T) {
 				t.Errorf("step %+v: %+v, want 3 packets", s, c)
 			}
 		}
+		have := read(t, k, f)
+		all, err := k.ReadCounters(t.Context(), have)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := all.Of(steps); err != nil || !slices.Equal(again, counters) {
+			t.Errorf("by a save %+v, %v; by the chains %+v", again, err, counters)
+		}
 		p.UID = proxyUID
-		steps, _ = read(t, k, f).Trace(p)
+		steps, _ = have.Trace(p)
 		if counters, err = k.Counters(t.Context(), f, steps); err != nil {
 			t.Fatal(err)
 		}
@@ -75,6 +83,10 @@ func TestCountersOfTheKernel(t *testing.T) {
 		way := []Step{{Chain: chainServiceCIDRs, Index: 1, Rule: destination(prefix) + "-j " +
 			chainRedirect}, {Chain: chainRedirect, Index: 1,
 			Rule: "-p tcp -j REDIRECT --to-ports 15001"}}
+		if all, err = k.ReadCounters(t.Context(), have); err != nil || !all[chainRedirect][0].Known ||
+			all[chainServiceCIDRs][0].Known {
+			t.Errorf("by a save after a change: %+v, %v", all, err)
+		}
 		counters, err = k.Counters(t.Context(), f, way)
 		if !errors.Is(err, errChanged) || counters[0].Known || !counters[1].Known {
 			t.Errorf("a chain that was changed: %+v, %v", counters, err)
@@ -98,6 +110,9 @@ func TestCountersMakeNoTable(t *testing.T) {
 		}
 		k.tools[f] = legacy
 		steps := []Step{{Chain: "OUTPUT", Index: 1, Rule: jumpOutput}}
+		if all, err := k.ReadCounters(t.Context(), Table{family: f}); err != nil || len(all) > 0 {
+			t.Errorf("%v: %+v, %v", f, all, err)
+		}
 		if counters, _ := k.Counters(t.Context(), f, steps); counters[0].Known {
 			t.Errorf("%v: %+v", f, counters)
 		}
