@@ -31,6 +31,7 @@ func (c *Client) Endpoints(ctx context.Context, clusters ...string) ([]ClusterEn
 	if len(clusters) == 0 {
 		return nil, nil
 	}
+	place := placesOf(clusters)
 	var found []ClusterEndpoints
 	err := c.get(ctx, ClustersQuestion, "/clusters?format=json", c.LongLimit, maxLong,
 		func(body io.Reader) error {
@@ -44,8 +45,8 @@ func (c *Client) Endpoints(ctx context.Context, clusters ...string) ([]ClusterEn
 					}
 					known = true
 					return r.array(func() error {
-						one, err := r.endpoints(clusters)
-						if slices.Contains(clusters, one.Name) {
+						one, err := r.endpoints(place)
+						if _, asked := place[one.Name]; asked {
 							found = append(found, one)
 						}
 						return err
@@ -61,20 +62,30 @@ func (c *Client) Endpoints(ctx context.Context, clusters ...string) ([]ClusterEn
 		return nil, err
 	}
 	slices.SortStableFunc(found, func(a, b ClusterEndpoints) int {
-		return slices.Index(clusters, a.Name) - slices.Index(clusters, b.Name)
+		return place[a.Name] - place[b.Name]
 	})
 	return found, nil
 }
 
+// placesOf are the places of names in their list, the first of each.
+func placesOf(names []string) map[string]int {
+	place := make(map[string]int, len(names))
+	for i, name := range slices.Backward(names) {
+		place[name] = i
+	}
+	return place
+}
+
 // endpoints reads an element of cluster_statuses. The name comes before the hosts: those of a
 // cluster that is not asked for are skipped.
-func (r *reader) endpoints(clusters []string) (one ClusterEndpoints, err error) {
+func (r *reader) endpoints(clusters map[string]int) (one ClusterEndpoints, err error) {
 	var well []Endpoint
 	err = r.object(func(name string) error {
+		_, asked := clusters[one.Name]
 		switch {
 		case name == "name":
 			return r.textInto(&one.Name)
-		case name == "host_statuses" && slices.Contains(clusters, one.Name):
+		case name == "host_statuses" && asked:
 			return r.array(func() error {
 				e, err := r.endpoint()
 				one.count(e.Health)
@@ -166,29 +177,53 @@ const (
 // Routes asks for a route configuration by its name: what the control plane has sent, else what
 // stands in a listener. ok is false where Envoy has none of that name.
 func (c *Client) Routes(ctx context.Context, name string) (routes Routes, ok bool, err error) {
+	filter := ""
+	if len(name) <= maxText {
+		// An Envoy that does not know name_regex tells all.
+		filter = "&name_regex=" + url.QueryEscape(regexp.QuoteMeta(name))
+	}
+	all, err := c.routes(ctx, filter, []string{name})
+	if len(all) == 0 {
+		return Routes{}, false, err
+	}
+	return all[0], true, err
+}
+
+// RoutesOf asks for some route configurations, in their order; one that Envoy does not have is left
+// out. Envoy tells all that it has, by two dumps: many for which it is asked one by one would cost it
+// more.
+func (c *Client) RoutesOf(ctx context.Context, names ...string) ([]Routes, error) {
+	if len(names) == 0 {
+		return nil, nil
+	}
+	return c.routes(ctx, "", names)
+}
+
+func (c *Client) routes(ctx context.Context, filter string, names []string) ([]Routes, error) {
+	place, seen := placesOf(names), map[string]bool{}
+	var found []Routes
+	var err error
 	for _, kind := range []string{"dynamic", "static"} {
-		path := "/config_dump?resource=" + kind + "_route_configs"
-		if len(name) <= maxText {
-			// An Envoy that does not know name_regex tells all.
-			path += "&name_regex=" + url.QueryEscape(regexp.QuoteMeta(name))
-		}
+		path := "/config_dump?resource=" + kind + "_route_configs" + filter
 		err = c.get(ctx, DumpQuestion, path, c.LongLimit, maxLong, func(body io.Reader) error {
 			r := newReader(body)
 			return r.document(func() error {
 				return r.configs(func(r *reader) error {
 					one, err := r.routeEntry()
-					if !ok && one.Name == name && (err == nil || isShape(err)) {
-						routes, ok = one, true
+					_, asked := place[one.Name]
+					if asked && !seen[one.Name] && (err == nil || isShape(err)) {
+						found, seen[one.Name] = append(found, one), true
 					}
 					return err
 				})
 			})
 		})
-		if err != nil || ok {
-			return routes, ok, err
+		if err != nil || len(found) == len(place) {
+			break
 		}
 	}
-	return Routes{}, false, nil
+	slices.SortFunc(found, func(a, b Routes) int { return place[a.Name] - place[b.Name] })
+	return found, err
 }
 
 // routeEntry reads an element of dynamic_route_configs or static_route_configs.

@@ -98,6 +98,10 @@ func TestRoutes(t *testing.T) {
 		got.Hosts[0].Clusters[0] != "c" {
 		t.Errorf("a listener's own: %+v %v %v", got, ok, err)
 	}
+	all, err := c.RoutesOf(t.Context(), "inline", "nobody's", "web.*")
+	if err != nil || len(all) != 2 || all[0].Name != "inline" || all[1].Name != "web.*" {
+		t.Errorf("several: %+v, %v", all, err)
+	}
 	if got, ok, err = c.Routes(t.Context(), strings.Repeat("x", 1<<20)); ok || err != nil {
 		t.Errorf("none of that name: %+v %v", got, err)
 	}
