@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os/user"
 	"slices"
@@ -12,28 +11,29 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/route"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// Explain answers a question by what a look has seen. It asks the kernel for the counters on the
-// way, and Envoy for what is behind the chain that takes the connection.
+// Explain answers a question by what a look has seen. It asks the kernel for the way to the address
+// and the counters on it, and Envoy for what is behind the chain that takes the connection. A look
+// that is replayed asks its recording, and nobody else.
 func (l Looked) Explain(ctx context.Context, q explain.Question) explain.Answer {
 	ctx, cancel := context.WithTimeout(ctx, explainLimit)
 	defer cancel()
 	s := l.seen(q)
-	s.Source, s.Local, s.NoRoute = routeTo(ctx, q.To)
+	way, err := l.wayTo(ctx, q.To)
+	s.Source, s.Local, s.NoRoute, s.WayErr = way.Source, way.Local, way.Err, err
 	if s.HaveErr == nil {
-		if q.Try && s.NoRoute == nil {
+		if q.Try && s.NoRoute == nil && l.recorded == nil {
 			s.Tried, s.Have = tried(ctx, q, s)
 		}
 		steps, verdict := q.Path(s)
-		s.Counters, s.CountErr = countersOf(ctx, q.Family(), steps)
+		s.Counters, s.CountErr = l.countersOf(ctx, q.Family(), steps)
 		if verdict.Action == iptables.Redirect && s.EnvoyErr == nil && !q.UDP {
 			s.Routes, s.Endpoints, s.BehindErr = l.behind(ctx, q.Choice(s, verdict.Port))
 		}
@@ -72,26 +72,12 @@ func (l Looked) seen(q explain.Question) explain.Seen {
 	return s
 }
 
-// routeTo asks the kernel for the way to an address, by a UDP socket that sends nothing.
-func routeTo(ctx context.Context, to netip.AddrPort) (source netip.Addr, local bool, err error) {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "udp", to.String())
-	switch {
-	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH):
-		var failed *net.OpError
-		if errors.As(err, &failed) {
-			err = failed.Err
-		}
-		return source, false, err
-	case err != nil:
-		return source, false, nil // as for a broadcast address: it says nothing of the way
+// wayTo is the way to an address; the error says why it is not known.
+func (l Looked) wayTo(ctx context.Context, to netip.AddrPort) (route.Way, error) {
+	if l.recorded != nil {
+		return l.recorded.wayTo(to)
 	}
-	defer conn.Close()
-	if from, ok := conn.LocalAddr().(*net.UDPAddr); ok {
-		source = from.AddrPort().Addr().Unmap()
-	}
-	// The source of what goes to an address of this machine is that address; but for 127.0.0.0/8,
-	// whose route names one.
-	return source, source == to.Addr().WithZone("") || to.Addr().IsLoopback(), nil
+	return route.To(ctx, to), nil
 }
 
 // tried makes the connection. Where rules and kernel differ the rules may have changed since they
@@ -129,8 +115,11 @@ func tryOnce(ctx context.Context, q explain.Question, v iptables.Verdict) *expla
 		Kernel: c.Tried, Answer: o.Answer.String(), Port: o.Port(), TookMS: o.Took.Milliseconds()}
 }
 
-func countersOf(ctx context.Context, f iptables.Family,
+func (l Looked) countersOf(ctx context.Context, f iptables.Family,
 	steps []iptables.Step) ([]iptables.Counter, error) {
+	if l.recorded != nil {
+		return l.recorded.countersOf(f, steps)
+	}
 	kernel, err := iptables.Open(ctx, iptables.Options{ReadOnly: true})
 	if err != nil {
 		return nil, err
@@ -141,12 +130,34 @@ func countersOf(ctx context.Context, f iptables.Family,
 // behind asks Envoy for the routes and endpoints of the chains that may take a connection.
 func (l Looked) behind(ctx context.Context, choice envoyadmin.Choice) (routes []envoyadmin.Routes,
 	endpoints []envoyadmin.ClusterEndpoints, err error) {
-	client, err := envoyadmin.New(l.Seen.Settings.EnvoyAdmin)
+	if l.recorded != nil {
+		return behind(ctx, l.recorded, choice)
+	}
+	client, err := l.client()
 	if err != nil {
 		return nil, nil, err
 	}
 	defer client.Close()
-	client.Trust = trust(l.Seen.Settings.ProxyUser, new(atomic.Bool))
+	return behind(ctx, client, choice)
+}
+
+// client asks the Envoy that was looked at.
+func (l Looked) client() (*envoyadmin.Client, error) {
+	client, err := envoyadmin.New(l.Seen.Settings.EnvoyAdmin)
+	if err == nil {
+		client.Trust = trust(l.Seen.Settings.ProxyUser, new(atomic.Bool))
+	}
+	return client, err
+}
+
+// routesAndEndpoints are those of an Envoy: asked of its admin interface, or of a recording.
+type routesAndEndpoints interface {
+	Routes(ctx context.Context, name string) (routes envoyadmin.Routes, ok bool, err error)
+	Endpoints(ctx context.Context, clusters ...string) ([]envoyadmin.ClusterEndpoints, error)
+}
+
+func behind(ctx context.Context, e routesAndEndpoints, choice envoyadmin.Choice) (
+	routes []envoyadmin.Routes, endpoints []envoyadmin.ClusterEndpoints, err error) {
 	var names, asked []string
 	for _, one := range choice.Candidates {
 		if one.Chain == nil {
@@ -156,7 +167,7 @@ func (l Looked) behind(ctx context.Context, choice envoyadmin.Choice) (routes []
 		name := one.Chain.RouteConfig
 		if one.Chain.HTTP && name != "" && !slices.Contains(asked, name) && len(asked) < maxRoutes {
 			asked = append(asked, name)
-			r, ok, err := client.Routes(ctx, name)
+			r, ok, err := e.Routes(ctx, name)
 			if err != nil {
 				return routes, nil, err
 			}
@@ -168,7 +179,7 @@ func (l Looked) behind(ctx context.Context, choice envoyadmin.Choice) (routes []
 		names = append(names, clusters[:min(len(clusters), explain.MaxClusters)]...)
 	}
 	slices.Sort(names)
-	endpoints, err = client.Endpoints(ctx, slices.Compact(names)...)
+	endpoints, err = e.Endpoints(ctx, slices.Compact(names)...)
 	return routes, endpoints, err
 }
 
@@ -178,23 +189,36 @@ const maxRoutes = 3
 // Caller is who makes a connection, by a name or number each; "" is an ordinary user, whom no rule
 // knows, and the user's own group.
 func (l Looked) Caller(name, group string) (uid, gid uint32, err error) {
+	users, groups := userIDs, groupID
+	if l.recorded != nil {
+		users, groups = l.recorded.userIDs, l.recorded.groupID
+	}
 	if name == "" {
 		uid = l.ordinary()
 		gid = uid
-	} else if uid, gid, err = userIDs(name); err != nil {
+	} else if uid, gid, err = users(name); err != nil {
 		return 0, 0, fmt.Errorf("%w: --uid: %w", ErrSettings, err)
 	}
 	if group == "" {
 		return uid, gid, nil
 	}
+	if gid, err = groups(group); err != nil {
+		return 0, 0, fmt.Errorf("%w: --gid: %w", ErrSettings, err)
+	}
+	return uid, gid, nil
+}
+
+// groupID resolves a group to its number.
+func groupID(group string) (uint32, error) {
+	number := group
 	if g, err := user.LookupGroup(group); err == nil {
-		group = g.Gid
+		number = g.Gid
 	}
-	n, err := strconv.ParseUint(group, 10, 32)
+	n, err := strconv.ParseUint(number, 10, 32)
 	if err != nil {
-		return 0, 0, fmt.Errorf("%w: --gid: there is no group %q", ErrSettings, group)
+		return 0, fmt.Errorf("there is no group %q", group)
 	}
-	return uid, uint32(n), nil
+	return uint32(n), nil
 }
 
 // ordinary is an id that no rule is about: nobody's, or one from 1000 on.

@@ -32,6 +32,8 @@ type Looked struct {
 	// starts now would do.
 	Shapes [2]status.Shape
 	Facts  symptom.Facts
+	// recorded is what a look that is replayed answers by; nil: it is asked for on this machine.
+	recorded *recorded
 }
 
 // lookLimit bounds a look as a whole. What has not answered by then is unknown.
@@ -342,6 +344,9 @@ func (l *looking) drift(i int) (drift []iptables.Drift) {
 // Ruleset is what the kernel should have of one family, in the order of Want.Families: what is
 // wanted, without what is held back (Shapes).
 func (l Looked) Ruleset(family int) iptables.Ruleset {
+	if l.recorded != nil {
+		return l.recorded.want(family) // as the agent that looked made it
+	}
 	ruleset := reconcile.Shaped(l.Want.Families[family], l.Shapes[family])
 	if l.Daemon != nil && l.Daemon.Paused || // cleanup took all out
 		// Chains without a jump are of no use, and need not be there.

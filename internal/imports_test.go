@@ -38,6 +38,18 @@ var may = map[string]string{
 		"internal/mailbox internal/metadata internal/progress internal/reconcile " +
 		"internal/report internal/route internal/rulediff internal/server internal/sockdiag " +
 		"internal/status internal/symptom internal/try iptables systemd",
+	"cmd/service-proxy-agent": "agent envoyadmin internal/attribute internal/bootstrap " +
+		"internal/bundle internal/cloudlog internal/conntrack internal/doctor internal/drain internal/envfile " +
+		"internal/explain internal/metadata internal/progress internal/reconcile " +
+		"internal/rulediff internal/server internal/status internal/symptom internal/try " +
+		"iptables systemd",
+
+	// The daemon: everything but the installer.
+	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
+		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain internal/mailbox " +
+		"internal/metadata internal/progress internal/reconcile internal/recording " +
+		"internal/redaction internal/report internal/route internal/rulediff internal/server " +
+		"internal/sockdiag internal/status internal/symptom internal/try iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",

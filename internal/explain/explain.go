@@ -41,6 +41,7 @@ type Seen struct {
 	Source  netip.Addr // that the kernel would give the connection; the zero Addr: not known
 	Local   bool       // the address is one of this machine
 	NoRoute error      // the kernel has no way to the address
+	WayErr  error      // why these three are not known; nil: they are
 
 	// The kernel's table, and what it should be.
 	Have     iptables.Table
@@ -154,7 +155,8 @@ type Answer struct {
 func (a Answer) Complete() bool {
 	_, kernel := a.Unseen[symptom.FromKernel]
 	_, envoy := a.Unseen[symptom.FromEnvoy]
-	return a.Verdict != Unknown && !kernel && !envoy && (a.Tried == nil || a.Tried.Error == "")
+	_, way := a.Unseen[symptom.FromRoutes]
+	return a.Verdict != Unknown && !kernel && !envoy && !way && (a.Tried == nil || a.Tried.Error == "")
 }
 
 // Rule is one rule of the kernel's table.
@@ -256,6 +258,9 @@ func Explain(q Question, s Seen) Answer {
 		a.Next = fmt.Sprintf("give this machine a route to %s: without one a connection fails before "+
 			"any rule sees it", q.To.Addr())
 		return a
+	}
+	if s.WayErr != nil {
+		a.Unseen[symptom.FromRoutes] = safe(s.WayErr.Error())
 	}
 	if s.EnvoyErr != nil {
 		a.Unseen[symptom.FromEnvoy] = safe(s.EnvoyErr.Error())

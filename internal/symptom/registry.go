@@ -68,6 +68,8 @@ func Examine(f Facts, ignore ...ID) []Result {
 			r.State, r.Severity = Found, r.Findings[0].Severity
 		case hidden[k.ID] != "":
 			r.State, r.Why = Unknown, hidden[k.ID]
+		case f.Undecided[k.ID] != "":
+			r.State, r.Why = Unknown, f.Undecided[k.ID]
 		case why != "":
 			r.State, r.Why, r.Because = Unknown, why, because
 		}

@@ -241,6 +241,9 @@ type Facts struct {
 	// Unseen are the sources that could not be observed, and why. Of a source that is not in it the
 	// fields are what it told, also when that is nothing.
 	Unseen map[Source]string
+	// Undecided are kinds of findings that these facts cannot decide, and why: they are of an agent
+	// that did not know them.
+	Undecided map[ID]string
 	Surroundings
 }
 
