@@ -14,7 +14,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/recording"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/route"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -23,16 +22,21 @@ import (
 // Bounds of a recording.
 const (
 	recordLimit  = 20 * time.Second // for what is asked beside the look
+	recordWrites = 2 * time.Second  // of the caller's time is left for writing
 	mostRoutes   = 2_000            // route configurations
 	mostClusters = 20_000
-	mostRecorded = 100 << 20 // bytes: a bundle's file may have no more than 128 MiB
+	mostRecorded = 90 << 20 // bytes: the bundle cuts off what is much more
 )
 
 // Record writes down what was looked at, so that Replay of it answers elsewhere what this look
 // answers here. It asks the kernel and Envoy for what a later question may need: counters, routes,
 // endpoints, the ways to addresses. What it lacks is a gap.
 func (l Looked) Record(ctx context.Context) (data []byte, gaps []bundle.Gap, err error) {
-	ctx, cancel := context.WithTimeout(ctx, recordLimit)
+	limit := recordLimit
+	if end, ok := ctx.Deadline(); ok {
+		limit = min(limit, time.Until(end)-recordWrites)
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r := l.record()
 	lacks := func(what string, err error) {
@@ -47,7 +51,7 @@ func (l Looked) Record(ctx context.Context) (data []byte, gaps []bundle.Gap, err
 		if family.RulesErr == nil {
 			counters, family.CountErr = l.counters(ctx, i)
 			lacks(fmt.Sprintf("counters of the %v rules", f), family.CountErr)
-			family.Rules = redacted(l.Have[i]).Save(counters)
+			family.Rules = strings.Split(l.Have[i].Save(counters), "\n")
 		}
 		lacks(fmt.Sprintf("%v rules", f), family.RulesErr)
 	}
@@ -87,7 +91,7 @@ func (l Looked) record() recorded {
 		r.Kinds = append(r.Kinds, kind.ID)
 	}
 	for i := range families {
-		r.Families[i] = recordedFamily{RulesErr: l.HaveErr[i], Want: l.Ruleset(i).String(),
+		r.Families[i] = recordedFamily{RulesErr: l.HaveErr[i], Want: strings.Split(l.Ruleset(i).String(), "\n"),
 			Asked: l.Want.Families[i], Served: l.Want.Served[i]}
 	}
 	if l.Daemon != nil {
@@ -120,16 +124,6 @@ func (l Looked) counters(ctx context.Context, i int) (iptables.Counters, error) 
 		return nil, err
 	}
 	return kernel.ReadCounters(ctx, l.Have[i])
-}
-
-// redacted is the table without secrets that others may have written into comments.
-func redacted(t iptables.Table) iptables.Table {
-	return t.Mapped(func(chain, rule string) string {
-		if iptables.IsOurs(chain) {
-			return rule
-		}
-		return redaction.Secrets(rule)
-	})
 }
 
 // recordBehind asks Envoy for the routes and clusters of all listeners.

@@ -49,10 +49,10 @@ type recorded struct {
 
 // recordedFamily is one family's table, and what it should be.
 type recordedFamily struct {
-	Rules    string                `json:"rules"` // as `iptables-save -c -t nat` prints them
+	Rules    []string              `json:"rules"` // as `iptables-save -c -t nat` prints them
 	RulesErr error                 `json:"rules_error"`
 	CountErr error                 `json:"count_error"` // why counters are missing
-	Want     string                `json:"want"`        // as Ruleset.String
+	Want     []string              `json:"want"`        // as Ruleset.String
 	Asked    iptables.Interception `json:"asked"`
 	Served   []Served              `json:"served"`
 

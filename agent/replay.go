@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/recording"
@@ -50,11 +51,11 @@ func Replay(data []byte) (Looked, error) {
 
 // read reads the rules.
 func (r *recordedFamily) read(f iptables.Family) (err error) {
-	r.table, r.counters, err = iptables.ParseCounted(f, []byte(r.Rules))
+	r.table, r.counters, err = iptables.ParseCounted(f, []byte(strings.Join(r.Rules, "\n")))
 	if err != nil {
 		return err
 	}
-	want, err := iptables.Parse(f, []byte(r.Want))
+	want, err := iptables.Parse(f, []byte(strings.Join(r.Want, "\n")))
 	r.want = want.Ours()
 	return err
 }

@@ -92,18 +92,6 @@ func countOf(s string) Counter {
 	return Counter{p, b, true}
 }
 
-// Mapped is the table with another text for each rule.
-func (t Table) Mapped(to func(chain, rule string) string) Table {
-	chains := make(map[string][]string, len(t.chains))
-	for name, rules := range t.chains {
-		chains[name] = nil
-		for _, rule := range rules {
-			chains[name] = append(chains[name], to(name, rule))
-		}
-	}
-	return Table{family: t.family, chains: chains}
-}
-
 // Save is the table in the form of `iptables-save -c -t nat`, without policies and without the
 // counters that are not known. ParseCounted reads it.
 func (t Table) Save(c Counters) string {
