@@ -188,9 +188,7 @@ func lookSources(s agent.Settings) []gather.Source {
 		return looked
 	}
 	report := func(ctx context.Context) doctor.Report {
-		l := look(ctx)
-		return doctor.New(symptom.Examine(l.Facts), doctor.Options{Version: version,
-			Time: l.Seen.Now, FailOn: symptom.Error, Unseen: l.Facts.Unseen})
+		return reportOf(look(ctx), symptom.Error)
 	}
 	data := func(b []byte, err error) (gather.Answer, error) { return gather.Answer{Data: b}, err }
 	text := func(write func(io.Writer) error) (gather.Answer, error) {

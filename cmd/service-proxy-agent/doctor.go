@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -25,11 +24,13 @@ func doctorCommand() *cobra.Command {
 			"Exit code, the same in every form of output: 0 nothing of the severity to fail on; 1 " +
 			"something; 2\nnothing, but a check of that severity could not look (as another user than " +
 			"root, say); 64 wrong\nusage.\n\n" +
+			"With --from it says, on any machine, what it said on the VM when the bundle was made.\n\n" +
 			"docs/symptoms.md has every check. docs/doctor.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent doctor\n" +
-			"  sudo service-proxy-agent doctor --fail-on warning --ignore application-silent -o json",
+			"  sudo service-proxy-agent doctor --fail-on warning --ignore application-silent -o json\n" +
+			"  service-proxy-agent doctor --from bundle.tgz",
 	}
-	settings := lookFlags(c)
+	look := fromFlag(c, agent.Look)
 	f := c.Flags()
 	f.StringVarP(&output, "output", "o", "text", "text or json")
 	f.StringVar(&failOn, "fail-on", "error", "least severity to fail on: error, warning or advice")
@@ -47,14 +48,11 @@ func doctorCommand() *cobra.Command {
 		if err != nil {
 			return usage(fmt.Errorf("--ignore: %w", err))
 		}
-		s, err := settings()
+		looked, err := look(cmd.Context())
 		if err != nil {
 			return err
 		}
-		facts := agent.Look(cmd.Context(), s).Facts
-		report := doctor.New(symptom.Examine(facts, ignored...), doctor.Options{
-			Version: version, Time: time.Now(), FailOn: severity, Ignored: ignored, Unseen: facts.Unseen,
-		})
+		report := reportOf(looked, severity, ignored...)
 		if output == "json" {
 			var body []byte
 			if body, err = report.JSON(); err == nil {
@@ -71,4 +69,12 @@ func doctorCommand() *cobra.Command {
 		return err
 	}
 	return c
+}
+
+// reportOf is what doctor says of a look, wherever and whenever it was.
+func reportOf(l agent.Looked, failOn symptom.Severity, ignored ...symptom.ID) doctor.Report {
+	return doctor.New(symptom.Examine(l.Facts, ignored...), doctor.Options{
+		Version: l.Seen.Settings.Version, Time: l.Seen.Now, FailOn: failOn, Ignored: ignored,
+		Unseen: l.Facts.Unseen,
+	})
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -25,8 +26,11 @@ func explainCommand() *cobra.Command {
 			"connection, on which no byte is sent.\n\n" +
 			"Exit code, the same in every form of output: 0 intercepted; 1 not; 2 could not look (as " +
 			"another user\nthan root, say), or rules and kernel differ (--try); 64 wrong usage.\n\n" +
+			"With --from it answers, on any machine, by what a bundle has of the VM. Of names of users that " +
+			"knows those\nthat rules are about.\n\n" +
 			"docs/explain.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent explain 10.0.0.1:80\n" +
+			"  service-proxy-agent explain 10.0.0.1:80 --from bundle.tgz\n" +
 			"  sudo service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +
 			"  sudo service-proxy-agent explain 10.128.0.5:8080 --inbound",
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -36,7 +40,7 @@ func explainCommand() *cobra.Command {
 			return nil
 		},
 	}
-	settings := lookFlags(c)
+	look := fromFlag(c, agent.LookAtRules)
 	f := c.Flags()
 	f.StringVarP(&output, "output", "o", "text", "text or json")
 	f.StringVar(&uid, "uid", "",
@@ -51,24 +55,31 @@ func explainCommand() *cobra.Command {
 		if output != "text" && output != "json" {
 			return usage(fmt.Errorf("--output is %q; use text or json", output))
 		}
+		replayed := cmd.Flags().Changed(from)
 		err := fitTogether(q, uid+gid != "")
+		if err == nil && q.Try && replayed {
+			err = errors.New("--try makes a connection on this machine; leave it out with --from")
+		}
 		if err != nil {
 			return usage(err)
 		}
 		if q.To, err = explain.ParseAddress(args[0]); err != nil {
 			return usage(err)
 		}
-		s, err := settings()
+		looked, err := look(cmd.Context())
 		if err != nil {
 			return err
 		}
-		looked := agent.LookAtRules(cmd.Context(), s)
 		if q.UID, q.GID, err = looked.Caller(uid, gid); err != nil {
 			return err
 		}
+		if replayed {
+			cmd.PrintErrf("by a look of %s\n", looked.Seen.Now.UTC().Format(time.RFC3339))
+		}
 		answer := looked.Explain(cmd.Context(), q)
 		if output == "json" {
-			err = explain.Print(answer, version, explainCode(answer)).JSON(cmd.OutOrStdout())
+			err = explain.Print(answer, looked.Seen.Settings.Version, explainCode(answer)).
+				JSON(cmd.OutOrStdout())
 		} else {
 			out := cmd.OutOrStdout()
 			err = answer.WriteText(out, terminal.For(out), terminal.Width(out))

@@ -131,6 +131,7 @@ func envName(flag string) string {
 func withEnvironment(c *cobra.Command) {
 	c.PreRunE = func(cmd *cobra.Command, _ []string) error {
 		var first error
+		given := given(cmd.Flags())
 		cmd.Flags().VisitAll(func(f *pflag.Flag) {
 			value, set := os.LookupEnv(envName(f.Name))
 			if !set || f.Changed || f.Name == "help" || first != nil {
@@ -140,7 +141,11 @@ func withEnvironment(c *cobra.Command) {
 				first = usage(fmt.Errorf("%s=%q: %w", envName(f.Name), value, err))
 			}
 		})
+		away := false
 		if first == nil {
+			away, first = elsewhere(cmd.Flags(), given)
+		}
+		if first == nil && !away {
 			first = fromDaemonsFile(cmd.Flags())
 		}
 		if first == nil {
