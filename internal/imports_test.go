@@ -24,17 +24,18 @@ const module = "github.com/service-proxy-agent/service-proxy-agent"
 var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/atomicfile internal/attribute " +
-		"internal/bootstrap internal/bundle internal/cloudlog internal/conntrack internal/doctor " +
-		"internal/drain internal/envfile internal/explain internal/gather internal/metadata " +
-		"internal/page internal/progress internal/reconcile internal/rulediff internal/server " +
-		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
+		"internal/bootstrap internal/bundle internal/cloudlog internal/conntrack " +
+		"internal/doctor internal/drain internal/envfile internal/explain internal/gather " +
+		"internal/metadata internal/page internal/progress internal/reconcile " +
+		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
+		"internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
 		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
 		"internal/mailbox internal/metadata internal/progress internal/reconcile " +
-		"internal/recording internal/report internal/route internal/rulediff internal/server internal/sockdiag " +
-		"internal/status internal/symptom internal/try iptables systemd",
+		"internal/recording internal/report internal/route internal/rulediff internal/server " +
+		"internal/sockdiag internal/status internal/symptom internal/try iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",

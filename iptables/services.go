@@ -14,6 +14,7 @@ import (
 // by what the row matches. The kernel counts the first packet of a connection: table nat sees no
 // other. A row holds for all ports of its addresses, so that it counts them together.
 type Counts struct {
+	Family   Family
 	Prefixes map[netip.Prefix]uint64
 	Ports    map[uint16]uint64 // of services at any address
 }
@@ -35,7 +36,7 @@ func (k *Kernel) ServiceCounts(ctx context.Context, f Family) (Counts, error) {
 	if err != nil {
 		return Counts{}, fmt.Errorf("read the counters of %s table nat: %w", f, err)
 	}
-	counts, err := parseCounts(save.Bytes())
+	counts, err := parseCounts(f, save.Bytes())
 	if err != nil {
 		return Counts{}, fmt.Errorf("read the counters of %s table nat: %w", f, err)
 	}
@@ -43,8 +44,8 @@ func (k *Kernel) ServiceCounts(ctx context.Context, f Family) (Counts, error) {
 }
 
 // parseCounts reads a save with counters: [PACKETS:BYTES] before each rule.
-func parseCounts(save []byte) (Counts, error) {
-	c := Counts{Prefixes: map[netip.Prefix]uint64{}, Ports: map[uint16]uint64{}}
+func parseCounts(f Family, save []byte) (Counts, error) {
+	c := Counts{Family: f, Prefixes: map[netip.Prefix]uint64{}, Ports: map[uint16]uint64{}}
 	var uncounted error
 	err := eachLine(save, "nat", func(line string) {
 		if strings.HasPrefix(line, "-A ") {
@@ -108,11 +109,12 @@ func (c Counts) Of(p netip.Prefix) (row netip.Prefix, n uint64, ok bool) {
 	return everywhere, 0, false
 }
 
-// OfPort is the count of a service at any address by its port.
-func (c Counts) OfPort(port uint16) (n uint64, ok bool) {
+// OfPort is the same for a service at any address, by its port. all says that the row is that for
+// everything, which stands before those for ports.
+func (c Counts) OfPort(port uint16) (n uint64, all, ok bool) {
 	if n, ok := c.Prefixes[everywhere]; ok {
-		return n, true // it stands before those of ports
+		return n, true, true
 	}
 	n, ok = c.Ports[port]
-	return n, ok
+	return n, false, ok
 }

@@ -70,7 +70,7 @@ func New(results []symptom.Result, o Options) Report {
 	for _, result := range results {
 		r.Checks = append(r.Checks, bounded(result))
 	}
-	for _, one := range r.tree() {
+	for _, one := range r.Tree() {
 		one.Walk(func(n *symptom.Tree) { r.Findings = append(r.Findings, n.Finding) })
 	}
 	return r
@@ -125,7 +125,7 @@ func ParseIDs(words []string) ([]symptom.ID, error) {
 	return ids, nil
 }
 
-func joined(ids []symptom.ID) string {
+func joined[T ~string](ids []T) string {
 	words := make([]string, len(ids))
 	for i, id := range ids {
 		words[i] = string(id)
@@ -133,8 +133,8 @@ func joined(ids []symptom.ID) string {
 	return strings.Join(words, ", ")
 }
 
-// tree are the findings, each with what it explains.
-func (r Report) tree() []*symptom.Tree {
+// Tree are the findings, each with what it explains.
+func (r Report) Tree() []*symptom.Tree {
 	var all []symptom.Finding
 	for _, check := range r.Checks {
 		if check.State == symptom.Found {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -73,7 +72,7 @@ func (r Report) Text(out io.Writer, style terminal.Style, width int) error {
 	p := printer{style: style, width: width}
 	p.line(2, "%s at %s by service-proxy-agent %s", style.Bold(r.verdict()),
 		r.Time.Format(time.RFC3339), r.Version)
-	for _, one := range shown(r.tree()) {
+	for _, one := range shown(r.Tree()) {
 		p.WriteByte('\n')
 		p.finding(one, "")
 	}
@@ -160,7 +159,7 @@ func (r Report) omitted(p *printer) {
 	for _, f := range r.Findings {
 		all[f.ID]++
 	}
-	for _, one := range shown(r.tree()) {
+	for _, one := range shown(r.Tree()) {
 		count(one, printed)
 	}
 	began := false
@@ -224,48 +223,21 @@ func (p *printer) name(name string) string {
 	return p.style.Dim(name) + strings.Repeat(" ", nameWidth-len(name))
 }
 
-// unknown writes what is not known, by why: what an ordinary user may not see is one line.
+// unknown writes what is not known, a line for each reason.
 func (r Report) unknown(p *printer) {
-	sources := map[string][]string{} // by reason
-	for _, source := range slices.Sorted(maps.Keys(r.Unseen)) {
-		why := r.Unseen[source]
-		sources[why] = append(sources[why], string(source))
-	}
-	needs := map[symptom.ID][]symptom.Source{}
-	for _, k := range symptom.Kinds() {
-		needs[k.ID] = k.Needs
-	}
-	var order []string
-	checks := map[string][]symptom.ID{}
-	for _, check := range r.Checks {
-		if check.State != symptom.Unknown {
-			continue
-		}
-		why := check.Why
-		for _, source := range needs[check.ID] {
-			if reason, unseen := r.Unseen[source]; unseen {
-				why = reason
-				break
-			}
-		}
-		if checks[why] == nil {
-			order = append(order, why)
-		}
-		checks[why] = append(checks[why], check.ID)
-	}
-	for i, why := range order {
+	for i, one := range r.Unknowns() {
 		if i == 0 {
 			p.WriteByte('\n')
 		}
 		from := ""
-		if len(sources[why]) > 0 {
-			from = " (" + strings.Join(sources[why], ", ") + ")"
+		if len(one.Sources) > 0 {
+			from = " (" + joined(one.Sources) + ")"
 		}
-		ids, more := checks[why], ""
+		ids, more := one.Checks, ""
 		if n := len(ids) - maxUnknown; n > 1 {
 			ids, more = ids[:maxUnknown], fmt.Sprintf(" and %d more (-o json names all)", n)
 		}
-		p.line(2, "%s %s%s: %s%s", p.style.Warn("UNKNOWN"), symptom.Printable(why, maxEvidence), from,
+		p.line(2, "%s %s%s: %s%s", p.style.Warn("UNKNOWN"), symptom.Printable(one.Why, maxEvidence), from,
 			joined(ids), more)
 	}
 }

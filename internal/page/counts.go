@@ -1,6 +1,7 @@
 package page
 
 import (
+	"fmt"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -15,13 +16,13 @@ type Count struct {
 	// Shared says that other addresses are counted together with this one: the kernel counts by
 	// rows, and a row holds for all ports of an address, or for several adjacent addresses.
 	Shared bool
+	Row    string // whose count it is
 }
 
 // CountsOf finds the counts of the services' addresses, by address. What no row holds is left out.
 func CountsOf(services []status.Service, by []iptables.Counts) map[string]Count {
 	counts := map[string]Count{}
 	users := map[string]int{} // addresses, by the rows that count them
-	rows := map[string]string{}
 	for _, s := range services {
 		for _, address := range s.Addresses {
 			if _, again := counts[address]; again {
@@ -31,13 +32,12 @@ func CountsOf(services []status.Service, by []iptables.Counts) map[string]Count 
 			if !ok {
 				continue
 			}
-			counts[address] = Count{Connections: n}
-			rows[address] = row
+			counts[address] = Count{Connections: n, Row: row}
 			users[row]++
 		}
 	}
 	for address, c := range counts {
-		c.Shared = users[rows[address]] > 1
+		c.Shared = users[c.Row] > 1
 		counts[address] = c
 	}
 	return counts
@@ -50,20 +50,25 @@ func countOf(address string, by []iptables.Counts) (row string, n uint64, ok boo
 		if err != nil {
 			return "", 0, false
 		}
+		row = address
 		for _, family := range by { // it has a row in each
-			if m, has := family.OfPort(uint16(number)); has {
-				n, ok = n+m, true
+			m, all, has := family.OfPort(uint16(number))
+			if n, ok = n+m, ok || has; all {
+				row = "everything"
 			}
 		}
-		return address, n, ok
+		return row, n, ok
 	}
 	prefix, ok := prefixOf(address)
 	if !ok {
 		return "", 0, false
 	}
 	for _, family := range by {
-		if p, n, ok := family.Of(prefix); ok && (!p.IsValid() || p.Contains(prefix.Addr())) {
-			return p.String(), n, true
+		if !family.Family.Of(prefix.Addr()) {
+			continue
+		}
+		if p, n, ok := family.Of(prefix); ok {
+			return fmt.Sprint(family.Family, p), n, true
 		}
 	}
 	return "", 0, false

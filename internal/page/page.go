@@ -7,9 +7,10 @@
 package page
 
 import (
-	"crypto/sha256"
-	"encoding/base64"
+	"bytes"
+	"cmp"
 	"io"
+	"strconv"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
@@ -68,20 +69,113 @@ const (
 
 // Render writes the page.
 func Render(w io.Writer, c Content) error {
-	_, err := io.WriteString(w, "<!DOCTYPE html>\n<html lang=\"en\"><title>"+
-		"service-proxy-agent</title><body></body></html>\n")
+	title := headline(c).text + " · " + c.Host + " · service-proxy-agent"
+	head := []any{}
+	if c.Live && !c.Paused {
+		head = append(head, el("meta", attr{"http-equiv", "refresh"},
+			attr{"content", strconv.Itoa(int(Refresh.Seconds()))}))
+	}
+	return write(w, c.Live, title, head,
+		top(c.Host, c.Time, c.controls()),
+		el("main", id("main"), verdict(c), contents(c), findings(c), services(c), charts(c),
+			history(c), rules(c), envoy(c), channels(c), checks(c)),
+		bottom(c))
+}
+
+// write writes a document.
+func write(w io.Writer, live bool, title string, head []any, body ...any) error {
+	var b bytes.Buffer
+	b.WriteString("<!DOCTYPE html>\n")
+	el("html", attr{"lang", "en"},
+		el("head",
+			el("meta", attr{"charset", "utf-8"}),
+			el("meta", attr{"http-equiv", "Content-Security-Policy"}, attr{"content", Policy(live)}),
+			el("meta", attr{"name", "viewport"}, attr{"content", "width=device-width, initial-scale=1"}),
+			el("meta", attr{"name", "color-scheme"}, attr{"content", "light dark"}),
+			el("meta", attr{"name", "referrer"}, attr{"content", "no-referrer"}),
+			el("meta", attr{"name", "robots"}, attr{"content", "noindex"}),
+			several(head),
+			el("title", title),
+			el("style")),
+		el("body", el("a", class("skip"), href("#main"), "Skip to the content"), symbols(),
+			several(body))).write(&b)
+	b.WriteByte('\n')
+	_, err := w.Write(b.Bytes())
 	return err
 }
 
-// RenderQuestion writes the page with the form.
-func RenderQuestion(w io.Writer, q Question) error { return Render(w, Content{Live: true}) }
-
-// style is the text between <style> and </style>, word for word.
-const style = ""
-
-// StyleHash is the name of the page's style in a Content-Security-Policy that lets in this one and
-// no other. So there is one <style>, and no style attribute.
-func StyleHash() string {
-	sum := sha256.Sum256([]byte(style))
-	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
+// top is the line above everything.
+func top(host string, now time.Time, controls any) element {
+	return el("header", class("top"),
+		el("p", class("brand"), icon("mark", ""), el("strong", "service-proxy-agent"),
+			el("span", class("host"), host)),
+		el("p", class("when"), controls, el("time", attr{"datetime", now.UTC().Format(time.RFC3339)},
+			now.UTC().Format("2 Jan 2006, 15:04:05 UTC"))))
 }
+
+// controls are the links of a live page.
+func (c Content) controls() any {
+	if !c.Live {
+		return nil
+	}
+	explain := el("a", class("button"), href(ExplainPath), "Explain a connection")
+	if c.Paused {
+		return several{explain, el("a", class("button"), href(OverviewPath), "Refresh again"),
+			el("span", class("note"), "not refreshed, as of ")}
+	}
+	return several{explain, el("a", class("button"), href(OverviewPath+"?"+PausedQuery+"=1"), "Pause"),
+		el("span", class("note"), "every "+span(Refresh)+", as of ")}
+}
+
+// bottom says what made the page.
+func bottom(c Content) element {
+	agent := "not known: it does not answer"
+	if c.Status != nil {
+		agent = c.Status.Version + ", started " + c.Status.Started.UTC().Format(time.RFC3339)
+	}
+	program := c.Report.Version
+	if c.Commit != "" {
+		program += " (" + c.Commit + ")"
+	}
+	return el("footer", facts(
+		fact{"This page", several{"made at ", at(time.Time{}, c.Time), " UTC by service-proxy-agent " + program}},
+		fact{"Agent", agent}, fact{"Envoy", orUnknown(c.status().Envoy.Version)},
+		fact{"Times", "are UTC"}),
+		el("p", class("note"), "It changes nothing and asks for nothing: it has no script, and its own "+
+			"security policy forbids every request."))
+}
+
+// status is what the daemon tells, or what of that was seen without it.
+func (c Content) status() status.Status {
+	if c.Status != nil {
+		return *c.Status
+	}
+	return c.Seen
+}
+
+// section is a part of the page with its heading. Its id is the target of the contents.
+func section(name, title fixed, inside ...any) element {
+	return el("section", id(string(name)), attr{"aria-labelledby", string(name) + "-title"},
+		el("h2", id(string(name)+"-title"), string(title)), several(inside))
+}
+
+// fact is a name and what is known.
+type fact struct {
+	name  string
+	value any
+}
+
+// facts are a list of them; those without a value are left out.
+func facts(all ...fact) element {
+	list := el("dl", class("facts"))
+	for _, f := range all {
+		if f.value != nil && f.value != "" {
+			list.add([]any{el("div", el("dt", f.name), el("dd", f.value))})
+		}
+	}
+	return list
+}
+
+func orUnknown(s string) string { return cmp.Or(s, "not known") }
+
+func note(inside ...any) element { return el("p", class("note"), several(inside)) }

@@ -1,0 +1,98 @@
+package page
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// maxAlike is how many findings of one kind are shown in one place.
+const maxAlike = 20
+
+// findings are what was found, worst first, each with what it explains inside.
+func findings(c Content) element {
+	s := section("findings", "Findings")
+	t := telling{c: c}
+	if all := t.all(c.Report.Tree(), 3); len(all) > 0 {
+		s.add(all)
+		return s
+	}
+	text := "Nothing was found."
+	if h := headline(c); h.level == unknown {
+		text = "Nothing was found by the checks that could look."
+	}
+	s.add([]any{el("p", class("nothing"), text)})
+	return s
+}
+
+// telling numbers the findings, so that each can be led to.
+type telling struct {
+	c Content
+	n int
+}
+
+func (t *telling) all(nodes []*symptom.Tree, depth int) (out []any) {
+	count := map[symptom.ID]int{}
+	var kinds []symptom.ID
+	for _, n := range nodes {
+		if count[n.ID]++; count[n.ID] == 1 {
+			kinds = append(kinds, n.ID)
+		}
+		if count[n.ID] <= maxAlike || len(n.Explains) > 0 {
+			out = append(out, t.one(n, depth))
+		} else {
+			count[n.ID+"/left"]++
+		}
+	}
+	for _, kind := range kinds {
+		if left := count[kind+"/left"]; left > 0 {
+			out = append(out, note(fmt.Sprintf("and %s more of %s: ", number(left), kind),
+				el("code", "service-proxy-agent doctor -o json"), " has more of them"))
+		}
+	}
+	return out
+}
+
+var headings = []fixed{"h3", "h4", "h5", "h6"}
+
+func (t *telling) one(n *symptom.Tree, depth int) element {
+	t.n++
+	l := levelOf(n.Severity)
+	heading := headings[min(depth-3, len(headings)-1)]
+	key := []any{}
+	if n.Key != "" {
+		key = append(key, el("span", class("key"), n.Key))
+	}
+	a := el("article", class("finding "+l), id(fmt.Sprintf("finding-%d", t.n)),
+		el("header", icon(l, ""), el(heading, titleOf(t.c.Report, n.ID)),
+			el("p", class("labels"), el("span", class("label "+l), n.Severity.String()),
+				el("code", string(n.ID)), several(key))),
+		el("p", n.Cause))
+	if n.Next != "" {
+		a.add([]any{el("p", class("next"), el("strong", "Next"), " ", n.Next)})
+	}
+	if len(n.Commands) > 0 {
+		a.add([]any{el("pre", class("commands"), attr{"tabindex", "0"}, attr{"aria-label", "Commands to run"},
+			attr{"role", "group"}, el("code", lines(strings.Join(n.Commands, "\n"))))})
+	}
+	if !n.Since.IsZero() {
+		a.add([]any{note("since ", ago(t.c.Time, n.Since))})
+	}
+	if len(n.Evidence) > 0 {
+		list := el("ul")
+		for _, e := range n.Evidence {
+			when := any(nil)
+			if !e.Time.IsZero() {
+				when = several{" at ", at(t.c.Time, e.Time)}
+			}
+			list.add([]any{el("li", el("span", class("source"), string(e.Source)), when, ": ",
+				el("q", e.Text))})
+		}
+		a.add([]any{el("details", el("summary", "Seen by "+numberOf(len(n.Evidence), "source")), list)})
+	}
+	if len(n.Explains) > 0 {
+		a.add([]any{el("div", class("explains"), note("explains"), several(t.all(n.Explains, depth+1)))})
+	}
+	return a
+}

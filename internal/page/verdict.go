@@ -1,0 +1,175 @@
+package page
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+)
+
+// heading is how the VM stands, in a line.
+type heading struct {
+	level fixed
+	text  string
+}
+
+// headline is the verdict.
+func headline(c Content) heading {
+	count := map[symptom.Severity]int{}
+	looked, blind := false, 0
+	for _, check := range c.Report.Checks {
+		switch check.State {
+		case symptom.OK:
+			looked = true
+		case symptom.Unknown:
+			blind++
+		case symptom.Found:
+			for _, f := range check.Findings {
+				count[f.Severity]++
+			}
+			count[check.Severity] += check.More
+		}
+	}
+	switch errors, warnings := count[symptom.Error], count[symptom.Warning]; {
+	case errors > 0:
+		title := worst(c.Report)
+		if errors > 1 {
+			return heading{bad, fmt.Sprintf("Not healthy: %s, and %s more", title,
+				numberOf(errors-1, "error"))}
+		}
+		return heading{bad, "Not healthy: " + title}
+	case !looked:
+		return heading{unknown, "Not known: nothing could be looked at"}
+	case warnings > 0:
+		return heading{warn, "Working, with " + numberOf(warnings, "warning")}
+	case blind > 0:
+		return heading{unknown, "Nothing found, but " + numberOf(blind, "check") + " could not look"}
+	}
+	return heading{good, "Healthy"}
+}
+
+// worst is the title of the first finding that stands by itself.
+func worst(r doctor.Report) string {
+	for _, n := range r.Tree() {
+		return titleOf(r, n.ID)
+	}
+	return ""
+}
+
+// titleOf is what a kind of finding is called.
+func titleOf(r doctor.Report, id symptom.ID) string {
+	for _, check := range r.Checks {
+		if check.ID == id {
+			return check.Title
+		}
+	}
+	return string(id)
+}
+
+// verdict is the first thing to see: how it stands, what that means for connections, and the
+// figures that say the most.
+func verdict(c Content) element {
+	h := headline(c)
+	return el("section", class("verdict "+h.level), attr{"aria-labelledby", "verdict"},
+		el("div", class("headline"), icon(h.level, ""),
+			el("div", el("h1", id("verdict"), h.text), el("p", class("lede"), meaning(c)))),
+		tiles(c))
+}
+
+// meaning is what becomes of connections now.
+func meaning(c Content) string {
+	s := c.Status
+	if s == nil {
+		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". What is here was seen without it."
+	}
+	state := map[string]string{
+		"ready":     "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy.",
+		"hold":      "Nothing is intercepted yet: connections go their own way.",
+		"bypass":    "Envoy is down and bypassed: connections go their own way.",
+		"paused":    "Paused by cleanup: the rules are gone, and the agent writes none until it is restarted.",
+		"not-ready": "The mesh is not ready.",
+	}[s.State()]
+	if s.Ready && len(s.Services) == 0 {
+		state = "There is nothing to intercept."
+	}
+	if s.NotReady != "" && !s.Paused {
+		state += " Not ready: " + s.NotReady + "."
+	}
+	return state
+}
+
+// tiles are the figures.
+func tiles(c Content) element {
+	s, now := c.status(), c.Time
+	tile := func(name string, value, below any) element {
+		return el("div", class("tile"), el("dt", name),
+			el("dd", el("span", class("value"), value), el("span", class("below"), below)))
+	}
+	list := el("dl", class("tiles"))
+	add := func(e element) { list.add([]any{e}) }
+	if c.Status != nil {
+		since := ""
+		if !s.Since.IsZero() {
+			since = "for " + span(now.Sub(s.Since))
+		}
+		add(tile("State", s.State(), since))
+	}
+	if c.Status != nil || len(s.Services) > 0 {
+		below := "intercepted"
+		if c.Status == nil {
+			below = "wanted"
+		}
+		add(tile("Services", number(len(s.Services)), below))
+	}
+	if total, ok := connections(c); ok {
+		add(tile("Connections", number(total), "led to Envoy"))
+	}
+	state := orUnknown(s.Envoy.State)
+	if s.Envoy.State == "" && !s.Envoy.Down.IsZero() {
+		state = "no answer"
+	}
+	add(tile("Envoy", state, s.Envoy.Number))
+	rules, asWanted := 0, true
+	for _, f := range s.Families {
+		rules, asWanted = rules+f.Rules, asWanted && (f.Equal || !f.Usable)
+	}
+	add(tile("Rules", number(rules), map[bool]string{true: "as wanted", false: "not all as wanted"}[asWanted]))
+	if slowest, measured := slowestChange(s.Samples); measured {
+		add(tile("Slowest change", seconds(slowest), "in "+window(s.Samples)))
+	}
+	if s.Cost != (status.Cost{}) {
+		add(tile("Cost", bytesOf(s.Cost.Resident), percent(s.Cost.EnvoyShare)+" of Envoy's main thread"))
+	}
+	if c.Status != nil {
+		add(tile("Last pass", span(now.Sub(s.Heartbeat)), "ago"))
+	}
+	return list
+}
+
+func slowestChange(samples []status.Sample) (slowest float64, measured bool) {
+	for _, s := range samples {
+		slowest = max(slowest, s.SlowestChange)
+	}
+	return slowest, slowest > 0
+}
+
+// window is how much time the samples are of.
+func window(samples []status.Sample) string {
+	if len(samples) == 0 {
+		return "no time"
+	}
+	return span(samples[len(samples)-1].Time.Sub(samples[0].Time) + time.Minute)
+}
+
+// contents lead to the parts of the page.
+func contents(c Content) element {
+	list := el("ul")
+	for _, part := range [][2]string{{"findings", "Findings"}, {"services", "Services"},
+		{"charts", "Last minutes"}, {"history", "History"}, {"rules", "Rules"},
+		{"envoy", "Envoy"}, {"channels", "Channels"}, {"checks", "Checks"}} {
+		list.add([]any{el("li", el("a", href("#"+part[0]), part[1]))})
+	}
+	return el("nav", class("contents"), attr{"aria-label", "Parts of this page"}, list)
+}
