@@ -11,12 +11,11 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
-// A chart is drawn in these units, which are CSS pixels where it is as wide as intended.
+// A chart is drawn in these units and stretched to the width that there is. What must not be
+// stretched, labels and dots, is text beside it and strokes that do not scale.
 const (
-	chartWidth, chartHeight = 380.0, 150.0
-	plotLeft, plotRight     = 52.0, 372.0
-	plotTop, plotBottom     = 12.0, 122.0
-	maxColumns              = 120
+	plotWidth, plotHeight = 600.0, 120.0
+	maxColumns            = 120
 )
 
 // timeline are the samples in columns of equal time, so that minutes in which no agent ran are
@@ -49,9 +48,9 @@ func timelineOf(samples []status.Sample) timeline {
 func (t timeline) to() time.Time { return t.from.Add(time.Duration(len(t.columns)) * t.step) }
 
 // width is that of a column.
-func (t timeline) width() float64 { return (plotRight - plotLeft) / float64(len(t.columns)) }
+func (t timeline) width() float64 { return plotWidth / float64(len(t.columns)) }
 
-func (t timeline) left(column int) float64 { return plotLeft + float64(column)*t.width() }
+func (t timeline) left(column int) float64 { return float64(column) * t.width() }
 
 // measure is what a chart is of. A column's value is the greatest or the sum of its samples'.
 type measure struct {
@@ -153,17 +152,21 @@ func (m measure) chart(t timeline) element {
 	top := nice(f.most)
 	if m.sum {
 		top = max(top, 1)
+		if half := top / 2; top > 1 && half != math.Floor(half) {
+			top++ // whole numbers beside each line
+		}
 	}
-	svg := el("svg", class("chart"), attr{"role", "img"}, attr{"viewBox", "0 0 380 150"},
-		attr{"aria-labelledby", string(m.name) + "-text"},
+	svg := el("svg", class("chart"), attr{"role", "img"}, attr{"viewBox", "0 0 600 120"},
+		attr{"preserveAspectRatio", "none"}, attr{"aria-labelledby", string(m.name) + "-text"},
 		el("title", id(string(m.name)+"-text"), m.description(t, f, measured, every)),
-		m.axes(t, top))
+		el("path", class("grid"), attr{"d", "M0 0H600M0 60H600M0 120H600"}))
 	if m.sum {
 		svg.add([]any{m.bars(t, values, top)})
 	} else {
 		svg.add([]any{m.line(t, values, top)})
 	}
-	return el("figure", class("card"), el("figcaption", el("h3", m.title), el("p", words)), svg)
+	return el("figure", class("card"), el("figcaption", el("h3", m.title), el("p", words)),
+		el("div", class("plot"), m.scale(top), svg, clocks(t)))
 }
 
 // description is the chart for who does not see it.
@@ -186,50 +189,35 @@ func (m measure) description(t timeline, f figures, measured int, every string) 
 
 func clock(t time.Time) string { return t.UTC().Format("15:04") }
 
-func (m measure) axes(t timeline, top float64) element {
-	g := el("g", class("axes"))
-	for _, share := range []float64{0, 0.5, 1} {
-		y := height(share)
-		g.add([]any{el("path", class("grid"), attr{"d", fmt.Sprintf("M%s %sH%s", coordinate(plotLeft),
-			coordinate(y), coordinate(plotRight))})})
-		if m.sum && top < 2 && share == 0.5 {
-			continue // half a change is none
-		}
-		g.add([]any{label(plotLeft-6, y+4, "end", m.say(top*share))})
+// scale is what stands beside the lines of a chart.
+func (m measure) scale(top float64) element {
+	middle := m.say(top / 2)
+	if m.sum && top < 2 {
+		middle = " " // half a change is none
 	}
-	last := len(t.columns)
-	for _, column := range []int{0, last / 2, last} {
-		x, anchor := plotLeft+float64(column)*t.width(), "middle"
-		switch {
-		case column == 0:
-			anchor = "start"
-		case column == last:
-			anchor = "end"
-		case last < 4:
-			continue
-		}
-		g.add([]any{label(x, plotBottom+18, anchor, clock(t.from.Add(time.Duration(column)*t.step)))})
-	}
-	return g
+	return el("div", class("scale"), attr{"aria-hidden", "true"}, el("span", m.say(top)),
+		el("span", middle), el("span", "0"))
 }
 
-func label(x, y float64, anchor, text string) element {
-	return el("text", attr{"x", coordinate(x)}, attr{"y", coordinate(y)}, attr{"text-anchor", anchor}, text)
+// clocks are the times below a chart.
+func clocks(t timeline) element {
+	return el("div", class("clocks"), attr{"aria-hidden", "true"}, el("span", clock(t.from)),
+		el("span", clock(t.from.Add(t.to().Sub(t.from)/2))), el("span", clock(t.to())))
 }
 
 // height is how high a share of the axis stands.
-func height(share float64) float64 { return plotBottom - share*(plotBottom-plotTop) }
+func height(share float64) float64 { return plotHeight * (1 - share) }
 
 func (m measure) bars(t timeline, values []float64, top float64) element {
 	g := el("g", class("bars"))
-	gap := min(1, t.width()/4)
+	gap := t.width() / 4
 	for i, v := range values {
 		if math.IsNaN(v) || v == 0 {
 			continue
 		}
 		y := height(v / top)
 		g.add([]any{el("rect", attr{"x", coordinate(t.left(i) + gap/2)}, attr{"y", coordinate(y)},
-			attr{"width", coordinate(min(t.width()-gap, 24))}, attr{"height", coordinate(plotBottom - y)},
+			attr{"width", coordinate(t.width() - gap)}, attr{"height", coordinate(plotHeight - y)},
 			m.tip(t, i, v))})
 	}
 	return g
@@ -241,7 +229,7 @@ func (m measure) tip(t timeline, column int, v float64) element {
 	return el("title", clock(from)+" to "+clock(from.Add(t.step))+": "+m.say(v))
 }
 
-func (m measure) line(t timeline, values []float64, top float64) element {
+func (m measure) line(t timeline, values []float64, top float64) any {
 	var path strings.Builder
 	dots := el("g", class("dots"))
 	joined := false
@@ -253,13 +241,13 @@ func (m measure) line(t timeline, values []float64, top float64) element {
 		x, y := coordinate(t.left(i)+t.width()/2), coordinate(height(v/top))
 		fmt.Fprintf(&path, "%s%s %s", map[bool]string{true: "L", false: "M"}[joined], x, y)
 		joined = true
-		dots.add([]any{el("circle", attr{"cx", x}, attr{"cy", y}, attr{"r", "2"}, m.tip(t, i, v))})
+		// A stroke without a length is as round as its caps.
+		dots.add([]any{el("path", attr{"d", "M" + x + " " + y + "h0"}, m.tip(t, i, v))})
 	}
-	g := el("g", class("line"))
-	if path.Len() > 0 {
-		g.add([]any{el("path", attr{"d", path.String()}), dots})
+	if path.Len() == 0 {
+		return nil
 	}
-	return g
+	return several{el("path", class("trend"), attr{"d", path.String()}), dots}
 }
 
 // coordinate is a number in as few characters as a pixel's tenth needs.

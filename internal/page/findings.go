@@ -65,7 +65,7 @@ func (t *telling) one(n *symptom.Tree, depth int) element {
 		key = append(key, el("span", class("key"), n.Key))
 	}
 	a := el("article", class("finding "+l), id(fmt.Sprintf("finding-%d", t.n)),
-		el("header", icon(l, ""), el(heading, titleOf(t.c.Report, n.ID)),
+		el("header", el(heading, icon(l, ""), el("span", titleOf(t.c.Report, n.ID))),
 			el("p", class("labels"), el("span", class("label "+l), n.Severity.String()),
 				el("code", string(n.ID)), several(key))),
 		el("p", n.Cause))

@@ -6,8 +6,11 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
-// maxHistory is how many transitions are shown.
-const maxHistory = 50
+// How many transitions are shown.
+const (
+	maxHistory = 50
+	atOnce     = 12 // the others open
+)
 
 // history are the last transitions, newest first, by day.
 func history(c Content) element {
@@ -23,20 +26,30 @@ func history(c Content) element {
 	all := c.Status.History
 	last := slices.Clone(all[max(0, len(all)-maxHistory):])
 	slices.Reverse(last)
-	for day := range chunksBy(last, func(t status.Transition) string {
-		return t.Time.UTC().Format("Monday, 2 January 2006")
-	}) {
-		list := el("ol", class("history"))
-		for _, t := range day.of {
-			list.add([]any{transition(t)})
-		}
-		s.add([]any{el("h3", day.name), list})
+	s.add(days(last[:min(len(last), atOnce)]))
+	if earlier := last[min(len(last), atOnce):]; len(earlier) > 0 {
+		s.add([]any{el("details", class("earlier"),
+			el("summary", number(len(earlier))+" before that"), several(days(earlier)))})
 	}
 	if left := len(all) - len(last); left > 0 {
 		s.add([]any{note(numberOf(left, "earlier one")+": ",
 			el("code", "service-proxy-agent status -o json"), " has more")})
 	}
 	return s
+}
+
+// days are transitions by the day on which they were.
+func days(all []status.Transition) (out []any) {
+	for day := range chunksBy(all, func(t status.Transition) string {
+		return t.Time.UTC().Format("Monday, 2 January 2006")
+	}) {
+		list := el("ol", class("history"))
+		for _, t := range day.of {
+			list.add([]any{transition(t)})
+		}
+		out = append(out, el("h3", day.name), list)
+	}
+	return out
 }
 
 func transition(t status.Transition) element {

@@ -72,7 +72,7 @@ const (
 )
 
 // void elements have nothing inside and no end.
-var void = map[fixed]bool{"meta": true, "input": true, "br": true, "hr": true}
+var void = map[fixed]bool{"meta": true, "input": true, "wbr": true}
 
 // apart are elements that begin on a line of their own in the source: so that it can be read, and
 // two pages be compared.
@@ -119,7 +119,7 @@ func (e element) write(b *bytes.Buffer) {
 func printable(s string) string {
 	out := symptom.Printable(s, maxText)
 	if out == "" {
-		return ""
+		return " "[:min(len(s), 1)] // nothing but spaces
 	}
 	if s[0] == ' ' {
 		out = " " + out

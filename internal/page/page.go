@@ -77,8 +77,8 @@ func Render(w io.Writer, c Content) error {
 	}
 	return write(w, c.Live, title, head,
 		top(c.Host, c.Time, c.controls()),
-		el("main", id("main"), verdict(c), contents(c), findings(c), services(c), charts(c),
-			history(c), rules(c), envoy(c), channels(c), checks(c)),
+		el("main", id("main"), verdict(c), contents(), findings(c), charts(c), history(c),
+			services(c), rules(c), envoy(c), channels(c), checks(c)),
 		bottom(c))
 }
 
@@ -131,7 +131,8 @@ func (c Content) controls() any {
 func bottom(c Content) element {
 	agent := "not known: it does not answer"
 	if c.Status != nil {
-		agent = c.Status.Version + ", started " + c.Status.Started.UTC().Format(time.RFC3339)
+		agent = c.Status.Version + ", started " + c.Status.Started.UTC().Format(time.RFC3339) +
+			", last pass " + span(c.Time.Sub(c.Status.Heartbeat)) + " before this page"
 	}
 	program := c.Report.Version
 	if c.Commit != "" {

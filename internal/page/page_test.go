@@ -207,27 +207,56 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// TestWritePages writes the pages to a folder that the screenshots are made of.
-func TestWritePages(t *testing.T) {
-	dir := os.Getenv("PAGES")
-	if dir == "" {
-		return
-	}
-	all := goldens()
-	all["many"] = many(10_000)
-	for name, c := range all {
-		if err := os.WriteFile(filepath.Join(dir, name+".html"), []byte(rendered(t, c)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var b bytes.Buffer
-	must(t, RenderQuestion(&b, Question{Time: noon, Host: "vm-frontend-7", To: "10.32.0.12:80", UID: "www-data", Answer: "10.32.0.12:80 is intercepted\n\n  kernel\n    OUTPUT 1  -p tcp -j SERVICE_PROXY_OUTPUT   jumps   12 packets\n"}))
-	must(t, os.WriteFile(filepath.Join(dir, "explain.html"), b.Bytes(), 0o644))
-}
-
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// pages are all kinds of pages, by name.
+func pages(t testing.TB) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	for name, c := range goldens() {
+		all[name] = rendered(t, c)
+	}
+	all["many"] = rendered(t, many(10_000))
+	for name, q := range map[string]Question{
+		"explain-empty": {},
+		"explain": {To: "10.32.0.12:80", UID: "www-data",
+			Answer: "10.32.0.12:80 is intercepted\n\n  kernel\n    OUTPUT 1  -p tcp -j SERVICE_PROXY_OUTPUT  12 packets\n"},
+	} {
+		q.Time, q.Host = noon, "vm-frontend-7"
+		var b bytes.Buffer
+		must(t, RenderQuestion(&b, q))
+		all[name] = b.String()
+	}
+	return all
+}
+
+// hostile has a word wherever somebody else's may stand.
+func hostile(word string) Content {
+	c := envoyDown()
+	s := *c.Status
+	s.Version, s.Mode, s.NotReady, s.Backend, s.LastDriftBy = word, word, word, word, word
+	s.Bootstrap = status.Bootstrap{Status: word, Failure: word}
+	s.Envoy = status.Envoy{Admin: word, State: word, Version: word, Number: word, Node: word, Rejected: 2}
+	s.Families = []status.Family{{Family: word, Error: word, Usable: true, Shape: &status.Shape{Held: word},
+		Left: []status.Left{{Rule: word, Why: word}}}}
+	s.Services = nil
+	for i := range 60 {
+		s.Services = append(s.Services, status.Service{Name: word + fmt.Sprint(i), Addresses: []string{word, word}})
+	}
+	s.Channels = []status.Channel{{Name: word, Enabled: true, Error: word, Budget: status.Budget{Unit: word, Most: 1}}}
+	s.History = []status.Transition{{Time: noon, Severity: word, Text: word, By: word, Key: word, ID: symptom.ID(word)}}
+	s.Samples[3].State = word
+	c.Status = &s
+	c.Host, c.Commit, c.NoStatus, c.NoCounts, c.Live = word, word, word, word, true
+	c.Counts = map[string]Count{word: {Connections: 1, Row: word}}
+	evil := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error, Key: word, Cause: word, Next: word,
+		Commands: []string{word}, Evidence: []symptom.Evidence{{Source: symptom.Source(word), Text: word}}}
+	c.Report = report([]symptom.Finding{evil}, map[symptom.Source]string{symptom.FromKernel: word})
+	c.Report.Checks[0].Title = word
+	return c
 }

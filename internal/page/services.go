@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strings"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -13,7 +14,7 @@ import (
 
 const (
 	plainServices = 40     // so many are one table
-	groupServices = 100    // else a table of so many each, which opens when the browser's find hits it
+	groupServices = 200    // else a table of so many each, which opens when the browser's find hits it
 	maxServices   = 10_000 // more are counted
 	maxAddresses  = 8      // of one service
 	maxBusiest    = 10
@@ -122,7 +123,7 @@ func (t serviceTables) table(caption string, all []status.Service) element {
 	}
 	body := el("tbody")
 	for _, s := range all {
-		row := el("tr", el("th", attr{"scope", "row"}, cut(s.Name)), el("td", t.addresses(s)))
+		row := el("tr", el("th", attr{"scope", "row"}, foldable(cut(s.Name))), el("td", t.addresses(s)))
 		if t.c.Counts != nil {
 			n, shared, ok := t.count(s)
 			cell := el("td", class("n"))
@@ -183,6 +184,17 @@ func connections(c Content) (total uint64, ok bool) {
 		}
 	}
 	return total, len(rows) > 0
+}
+
+// foldable is a name that a narrow column may break after its dots.
+func foldable(name string) (out several) {
+	for i, word := range strings.SplitAfter(name, ".") {
+		if i > 0 && word != "" {
+			out = append(out, el("wbr"))
+		}
+		out = append(out, word)
+	}
+	return out
 }
 
 // cut bounds a name: ten thousand of them have to fit.

@@ -26,18 +26,20 @@ func headline(c Content) heading {
 		case symptom.Unknown:
 			blind++
 		case symptom.Found:
-			for _, f := range check.Findings {
-				count[f.Severity]++
-			}
 			count[check.Severity] += check.More
 		}
 	}
+	// What another one explains goes with it.
+	roots := c.Report.Tree()
+	for _, n := range roots {
+		count[n.Worst()]++
+	}
 	switch errors, warnings := count[symptom.Error], count[symptom.Warning]; {
 	case errors > 0:
-		title := worst(c.Report)
+		title := titleOf(c.Report, roots[0].ID)
 		if errors > 1 {
-			return heading{bad, fmt.Sprintf("Not healthy: %s, and %s more", title,
-				numberOf(errors-1, "error"))}
+			return heading{bad, fmt.Sprintf("Not healthy: %s, and %s", title,
+				numberOf(errors-1, "other error"))}
 		}
 		return heading{bad, "Not healthy: " + title}
 	case !looked:
@@ -48,14 +50,6 @@ func headline(c Content) heading {
 		return heading{unknown, "Nothing found, but " + numberOf(blind, "check") + " could not look"}
 	}
 	return heading{good, "Healthy"}
-}
-
-// worst is the title of the first finding that stands by itself.
-func worst(r doctor.Report) string {
-	for _, n := range r.Tree() {
-		return titleOf(r, n.ID)
-	}
-	return ""
 }
 
 // titleOf is what a kind of finding is called.
@@ -124,7 +118,7 @@ func tiles(c Content) element {
 		add(tile("Services", number(len(s.Services)), below))
 	}
 	if total, ok := connections(c); ok {
-		add(tile("Connections", number(total), "led to Envoy"))
+		add(tile("Connections", short(total), "led to Envoy"))
 	}
 	state := orUnknown(s.Envoy.State)
 	if s.Envoy.State == "" && !s.Envoy.Down.IsZero() {
@@ -140,10 +134,8 @@ func tiles(c Content) element {
 		add(tile("Slowest change", seconds(slowest), "in "+window(s.Samples)))
 	}
 	if s.Cost != (status.Cost{}) {
-		add(tile("Cost", bytesOf(s.Cost.Resident), percent(s.Cost.EnvoyShare)+" of Envoy's main thread"))
-	}
-	if c.Status != nil {
-		add(tile("Last pass", span(now.Sub(s.Heartbeat)), "ago"))
+		add(tile("Costs Envoy", percent(s.Cost.EnvoyShare), "of its main thread"))
+		add(tile("Memory", bytesOf(s.Cost.Resident), "of the agent"))
 	}
 	return list
 }
@@ -164,11 +156,11 @@ func window(samples []status.Sample) string {
 }
 
 // contents lead to the parts of the page.
-func contents(c Content) element {
+func contents() element {
 	list := el("ul")
-	for _, part := range [][2]string{{"findings", "Findings"}, {"services", "Services"},
-		{"charts", "Last minutes"}, {"history", "History"}, {"rules", "Rules"},
-		{"envoy", "Envoy"}, {"channels", "Channels"}, {"checks", "Checks"}} {
+	for _, part := range [][2]string{{"findings", "Findings"}, {"charts", "Last minutes"},
+		{"history", "History"}, {"services", "Services"}, {"rules", "Rules"},
+		{"envoy", "Envoy and control plane"}, {"channels", "Channels"}, {"checks", "Checks"}} {
 		list.add([]any{el("li", el("a", href("#"+part[0]), part[1]))})
 	}
 	return el("nav", class("contents"), attr{"aria-label", "Parts of this page"}, list)

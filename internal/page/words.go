@@ -22,7 +22,21 @@ func numberOf(n int, what string) string {
 	if n == 1 {
 		return "1 " + what
 	}
+	if strings.HasSuffix(what, "x") {
+		what += "e"
+	}
 	return number(n) + " " + what + "s"
+}
+
+// short is a number in few digits: "1.22 M".
+func short(n uint64) string {
+	switch {
+	case n < 1e6:
+		return number(n)
+	case n < 1e9:
+		return threeDigits(float64(n)/1e6) + " M"
+	}
+	return threeDigits(float64(n)/1e9) + " G"
 }
 
 // seconds is a time in three digits at most: "31 ms", "1.5 s".
