@@ -59,6 +59,9 @@ func TestCountersOfTheKernel(t *testing.T) {
 		if again, err := all.Of(steps); err != nil || !slices.Equal(again, counters) {
 			t.Errorf("by a save %+v, %v; by the chains %+v", again, err, counters)
 		}
+		if _, n, ok := serviceCounts(t, k, f).Of(prefix); !ok || n != 3 {
+			t.Errorf("the service has %d connections, %v", n, ok)
+		}
 		p.UID = proxyUID
 		steps, _ = have.Trace(p)
 		if counters, err = k.Counters(t.Context(), f, steps); err != nil {
@@ -73,6 +76,25 @@ func TestCountersOfTheKernel(t *testing.T) {
 		if !slices.ContainsFunc(steps, func(s Step) bool { return strings.Contains(s.Rule, "quoted") }) {
 			t.Errorf("the rule with a comment is not on the way: %+v", steps)
 		}
+
+		// Past 256 services the row is in a bucket, where it counts anew.
+		few := i.Services
+		for n := range 300 {
+			next := w.addresses[0].AsSlice()
+			next[len(next)-2], next[len(next)-1] = byte(100+n>>7), byte(2*n)
+			other, _ := netip.AddrFromSlice(next)
+			i.Services = append(i.Services, netip.PrefixFrom(other, bits))
+		}
+		apply(t, k, i.Ruleset())
+		p.UID = 1000
+		if action, _ := catch.send(p); action != Redirect {
+			t.Fatalf("past 256 services the kernel did %v", action)
+		}
+		if _, n, ok := serviceCounts(t, k, f).Of(prefix); !ok || n != 1 {
+			t.Errorf("past 256 services it has %d connections, %v", n, ok)
+		}
+		i.Services = few
+		apply(t, k, i.Ruleset())
 
 		// Somebody changes a chain in between.
 		sh(t, k.tools[f].list, "-w", "-t", "nat", "-I", chainServiceCIDRs, "-p", "tcp", "-j", "RETURN")
@@ -92,6 +114,15 @@ func TestCountersOfTheKernel(t *testing.T) {
 			t.Errorf("a chain that was changed: %+v, %v", counters, err)
 		}
 	})
+}
+
+func serviceCounts(t *testing.T, k *Kernel, f Family) Counts {
+	t.Helper()
+	counts, err := k.ServiceCounts(t.Context(), f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return counts
 }
 
 // TestCountersMakeNoTable: whoever only asks leaves no legacy table behind.
@@ -115,6 +146,10 @@ func TestCountersMakeNoTable(t *testing.T) {
 		}
 		if counters, _ := k.Counters(t.Context(), f, steps); counters[0].Known {
 			t.Errorf("%v: %+v", f, counters)
+		}
+		k.options.ReadOnly = true
+		if counts := serviceCounts(t, k, f); len(counts.Prefixes) > 0 {
+			t.Errorf("%v: %+v", f, counts)
 		}
 		if exists, err := hasLegacyTable(f, "nat", os.ReadFile); exists || err != nil {
 			t.Errorf("%v: there is a legacy table now (%v)", f, err)
