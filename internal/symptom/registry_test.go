@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 )
@@ -127,6 +128,30 @@ func TestExamineFound(t *testing.T) {
 			if want := len(Check(f)); n != want {
 				t.Errorf("%s: %d findings in the results, and Check has %d", e.when, n, want)
 			}
+		}
+	}
+}
+
+// TestExamineTold: what the daemon tells too is found once, and since when the daemon knows it.
+func TestExamineTold(t *testing.T) {
+	for _, e := range examples {
+		alone := Check(e.facts)
+		f := e.facts
+		f.Agent.Findings = nil
+		for _, found := range alone {
+			found.Since = time.Unix(1, 0).UTC()
+			f.Agent.Findings = append(f.Agent.Findings, found)
+		}
+		f.Unseen = map[Source]string{}
+		for _, source := range sources(t) {
+			f.Unseen[source] = "no root"
+		}
+		n := 0
+		for _, r := range Examine(f) {
+			n += len(r.Findings)
+		}
+		if n != len(alone) {
+			t.Errorf("%s: %d findings, and %d without the daemon", e.when, n, len(alone))
 		}
 	}
 }

@@ -266,6 +266,7 @@ func Check(f Facts) []Finding {
 			}
 		}
 	}
+	all = once(all, f.Agent.Findings)
 	explain(f, all)
 	sort.SliceStable(all, func(i, j int) bool { return rank(all[i]) > rank(all[j]) })
 	return all

@@ -17,6 +17,28 @@ func told(f Facts) (out []Finding) {
 	return out
 }
 
+// once leaves out what the daemon told of which the look found the same itself.
+func once(all, its []Finding) []Finding {
+	type same struct {
+		id  ID
+		key string
+	}
+	found := map[same]int{}
+	for _, f := range all {
+		found[same{f.ID, f.Key}]++
+	}
+	return slices.DeleteFunc(all, func(f Finding) bool {
+		this := same{f.ID, f.Key}
+		if found[this] < 2 || !slices.ContainsFunc(its, func(other Finding) bool {
+			return other.ID == f.ID && other.Key == f.Key && other.Cause == f.Cause
+		}) {
+			return false
+		}
+		found[this]--
+		return true
+	})
+}
+
 // leftToAgent says whether of this kind the daemon's word counts.
 func (f Facts) leftToAgent(id ID) bool {
 	switch id {
