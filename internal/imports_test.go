@@ -29,6 +29,11 @@ var may = map[string]string{
 		"internal/metadata internal/page internal/progress internal/reconcile " +
 		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
 		"internal/try iptables systemd",
+		"internal/bootstrap internal/cloudlog internal/conntrack internal/doctor " +
+		"internal/drain internal/envfile internal/explain internal/metadata internal/page " +
+		"internal/progress internal/reconcile internal/rulediff internal/server " +
+		"internal/pageserver internal/progress internal/reconcile internal/rulediff internal/server " +
+		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
@@ -53,6 +58,8 @@ var may = map[string]string{
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
 	// What `status --html` shows of what others found.
 	"internal/page": "internal/doctor internal/status internal/symptom iptables",
+	// That page, live.
+	"internal/pageserver": "internal/page internal/server internal/symptom",
 	// What `diff` says of rules.
 	"internal/rulediff": "internal/terminal iptables",
 	// What a look found, in JSON and back.

@@ -107,16 +107,18 @@ func rootCommand() *cobra.Command {
 		bundleCommand())
 	for _, c := range root.Commands() {
 		if c.Args == nil {
-			c.Args = func(cmd *cobra.Command, args []string) error {
-				if len(args) > 0 {
-					return usage(fmt.Errorf("%s takes no argument, got %q", cmd.CommandPath(), args[0]))
-				}
-				return nil
-			}
+			c.Args = noArguments
 		}
 		withEnvironment(c)
 	}
 	return root
+}
+
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usage(fmt.Errorf("%s takes no argument, got %q", cmd.CommandPath(), args[0]))
+	}
+	return nil
 }
 
 func usage(err error) error { return &exitError{code: exitUsage, err: err} }

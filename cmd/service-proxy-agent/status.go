@@ -48,8 +48,9 @@ func statusCommand() *cobra.Command {
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
-	settings := lookFlags(c) // of --html alone: the daemon knows where to look
+	settings := lookFlags(c) // of --html and --serve: the daemon knows where to look
 	htmlFlag(c, settings)
+	serveFlag(c, settings)
 	return c
 }
 
