@@ -31,7 +31,6 @@ var may = map[string]string{
 		"internal/try iptables systemd",
 		"internal/bootstrap internal/cloudlog internal/conntrack internal/doctor " +
 		"internal/drain internal/envfile internal/explain internal/metadata internal/page " +
-		"internal/progress internal/reconcile internal/rulediff internal/server " +
 		"internal/pageserver internal/progress internal/reconcile internal/rulediff internal/server " +
 		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
 

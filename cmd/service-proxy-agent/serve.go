@@ -106,7 +106,7 @@ func answerForm(ctx context.Context, s agent.Settings, form url.Values) string {
 		return wrong(err)
 	}
 	var text strings.Builder
-	if err = looked.Explain(ctx, q).WriteText(&text, terminal.Style{}, terminal.Width(&text)); err != nil {
+	if err = looked.Explain(ctx, q).WriteText(&text, terminal.Style(false), terminal.Width(&text)); err != nil {
 		return wrong(err)
 	}
 	return text.String()
