@@ -14,7 +14,7 @@ export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help build release tools demo check test lint vulns unit kernel lab box bench soak alerts package clean FORCE
+.PHONY: help build release generated tools demo check test lint vulns unit kernel lab box bench soak alerts package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(BUILD)/service-proxy-agent: FORCE
 release: ## both architectures, in build/
 	GOARCH=amd64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-amd64 $(PKG)
 	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
+
+generated: ## docs/man and deploy/completion, of what the commands say about themselves
+	go test ./cmd/service-proxy-agent -count=1 -run '^TestGenerated$$' -update
 
 tools: ## what tests and demo need beside Go: by apt (promtool too) and pip (Envoy), into build/
 	@test/tools.sh $(BUILD) promtool $(ENVOY_VERSION) $(ENVOY_OLD)

@@ -26,13 +26,9 @@ var may = map[string]string{
 	"cmd/service-proxy-agent": "agent envoyadmin internal/atomicfile internal/attribute " +
 		"internal/bootstrap internal/bundle internal/cloudlog internal/conntrack " +
 		"internal/doctor internal/drain internal/envfile internal/explain internal/gather " +
-		"internal/metadata internal/page internal/progress internal/reconcile " +
-		"internal/rulediff internal/server internal/status internal/symptom internal/terminal " +
-		"internal/try iptables systemd",
-		"internal/bootstrap internal/cloudlog internal/conntrack internal/doctor " +
-		"internal/drain internal/envfile internal/explain internal/metadata internal/page " +
-		"internal/pageserver internal/progress internal/reconcile internal/rulediff internal/server " +
-		"internal/status internal/symptom internal/terminal internal/try iptables systemd",
+		"internal/metadata internal/page internal/pageserver internal/progress " +
+		"internal/reconcile internal/rulediff internal/server internal/status internal/symptom " +
+		"internal/terminal internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# make lint: format, vet, golangci-lint (.golangci.yml says which linters and why), code that nobody
-# calls. Needs no root. The linters are pinned by test/tools/go.mod, a module of its own, and built
+# make lint: format, vet, golangci-lint (.golangci.yml says which linters and why), the manual, code
+# that nobody calls. Needs no root. The linters are pinned by test/tools/go.mod, a module of its own, and built
 # into build/tools: once, and when a pin moves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,6 +22,13 @@ bad=$(gofmt -l $(git ls-files '*.go'))
 go vet ./... && go vet -tags kernel,lab,box ./... || failed=1
 
 "$tools/golangci-lint" run ./... || failed=1
+
+if command -v mandoc >/dev/null; then
+  mandoc -T lint -W warning docs/man/*.8 || failed=1
+else
+  echo "lint: mandoc is missing, which reads docs/man: apt-get install mandoc, or make tools"
+  failed=1
+fi
 
 # What neither the programs nor a test call, and then what tests alone call: of that,
 # test/tools/deadcode.keep says why it stays.

@@ -14,9 +14,8 @@ import (
 func diffCommand() *cobra.Command {
 	var output, other string
 	c := &cobra.Command{
-		Use: "diff",
-		Short: "What the kernel should have against what it has; exit code 0 same, 1 differs, 2 could " +
-			"not look",
+		Use:   "diff",
+		Short: "Are the rules right: those that the kernel should have against those it has",
 		Long: "Compares the rules that Envoy's listeners and the attribute ask for with those in the " +
 			"kernel, in\niptables-save's form: - wanted and absent, + there and not wanted, ! another " +
 			"program's that matters,\nwhich is never touched and is no difference. It changes nothing, " +
@@ -31,9 +30,9 @@ func diffCommand() *cobra.Command {
 			"  service-proxy-agent diff --config new.json",
 	}
 	settings := lookFlags(c)
-	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	c.Flags().StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
 	config := c.Flags().Lookup("config")
-	config.Usage = "file with another gce-service-proxy attribute's JSON: say what it would change; " +
+	config.Usage = "`FILE` with another gce-service-proxy attribute's JSON: say what it would change; " +
 		"none: defaults"
 	// Cobra asks this before the environment is looked at, whose --config is the daemon's.
 	c.Args = func(cmd *cobra.Command, args []string) error {

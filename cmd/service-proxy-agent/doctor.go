@@ -15,9 +15,8 @@ func doctorCommand() *cobra.Command {
 	var output, failOn string
 	var ignore []string
 	c := &cobra.Command{
-		Use: "doctor",
-		Short: "Every check on this VM, with the fix; exit code 0 nothing found, 1 something, 2 could " +
-			"not look",
+		Use:   "doctor",
+		Short: "What is wrong: every check on this VM, with the fix",
 		Long: "Looks at Envoy, the kernel, the metadata server and files by itself, with and without a " +
 			"daemon, and\nchanges nothing. It ends within ten seconds. What it may not see, or what does " +
 			"not answer, is told\nas unknown.\n\n" +
@@ -32,10 +31,10 @@ func doctorCommand() *cobra.Command {
 	}
 	look := fromFlag(c, agent.Look)
 	f := c.Flags()
-	f.StringVarP(&output, "output", "o", "text", "text or json")
-	f.StringVar(&failOn, "fail-on", "error", "least severity to fail on: error, warning or advice")
+	f.StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
+	f.StringVar(&failOn, "fail-on", "error", "least `SEVERITY` to fail on: error, warning or advice")
 	f.StringSliceVar(&ignore, "ignore", nil,
-		"ids of checks whose findings do not count, with commas between; may be given several times")
+		"`IDS` of checks whose findings do not count, with commas between; may be given several times")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		if output != "text" && output != "json" {
 			return usage(fmt.Errorf("--output is %q; use text or json", output))

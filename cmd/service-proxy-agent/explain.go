@@ -17,9 +17,8 @@ func explainCommand() *cobra.Command {
 	var output, uid, gid string
 	var q explain.Question
 	c := &cobra.Command{
-		Use: "explain ADDRESS:PORT",
-		Short: "Would a connection be intercepted, by which rule, and what does Envoy do with it; " +
-			"exit code 0 intercepted, 1 not, 2 could not look",
+		Use:   "explain ADDRESS:PORT",
+		Short: "Where does a connection go: by which rule, and what does Envoy do with it",
 		Long: "Says of one connection whether it goes to Envoy, and what decides that: the way through " +
 			"the kernel's\nrules with their counters, Envoy's listener, filter chain, route, cluster and " +
 			"endpoints. It changes\nnothing, and needs no daemon. Only --try makes traffic: one real " +
@@ -33,6 +32,7 @@ func explainCommand() *cobra.Command {
 			"  service-proxy-agent explain 10.0.0.1:80 --from bundle.tgz\n" +
 			"  sudo service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +
 			"  sudo service-proxy-agent explain 10.128.0.5:8080 --inbound",
+		ValidArgsFunction: addresses,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usage(fmt.Errorf("%s takes one ADDRESS:PORT, got %q", cmd.CommandPath(), args))
@@ -42,13 +42,13 @@ func explainCommand() *cobra.Command {
 	}
 	look := fromFlag(c, agent.LookAtRules)
 	f := c.Flags()
-	f.StringVarP(&output, "output", "o", "text", "text or json")
+	f.StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
 	f.StringVar(&uid, "uid", "",
-		"who makes the connection, by name or number (default: an ordinary user)")
-	f.StringVar(&gid, "gid", "", "their group, by name or number (default: the user's)")
+		"`USER` who makes the connection, by name or number (default: an ordinary user)")
+	f.StringVar(&gid, "gid", "", "their `GROUP`, by name or number (default: the user's)")
 	f.BoolVar(&q.UDP, "udp", false, "a UDP packet, as a DNS question is")
 	f.BoolVar(&q.Inbound, "inbound", false, "the connection comes in from elsewhere")
-	f.StringVar(&q.In, "in-interface", "", "the interface it comes in by, e.g. docker0")
+	f.StringVar(&q.In, "in-interface", "", "the `INTERFACE` it comes in by, e.g. docker0")
 	f.BoolVar(&q.Try, "try", false,
 		"make one real connection as that user, which needs root, and compare what becomes of it")
 	c.RunE = func(cmd *cobra.Command, args []string) error {

@@ -29,19 +29,20 @@ func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
 	var interfaces, resolvers []string
 	f := c.Flags()
 	f.StringVar(&s.EnvoyAdmin, "envoy-admin", defaultAdmin,
-		"Envoy's admin interface: host:port or unix:///path")
-	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log", "Envoy's stderr")
-	f.StringVar(&s.ProxyUser, "proxy-user", "envoy", "user Envoy runs as, by name or uid")
+		"`ADDRESS` of Envoy's admin interface: host:port or unix:///path")
+	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log",
+		"`FILE` with Envoy's stderr")
+	f.StringVar(&s.ProxyUser, "proxy-user", "envoy", "`USER` Envoy runs as, by name or uid")
 	f.StringVar(&s.Config, "config", "",
-		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
+		"`FILE` with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
 			"none: defaults")
 	f.StringVar(&s.Listen, "listen", defaultListen,
-		"the daemon's --listen, whose port is never intercepted")
-	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen, the same")
+		"the daemon's --listen `ADDRESS`, whose port is never intercepted")
+	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen `ADDRESS`, the same")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
-		"the daemon's --intercept-interfaces")
+		"the `INTERFACES` of the daemon's --intercept-interfaces")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
-		"the daemon's --resolver-users")
+		"the `USERS` of the daemon's --resolver-users")
 	for _, name := range []string{"envoy-admin", "envoy-log", "proxy-user", "config", "listen",
 		"metrics-listen", "intercept-interfaces", "resolver-users"} {
 		_ = f.SetAnnotation(name, ofDaemon, nil) // it is there

@@ -68,11 +68,23 @@ func execute(ctx context.Context, args []string) int {
 
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use: "service-proxy-agent",
-		Short: "Make this VM a node of a service mesh: keep the interception rules equal to " +
-			"what Envoy needs",
-		SilenceErrors: true,
-		SilenceUsage:  true,
+		Use:   "service-proxy-agent",
+		Short: "Make this VM a node of a service mesh",
+		Long: "Makes this VM a node of a service mesh: it keeps the kernel's interception rules equal to " +
+			"what Envoy's live listeners need, watches Envoy's health, and tells the outside world how the " +
+			"VM is doing.\n\n" +
+			"The rules are iptables chains named SERVICE_PROXY_*, of table nat, for IPv4 and IPv6. Which " +
+			"traffic they are for, the VM's metadata attribute gce-service-proxy says. The daemon is " +
+			"`service-proxy-agent run`, and runs as the unit service-proxy-agent.service, which " +
+			"`service-proxy-agent bootstrap` installs.\n\n" +
+			"Exit code, of every command: 0 yes, or done; 1 no, or an error; 2 could not look, or no " +
+			"answer; 64 wrong usage.",
+		Example: "  sudo service-proxy-agent status\n" +
+			"  sudo service-proxy-agent doctor\n" +
+			"  sudo service-proxy-agent help explain",
+		ValidArgsFunction: cobra.NoFileCompletions,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				return usage(fmt.Errorf("unknown command %q; `service-proxy-agent --help` lists them", args[0]))
@@ -81,24 +93,12 @@ func rootCommand() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cmd.SetOut(os.Stderr)
-			_ = cmd.Usage()
+			_ = cmd.Help()
 			return &exitError{code: exitUsage}
 		},
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
-	// Cobra's own answers a word it does not know with the whole list and 0.
-	root.SetHelpCommand(&cobra.Command{
-		Use:   "help [command]",
-		Short: "Help about any command",
-		RunE: func(_ *cobra.Command, args []string) error {
-			about, rest, err := root.Find(args)
-			if err != nil || len(rest) > 0 {
-				return usage(fmt.Errorf("no help about %q; `service-proxy-agent --help` lists the commands",
-					strings.Join(args, " ")))
-			}
-			return about.Help()
-		},
-	})
+	root.SetHelpCommand(helpCommand(root))
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath()))
 	})
@@ -111,6 +111,8 @@ func rootCommand() *cobra.Command {
 		}
 		withEnvironment(c)
 	}
+	withHelp(root)
+	withCompletion(root)
 	return root
 }
 
@@ -119,6 +121,35 @@ func noArguments(cmd *cobra.Command, args []string) error {
 		return usage(fmt.Errorf("%s takes no argument, got %q", cmd.CommandPath(), args[0]))
 	}
 	return nil
+}
+
+// helpCommand: cobra's own answers a word it does not know with the whole list and 0.
+func helpCommand(root *cobra.Command) *cobra.Command {
+	return &cobra.Command{
+		Use:   "help [COMMAND]",
+		Short: "What a command does, and its flags",
+		Long: "Says what a command does, as COMMAND --help does.\n\n" +
+			"Exit code: 0 said; 64 there is no such command.",
+		Example: "  service-proxy-agent help doctor",
+		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) (
+			all []cobra.Completion, _ cobra.ShellCompDirective,
+		) {
+			if len(args) == 0 {
+				for _, c := range visible(root) {
+					all = append(all, cobra.CompletionWithDesc(c.Name(), c.Short))
+				}
+			}
+			return all, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			about, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return usage(fmt.Errorf("no help about %q; `service-proxy-agent --help` lists the commands",
+					strings.Join(args, " ")))
+			}
+			return about.Help()
+		},
+	}
 }
 
 func usage(err error) error { return &exitError{code: exitUsage, err: err} }

@@ -30,12 +30,15 @@ func runCommand() *cobra.Command {
 	var level, whenDown string
 	var interfaces, resolvers []string
 	c := &cobra.Command{
-		Use: "run",
-		Short: "The daemon: keep the rules equal to what Envoy's listeners need, and tell the world " +
-			"how the VM is doing",
-		Long: "Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); " +
-			"a flag wins.\n" +
-			"The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.",
+		Use:   "run",
+		Short: "The daemon: keep the rules equal to what Envoy needs, and tell how the VM is doing",
+		Long: "Keeps the rules equal to what Envoy's listeners need, and tells the world how the VM is " +
+			"doing: in guest attributes, on serial port 1, in Cloud Logging, and by /metrics and /healthz. " +
+			"It is the unit service-proxy-agent.service. When it ends, the rules stay.\n\n" +
+			"Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a flag " +
+			"wins. The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.\n\n" +
+			"Exit code: 0 told to end; 1 an error; 64 wrong usage.",
+		Example: "  sudo service-proxy-agent run --envoy-admin 127.0.0.1:9901 --log-level debug",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			s.WhenEnvoyDown = reconcile.WhenEnvoyDown(whenDown)
 			s.Interfaces, s.ResolverUsers = words(interfaces), words(resolvers)
@@ -61,31 +64,31 @@ func runCommand() *cobra.Command {
 	}
 	f := c.Flags()
 	f.StringVar(&s.EnvoyAdmin, "envoy-admin", defaultAdmin,
-		"Envoy's admin interface: host:port or unix:///path")
+		"`ADDRESS` of Envoy's admin interface: host:port or unix:///path")
 	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log",
-		"Envoy's stderr, watched for hints that something changed; empty: poll only")
+		"`FILE` with Envoy's stderr, watched for hints that something changed; empty: poll only")
 	f.StringVar(&s.ProxyUser, "proxy-user", "envoy",
-		"user Envoy runs as, by name or uid: its traffic is never redirected")
+		"`USER` Envoy runs as, by name or uid: its traffic is never redirected")
 	f.StringVar(&s.Config, "config", "",
-		"file with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
+		"`FILE` with the gce-service-proxy attribute's JSON, instead of the metadata server; "+
 			"none: defaults")
-	f.StringVar(&s.Listen, "listen", defaultListen, "address of /metrics and /healthz; empty: off")
+	f.StringVar(&s.Listen, "listen", defaultListen, "`ADDRESS` of /metrics and /healthz; empty: off")
 	f.StringVar(&s.MetricsListen, "metrics-listen", "",
-		"address of /metrics alone, which then leaves --listen; empty: it stays there")
+		"`ADDRESS` of /metrics alone, which then leaves --listen; empty: it stays there")
 	f.StringVar(&s.WebConfigFile, "web-config-file", "",
-		"TLS and users of --metrics-listen, in the format of Prometheus' exporter-toolkit; "+
+		"`FILE` with TLS and users of --metrics-listen, in the format of Prometheus' exporter-toolkit; "+
 			"empty: plain HTTP for everybody")
-	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "serial port 1; empty: off")
+	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "`FILE` of serial port 1; empty: off")
 	f.StringVar(&s.CloudLogging, "cloud-logging", string(cloudlog.Auto),
-		"entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow it), on or off")
+		"`WHEN` to write entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow it), on or off")
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
-		"what happens to the jumps when Envoy stops accepting: keep or bypass")
+		"`WHAT` becomes of the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
-		"interfaces of containers whose outbound connections are intercepted too, e.g. docker0")
+		"`INTERFACES` of containers whose outbound connections are intercepted too, e.g. docker0")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
-		"users that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
+		"`USERS` that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
 			"questions are not redirected, or they would loop")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&level, "log-level", "info", "least `LEVEL` that is logged: debug, info, warn or error")
 	return c
 }
 

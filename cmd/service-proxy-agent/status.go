@@ -26,7 +26,11 @@ func statusCommand() *cobra.Command {
 	var output string
 	c := &cobra.Command{
 		Use:   "status",
-		Short: "What the agent knows; exit code 0 healthy, 1 not, 2 no answer",
+		Short: "How it is: what the daemon knows",
+		Long: "Asks the daemon by its socket, which answers root only, and prints what it knows.\n\n" +
+			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage.",
+		Example: "  sudo service-proxy-agent status\n" +
+			"  sudo service-proxy-agent status -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return usage(fmt.Errorf("--output is %q; use text or json", output))
@@ -47,7 +51,7 @@ func statusCommand() *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	c.Flags().StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
 	settings := lookFlags(c) // of --html and --serve: the daemon knows where to look
 	htmlFlag(c, settings)
 	serveFlag(c, settings)
@@ -140,7 +144,12 @@ func waitCommand() *cobra.Command {
 	var listen string
 	c := &cobra.Command{
 		Use:   "wait",
-		Short: "Wait until the mesh is ready (/healthz/ready); exit code 0 ready, 1 not in time",
+		Short: "Wait until the mesh is ready, as a script or unit would",
+		Long: "Asks the daemon's /healthz/ready four times a second until it says yes: Envoy is live, its " +
+			"ports accept and the rules are in. Meanwhile it says on stderr what it waits for. Every user " +
+			"may ask.\n\n" +
+			"Exit code: 0 ready; 1 not in time; 64 wrong usage.",
+		Example: "  service-proxy-agent wait --timeout 2m",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
 			if timeout < 0 {
@@ -175,7 +184,7 @@ func waitCommand() *cobra.Command {
 	}
 	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
 	c.Flags().StringVar(&listen, "listen", defaultListen,
-		"the daemon's --listen; empty: ask its socket, which answers root only")
+		"the daemon's --listen `ADDRESS`; empty: ask its socket, which answers root only")
 	return c
 }
 

@@ -51,8 +51,7 @@ func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // protect sets the headers of every answer. The page has one style and a form, and nothing else: no
 // script, no picture, nothing from elsewhere.
 func protect(h http.Header) {
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src "+page.StyleHash()+
-		"; form-action 'self'; frame-ancestors 'none'; base-uri 'none'")
+	h.Set("Content-Security-Policy", page.Policy(true)+"; frame-ancestors 'none'")
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("X-Frame-Options", "DENY")
 	h.Set("Referrer-Policy", "no-referrer")

@@ -95,8 +95,7 @@ func (s served) do(req *http.Request) (*http.Response, string) {
 func (s served) protected(res *http.Response, what string) {
 	s.t.Helper()
 	for name, want := range map[string]string{
-		"Content-Security-Policy": "default-src 'none'; style-src " + page.StyleHash() +
-			"; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+		"Content-Security-Policy":      page.Policy(true) + "; frame-ancestors 'none'",
 		"X-Content-Type-Options":       "nosniff",
 		"X-Frame-Options":              "DENY",
 		"Referrer-Policy":              "no-referrer",

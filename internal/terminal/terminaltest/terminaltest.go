@@ -45,5 +45,5 @@ func Fits(t *testing.T, text func(out io.Writer, style terminal.Style, width int
 	}
 }
 
-// command is a line of doctor's that is to be pasted.
-var command = regexp.MustCompile(`^ +run {5}`)
+// command is a line that is to be pasted: doctor's, or an example.
+var command = regexp.MustCompile(`^ +(run {5}|(sudo )?service-proxy-agent )`)

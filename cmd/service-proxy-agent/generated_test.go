@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"flag"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write docs/man and deploy/completion")
+
+// TestGenerated: the manual and the shells' completion, which the archive brings, are made of the
+// commands. `make generated` writes them.
+func TestGenerated(t *testing.T) {
+	root := rootCommand()
+	var bash, zsh, fish bytes.Buffer
+	for _, err := range []error{root.GenBashCompletionV2(&bash, true), root.GenZshCompletion(&zsh),
+		root.GenFishCompletion(&fish, true)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	compare(t, "../../deploy/completion", map[string]string{
+		"service-proxy-agent.bash": bash.String(),
+		"_service-proxy-agent":     zsh.String(),
+		"service-proxy-agent.fish": fish.String(),
+	})
+	compare(t, "../../docs/man", manPages(root))
+}
+
+// compare a folder with what it should hold.
+func compare(t *testing.T, dir string, want map[string]string) {
+	t.Helper()
+	if *update {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if _, wanted := want[e.Name()]; wanted {
+			continue
+		}
+		if !*update {
+			t.Errorf("%s/%s is of no command; run `make generated`", dir, e.Name())
+		} else if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		file := filepath.Join(dir, name)
+		if *update {
+			if err := os.WriteFile(file, []byte(want[name]), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if have, err := os.ReadFile(file); err != nil || string(have) != want[name] {
+			t.Errorf("%s is not what the commands say (%v); run `make generated`", file, err)
+		}
+	}
+}
+
+// TestManual: each page has the sections that people look for. `make lint` asks mandoc.
+func TestManual(t *testing.T) {
+	for name, page := range manPages(rootCommand()) {
+		at := 0
+		for _, section := range []string{"NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "\"EXIT STATUS\"",
+			"ENVIRONMENT", "FILES", "EXAMPLES", "\"SEE ALSO\""} {
+			next := strings.Index(page[at:], "\n.SH "+section+"\n")
+			if next < 0 {
+				t.Errorf("%s has no section %s, or in another place", name, section)
+				continue
+			}
+			at += next
+		}
+		if strings.Contains(page, "\n\n") || strings.Contains(page, "`") {
+			t.Errorf("%s has an empty line or a backtick:\n%s", name, page)
+		}
+	}
+}
+
+// TestNotLinked: what makes pages is no part of the program.
+func TestNotLinked(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	packages := strings.Fields(string(out))
+	if !slices.Contains(packages, "github.com/spf13/cobra") {
+		t.Fatalf("no list of packages: %q", packages)
+	}
+	for _, p := range packages {
+		for _, no := range []string{"cobra/doc", "md2man", "blackfriday"} {
+			if strings.Contains(p, no) {
+				t.Errorf("the program has %s", p)
+			}
+		}
+	}
+}

@@ -1,0 +1,106 @@
+package main
+
+import (
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
+)
+
+// everyCommand is the root and what can be seen below it.
+func everyCommand(t *testing.T) []*cobra.Command {
+	t.Helper()
+	root := rootCommand()
+	root.InitDefaultHelpCmd()
+	all := append([]*cobra.Command{root}, root.Commands()...)
+	if len(all) < 10 {
+		t.Fatalf("only %d commands", len(all))
+	}
+	return all
+}
+
+// TestHelp: each command says what it does, its exit codes and examples, in lines that fit.
+func TestHelp(t *testing.T) {
+	for _, c := range everyCommand(t) {
+		t.Run(c.Name(), func(t *testing.T) {
+			terminaltest.Fits(t, func(out io.Writer, style terminal.Style, width int) error {
+				_, err := io.WriteString(out, helpText(c, style, width))
+				return err
+			})
+			about := says(c)
+			if len(about.text) == 0 || c.Long == "" {
+				t.Error("no Long")
+			}
+			codes := map[string]bool{}
+			for _, e := range about.exits {
+				codes[e.code] = e.meaning != ""
+			}
+			if !codes["0"] || !codes["64"] {
+				t.Errorf("its Long has no paragraph like \"Exit code: 0 done; 64 wrong usage.\": %v", about.exits)
+			}
+			if strings.TrimSpace(c.Example) == "" {
+				t.Error("no Example")
+			}
+			if strings.HasSuffix(c.Short, ".") || strings.Contains(c.Short, "exit code") || len(c.Short) > 85 {
+				t.Errorf("Short is one line of a list: %q", c.Short)
+			}
+		})
+	}
+}
+
+// TestHelpOfRoot has every command, each in a group.
+func TestHelpOfRoot(t *testing.T) {
+	root := rootCommand()
+	root.InitDefaultHelpCmd()
+	text := helpText(root, false, 100)
+	for _, c := range root.Commands() {
+		if !strings.Contains(text, "\n  "+c.Name()+" ") {
+			t.Errorf("%s is not in\n%s", c.Name(), text)
+		}
+	}
+	for name := range groupOf {
+		if c, _, err := root.Find([]string{name}); err != nil || c == root {
+			t.Errorf("%s has a group and is no command", name)
+		}
+	}
+}
+
+// TestExamples: what is shown to be typed is right usage. Those end to end run each.
+func TestExamples(t *testing.T) {
+	for _, c := range everyCommand(t) {
+		for line := range strings.Lines(c.Example) {
+			line = strings.TrimSuffix(line, "\n")
+			if strings.HasPrefix(strings.TrimSpace(line), "#") {
+				continue
+			}
+			t.Run(strings.TrimSpace(line), func(t *testing.T) {
+				words := strings.Fields(strings.TrimPrefix(strings.TrimSpace(line), "sudo "))
+				if !strings.HasPrefix(line, "  ") || words[0] != "service-proxy-agent" {
+					t.Fatalf("want a line \"  [sudo ]service-proxy-agent …\", or a comment: %q", line)
+				}
+				root := rootCommand()
+				root.InitDefaultHelpCmd()
+				found, rest, err := root.Find(words[1:])
+				if err != nil || found.Name() != c.Name() && c != c.Root() {
+					t.Fatalf("it is not of %s: %v", c.Name(), err)
+				}
+				if err := found.ParseFlags(rest); err != nil {
+					t.Fatal(err)
+				}
+				if err := found.ValidateFlagGroups(); err != nil {
+					t.Error(err)
+				}
+				if found.Args == nil {
+					return
+				}
+				if err := found.Args(found, found.Flags().Args()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
