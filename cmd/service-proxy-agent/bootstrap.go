@@ -96,10 +96,11 @@ func drainCommand() *cobra.Command {
 		Short: "Send Envoy's clients away before it is stopped; what Envoy's unit runs",
 		Long: "Has Envoy close its listeners and end its connections in good order, and waits until they " +
 			"have ended. ExecStop= of service-proxy-envoy.service runs it, so that `systemctl stop` cuts " +
-			"as few connections as possible. Envoy is not stopped by it.\n\n" +
+			"as few connections as possible. Envoy is not stopped by it, and nothing is done where systemd " +
+			"has not set $MAINPID: Envoy has ended by itself then.\n\n" +
 			"Exit code: 0 the connections have ended, or the time is over; 1 Envoy could not be asked; " +
 			"64 wrong usage.",
-		Example: "  sudo service-proxy-agent drain --limit 30s",
+		Example: "  service-proxy-agent drain --limit 30s",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if limit < 0 {
 				return usage(fmt.Errorf("--limit is %s; use a time like 10s, or 0 not to wait", limit))

@@ -93,6 +93,8 @@ func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (str
 			return "", err
 		}
 	}
+	// The rest of it is worth no failure.
+	_ = os.CopyFS(filepath.Join(copied, "share"), os.DirFS(filepath.Join(dir, "share")))
 	agent := filepath.Join(to, "service-proxy-agent")
 	// systemd would find out too late that the folder is mounted noexec.
 	if out, err := b.exec(ctx, time.Minute, agent, "version"); err != nil {
@@ -189,6 +191,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 	if err != nil {
 		return err
 	}
+	b.placeShared(dir)
 	return b.startUnits(ctx, newAgent || !bytes.Equal(before, after))
 }
 

@@ -62,6 +62,7 @@ func Remove(
 	}
 	r.stop(ctx, under)
 	r.removeUnits(ctx, len(over)+len(under) > 0)
+	r.removeShared()
 	r.removeFiles(state)
 	r.removeUsers(ctx, state)
 	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
