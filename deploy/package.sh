@@ -33,13 +33,13 @@ for arch in amd64 arm64; do
 	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
 		-o "$top/$arch/service-proxy-agent" ./cmd/service-proxy-agent
 done
-# The manual and the shells' completion, as they are beneath /usr/local/share (internal/bootstrap/share.go).
-share=$top/share
-mkdir -p "$share/man/man8" "$share/bash-completion/completions" "$share/zsh/site-functions" "$share/fish/vendor_completions.d"
+# The manual and the shells' completion, where they shall be on the VM (internal/bootstrap/share.go).
+share=$top/root/usr/local/share fish=$top/root/etc/fish/completions
+mkdir -p "$share/man/man8" "$share/bash-completion/completions" "$share/zsh/site-functions" "$fish"
 cp docs/man/*.8 "$share/man/man8/"
 cp deploy/completion/service-proxy-agent.bash "$share/bash-completion/completions/service-proxy-agent"
 cp deploy/completion/_service-proxy-agent "$share/zsh/site-functions/"
-cp deploy/completion/service-proxy-agent.fish "$share/fish/vendor_completions.d/"
+cp deploy/completion/service-proxy-agent.fish "$fish/"
 put() { # FILE ARCH NAME-OF-THE-SETTING
 	[ "$1" != none ] || return 0
 	[ -f "$1" ] && [ -x "$1" ] || { echo "package: $3=$1: there is no such program; name an Envoy for $2, or none" >&2; exit 1; }

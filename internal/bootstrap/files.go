@@ -36,9 +36,7 @@ func (b *bootstrapper) removeLeftovers() {
 	for _, file := range systemd.Files() {
 		names = append(names, file.Path)
 	}
-	for _, pattern := range shared {
-		names = append(names, filepath.Join(shareDir, pattern))
-	}
+	names = append(names, shared...)
 	for _, name := range names {
 		dir, base := filepath.Split(name)
 		left, err := filepath.Glob(b.path(dir + "." + base + ".*"))

@@ -94,7 +94,7 @@ func (b *bootstrapper) copyArchive(ctx context.Context, dir, copied string) (str
 		}
 	}
 	// The rest of it is worth no failure.
-	_ = os.CopyFS(filepath.Join(copied, "share"), os.DirFS(filepath.Join(dir, "share")))
+	_ = os.CopyFS(filepath.Join(copied, sharedRoot), os.DirFS(filepath.Join(dir, sharedRoot)))
 	agent := filepath.Join(to, "service-proxy-agent")
 	// systemd would find out too late that the folder is mounted noexec.
 	if out, err := b.exec(ctx, time.Minute, agent, "version"); err != nil {

@@ -7,28 +7,27 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 )
 
-// shareDir holds what a person uses beside the program: its manual, and what completes a command
-// line. Everything that reads such files looks beneath /usr/local, too, which no package owns.
-const shareDir = "/usr/local/share"
-
-// shared are the files there that are ours, and those beneath share in an archive.
+// shared are the files that a person uses beside the program, ours alone: its manual, and what
+// completes a command line in bash, zsh and fish. They are where those look that no package owns.
+// fish does not look beneath /usr/local (3.6, without XDG_DATA_DIRS).
 var shared = []string{
-	"man/man8/service-proxy-agent*.8",
-	"bash-completion/completions/service-proxy-agent",
-	"zsh/site-functions/_service-proxy-agent",
-	"fish/vendor_completions.d/service-proxy-agent.fish",
+	"/usr/local/share/man/man8/service-proxy-agent*.8",
+	"/usr/local/share/bash-completion/completions/service-proxy-agent",
+	"/usr/local/share/zsh/site-functions/_service-proxy-agent",
+	"/etc/fish/completions/service-proxy-agent.fish",
 }
 
-// sharedIn are the files of ours beneath a folder, relative to it.
-func sharedIn(dir string) (names []string) {
+// sharedIn are those that there are beneath a root.
+func sharedIn(root string) (names []string) {
 	for _, pattern := range shared {
-		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		found, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			continue // no pattern of ours is malformed
 		}
@@ -39,19 +38,26 @@ func sharedIn(dir string) (names []string) {
 	return names
 }
 
-// placeShared lays down what the archive brings of these, and takes away what an earlier one has
-// brought and this one has not. The VM does without them, so that what goes wrong is told, and is no
+// sharedRoot is the folder of an archive in which they are as they shall be on the VM.
+const sharedRoot = "root"
+
+// placeShared lays down what the archive brings of them, and takes away what an earlier one has
+// brought and this one has not. The VM does without, so that what goes wrong is told, and is no
 // failure.
 func (b *bootstrapper) placeShared(archive string) {
-	from, to := filepath.Join(archive, "share"), b.path(shareDir)
+	from := filepath.Join(archive, sharedRoot)
 	wanted := sharedIn(from)
 	var errs []error
 	for _, name := range wanted {
-		errs = append(errs, placeText(filepath.Join(from, name), filepath.Join(to, name)))
+		if _, err := os.Stat(b.path(filepath.Dir(name))); err != nil &&
+			!strings.HasPrefix(name, "/usr/local/") {
+			continue // that shell is not here
+		}
+		errs = append(errs, placeText(filepath.Join(from, name), b.path(name)))
 	}
-	for _, name := range sharedIn(to) {
+	for _, name := range sharedIn(b.path("/")) {
 		if !slices.Contains(wanted, name) {
-			errs = append(errs, os.Remove(filepath.Join(to, name)))
+			errs = append(errs, os.Remove(b.path(name)))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -75,16 +81,11 @@ func placeText(from, to string) error {
 
 // removeShared removes them; their folders are everybody's.
 func (r *removal) removeShared() {
-	removed := 0
-	for _, name := range sharedIn(r.path(shareDir)) {
-		if err := os.Remove(filepath.Join(r.path(shareDir), name)); err != nil {
+	for _, name := range sharedIn(r.path("/")) {
+		if err := os.Remove(r.path(name)); err != nil {
 			r.errs = append(r.errs, fmt.Errorf("remove: %w", err))
 			continue
 		}
-		removed++
-	}
-	if removed > 0 {
-		r.done = append(r.done, fmt.Sprintf("removed %d files of the manual and the shells' completion "+
-			"in %s", removed, shareDir))
+		r.done = append(r.done, "removed "+name)
 	}
 }

@@ -24,10 +24,9 @@ func (v *fakeVM) archive(agent, envoy string) (dir string) {
 	v.Helper()
 	dir = filepath.Join("/var/tmp", "archive-"+agent)
 	v.put(filepath.Join(dir, runtime.GOARCH, "service-proxy-agent"), fakeBinary(v.T, agent))
-	for _, name := range []string{"man/man8/service-proxy-agent.8", "man/man8/service-proxy-agent-" + agent + ".8",
-		"bash-completion/completions/service-proxy-agent", "zsh/site-functions/_service-proxy-agent",
-		"fish/vendor_completions.d/service-proxy-agent.fish"} {
-		v.put(filepath.Join(dir, "share", name), agent+" "+name)
+	for _, pattern := range append(shared, "/usr/local/share/man/man8/service-proxy-agent.8") {
+		name := strings.Replace(pattern, "*", "-"+agent, 1)
+		v.put(filepath.Join(dir, sharedRoot, name), agent+" "+name)
 	}
 	if envoy != "" {
 		v.put(filepath.Join(dir, runtime.GOARCH, "envoy"), fakeBinary(v.T, envoy))

@@ -24,7 +24,7 @@ var listed = []string{
 	"/usr/local/lib/systemd/system", "/usr/local/lib/systemd/catalog", "/usr/local/lib/tmpfiles.d", "/usr/local/lib/sysusers.d", "/etc/service-proxy-agent", "/var/log/envoy",
 	"/etc/systemd/system/service-proxy-*",
 	"/usr/local/share/man/man8", "/usr/local/share/bash-completion/completions", "/usr/local/share/zsh/site-functions",
-	"/usr/local/share/fish/vendor_completions.d",
+	"/etc/fish/completions",
 }
 
 // isListed says that the path is one of those, or beneath it, or a folder on the way there.
@@ -102,7 +102,7 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 		"`/usr/local/bin/{service-proxy-agent,envoy}`",
 		"`/usr/local/lib/{service-proxy-agent,systemd/{system,catalog},tmpfiles.d,sysusers.d}`", "`/etc/service-proxy-agent`", "`/var/log/envoy`", "drop-ins in `/etc/systemd/system`",
 		"`/var/lib/systemd/catalog/database`",
-		"`/usr/local/share/{man/man8,bash-completion/completions,zsh/site-functions,fish/vendor_completions.d}`"} {
+		"`/usr/local/share/{man/man8,bash-completion/completions,zsh/site-functions}`", "`/etc/fish/completions`"} {
 		if !strings.Contains(section, words) {
 			t.Errorf("the README does not list %s", words)
 		}
@@ -123,7 +123,7 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	mkdir(t, filepath.Join(v.root, "/usr/local/lib/systemd/catalog"), 0o755)
 	mkdir(t, filepath.Join(v.root, "/var/lib"), 0o755)
 	for _, pattern := range shared { // folders stay
-		mkdir(t, filepath.Join(v.root, shareDir, filepath.Dir(pattern)), 0o755)
+		mkdir(t, filepath.Join(v.root, filepath.Dir(pattern)), 0o755)
 	}
 	dirs := []string{v.archive("1.0.0", "1.30.9"), v.archive("2.0.0", "1.30.9")}
 	before := tree(t, v.root)

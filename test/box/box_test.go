@@ -743,6 +743,8 @@ func TestIPv6Only(t *testing.T) {
 func TestRemove(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{})
+	const man = "/usr/local/share/man/man8/service-proxy-agent.8"
+	v.run("test", "-e", man)
 	said := v.run("service-proxy-agent", "bootstrap", "--remove")
 	t.Log(said)
 	for _, rule := range []string{"jump -A OUTPUT", "SERVICE_PROXY_SERVICE_CIDRS"} {
@@ -750,7 +752,7 @@ func TestRemove(t *testing.T) {
 			t.Errorf("it does not say that it removed %s", rule)
 		}
 	}
-	for _, name := range []string{"/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent",
+	for _, name := range []string{man, "/usr/local/bin/envoy", "/usr/local/bin/service-proxy-agent",
 		"/etc/service-proxy-agent", "/usr/local/lib/service-proxy-agent",
 		"/var/lib/service-proxy-agent", "/var/log/envoy", "/run/service-proxy-agent", "/usr/local/lib/systemd/system/service-proxy-agent.service"} {
 		if out, err := v.try("test", "-e", name); err == nil {
@@ -761,7 +763,7 @@ func TestRemove(t *testing.T) {
 		}
 	}
 	if out := v.run("sh", "-c",
-		"find / -xdev -name 'service-proxy*' -not -path '/proc/*' -not -path '/var/log/journal/*'; grep -E '^(envoy|service-proxy-agent):' /etc/passwd || true"); strings.TrimSpace(out) != "" {
+		"find / -xdev -name '*service-proxy*' -not -path '/proc/*' -not -path '/var/log/journal/*'; grep -E '^(envoy|service-proxy-agent):' /etc/passwd || true"); strings.TrimSpace(out) != "" {
 		t.Errorf("left behind:\n%s", out)
 	}
 	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules, "SERVICE_PROXY") {
