@@ -5,6 +5,6 @@
 // environment, no address.
 //
 // It needs root, debootstrap, systemd-nspawn and, once, Debian's package servers; `make test`
-// and `make soak` run it. The root filesystems are kept in build/box, and each test writes on
-// an overlay of its own.
+// and `make soak` run it. The root filesystems are kept outside of the clone (test/kept.sh), and
+// each test writes on an overlay of its own.
 package box

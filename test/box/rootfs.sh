@@ -1,17 +1,14 @@
 #!/bin/sh
 # Makes the root filesystem of a box: rootfs.sh RELEASE DIR. Debian's minimal base with systemd,
 # *without* iptables and ca-certificates, as a minimal image may be; a file: repository in it holds
-# both, for bootstrap to install, and rsyslog, which Compute Engine's images have. Kept between runs:
-# nothing is done when DIR stands as this version makes it.
+# both, for bootstrap to install, and rsyslog, which Compute Engine's images have. test/kept.sh runs it,
+# and keeps what it made.
 set -eu
-release=$1 dir=$2
-complete=.complete-2
-[ ! -e "$dir/$complete" ] || exit 0
-new=$dir.new
-rm -rf "$dir" "$new"
-mkdir -p "$new"
+release=$1 new=$2
+mkdir "$new"
 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2,curl,netcat-openbsd "$release" "$new" >"$new.log" 2>&1 ||
 	{ tail -5 "$new.log" >&2; exit 1; }
+rm "$new.log"
 
 # The packages that bootstrap shall install, with what they depend on.
 repo=$new/var/local/repo
@@ -31,5 +28,3 @@ touch "$new/etc/machine-id"
 # No console login: the box's console is the test's.
 ln -sf /dev/null "$new/etc/systemd/system/console-getty.service"
 ln -sf /dev/null "$new/etc/systemd/system/serial-getty@ttyS0.service"
-touch "$new/$complete"
-mv "$new" "$dir"

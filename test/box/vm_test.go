@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -103,7 +104,24 @@ func moduleRoot(t *testing.T) string {
 	return dir
 }
 
-var rootfs sync.Mutex
+// rootfs is the folder with a release's root filesystem, which is made where this machine has none.
+func rootfs(t *testing.T, release string) string {
+	t.Helper()
+	const script = "./rootfs.sh"
+	text, err := os.ReadFile(script)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("rootfs-%s-%.8x", release, sha256.Sum256(text))
+	cmd := exec.Command("../kept.sh", name, script, release)
+	var said strings.Builder
+	cmd.Stderr = &said
+	dir, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, &said)
+	}
+	return strings.TrimSpace(string(dir))
+}
 
 // newVM makes a VM and does not boot it.
 func newVM(t *testing.T, opts options) *VM {
@@ -122,13 +140,7 @@ func newVM(t *testing.T, opts options) *VM {
 	if err := os.MkdirAll(base, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	lower := filepath.Join(base, opts.release)
-	rootfs.Lock() // tests run beside each other, but for those that count lost connections
-	out, err := exec.Command("./rootfs.sh", opts.release, lower).CombinedOutput()
-	rootfs.Unlock()
-	if err != nil {
-		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, out)
-	}
+	lower := rootfs(t, opts.release)
 	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6}
 	v.lab = lab.T(t, lab.Options{})
 	// journald's socket holds as many entries. systemd sets it at the boot of a VM, and in a container
