@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
 # make lint: format, vet, golangci-lint (.golangci.yml says which linters and why), the manual, code
-# that nobody calls. Needs no root. The linters are pinned by test/tools/go.mod, a module of its own, and built
-# into build/tools: once, and when a pin moves.
+# that nobody calls. Needs no root. The linters are pinned by test/tools/go.mod, a module of its own.
+# They are built once, and when a pin moves; test/kept.sh keeps them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tools=$PWD/build/tools
 failed=0
 
-stamp=$(go version; sha256sum <test/tools/go.sum)
-if [[ "$(cat "$tools/stamp" 2>/dev/null)" != "$stamp" ]]; then
+if [[ ${1:-} == build ]]; then # FOLDER
   echo "lint: building golangci-lint and deadcode (two minutes on 2 cores)"
-  mkdir -p "$tools"
-  GOBIN=$tools go -C test/tools install -ldflags='-s -w' \
+  export GOBIN=$2
+  exec go -C test/tools install -ldflags='-s -w' \
     github.com/golangci/golangci-lint/v2/cmd/golangci-lint golang.org/x/tools/cmd/deadcode
-  echo "$stamp" >"$tools/stamp"
 fi
+pins=$(cat test/tools/go.sum <(go version) | sha256sum | cut -c 1-16)
+tools=$(test/kept.sh "linters-$pins" test/lint.sh build)
 
 bad=$(gofmt -l $(git ls-files '*.go'))
 [[ -z $bad ]] || { echo "gofmt: $bad"; failed=1; }
