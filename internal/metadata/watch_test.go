@@ -90,7 +90,7 @@ func TestWatch(t *testing.T) {
 	}
 	start := time.Now()
 	fake.set(200, `{"labels": {"a": "2"}}`)
-	if a := next(); a.Err != nil || a.Config.Labels["a"] != "2" || time.Since(start) > time.Second {
+	if a := next(); a.Err != nil || a.Config.Labels["a"] != "2" || time.Since(start) > watchPoll-time.Second {
 		t.Errorf("have %+v after %v", a, time.Since(start))
 	}
 	fake.set(200, `{"labels": {"a": 2}}`)

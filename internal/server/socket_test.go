@@ -267,16 +267,14 @@ func TestSocketLockIsLink(t *testing.T) {
 // TestClientHang: an agent that accepts and never answers does not hold up the command for long.
 func TestClientHang(t *testing.T) {
 	dir := t.TempDir()
-	serveSocket(t, dir, Answers{Status: func() any { time.Sleep(time.Second); return nil }})
+	ended := make(chan struct{})
+	serveSocket(t, dir, Answers{Status: func() any { <-ended; return nil }})
+	defer close(ended)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	start := time.Now()
 	if _, err := Dial(dir).Get(ctx, "/status"); err == nil ||
 		!strings.Contains(err.Error(), "no answer in time") {
 		t.Errorf("Get: %v", err)
-	}
-	if d := time.Since(start); d > 900*time.Millisecond {
-		t.Errorf("took %v", d)
 	}
 }
 
