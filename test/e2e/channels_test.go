@@ -57,9 +57,7 @@ var allChannels = []string{"cloud_logging", "guest_attributes", "serial"}
 // there is time for two kinds, and all together. (internal/report's test of this name has ten
 // minutes of emulated time for the rates.)
 func TestChannels(t *testing.T) {
-	if os.Getenv("SOAK") == "" {
-		t.Parallel() // else it would be measured who else has the machine
-	}
+	beside(t)
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Config: services()})
 	must(t, err)
 	c := &channelTrial{m: m, a: m.NewAgent()}

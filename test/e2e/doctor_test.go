@@ -91,7 +91,7 @@ func diagnosed(
 			d.Exit, inText.code, inJSON.stdout, d.text)
 	}
 	if d.took > doctorLimit+time.Second { // a process takes time to start, too
-		t.Errorf("doctor took %v", d.took)
+		tooDear(t, "doctor took %v", d.took)
 	}
 	if len(d.Checks) != len(symptom.Kinds()) {
 		t.Errorf("doctor has %d checks of %d", len(d.Checks), len(symptom.Kinds()))

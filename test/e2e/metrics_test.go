@@ -15,6 +15,7 @@ import (
 // TestLatencies: each histogram counts what it is of, and nothing else: a service that came, a
 // change of Envoy's that needs no other rule, a rule that somebody deleted.
 func TestLatencies(t *testing.T) {
+	beside(t)
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		m, a := start(t, mesh.Options{Backend: backend, Config: services()})
 		must(t, a.WaitReady(within(t, 20*time.Second)))

@@ -43,16 +43,17 @@ var drifts = []struct {
 	{"shadowed", []string{"IPT -t nat -I OUTPUT 1 -p tcp -j ACCEPT"}},
 }
 
-// driftLimit is how long a repair may take: the kernel's notification leads to it within
-// milliseconds on nft (make bench has the figures), the poll of 1.5 s does on legacy.
-// Back-off adds 1.5 s at least.
+// driftLimit is how long a repair may take on a quiet machine: the kernel's notification leads to
+// it within milliseconds on nft (make bench has the figures), the poll of 1.5 s does on legacy.
+// Back-off adds 1.5 s at least. On any machine it comes before nft's own poll would, which is one of
+// five minutes.
 var driftLimit = map[lab.Backend]time.Duration{
 	lab.NFT: 500 * time.Millisecond, lab.Legacy: 2500 * time.Millisecond}
 
 // TestDrift: every kind, both families, both backends, put right by the running agent at once: each
-// kind in a lab of its own, so that none meets the back-off that another began. Not beside other
-// tests: the repairs are timed.
+// kind in a lab of its own, so that none meets the back-off that another began.
 func TestDrift(t *testing.T) {
+	beside(t)
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		for _, d := range drifts {
 			if d.name == "ruleset flushed" && backend == lab.Legacy {
@@ -68,14 +69,14 @@ func TestDrift(t *testing.T) {
 					families = families[:1] // both at once
 				}
 				for _, family := range families {
-					// A busy machine only adds to what a repair takes, so the best of three counts;
-					// back-off begins at five.
+					// Who else has the machine only adds to what a repair takes, so the best of three
+					// counts; back-off begins at five.
 					took := drift(t, m, a, family, d.do)
-					for again := 0; again < 2 && took > driftLimit[backend]; again++ {
+					for again := 0; again < soak(2, 0) && took > driftLimit[backend]; again++ {
 						took = min(took, drift(t, m, a, family, d.do))
 					}
 					if took > driftLimit[backend] {
-						t.Errorf("%s repaired after %v, want at most %v", family, took, driftLimit[backend])
+						tooDear(t, "%s repaired after %v, want at most %v", family, took, driftLimit[backend])
 					}
 				}
 				s, err := a.Status(t.Context())
@@ -241,6 +242,7 @@ func applied(t *testing.T, a *mesh.Agent) (n int) {
 // newer ones. Nothing escapes, fails or breaks, and the streams outlive cleanup. Each change is
 // waited for, since the agent takes several at once as one.
 func TestNoGap(t *testing.T) {
+	beside(t)
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		ctx := within(t, 30*time.Minute)
 		m, err := mesh.New(ctx, mesh.Options{Backend: backend, Config: services()})
@@ -381,7 +383,7 @@ func TestForeignStorm(t *testing.T) {
 		deleted := time.Now()
 		through(t, m, web4)
 		if took := time.Since(deleted); took > time.Second {
-			t.Errorf("repaired after %v", took)
+			tooDear(t, "repaired after %v", took)
 		}
 		time.Sleep(2500 * time.Millisecond)
 	}
@@ -395,7 +397,7 @@ func TestForeignStorm(t *testing.T) {
 	if used > max(5, 2*made) {
 		tooDear(t, "the agent used %.1f %% of a core, nft itself %.1f %%", used, made)
 	}
-	if rate < 50 { // half of what is meant: a busy machine
+	if rate < float64(soak(50, 10)) { // half of what is meant, or a busy machine
 		t.Errorf("only %.0f changes a second: no storm", rate)
 	}
 }

@@ -18,6 +18,7 @@ import (
 // figures are held to this in make soak. What the agent itself books as asked is held to its pace
 // always: that is what it decides by, however busy a machine is.
 func TestShareOfMainThread(t *testing.T) {
+	beside(t)
 	counts := []int{10, 1_000}
 	if soak(1, 0) == 1 {
 		counts = append(counts, 10_000)

@@ -61,7 +61,7 @@ func TestRejectionStorm(t *testing.T) { // not parallel: a storm takes a core
 	refusing := share(cpuAll(t, m.Envoy.PID())-stormy, took)
 	t.Logf("%.0f rejections a second for %.0f s: the agent used %.2f %% of a core, Envoy %.0f %%", rate,
 		took.Seconds(), used, refusing)
-	if rate < 50 { // a tenth of what a quiet machine makes
+	if rate < float64(soak(50, 10)) { // a tenth of what a quiet machine makes, or a busy one
 		t.Errorf("only %.0f rejections a second: no storm", rate)
 	}
 	if used > max(2, refusing/20) {
