@@ -60,7 +60,7 @@ var may = map[string]string{
 	// What a look found, in JSON and back.
 	"internal/recording": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What the loop tells, and who passes it on.
-	"internal/status": "internal/symptom",
+	"internal/status": "internal/symptom internal/terminal",
 	"internal/report": "envoyadmin guestattr internal/status internal/symptom iptables",
 	"internal/cloudlog": "guestattr internal/authorities internal/metadata internal/redaction " +
 		"internal/report",
