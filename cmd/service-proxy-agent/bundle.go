@@ -22,6 +22,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/gather"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
@@ -223,7 +224,10 @@ func lookSources(s agent.Settings) []gather.Source {
 				if err != nil {
 					return gather.Answer{}, err
 				}
-				return text(func(w io.Writer) error { return printStatus(w, now) })
+				return text(func(w io.Writer) error {
+					return now.Text(w, status.TextOptions{Now: time.Now(), Width: 100,
+						History: len(now.History)})
+				})
 			}},
 		{Name: "index.html", From: "status --html", Limit: limit + 4*time.Second, Most: most,
 			Mask: gather.HTML, Get: func(ctx context.Context) (gather.Answer, error) {

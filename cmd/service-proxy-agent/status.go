@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,123 +20,106 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
 func statusCommand() *cobra.Command {
 	var output string
+	var watch, history bool
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "How it is: what the daemon knows",
-		Long: "Asks the daemon by its socket, which answers root only, and prints what it knows.\n\n" +
-			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage.",
+		Long: "Asks the daemon by its socket, which answers root only, and prints what it knows: how the VM " +
+			"stands and\nsince when, then its parts, what is wrong with what to do about it, and the last " +
+			"ten transitions.\n\n" +
+			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
+			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
+			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
+			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage. " +
+			"With --watch\nthat of the last look.\n\n" +
+			"docs/status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
-			"  sudo service-proxy-agent status -o json",
+			"  sudo service-proxy-agent status -o json\n" +
+			"  sudo service-proxy-agent status --watch",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return usage(fmt.Errorf("--output is %q; use text or json", output))
 			}
+			tell := teller{out: cmd.OutOrStdout(), json: output == "json", history: history}
+			if watch {
+				return newWatcher(tell, cmd.ErrOrStderr()).run(cmd.Context())
+			}
 			body, s, err := askStatus(cmd.Context())
 			if err != nil {
-				return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; "+
-					"`systemctl status service-proxy-agent` tells whether it runs", err)}
+				return noAnswer(err)
 			}
-			if output == "json" {
-				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s\n", strings.TrimSpace(string(body)))
-			} else {
-				err = printStatus(cmd.OutOrStdout(), s)
+			if err := tell.status(body, s); err != nil {
+				return unwritten(err)
 			}
-			if err == nil && !s.Healthy() {
-				err = &exitError{code: exitNo}
-			}
-			return err
+			return verdict(s)
 		},
 	}
-	c.Flags().StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
+	f := c.Flags()
+	f.StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
+	f.BoolVar(&history, "history", false, "all transitions that the daemon remembers, not the last ten")
+	f.BoolVarP(&watch, "watch", "w", false, "look each second, until Ctrl-C")
 	settings := lookFlags(c) // of --html and --serve: the daemon knows where to look
 	htmlFlag(c, settings)
 	serveFlag(c, settings)
+	c.MarkFlagsMutuallyExclusive("watch", "html")
+	c.MarkFlagsMutuallyExclusive("watch", "serve")
 	return c
 }
 
-// askStatus asks the daemon's socket; body is the answer as it came.
+// verdict is a status as an exit code.
+func verdict(s status.Status) error {
+	if s.Healthy() && !s.Stuck(time.Now()) {
+		return nil
+	}
+	return &exitError{code: exitNo}
+}
+
+func noAnswer(err error) error {
+	return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; "+
+		"`systemctl status service-proxy-agent` tells whether it runs", err)}
+}
+
+// teller writes a status as somebody wants it.
+type teller struct {
+	out           io.Writer
+	json, history bool
+}
+
+func (t teller) status(body []byte, s status.Status) error {
+	if t.json {
+		_, err := fmt.Fprintf(t.out, "%s\n", bytes.TrimSpace(body))
+		return err
+	}
+	return s.Text(t.out, t.options(s))
+}
+
+func (t teller) options(s status.Status) status.TextOptions {
+	o := status.TextOptions{Now: time.Now(), Width: terminal.Width(t.out), Style: terminal.For(t.out)}
+	if t.history {
+		o.History = len(s.History)
+	}
+	return o
+}
+
+// askStatus asks the daemon's socket; body is the answer as it came, but that of an agent from
+// before its form had a name: that is put into this one.
 func askStatus(ctx context.Context) (body []byte, s status.Status, err error) {
 	body, err = server.Dial(server.Dir()).Get(ctx, "/status")
 	if err != nil {
 		return nil, s, err
 	}
 	if err = json.Unmarshal(body, &s); err != nil {
-		err = fmt.Errorf("read the agent's answer: %w", err)
+		return nil, s, fmt.Errorf("read the agent's answer: %w", err)
+	}
+	if s.Schema == "" {
+		body, err = json.MarshalIndent(s, "", "  ")
 	}
 	return body, s, err
-}
-
-func printStatus(out io.Writer, s status.Status) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row := func(name, format string, args ...any) {
-		fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, args...))
-	}
-	ready := "yes"
-	if !s.Ready {
-		ready = "no: " + s.NotReady
-	}
-	row("agent", "%s, %s, last pass %s ago", s.Version, s.Mode,
-		time.Since(s.Heartbeat).Round(100*time.Millisecond))
-	row("ready", "%s", ready)
-	if s.Bootstrap.Status != "" {
-		row("bootstrap", "%s %s", s.Bootstrap.Status, s.Bootstrap.Failure)
-	}
-	if at := s.Attribute; at != nil {
-		by := ""
-		if at.Kept {
-			by = " by an earlier run, and kept"
-		}
-		row("attribute", "read at %s%s", at.Read.Format(time.RFC3339), by)
-	}
-	envoy := "no answer"
-	if s.Envoy.State != "" {
-		envoy = s.Envoy.State + " " + s.Envoy.Version
-	}
-	row("envoy", "%s at %s, %d listeners, %d rejected", envoy, s.Envoy.Admin, s.Envoy.Listeners,
-		s.Envoy.Rejected)
-	for _, f := range s.Families {
-		state := "as wanted"
-		switch {
-		case !f.Usable:
-			state = "off: " + f.Error
-		case !f.Equal:
-			state = "not as wanted"
-			if f.Error != "" {
-				state += ": " + f.Error
-			}
-		}
-		jumps := "jumps in"
-		if !f.Jumps {
-			jumps = "jumps out"
-		}
-		row(f.Family, "%s (%s), %s, %d service prefixes, %d ports, %d rules, to ports %d out %d in",
-			state, s.Backend, jumps, f.Services, f.ServicePorts, f.Rules, f.OutboundPort, f.InboundPort)
-	}
-	if n := len(s.Services); n > 0 {
-		var names []string
-		for _, service := range s.Services[:min(n, 10)] {
-			names = append(names, service.Name)
-		}
-		row("services", "%d: %s", n, strings.Join(names, ", ")+map[bool]string{true: ", …"}[n > 10])
-	}
-	if s.LastDriftBy != "" {
-		row("last drift", "%s by %s", s.LastDriftWhen.Format(time.RFC3339), s.LastDriftBy)
-	}
-	for _, f := range s.Findings {
-		explained := ""
-		if f.ExplainedBy != "" {
-			explained = " (explained by " + string(f.ExplainedBy) + ")"
-		}
-		row(f.Severity.String(), "%s%s", f.Text(), explained)
-	}
-	if s.LastFailure != "" {
-		row("last failure", "%s", s.LastFailure)
-	}
-	return w.Flush()
 }
 
 func waitCommand() *cobra.Command {

@@ -17,7 +17,7 @@ type Style bool
 // For is the style of what is written to w: in colour on a terminal that knows it, unless NO_COLOR
 // is set to anything (https://no-color.org).
 func For(w io.Writer) Style {
-	_, isTerminal := size(w)
+	_, _, isTerminal := Window(w)
 	return Style(isTerminal && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb")
 }
 
@@ -46,26 +46,26 @@ func Width(w io.Writer) int {
 	if n, err := strconv.Atoi(os.Getenv("COLUMNS")); err == nil && n > 0 {
 		return max(n, narrowest)
 	}
-	if columns, isTerminal := size(w); isTerminal && columns > 0 {
+	if columns, _, isTerminal := Window(w); isTerminal && columns > 0 {
 		return max(min(columns, widest), narrowest)
 	}
 	return widest
 }
 
-// size is how wide the terminal is that w writes to, 0 where it does not know.
-func size(w io.Writer) (columns int, isTerminal bool) {
+// Window is the size of the terminal that w writes to, 0 where it does not know.
+func Window(w io.Writer) (columns, rows int, isTerminal bool) {
 	f, ok := w.(*os.File)
 	if !ok {
-		return 0, false
+		return 0, 0, false
 	}
 	conn, err := f.SyscallConn()
 	if err != nil {
-		return 0, false
+		return 0, 0, false
 	}
 	var got *unix.Winsize
 	ask := func(fd uintptr) { got, err = unix.IoctlGetWinsize(int(fd), unix.TIOCGWINSZ) }
 	if conn.Control(ask) != nil || err != nil {
-		return 0, false
+		return 0, 0, false
 	}
-	return int(got.Col), true
+	return int(got.Col), int(got.Row), true
 }
