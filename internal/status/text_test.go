@@ -238,6 +238,23 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// TestReadme: what the README shows is what is printed.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text bytes.Buffer
+	if err := statuses()["healthy"].Text(&text, TextOptions{Now: noon, Width: 100}); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(text.String()) {
+		if !bytes.Contains(readme, []byte("\n    "+line)) && line != "\n" {
+			t.Errorf("README.md does not show %q", line)
+		}
+	}
+}
+
 // TestForeignText: what others wrote is bounded and moves no terminal, in every field.
 func TestForeignText(t *testing.T) {
 	for name, evil := range map[string]string{
