@@ -3,16 +3,20 @@
 package e2e
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 // TestDoctorHealthy: on a VM on which nothing is wrong doctor finds nothing, whatever goes on
@@ -26,6 +30,7 @@ func TestDoctorHealthy(t *testing.T) {
 	must(t, err)
 	must(t, m.Envoy.WaitReady(within(t, 20*time.Second)))
 	p := attend(t, &patient{Mesh: m, a: m.NewAgent()})
+	tellsStatus(t, p.a)
 	for _, state := range []struct {
 		name   string
 		goesOn func(t *testing.T) // until the end of the test
@@ -66,6 +71,29 @@ func TestDoctorHealthy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// tellsStatus checks what `status` says of a healthy VM: the JSON is in the form that its schema
+// describes, and the text begins with the verdict.
+func tellsStatus(t *testing.T, a *mesh.Agent) {
+	t.Helper()
+	s, err := a.Wait(within(t, 30*time.Second), "ready, with its stream and its cost", func(s status.Status) bool {
+		return s.Ready && s.ControlPlane.Connected && s.Cost.Resident > 0
+	})
+	must(t, err)
+	if len(s.Channels) != 3 || len(s.Families) != 2 || s.ControlPlane.Since.IsZero() {
+		t.Errorf("%+v", s)
+	}
+	body, _, code, err := a.Run(within(t, 10*time.Second), "status", "-o", "json")
+	must(t, err)
+	schema.Valid(t, "status", []byte(body))
+	text, _, textCode, err := a.Run(within(t, 10*time.Second), "status")
+	must(t, err)
+	want := fmt.Sprintf("Healthy: intercepting %d services", len(s.Services))
+	if code != 0 || textCode != 0 || !strings.HasPrefix(text, want) {
+		t.Errorf("exit codes %d and %d, want 0 and a text that begins with %q:\n%s", code, textCode, want, text)
+	}
+	t.Log(text)
 }
 
 // isHealthy checks that nothing was found that would make somebody act.
