@@ -18,6 +18,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
 
 const keptText = `{"proxy-spec":{"proxy-port":15101}}`
@@ -345,6 +346,8 @@ func TestRunHistory(t *testing.T) {
 	put := func(k *keptAttribute) {
 		a.kept.attribute.Put(k)
 		a.kept.failures.Put(Failures{Over: Failure{Text: "x", First: time.Unix(1e9, 0).UTC()}})
+		a.kept.transitions.Put(keptTransitions{Transitions: []status.Transition{
+			{Time: testStart, Kind: status.OfMode, Text: "x"}}})
 	}
 	wait := func(what string, holds func() bool) {
 		t.Helper()
@@ -357,7 +360,9 @@ func TestRunHistory(t *testing.T) {
 	put(&keptAttribute{Text: keptText})
 	wait("nothing is kept", func() bool {
 		k, err := loadKept(dir)
-		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, "").Over.Text == "x"
+		past, _ := loadTransitions(dir, "")
+		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, "").Over.Text == "x" &&
+			len(past) == 1
 	})
 	put(nil)
 	wait("it is still kept", func() bool { k, err := loadKept(dir); return k == nil && err == nil })
@@ -385,11 +390,12 @@ func TestRunHistory(t *testing.T) {
 		put(&keptAttribute{Text: keptText})
 		wait("it is not taken", taken)
 	}
-	wait("nothing is said", func() bool { return logs.Len() >= 2 })
+	wait("nothing is said", func() bool { return logs.Len() >= 3 })
 	cancel()
 	<-ended
-	if logs.Len() != 2 || logs.FilterMessage("the attribute is not kept").Len() != 1 ||
-		logs.FilterMessage("history is not kept").Len() != 1 {
+	if logs.Len() != 3 || logs.FilterMessage("the attribute is not kept").Len() != 1 ||
+		logs.FilterMessage("history is not kept").Len() != 1 ||
+		logs.FilterMessage("transitions are not kept").Len() != 1 {
 		t.Errorf("logged: %v", logs.All())
 	}
 }

@@ -253,7 +253,8 @@ func TestKeepWithin(t *testing.T) {
 	})
 }
 
-// TestKeepOnAFullDisk: it goes on, tries now and then, and writes the newest when there is room.
+// TestKeepOnAFullDisk: it goes on, tries now and then, and writes the newest when there is room,
+// at once where it is news.
 func TestKeepOnAFullDisk(t *testing.T) {
 	d := disk{full: true}
 	keptBy(t, &d, func(put func(int)) {
@@ -269,6 +270,20 @@ func TestKeepOnAFullDisk(t *testing.T) {
 	})
 	if !slices.Equal(d.saved, []int{9999}) {
 		t.Errorf("saved %v", d.saved)
+	}
+	d = disk{full: true}
+	keptBy(t, &d, func(put func(int)) {
+		put(1)
+		time.Sleep(keepEvery)
+		d.full = false
+		put(2)
+		if !slices.Equal(d.saved, []int{2}) {
+			t.Errorf("saved %v", d.saved)
+		}
+		time.Sleep(time.Hour)
+	})
+	if len(d.at) != 2 {
+		t.Errorf("written at %v", d.at)
 	}
 }
 

@@ -151,25 +151,27 @@ const (
 	// keepEvery is how long after a write of the transitions the next one waits: as many may come as
 	// there are passes.
 	keepEvery = time.Second
-	// keepAgain is how long after a write that failed it is tried again.
+	// keepAgain is how long after a write that failed it is tried again, where nothing newer comes.
 	keepAgain = 10 * time.Second
 	// keepLast is how long a write may hold up the end of the agent.
 	keepLast = time.Second
 )
 
-// keep saves each newest value, at most one within a time, until it is saved: be it that a disk is
-// full for a day. done gets what came of each write.
+// keep saves each newest value, at most one within a time. What could not be saved is tried again,
+// be it that a disk is full for a day. done gets what came of each write.
 func keep[T any](ctx context.Context, values <-chan T, every time.Duration,
 	save func(T) error, done func(error)) {
 	var newest T
-	var pause <-chan time.Time // nil: none
-	waits := false             // newest, to be saved
+	waits := false                    // newest, to be saved
+	var pause, again <-chan time.Time // nil: none
 	for {
 		select {
 		case <-ctx.Done():
-			keepAtLast(values, newest, waits, save)
+			keepAtLast(values, newest, waits || again != nil, save)
 			return
 		case newest = <-values:
+			waits = true
+		case <-again:
 			waits = true
 		case <-pause:
 			pause = nil
@@ -179,9 +181,11 @@ func keep[T any](ctx context.Context, values <-chan T, every time.Duration,
 		}
 		err := save(newest)
 		done(err)
-		if waits = err != nil; waits {
-			pause = time.After(keepAgain)
-		} else if every > 0 {
+		waits, again = false, nil
+		if err != nil {
+			again = time.After(keepAgain)
+		}
+		if every > 0 {
 			pause = time.After(every)
 		}
 	}

@@ -114,6 +114,7 @@ func TestTable(t *testing.T) {
 	})
 
 	t.Run("Envoy is down, disk full", func(t *testing.T) {
+		drift(t, m, a, "IPv4", jumpRemoved)
 		m.Envoy.Kill()
 		_, err := a.Wait(within(t, 10*time.Second), "the failure", func(s status.Status) bool {
 			return strings.HasPrefix(
@@ -145,6 +146,11 @@ func TestTable(t *testing.T) {
 			!strings.Contains(a.Log(), "no space left on device") {
 			t.Errorf("said %d times that history is not kept", n)
 		}
+		if n := strings.Count(a.Log(), "transitions are not kept"); n != 1 {
+			t.Errorf("said %d times that transitions are not kept", n)
+		}
+		remembers(t, a, "", "IPv4 rules repaired: jump removed", "Envoy is not running", "not ready: ",
+			"over: Envoy is not running", "ready: Envoy ")
 		a.Kill()
 		m.Platform.Update(func(v *platform.VM) { v.GuestAttributesDisabled = false })
 		must(t, a.Start())
@@ -154,13 +160,18 @@ func TestTable(t *testing.T) {
 		if s.LastFailure != "" {
 			t.Errorf("remembered without a disk: %q", s.LastFailure)
 		}
+		if first := s.History[0]; first.Kind != status.OfAgent || first.Times > 0 {
+			t.Errorf("remembered without a disk: %+v", first)
+		}
 		if n := metric(t, a, `channel_enabled{channel="guest_attributes"}`); n != 1 {
 			t.Errorf("channel_enabled of guest attributes: %v", n)
 		}
 	})
 
+	room := len(a.Log())
 	t.Run("Envoy restarted, control plane away", func(t *testing.T) {
 		makeRoom()
+		drift(t, m, a, "IPv6", jumpRemoved)
 		m.CP.GoAway()
 		must(t, m.Envoy.Restart())
 		_, err := a.Wait(within(t, 45*time.Second), "the words", func(s status.Status) bool {
@@ -182,17 +193,23 @@ func TestTable(t *testing.T) {
 		if n := metric(t, a, finding(symptom.ControlPlaneConnect)); n != 0 {
 			t.Errorf("finding control-plane-unreachable when it is over: %v", n)
 		}
-		// With room on the disk a restart forgets nothing.
+		// With room on the disk a restart forgets nothing that is older than a second.
+		time.Sleep(1500 * time.Millisecond)
 		a.Kill()
 		must(t, a.Start())
 		s, err := a.Wait(within(t, 10*time.Second), "ready", func(s status.Status) bool {
 			return s.Ready
 		})
 		must(t, err)
-		if !strings.HasPrefix(s.LastFailure, "Cannot reach the Traffic Director API server: ") {
+		// behind the drift, which is the newer
+		if !strings.Contains(s.LastFailure, "Cannot reach the Traffic Director API server: ") {
 			t.Errorf("remembered %q", s.LastFailure)
 		}
+		remembers(t, a, a.Log()[room:], "IPv6 rules repaired: jump removed",
+			"Cannot reach the Traffic Director API server: ")
 	})
+
+	t.Run("killed at any moment", func(t *testing.T) { killed(t, m, a) })
 
 	t.Run("a change is seen by its hint", func(t *testing.T) {
 		a.Kill()
