@@ -131,7 +131,10 @@ func TestBundle(t *testing.T) {
 		code != 2 || !strings.Contains(stderr, "--overwrite") {
 		t.Errorf("over one that is there: exit code %d, %v, %s", code, err, stderr)
 	}
-	hindered(t, m, a)
+	binary, err := mesh.Binary()
+	must(t, err)
+	checkOthers(t, m, a, binary)
+	checkHung(t, m, a, binary)
 }
 
 // unpacked is what a bundle holds, by the names of its files.
@@ -162,97 +165,83 @@ func unpacked(t *testing.T, path string) (files map[string]string, m bundle.Mani
 	return files, m
 }
 
-// hindered makes bundles where something is in the way, all at the same time.
-func hindered(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
+// beside is a command beside the agent that a test ends at its own time.
+func beside(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, argv ...string) (*exec.Cmd,
+	*strings.Builder) {
+	t.Helper()
+	cmd := m.VM.CommandAs(context.WithoutCancel(t.Context()), uid, argv[0], argv[1:]...)
+	var out strings.Builder
+	cmd.Env, cmd.Stdout, cmd.Stderr = append(a.Environ(), a.Settings()...), &out, &out
+	must(t, lab.Start(cmd))
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // it has ended, unless the test failed
+	return cmd, &out
+}
+
+// checkOthers makes a bundle as another user than root, and one for which there is no room.
+func checkOthers(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
+	t.Helper()
+	dir := t.TempDir()
+	must(t, os.Chown(dir, 1000, 1000))
+	for d := dir; d != "/tmp" && d != "/"; d = filepath.Dir(d) {
+		must(t, os.Chmod(d, 0o755))
+	}
+	cmd, out := beside(t, m, a, 1000, binary, "bundle", "-f", dir+"/b.tgz")
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	_, manifest := unpacked(t, dir+"/b.tgz")
+	if gaps := named(manifest); gaps["rules/iptables-save.txt"] != "needs root" ||
+		gaps["status.json"] != "needs root" || manifest.User != 1000 {
+		t.Errorf("uid %d, gaps: %v", manifest.User, gaps)
+	}
+	cmd, out = beside(t, m, a, 0, "unshare", "-m", "sh", "-c", `mount -t tmpfs -o size=8k none "$1" && `+
+		`{ "$0" bundle -f "$1/b.tgz"; echo "code $?"; ls -A "$1"; }`, binary, t.TempDir())
+	if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "no space left on device") ||
+		!strings.HasSuffix(out.String(), "code 2\n") {
+		t.Errorf("a full disk: %v: %s", err, out)
+	}
+}
+
+// checkHung makes bundles while Envoy hangs: nobody waits longer for one than half a minute, and who
+// does not wait that long leaves nothing behind.
+func checkHung(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 	t.Helper()
 	m.Envoy.Pause()
 	defer m.Envoy.Continue()
-	binary, err := mesh.Binary()
-	must(t, err)
-	t.Run("hindered", func(t *testing.T) {
-		run := func(t *testing.T, uid uint32, name string, args ...string) (*exec.Cmd, *strings.Builder) {
-			cmd := m.VM.CommandAs(context.WithoutCancel(t.Context()), uid, name, args...)
-			var out strings.Builder
-			cmd.Env, cmd.Stdout, cmd.Stderr = append(a.Environ(), a.Settings()...), &out, &out
-			must(t, lab.Start(cmd))
-			t.Cleanup(func() { _ = cmd.Process.Kill() }) // it has ended, unless the test failed
-			return cmd, &out
+	path, began := filepath.Join(t.TempDir(), "b.tgz"), time.Now()
+	whole, said := beside(t, m, a, 0, binary, "bundle", "-f", path)
+	for name, signal := range map[string]syscall.Signal{
+		"interrupted": syscall.SIGINT, "killed": syscall.SIGKILL} {
+		dir := t.TempDir()
+		cmd, out := beside(t, m, a, 0, binary, "bundle", "-f", dir+"/b.tgz")
+		eventually(t, 10*time.Second, "the file is made", func() (bool, string) {
+			fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", cmd.Process.Pid))
+			return slices.ContainsFunc(fds, func(fd string) bool {
+				to, _ := os.Readlink(fd)
+				return strings.HasPrefix(to, dir+"/")
+			}), fmt.Sprint(fds)
+		})
+		must(t, cmd.Process.Signal(signal))
+		_ = cmd.Wait() // the exit code is looked at
+		if signal == syscall.SIGINT && (cmd.ProcessState.ExitCode() != 2 ||
+			!strings.Contains(out.String(), "nothing was written")) {
+			t.Errorf("%s: exit code %d: %s", name, cmd.ProcessState.ExitCode(), out)
 		}
-		// Whoever makes a bundle is not to wait longer than this for it, whatever hangs.
-		const most = 33 * time.Second
-		t.Run("Envoy hangs", func(t *testing.T) {
-			t.Parallel()
-			path, began := filepath.Join(t.TempDir(), "b.tgz"), time.Now()
-			cmd, out := run(t, 0, binary, "bundle", "-f", path)
-			if err := cmd.Wait(); err != nil || time.Since(began) > most {
-				t.Fatalf("%v after %v: %s", err, time.Since(began), out)
-			}
-			files, manifest := unpacked(t, path)
-			named := named(manifest)
-			if !strings.Contains(named["envoy/server_info.json"], "no answer") ||
-				!strings.Contains(named["envoy/config_dump.json"], "not asked") {
-				t.Errorf("gaps: %v", named)
-			}
-			if !strings.Contains(files["rules/iptables-save.txt"], "SERVICE_PROXY_OUTPUT") {
-				t.Errorf("rules: %.1000s", files["rules/iptables-save.txt"])
-			}
-		})
-		t.Run("not root", func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			must(t, os.Chown(dir, 1000, 1000))
-			for d := dir; d != "/tmp" && d != "/"; d = filepath.Dir(d) {
-				must(t, os.Chmod(d, 0o755))
-			}
-			cmd, out := run(t, 1000, binary, "bundle", "-f", dir+"/b.tgz")
-			if err := cmd.Wait(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-			_, manifest := unpacked(t, dir+"/b.tgz")
-			named := named(manifest)
-			if named["rules/iptables-save.txt"] != "needs root" || named["status.json"] != "needs root" ||
-				manifest.User != 1000 {
-				t.Errorf("uid %d, gaps: %v", manifest.User, named)
-			}
-		})
-		for name, signal := range map[string]syscall.Signal{
-			"interrupted": syscall.SIGINT, "killed": syscall.SIGKILL} {
-			t.Run(name, func(t *testing.T) {
-				t.Parallel()
-				dir := t.TempDir()
-				cmd, out := run(t, 0, binary, "bundle", "-f", dir+"/b.tgz")
-				eventually(t, 10*time.Second, "the file is made", func() (bool, string) {
-					fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", cmd.Process.Pid))
-					for _, fd := range fds {
-						if to, _ := os.Readlink(fd); strings.HasPrefix(to, dir+"/") {
-							return true, ""
-						}
-					}
-					return false, fmt.Sprint(fds)
-				})
-				must(t, cmd.Process.Signal(signal))
-				_ = cmd.Wait() // the exit code is looked at
-				if signal == syscall.SIGINT && (cmd.ProcessState.ExitCode() != 2 ||
-					!strings.Contains(out.String(), "nothing was written")) {
-					t.Errorf("exit code %d: %s", cmd.ProcessState.ExitCode(), out)
-				}
-				if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-					t.Errorf("left: %v, %v", left, err)
-				}
-			})
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left: %v, %v", name, left, err)
 		}
-		t.Run("a full disk", func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			cmd, out := run(t, 0, "unshare", "-m", "sh", "-c",
-				`mount -t tmpfs -o size=8k none "$1" && { "$0" bundle -f "$1/b.tgz"; echo "code $?"; ls -A "$1"; }`,
-				binary, dir)
-			if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "no space left on device") ||
-				!strings.HasSuffix(out.String(), "code 2\n") {
-				t.Errorf("%v: %s", err, out)
-			}
-		})
-	})
+	}
+	if err := whole.Wait(); err != nil || time.Since(began) > 33*time.Second {
+		t.Fatalf("%v after %v: %s", err, time.Since(began), said)
+	}
+	files, manifest := unpacked(t, path)
+	if gaps := named(manifest); !strings.Contains(gaps["envoy/server_info.json"], "no answer") ||
+		!strings.Contains(gaps["envoy/config_dump.json"], "not asked") {
+		t.Errorf("gaps: %v", gaps)
+	}
+	if !strings.Contains(files["rules/iptables-save.txt"], "SERVICE_PROXY_OUTPUT") {
+		t.Errorf("rules: %.1000s", files["rules/iptables-save.txt"])
+	}
 }
 
 // named are the gaps of a manifest by their names.
