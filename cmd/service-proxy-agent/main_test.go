@@ -24,6 +24,7 @@ func TestWrongUsage(t *testing.T) {
 		"diff x", "diff -o yaml", "diff --config=", "diff --config /no/such/file",
 		"explain", "explain web.test:80", "explain 10.0.0.1", "explain 10.0.0.1:80 -o yaml", "explain 10.0.0.1:0",
 		"explain 10.0.0.1:80 --inbound --uid 0", "explain 10.0.0.1:80 --in-interface eth0", "explain 10.0.0.1:80 x",
+		"bundle x", "bundle --file=", "bundle --envoy-admin x",
 		"doctor --envoy-admin x", "explain 10.0.0.1:80 --envoy-admin x", "diff --envoy-admin 127.0.0.1:0",
 	} {
 		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {

@@ -137,6 +137,7 @@ func TestText(t *testing.T) {
 			"[2026-11-29 04:00:00.1][1][warning] rejected: [...]\n  [... 2 lines] Proto constraint validation failed (A.B: value must be x)"},
 		{"log", "/usr/local/bin/envoy: error while loading shared libraries: libx.so", "/usr/local/bin/envoy: error while loading shared libraries: libx.so"},
 		{"html", "<p title=x>Bearer s3cr3t</p><b>https://h/?a=s3cr3t&amp;b=s3cr3t</b>", "<p title=x>Bearer [...]</p><b>https://h/</b>"},
+		{"html", `<a title="token=s3cr3t &quot;" class=x>y</a>`, `<a title="token=[...] &#34;" class=x>y</a>`},
 		{"html", "<p>a &lt;b&gt;</p>", "<p>a &lt;b&gt;</p>"},
 		{"units", "# /etc/systemd/system/x.service.d/y.conf\n[Service]\n# why\nExecStart=/usr/local/bin/envoy -c x\nEnvironment=GOTRACEBACK=all", "# /etc/systemd/system/x.service.d/y.conf\n[Service]\n# why\nExecStart=/usr/local/bin/envoy -c x\nEnvironment=GOTRACEBACK=all"},
 		{"units", "ExecStart=/bin/x --key s3cr3t\n# s3cr3t\nEnvironment=A=s3cr3t \\\n  B=s3cr3t\nMemoryMax=5G\ns3cr3t",

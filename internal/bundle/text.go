@@ -151,18 +151,22 @@ var (
 	constraints = regexp.MustCompile(`^Proto constraint validation failed`)
 )
 
-// HTML masks the text of a page, and leaves its tags as they are.
+// HTML masks the texts of a page and the values of its attributes, and leaves its tags as they are.
 func HTML(in []byte) ([]byte, error) {
-	return between.ReplaceAllFunc(in, func(text []byte) []byte {
-		plain := html.UnescapeString(string(text[1 : len(text)-1]))
-		if now := Secrets(plain); now != plain {
-			return []byte(">" + html.EscapeString(now) + "<")
+	return textOfPage.ReplaceAllFunc(in, func(found []byte) []byte {
+		from, to := 1, len(found)-1
+		if found[0] == '=' {
+			from = 2
 		}
-		return text
+		plain := html.UnescapeString(string(found[from:to]))
+		if now := Secrets(plain); now != plain {
+			return slices.Concat(found[:from], []byte(html.EscapeString(now)), found[to:])
+		}
+		return found
 	}), nil
 }
 
-var between = regexp.MustCompile(`>[^<>]+<`)
+var textOfPage = regexp.MustCompile(`>[^<>]+<|="[^"<>]*"`)
 
 // Environment masks a file of environment variables: only those that are known keep their value.
 func Environment(known []string) func([]byte) ([]byte, error) {

@@ -24,8 +24,9 @@ type programs struct {
 // sbin are the folders that an ordinary user's PATH may lack.
 const sbin = ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
 
-// waitDelay is how long the pipes of a command that was ended may stay open.
-const waitDelay = 300 * time.Millisecond
+// waitDelay is how long the pipes of a command that has ended may stay open, and how long a busy
+// machine may take to read what is in them.
+const waitDelay = 2 * time.Second
 
 func (p programs) find(name string) (string, error) {
 	folders := filepath.SplitList(p.path)

@@ -24,12 +24,13 @@ func (s Settings) ofEnvoy(look string) []Source {
 		limit      time.Duration
 		mask       Mask
 	}{
-		{"envoy/server_info.json", "/server_info", mega, 3 * time.Second, config},
-		{"envoy/listeners.txt", "/listeners", 4 * mega, 3 * time.Second, names},
-		{"envoy/stats.txt", "/stats?usedonly&filter=" + url.QueryEscape(statsThatMatter), 4 * mega, 5 * time.Second,
-			names},
-		{"envoy/clusters.txt", "/clusters", 64 * mega, 6 * time.Second, names},
+		// The first one waits, too, for what an earlier question left Envoy to do.
+		{"envoy/server_info.json", "/server_info", mega, 5 * time.Second, config},
 		{"envoy/config_dump.json", "/config_dump", 96 * mega, 10 * time.Second, config},
+		{"envoy/listeners.txt", "/listeners", 4 * mega, 3 * time.Second, names},
+		{"envoy/stats.txt", "/stats?usedonly&filter=" + url.QueryEscape(statsThatMatter), 4 * mega,
+			5 * time.Second, names},
+		{"envoy/clusters.txt", "/clusters", 64 * mega, 6 * time.Second, names},
 	} {
 		all = append(all, Source{Name: q.name, From: "GET " + q.path + " of Envoy", After: after,
 			Limit: q.limit, Most: 2 * q.most, Mask: q.mask,

@@ -52,8 +52,8 @@ var errAbsent = errors.New("it is not there")
 // limit bounds a bundle's gathering as a whole, whatever hangs. grace is how long after its own
 // limit an answer still counts: who heeds the limit has a partial one then.
 const (
-	limit = 28 * time.Second
-	grace = 500 * time.Millisecond
+	limit = 27 * time.Second
+	grace = waitDelay + 500*time.Millisecond
 )
 
 // Run asks all sources and returns files and gaps, in the order of the sources. What hangs is left

@@ -53,6 +53,7 @@ func TestJournal(t *testing.T) {
 		t.Run(release, func(t *testing.T) {
 			v := ready(t, options{release: release})
 			v.checkProtected()
+			v.checkBundle()
 			v.checkCatalog()
 			v.checkExplained()
 			v.checkStuck()
