@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -35,22 +34,23 @@ func (l Looked) Status() status.Status {
 	return s
 }
 
-// ServiceCounts asks the kernel how often the rows for services were used, by family. What is not
-// known of one is empty, and the error says why.
-func (l Looked) ServiceCounts(ctx context.Context) (counts [2]iptables.Counts, err error) {
+// ServiceCounts asks the kernel how often the rows for services were used, by family. Nothing is
+// counted of a family that could not be asked; whyNone is the reason, "" where all could.
+func (l Looked) ServiceCounts(ctx context.Context) (counts []iptables.Counts, whyNone string) {
 	kernel, err := iptables.Open(ctx, iptables.Options{ReadOnly: true})
 	if err != nil {
-		return counts, err
+		return nil, whyNot(err)
 	}
-	var errs []error
 	for i, family := range families {
 		if l.HaveErr[i] != nil {
-			continue // a family that cannot be used is told once
+			continue // that it cannot be used is told elsewhere
 		}
-		var err error
-		if counts[i], err = kernel.ServiceCounts(ctx, family); err != nil {
-			errs = append(errs, err)
+		c, err := kernel.ServiceCounts(ctx, family)
+		if err != nil {
+			whyNone = whyNot(err)
+			continue
 		}
+		counts = append(counts, c)
 	}
-	return counts, errors.Join(errs...)
+	return counts, whyNone
 }

@@ -84,12 +84,9 @@ func contentOf(ctx context.Context, looked agent.Looked) page.Content {
 	}
 	ctx, cancel := context.WithTimeout(ctx, countLimit)
 	defer cancel()
-	counts, err := looked.ServiceCounts(ctx)
-	if err != nil {
-		c.NoCounts = err.Error()
-	}
-	if err == nil || len(counts[0].Prefixes)+len(counts[1].Prefixes) > 0 {
-		c.Counts = page.CountsOf(services, counts[:])
+	counts, why := looked.ServiceCounts(ctx)
+	if c.NoCounts = why; len(counts) > 0 {
+		c.Counts = page.CountsOf(services, counts)
 	}
 	return c
 }

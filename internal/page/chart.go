@@ -116,12 +116,8 @@ func figuresOf(values []float64) (f figures, measured int) {
 // charts are the last minutes.
 func charts(c Content) element {
 	s := section("charts", "Last minutes")
-	if c.Status == nil || len(c.Status.Samples) == 0 {
-		text := "No minute was measured yet."
-		if c.Status == nil {
-			text = "Only the agent measures."
-		}
-		s.add([]any{el("p", class("nothing"), text)})
+	if len(c.Status.Samples) == 0 {
+		s.add([]any{el("p", class("nothing"), "No minute was measured yet.")})
 		return s
 	}
 	t := timelineOf(c.Status.Samples)

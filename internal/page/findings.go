@@ -54,6 +54,22 @@ func (t *telling) all(nodes []*symptom.Tree, depth int) (out []any) {
 	return out
 }
 
+// prose is a text in which commands stand between backticks.
+func prose(text string) (out several) {
+	pieces := strings.Split(text, "`")
+	if len(pieces)%2 == 0 {
+		return several{text} // one is alone
+	}
+	for i, piece := range pieces {
+		if i%2 == 1 {
+			out = append(out, el("code", piece))
+		} else {
+			out = append(out, piece)
+		}
+	}
+	return out
+}
+
 var headings = []fixed{"h3", "h4", "h5", "h6"}
 
 func (t *telling) one(n *symptom.Tree, depth int) element {
@@ -68,9 +84,9 @@ func (t *telling) one(n *symptom.Tree, depth int) element {
 		el("header", el(heading, icon(l, ""), el("span", titleOf(t.c.Report, n.ID))),
 			el("p", class("labels"), el("span", class("label "+l), n.Severity.String()),
 				el("code", string(n.ID)), several(key))),
-		el("p", n.Cause))
+		el("p", prose(n.Cause)))
 	if n.Next != "" {
-		a.add([]any{el("p", class("next"), el("strong", "Next"), " ", n.Next)})
+		a.add([]any{el("p", class("next"), el("strong", "Next"), " ", prose(n.Next))})
 	}
 	if len(n.Commands) > 0 {
 		a.add([]any{el("pre", class("commands"), attr{"tabindex", "0"}, attr{"aria-label", "Commands to run"},

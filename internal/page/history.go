@@ -15,12 +15,8 @@ const (
 // history are the last transitions, newest first, by day.
 func history(c Content) element {
 	s := section("history", "History")
-	if c.Status == nil || len(c.Status.History) == 0 {
-		text := "Nothing has changed yet."
-		if c.Status == nil {
-			text = "Only the agent knows what has changed."
-		}
-		s.add([]any{el("p", class("nothing"), text)})
+	if len(c.Status.History) == 0 {
+		s.add([]any{el("p", class("nothing"), "Nothing has changed yet.")})
 		return s
 	}
 	all := c.Status.History
@@ -67,17 +63,17 @@ func transition(t status.Transition) element {
 	return el("li", at(t.Time, t.Time), icon(l, ""), text)
 }
 
-// part is a run of neighbours with one name.
-type part[T any] struct {
+// stretch is a run of neighbours with one name.
+type stretch[T any] struct {
 	name string
 	of   []T
 }
 
 // chunksBy cuts a list where the name changes.
-func chunksBy[T any](all []T, name func(T) string) func(yield func(part[T]) bool) {
-	return func(yield func(part[T]) bool) {
+func chunksBy[T any](all []T, name func(T) string) func(yield func(stretch[T]) bool) {
+	return func(yield func(stretch[T]) bool) {
 		for len(all) > 0 {
-			p, n := part[T]{name: name(all[0])}, 1
+			p, n := stretch[T]{name: name(all[0])}, 1
 			for n < len(all) && name(all[n]) == p.name {
 				n++
 			}

@@ -2,14 +2,16 @@
 // asset, no script, and by its Content-Security-Policy no request either. It is pure. Whatever is
 // in a text or an attribute is bounded, made printable and escaped where it is written (html.go).
 //
-// It writes the HTML itself and escapes by html.EscapeString: html/template would add 8.6 MB to the
-// program, since its reflection switches the linker's elimination of dead code off.
+// It writes the HTML itself and escapes by html.EscapeString. html/template would make the program
+// 27.0 MB instead of 18.8 (linux/amd64, Go 1.26), since it calls methods by their names, which
+// switches the linker's elimination of dead code off. This package takes 0.3 MB.
 package page
 
 import (
 	"bytes"
 	"cmp"
 	"io"
+	"slices"
 	"strconv"
 	"time"
 
@@ -69,6 +71,11 @@ const (
 
 // Render writes the page.
 func Render(w io.Writer, c Content) error {
+	parts := partsOf(c)
+	main := el("main", id("main"), verdict(c), contents(parts))
+	for _, p := range parts {
+		main.add([]any{p.of(c)})
+	}
 	title := headline(c).text + " · " + c.Host + " · service-proxy-agent"
 	head := []any{}
 	if c.Live && !c.Paused {
@@ -77,9 +84,32 @@ func Render(w io.Writer, c Content) error {
 	}
 	return write(w, c.Live, title, head,
 		top(c.Host, c.Time, c.controls()),
-		el("main", id("main"), verdict(c), contents(), findings(c), charts(c), history(c),
-			services(c), rules(c), envoy(c), channels(c), checks(c)),
-		bottom(c))
+		main, bottom(c))
+}
+
+// part is a part of the page, with the id and the name that it has in the contents.
+type part struct {
+	id, name string
+	of       func(Content) element
+	daemon   bool // of what only the daemon knows
+}
+
+var parts = []part{
+	{"findings", "Findings", findings, false},
+	{"charts", "Last minutes", charts, true},
+	{"history", "History", history, true},
+	{"services", "Services", services, false},
+	{"rules", "Rules", rules, false},
+	{"envoy", "Envoy and control plane", envoy, false},
+	{"channels", "Channels", channels, true},
+	{"checks", "Checks", checks, false},
+}
+
+// partsOf are those that something is known of.
+func partsOf(c Content) []part {
+	return slices.DeleteFunc(slices.Clone(parts), func(p part) bool {
+		return p.daemon && c.Status == nil
+	})
 }
 
 // write writes a document.

@@ -66,6 +66,9 @@ func family(c Content, f status.Family, backend string) element {
 	if !f.Applied.IsZero() {
 		written = ago(c.Time, f.Applied)
 	}
+	if !f.Usable && c.Status == nil {
+		return card(f.Family, facts(fact{"State", state}, fact{"Why", f.Error}))
+	}
 	e := card(f.Family, facts(
 		fact{"State", state}, fact{"Why", f.Error}, fact{"Held back", held}, fact{"Jumps", jumps},
 		fact{"Rules", number(f.Rules) + " in " + orUnknown(backend)},
@@ -173,12 +176,8 @@ func stream(c Content) any {
 // channels are the ways on which the agent tells others.
 func channels(c Content) element {
 	s := section("channels", "Channels")
-	if c.Status == nil || len(c.Status.Channels) == 0 {
-		text := "The agent tells nothing of its channels."
-		if c.Status == nil {
-			text = "Only the agent knows how its channels are."
-		}
-		s.add([]any{el("p", class("nothing"), text)})
+	if len(c.Status.Channels) == 0 {
+		s.add([]any{el("p", class("nothing"), "The agent tells nothing of its channels.")})
 		return s
 	}
 	cards := el("div", class("cards three"))

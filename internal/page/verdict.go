@@ -76,7 +76,8 @@ func verdict(c Content) element {
 func meaning(c Content) string {
 	s := c.Status
 	if s == nil {
-		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". What is here was seen without it."
+		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". This was seen without it, and " +
+			"history, latencies and channels are not known."
 	}
 	state := map[string]string{
 		"ready":     "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy.",
@@ -125,11 +126,8 @@ func tiles(c Content) element {
 		state = "no answer"
 	}
 	add(tile("Envoy", state, s.Envoy.Number))
-	rules, asWanted := 0, true
-	for _, f := range s.Families {
-		rules, asWanted = rules+f.Rules, asWanted && (f.Equal || !f.Usable)
-	}
-	add(tile("Rules", number(rules), map[bool]string{true: "as wanted", false: "not all as wanted"}[asWanted]))
+	rules, how := ruleCount(c)
+	add(tile("Rules", rules, how))
 	if slowest, measured := slowestChange(s.Samples); measured {
 		add(tile("Slowest change", seconds(slowest), "in "+window(s.Samples)))
 	}
@@ -138,6 +136,21 @@ func tiles(c Content) element {
 		add(tile("Memory", bytesOf(s.Cost.Resident), "of the agent"))
 	}
 	return list
+}
+
+// ruleCount is how many rules there are, and how they are.
+func ruleCount(c Content) (rules, how string) {
+	n, read, asWanted := 0, false, true
+	for _, f := range c.status().Families {
+		n, read, asWanted = n+f.Rules, read || f.Usable, asWanted && (f.Equal || !f.Usable)
+	}
+	switch {
+	case !read:
+		return "not known", ""
+	case asWanted:
+		return number(n), "as wanted"
+	}
+	return number(n), "not all as wanted"
 }
 
 func slowestChange(samples []status.Sample) (slowest float64, measured bool) {
@@ -156,12 +169,10 @@ func window(samples []status.Sample) string {
 }
 
 // contents lead to the parts of the page.
-func contents() element {
+func contents(parts []part) element {
 	list := el("ul")
-	for _, part := range [][2]string{{"findings", "Findings"}, {"charts", "Last minutes"},
-		{"history", "History"}, {"services", "Services"}, {"rules", "Rules"},
-		{"envoy", "Envoy and control plane"}, {"channels", "Channels"}, {"checks", "Checks"}} {
-		list.add([]any{el("li", el("a", href("#"+part[0]), part[1]))})
+	for _, p := range parts {
+		list.add([]any{el("li", el("a", href("#"+p.id), p.name))})
 	}
 	return el("nav", class("contents"), attr{"aria-label", "Parts of this page"}, list)
 }

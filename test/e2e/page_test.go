@@ -71,7 +71,7 @@ func TestPage(t *testing.T) {
 	}
 	text, code = page(t, m, a, 1000, "-")
 	if code != 2 || !strings.Contains(text, "The agent does not answer") ||
-		!strings.Contains(text, "Connections were not counted") ||
+		!strings.Contains(text, "Connections were not counted: needs root") ||
 		!strings.Contains(text, "db 10.10.0.2:") {
 		t.Errorf("an ordinary user: exit code %d: %s", code, text)
 	}
