@@ -31,11 +31,6 @@ func serveFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 	f.StringVar(&address, "serve", "",
 		"show the page live to a browser, at `127.0.0.1:PORT` until Ctrl-C")
 	f.Lookup("serve").NoOptDefVal = defaultServe
-	for _, other := range []string{"output", "watch", "html"} {
-		if f.Lookup(other) != nil {
-			c.MarkFlagsMutuallyExclusive("serve", other)
-		}
-	}
 	// A flag whose value may be left out leaves what stands behind a space as an argument.
 	c.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 1 && f.Changed("serve") && address == defaultServe {
@@ -47,6 +42,12 @@ func serveFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		if address == "" {
 			return run(cmd, args)
+		}
+		for _, other := range []string{"output", "watch", "html"} {
+			if f.Changed(other) {
+				return usage(fmt.Errorf("--%s is another way to show the status; leave it out with --serve",
+					other))
+			}
 		}
 		at, err := pageserver.Address(address)
 		if err != nil {
