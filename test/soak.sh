@@ -22,9 +22,16 @@ case ${1:-all} in
   agent) run lab ./test/e2e/... ;;
   box)   test/tools.sh build; run box ./test/box/... ;;
   fuzz)  fuzz ;;
+  completion) # in the shells themselves; what a machine has not is installed by apt
+    if ! { type zsh fish && [[ -e /usr/share/bash-completion/bash_completion ]]; } >/dev/null 2>&1; then
+      apt-get update -qq
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        bash-completion zsh fish >/dev/null
+    fi
+    run shells ./test/completion ;;
   grafana) # -count=1: the dashboards are outside of the module, so the cache knows nothing of them
     echo "=== soak grafana"
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
-  all)   for g in rules shuffled envoy agent box fuzz grafana; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box fuzz grafana" >&2; exit 2 ;;
+  all)   for g in rules shuffled envoy agent box fuzz completion grafana; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box fuzz completion grafana" >&2; exit 2 ;;
 esac

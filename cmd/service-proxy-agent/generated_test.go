@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"flag"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
@@ -26,11 +27,29 @@ func TestGenerated(t *testing.T) {
 		}
 	}
 	compare(t, "../../deploy/completion", map[string]string{
-		"service-proxy-agent.bash": bash.String(),
+		"service-proxy-agent.bash": unquoted(t, bash.String()),
 		"_service-proxy-agent":     zsh.String(),
 		"service-proxy-agent.fish": fish.String(),
 	})
 	compare(t, "../../docs/man", manPages(root))
+}
+
+// unquoted is cobra's script for bash with , and [ left as they are typed. It quotes them by printf's
+// %q, so that a second check of --ignore and an IPv6 address were never completed.
+func unquoted(t *testing.T, script string) string {
+	t.Helper()
+	const plain = "%[1]s=${%[1]s//\\\\,/,}; %[1]s=${%[1]s//\\\\[/[}; %[1]s=${%[1]s//\\\\]/]}\n"
+	for line, variable := range map[string]string{
+		"printf -v comp \"%q\" \"${compline%%$tab*}\" &>/dev/null || " +
+			"comp=$(printf \"%q\" \"${compline%%$tab*}\")\n": "comp",
+		"COMPREPLY[0]=$(printf \"%q\" \"${COMPREPLY[0]%%$tab*}\")\n": "COMPREPLY[0]",
+	} {
+		if strings.Count(script, line) != 1 {
+			t.Fatalf("cobra's script is another now: no %q", line)
+		}
+		script = strings.Replace(script, line, line+"        "+fmt.Sprintf(plain, variable), 1)
+	}
+	return script
 }
 
 // compare a folder with what it should hold.

@@ -299,6 +299,7 @@ __service-proxy-agent_handle_standard_completion_case() {
         # Don't call "printf" in a sub-shell because it will be much slower
         # since we are in a loop.
         printf -v comp "%q" "${compline%%$tab*}" &>/dev/null || comp=$(printf "%q" "${compline%%$tab*}")
+        comp=${comp//\\,/,}; comp=${comp//\\[/[}; comp=${comp//\\]/]}
 
         # Only consider the completions that match
         [[ $comp == "$cur"* ]] || continue
@@ -322,6 +323,7 @@ __service-proxy-agent_handle_standard_completion_case() {
     if ((${#COMPREPLY[*]} == 1)); then
         __service-proxy-agent_debug "COMPREPLY[0]: ${COMPREPLY[0]}"
         COMPREPLY[0]=$(printf "%q" "${COMPREPLY[0]%%$tab*}")
+        COMPREPLY[0]=${COMPREPLY[0]//\\,/,}; COMPREPLY[0]=${COMPREPLY[0]//\\[/[}; COMPREPLY[0]=${COMPREPLY[0]//\\]/]}
         __service-proxy-agent_debug "Removed description from single completion, which is now: ${COMPREPLY[0]}"
     else
         # Format the descriptions
