@@ -32,19 +32,18 @@ func bundleCommand() *cobra.Command {
 	var overwrite bool
 	c := &cobra.Command{
 		Use: "bundle",
-		Short: "Everything that support needs, without secrets, in one .tgz; exit code 0 written, 2 not " +
-			"written",
+		Short: "Everything that support needs, without secrets, in one .tgz",
 		Long: "Asks this VM's kernel, Envoy, daemon, systemd and files what they know, takes out what is " +
 			"secret,\nand writes one archive. It changes nothing else, needs no daemon, and ends within " +
-			"half a minute,\nwhatever hangs. What could not be had is named in the archive's " +
-			"manifest.json and at the end. Envoy\nis asked for its whole configuration once: with many " +
-			"thousands of services that takes its main\nthread a second or two.\n\n" +
+			"half a minute, whatever hangs. What could not be had is named in the archive's " +
+			"manifest.json and at the end. Envoy is asked for its whole configuration once: with many " +
+			"thousands of services that takes its main thread a second or two.\n\n" +
 			"Exit code: 0 the archive is written, with gaps or without; 2 it is not; 64 wrong usage.\n\n" +
 			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is the " +
-			"form of\nmanifest.json.",
+			"form of manifest.json.",
 		Example: "  sudo service-proxy-agent bundle\n" +
 			"  sudo service-proxy-agent bundle -f /tmp/bundle.tgz\n" +
-			"  gcloud compute ssh VM --command 'sudo service-proxy-agent bundle -f -' >bundle.tgz",
+			"  # gcloud compute ssh VM --command 'sudo service-proxy-agent bundle -f -' >bundle.tgz",
 	}
 	settings := lookFlags(c)
 	c.Flags().StringVarP(&file, "file", "f", "", "the archive, - for stdout (default: "+
