@@ -31,7 +31,7 @@ func bundleCommand() *cobra.Command {
 	var file string
 	var overwrite bool
 	c := &cobra.Command{
-		Use: "bundle",
+		Use:   "bundle",
 		Short: "Everything that support needs, without secrets, in one .tgz",
 		Long: "Asks this VM's kernel, Envoy, daemon, systemd and files what they know, takes out what is " +
 			"secret,\nand writes one archive. It changes nothing else, needs no daemon, and ends within " +
@@ -43,11 +43,11 @@ func bundleCommand() *cobra.Command {
 			"form of manifest.json.",
 		Example: "  sudo service-proxy-agent bundle\n" +
 			"  sudo service-proxy-agent bundle -f /tmp/bundle.tgz\n" +
-			"  # gcloud compute ssh VM --command 'sudo service-proxy-agent bundle -f -' >bundle.tgz",
+			"  # From afar: -f - through ssh, and >bundle.tgz there",
 	}
 	settings := lookFlags(c)
-	c.Flags().StringVarP(&file, "file", "f", "", "the archive, - for stdout (default: "+
-		"service-proxy-agent-bundle-HOST-TIME.tgz in this folder)")
+	c.Flags().StringVarP(&file, "file", "f", "", "the archive `FILE`, - for stdout; default: one in this folder "+
+		"named by host and time")
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "replace the file if it is there")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		out := cmd.OutOrStdout()
