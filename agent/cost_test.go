@@ -47,3 +47,21 @@ func TestReadSpent(t *testing.T) {
 		t.Errorf("%+v, %d bytes, %v", s, resident, err)
 	}
 }
+
+// TestStatusNow: what no pass is about is told before the first one, too.
+func TestStatusNow(t *testing.T) {
+	a := anAgent(t)
+	a.cost.Store(&status.Cost{Resident: 1 << 20})
+	for _, mode := range []string{"starting", "hold"} {
+		if mode != "starting" {
+			a.status.Store(&status.Status{Mode: mode})
+		}
+		s, ok := a.statusNow().(status.Status)
+		if !ok || s.Mode != mode || len(s.Channels) != 3 || s.Cost.Resident != 1<<20 {
+			t.Errorf("%+v, want mode %s", s, mode)
+		}
+	}
+	if last := a.status.Load(); len(last.Channels) != 0 {
+		t.Error("the pass's own Status was changed")
+	}
+}
