@@ -13,7 +13,8 @@ import (
 )
 
 // What Envoy is asked, once each and one after the other: it answers on the thread that takes its
-// updates, too. At 10,000 services the configuration costs that thread ENVOYCOST.
+// updates, too. At 10,000 services, each with a cluster, that thread is busy for 1.8 s with the
+// configuration (17 MB), for 0.5 s with the statistics and 0.1 s with the clusters (14 MB).
 func (s Settings) ofEnvoy(look string) []Source {
 	e := &envoy{admin: s.EnvoyAdmin}
 	after := look
@@ -26,7 +27,7 @@ func (s Settings) ofEnvoy(look string) []Source {
 	}{
 		// The first one waits, too, for what an earlier question left Envoy to do.
 		{"envoy/server_info.json", "/server_info", mega, 5 * time.Second, config},
-		{"envoy/config_dump.json", "/config_dump", 96 * mega, 10 * time.Second, config},
+		{"envoy/config_dump.json", "/config_dump", 96 * mega, 13 * time.Second, config},
 		{"envoy/listeners.txt", "/listeners", 4 * mega, 3 * time.Second, names},
 		{"envoy/stats.txt", "/stats?usedonly&filter=" + url.QueryEscape(statsThatMatter), 4 * mega,
 			5 * time.Second, names},

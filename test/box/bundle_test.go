@@ -33,10 +33,10 @@ func (v *VM) checkBundle() {
 		}
 	}()
 	for _, unit := range []string{"service-proxy-agent.service", "service-proxy-envoy.service"} {
-		// In the unit's journal is what comes from its cgroup.
-		v.run("sh", "-c", `echo $$ >/sys/fs/cgroup"$0"/cgroup.procs && exec systemd-cat sh -c `+
-			`'echo "planted authorization: Basic s3cr3t"; echo "https://u:s3cr3t@h/?s3cr3t"; sleep 0.2'`,
-			v.property(unit, "ControlGroup"))
+		// What root says about a process of a unit is in the unit's journal.
+		v.run("sh", "-c", `for text in "planted authorization: Basic s3cr3t" "https://u:s3cr3t@h/?s3cr3t"; do `+
+			`printf 'MESSAGE=%s\nOBJECT_PID=%s\n' "$text" "$0" | logger --journald; done`,
+			v.property(unit, "MainPID"))
 	}
 	v.run("journalctl", "--sync")
 	out := v.run("service-proxy-agent", "bundle", "-f", "/root/bundle.tgz")
