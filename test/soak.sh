@@ -32,6 +32,7 @@ case ${1:-all} in
   grafana) # -count=1: the dashboards are outside of the module, so the cache knows nothing of them
     echo "=== soak grafana"
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
-  all)   for g in rules shuffled envoy agent box fuzz completion grafana; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box fuzz completion grafana" >&2; exit 2 ;;
+  page)  test/page.sh ;;
+  all)   for g in rules shuffled envoy agent box fuzz completion grafana page; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box fuzz completion grafana page" >&2; exit 2 ;;
 esac

@@ -19,7 +19,7 @@ import (
 )
 
 // TestInBrowser opens the pages in Chromium: at the width of a phone and of a wide screen, in light
-// and dark. Nothing may stand out at the right, nothing may be asked for, and nothing is complained
+// and dark, and on paper. Nothing may stand out at the right, nothing may be asked for, and nothing is complained
 // of. PAGES is a folder for the pages and their pictures, for people and for a validator.
 func TestInBrowser(t *testing.T) {
 	dir := os.Getenv("PAGES")
@@ -33,16 +33,25 @@ func TestInBrowser(t *testing.T) {
 	for name, html := range pages(t) {
 		file := filepath.Join(dir, name+".html")
 		must(t, os.WriteFile(file, []byte(html), 0o644))
-		for _, width := range []int{400, 1600} {
-			for _, scheme := range []string{"light", "dark"} {
-				c.open(t, "file://"+file, width, scheme)
-				var wide int
-				c.evaluate(t, "document.documentElement.scrollWidth", &wide)
-				if wide > width {
-					t.Errorf("%s at %d: %d wide", name, width, wide)
-				}
-				c.shoot(t, filepath.Join(dir, fmt.Sprintf("%s-%d-%s.png", name, width, scheme)))
+		for _, look := range []struct {
+			width         int
+			scheme, media string
+		}{{400, "light", "screen"}, {400, "dark", "screen"}, {1600, "light", "screen"},
+			{1600, "dark", "screen"}, {800, "dark", "print"}} {
+			c.open(t, "file://"+file, look.width, look.scheme, look.media)
+			var wide int
+			c.evaluate(t, "document.documentElement.scrollWidth", &wide)
+			if wide > look.width {
+				t.Errorf("%s at %d: %d wide", name, look.width, wide)
 			}
+			// Nothing that can be seen reaches out of it either: a cell cut off is as bad.
+			var cut []string
+			c.evaluate(t, cutOff, &cut)
+			if len(cut) > 0 {
+				t.Errorf("%s at %d: cut off: %q", name, look.width, cut)
+			}
+			c.shoot(t, filepath.Join(dir, fmt.Sprintf("%s-%d-%s-%s.png", name, look.width, look.scheme,
+				look.media)))
 		}
 	}
 	for _, e := range c.events {
@@ -55,6 +64,12 @@ func TestInBrowser(t *testing.T) {
 		}
 	}
 }
+
+// cutOff are the elements whose text is wider than they are, where nothing scrolls.
+const cutOff = `[...document.querySelectorAll("main *")].filter(e =>
+	e instanceof HTMLElement && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 1 &&
+	getComputedStyle(e).display != "inline" && !e.closest(".wide, pre")).slice(0, 5).
+	map(e => e.tagName + "." + e.className + " " + e.textContent.slice(0, 60))`
 
 // chromium is a browser that is told what to do by its DevTools protocol, on a pipe.
 type chromium struct {
@@ -166,11 +181,11 @@ func (c *chromium) wait(t *testing.T, is func(event) bool) event {
 	}
 }
 
-func (c *chromium) open(t *testing.T, url string, width int, scheme string) {
+func (c *chromium) open(t *testing.T, url string, width int, scheme, media string) {
 	t.Helper()
 	c.call(t, "Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": 900,
 		"deviceScaleFactor": 1, "mobile": width < 600}, nil)
-	c.call(t, "Emulation.setEmulatedMedia", map[string]any{"media": "screen", "features": []any{
+	c.call(t, "Emulation.setEmulatedMedia", map[string]any{"media": media, "features": []any{
 		map[string]any{"name": "prefers-color-scheme", "value": scheme}}}, nil)
 	c.call(t, "Page.navigate", map[string]any{"url": url}, nil)
 	c.wait(t, func(e event) bool { return e.Method == "Page.loadEventFired" })

@@ -42,7 +42,7 @@ var voids = []string{"meta", "input", "wbr"}
 var where = regexp.MustCompile(`^(#[a-z0-9-]+|/|/\?paused=1|/explain(\?to=[A-Za-z0-9.%]+)?)$`)
 
 // written is a tag: name="value" and nothing else.
-var written = regexp.MustCompile(`^<[a-z0-9]+( [a-zA-Z-]+="[^"<>]*")*>$`)
+var written = regexp.MustCompile(`^<[a-z0-9]+( [a-zA-Z-]+="[^"<>]*"| required| checked)*>$`)
 
 // TestStructure reads all pages by tokens: what a browser would mend in silence fails here.
 func TestStructure(t *testing.T) {

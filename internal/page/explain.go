@@ -15,7 +15,7 @@ func RenderQuestion(w io.Writer, q Question) error {
 		in := el("input", attr{"type", "radio"}, id("direction-"+value), attr{"name", "direction"},
 			attr{"value", value})
 		if (q.Direction == Inbound) == (value == Inbound) {
-			in.add([]any{attr{"checked", "checked"}})
+			in.add([]any{attr{"checked", ""}})
 		}
 		return el("span", class("choice"), in, el("label", attr{"for", "direction-" + value}, label))
 	}
@@ -24,14 +24,14 @@ func RenderQuestion(w io.Writer, q Question) error {
 		el("p", class("lede"), "Would a connection be intercepted, by which rule, and what does Envoy do "+
 			"with it? No connection is made."),
 		el("form", attr{"method", "get"}, attr{"action", ExplainPath},
-			field("to", "Address and port", "10.0.0.1:80", q.To, attr{"required", "required"}),
+			field("to", "Address and port", "10.0.0.1:80", q.To, attr{"required", ""}),
 			field("uid", "Made by user", "name or number; an ordinary user", q.UID),
 			el("fieldset", el("legend", "Direction"), direction(Outbound, "from this VM"),
 				direction(Inbound, "into this VM")),
 			el("p", class("field"), el("button", attr{"type", "submit"}, "Explain")))))
 	if q.Answer != "" {
 		main.add([]any{el("section", attr{"aria-labelledby", "answer"}, el("h2", id("answer"), "Answer"),
-			el("pre", class("answer"), attr{"tabindex", "0"}, attr{"role", "region"},
+			el("pre", class("answer"), attr{"tabindex", "0"}, attr{"role", "group"},
 				attr{"aria-labelledby", "answer"}, lines(q.Answer)))})
 	}
 	return write(w, true, title+" · "+q.Host+" · service-proxy-agent", nil,

@@ -90,6 +90,10 @@ func (e element) write(b *bytes.Buffer) {
 	}
 	b.WriteString("<" + string(e.tag))
 	for _, a := range e.attrs {
+		if a.name == "required" || a.name == "checked" { // they have no value
+			b.WriteString(" " + string(a.name))
+			continue
+		}
 		fmt.Fprintf(b, ` %s="%s"`, a.name, html.EscapeString(printable(a.value)))
 	}
 	b.WriteByte('>')

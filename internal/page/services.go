@@ -202,6 +202,6 @@ func cut(s string) string { return symptom.Printable(s, maxName) }
 
 // wide is a table that may be wider than a phone: it scrolls by itself, by keyboard too.
 func wide(label string, table element) element {
-	return el("div", class("wide"), attr{"role", "region"}, attr{"aria-label", label},
+	return el("div", class("wide"), attr{"role", "group"}, attr{"aria-label", label},
 		attr{"tabindex", "0"}, table)
 }

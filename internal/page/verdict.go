@@ -15,6 +15,19 @@ type heading struct {
 	text  string
 }
 
+// short is the same in a word or two.
+func (h heading) short() string {
+	switch h.level {
+	case good:
+		return "Healthy"
+	case warn:
+		return "Warnings"
+	case bad:
+		return "Not healthy"
+	}
+	return "Not known"
+}
+
 // headline is the verdict.
 func headline(c Content) heading {
 	count := map[symptom.Severity]int{}
