@@ -115,6 +115,7 @@ func TestExplain(t *testing.T) {
 			}
 		}
 		explainCounts(t, m, a)
+		served(t, m, a)
 		for _, args := range [][]string{{}, {"web.test:81"}, {"10.10.0.1"}, {"10.10.0.1:0"},
 			{"10.10.0.1:81", "--uid", "nobody-knows-them"}, {"10.10.0.1:81", "--inbound", "--uid", "0"}} {
 			_, stderr, code, err := a.Run(t.Context(), append([]string{"explain"}, args...)...)
