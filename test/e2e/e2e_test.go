@@ -120,8 +120,10 @@ func must(t testing.TB, err error) {
 	}
 }
 
+// within gives what a quiet machine does in d, and in make test, where other tests have the
+// machine, too, four times as long: a limit of what would never end.
 func within(t testing.TB, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), d)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Duration(soak(1, 4))*d)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -156,9 +158,10 @@ func tooDear(t testing.TB, format string, args ...any) {
 	t.Errorf(format, args...)
 }
 
-// eventually waits until holds, and fails with what it said last.
+// eventually waits until holds, as long as within, and fails with what it said last.
 func eventually(t testing.TB, d time.Duration, what string, holds func() (bool, string)) {
 	t.Helper()
+	d *= time.Duration(soak(1, 4))
 	deadline := time.Now().Add(d)
 	for {
 		ok, last := holds()

@@ -380,9 +380,16 @@ func TestNothingIsLeft(t *testing.T) {
 		child.Process.Kill()
 		t.Fatalf("read child's lab: %v", err)
 	}
-	time.Sleep(100 * time.Millisecond) // setpriv has become sleep
-	if exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe"); !strings.HasSuffix(exe, "sleep") {
-		t.Errorf("the child's process is %q, want sleep", exe)
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		// nsenter becomes setpriv, and that sleep
+		exe, _ := os.Readlink("/proc/" + strconv.Itoa(pid) + "/exe")
+		if strings.HasSuffix(exe, "sleep") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Errorf("the child's process is %q, want sleep", exe)
+			break
+		}
 	}
 	must(t, child.Process.Kill())
 	child.Wait() // killed, as was asked

@@ -76,9 +76,10 @@ type SteadyOptions struct {
 	From      *Namespace
 	UID       uint32 // 0: root
 	To        []netip.AddrPort
-	PerSecond int           // in all; they take the addresses in turn
-	Timeout   time.Duration // of one connection and its answer; 0: 3 s
-	HTTP      bool          // GET instead of a line
+	PerSecond int // in all; they take the addresses in turn
+	// of one connection and its answer; 0: 15 s, in which a busy machine answers as well
+	Timeout time.Duration
+	HTTP    bool // GET instead of a line
 }
 
 // Counts of a Steady. Tried = OK + Escaped + Failed once it has stopped.
@@ -118,7 +119,7 @@ type Steady struct {
 // Steady starts a stream of connections; it ends with the lab.
 func (l *Lab) Steady(opts SteadyOptions) *Steady {
 	if opts.Timeout == 0 {
-		opts.Timeout = 3 * time.Second
+		opts.Timeout = 15 * time.Second
 	}
 	if opts.PerSecond <= 0 || len(opts.To) == 0 {
 		panic("lab.Steady: no rate or no address")
