@@ -9,6 +9,8 @@ PKG     := ./cmd/service-proxy-agent
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 # One static binary: no libc, so that it runs on every image.
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
+# What one clone has compiled serves the next: without it the path of the clone is part of all.
+export GOFLAGS := $(shell go env GOFLAGS) -trimpath
 export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
 export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
