@@ -90,7 +90,7 @@ func recordingIn(path string) ([]byte, error) {
 	}
 	defer file.Close()
 	data, err := io.ReadAll(io.LimitReader(file, int64(len(beginOfJSON))))
-	if err == nil && !bytes.Equal(data, beginOfJSON) {
+	if err != nil || !bytes.Equal(data, beginOfJSON) {
 		return bundle.Read(path, bundle.LookFile)
 	}
 	rest, err := io.ReadAll(io.LimitReader(file, mostOfFile))

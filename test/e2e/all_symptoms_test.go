@@ -115,6 +115,9 @@ func TestSymptoms(t *testing.T) {
 	if *record || os.Getenv("SOAK") != "" {
 		must(t, writeMeasured(rows))
 	}
+	if *record {
+		must(t, recordings.write())
+	}
 }
 
 // play makes the VM and has each symptom in it.
@@ -153,6 +156,9 @@ func (p *patient) suffer(t *testing.T, i injection) (took time.Duration, words s
 	}
 	if said := p.examine(t, i); i.told == doctorAlone {
 		words = said
+	}
+	if i.told != answers && (*record || os.Getenv("SOAK") != "") {
+		p.replays(t, i)
 	}
 	if i.check != nil {
 		i.check(t, p)
@@ -230,7 +236,7 @@ func (p *patient) answered(t *testing.T, i injection) (words string) {
 	eventually(t, 10*time.Second, "an answer to "+i.ask, func() (bool, string) {
 		out, stderr, code, err := p.a.RunAs(t.Context(), 0, p.a.Settings(), args...)
 		must(t, err)
-		words = line.FindString(out)
+		words = line.FindString(unwrapped(out))
 		return words != "" && code == i.code, fmt.Sprintf("exit code %d\n%s%s", code, out, stderr)
 	})
 	_, _, code, err := p.a.RunAs(t.Context(), 0, p.a.Settings(), append(args, "-o", "json")...)

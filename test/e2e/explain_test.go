@@ -46,7 +46,12 @@ func explained(t *testing.T, m *mesh.Mesh, a *mesh.Agent, args ...string) (answe
 	if t.Failed() || testing.Verbose() {
 		t.Logf("%v\n%s", args, text)
 	}
-	return answer, text, code
+	return answer, unwrapped(text), code
+}
+
+// unwrapped is a text for people with its long lines in one.
+func unwrapped(text string) string {
+	return strings.NewReplacer("\n      ", " ", "\n    ", " ").Replace(text)
 }
 
 // TestExplain asks for each kind of connection and holds the answer against what becomes of it.
@@ -116,6 +121,10 @@ func TestExplain(t *testing.T) {
 		}
 		explainCounts(t, m, a)
 		served(t, m, a)
+		explainedElsewhere(t, m, a, web4.String(), web6.String(), db4.String(), "10.10.0.1:82",
+			"10.10.0.5:81", "10.10.0.9:81", extra.String(), "10.10.0.3:81", web4.String()+" --uid root",
+			web4.String()+" --uid "+fmt.Sprint(lab.EnvoyUID), inbound+" --inbound",
+			"127.0.0.1:81", "8.8.8.8:53 --udp", inbound, "[fd99::1]:80")
 		for _, args := range [][]string{{}, {"web.test:81"}, {"10.10.0.1"}, {"10.10.0.1:0"},
 			{"10.10.0.1:81", "--uid", "nobody-knows-them"}, {"10.10.0.1:81", "--inbound", "--uid", "0"}} {
 			_, stderr, code, err := a.Run(t.Context(), append([]string{"explain"}, args...)...)
