@@ -37,7 +37,7 @@ func TestBundleScale(t *testing.T) {
 	busy, began := cpu(t, thread), time.Now()
 	binary, err := mesh.Binary()
 	must(t, err)
-	cmd, out := beside(t, m, a, 0, binary, "bundle", "-f", path)
+	cmd, out := startedBeside(t, m, a, 0, binary, "bundle", "-f", path)
 	err = cmd.Wait()
 	took, cost := time.Since(began), cpu(t, thread)-busy
 	if err != nil || took > 33*time.Second {
