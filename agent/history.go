@@ -104,8 +104,8 @@ func sameThing(a, b *status.Transition) bool {
 // alike says whether both say the same. Who undoes our rules undoes now this one, now that one, and
 // a script's programs have another pid each time.
 func alike(a, b *status.Transition) bool {
-	return sameThing(a, b) && a.Severity == b.Severity && (a.Text == b.Text || a.Kind == status.OfDrift) &&
-		program(a.By) == program(b.By)
+	return sameThing(a, b) && a.Severity == b.Severity &&
+		(a.Text == b.Text || a.Kind == status.OfDrift) && program(a.By) == program(b.By)
 }
 
 // program is who did it, without the pid.

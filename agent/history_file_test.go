@@ -154,7 +154,8 @@ func TestRunBegins(t *testing.T) {
 	}
 	h := a.history("mine")
 	if got := inLines(h.lines); logs.Len() > 0 ||
-		!slices.Equal(got, []string{"17:00 interception: hold", "18:00 service-proxy-agent 1.2.3 started"}) {
+		!slices.Equal(got, []string{"17:00 interception: hold",
+			"18:00 service-proxy-agent 1.2.3 started"}) {
 		t.Errorf("%q, %v", got, logs.All())
 	}
 	path := filepath.Join(a.settings.StateDir, historyFile)
@@ -295,7 +296,8 @@ func TestKeepAtTheEnd(t *testing.T) {
 		t.Errorf("saved %v", d.saved)
 	}
 	d = disk{}
-	if ended := keptBy(t, &d, func(put func(int)) { put(1); put(2); d.slow = time.Minute }); ended != keepLast {
+	ended := keptBy(t, &d, func(put func(int)) { put(1); put(2); d.slow = time.Minute })
+	if ended != keepLast {
 		t.Errorf("a disk that hangs held it up for %v", ended)
 	}
 	d = disk{}

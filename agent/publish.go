@@ -427,7 +427,8 @@ func (t *told) tellReady(s status.Status) {
 	}
 	t.said.ready = s.Ready
 	if !s.Ready {
-		t.tell(status.OfReady, report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
+		t.tell(status.OfReady,
+			report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
 		return
 	}
 	t.tell(status.OfReady, report.Event{Severity: report.Info,
