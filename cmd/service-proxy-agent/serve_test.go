@@ -43,7 +43,7 @@ func TestServe(t *testing.T) {
 			t.Fatalf("%q: %v", args, err)
 		}
 		res.Body.Close()
-		if res.StatusCode != 303 || res.Header.Get("Location") != "/" {
+		if res.StatusCode != 303 || !strings.Contains(link, res.Header.Get("Location")+"open/") {
 			t.Errorf("%q: %d, %v", args, res.StatusCode, res.Header)
 		}
 		cancel()
@@ -63,7 +63,7 @@ func TestServe(t *testing.T) {
 }
 
 func TestServedText(t *testing.T) {
-	const link = "http://127.0.0.1:15080/open/TOKEN"
+	const link = "http://127.0.0.1:15080/FOLDER/open/TOKEN"
 	at := netip.MustParseAddrPort("127.0.0.1:15080")
 	for host, want := range map[string]string{
 		"web-1":                  "gcloud compute ssh web-1 -- -N -L 15080:127.0.0.1:15080",

@@ -39,7 +39,7 @@ var allowed = map[string]string{
 var voids = []string{"meta", "input", "wbr"}
 
 // where are the targets that a page may lead to.
-var where = regexp.MustCompile(`^(#[a-z0-9-]+|/|/\?paused=1|/explain(\?to=[A-Za-z0-9.%]+)?)$`)
+var where = regexp.MustCompile(`^(#[a-z0-9-]+|\./(\?paused=1)?|explain(\?to=[A-Za-z0-9.%]+)?)$`)
 
 // written is a tag: name="value" and nothing else.
 var written = regexp.MustCompile(`^<[a-z0-9]+( [a-zA-Z-]+="[^"<>]*"| required| checked)*>$`)

@@ -12,12 +12,14 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
 )
 
-// linkPath and the token are the path of the link.
-const linkPath = "/open/"
+// linkName and the token are the link, in the folder.
+const linkName = "open/"
 
 // guard lets those in who have the link, or the session that it has become.
 type guard struct {
-	at             netip.AddrPort
+	at netip.AddrPort
+	// folder is where all of it is, and the cookie's Path: "/", a name that nobody else knows, "/".
+	folder         string
 	token, session string
 	used           atomic.Bool // the token
 	next           http.Handler
@@ -30,17 +32,19 @@ const notAllowed = "Not allowed.\n\n" +
 
 func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	protect(w.Header())
+	path, inside := strings.CutPrefix(r.URL.Path, g.folder)
+	token, opens := strings.CutPrefix(path, linkName)
 	switch {
 	case !g.named(r.Host):
-		say(w, http.StatusMisdirectedRequest, fmt.Sprintf("Ask for http://%s here. Through ssh forward "+
-			"the same port: -L %d:%s\n", g.at, g.at.Port(), g.at))
+		say(w, http.StatusMisdirectedRequest, fmt.Sprintf("Open the link as it was printed, at http://%s. "+
+			"Through ssh forward the same port: -L %d:%s\n", g.at, g.at.Port(), g.at))
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		say(w, http.StatusMethodNotAllowed, "This page is only looked at.\n")
-	case !shown(r):
+	case !inside || !shown(r):
 		say(w, http.StatusForbidden, notAllowed)
-	case strings.HasPrefix(r.URL.Path, linkPath):
-		g.open(w, r)
+	case opens:
+		g.open(w, r, token)
 	case !g.knows(r) || !own(r):
 		say(w, http.StatusForbidden, notAllowed)
 	default:
@@ -126,29 +130,30 @@ func equal(have, secret string) bool {
 }
 
 // open makes a session of the token, once, and leads out of the link.
-func (g *guard) open(w http.ResponseWriter, r *http.Request) {
+func (g *guard) open(w http.ResponseWriter, r *http.Request, token string) {
 	switch {
 	case r.Method == http.MethodHead || ahead(r):
 		// Somebody looks where a link leads before a person does: that is not its one use.
 		say(w, http.StatusServiceUnavailable, "")
 		return
 	case g.knows(r) && own(r): // the person again
-	case !equal(strings.TrimPrefix(r.URL.Path, linkPath), g.token) || g.used.Swap(true):
+	case !equal(token, g.token) || g.used.Swap(true):
 		say(w, http.StatusForbidden, notAllowed)
 		return
 	default:
-		http.SetCookie(w, &http.Cookie{Name: g.cookie(), Value: g.session, Path: "/", HttpOnly: true,
-			SameSite: http.SameSiteStrictMode}) // not Secure: this is http
+		http.SetCookie(w, &http.Cookie{Name: g.cookie(), Value: g.session, Path: g.folder,
+			HttpOnly: true, SameSite: http.SameSiteStrictMode}) // not Secure: this is http
 	}
 	if own(r) {
-		w.Header().Set("Location", "/")
+		w.Header().Set("Location", g.folder)
 		say(w, http.StatusSeeOther, "")
 		return
 	}
 	// The link was clicked on another site's page, such as a terminal in a browser. What follows a
 	// redirect counts as that site's, and would not be given the cookie; what this page asks for is.
-	w.Header().Set("Refresh", "0; url=/")
-	say(w, http.StatusOK, "The page follows. If it does not, ask for http://"+g.at.String()+"/\n")
+	w.Header().Set("Refresh", "0; url="+g.folder)
+	say(w, http.StatusOK, "The page follows. If it does not, ask for http://"+g.at.String()+
+		g.folder+"\n")
 }
 
 // ahead says whether a browser fetches what a person may want to see next.

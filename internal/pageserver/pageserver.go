@@ -14,9 +14,11 @@
 //     that works once, and becomes a cookie of as many. Neither is in an argument, an environment
 //     variable, a log or, once it was used, worth anything. Who is refused learns nothing of the VM.
 //   - Web pages open in the same browser. A site that has its name lead to 127.0.0.1 (DNS rebinding)
-//     is told by the Host header. Another site or port cannot send the cookie along (SameSite=Strict),
-//     and where the browser says who asks (Sec-Fetch-*, Origin) anything but the page itself or the
-//     person is refused. Frames, windows and resources of others are shut out by the policy headers.
+//     is told by the Host header. Another site cannot send the cookie along (SameSite=Strict), and
+//     where the browser says who asks (Sec-Fetch-*, Origin) anything but the page itself or the person
+//     is refused. Frames, windows and resources of others are shut out by the policy headers.
+//   - Other servers at 127.0.0.1. Cookies know no port: a browser sends them there, too. So this one
+//     is of a folder whose name nobody else knows, and not of "/".
 //   - What others wrote and the page shows: it is escaped by package page, and the policy lets no
 //     script, no image, no request to elsewhere happen if that should fail.
 //   - Callers that are slow or many: the limits of package server. Looks are made one at a time for
@@ -24,9 +26,7 @@
 //
 // It does not help where somebody is root on the VM or in the browser's account: they see as much
 // without it. A user of the machine can take all of the few connections, and keep the page from being
-// shown; the command shows it in text, too. Cookies know no port: another server at 127.0.0.1 that is
-// opened in the same browser is sent this one's cookie. Whoever runs it can look until the command
-// ends; so open no stranger's server meanwhile.
+// shown; `status` and `doctor` tell the same in text.
 //
 // [guard] decides who is let in, [site] answers, and looks are shared by [looks].
 package pageserver
@@ -40,6 +40,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strconv"
+	"strings"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
@@ -58,6 +59,7 @@ type Pages struct {
 // Server shows Pages to who has its link. Make it with [Listen].
 type Server struct {
 	listener net.Listener
+	folder   string // guard's
 	token    string
 	pages    Pages
 }
@@ -99,7 +101,7 @@ func Listen(ctx context.Context, flag string, at netip.AddrPort, pages Pages) (*
 	if err != nil {
 		return nil, err
 	}
-	return &Server{listener: l, token: rand.Text(), pages: pages}, nil
+	return &Server{listener: l, folder: "/" + rand.Text()[:16] + "/", token: rand.Text(), pages: pages}, nil
 }
 
 // Addr is where it listens.
@@ -110,7 +112,7 @@ func (s *Server) Addr() netip.AddrPort {
 // Link opens the page, once. It is a secret until then.
 //
 // It names the address and never localhost, of which another user could have the other family's.
-func (s *Server) Link() string { return "http://" + s.Addr().String() + linkPath + s.token }
+func (s *Server) Link() string { return "http://" + s.Addr().String() + s.folder + linkName + s.token }
 
 // Run serves until ctx ends, and returns nil then, within half a second: a look or an answer that is
 // under way is left behind.
@@ -119,9 +121,8 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 func (s *Server) handler(ctx context.Context) http.Handler {
-	return &guard{
-		at: s.Addr(), token: s.token, session: rand.Text(),
-		next: &site{host: s.pages.Host, explain: s.pages.Explain, asking: make(chan struct{}, 1),
-			looks: looks{ctx: ctx, look: s.pages.Look}},
-	}
+	pages := &site{host: s.pages.Host, explain: s.pages.Explain, asking: make(chan struct{}, 1),
+		looks: looks{ctx: ctx, look: s.pages.Look}}
+	return &guard{at: s.Addr(), folder: s.folder, token: s.token, session: rand.Text(),
+		next: http.StripPrefix(strings.TrimSuffix(s.folder, "/"), pages)}
 }

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -57,8 +58,14 @@ func serve(t *testing.T, at string, pages Pages) served {
 	return served{s, t}
 }
 
-// ask is a request: header names and values behind the URL, "Host" among them.
+// ask asks for a path of the folder: header names and values are behind it, "Host" among them.
 func (s served) ask(method, path string, headers ...string) (*http.Response, string) {
+	s.t.Helper()
+	return s.askOutside(method, strings.TrimSuffix(s.folder, "/")+path, headers...)
+}
+
+// askOutside asks for any path.
+func (s served) askOutside(method, path string, headers ...string) (*http.Response, string) {
 	s.t.Helper()
 	req, err := http.NewRequest(method, "http://"+s.Addr().String()+path, nil)
 	if err != nil {
@@ -113,7 +120,7 @@ func (s served) protected(res *http.Response, what string) {
 	}
 }
 
-func (s served) path() string { return linkPath + s.token }
+func (s served) path() string { return "/" + linkName + s.token }
 
 // enter opens the link, and returns the cookie as a browser sends it.
 func (s served) enter() string {
@@ -149,20 +156,20 @@ func TestLink(t *testing.T) {
 	}
 	for _, path := range []string{"", wrong, s.token[1:], s.token + "x", strings.ToLower(s.token),
 		"/" + s.token, s.token + "/", "?" + s.token} {
-		if res, body := s.ask("GET", linkPath+path); res.StatusCode != 403 || body != notAllowed {
+		if res, body := s.ask("GET", "/"+linkName+path); res.StatusCode != 403 || body != notAllowed {
 			t.Errorf("the link with %q: %d %q", path, res.StatusCode, body)
 		}
 	}
 
 	res, body = s.ask("GET", s.path())
-	if res.StatusCode != 303 || res.Header.Get("Location") != "/" || body != "" {
+	if res.StatusCode != 303 || res.Header.Get("Location") != s.folder || body != "" {
 		t.Errorf("the link: %d to %q, %q", res.StatusCode, res.Header.Get("Location"), body)
 	}
 	set := res.Header.Values("Set-Cookie")
 	if len(set) != 1 {
 		t.Fatalf("cookies: %q", set)
 	}
-	name, value, _ := strings.Cut(strings.TrimSuffix(set[0], "; Path=/; HttpOnly; SameSite=Strict"), "=")
+	name, value, _ := strings.Cut(strings.TrimSuffix(set[0], "; Path="+s.folder+"; HttpOnly; SameSite=Strict"), "=")
 	if name != fmt.Sprintf("service-proxy-agent-%d", s.Addr().Port()) || len(value) < 26 ||
 		strings.Contains(value, ";") || strings.Contains(value, s.token) {
 		t.Errorf("cookie %q", set[0])
@@ -198,7 +205,7 @@ func TestLinkOnceForMany(t *testing.T) {
 	var all sync.WaitGroup
 	for range 50 {
 		all.Go(func() {
-			w := record(h, "GET", s.path(), "Host", s.Addr().String())
+			w := record(h, "GET", s.folder+linkName+s.token, "Host", s.Addr().String())
 			mu.Lock()
 			defer mu.Unlock()
 			codes[w.Code]++
@@ -216,7 +223,7 @@ func TestClickedElsewhere(t *testing.T) {
 	s := serve(t, "127.0.0.1:0", Pages{})
 	res, body := s.ask("GET", s.path(), "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate",
 		"Sec-Fetch-Dest", "document")
-	if res.StatusCode != 200 || res.Header.Get("Refresh") != "0; url=/" || len(res.Cookies()) != 1 ||
+	if res.StatusCode != 200 || res.Header.Get("Refresh") != "0; url="+s.folder || len(res.Cookies()) != 1 ||
 		strings.Contains(body, s.token) || strings.Contains(body, secret) {
 		t.Errorf("%d %q %v", res.StatusCode, body, res.Header)
 	}
@@ -304,10 +311,38 @@ func TestStranger(t *testing.T) {
 	for _, cookie := range []string{"", name + "=", name + "=" + s.token, name, "x=y",
 		name + "=" + strings.Repeat("A", 26)} {
 		for _, path := range []string{"/", "/explain", "/explain?to=10.0.0.1:80", "/status", "/open", "/%2e"} {
-			res, body := s.ask("GET", path, "Cookie", cookie)
-			if res.StatusCode != 403 || body != notAllowed || len(res.Cookies()) > 0 {
-				t.Errorf("%s with %q: %d %q", path, cookie, res.StatusCode, body)
+			for where, ask := range map[string]func(string, string, ...string) (*http.Response, string){
+				"in the folder": s.ask, "outside": s.askOutside} {
+				res, body := ask("GET", path, "Cookie", cookie)
+				if res.StatusCode != 403 || body != notAllowed || len(res.Cookies()) > 0 {
+					t.Errorf("%s %s with %q: %d %q", path, where, cookie, res.StatusCode, body)
+				}
 			}
+		}
+	}
+}
+
+// Outside of the folder there is nothing, for nobody: another server at this address, to which the
+// cookie would be sent as well, can not lead there.
+func TestFolder(t *testing.T) {
+	s := serve(t, "127.0.0.1:0", Pages{})
+	cookie := s.enter()
+	if other := serve(t, "127.0.0.1:0", Pages{}); other.folder == s.folder || len(s.folder) < 18 {
+		t.Errorf("folders %q and %q", s.folder, other.folder)
+	}
+	for _, path := range []string{"/", "/explain", s.path(), strings.TrimSuffix(s.folder, "/"),
+		"/." + s.folder, "/" + s.folder, strings.ToLower(s.folder), s.folder[:8] + "/"} {
+		if res, body := s.askOutside("GET", path, "Cookie", cookie); res.StatusCode != 403 ||
+			body != notAllowed {
+			t.Errorf("%s: %d %q", path, res.StatusCode, body)
+		}
+	}
+	// The page leads to itself and to the form within it.
+	_, body := s.ask("GET", "/", "Cookie", cookie)
+	for _, link := range regexp.MustCompile(`(href|action)="([^"#]*)`).FindAllStringSubmatch(body, -1) {
+		if to := link[2]; to != "" && to != "explain" && !strings.HasPrefix(to, "explain?") &&
+			!strings.HasPrefix(to, "./") {
+			t.Errorf("the page leads to %q", to)
 		}
 	}
 }
@@ -355,7 +390,7 @@ func TestRawRequests(t *testing.T) {
 	}{
 		{"as a proxy", "GET http://evil.example/ HTTP/1.1\r\nHost: " + at + cookie, 421, true},
 		{"OPTIONS *", "OPTIONS * HTTP/1.1\r\nHost: " + at + cookie, 405, true},
-		{"up", "GET /../../etc/passwd HTTP/1.1\r\nHost: " + at + cookie, 404, true},
+		{"up", "GET " + s.folder + "../../etc/passwd HTTP/1.1\r\nHost: " + at + cookie, 404, true},
 		{"HTTP/1.0 without a host", "GET / HTTP/1.0" + cookie, 421, true},
 		{"no host", "GET / HTTP/1.1" + cookie, 400, false},
 		{"two hosts", "GET / HTTP/1.1\r\nHost: " + at + "\r\nHost: x" + cookie, 400, false},
@@ -478,7 +513,8 @@ func TestEnds(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: %s\r\nCookie: %s\r\n\r\n", path, s.Addr(), cookie)
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: %s\r\nCookie: %s\r\n\r\n",
+			strings.TrimSuffix(s.folder, "/")+path, s.Addr(), cookie)
 	}
 	<-looking
 	<-asking

@@ -34,9 +34,9 @@ func (s *site) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// Where there is no connection (a test), there is no deadline either.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerLimit))
 	switch r.URL.Path {
-	case page.OverviewPath:
+	case "/":
 		s.overview(w, r)
-	case page.ExplainPath:
+	case "/" + page.ExplainPath:
 		s.question(w, r)
 	default:
 		say(w, http.StatusNotFound, "There is no such page here.\n")
