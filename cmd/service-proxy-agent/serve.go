@@ -43,7 +43,7 @@ func serveFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		if address == "" {
 			return run(cmd, args)
 		}
-		for _, other := range []string{"output", "watch", "html"} {
+		for _, other := range []string{"output", "history", "html"} {
 			if f.Changed(other) {
 				return usage(fmt.Errorf("--%s is another way to show the status; leave it out with --serve",
 					other))
@@ -107,7 +107,9 @@ func answerForm(ctx context.Context, s agent.Settings, form url.Values) string {
 		return wrong(err)
 	}
 	var text strings.Builder
-	if err = looked.Explain(ctx, q).WriteText(&text, terminal.Style(false), terminal.Width(&text)); err != nil {
+	answer := looked.Explain(ctx, q)
+	err = answer.WriteText(&text, terminal.Style(false), terminal.Width(&text))
+	if err != nil {
 		return wrong(err)
 	}
 	return text.String()

@@ -109,7 +109,8 @@ func TestFormQuestion(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = formQuestion(form)
-		if err == nil || !strings.Contains(wrong(err), want) || strings.ContainsAny(wrong(err), "\x00\x1b") {
+		if err == nil || !strings.Contains(wrong(err), want) ||
+			strings.ContainsAny(wrong(err), "\x00\x1b") {
 			t.Errorf("%q: %v; want %q", query, err, want)
 		}
 	}

@@ -27,7 +27,7 @@ type guard struct {
 
 // notAllowed is all that a stranger learns.
 const notAllowed = "Not allowed.\n\n" +
-	"The link that the command printed opens this page once, in one browser, until the command ends.\n" +
+	"The link that the command printed opens this page once, in one browser.\n" +
 	"To open it again end the command by Ctrl-C, and start it again: it prints a new link.\n"
 
 func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -36,8 +36,8 @@ func (g *guard) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	token, opens := strings.CutPrefix(path, linkName)
 	switch {
 	case !g.named(r.Host):
-		say(w, http.StatusMisdirectedRequest, fmt.Sprintf("Open the link as it was printed, at http://%s. "+
-			"Through ssh forward the same port: -L %d:%s\n", g.at, g.at.Port(), g.at))
+		say(w, http.StatusMisdirectedRequest, fmt.Sprintf("Open the link as it was printed, at "+
+			"http://%s. Through ssh forward the same port: -L %d:%s\n", g.at, g.at.Port(), g.at))
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		say(w, http.StatusMethodNotAllowed, "This page is only looked at.\n")
@@ -88,8 +88,8 @@ func (g *guard) named(host string) bool {
 	return false
 }
 
-// shown says whether, as far as the browser tells, an answer becomes what a person sees in a window:
-// no frame, picture or script of another page.
+// shown says whether, as far as the browser tells, an answer becomes what a person sees in a
+// window: no frame, picture or script of another page.
 func shown(r *http.Request) bool {
 	return is(r, "Sec-Fetch-Mode", "navigate") && is(r, "Sec-Fetch-Dest", "document") &&
 		is(r, "Origin", "http://"+r.Host)
@@ -113,7 +113,8 @@ func is(r *http.Request, header string, allowed ...string) bool {
 	return true
 }
 
-// cookie is the name of the session: the port is in it, since one of another port would be replaced.
+// cookie is the name of the session: the port is in it, since one of another port would be
+// replaced.
 func (g *guard) cookie() string { return fmt.Sprintf("service-proxy-agent-%d", g.at.Port()) }
 
 func (g *guard) knows(r *http.Request) bool {

@@ -31,8 +31,8 @@ type looks struct {
 	running chan struct{}
 }
 
-// newest is the newest content, with its age: a new one where it comes in time, else the last. It is
-// not there where the first look takes its time, or ctx ends.
+// newest is the newest content, with its age: a new one where it comes in time, else the last. It
+// is not there where the first look takes its time, or ctx ends.
 func (l *looks) newest(ctx context.Context) (content page.Content, there bool) {
 	running, wait := l.start()
 	if running != nil {

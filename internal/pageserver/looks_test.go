@@ -67,11 +67,11 @@ func TestLooksAreShared(t *testing.T) {
 			if have := many(l, 20); have["1"] != 20 {
 				t.Errorf("the first: %v", have)
 			}
-			time.Sleep(tt.pause - 1)
+			time.Sleep(tt.pause - time.Millisecond)
 			if have := many(l, 20); have["1"] != 20 {
 				t.Errorf("within the pause: %v", have)
 			}
-			time.Sleep(1)
+			time.Sleep(time.Millisecond)
 			if have := many(l, 20); tt.took < patience && have["2"] != 20 ||
 				tt.took > patience && have["1"] != 20 {
 				t.Errorf("after it: %v", have)
@@ -141,7 +141,6 @@ func TestAQuestionHangs(t *testing.T) {
 		var asked atomic.Int32
 		hang := make(chan struct{})
 		s := &site{asking: make(chan struct{}, 1),
-			looks: looks{ctx: t.Context(), look: func(context.Context) page.Content { return page.Content{} }},
 			explain: func(context.Context, url.Values) string {
 				asked.Add(1)
 				<-hang

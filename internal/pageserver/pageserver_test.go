@@ -169,7 +169,8 @@ func TestLink(t *testing.T) {
 	if len(set) != 1 {
 		t.Fatalf("cookies: %q", set)
 	}
-	name, value, _ := strings.Cut(strings.TrimSuffix(set[0], "; Path="+s.folder+"; HttpOnly; SameSite=Strict"), "=")
+	flags := "; Path=" + s.folder + "; HttpOnly; SameSite=Strict"
+	name, value, _ := strings.Cut(strings.TrimSuffix(set[0], flags), "=")
 	if name != fmt.Sprintf("service-proxy-agent-%d", s.Addr().Port()) || len(value) < 26 ||
 		strings.Contains(value, ";") || strings.Contains(value, s.token) {
 		t.Errorf("cookie %q", set[0])
@@ -217,13 +218,14 @@ func TestLinkOnceForMany(t *testing.T) {
 	}
 }
 
-// TestClickedElsewhere: a link that was clicked on a page, as in a terminal in the browser, leads on
-// by a page, since a redirect would not be given the cookie.
+// TestClickedElsewhere: a link that was clicked on a page, as in a terminal in the browser, leads
+// on by a page, since a redirect would not be given the cookie.
 func TestClickedElsewhere(t *testing.T) {
 	s := serve(t, "127.0.0.1:0", Pages{})
 	res, body := s.ask("GET", s.path(), "Sec-Fetch-Site", "cross-site", "Sec-Fetch-Mode", "navigate",
 		"Sec-Fetch-Dest", "document")
-	if res.StatusCode != 200 || res.Header.Get("Refresh") != "0; url="+s.folder || len(res.Cookies()) != 1 ||
+	if res.StatusCode != 200 || res.Header.Get("Refresh") != "0; url="+s.folder ||
+		len(res.Cookies()) != 1 ||
 		strings.Contains(body, s.token) || strings.Contains(body, secret) {
 		t.Errorf("%d %q %v", res.StatusCode, body, res.Header)
 	}
@@ -305,12 +307,16 @@ func TestStranger(t *testing.T) {
 			t.Error("a look for a stranger")
 			return page.Content{}
 		},
-		Explain: func(context.Context, url.Values) string { t.Error("an answer for a stranger"); return "" },
+		Explain: func(context.Context, url.Values) string {
+			t.Error("an answer for a stranger")
+			return ""
+		},
 	})
 	name := fmt.Sprintf("service-proxy-agent-%d", s.Addr().Port())
 	for _, cookie := range []string{"", name + "=", name + "=" + s.token, name, "x=y",
 		name + "=" + strings.Repeat("A", 26)} {
-		for _, path := range []string{"/", "/explain", "/explain?to=10.0.0.1:80", "/status", "/open", "/%2e"} {
+		for _, path := range []string{"/", "/explain", "/explain?to=10.0.0.1:80", "/status", "/open",
+			"/%2e"} {
 			for where, ask := range map[string]func(string, string, ...string) (*http.Response, string){
 				"in the folder": s.ask, "outside": s.askOutside} {
 				res, body := ask("GET", path, "Cookie", cookie)
@@ -339,7 +345,8 @@ func TestFolder(t *testing.T) {
 	}
 	// The page leads to itself and to the form within it.
 	_, body := s.ask("GET", "/", "Cookie", cookie)
-	for _, link := range regexp.MustCompile(`(href|action)="([^"#]*)`).FindAllStringSubmatch(body, -1) {
+	links := regexp.MustCompile(`(href|action)="([^"#]*)`)
+	for _, link := range links.FindAllStringSubmatch(body, -1) {
 		if to := link[2]; to != "" && to != "explain" && !strings.HasPrefix(to, "explain?") &&
 			!strings.HasPrefix(to, "./") {
 			t.Errorf("the page leads to %q", to)
@@ -415,8 +422,9 @@ func TestHostileQuestion(t *testing.T) {
 	}})
 	cookie := s.enter()
 	for _, typed := range []string{
-		`"><script>alert(1)</script>`, `<img src=x onerror=alert(1)>`, "\x1b[31m\x00\u202e<b>", "{{.}}<script>",
-		strings.Repeat("<img>", 1000), "\xff\xfe<svg/onload=1>", "' onfocus='<script>", "</pre></textarea><script>",
+		`"><script>alert(1)</script>`, `<img src=x onerror=alert(1)>`, "\x1b[31m\x00\u202e<b>",
+		"{{.}}<script>", strings.Repeat("<img>", 1000), "\xff\xfe<svg/onload=1>",
+		"' onfocus='<script>", "</pre></textarea><script>",
 	} {
 		for _, field := range []string{"to", "uid", "direction"} {
 			query := url.Values{"to": {"10.0.0.1:80"}}
@@ -425,14 +433,16 @@ func TestHostileQuestion(t *testing.T) {
 			if res.StatusCode != 200 || !strings.Contains(body, "<form") {
 				t.Errorf("%s %q: %d %q", field, typed, res.StatusCode, body)
 			}
-			for _, active := range []string{"<script", "<img", "<b>", "<svg/", "\x1b", "\x00", "\u202e", typed} {
+			for _, active := range []string{"<script", "<img", "<b>", "<svg/", "\x1b", "\x00", "\u202e",
+				typed} {
 				if strings.Contains(body, active) {
 					t.Errorf("%s %q: %q is in %q", field, typed, active, body)
 				}
 			}
 		}
 	}
-	for _, query := range []string{"?to", "?%zz", "?to=a&to=b", "?;", "?to=" + strings.Repeat("9", 6000)} {
+	for _, query := range []string{"?to", "?%zz", "?to=a&to=b", "?;",
+		"?to=" + strings.Repeat("9", 6000)} {
 		if res, body := s.ask("GET", "/explain"+query, "Cookie", cookie); res.StatusCode != 200 ||
 			!strings.Contains(body, "<form") || len(body) > 40<<10 {
 			t.Errorf("%q: %d %q", query, res.StatusCode, body)
@@ -566,7 +576,8 @@ func TestInUse(t *testing.T) {
 	s := serve(t, "127.0.0.1:0", Pages{})
 	_, err := Listen(t.Context(), "--serve", s.Addr(), Pages{})
 	var taken *server.ListenError
-	if !errors.As(err, &taken) || len(taken.Holders) != 1 || !strings.Contains(err.Error(), "--serve") {
+	if !errors.As(err, &taken) || len(taken.Holders) != 1 ||
+		!strings.Contains(err.Error(), "--serve") {
 		t.Errorf("%v", err)
 	}
 }

@@ -15,7 +15,8 @@
 //
 // The answers themselves come from package agent as functions; nothing here knows what they mean.
 //
-// [Listen] and [Serve] are the same errors and limits for another server, that of package pageserver.
+// [Listen] and [Serve] are the same errors and limits for another server, that of package
+// pageserver.
 package server
 
 import (
