@@ -325,8 +325,7 @@ func (p *printer) rules(s Status) {
 		if s.LastDriftBy != "" {
 			by = " by " + short(s.LastDriftBy)
 		}
-		p.row("drift", "%s of others repaired, the last %s%s", number(int(min(s.Undone, 1<<31)), "change"),
-			p.at(s.LastDriftWhen), by)
+		p.row("drift", "%d repaired, the last %s%s", s.Undone, p.at(s.LastDriftWhen), by)
 	}
 }
 

@@ -406,7 +406,7 @@ func TestPartsMissing(t *testing.T) {
 	v.run("tar", "-xPf", "/root/ip6tables.tar")
 	v.eventually(80*time.Second, "IPv6 is in use again", func() error {
 		out, _ := v.try("service-proxy-agent", "status") // its exit code is of all findings
-		if !regexp.MustCompile(`(?m)^IPv6 +as wanted`).MatchString(out) {
+		if !regexp.MustCompile(`(?m)^IPv6 rules +as wanted`).MatchString(out) {
 			return fmt.Errorf("the status is\n%s", out)
 		}
 		return nil

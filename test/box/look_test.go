@@ -245,7 +245,8 @@ systemctl daemon-reload; systemctl restart service-proxy-agent.service`)
 	}
 	v.eventually(10*time.Second, "the hang is told", func() error {
 		out, _ := v.asks("service-proxy-agent", "status") // test/e2e looks at the attribute
-		if !strings.Contains(out, "hung and was restarted by systemd's watchdog") {
+		words := strings.Join(strings.Fields(out), " ")   // lines are broken
+		if !strings.Contains(words, "hung and was restarted by systemd's watchdog") {
 			return fmt.Errorf("status says\n%s", out)
 		}
 		return nil

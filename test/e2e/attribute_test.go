@@ -91,7 +91,7 @@ func TestAttribute(t *testing.T) {
 			}
 			text, _, _, err := a.Run(t.Context(), "status")
 			must(t, err)
-			if !strings.Contains(text, "read at "+read.Format(time.RFC3339)) ||
+			if !strings.Contains(text, "read "+read.Format(time.RFC3339)) ||
 				strings.Contains(text, "by an earlier run, and kept") == row.running {
 				t.Errorf("status: %s", text)
 			}

@@ -55,8 +55,8 @@ func TestRuleRefused(t *testing.T) {
 		if n := metric(t, a, finding(symptom.RuleRefused)); n != 4 {
 			t.Errorf("finding rules-not-applied: %v", n)
 		}
-		says(t, a, 0, 1, []string{`^error +The kernel refuses the IPv4 rule`,
-			`^error +The kernel refuses the IPv6 rule`}, "status")
+		says(t, a, 0, 1, []string{`^  ERROR rules-not-applied: The kernel refuses the IPv4 rule`,
+			`^  ERROR rules-not-applied: The kernel refuses the IPv6 rule`}, "status")
 		if code, body, err := a.Get("/healthz"); err != nil || code != http.StatusOK {
 			t.Errorf("/healthz: %d %q %v: a new VM has the same kernel", code, body, err)
 		}

@@ -100,9 +100,11 @@ func TestTable(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	through(t, m, web4)
 	before := chains(t, m)
-	healthy := []string{`^agent +\S+, intercepting, last pass \S+ ago$`, `^ready +yes$`,
-		`^envoy +LIVE \S+/1\.\S+ at 127\.0\.0\.1:15000, 2 listeners, 0 rejected$`,
-		`^IPv4 +as wanted \(nft\), jumps in, 2 service prefixes, 0 ports, \d+ rules, to ports 15001 out 15006 in$`, `^IPv6 +as wanted \(nft\), jumps in, 1 service prefixes`}
+	healthy := []string{`\AHealthy: intercepting 2 services and 1 serving port since `,
+		`^mode +intercepting: `, `^agent +\S+, started \S+ \(.* ago\), last pass \d+ s ago$`, `^ready +yes$`,
+		`^Envoy +LIVE, 2 listeners, on 127\.0\.0\.1:15000$`, `^ +version \S+/1\.\S+$`,
+		`^IPv4 rules +as wanted, jumps in, \d+ rules \(nft\), 2 service prefixes, to Envoy's ports 15001 out,$`,
+		`^IPv6 rules +as wanted, jumps in, \d+ rules \(nft\), 1 service prefix, `}
 
 	// The words are in the table of the symptoms.
 	t.Run("guest attributes disabled", func(t *testing.T) {
@@ -110,7 +112,7 @@ func TestTable(t *testing.T) {
 			return metric(t, a, `channel_enabled{channel="guest_attributes"}`) == 0, "1"
 		})
 		// a warning: healthy
-		says(t, a, 0, 0, append(healthy, `^warning +Guest attributes are disabled`), "status")
+		says(t, a, 0, 0, append(healthy, `^  WARNING guest-attributes-off: Guest attributes are disabled`), "status")
 	})
 
 	t.Run("Envoy is down, disk full", func(t *testing.T) {
@@ -129,8 +131,9 @@ func TestTable(t *testing.T) {
 				t.Errorf("%s with Envoy down: %v, want it refused", to, err)
 			}
 		}
-		says(t, a, 0, 1, []string{`^ready +no: Envoy: `, `^envoy +no answer at 127\.0\.0\.1:15000`,
-			`^error +Envoy is not running`, `^last failure +Envoy is not running`}, "status")
+		says(t, a, 0, 1, []string{`\ANot healthy: Envoy is not running`, `^ready +no: Envoy: `,
+			`^Envoy +down since \S+ \(.* ago\), nothing answers on 127\.0\.0\.1:15000`,
+			`^  ERROR envoy-down: Envoy is not running`, `^last failure +Envoy is not running`}, "status")
 		must(t, m.Envoy.Start())
 		_, err = a.Wait(within(t, 10*time.Second), "its end", func(s status.Status) bool {
 			return s.Ready && strings.Contains(s.LastFailure, "(over; ")
