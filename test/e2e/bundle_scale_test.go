@@ -18,7 +18,7 @@ import (
 // TestBundleScale: with 10,000 services, each with a cluster of its own, a bundle is whole, small and
 // soon there, and its cost to Envoy's main thread is told. Here with a few hundred, but in `make soak`.
 func TestBundleScale(t *testing.T) {
-	t.Parallel()
+	beside(t)
 	config := controlplane.Config{}
 	n := soak(10_000, 300)
 	for i := range n {
@@ -37,7 +37,7 @@ func TestBundleScale(t *testing.T) {
 	busy, began := cpu(t, thread), time.Now()
 	binary, err := mesh.Binary()
 	must(t, err)
-	cmd, out := startedBeside(t, m, a, 0, binary, "bundle", "-f", path)
+	cmd, out := alongside(t, m, a, 0, binary, "bundle", "-f", path)
 	err = cmd.Wait()
 	took, cost := time.Since(began), cpu(t, thread)-busy
 	if err != nil || took > 33*time.Second {
@@ -63,7 +63,7 @@ func TestBundleScale(t *testing.T) {
 			t.Logf("%s: %d bytes", f.Name, f.Bytes)
 		}
 	}
-	for _, name := range []string{"envoy/config_dump.json", "envoy/clusters.txt", "status.json"} {
+	for _, name := range []string{"envoy/config_dump.json", "envoy/clusters.txt", "status.json", bundle.LookFile} {
 		if _, there := files[name]; !there {
 			t.Errorf("%s is missing: %v", name, named(manifest)[name])
 		}

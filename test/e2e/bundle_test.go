@@ -108,7 +108,7 @@ func TestBundle(t *testing.T) {
 		}
 	}
 	for name, text := range map[string]string{
-		"doctor.txt": "errors", "doctor.json": `"checks"`, "status.json": `"services"`, "status.txt": "web",
+		bundle.LookFile: `"facts"`, "doctor.txt": "errors", "doctor.json": `"checks"`, "status.json": `"services"`, "status.txt": "web",
 		"index.html": "<html", "bootstrap.json": "download Envoy", "settings/attribute.json": "serving-ports",
 		"envoy/config_dump.json": `"x-auth"`, "envoy/server_info.json": "LIVE", "envoy/clusters.txt": "web",
 		"envoy/listeners.txt": "planted", "envoy/log.txt": "planted", "envoy/stats.txt": "listener_manager.listener_added",
@@ -123,7 +123,7 @@ func TestBundle(t *testing.T) {
 	for _, g := range manifest.Gaps {
 		// There is no systemd here, and programs of the machine may be missing.
 		if !strings.HasPrefix(g.Name, "logs/") && !strings.HasPrefix(g.Name, "units/") &&
-			!strings.Contains(g.Why, "there is no program") && g.Name != bundle.LookFile {
+			!strings.Contains(g.Why, "there is no program") {
 			t.Errorf("a gap: %s: %s", g.Name, g.Why)
 		}
 	}
@@ -165,8 +165,8 @@ func unpacked(t *testing.T, path string) (files map[string]string, m bundle.Mani
 	return files, m
 }
 
-// startedBeside is a command beside the agent that a test ends at its own time.
-func startedBeside(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, argv ...string) (*exec.Cmd,
+// alongside is a command beside the agent that a test ends at its own time.
+func alongside(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, argv ...string) (*exec.Cmd,
 	*strings.Builder) {
 	t.Helper()
 	cmd := m.VM.CommandAs(context.WithoutCancel(t.Context()), uid, argv[0], argv[1:]...)
@@ -185,7 +185,7 @@ func checkOthers(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 	for d := dir; d != "/tmp" && d != "/"; d = filepath.Dir(d) {
 		must(t, os.Chmod(d, 0o755))
 	}
-	cmd, out := startedBeside(t, m, a, 1000, binary, "bundle", "-f", dir+"/b.tgz")
+	cmd, out := alongside(t, m, a, 1000, binary, "bundle", "-f", dir+"/b.tgz")
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -194,7 +194,7 @@ func checkOthers(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 		gaps["status.json"] != "needs root" || manifest.User != 1000 {
 		t.Errorf("uid %d, gaps: %v", manifest.User, gaps)
 	}
-	cmd, out = startedBeside(t, m, a, 0, "unshare", "-m", "sh", "-c", `mount -t tmpfs -o size=8k none "$1" && `+
+	cmd, out = alongside(t, m, a, 0, "unshare", "-m", "sh", "-c", `mount -t tmpfs -o size=8k none "$1" && `+
 		`{ "$0" bundle -f "$1/b.tgz"; echo "code $?"; ls -A "$1"; }`, binary, t.TempDir())
 	if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "no space left on device") ||
 		!strings.HasSuffix(out.String(), "code 2\n") {
@@ -209,11 +209,11 @@ func checkHung(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 	m.Envoy.Pause()
 	defer m.Envoy.Continue()
 	path, began := filepath.Join(t.TempDir(), "b.tgz"), time.Now()
-	whole, said := startedBeside(t, m, a, 0, binary, "bundle", "-f", path)
+	whole, said := alongside(t, m, a, 0, binary, "bundle", "-f", path)
 	for name, signal := range map[string]syscall.Signal{
 		"interrupted": syscall.SIGINT, "killed": syscall.SIGKILL} {
 		dir := t.TempDir()
-		cmd, out := startedBeside(t, m, a, 0, binary, "bundle", "-f", dir+"/b.tgz")
+		cmd, out := alongside(t, m, a, 0, binary, "bundle", "-f", dir+"/b.tgz")
 		eventually(t, 10*time.Second, "the file is made", func() (bool, string) {
 			fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", cmd.Process.Pid))
 			return slices.ContainsFunc(fds, func(fd string) bool {
