@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -208,7 +209,11 @@ func lookSources(s agent.Settings) []gather.Source {
 			}},
 		{Name: "doctor.txt", From: "doctor", Limit: limit, Most: most, Mask: gather.Lines,
 			Get: func(ctx context.Context) (gather.Answer, error) {
-				return text(func(w io.Writer) error { return report(ctx).Text(w, terminal.Style(false), 100) })
+				r, err := masked(report(ctx))
+				if err != nil {
+					return gather.Answer{}, err
+				}
+				return text(func(w io.Writer) error { return r.Text(w, terminal.Style(false), 100) })
 			}},
 		{Name: "doctor.json", From: "doctor -o json", Limit: limit, Most: most, Mask: gather.Told,
 			Get: func(ctx context.Context) (gather.Answer, error) { return data(report(ctx).JSON()) }},
@@ -220,6 +225,9 @@ func lookSources(s agent.Settings) []gather.Source {
 		{Name: "status.txt", From: "status", Limit: 6 * time.Second, Most: most, Mask: gather.Lines,
 			Get: func(ctx context.Context) (gather.Answer, error) {
 				_, now, err := askStatus(ctx)
+				if err == nil {
+					now, err = masked(now)
+				}
 				if err != nil {
 					return gather.Answer{}, err
 				}
@@ -230,7 +238,33 @@ func lookSources(s agent.Settings) []gather.Source {
 			}},
 		{Name: "index.html", From: "status --html", Limit: limit + 4*time.Second, Most: most,
 			Mask: gather.HTML, Get: func(ctx context.Context) (gather.Answer, error) {
-				return text(func(w io.Writer) error { return page.Render(w, contentOf(ctx, look(ctx))) })
+				c, err := maskedContent(contentOf(ctx, look(ctx)))
+				if err != nil {
+					return gather.Answer{}, err
+				}
+				return text(func(w io.Writer) error { return page.Render(w, c) })
 			}},
 	}
+}
+
+// masked is a value without secrets. A text that is made of one may have a secret in pieces, a line
+// each, that its own mask would not know.
+func masked[T any](value T) (without T, err error) {
+	text, err := json.Marshal(value)
+	if err == nil {
+		text, err = bundle.Told(text)
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &without)
+	}
+	return without, err
+}
+
+func maskedContent(c page.Content) (page.Content, error) {
+	var errs [3]error
+	c.Status, errs[0] = masked(c.Status)
+	c.Seen, errs[1] = masked(c.Seen)
+	c.Report, errs[2] = masked(c.Report)
+	c.NoStatus, c.NoCounts = bundle.Secrets(c.NoStatus), bundle.Secrets(c.NoCounts)
+	return c, errors.Join(errs[:]...)
 }
