@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -199,6 +200,18 @@ func TestNoSecret(t *testing.T) {
 			if strings.Contains(line, "s3cr3t") {
 				t.Errorf("%s has a secret: %s", name, line)
 			}
+		}
+	}
+	// Without the masks they would all be there: but where a source does not ask for any.
+	_, raw := bundled(t, s, func(s *Source) {
+		s.Mask.Apply = func(in []byte) ([]byte, error) { return in, nil }
+	})
+	for _, source := range Sources(s, "") {
+		has := strings.Contains(raw[source.Name], "s3cr3t")
+		none := slices.Contains([]string{"units/show.txt", "network/sysctls.txt", "network/conntrack.txt",
+			"network/sockets.txt", "processes.txt", "versions.txt", "versions-os.txt"}, source.Name)
+		if has == none {
+			t.Errorf("%s without its mask: a secret: %v, want %v", source.Name, has, !none)
 		}
 	}
 	if !strings.Contains(files["network/sysctls.txt"], "net.core.somaxconn = 4096") {
