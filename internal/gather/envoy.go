@@ -26,7 +26,7 @@ func (s Settings) ofEnvoy(look string) []Source {
 		mask       Mask
 	}{
 		// The first one waits, too, for what an earlier question left Envoy to do.
-		{"envoy/server_info.json", "/server_info", mega, 5 * time.Second, config},
+		{"envoy/server_info.json", "/server_info", mega, 8 * time.Second, config},
 		{"envoy/config_dump.json", "/config_dump", 96 * mega, 13 * time.Second, config},
 		{"envoy/listeners.txt", "/listeners", 4 * mega, 3 * time.Second, names},
 		{"envoy/stats.txt", "/stats?usedonly&filter=" + url.QueryEscape(statsThatMatter), 4 * mega,
