@@ -56,7 +56,7 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		case content.Status == nil:
 			return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
 				"was seen without it", content.NoStatus)}
-		case !content.Status.Healthy():
+		case !content.Status.Healthy() || content.Status.Stuck(content.Time):
 			return &exitError{code: exitNo}
 		}
 		return nil

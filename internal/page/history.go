@@ -60,6 +60,9 @@ func transition(t status.Transition) element {
 	if t.By != "" {
 		text.add([]any{note("by ", el("strong", t.By))})
 	}
+	if t.Times > 1 {
+		text.add([]any{note(number(t.Times)+" times since ", at(t.Time, t.First))})
+	}
 	return el("li", at(t.Time, t.Time), icon(l, ""), text)
 }
 

@@ -148,13 +148,17 @@ func (c Content) controls() any {
 	if !c.Live {
 		return nil
 	}
-	explain := el("a", class("button"), href(ExplainPath), "Explain a connection")
+	explain := several{el("a", class("button"), href(ExplainPath), "Explain a connection")}
+	old := ""
+	if c.Age > 2*Refresh {
+		old = span(c.Age) + " old, "
+	}
 	if c.Paused {
 		return several{explain, el("a", class("button"), href(OverviewPath), "Refresh again"),
-			el("span", class("note"), "not refreshed, as of ")}
+			el("span", class("note"), "not refreshed, "+old+"as of ")}
 	}
 	return several{explain, el("a", class("button"), href(OverviewPath+"?"+PausedQuery+"=1"), "Pause"),
-		el("span", class("note"), "every "+span(Refresh)+", as of ")}
+		el("span", class("note"), "every "+span(Refresh)+", "+old+"as of ")}
 }
 
 // bottom says what made the page.

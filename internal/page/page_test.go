@@ -69,6 +69,9 @@ func healthy() Content {
 		Envoy: status.Envoy{Admin: "127.0.0.1:15000", State: "LIVE", Configured: true, Listeners: 7,
 			Version: "5f1e0b6a0c4e9f2d/1.40.0/Clean/RELEASE/BoringSSL", Number: "1.40.0",
 			Node: "projects/123456789/networks/mesh/nodes/2f0e8e9c-8c5e-4c0b-9f8e-5f2f6f8f9f0a"},
+		ControlPlane: status.ControlPlane{Known: true, Connected: true, Since: noon.Add(-50 * time.Hour),
+			Target: "trafficdirector.googleapis.com:443", Heard: noon.Add(-40 * time.Minute),
+			Closed: &status.Close{Time: noon.Add(-51 * time.Hour), Code: 14, Message: "upstream connect error"}},
 		Backend: "nft",
 		Families: []status.Family{
 			{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Services: 6, ServicePorts: 1,
@@ -87,18 +90,18 @@ func healthy() Content {
 		},
 		Channels: []status.Channel{
 			{Name: "guest_attributes", Enabled: true, Up: true, Last: noon.Add(-40 * time.Second), Written: 312,
-				Budget: status.Budget{Unit: "queries a minute", Left: 7, Most: 10}},
+				Budget: status.Budget{Unit: "queries", Left: 7, Most: 10, PerMinute: 6}},
 			{Name: "serial", Enabled: true, Up: true, Last: noon.Add(-20 * time.Minute), Written: 88,
-				Budget: status.Budget{Unit: "bytes a second", Left: 900, Most: 1000}},
+				Budget: status.Budget{Unit: "lines", Left: 900, Most: 1000}},
 			{Name: "cloud_logging", Error: "off: --cloud-logging is not given"}},
-		Cost:    status.Cost{EnvoyShare: 0.0021, CPUShare: 0.003, Resident: 31_400_000},
+		Cost:    status.Cost{EnvoyShare: 0.0021, CPUShare: 0.003, Window: 60, Resident: 31_400_000},
 		Samples: samples(60),
 		History: []status.Transition{
 			{Time: noon.Add(-50 * time.Hour), Severity: "info", Text: "service-proxy-agent 1.2.3 starts"},
 			{Time: noon.Add(-26 * time.Hour), Severity: "info", Text: "service found: metrics-push (*:9091)"},
 			{Time: noon.Add(-40 * time.Minute), Severity: "info", Text: "service changed: cart.mesh.example (10.32.0.12:80, 10.32.0.12:443, [fd20:a::12]:80; was 10.32.0.12:80)"},
 			{Time: noon.Add(-21 * time.Minute), Severity: "error", Text: "Envoy is not running"},
-			{Time: noon.Add(-20 * time.Minute), Severity: "warning", Text: "rules of ours were changed, and repaired: 1 rule of SERVICE_PROXY_OUTPUT was missing", By: "iptables (4711)", ID: "drift"},
+			{Time: noon.Add(-20 * time.Minute), Severity: "warning", Text: "rules of ours were changed, and repaired: 1 rule of SERVICE_PROXY_OUTPUT was missing", By: "iptables (4711)", ID: "drift", Kind: status.OfDrift, Times: 3, First: noon.Add(-30 * time.Minute)},
 			{Time: noon.Add(-19 * time.Minute), Severity: "info", Text: "Envoy is not running: is over after 2 minutes"},
 		},
 	}
@@ -116,6 +119,7 @@ func envoyDown() Content {
 	s := *c.Status
 	s.Mode, s.Ready, s.NotReady = "bypass", false, "Envoy does not answer on 127.0.0.1:15000"
 	s.Since = noon.Add(-4 * time.Minute)
+	s.ControlPlane = status.ControlPlane{}
 	s.Envoy = status.Envoy{Admin: "127.0.0.1:15000", Down: noon.Add(-4 * time.Minute)}
 	s.Families = []status.Family{
 		{Family: "IPv4", Usable: true, Equal: true, Services: 6, ServicePorts: 1, Rules: 27, OutboundPort: 15001,
@@ -173,7 +177,7 @@ func many(n int) Content {
 
 func goldens() map[string]Content {
 	live := healthy()
-	live.Live = true
+	live.Live, live.Age = true, time.Minute
 	return map[string]Content{"healthy": healthy(), "envoy-down": envoyDown(), "no-daemon": noDaemon(), "live": live}
 }
 
@@ -240,6 +244,8 @@ func hostile(word string) Content {
 	c := envoyDown()
 	s := *c.Status
 	s.Version, s.Mode, s.NotReady, s.Backend, s.LastDriftBy = word, word, word, word, word
+	s.ControlPlane = status.ControlPlane{Known: true, Target: word, Error: word,
+		Closed: &status.Close{Message: word, Target: word}}
 	s.Bootstrap = status.Bootstrap{Status: word, Failure: word}
 	s.Envoy = status.Envoy{Admin: word, State: word, Version: word, Number: word, Node: word, Rejected: 2}
 	s.Families = []status.Family{{Family: word, Error: word, Usable: true, Shape: &status.Shape{Held: word},

@@ -148,7 +148,8 @@ func envoy(c Content) element {
 		card("Envoy", facts(fact{"State", state}, fact{"Version", e.Version}, fact{"Admin", admin},
 			fact{"Listeners", listeners}, fact{"Bootstrap", strings.TrimSpace(boot)})),
 		card("Control plane", facts(fact{"Configuration", configured}, fact{"Stream", stream(c)},
-			fact{"Node", node}, fact{"Attribute", attribute},
+			fact{"Last heard", heard(c)}, fact{"Last closed", closed(c)},
+			fact{"Agent's own try", c.status().ControlPlane.Error}, fact{"Node", node}, fact{"Attribute", attribute},
 			fact{"Serving ports", strings.Join(serving, ", ")}))))
 }
 
@@ -157,8 +158,17 @@ var ofStream = []symptom.ID{symptom.ControlPlaneLookUp, symptom.ControlPlaneConn
 	symptom.APINotEnabled, symptom.PermissionDenied, symptom.ScopeMissing, symptom.ConfigNotFound,
 	symptom.ControlPlaneRefused}
 
+// stream is how Envoy's stream to the control plane stands: by what the checks found, then by what
+// the daemon saw.
 func stream(c Content) any {
 	state := standing(good, "nothing is known against it")
+	switch cp := c.status().ControlPlane; {
+	case cp.Known && cp.Connected:
+		state = standing(good, "connected", to(cp.Target), since(c, cp.Since))
+	case cp.Known:
+		state = standing(bad, "not connected", to(cp.Target), since(c, cp.Since))
+	}
+	known := c.status().ControlPlane.Known
 	for _, check := range c.Report.Checks {
 		if !slices.Contains(ofStream, check.ID) {
 			continue
@@ -167,10 +177,44 @@ func stream(c Content) any {
 		case symptom.Found:
 			return standing(bad, check.Title)
 		case symptom.Unknown:
-			state = standing(unknown, "not known: ", check.Why)
+			if !known {
+				state = standing(unknown, "not known", ": ", check.Why)
+			}
 		}
 	}
 	return state
+}
+
+func to(target string) any {
+	if target == "" {
+		return nil
+	}
+	return several{" to ", el("code", target)}
+}
+
+func since(c Content, t time.Time) any {
+	if t.IsZero() {
+		return nil
+	}
+	return several{" since ", ago(c.Time, t)}
+}
+
+// heard is when the control plane last sent listeners.
+func heard(c Content) any {
+	if t := c.status().ControlPlane.Heard; !t.IsZero() {
+		return ago(c.Time, t)
+	}
+	return nil
+}
+
+// closed is how a stream last ended.
+func closed(c Content) any {
+	last := c.status().ControlPlane.Closed
+	if last == nil {
+		return nil
+	}
+	return several{ago(c.Time, last.Time), ", ", el("code", "code "+strconv.Itoa(last.Code)), " ",
+		last.Message}
 }
 
 // channels are the ways on which the agent tells others.
@@ -186,6 +230,8 @@ func channels(c Content) element {
 		switch {
 		case !ch.Enabled:
 			state = standing(advice, "off")
+		case !ch.Up && ch.Last.IsZero() && ch.Error == "":
+			state = standing(advice, "not used yet")
 		case !ch.Up:
 			state = standing(bad, "not up")
 		}
@@ -197,7 +243,7 @@ func channels(c Content) element {
 		if ch.Enabled {
 			e.add([]any{facts(fact{"Last write", ago(c.Time, ch.Last)},
 				fact{"Written", number(ch.Written)}, fact{"Waiting", number(ch.Waiting)},
-				fact{"Dropped", dropped}), budget(ch.Budget, c.Time)})
+				fact{"Failures", number(ch.Failures)}, fact{"Dropped", dropped}), budget(ch.Budget, c.Time)})
 		}
 		cards.add([]any{e})
 	}
@@ -212,6 +258,9 @@ func budget(b status.Budget, now time.Time) any {
 	}
 	left := min(max(b.Left, 0), b.Most)
 	text := fmt.Sprintf("%s of %s %s left", threeDigits(left), threeDigits(b.Most), b.Unit)
+	if b.PerMinute > 0 {
+		text += ", " + threeDigits(b.PerMinute) + " more a minute"
+	}
 	if b.Next.After(now) {
 		text += ", the next in " + span(b.Next.Sub(now))
 	}

@@ -144,7 +144,7 @@ func tiles(c Content) element {
 	if slowest, measured := slowestChange(s.Samples); measured {
 		add(tile("Slowest change", seconds(slowest), "in "+window(s.Samples)))
 	}
-	if s.Cost != (status.Cost{}) {
+	if s.Cost.Window > 0 {
 		add(tile("Costs Envoy", percent(s.Cost.EnvoyShare), "of its main thread"))
 		add(tile("Memory", bytesOf(s.Cost.Resident), "of the agent"))
 	}
