@@ -23,7 +23,7 @@ import (
 func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 	var file string
 	c.Flags().StringVar(&file, "html", "",
-		"write one page to look at in a browser to this file, - for stdout")
+		"write a page to look at in a browser to `FILE`; - is stdout")
 	run := c.RunE
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		if !cmd.Flags().Changed("html") {

@@ -35,12 +35,16 @@ func statusCommand() *cobra.Command {
 			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
 			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
 			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
+			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also where " +
+			"no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks for " +
+			"nothing.\n\n" +
 			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage. " +
 			"With --watch\nthat of the last look.\n\n" +
 			"docs/status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent status -o json\n" +
-			"  sudo service-proxy-agent status --watch",
+			"  sudo service-proxy-agent status --watch\n" +
+			"  sudo service-proxy-agent status --html page.html",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return usage(fmt.Errorf("--output is %q; use text or json", output))
