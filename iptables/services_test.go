@@ -89,8 +89,8 @@ COMMIT
 	}
 }
 
-// TestCountsOf: each service's row is found, as a packet finds it, in rulesets as they are compiled:
-// few, many in buckets, adjacent ones that were merged, and ranges that hold others.
+// TestCountsOf: each service's row is found, as a packet finds it, in rulesets as they are
+// compiled: few, many in buckets, adjacent ones that were merged, and ranges that hold others.
 func TestCountsOf(t *testing.T) {
 	var many []netip.Prefix
 	for i := range 2000 {
@@ -144,7 +144,8 @@ func TestCountsOf(t *testing.T) {
 			t.Errorf("%s: a port that is none of them", name)
 		}
 	}
-	all, err := parseCounts(IPv4, saved(Interception{Family: IPv4, OutboundPort: 15001, All: true}.Ruleset()))
+	everything := Interception{Family: IPv4, OutboundPort: 15001, All: true}.Ruleset()
+	all, err := parseCounts(IPv4, saved(everything))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,7 +18,7 @@ tools=$(test/kept.sh "linters-$pins" test/lint.sh build)
 bad=$(gofmt -l $(git ls-files '*.go'))
 [[ -z $bad ]] || { echo "gofmt: $bad"; failed=1; }
 
-go vet ./... && go vet -tags kernel,lab,box,shells ./... || failed=1
+go vet ./... && go vet -tags kernel,lab,box,shells,browser ./... || failed=1
 
 "$tools/golangci-lint" run ./... || failed=1
 
@@ -35,7 +35,7 @@ dead() { # PACKAGE…
   "$tools/deadcode" -f '{{range .Funcs}}{{println .Position .Name}}{{end}}' "$@" |
     sed -E 's/:[0-9]+:[0-9]+//; /^$/d' | sort -u
 }
-bad=$(dead -test -tags kernel,lab,box,shells ./...)
+bad=$(dead -test -tags kernel,lab,box,shells,browser ./...)
 [[ -z $bad ]] || { printf 'deadcode: nothing calls\n%s\n' "$bad"; failed=1; }
 bad=$(dead ./cmd/... | grep -vxF "$(sed 's/ *#.*//; /^$/d' test/tools/deadcode.keep)") || true
 [[ -z $bad ]] || { printf 'deadcode: tests alone call\n%s\n' "$bad"; failed=1; }

@@ -19,8 +19,9 @@ import (
 )
 
 // TestInBrowser opens the pages in Chromium: at the width of a phone and of a wide screen, in light
-// and dark, and on paper. Nothing may stand out at the right, nothing may be asked for, and nothing is complained
-// of. PAGES is a folder for the pages and their pictures, for people and for a validator.
+// and dark, and on paper. Nothing may stand out at the right, nothing may be asked for, and nothing
+// is complained of. PAGES is a folder for the pages and their pictures, for people and for a
+// validator.
 func TestInBrowser(t *testing.T) {
 	dir := os.Getenv("PAGES")
 	if dir == "" {
@@ -129,7 +130,8 @@ func startChromium(t *testing.T) *chromium {
 	var target struct{ TargetID string }
 	c.call(t, "Target.createTarget", map[string]any{"url": "about:blank"}, &target)
 	var attached struct{ SessionID string }
-	c.call(t, "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true}, &attached)
+	c.call(t, "Target.attachToTarget", map[string]any{"targetId": target.TargetID, "flatten": true},
+		&attached)
 	c.session = attached.SessionID
 	for _, domain := range []string{"Page", "Network", "Log"} {
 		c.call(t, domain+".enable", nil, nil)

@@ -68,10 +68,10 @@ var measures = []measure{
 		func(s status.Sample) float64 { return s.SlowestChange }, false, seconds},
 	{"slowest-pass", "Slowest pass",
 		func(s status.Sample) float64 { return s.SlowestPass }, false, seconds},
-	{"changes", "Changes of the rules", func(s status.Sample) float64 { return float64(s.Changes) }, true,
-		count},
-	{"repairs", "Repairs of drift", func(s status.Sample) float64 { return float64(s.Repairs) }, true,
-		count},
+	{"changes", "Changes of the rules",
+		func(s status.Sample) float64 { return float64(s.Changes) }, true, count},
+	{"repairs", "Repairs of drift",
+		func(s status.Sample) float64 { return float64(s.Repairs) }, true, count},
 }
 
 // values are those of the columns, NaN where nothing was measured.
@@ -280,8 +280,8 @@ func (t timeline) runs() (all []run) {
 // states are the states over time, as a band and in words.
 func states(t timeline) element {
 	const width = 1000.0
-	svg := el("svg", class("band"), attr{"viewBox", "0 0 1000 20"}, attr{"preserveAspectRatio", "none"},
-		attr{"aria-hidden", "true"})
+	svg := el("svg", class("band"), attr{"viewBox", "0 0 1000 20"},
+		attr{"preserveAspectRatio", "none"}, attr{"aria-hidden", "true"})
 	list := el("ul", class("states"))
 	scale := width / float64(len(t.columns))
 	runs := t.runs()
@@ -300,7 +300,7 @@ func states(t timeline) element {
 		svg.add([]any{el("rect", class("state "+kind), attr{"x", coordinate(float64(r.from) * scale)},
 			attr{"y", coordinate(y)}, attr{"width", coordinate(float64(r.upto-r.from) * scale)},
 			attr{"height", coordinate(20 - y)}, el("title", text))})
-		list.add([]any{el("li", icon(kind, ""), " ", text)})
+		list.add([]any{el("li", icon(kind), " ", text)})
 	}
 	figure := el("figure", class("card wide-card"), el("figcaption", el("h3", "State")), svg)
 	const most = 12

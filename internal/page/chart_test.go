@@ -94,7 +94,8 @@ func TestChartSays(t *testing.T) {
 
 func TestWords(t *testing.T) {
 	for have, want := range map[string]string{
-		seconds(0): "0 s", seconds(0.0000042): "4.2 µs", seconds(0.00042): "0.42 ms", seconds(0.0316): "31.6 ms",
+		seconds(0): "0 s", seconds(0.0000042): "4.2 µs", seconds(0.00042): "0.42 ms",
+		seconds(0.0316): "31.6 ms",
 		seconds(0.9996): "1 s", seconds(9.999): "10 s", seconds(59.4): "59.4 s", seconds(7200): "120 min",
 		bytesOf(999): "999 B", bytesOf(31_400_000): "31.4 MB", bytesOf(1 << 62): "4611686 TB",
 		percent(0): "0 %", percent(0.00001): "< 0.01 %", percent(0.0021): "0.21 %", percent(1.5): "150 %",
@@ -108,7 +109,8 @@ func TestWords(t *testing.T) {
 			t.Errorf("%q, want %q", have, want)
 		}
 	}
-	for v, want := range map[float64]float64{0: 1, 1: 1, 0.012: 0.02, 0.03: 0.05, 7: 10, 10: 10, 101: 200} {
+	for v, want := range map[float64]float64{0: 1, 1: 1, 0.012: 0.02, 0.03: 0.05, 7: 10, 10: 10,
+		101: 200} {
 		if have := nice(v); math.Abs(have-want) > 1e-9 {
 			t.Errorf("nice(%v) is %v, want %v", v, have, want)
 		}

@@ -21,8 +21,8 @@ func RenderQuestion(w io.Writer, q Question) error {
 	}
 	main := el("main", id("main"), el("section", class("ask"), attr{"aria-labelledby", "ask"},
 		el("h1", id("ask"), title),
-		el("p", class("lede"), "Would a connection be intercepted, by which rule, and what does Envoy do "+
-			"with it? No connection is made."),
+		el("p", class("lede"), "Would a connection be intercepted, by which rule, and what does Envoy "+
+			"do with it? No connection is made."),
 		el("form", attr{"method", "get"}, attr{"action", ExplainPath},
 			field("to", "Address and port", "10.0.0.1:80", q.To, attr{"required", ""}),
 			field("uid", "Made by user", "name or number; an ordinary user", q.UID),

@@ -81,7 +81,7 @@ func (t *telling) one(n *symptom.Tree, depth int) element {
 		key = append(key, el("span", class("key"), n.Key))
 	}
 	a := el("article", class("finding "+l), id(fmt.Sprintf("finding-%d", t.n)),
-		el("header", el(heading, icon(l, ""), el("span", titleOf(t.c.Report, n.ID))),
+		el("header", el(heading, icon(l), el("span", titleOf(t.c.Report, n.ID))),
 			el("p", class("labels"), el("span", class("label "+l), n.Severity.String()),
 				el("code", string(n.ID)), several(key))),
 		el("p", prose(n.Cause)))
@@ -89,8 +89,8 @@ func (t *telling) one(n *symptom.Tree, depth int) element {
 		a.add([]any{el("p", class("next"), el("strong", "Next"), " ", prose(n.Next))})
 	}
 	if len(n.Commands) > 0 {
-		a.add([]any{el("pre", class("commands"), attr{"tabindex", "0"}, attr{"aria-label", "Commands to run"},
-			attr{"role", "group"}, el("code", lines(strings.Join(n.Commands, "\n"))))})
+		a.add([]any{el("pre", class("commands"), attr{"tabindex", "0"}, attr{"role", "group"},
+			attr{"aria-label", "Commands to run"}, el("code", lines(strings.Join(n.Commands, "\n"))))})
 	}
 	if !n.Since.IsZero() {
 		a.add([]any{note("since ", ago(t.c.Time, n.Since))})

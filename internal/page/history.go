@@ -63,7 +63,7 @@ func transition(t status.Transition) element {
 	if t.Times > 1 {
 		text.add([]any{note(number(t.Times)+" times since ", at(t.Time, t.First))})
 	}
-	return el("li", at(t.Time, t.Time), icon(l, ""), text)
+	return el("li", at(t.Time, t.Time), icon(l), text)
 }
 
 // stretch is a run of neighbours with one name.

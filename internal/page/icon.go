@@ -22,17 +22,10 @@ func levelOf(s symptom.Severity) fixed {
 	return advice
 }
 
-// icon is a level's shape. What it says stands beside it, or is its title.
-func icon(shape fixed, title string) element {
-	svg := el("svg", class("icon "+shape), attr{"viewBox", "0 0 24 24"},
-		attr{"width", "20"}, attr{"height", "20"})
-	if title == "" {
-		svg.add([]any{attr{"aria-hidden", "true"}})
-	} else {
-		svg.add([]any{attr{"role", "img"}, attr{"aria-label", title}})
-	}
-	svg.add([]any{el("use", href("#i-"+string(shape)))})
-	return svg
+// icon is a level's shape. What it says stands beside it.
+func icon(shape fixed) element {
+	return el("svg", class("icon "+shape), attr{"viewBox", "0 0 24 24"}, attr{"width", "20"},
+		attr{"height", "20"}, attr{"aria-hidden", "true"}, el("use", href("#i-"+string(shape))))
 }
 
 // symbols are the shapes, once on a page.
@@ -42,7 +35,8 @@ func symbols() element {
 	}
 	path := func(kind fixed, d string) element { return el("path", class(kind), attr{"d", d}) }
 	const circle = "M12 2a10 10 0 1 0 0 20 10 10 0 0 0 0-20z"
-	return el("svg", class("symbols"), attr{"aria-hidden", "true"}, attr{"width", "0"}, attr{"height", "0"},
+	return el("svg", class("symbols"), attr{"aria-hidden", "true"}, attr{"width", "0"},
+		attr{"height", "0"},
 		symbol(good, path("solid", circle), path("cut", "M7 12.5l3.4 3.4L17 9")),
 		symbol(bad, path("solid", "M8 2h8l6 6v8l-6 6H8l-6-6V8z"), path("cut", "M8.5 8.5l7 7m0-7l-7 7")),
 		symbol(warn, path("solid", "M12 2.5L23 21.5H1z"), path("cut", "M12 9v6m0 2.6v.4")),

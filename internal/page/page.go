@@ -137,7 +137,7 @@ func write(w io.Writer, live bool, title string, head []any, body ...any) error 
 // top is the line above everything.
 func top(host string, now time.Time, controls any) element {
 	return el("header", class("top"),
-		el("p", class("brand"), icon("mark", ""), el("strong", "service-proxy-agent"),
+		el("p", class("brand"), icon("mark"), el("strong", "service-proxy-agent"),
 			el("span", class("host"), host)),
 		el("p", class("when"), controls, el("time", attr{"datetime", now.UTC().Format(time.RFC3339)},
 			now.UTC().Format("2 Jan 2006, 15:04:05 UTC"))))
@@ -173,7 +173,8 @@ func bottom(c Content) element {
 		program += " (" + c.Commit + ")"
 	}
 	return el("footer", facts(
-		fact{"This page", several{"made at ", at(time.Time{}, c.Time), " UTC by service-proxy-agent " + program}},
+		fact{"This page", several{"made at ", at(time.Time{}, c.Time),
+			" UTC by service-proxy-agent " + program}},
 		fact{"Agent", agent}, fact{"Envoy", orUnknown(c.status().Envoy.Version)},
 		fact{"Times", "are UTC"}),
 		el("p", class("note"), "It changes nothing and asks for nothing: it has no script, and its own "+

@@ -17,7 +17,7 @@ const maxLeft = 20
 
 // standing is a word with its shape.
 func standing(l fixed, word string, rest ...any) several {
-	return several{el("span", class("standing"), icon(l, ""), " ", word), several(rest)}
+	return several{el("span", class("standing"), icon(l), " ", word), several(rest)}
 }
 
 // card is one of several things that stand side by side.
@@ -149,7 +149,8 @@ func envoy(c Content) element {
 			fact{"Listeners", listeners}, fact{"Bootstrap", strings.TrimSpace(boot)})),
 		card("Control plane", facts(fact{"Configuration", configured}, fact{"Stream", stream(c)},
 			fact{"Last heard", heard(c)}, fact{"Last closed", closed(c)},
-			fact{"Agent's own try", c.status().ControlPlane.Error}, fact{"Node", node}, fact{"Attribute", attribute},
+			fact{"Agent's own try", c.status().ControlPlane.Error}, fact{"Node", node},
+			fact{"Attribute", attribute},
 			fact{"Serving ports", strings.Join(serving, ", ")}))))
 }
 
@@ -239,7 +240,8 @@ func channels(c Content) element {
 		if ch.Dropped > 0 {
 			dropped = standing(warn, number(ch.Dropped))
 		}
-		e := card(strings.ReplaceAll(ch.Name, "_", " "), facts(fact{"State", state}, fact{"Why", ch.Error}))
+		e := card(strings.ReplaceAll(ch.Name, "_", " "), facts(fact{"State", state},
+			fact{"Why", ch.Error}))
 		if ch.Enabled {
 			e.add([]any{facts(fact{"Last write", ago(c.Time, ch.Last)},
 				fact{"Written", number(ch.Written)}, fact{"Waiting", number(ch.Waiting)},
@@ -269,7 +271,8 @@ func budget(b status.Budget, now time.Time) any {
 		el("svg", class("bar"), attr{"viewBox", "0 0 200 8"}, attr{"preserveAspectRatio", "none"},
 			attr{"aria-hidden", "true"},
 			el("rect", class("rest"), attr{"width", "200"}, attr{"height", "8"}),
-			el("rect", class("left"), attr{"width", coordinate(left / b.Most * width)}, attr{"height", "8"})))
+			el("rect", class("left"), attr{"width", coordinate(left / b.Most * width)},
+				attr{"height", "8"})))
 }
 
 // checks are those that found nothing: why some could not look, and which they are.
@@ -286,7 +289,7 @@ func checks(c Content) element {
 			if len(from) > 0 {
 				source = " (" + strings.Join(from, ", ") + ")"
 			}
-			list.add([]any{el("li", icon(unknown, ""), el("div", el("strong", cmp.Or(u.Why, "not observed")),
+			list.add([]any{el("li", icon(unknown), el("div", el("strong", cmp.Or(u.Why, "not observed")),
 				source, el("p", codes(u.Checks))))})
 		}
 		s.add([]any{el("h3", "Could not look"), list})

@@ -117,9 +117,10 @@ func (t serviceTables) count(s status.Service) (n uint64, shared, ok bool) {
 }
 
 func (t serviceTables) table(caption string, all []status.Service) element {
-	head := el("tr", el("th", attr{"scope", "col"}, "Service"), el("th", attr{"scope", "col"}, "Addresses"))
+	column := attr{"scope", "col"}
+	head := el("tr", el("th", column, "Service"), el("th", column, "Addresses"))
 	if t.c.Counts != nil {
-		head.add([]any{el("th", attr{"scope", "col"}, class("n"), "Connections")})
+		head.add([]any{el("th", column, class("n"), "Connections")})
 	}
 	body := el("tbody")
 	for _, s := range all {
@@ -139,7 +140,8 @@ func (t serviceTables) table(caption string, all []status.Service) element {
 		}
 		body.add([]any{row})
 	}
-	return wide(caption, el("table", class("services"), el("caption", caption), el("thead", head), body))
+	return wide(caption,
+		el("table", class("services"), el("caption", caption), el("thead", head), body))
 }
 
 // addresses are those of a service. On a live page each leads to the form.

@@ -80,7 +80,7 @@ func titleOf(r doctor.Report, id symptom.ID) string {
 func verdict(c Content) element {
 	h := headline(c)
 	return el("section", class("verdict "+h.level), attr{"aria-labelledby", "verdict"},
-		el("div", class("headline"), icon(h.level, ""),
+		el("div", class("headline"), icon(h.level),
 			el("div", el("h1", id("verdict"), h.text), el("p", class("lede"), meaning(c)))),
 		tiles(c))
 }
@@ -89,14 +89,15 @@ func verdict(c Content) element {
 func meaning(c Content) string {
 	s := c.Status
 	if s == nil {
-		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". This was seen without it, and " +
-			"history, latencies and channels are not known."
+		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". This was seen without it, " +
+			"and history, latencies and channels are not known."
 	}
 	state := map[string]string{
-		"ready":     "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy.",
-		"hold":      "Nothing is intercepted yet: connections go their own way.",
-		"bypass":    "Envoy is down and bypassed: connections go their own way.",
-		"paused":    "Paused by cleanup: the rules are gone, and the agent writes none until it is restarted.",
+		"ready":  "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy.",
+		"hold":   "Nothing is intercepted yet: connections go their own way.",
+		"bypass": "Envoy is down and bypassed: connections go their own way.",
+		"paused": "Paused by cleanup: the rules are gone, and the agent writes none until it is " +
+			"restarted.",
 		"not-ready": "The mesh is not ready.",
 	}[s.State()]
 	if s.Ready && len(s.Services) == 0 {

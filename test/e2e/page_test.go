@@ -20,10 +20,11 @@ import (
 )
 
 // page runs status --html, and returns the text of the page.
-func page(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, file string) (text string, code int) {
+func page(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, file string) (text string,
+	code int) {
 	t.Helper()
-	args := []string{"status", "--proxy-user", fmt.Sprint(lab.EnvoyUID), "--envoy-log", m.Envoy.LogPath,
-		"--html", file}
+	args := []string{"status", "--proxy-user", fmt.Sprint(lab.EnvoyUID),
+		"--envoy-log", m.Envoy.LogPath, "--html", file}
 	body, stderr, code, err := a.RunAs(t.Context(), uid, nil, args...)
 	must(t, err)
 	if file != "-" {
@@ -53,8 +54,8 @@ func page(t *testing.T, m *mesh.Mesh, a *mesh.Agent, uid uint32, file string) (t
 // with and without Envoy and the daemon, with the exit codes of status.
 func TestPage(t *testing.T) {
 	t.Parallel()
-	config := services(controlplane.Service{Name: nasty, Prefixes: controlplane.VIPs("10.10.0.9"), Port: 81,
-		Endpoints: endpoints()})
+	config := services(controlplane.Service{Name: nasty, Prefixes: controlplane.VIPs("10.10.0.9"),
+		Port: 81, Endpoints: endpoints()})
 	m, a := start(t, mesh.Options{Config: config})
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	for range 3 {
