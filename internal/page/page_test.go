@@ -71,7 +71,8 @@ func healthy() Content {
 			Node: "projects/123456789/networks/mesh/nodes/2f0e8e9c-8c5e-4c0b-9f8e-5f2f6f8f9f0a"},
 		ControlPlane: status.ControlPlane{Known: true, Connected: true, Since: noon.Add(-50 * time.Hour),
 			Target: "trafficdirector.googleapis.com:443", Heard: noon.Add(-40 * time.Minute),
-			Closed: &status.Close{Time: noon.Add(-51 * time.Hour), Code: 14, Message: "upstream connect error"}},
+			Closed: &status.Close{Time: noon.Add(-51 * time.Hour), Code: 14,
+				Message: "upstream connect error"}},
 		Backend: "nft",
 		Families: []status.Family{
 			{Family: "IPv4", Usable: true, Equal: true, Jumps: true, Services: 6, ServicePorts: 1,
@@ -129,7 +130,8 @@ func envoyDown() Content {
 	s.Channels[0].Up, s.Channels[0].Error, s.Channels[0].Dropped, s.Channels[0].Waiting = false, "the metadata server answers 503", 12, 3
 	s.Channels[0].Budget.Left, s.Channels[0].Budget.Next = 0, noon.Add(7*time.Second)
 	c.Status = &s
-	down := symptom.Finding{ID: symptom.EnvoyDown, Row: 1, Severity: symptom.Error, Since: noon.Add(-4 * time.Minute),
+	down := symptom.Finding{ID: symptom.EnvoyDown, Row: 1, Severity: symptom.Error,
+		Since:    noon.Add(-4 * time.Minute),
 		Cause:    "Envoy does not run: nothing listens on 127.0.0.1:15000 (connect: connection refused). systemd says: failed, exit code 1, 5 restarts",
 		Next:     "read the end of its log, mend what it names, and start it",
 		Commands: []string{"systemctl status service-proxy-envoy", "journalctl -u service-proxy-envoy -n 50 --no-pager", "systemctl restart service-proxy-envoy"},
@@ -138,15 +140,17 @@ func envoyDown() Content {
 			{Source: symptom.FromEnvoyLog, Time: noon.Add(-4 * time.Minute), Text: "[critical][main] [source/server/server.cc:128] error initializing configuration '/etc/envoy/envoy.json': Unable to parse JSON as proto"}}}
 	closed := symptom.Finding{ID: symptom.InterceptionNotReady, Severity: symptom.Error, Key: "127.0.0.1:15001", ExplainedBy: symptom.EnvoyDown,
 		Cause: "nobody listens on 127.0.0.1:15001, Envoy's outbound interception port", Next: "see to Envoy first"}
-	unconfigured := symptom.Finding{ID: symptom.EnvoyNotConfigured, Row: 2, Severity: symptom.Error, ExplainedBy: symptom.InterceptionNotReady,
-		Cause: "Envoy has not received its configuration", Next: "see to Envoy first"}
+	unconfigured := symptom.Finding{ID: symptom.EnvoyNotConfigured, Row: 2, Severity: symptom.Error,
+		ExplainedBy: symptom.InterceptionNotReady,
+		Cause:       "Envoy has not received its configuration", Next: "see to Envoy first"}
 	off := symptom.Finding{ID: symptom.GuestAttributesOff, Row: 27, Severity: symptom.Warning,
 		Cause: "guest attributes are disabled on this VM: nobody outside can see how it is", Next: "enable them",
 		Commands: []string{"gcloud compute instances add-metadata vm-frontend-7 --zone=europe-west1-b --metadata=enable-guest-attributes=TRUE"}}
 	other := symptom.Finding{ID: symptom.OtherChain, Row: 34, Severity: symptom.Advice, Key: "DOCKER",
 		Cause: "the nat chain OUTPUT leads to DOCKER before ours", Next: "nothing, unless connections go astray"}
-	c.Report = report([]symptom.Finding{down, closed, unconfigured, off, other}, map[symptom.Source]string{
-		symptom.FromClusters: "no usable answer", symptom.FromEnvoyLog: "needs root or the group envoy"})
+	c.Report = report([]symptom.Finding{down, closed, unconfigured, off, other},
+		map[symptom.Source]string{
+			symptom.FromClusters: "no usable answer", symptom.FromEnvoyLog: "needs root or the group envoy"})
 	c.NoCounts = "read the counters of IPv6 table nat: no such table"
 	return c
 }
@@ -247,21 +251,28 @@ func hostile(word string) Content {
 	s.ControlPlane = status.ControlPlane{Known: true, Target: word, Error: word,
 		Closed: &status.Close{Message: word, Target: word}}
 	s.Bootstrap = status.Bootstrap{Status: word, Failure: word}
-	s.Envoy = status.Envoy{Admin: word, State: word, Version: word, Number: word, Node: word, Rejected: 2}
-	s.Families = []status.Family{{Family: word, Error: word, Usable: true, Shape: &status.Shape{Held: word},
-		Left: []status.Left{{Rule: word, Why: word}}}}
+	s.Envoy = status.Envoy{Admin: word, State: word, Version: word, Number: word, Node: word,
+		Rejected: 2}
+	s.Families = []status.Family{{Family: word, Error: word, Usable: true,
+		Shape: &status.Shape{Held: word},
+		Left:  []status.Left{{Rule: word, Why: word}}}}
 	s.Services = nil
 	for i := range 60 {
-		s.Services = append(s.Services, status.Service{Name: word + fmt.Sprint(i), Addresses: []string{word, word}})
+		s.Services = append(s.Services, status.Service{Name: word + fmt.Sprint(i),
+			Addresses: []string{word, word}})
 	}
-	s.Channels = []status.Channel{{Name: word, Enabled: true, Error: word, Budget: status.Budget{Unit: word, Most: 1}}}
-	s.History = []status.Transition{{Time: noon, Severity: word, Text: word, By: word, Key: word, ID: symptom.ID(word)}}
+	s.Channels = []status.Channel{{Name: word, Enabled: true, Error: word,
+		Budget: status.Budget{Unit: word, Most: 1}}}
+	s.History = []status.Transition{{Time: noon, Severity: word, Text: word, By: word, Key: word,
+		ID: symptom.ID(word)}}
 	s.Samples[3].State = word
 	c.Status = &s
 	c.Host, c.Commit, c.NoStatus, c.NoCounts, c.Live = word, word, word, word, true
 	c.Counts = map[string]Count{word: {Connections: 1, Row: word}}
-	evil := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error, Key: word, Cause: word, Next: word,
-		Commands: []string{word}, Evidence: []symptom.Evidence{{Source: symptom.Source(word), Text: word}}}
+	evil := symptom.Finding{ID: symptom.EnvoyDown, Severity: symptom.Error, Key: word, Cause: word,
+		Next:     word,
+		Commands: []string{word}, Evidence: []symptom.Evidence{{Source: symptom.Source(word),
+			Text: word}}}
 	c.Report = report([]symptom.Finding{evil}, map[symptom.Source]string{symptom.FromKernel: word})
 	c.Report.Checks[0].Title = word
 	return c
