@@ -200,9 +200,11 @@ func (m *Mesh) NewAgent(args ...string) *Agent {
 	}
 	a.own = len(a.args)
 	a.args = append(a.args, args...) // of two the later one counts
-	// No name of Google's resolves here, and the emulator answers for all of its services.
-	a.env = append(m.Env(), "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"), "STATE_DIRECTORY="+
-		filepath.Join(a.dir, "state"), cloudlog.EndpointEnv+"=http://"+lab.MetadataAddr.String())
+	// No name of Google's resolves here, and the emulator answers for all of its services. A sentence
+	// is on one line, where tests look for it.
+	a.env = append(m.Env(), "COLUMNS=10000", "RUNTIME_DIRECTORY="+filepath.Join(a.dir, "run"),
+		"STATE_DIRECTORY="+filepath.Join(a.dir, "state"),
+		cloudlog.EndpointEnv+"=http://"+lab.MetadataAddr.String())
 	return a
 }
 
