@@ -21,10 +21,11 @@ func bootstrapCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bootstrap",
 		Short: "Install and configure Envoy and the units, publish the status, end",
-		Long: "Reads the metadata attribute gce-service-proxy, installs what is missing, configures Envoy " +
-			"and starts the units. It tells in the guest attribute bootstrap-status how far it is, and " +
-			"tries again what may yet succeed, until it is done. The unit service-proxy-bootstrap.service " +
-			"runs it at each boot, and when something is to be done anew.\n\n" +
+		Long: "Reads the metadata attribute gce-service-proxy, installs what is missing, configures " +
+			"Envoy and starts the units. It tells in the guest attribute bootstrap-status how far it is, " +
+			"and tries again what may yet succeed, until it is done. The unit " +
+			"service-proxy-bootstrap.service runs it at each boot, and when something is to be done " +
+			"anew.\n\n" +
 			"A release archive brings service-proxy-agent-bootstrap.sh, which installs this program and " +
 			"its units in the first place.\n\n" +
 			"Exit code: 0 done; 1 not done, with the reason; 64 wrong usage.",
@@ -72,7 +73,8 @@ func bootstrapCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.StringVar(&opts.Config, "config", "",
 		"`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
-	flags.StringVar(&level, "log-level", "info", "least `LEVEL` that is logged: debug, info, warn or error")
+	flags.StringVar(&level, "log-level", "info",
+		"least `LEVEL` that is logged: debug, info, warn or error")
 	flags.BoolVar(&rollback, "rollback", false,
 		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
 	flags.BoolVar(&remove, "remove", false,
@@ -94,10 +96,10 @@ func drainCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drain",
 		Short: "Send Envoy's clients away before it is stopped; what Envoy's unit runs",
-		Long: "Has Envoy close its listeners and end its connections in good order, and waits until they " +
-			"have ended. ExecStop= of service-proxy-envoy.service runs it, so that `systemctl stop` cuts " +
-			"as few connections as possible. Envoy is not stopped by it, and nothing is done where systemd " +
-			"has not set $MAINPID: Envoy has ended by itself then.\n\n" +
+		Long: "Has Envoy close its listeners and end its connections in good order, and waits until " +
+			"they have ended. ExecStop= of service-proxy-envoy.service runs it, so that `systemctl stop` " +
+			"cuts as few connections as possible. Envoy is not stopped by it, and nothing is done where " +
+			"systemd has not set $MAINPID: Envoy has ended by itself then.\n\n" +
 			"Exit code: 0 the connections have ended, or the time is over; 1 Envoy could not be asked; " +
 			"64 wrong usage.",
 		Example: "  service-proxy-agent drain --limit 30s",

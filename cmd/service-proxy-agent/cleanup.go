@@ -19,10 +19,10 @@ func cleanupCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "cleanup",
 		Short: "Take our rules out of the kernel; a running daemon pauses until it is restarted",
-		Long: "Takes every chain and rule of ours out of the kernel, of both families and both iptables " +
-			"backends, and says what it removed. A running daemon writes no more until it is restarted. " +
-			"Connections go on their way without Envoy then; streams that Envoy has go on while another " +
-			"program's rules keep connection tracking on.\n\n" +
+		Long: "Takes every chain and rule of ours out of the kernel, of both families and both " +
+			"iptables backends, and says what it removed. A running daemon writes no more until it is " +
+			"restarted. Connections go on their way without Envoy then; streams that Envoy has go on " +
+			"while another program's rules keep connection tracking on.\n\n" +
 			"Exit code: 0 nothing of ours is left; 1 something may be, with the reason; 64 wrong usage.",
 		Example: "  sudo service-proxy-agent cleanup",
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -29,7 +29,7 @@ var values = map[string]cobra.CompletionFunc{
 	"proxy-user":           one(userNames),
 	"resolver-users":       several(userNames),
 	"uid":                  one(userNames),
-	"when-envoy-down":      fixed("keep\tthe jumps stay", "bypass\tthe jumps go until it accepts again"),
+	"when-envoy-down":      fixed("keep\tthe jumps stay", "bypass\tthey go until it accepts again"),
 }
 
 // withCompletion completes the values of every flag and argument: by the table above, files where
@@ -140,8 +140,8 @@ const (
 	maxAddresses = 500
 )
 
-// addresses completes an ADDRESS:PORT with those of the daemon's services. Where the daemon does not
-// tell (as without root) there are none.
+// addresses completes an ADDRESS:PORT with those of the daemon's services. Where the daemon does
+// not tell (as without root) there are none.
 func addresses(c *cobra.Command, args []string, typed string) (
 	all []cobra.Completion, _ cobra.ShellCompDirective,
 ) {

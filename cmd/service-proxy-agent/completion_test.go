@@ -21,8 +21,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// tab is what a shell is told when somebody presses Tab behind these words, the last of which may be
-// incomplete: the values with their descriptions, and whether the shell offers files.
+// tab is what a shell is told when somebody presses Tab behind these words, the last of which may
+// be incomplete: the values with their descriptions, and whether the shell offers files.
 func tab(t *testing.T, words ...string) (offered map[string]string, files bool) {
 	t.Helper()
 	root := rootCommand()
@@ -96,7 +96,8 @@ func TestTab(t *testing.T) {
 			t.Errorf("%q: %v, files %v", line, slices.Sorted(maps.Keys(have)), files)
 		}
 	}
-	if have, _ := tab(t, "doctor", "--ignore", "envoy-dow"); have["envoy-down"] != "Envoy is not running" {
+	have, _ := tab(t, "doctor", "--ignore", "envoy-dow")
+	if have["envoy-down"] != "Envoy is not running" {
 		t.Errorf("without a description: %v", have)
 	}
 	if have, _ := tab(t, "doctor", "--ignore", "drift,"); len(have) != len(symptom.Kinds())-1 {
@@ -119,8 +120,8 @@ func TestTabOffersFiles(t *testing.T) {
 	}
 }
 
-// TestTabAddresses: `explain` completes the addresses of the daemon's services, with their names, and
-// waits no longer than a person does.
+// TestTabAddresses: `explain` completes the addresses of the daemon's services, with their names,
+// and waits no longer than a person does.
 func TestTabAddresses(t *testing.T) {
 	t.Setenv("RUNTIME_DIRECTORY", filepath.Join(t.TempDir(), "run"))
 	if err := os.Mkdir(server.Dir(), 0o700); err != nil {

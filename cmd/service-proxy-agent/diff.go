@@ -32,8 +32,8 @@ func diffCommand() *cobra.Command {
 	settings := lookFlags(c)
 	c.Flags().StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
 	config := c.Flags().Lookup("config")
-	config.Usage = "`FILE` with another gce-service-proxy attribute's JSON: say what it would change; " +
-		"none: defaults"
+	config.Usage = "`FILE` with another gce-service-proxy attribute's JSON: say what it would " +
+		"change; none: defaults"
 	// Cobra asks this before the environment is looked at, whose --config is the daemon's.
 	c.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {

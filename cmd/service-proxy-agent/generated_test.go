@@ -34,8 +34,8 @@ func TestGenerated(t *testing.T) {
 	compare(t, "../../docs/man", manPages(root))
 }
 
-// unquoted is cobra's script for bash with , and [ left as they are typed. It quotes them by printf's
-// %q, so that a second check of --ignore and an IPv6 address were never completed.
+// unquoted is cobra's script for bash with , and [ left as they are typed. It quotes them by
+// printf's %q, so that a second check of --ignore and an IPv6 address were never completed.
 func unquoted(t *testing.T, script string) string {
 	t.Helper()
 	const plain = "%[1]s=${%[1]s//\\\\,/,}; %[1]s=${%[1]s//\\\\[/[}; %[1]s=${%[1]s//\\\\]/]}\n"

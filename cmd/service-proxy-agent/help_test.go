@@ -40,12 +40,14 @@ func TestHelp(t *testing.T) {
 				codes[e.code] = e.meaning != ""
 			}
 			if !codes["0"] || !codes["64"] {
-				t.Errorf("its Long has no paragraph like \"Exit code: 0 done; 64 wrong usage.\": %v", about.exits)
+				t.Errorf("its Long has no paragraph like \"Exit code: 0 done; 64 wrong usage.\": %v",
+					about.exits)
 			}
 			if strings.TrimSpace(c.Example) == "" {
 				t.Error("no Example")
 			}
-			if strings.HasSuffix(c.Short, ".") || strings.Contains(c.Short, "exit code") || len(c.Short) > 85 {
+			if strings.HasSuffix(c.Short, ".") || strings.Contains(c.Short, "exit code") ||
+				len(c.Short) > 85 {
 				t.Errorf("Short is one line of a list: %q", c.Short)
 			}
 		})

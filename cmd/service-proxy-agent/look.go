@@ -38,7 +38,8 @@ func lookFlags(c *cobra.Command) (settings func() (agent.Settings, error)) {
 			"none: defaults")
 	f.StringVar(&s.Listen, "listen", defaultListen,
 		"the daemon's --listen `ADDRESS`, whose port is never intercepted")
-	f.StringVar(&s.MetricsListen, "metrics-listen", "", "the daemon's --metrics-listen `ADDRESS`, the same")
+	f.StringVar(&s.MetricsListen, "metrics-listen", "",
+		"the daemon's --metrics-listen `ADDRESS`, the same")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
 		"the `INTERFACES` of the daemon's --intercept-interfaces")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,

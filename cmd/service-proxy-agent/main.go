@@ -70,9 +70,9 @@ func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "service-proxy-agent",
 		Short: "Make this VM a node of a service mesh",
-		Long: "Makes this VM a node of a service mesh: it keeps the kernel's interception rules equal to " +
-			"what Envoy's live listeners need, watches Envoy's health, and tells the outside world how the " +
-			"VM is doing.\n\n" +
+		Long: "Makes this VM a node of a service mesh: it keeps the kernel's interception rules equal " +
+			"to what Envoy's live listeners need, watches Envoy's health, and tells the outside world how " +
+			"the VM is doing.\n\n" +
 			"The rules are iptables chains named SERVICE_PROXY_*, of table nat, for IPv4 and IPv6. Which " +
 			"traffic they are for, the VM's metadata attribute gce-service-proxy says. The daemon is " +
 			"`service-proxy-agent run`, and runs as the unit service-proxy-agent.service, which " +

@@ -12,8 +12,8 @@ import (
 // The pages of the manual are made of what the commands say about themselves, here and not in the
 // program: it needs none of it. man(7) is the language: every man(1) and mandoc(1) knows it.
 
-// manDate is the day on which what the pages say last changed, moved by hand: the same commands make
-// the same pages. mandoc -T lint wants one.
+// manDate is the day on which what the pages say last changed, moved by hand: the same commands
+// make the same pages. mandoc -T lint wants one.
 const manDate = "2026-11-29"
 
 // manFiles are what the page of the whole lists.
@@ -231,8 +231,8 @@ func (p *manual) environment(c *cobra.Command) {
 		p.line(name)
 		p.line(marked(text))
 	}
-	item(`\fBSERVICE_PROXY_AGENT_\fP\fIFLAG\fP`, "The value of a flag that is not given, for each flag: "+
-		"SERVICE_PROXY_AGENT_ENVOY_ADMIN is that of --envoy-admin.")
+	item(`\fBSERVICE_PROXY_AGENT_\fP\fIFLAG\fP`, "The value of a flag that is not given, for "+
+		"each flag: SERVICE_PROXY_AGENT_ENVOY_ADMIN is that of --envoy-admin.")
 	item(`\fBNO_COLOR\fP`, "No colour, even on a terminal, where this is set to anything.")
 	item(`\fBCOLUMNS\fP`, "How wide lines may be, instead of as wide as the terminal and at most 100.")
 	if _, daemons := flagsOf(c); daemons.HasAvailableFlags() || slices.Contains(

@@ -33,8 +33,8 @@ func runCommand() *cobra.Command {
 		Use:   "run",
 		Short: "The daemon: keep the rules equal to what Envoy needs, and tell how the VM is doing",
 		Long: "Keeps the rules equal to what Envoy's listeners need, and tells the world how the VM is " +
-			"doing: in guest attributes, on serial port 1, in Cloud Logging, and by /metrics and /healthz. " +
-			"It is the unit service-proxy-agent.service. When it ends, the rules stay.\n\n" +
+			"doing: in guest attributes, on serial port 1, in Cloud Logging, and by /metrics and " +
+			"/healthz. It is the unit service-proxy-agent.service. When it ends, the rules stay.\n\n" +
 			"Each flag has an environment twin (--envoy-admin: SERVICE_PROXY_AGENT_ENVOY_ADMIN); a flag " +
 			"wins. The unit reads /etc/default/service-proxy-agent. GCE_METADATA_HOST is honoured.\n\n" +
 			"Exit code: 0 told to end; 1 an error; 64 wrong usage.",
@@ -80,7 +80,8 @@ func runCommand() *cobra.Command {
 			"empty: plain HTTP for everybody")
 	f.StringVar(&s.SerialPort, "serial-port", "/dev/ttyS0", "`FILE` of serial port 1; empty: off")
 	f.StringVar(&s.CloudLogging, "cloud-logging", string(cloudlog.Auto),
-		"`WHEN` to write entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow it), on or off")
+		"`WHEN` to write entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow "+
+			"it), on or off")
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
 		"`WHAT` becomes of the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
@@ -88,7 +89,8 @@ func runCommand() *cobra.Command {
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
 		"`USERS` that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
 			"questions are not redirected, or they would loop")
-	f.StringVar(&level, "log-level", "info", "least `LEVEL` that is logged: debug, info, warn or error")
+	f.StringVar(&level, "log-level", "info",
+		"least `LEVEL` that is logged: debug, info, warn or error")
 	return c
 }
 

@@ -10,8 +10,8 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// TestShared: the manual and completion of the newest archive are installed, those of an earlier one
-// go, and what others have there stays.
+// TestShared: the manual and completion of the newest archive are installed, those of an earlier
+// one go, and what others have there stays.
 func TestShared(t *testing.T) {
 	v := newFakeVM(t)
 	foreign := []string{"/usr/local/share/man/man8/other.8", "/etc/fish/completions/other.fish"}
@@ -55,7 +55,8 @@ func TestShared(t *testing.T) {
 }
 
 // TestSharedIsNoFailure: where they cannot be written the VM is installed all the same, and it is
-// said. A file where the folder should be fails for root, too. A shell that is not there gets nothing.
+// said. A file where the folder should be fails for root, too. A shell that is not there gets
+// nothing.
 func TestSharedIsNoFailure(t *testing.T) {
 	v := newFakeVM(t)
 	v.put("/usr/local/share/man", "a file")

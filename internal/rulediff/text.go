@@ -33,7 +33,7 @@ func (d Difference) JSON(out io.Writer) error {
 func (d Difference) Text(out io.Writer, style terminal.Style, width int) error {
 	b := bufio.NewWriter(out)
 	say := func(format string, args ...any) {
-		b.WriteString(terminal.Wrap(fmt.Sprintf(format+"\n", args...), width, 4))
+		fmt.Fprint(b, terminal.Wrap(fmt.Sprintf(format+"\n", args...), width, 4))
 	}
 	for _, f := range d.Families {
 		if len(f.Lines) > 0 {
@@ -56,7 +56,7 @@ func (d Difference) Text(out io.Writer, style terminal.Style, width int) error {
 	for _, note := range d.Notes {
 		say("%s", safe(note))
 	}
-	b.WriteString(style.Bold(terminal.Wrap(safe(d.verdict()), width, 4)) + "\n")
+	fmt.Fprintln(b, style.Bold(terminal.Wrap(safe(d.verdict()), width, 4)))
 	switch {
 	case d.Result == Unknown:
 		say("%s run it as root, or look why with `service-proxy-agent doctor`", style.Dim("next:"))
@@ -78,7 +78,7 @@ func printLines(b *bufio.Writer, lines []Line, style terminal.Style, width int) 
 		if l.Note != "" {
 			note = "  " + style.Dim("#") + " " + safe(l.Note)
 		}
-		b.WriteString(terminal.Wrap(line+note, width, 4) + "\n")
+		fmt.Fprintln(b, terminal.Wrap(line+note, width, 4))
 	}
 }
 

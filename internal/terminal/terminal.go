@@ -22,7 +22,8 @@ func For(w io.Writer) Style {
 }
 
 // Good, Bad and Warn are words that judge, Dim is what matters less, Bold what matters most. The
-// colours are of the eight that every terminal has, by the names of which its owner chose the tones.
+// colours are of the eight that every terminal has, by the names of which its owner chose the
+// tones.
 func (s Style) Good(text string) string { return s.sgr("32", text) }
 func (s Style) Bad(text string) string  { return s.sgr("31", text) }
 func (s Style) Warn(text string) string { return s.sgr("33", text) }
