@@ -43,7 +43,7 @@ func bundleCommand() *cobra.Command {
 			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is the " +
 			"form of manifest.json.",
 		Example: "  sudo service-proxy-agent bundle\n" +
-			"  sudo service-proxy-agent bundle -f /tmp/bundle.tgz\n" +
+			"  sudo service-proxy-agent bundle -f bundle.tgz\n" +
 			"  # From afar: -f - through ssh, and >bundle.tgz there",
 	}
 	settings := lookFlags(c)
