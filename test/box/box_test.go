@@ -744,13 +744,19 @@ func TestIPv6Only(t *testing.T) {
 	v.checkQuiet(t)
 }
 
-// TestRemove takes everything away again.
-func TestRemove(t *testing.T) {
+// TestNewUser does what the README says: installs, sees it work, breaks it and finds out why; then
+// takes everything away again.
+func TestNewUser(t *testing.T) {
 	t.Parallel()
-	v := ready(t, options{})
+	v := newVM(t, options{})
+	v.boot()
 	const man = "/usr/local/share/man/man8/service-proxy-agent.8"
 	v.run("test", "-e", man)
-	said := v.run("service-proxy-agent", "bootstrap", "--remove")
+	v.walk(t)
+	said, code := v.typed(`sudo service-proxy-agent bootstrap --remove`)
+	if code != 0 {
+		t.Errorf("exit code %d", code)
+	}
 	t.Log(said)
 	for _, rule := range []string{"jump -A OUTPUT", "SERVICE_PROXY_SERVICE_CIDRS"} {
 		if !strings.Contains(said, rule) {

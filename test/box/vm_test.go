@@ -86,6 +86,10 @@ type VM struct {
 	log    *os.File
 }
 
+// usualAttribute is a VM's where nothing else is said.
+var usualAttribute = fmt.Sprintf(`{"api-version": "0.2", "service": {"serving-ports": [%d]},
+	"labels": {"app": "review"}, "proxy-spec": {"network": ""}}`, servingPort)
+
 type options struct {
 	release   string // bookworm
 	ipv6      bool   // a VM without IPv4
@@ -133,8 +137,7 @@ func newVM(t *testing.T, opts options) *VM {
 		opts.release = "bookworm"
 	}
 	if opts.attribute == "" {
-		opts.attribute = fmt.Sprintf(
-			`{"api-version": "0.2", "service": {"serving-ports": [%d]}, "labels": {"app": "review"}, "proxy-spec": {"network": ""}}`, servingPort)
+		opts.attribute = usualAttribute
 	}
 	base := filepath.Join(moduleRoot(t), "build", "box")
 	if err := os.MkdirAll(base, 0o755); err != nil {

@@ -45,8 +45,8 @@ var drifts = []struct {
 
 // driftLimit is how long a repair may take on a quiet machine: the kernel's notification leads to
 // it within milliseconds on nft (make bench has the figures), the poll of 1.5 s does on legacy.
-// Back-off adds 1.5 s at least. On any machine it comes before nft's own poll would, which is one of
-// five minutes.
+// Back-off adds 1.5 s at least. On any machine it comes before nft's own poll would, each five
+// minutes.
 var driftLimit = map[lab.Backend]time.Duration{
 	lab.NFT: 500 * time.Millisecond, lab.Legacy: 2500 * time.Millisecond}
 
