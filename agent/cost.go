@@ -68,7 +68,8 @@ func (a *Agent) watchCost(ctx context.Context) error {
 	}
 }
 
-// readSpent asks the kernel what this process, and the programs that it ran to their end, have used.
+// readSpent asks the kernel what this process, and the programs that it ran to their end, have
+// used.
 func readSpent(asked envoyadmin.Asked) (s spent, resident uint64, err error) {
 	s.at = time.Now()
 	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {

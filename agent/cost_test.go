@@ -40,7 +40,8 @@ func TestMeter(t *testing.T) {
 // TestReadSpent: what did not come is none of Envoy's time.
 func TestReadSpent(t *testing.T) {
 	var asked envoyadmin.Asked
-	asked.Questions[envoyadmin.LookQuestion] = envoyadmin.Cost{Took: 21 * time.Second, Lost: 20 * time.Second}
+	asked.Questions[envoyadmin.LookQuestion] = envoyadmin.Cost{
+		Took: 21 * time.Second, Lost: 20 * time.Second}
 	asked.Questions[envoyadmin.ReadyQuestion] = envoyadmin.Cost{Took: time.Second}
 	s, resident, err := readSpent(asked)
 	if err != nil || s.envoy != 2*time.Second || s.cpu <= 0 || resident < 1<<20 {

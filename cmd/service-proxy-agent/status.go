@@ -29,9 +29,9 @@ func statusCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "How it is: what the daemon knows",
-		Long: "Asks the daemon by its socket, which answers root only, and prints what it knows: how the VM " +
-			"stands and\nsince when, then its parts, what is wrong with what to do about it, and the last " +
-			"ten transitions.\n\n" +
+		Long: "Asks the daemon by its socket, which answers root only, and prints what it knows: how " +
+			"the VM stands and\nsince when, then its parts, what is wrong with what to do about it, and " +
+			"the last ten transitions.\n\n" +
 			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
 			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
 			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
@@ -65,7 +65,7 @@ func statusCommand() *cobra.Command {
 	}
 	f := c.Flags()
 	f.StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
-	f.BoolVar(&history, "history", false, "all transitions that the daemon remembers, not the last ten")
+	f.BoolVar(&history, "history", false, "all transitions that are remembered, not the last ten")
 	f.BoolVarP(&watch, "watch", "w", false, "look each second, until Ctrl-C")
 	settings := lookFlags(c) // of --html and --serve: the daemon knows where to look
 	htmlFlag(c, settings)

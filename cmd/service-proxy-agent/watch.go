@@ -147,8 +147,8 @@ func (w watcher) draw(l look, known status.Status, clear bool) error {
 	o := w.tell.options(known)
 	var text bytes.Buffer
 	if l.err != nil {
-		text.WriteString(terminal.Wrap(o.Style.Bad("No")+strings.TrimPrefix(noAnswer(l.err).Error(), "no"),
-			o.Width, 2) + "\n")
+		said := o.Style.Bad("No") + strings.TrimPrefix(noAnswer(l.err).Error(), "no")
+		text.WriteString(terminal.Wrap(said, o.Width, 2) + "\n")
 		if known.Version != "" {
 			text.WriteString("\nwhat it said last:\n")
 		}
@@ -161,7 +161,8 @@ func (w watcher) draw(l look, known status.Status, clear bool) error {
 	lines := strings.Split(strings.TrimSuffix(text.String(), "\n"), "\n")
 	if rows, _ := w.window(); rows > 1 && len(lines) >= rows { // the cursor has the last one
 		more := len(lines) - (rows - 2)
-		lines = append(lines[:rows-2], fmt.Sprintf("… %d more lines: `service-proxy-agent status` has all", more))
+		lines = append(lines[:rows-2],
+			fmt.Sprintf("… %d more lines: `service-proxy-agent status` has all", more))
 	}
 	var frame bytes.Buffer
 	if clear {

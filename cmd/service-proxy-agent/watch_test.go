@@ -64,7 +64,8 @@ func aStatus(n int) status.Status {
 }
 
 var (
-	sick    = []symptom.Finding{{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "Envoy is not running"}}
+	sick = []symptom.Finding{
+		{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "Envoy is not running"}}
 	errGone = errors.New("nothing listens")
 )
 
@@ -100,7 +101,8 @@ func TestWatchText(t *testing.T) {
 		if strings.Join(heads, "\n") != strings.Join(want, "\n") || w.asked < 59 {
 			t.Errorf("asked %d times, told %q, want %q", w.asked, heads, want)
 		}
-		for limit, want := range map[time.Duration]int{30 * time.Second: exitNo, 45 * time.Second: exitNoAnswer} {
+		for limit, want := range map[time.Duration]int{
+			30 * time.Second: exitNo, 45 * time.Second: exitNoAnswer} {
 			if code := newWatched(aMinute).runs(t, limit); code != want {
 				t.Errorf("Ctrl-C after %v: exit code %d, want %d", limit, code, want)
 			}

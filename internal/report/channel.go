@@ -27,8 +27,8 @@ type ChannelState struct {
 	LastSuccess time.Time
 	// Waiting is what was told and is not written yet.
 	Waiting int
-	// Left is how much may be written at once, of Most, of which PerMinute come back in a minute (0: as
-	// the other side takes it). Next is when one more may be written; zero: now.
+	// Left is how much may be written at once, of Most, of which PerMinute come back in a minute
+	// (0: as the other side takes it). Next is when one more may be written; zero: now.
 	Left, Most, PerMinute float64
 	Next                  time.Time
 }

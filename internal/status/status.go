@@ -72,7 +72,7 @@ type Channel struct {
 	Last     time.Time `json:"last,omitzero"`   // the last write that was taken, UTC
 	Waiting  int       `json:"waiting"`         // told, and not written yet
 	Written  uint64    `json:"written"`         // attributes, lines, entries; one said twice is one
-	Failures uint64    `json:"failures"`        // tries that failed; one that is tried again may succeed
+	Failures uint64    `json:"failures"`        // tries that failed, and may be tried again
 	// Dropped is what will never be written: it waited for too long, or was refused for good.
 	Dropped uint64 `json:"dropped"`
 	Budget  Budget `json:"budget,omitzero"`
@@ -154,8 +154,8 @@ const (
 )
 
 // Kinds are those of Transitions.
-var Kinds = []string{OfAgent, OfAttribute, OfBootstrap, OfDrift, OfEnvoy, OfFinding, OfMode, OfReady,
-	OfRules, OfServices}
+var Kinds = []string{OfAgent, OfAttribute, OfBootstrap, OfDrift, OfEnvoy, OfFinding, OfMode,
+	OfReady, OfRules, OfServices}
 
 // Sample is a minute, of this run.
 type Sample struct {

@@ -35,8 +35,8 @@ const (
 	maxShort    = 120 // of a name
 )
 
-// Text tells a person how the VM stands: the verdict first, then the parts it rests on, then what is
-// wrong with what to do about it, and last what happened, so that a terminal shows the end of it.
+// Text tells a person how the VM stands: the verdict first, then the parts it rests on, then what
+// is wrong with what to do about it, and last what happened: a terminal shows the end of it.
 func (s Status) Text(out io.Writer, o TextOptions) error {
 	o.History = cmp.Or(o.History, Recent)
 	p := &printer{TextOptions: o}
@@ -69,7 +69,8 @@ func (p *printer) line(hang int, text string) {
 	p.WriteString(terminal.Wrap(text, p.Width, hang) + "\n")
 }
 
-// row writes a name and what is said of it. Whatever that quotes, it is one line that moves nothing.
+// row writes a name and what is said of it. Whatever that quotes, it is one line that moves no
+// cursor.
 func (p *printer) row(name, format string, args ...any) {
 	text := symptom.Printable(fmt.Sprintf(format, args...), 3*maxText)
 	hang := labelWidth
@@ -141,7 +142,7 @@ func (p *printer) verdict(s Status) {
 	case notHealthy, stuck:
 		style = p.Style.Bad
 	}
-	for i, part := range strings.Fields(word) { // a colour ends with its word: the line may break there
+	for i, part := range strings.Fields(word) { // a colour ends with its word: a line may break there
 		if i > 0 {
 			p.WriteByte(' ')
 		}
@@ -261,7 +262,8 @@ func (p *printer) agent(s Status) {
 		p.row("ready", "no: %s", symptom.Printable(s.NotReady, maxText))
 	}
 	if s.Bootstrap.Status != "" {
-		p.row("bootstrap", "%s %s", short(s.Bootstrap.Status), symptom.Printable(s.Bootstrap.Failure, maxText))
+		p.row("bootstrap", "%s %s", short(s.Bootstrap.Status),
+			symptom.Printable(s.Bootstrap.Failure, maxText))
 	}
 	if at := s.Attribute; at != nil {
 		by := ""
@@ -284,8 +286,8 @@ func (p *printer) services(s Status) {
 	for _, one := range some {
 		name := terminal.Cut(short(one.Name), 40)
 		name += strings.Repeat(" ", wide-terminal.Columns(name))
-		addresses := symptom.Printable(strings.Join(one.Addresses[:min(len(one.Addresses), maxPorts)], ", "),
-			maxText)
+		first := one.Addresses[:min(len(one.Addresses), maxPorts)]
+		addresses := symptom.Printable(strings.Join(first, ", "), maxText)
 		fmt.Fprintln(p, terminal.Cut(strings.TrimRight(indent+name+"  "+addresses, " "), p.Width))
 	}
 	if more := len(s.Services) - len(some); more > 0 {

@@ -79,16 +79,17 @@ var down = symptom.Finding{ID: symptom.EnvoyDown, Row: 1, Severity: symptom.Erro
 	Commands: []string{"systemctl status service-proxy-envoy", "gcloud compute ssh web-1 --project=my-project --zone=europe-west4-a --command='sudo service-proxy-agent doctor'"}}
 
 func envoyDown(s *Status) {
-	closed := symptom.Finding{ID: symptom.InterceptionNotReady, Severity: symptom.Error, Key: "127.0.0.1:15001",
-		Cause: "Envoy does not accept on port 15001 (outbound interception)", ExplainedBy: symptom.EnvoyDown,
-		Next: "it goes on by itself once Envoy does", Since: ago(3 * time.Minute)}
+	closed := symptom.Finding{ID: symptom.InterceptionNotReady, Severity: symptom.Error,
+		Key: "127.0.0.1:15001", ExplainedBy: symptom.EnvoyDown,
+		Cause: "Envoy does not accept on port 15001 (outbound interception)",
+		Next:  "it goes on by itself once Envoy does", Since: ago(3 * time.Minute)}
 	s.Findings = []symptom.Finding{down, closed}
 	s.Ready, s.NotReady, s.Since = false, "Envoy: dial tcp 127.0.0.1:15000: connect: connection refused", ago(3*time.Minute)
 	s.Failing = symptom.EnvoyDown
 	s.Envoy.State, s.Envoy.Down = "", ago(3*time.Minute)
 	s.ControlPlane.Known, s.ControlPlane.Connected, s.ControlPlane.Since = false, false, time.Time{}
-	s.History = append(s.History, Transition{Time: ago(3 * time.Minute), Kind: OfFinding, Severity: "error",
-		Text: down.Text(), ID: down.ID})
+	s.History = append(s.History, Transition{Time: ago(3 * time.Minute), Kind: OfFinding,
+		Severity: "error", Text: down.Text(), ID: down.ID})
 }
 
 // statuses are one of each kind that somebody looks at.
@@ -101,9 +102,10 @@ func statuses() map[string]Status {
 	}
 	add("healthy", func(*Status) {})
 	add("warned", func(s *Status) {
-		s.Findings = []symptom.Finding{{ID: symptom.ListenAddress, Severity: symptom.Warning, Since: ago(time.Hour),
-			Cause: "/metrics is not served", Next: "free the port"}, {ID: symptom.OtherChain, Severity: symptom.Advice,
-			Cause: "Chain DOCKER is at our hook, too", Since: ago(50 * time.Hour)}}
+		s.Findings = []symptom.Finding{{ID: symptom.ListenAddress, Severity: symptom.Warning,
+			Since: ago(time.Hour), Cause: "/metrics is not served", Next: "free the port"},
+			{ID: symptom.OtherChain, Severity: symptom.Advice,
+				Cause: "Chain DOCKER is at our hook, too", Since: ago(50 * time.Hour)}}
 	})
 	add("envoy-down", envoyDown)
 	add("bypass", func(s *Status) {
@@ -115,7 +117,8 @@ func statuses() map[string]Status {
 		}
 	})
 	add("hold", func(s *Status) { // at the first boot
-		*s = Status{Version: s.Version, Heartbeat: ago(time.Second), Started: ago(20 * time.Second), Mode: "hold",
+		*s = Status{Version: s.Version, Heartbeat: ago(time.Second), Started: ago(20 * time.Second),
+			Mode:     "hold",
 			NotReady: "Envoy has not received its listeners", Since: ago(20 * time.Second),
 			Bootstrap: Bootstrap{Status: "IN_PROGRESS"}, Attribute: &Attribute{Read: ago(19 * time.Second)},
 			Envoy:   Envoy{Admin: s.Envoy.Admin, State: "PRE_INITIALIZING", Version: s.Envoy.Version},
@@ -146,11 +149,11 @@ func statuses() map[string]Status {
 		s.Families[1].Left = []Left{{"-A SERVICE_PROXY_OUTPUT -m owner --uid-owner 999 -j RETURN", "Extension owner is not supported"}}
 		s.Undone, s.LastDriftBy, s.LastDriftWhen = 37, "flusher.sh (4242)", ago(2*time.Second)
 		for range 46 {
-			s.History = append(s.History, Transition{Time: ago(40 * time.Second), Kind: OfServices, Severity: "info",
-				Text: "service changed: db (10.10.0.9:3306; was 10.10.0.2:3306)"})
+			s.History = append(s.History, Transition{Time: ago(40 * time.Second), Kind: OfServices,
+				Severity: "info", Text: "service changed: db (10.10.0.9:3306; was 10.10.0.2:3306)"})
 		}
-		s.History = append(s.History, Transition{Time: ago(2 * time.Second), Kind: OfDrift, Severity: "warning",
-			Text: "IPv4: rule removed from SERVICE_PROXY_OUTPUT, put back", By: "flusher.sh (4242)", Times: 37,
+		s.History = append(s.History, Transition{Time: ago(2 * time.Second), Kind: OfDrift,
+			Severity: "warning", Text: "IPv4: rule removed from SERVICE_PROXY_OUTPUT, put back", By: "flusher.sh (4242)", Times: 37,
 			First: ago(time.Minute)})
 	})
 	add("many", func(s *Status) {
@@ -160,8 +163,8 @@ func statuses() map[string]Status {
 				[]string{fmt.Sprintf("10.%d.%d.1:80", i>>8, i&255)}})
 		}
 		for i := range 1000 {
-			s.Findings = append(s.Findings, symptom.Finding{ID: symptom.ListenerRejected, Severity: symptom.Error,
-				Key: fmt.Sprint(i), Cause: fmt.Sprintf("Envoy rejected listener %q: no such file", fmt.Sprint("l", i)),
+			s.Findings = append(s.Findings, symptom.Finding{ID: symptom.ListenerRejected,
+				Severity: symptom.Error, Key: fmt.Sprint(i), Cause: fmt.Sprintf("Envoy rejected listener %q: no such file", fmt.Sprint("l", i)),
 				Next: "have the control plane send a good one", Since: ago(time.Minute)})
 		}
 		s.ServingPorts = nil
@@ -170,7 +173,8 @@ func statuses() map[string]Status {
 		}
 	})
 	add("starting", func(s *Status) {
-		*s = Status{Version: s.Version, Started: ago(200 * time.Millisecond), Mode: "starting", NotReady: "no pass yet",
+		*s = Status{Version: s.Version, Started: ago(200 * time.Millisecond), Mode: "starting",
+			NotReady: "no pass yet",
 			Findings: []symptom.Finding{{ID: symptom.Starting, Severity: symptom.Error,
 				Cause: "The agent is only just starting", Next: "ask again in a second"}}}
 	})
@@ -184,17 +188,20 @@ func hostile(evil string) Status {
 	s := everything()
 	s.Mode, s.Version, s.NotReady, s.LastFailure = "hold", evil, evil, evil
 	s.Ready, s.Paused, s.Backend = false, false, evil
-	s.Findings = []symptom.Finding{{ID: "envoy-down", Severity: symptom.Error, Cause: evil, Next: evil, Since: noon,
-		Commands: []string{"echo '" + evil + "'"}},
-		{ID: symptom.ID(evil), Severity: symptom.Error, Cause: evil, Next: evil, ExplainedBy: "envoy-down", Key: evil}}
+	s.Findings = []symptom.Finding{{ID: "envoy-down", Severity: symptom.Error, Cause: evil, Next: evil,
+		Since: noon, Commands: []string{"echo '" + evil + "'"}},
+		{ID: symptom.ID(evil), Severity: symptom.Error, Cause: evil, Next: evil, Key: evil,
+			ExplainedBy: "envoy-down"}}
 	s.Bootstrap = Bootstrap{Status: evil, Failure: evil}
 	s.Envoy = Envoy{Admin: evil, State: evil, Version: evil, Number: evil, Node: evil}
-	s.ControlPlane = ControlPlane{Known: true, Target: evil, Closed: &Close{Message: evil, Target: evil}, Error: evil}
+	s.ControlPlane = ControlPlane{Known: true, Target: evil, Error: evil,
+		Closed: &Close{Message: evil, Target: evil}}
 	s.Families = []Family{{Family: "IPv4", Usable: true, Error: evil, Shape: &Shape{Held: evil, Settling: true},
 		Left: []Left{{evil, evil}}}, {Family: evil, Error: evil}}
 	s.Services = []Service{{evil, []string{evil, evil}}, {"名前", []string{evil}}, {"plain", nil}}
 	s.LastDriftBy = evil
-	s.Channels = []Channel{{Name: evil, Enabled: true, Error: evil, Budget: Budget{Unit: evil, Left: 1, Most: 1}}}
+	s.Channels = []Channel{{Name: evil, Enabled: true, Error: evil,
+		Budget: Budget{Unit: evil, Left: 1, Most: 1}}}
 	s.History = []Transition{{Time: noon, Severity: evil, Text: evil, By: evil, Times: 3, First: noon},
 		{Time: noon, Severity: "error", Text: evil}}
 	s.Heartbeat, s.Started, s.Since = noon, noon, noon

@@ -8,8 +8,8 @@ type Tree struct {
 	Explains []*Tree
 }
 
-// Nested are the findings that stand by themselves, worst first, each with what it explains. What is
-// explained by something that was not found stands by itself.
+// Nested are the findings that stand by themselves, worst first, each with what it explains. What
+// is explained by something that was not found stands by itself.
 func Nested(findings []Finding) (roots []*Tree) {
 	var all []*Tree
 	first := map[ID]*Tree{}

@@ -77,9 +77,10 @@ func TestDoctorHealthy(t *testing.T) {
 // describes, and the text begins with the verdict.
 func tellsStatus(t *testing.T, a *mesh.Agent) {
 	t.Helper()
-	s, err := a.Wait(within(t, 30*time.Second), "ready, with its stream and its cost", func(s status.Status) bool {
-		return s.Ready && s.ControlPlane.Connected && s.Cost.Resident > 0
-	})
+	s, err := a.Wait(within(t, 30*time.Second), "ready, with its stream and its cost",
+		func(s status.Status) bool {
+			return s.Ready && s.ControlPlane.Connected && s.Cost.Resident > 0
+		})
 	must(t, err)
 	if len(s.Channels) != 3 || len(s.Families) != 2 || s.ControlPlane.Since.IsZero() {
 		t.Errorf("%+v", s)
