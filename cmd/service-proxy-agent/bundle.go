@@ -34,21 +34,21 @@ func bundleCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "bundle",
 		Short: "Everything that support needs, without secrets, in one .tgz",
-		Long: "Asks this VM's kernel, Envoy, daemon, systemd and files what they know, takes out what is " +
-			"secret,\nand writes one archive. It changes nothing else, needs no daemon, and ends within " +
-			"half a minute, whatever hangs. What could not be had is named in the archive's " +
+		Long: "Asks this VM's kernel, Envoy, daemon, systemd and files what they know, takes out what " +
+			"is secret,\nand writes one archive. It changes nothing else, needs no daemon, and ends " +
+			"within half a minute, whatever hangs. What could not be had is named in the archive's " +
 			"manifest.json and at the end. Envoy is asked for its whole configuration once: with many " +
 			"thousands of services that takes its main thread a second or two.\n\n" +
 			"Exit code: 0 the archive is written, with gaps or without; 2 it is not; 64 wrong usage.\n\n" +
-			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is the " +
-			"form of manifest.json.",
+			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is " +
+			"the form of manifest.json.",
 		Example: "  sudo service-proxy-agent bundle\n" +
 			"  sudo service-proxy-agent bundle -f bundle.tgz\n" +
 			"  # From afar: -f - through ssh, and >bundle.tgz there",
 	}
 	settings := lookFlags(c)
-	c.Flags().StringVarP(&file, "file", "f", "", "the archive `FILE`, - for stdout; default: one in this folder "+
-		"named by host and time")
+	c.Flags().StringVarP(&file, "file", "f", "", "the archive `FILE`, - for stdout; default: "+
+		"one in this folder named by host and time")
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "replace the file if it is there")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		out := cmd.OutOrStdout()

@@ -20,8 +20,8 @@ var called = []struct {
 	by   string
 }{
 	// All of the line.
-	{regexp.MustCompile(`(?i)([\w-]*(?:authorization|cookie)["']?(?: *[:=]|, *["']) *["']?)[^"'<>\n]+`),
-		"${1}" + redaction.Mark},
+	{regexp.MustCompile(`(?i)([\w-]*(?:authorization|cookie)["']?` +
+		`(?: *[:=]|, *["']) *["']?)[^"'<>\n]+`), "${1}" + redaction.Mark},
 	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']?=["']?)[^\s"'<>,;]+`),
 		"${1}" + redaction.Mark},
 	{regexp.MustCompile(`(?i)((?:["'][\w-]*|[\w-]*[-_])` + secretly +
@@ -55,7 +55,9 @@ func Lines(in []byte) ([]byte, error) { return eachLine(in, Secrets), nil }
 
 // Names is Lines for Envoy's names and figures. A name may be a URL.
 func Names(in []byte) ([]byte, error) {
-	return eachLine(in, func(line string) string { return query.ReplaceAllString(Secrets(line), "") }), nil
+	return eachLine(in, func(line string) string {
+		return query.ReplaceAllString(Secrets(line), "")
+	}), nil
 }
 
 var query = regexp.MustCompile(`\?[^\s:"]*`)
@@ -233,8 +235,8 @@ func unitLine(line string) string {
 
 // harmless are the settings of a unit (systemd.directives(7)) whose values are words of systemd's,
 // numbers, units, users and paths. No command, no variable, no credential.
-var harmless = regexp.MustCompile(`^(After|Before|Wants|Requires|Requisite|BindsTo|PartOf|Upholds|` +
-	`Conflicts|OnFailure|OnSuccess|WantedBy|RequiredBy|Also|Alias|(Condition|Assert)\w+|` +
+var harmless = regexp.MustCompile(`^(After|Before|Wants|Requires|Requisite|BindsTo|PartOf|` +
+	`Upholds|Conflicts|OnFailure|OnSuccess|WantedBy|RequiredBy|Also|Alias|(Condition|Assert)\w+|` +
 	`(Start|Job)\w*(Limit|Timeout|Action)\w*|Type|NotifyAccess|Restart\w*|SuccessExitStatus|` +
 	`(Timeout|Watchdog|RuntimeMax)\w*Sec|KillMode|KillSignal|SendSIGKILL|User|Group|DynamicUser|` +
 	`SupplementaryGroups|Nice|CPU\w+|Memory\w+|Tasks\w+|IO\w+|Limit\w+|OOM\w+|Slice|Delegate|` +

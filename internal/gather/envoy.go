@@ -67,7 +67,8 @@ func (e *envoy) ask(ctx context.Context, path string, most int) (Answer, error) 
 		return err
 	})
 	switch {
-	case errors.Is(err, envoyadmin.ErrTimeout), errors.Is(err, envoyadmin.ErrRefused), ctx.Err() != nil:
+	case errors.Is(err, envoyadmin.ErrTimeout), errors.Is(err, envoyadmin.ErrRefused),
+		ctx.Err() != nil:
 		e.silent.Store(path)
 	case errors.Is(err, envoyadmin.ErrTooLarge):
 		err, out.lost = nil, true

@@ -1,8 +1,9 @@
 // Package gather collects what a bundle holds: it asks this VM's programs, files, Envoy and daemon,
-// all beside each other and each with its own limits of time and size, and takes out of every answer
-// what must not leave the VM. Nothing is changed by it.
+// all beside each other and each with its own limits of time and size, and takes out of every
+// answer what must not leave the VM. Nothing is changed by it.
 //
-// What is asked is a table (sources.go). What cannot be had is a gap with its reason; nothing fails.
+// What is asked is a table (sources.go). What cannot be had is a gap with its reason; nothing
+// fails.
 // Package bundle is next in the flow.
 package gather
 

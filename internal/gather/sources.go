@@ -27,7 +27,7 @@ import (
 // Settings say where to look. They are the daemon's.
 type Settings struct {
 	EnvoyAdmin, EnvoyLog  string
-	Config                string // the attribute's file; "": the metadata server; "none": there is none
+	Config                string // the attribute's file; "": the metadata server; "none": no attribute
 	StateDir              string
 	Listen, MetricsListen string
 	Environment           string   // the daemon's file of settings
@@ -92,8 +92,8 @@ func (s Settings) commands(p programs) []Source {
 		one("logs/bootstrap.txt", journal+"-u "+systemd.BootstrapUnit, 2*mega, p.end, quoting),
 		one("logs/kernel.txt", journal+"-k", mega, p.end, quoting),
 		one("units/cat.txt", "systemctl cat --no-pager -- "+unitNames, mega, p.whole, units),
-		one("units/show.txt", "systemctl show --no-pager --property="+shown+" -- "+unitNames, mega, p.whole,
-			lines),
+		one("units/show.txt", "systemctl show --no-pager --property="+shown+" -- "+unitNames, mega,
+			p.whole, lines),
 		several("network/addresses.txt", mega, p, "ip -s address"),
 		several("network/routes.txt", 4*mega, p, "ip rule", "ip -6 rule", "ip route show table all",
 			"ip -6 route show table all"),
@@ -259,8 +259,10 @@ func (s Settings) metrics(ctx context.Context) (Answer, error) {
 		return Answer{}, err
 	}
 	// No proxy, and no other place than this one.
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	client := http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true, DisableCompression: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
 	response, err := client.Do(request)
 	if errors.Is(err, unix.ECONNREFUSED) {
 		return Answer{}, fmt.Errorf("nothing listens on %s", listen)
