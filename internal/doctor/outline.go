@@ -7,9 +7,6 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// Verdict is what was found, in a few words.
-func (r Report) Verdict() string { return r.verdict() }
-
 // Unknown are checks that could not look, of one reason.
 type Unknown struct {
 	Why     string
