@@ -26,7 +26,7 @@ var updateLooks = flag.Bool("update-looks", false,
 
 // looksFile has a look at each symptom of TestSymptoms of test/e2e, which writes it by -record: of
 // each a folder with the recording, and with what doctor said of it on the VM.
-const looksFile = "testdata/looks.tgz"
+const looksFile = "testdata/looks.tar.gz"
 
 func readLooks(t *testing.T) (files map[string]string) {
 	t.Helper()

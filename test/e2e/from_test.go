@@ -99,7 +99,7 @@ type looks struct {
 	files map[string]string
 }
 
-const looksFile = "../../cmd/service-proxy-agent/testdata/looks.tgz"
+const looksFile = "../../cmd/service-proxy-agent/testdata/looks.tar.gz"
 
 func (l *looks) add(name string, files map[string]string) {
 	l.mu.Lock()
@@ -134,7 +134,7 @@ func (l *looks) write() error {
 	if err := errors.Join(archive.Close(), zip.Close()); err != nil {
 		return err
 	}
-	return os.WriteFile(looksFile, b.Bytes(), 0o600)
+	return os.WriteFile(looksFile, b.Bytes(), 0o644)
 }
 
 // explainedElsewhere holds explain of a bundle against explain on the VM, while nothing connects.
