@@ -54,7 +54,9 @@ func (s *sight) due(now time.Time, poll time.Duration) time.Duration {
 }
 
 // shareOver is when reads that others' changes cause have had their share of the time.
-func (s *sight) shareOver() time.Time { return s.ended.Add(readShare * s.took) }
+func (s *sight) shareOver() time.Time {
+	return s.ended.Add(min(readShare*s.took, longestShare))
+}
 
 // intercepted says whether rules of ours, be they an earlier run's, are known to intercept.
 func (s *sight) intercepted() bool { return s.known && s.have.Ours().Intercepting() }
