@@ -103,7 +103,7 @@ func TestTable(t *testing.T) {
 	healthy := []string{`\AHealthy: intercepting 2 services and 1 serving port since `,
 		`^mode +intercepting: `, `^agent +\S+, started \S+ \(.* ago\), last pass \d+ s ago$`, `^ready +yes$`,
 		`^Envoy +LIVE, 2 listeners, on 127\.0\.0\.1:15000$`, `^ +version \S+/1\.\S+$`,
-		`^IPv4 rules +as wanted, jumps in, \d+ rules \(nft\), 2 service prefixes, to Envoy's ports 15001 out,$`,
+		`^IPv4 rules +as wanted, jumps in, \d+ rules \(nft\), 2 service prefixes, to Envoy's ports 15001 out, 15006 in, `,
 		`^IPv6 rules +as wanted, jumps in, \d+ rules \(nft\), 1 service prefix, `}
 
 	// The words are in the table of the symptoms.
