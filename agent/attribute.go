@@ -225,8 +225,8 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 			if instance == "" {
 				instance, _ = metadata.ReadInstance(ctx) // without it, the machine tells whose it is
 			}
-			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read, Instance: instance,
-				Machine: machine})
+			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read,
+				Instance: instance, Machine: machine})
 		}
 	})
 	return nil

@@ -147,8 +147,8 @@ func TestRunBegins(t *testing.T) {
 	core, logs := observer.New(zap.InfoLevel)
 	a := &Agent{log: zap.New(core), started: testStart, settings: Settings{StateDir: t.TempDir(),
 		Version: "1.2.3"}}
-	mine := []status.Transition{{Time: testStart.Add(-time.Hour), Kind: status.OfMode, Severity: "info",
-		Text: "interception: hold"}}
+	mine := []status.Transition{{Time: testStart.Add(-time.Hour), Kind: status.OfMode,
+		Severity: "info", Text: "interception: hold"}}
 	if err := (keptTransitions{"mine", mine}).save(a.settings.StateDir); err != nil {
 		t.Fatal(err)
 	}

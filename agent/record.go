@@ -91,8 +91,8 @@ func (l Looked) record() recorded {
 		r.Kinds = append(r.Kinds, kind.ID)
 	}
 	for i := range families {
-		r.Families[i] = recordedFamily{RulesErr: l.HaveErr[i], Want: strings.Split(l.Ruleset(i).String(), "\n"),
-			Asked: l.Want.Families[i], Served: l.Want.Served[i]}
+		r.Families[i] = recordedFamily{RulesErr: l.HaveErr[i], Asked: l.Want.Families[i],
+			Want: strings.Split(l.Ruleset(i).String(), "\n"), Served: l.Want.Served[i]}
 	}
 	if l.Daemon != nil {
 		r.Daemon = &recordedDaemon{l.Daemon.Mode, l.Daemon.NotReady}

@@ -103,7 +103,8 @@ func (r *recorded) wayTo(to netip.AddrPort) (route.Way, error) {
 	return way, errNotRecorded
 }
 
-func (r *recorded) countersOf(f iptables.Family, steps []iptables.Step) ([]iptables.Counter, error) {
+func (r *recorded) countersOf(f iptables.Family, steps []iptables.Step) (
+	[]iptables.Counter, error) {
 	for i, family := range families {
 		if family == f {
 			counters, err := r.Families[i].counters.Of(steps)

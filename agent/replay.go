@@ -20,9 +20,9 @@ var ErrRecording = errors.New("not a recorded look")
 // mostReplayed bounds what is read: a little more than is ever written.
 const mostReplayed = mostRecorded + mostRecorded/10
 
-// Replay reads what Record wrote. It asks nobody anything: the Facts of what it returns are those of
-// the look, and its Explain answers by the recording alone. Whoever wrote that is not believed more
-// than a listener's name is: it is data, which is printed in bounds.
+// Replay reads what Record wrote. It asks nobody anything: the Facts of what it returns are those
+// of the look, and its Explain answers by the recording alone. Whoever wrote that is not believed
+// more than a listener's name is: it is data, which is printed in bounds.
 func Replay(data []byte) (Looked, error) {
 	if len(data) > mostReplayed {
 		return Looked{}, fmt.Errorf("%w: it is larger than one is", ErrRecording)

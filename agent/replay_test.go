@@ -51,7 +51,8 @@ func recordedLook(t *testing.T, edit func(*recorded)) []byte {
 	r.Ways = route.Map{{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Source: netip.MustParseAddr("10.9.9.9")},
 		{Prefix: netip.MustParsePrefix("10.9.9.9/32"), Source: netip.MustParseAddr("10.9.9.9"), Self: true},
 		{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Why: "connect: network is unreachable"}}
-	r.Envoy.Clusters = []envoyadmin.ClusterEndpoints{{ClusterHealth: envoyadmin.ClusterHealth{Name: "web"}}}
+	r.Envoy.Clusters = []envoyadmin.ClusterEndpoints{
+		{ClusterHealth: envoyadmin.ClusterHealth{Name: "web"}}}
 	if edit != nil {
 		edit(&r)
 	}
@@ -231,8 +232,8 @@ func TestOlderRecording(t *testing.T) {
 	}
 }
 
-// TestFieldsOfFacts: a recording is read by older and newer agents. So no field of Facts goes or gets
-// another name, and a new one says which checks need it.
+// TestFieldsOfFacts: a recording is read by older and newer agents. So no field of Facts goes or
+// gets another name, and a new one says which checks need it.
 func TestFieldsOfFacts(t *testing.T) {
 	const file = "testdata/look-v1.fields"
 	fields := factsFields()
@@ -259,7 +260,8 @@ func TestFieldsOfFacts(t *testing.T) {
 	}
 }
 
-// FuzzReplay: whatever somebody sends as a recording, it is refused or answered, in printable words.
+// FuzzReplay: whatever somebody sends as a recording, it is refused or answered, in printable
+// words.
 func FuzzReplay(f *testing.F) {
 	t := &testing.T{}
 	f.Add(recordedLook(t, nil))

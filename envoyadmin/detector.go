@@ -176,8 +176,8 @@ func (d *Detector) failed(began, ended time.Time) {
 	}
 }
 
-// Early says whether the last look that showed a change was made for a hint, before the pace without
-// hints had one due.
+// Early says whether the last look that showed a change was made for a hint, before the pace
+// without hints had one due.
 func (d *Detector) Early() bool { return d.early }
 
 // Again says that the last dump does not count: another is due as soon as one may be asked for.

@@ -190,8 +190,8 @@ func (c *Client) Routes(ctx context.Context, name string) (routes Routes, ok boo
 }
 
 // RoutesOf asks for some route configurations, in their order; one that Envoy does not have is left
-// out. Envoy tells all that it has, by two dumps: many for which it is asked one by one would cost it
-// more.
+// out. Envoy tells all that it has, by two dumps: many for which it is asked one by one would cost
+// it more.
 func (c *Client) RoutesOf(ctx context.Context, names ...string) ([]Routes, error) {
 	if len(names) == 0 {
 		return nil, nil

@@ -18,7 +18,12 @@ tools=$(test/kept.sh "linters-$pins" test/lint.sh build)
 bad=$(gofmt -l $(git ls-files '*.go'))
 [[ -z $bad ]] || { echo "gofmt: $bad"; failed=1; }
 
-go vet ./... && go vet -tags kernel,lab,box,shells,browser ./... || failed=1
+# A build tag that .golangci.yml does not have would hide its files from all that is below.
+tags=$(sed -n 's/^ *build-tags: \[\(.*\)\].*/\1/p' .golangci.yml | tr -d ' ')
+bad=$(git grep -h '^//go:build ' -- '*.go' | grep -vE " !?race$| (${tags//,/|})$" | sort -u) || true
+[[ -z $bad ]] || { printf '.golangci.yml lacks a build tag of\n%s\n' "$bad"; failed=1; }
+
+go vet ./... && go vet -tags "$tags" ./... || failed=1
 
 "$tools/golangci-lint" run ./... || failed=1
 
@@ -35,7 +40,7 @@ dead() { # PACKAGE…
   "$tools/deadcode" -f '{{range .Funcs}}{{println .Position .Name}}{{end}}' "$@" |
     sed -E 's/:[0-9]+:[0-9]+//; /^$/d' | sort -u
 }
-bad=$(dead -test -tags kernel,lab,box,shells,browser ./...)
+bad=$(dead -test -tags "$tags" ./...)
 [[ -z $bad ]] || { printf 'deadcode: nothing calls\n%s\n' "$bad"; failed=1; }
 bad=$(dead ./cmd/... | grep -vxF "$(sed 's/ *#.*//; /^$/d' test/tools/deadcode.keep)") || true
 [[ -z $bad ]] || { printf 'deadcode: tests alone call\n%s\n' "$bad"; failed=1; }

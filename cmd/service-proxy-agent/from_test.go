@@ -79,7 +79,8 @@ func writeLooks(t *testing.T, files map[string]string) {
 }
 
 // answered runs a command, and returns its answer, as a bundle masks it, and its exit code.
-func answered(t *testing.T, mask func([]byte) ([]byte, error), args ...string) (out string, code int) {
+func answered(t *testing.T, mask func([]byte) ([]byte, error), args ...string) (
+	out string, code int) {
 	t.Helper()
 	var b bytes.Buffer
 	root := rootCommand()

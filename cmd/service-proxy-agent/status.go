@@ -35,9 +35,9 @@ func statusCommand() *cobra.Command {
 			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
 			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
 			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
-			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also where " +
-			"no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks for " +
-			"nothing.\n\n" +
+			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also " +
+			"where no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks " +
+			"for nothing.\n\n" +
 			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage. " +
 			"With --watch\nthat of the last look.\n\n" +
 			"docs/status.schema.json is the form of -o json.",
@@ -133,8 +133,8 @@ func waitCommand() *cobra.Command {
 		Use:   "wait",
 		Short: "Wait until the mesh is ready, as a script or unit would",
 		Long: "Asks the daemon's /healthz/ready four times a second until it says yes: Envoy is live, " +
-			"its ports accept and the rules are in. Meanwhile it says on stderr what it waits for. Every user " +
-			"may ask.\n\n" +
+			"its ports accept and the rules are in. Meanwhile it says on stderr what it waits for. Every " +
+			"user may ask.\n\n" +
 			"Exit code: 0 ready; 1 not in time; 64 wrong usage.",
 		Example: "  service-proxy-agent wait --timeout 2m",
 		RunE: func(cmd *cobra.Command, _ []string) error {

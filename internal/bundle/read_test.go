@@ -135,7 +135,8 @@ func TestReadWhatIsNoBundle(t *testing.T) {
 	}
 	// Wherever it is cut, half a file is never taken for a whole one.
 	for n := range full {
-		if have, err := read(bytes.NewReader(full[:n]), LookFile, mostOfBundle); err == nil && string(have) != `{"x":1}` {
+		have, err := read(bytes.NewReader(full[:n]), LookFile, mostOfBundle)
+		if err == nil && string(have) != `{"x":1}` {
 			t.Errorf("cut at %d: %q", n, have)
 		}
 	}

@@ -59,8 +59,9 @@ type Options struct {
 // New makes a Report of the results of symptom.Examine.
 func New(results []symptom.Result, o Options) Report {
 	r := Report{
-		Schema: Schema, Version: symptom.Printable(o.Version, 64), Time: o.Time.UTC().Truncate(time.Second),
-		FailOn: o.FailOn, Ignored: append([]symptom.ID{}, o.Ignored...), Findings: []symptom.Finding{},
+		Schema: Schema, Version: symptom.Printable(o.Version, 64),
+		Time: o.Time.UTC().Truncate(time.Second), FailOn: o.FailOn,
+		Ignored: append([]symptom.ID{}, o.Ignored...), Findings: []symptom.Finding{},
 		Checks: make([]Check, 0, len(results)), Unseen: map[symptom.Source]string{},
 		Exit: exit(results, o.FailOn),
 	}

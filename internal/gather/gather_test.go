@@ -19,7 +19,9 @@ func TestRun(t *testing.T) {
 		never := make(chan struct{})
 		defer close(never)
 		gives := func(data string, gaps ...bundle.Gap) func(context.Context) (Answer, error) {
-			return func(context.Context) (Answer, error) { return Answer{Data: []byte(data), Gaps: gaps}, nil }
+			return func(context.Context) (Answer, error) {
+				return Answer{Data: []byte(data), Gaps: gaps}, nil
+			}
 		}
 		var asked []string
 		began := time.Now()

@@ -142,7 +142,8 @@ func served(t *testing.T, h http.Handler) (addr string) {
 }
 
 // bundled is a bundle of the VM, with what its manifest says.
-func bundled(t *testing.T, s Settings, change func(*Source)) (m bundle.Manifest, files map[string]string) {
+func bundled(t *testing.T, s Settings, change func(*Source)) (
+	m bundle.Manifest, files map[string]string) {
 	t.Helper()
 	sources := Sources(s, "")
 	for i := range sources {

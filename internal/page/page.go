@@ -44,8 +44,8 @@ type Content struct {
 // Refresh is how often a live page is loaded anew.
 const Refresh = 10 * time.Second
 
-// Where a live page leads, from itself: who serves it says in which folder. The form has a URL of its
-// own: so what is being typed is not lost when the overview refreshes itself.
+// Where a live page leads, from itself: who serves it says in which folder. The form has a URL of
+// its own: so what is being typed is not lost when the overview refreshes itself.
 const (
 	OverviewPath = "./"
 	PausedQuery  = "paused" // the overview with this in its query has Content.Paused

@@ -88,7 +88,8 @@ func TestValuesStayWhatTheyAre(t *testing.T) {
 		t.Errorf("the errors are %q", got.Two)
 	}
 	want.Two, got.Two = [2]error{}, [2]error{}
-	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+	same := cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })
+	if diff := cmp.Diff(want, got, same); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -125,8 +126,8 @@ func TestFields(t *testing.T) {
 // pure are the packages that judge what is recorded.
 var pure = []string{"../symptom", "../explain", "../doctor"}
 
-// TestEachErrorThatIsAskedForReplays finds in the source of what judges each errors.Is and errors.As:
-// what they ask for must be in the table, or a recorded error would be another one.
+// TestEachErrorThatIsAskedForReplays finds in the source of what judges each errors.Is and
+// errors.As: what they ask for must be in the table, or a recorded error would be another one.
 func TestEachErrorThatIsAskedForReplays(t *testing.T) {
 	asked := 0
 	for _, dir := range pure {

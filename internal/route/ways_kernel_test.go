@@ -10,8 +10,8 @@ import (
 	"testing"
 )
 
-// TestWays: what a Map says is what the kernel said, for addresses at the edges of all its cells and
-// at random ones, with policy routing too.
+// TestWays: what a Map says is what the kernel said, for addresses at the edges of all its cells
+// and at random ones, with policy routing too.
 func TestWays(t *testing.T) {
 	if !inNetns(t) {
 		return

@@ -11,8 +11,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
 )
 
-// checkBundle: a bundle of a VM has what systemd and bootstrap know, no gap, and none of the secrets
-// that are planted where only a whole VM has a place for them.
+// checkBundle: a bundle of a VM has what systemd and bootstrap know, no gap, and none of the
+// secrets that are planted where only a whole VM has a place for them.
 func (v *VM) checkBundle() {
 	v.t.Helper()
 	const dropIn = "/etc/systemd/system/service-proxy-envoy.service.d/planted.conf"

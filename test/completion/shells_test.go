@@ -26,8 +26,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// A shell begins like this, in a mount namespace with the archive's files where bootstrap puts them.
-// What is typed at last is not run: a script of the program's name prints its words instead.
+// A shell begins like this, in a mount namespace with the archive's files where bootstrap puts
+// them. What is typed at last is not run: a script of the program's name prints its words instead.
 const (
 	setUp = `set -e
 mount --make-rprivate /

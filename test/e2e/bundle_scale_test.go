@@ -15,8 +15,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestBundleScale: with 10,000 services, each with a cluster of its own, a bundle is whole, small and
-// soon there, and its cost to Envoy's main thread is told. Here with a few hundred, but in `make soak`.
+// TestBundleScale: with 10,000 services, each with a cluster of its own, a bundle is whole, small
+// and soon there, and its cost to Envoy's main thread is told. Here with a few hundred, but in
+// `make soak`.
 func TestBundleScale(t *testing.T) {
 	beside(t)
 	config := controlplane.Config{}

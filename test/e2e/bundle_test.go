@@ -30,8 +30,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
-// secretive is a listener with secrets wherever a control plane may put some. Another one is like it
-// and refused, for its header's name: Envoy quotes all of it in its log then.
+// secretive is a listener with secrets wherever a control plane may put some. Another one is like
+// it and refused, for its header's name: Envoy quotes all of it in its log then.
 func secretive(t *testing.T, name string, port int, header string) *listenerv3.Listener {
 	t.Helper()
 	l := &listenerv3.Listener{}
@@ -52,14 +52,16 @@ func secretive(t *testing.T, name string, port int, header string) *listenerv3.L
 }
 
 // TestBundle: of a VM with secrets planted in every source the bundle holds none, and all else; as
-// another user, with an Envoy that hangs, a full disk, or nobody who waits, it is whole or not there.
+// another user, with an Envoy that hangs, a full disk, or nobody who waits, it is whole or not
+// there.
 func TestBundle(t *testing.T) {
 	t.Parallel()
 	config := services()
 	config.Services[1].Name = "db?key=s3cr3t"
 	config.Listeners = []*listenerv3.Listener{secretive(t, "planted", 15777, "x-added"),
 		secretive(t, "https://h/?X-Goog-Signature=s3cr3t", 15778, "x-added")}
-	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.NFT, Config: config, NoEnvoy: true,
+	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: lab.NFT, Config: config,
+		NoEnvoy: true,
 		Attribute: `{"labels":{"app":"s3cr3t"},"proxy-spec":{"network":"","primary-source":` +
 			`"https://h/envoy.tgz?X-Goog-Signature=s3cr3t"},"service":{"serving-ports":[8081]},"new":"s3cr3t"}`})
 	must(t, err)
@@ -203,8 +205,8 @@ func checkOthers(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 	}
 }
 
-// checkHung makes bundles while Envoy hangs: nobody waits longer for one than half a minute, and who
-// does not wait that long leaves nothing behind.
+// checkHung makes bundles while Envoy hangs: nobody waits longer for one than half a minute, and
+// who does not wait that long leaves nothing behind.
 func checkHung(t *testing.T, m *mesh.Mesh, a *mesh.Agent, binary string) {
 	t.Helper()
 	m.Envoy.Pause()

@@ -62,8 +62,8 @@ func fromHere(ctx context.Context, t *testing.T, args ...string) (stdout, stderr
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 }
 
-// replays has a bundle made while the symptom stands: elsewhere doctor says of it what it said here,
-// of the same look.
+// replays has a bundle made while the symptom stands: elsewhere doctor says of it what it said
+// here, of the same look.
 func (p *patient) replays(t *testing.T, i injection) {
 	t.Helper()
 	path := bundled(t, p.a)
@@ -148,7 +148,8 @@ func explainedElsewhere(t *testing.T, m *mesh.Mesh, a *mesh.Agent, questions ...
 		must(t, err)
 		args = append(strings.Fields("explain -o json "+question), "--from", path)
 		there, stderr, code := fromHere(t.Context(), t, args...)
-		if here, there := countersTold(t, here), countersTold(t, there); here != there || code != hereCode {
+		here, there = countersTold(t, here), countersTold(t, there)
+		if here != there || code != hereCode {
 			t.Errorf("%s: elsewhere exit code %d, on the VM %d: %s\n%s\non the VM:\n%s", question, code,
 				hereCode, stderr, there, here)
 		}

@@ -274,9 +274,9 @@ func TestTable(t *testing.T) {
 	})
 }
 
-// seenByHint makes changes until the agent, which logs at debug, says that it saw one in a look that
-// a hint of Envoy's log asked for. On a busy machine the next full dump must wait, since the last
-// one took long, and the look that is due comes before.
+// seenByHint makes changes until the agent, which logs at debug, says that it saw one in a look
+// that a hint of Envoy's log asked for. On a busy machine the next full dump must wait, since the
+// last one took long, and the look that is due comes before.
 func seenByHint(t *testing.T, m *mesh.Mesh, a *mesh.Agent) {
 	t.Helper()
 	const enough = 20
