@@ -1,16 +1,13 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
-	"maps"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,64 +15,23 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 var updateLooks = flag.Bool("update-looks", false,
 	"write what doctor says of the looks in testdata anew; the looks stay")
 
-// looksFile has a look at each symptom of TestSymptoms of test/e2e, which writes it by -record: of
-// each a folder with the recording, and with what doctor said of it on the VM.
-const looksFile = "testdata/looks.tar.gz"
-
-func readLooks(t *testing.T) (files map[string]string) {
+// looks are those at each symptom of TestSymptoms of test/e2e, which writes them by -record: of each
+// the recording, ROW_ID_WHAT-WAS-DONE.json, and as .txt what doctor said of it on the VM.
+func looks(t *testing.T) (files []string) {
 	t.Helper()
-	f, err := os.Open(looksFile)
-	if err != nil {
-		t.Fatal(err)
+	files, err := filepath.Glob("testdata/looks/*.json")
+	if err != nil || len(files) < 45 {
+		t.Fatalf("%d looks, %v; they were more", len(files), err)
 	}
-	defer f.Close()
-	zip, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	files = map[string]string{}
-	for archive := tar.NewReader(zip); ; {
-		header, err := archive.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		data, err := io.ReadAll(archive)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files[header.Name] = string(data)
-	}
-}
-
-func writeLooks(t *testing.T, files map[string]string) {
-	t.Helper()
-	var b bytes.Buffer
-	zip := gzip.NewWriter(&b)
-	archive := tar.NewWriter(zip)
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		header := tar.Header{Name: name, Mode: 0o644, Size: int64(len(files[name]))}
-		if err := archive.WriteHeader(&header); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := archive.Write([]byte(files[name])); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := errors.Join(archive.Close(), zip.Close()); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(looksFile, b.Bytes(), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	return files
 }
 
 // answered runs a command, and returns its answer, as a bundle masks it, and its exit code.
@@ -105,53 +61,44 @@ func answered(t *testing.T, mask func([]byte) ([]byte, error), args ...string) (
 // TestRecordedSymptoms: of each symptom that was made with the real parts, doctor says by the
 // recording what it said on the VM.
 func TestRecordedSymptoms(t *testing.T) {
-	files := readLooks(t)
-	var replayed []symptom.ID
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		dir := path.Dir(name)
-		if path.Base(name) != bundle.LookFile {
-			continue
-		}
-		look := filepath.Join(t.TempDir(), bundle.LookFile)
-		if err := os.WriteFile(look, []byte(files[name]), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if strings.Contains(files[name], "s3cr3t") { // of a header, by test/e2e
-			t.Errorf("%s holds a secret", name)
-		}
+	for _, look := range looks(t) {
+		said := strings.TrimSuffix(look, ".json") + ".txt"
 		text, code := answered(t, bundle.Lines, "doctor", "--from", look)
-		inJSON, jsonCode := answered(t, bundle.Told, "doctor", "--from", look, "-o", "json")
+		text += fmt.Sprintf("exit code %d\n", code)
 		if *updateLooks {
-			files[dir+"/doctor.txt"], files[dir+"/doctor.json"] = text, inJSON
+			if err := os.WriteFile(said, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
-		var was struct {
-			Exit   int
-			Checks []symptom.Result
+		if was := read(t, said); text != was {
+			t.Errorf("%s:\n%s\non the VM it was\n%s", look, text, was)
 		}
-		if err := json.Unmarshal([]byte(files[dir+"/doctor.json"]), &was); err != nil {
-			t.Fatalf("%s: %v", dir, err)
+		if strings.Contains(read(t, look), "s3cr3t") { // of a header, by test/e2e
+			t.Errorf("%s holds a secret", look)
 		}
-		if text != files[dir+"/doctor.txt"] || inJSON != files[dir+"/doctor.json"] {
-			t.Errorf("%s:\n%s\non the VM it was\n%s", dir, text, files[dir+"/doctor.txt"])
+		form, codeOfForm := answered(t, bundle.Told, "doctor", "--from", look, "-o", "json")
+		schema.Valid(t, "doctor", []byte(form))
+		var r doctor.Report
+		if err := json.Unmarshal([]byte(form), &r); err != nil {
+			t.Fatalf("%s: %v", look, err)
 		}
-		if code != was.Exit || jsonCode != was.Exit {
-			t.Errorf("%s: exit code %d, and %d with JSON, want %d", dir, code, jsonCode, was.Exit)
+		if r.Exit != code || codeOfForm != code {
+			t.Errorf("%s: exit code %d, with JSON %d, which says %d", look, code, codeOfForm, r.Exit)
 		}
-		id := symptom.ID(strings.Fields(dir)[1])
-		if !slices.ContainsFunc(was.Checks, func(r symptom.Result) bool {
-			return r.ID == id && r.State == symptom.Found
-		}) {
-			t.Errorf("%s: it was not found", dir)
+		id := symptom.ID(strings.Split(filepath.Base(look), "_")[1])
+		if !slices.ContainsFunc(r.Findings, func(f symptom.Finding) bool { return f.ID == id }) {
+			t.Errorf("%s: it was not found", look)
 		}
-		replayed = append(replayed, id)
 	}
-	slices.Sort(replayed)
-	if ids := slices.Compact(slices.Clone(replayed)); len(replayed) < 45 || len(ids) < 40 {
-		t.Errorf("%d looks at %d kinds of symptoms; they were more", len(replayed), len(ids))
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if *updateLooks {
-		writeLooks(t, files)
-	}
+	return string(data)
 }
 
 // TestFromUsage: beside --from nothing is looked at.
@@ -197,21 +144,10 @@ func TestFromUsage(t *testing.T) {
 
 // TestReplayedUser: whoever the recording does not know is not looked up on this machine.
 func TestReplayedUser(t *testing.T) {
-	files := readLooks(t)
-	for name, text := range files {
-		if path.Base(name) != bundle.LookFile {
-			continue
-		}
-		look := filepath.Join(t.TempDir(), bundle.LookFile)
-		if err := os.WriteFile(look, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		root := rootCommand()
-		root.SetArgs([]string{"explain", "10.10.0.1:81", "--uid", "daemon", "--from", look})
-		if err := root.ExecuteContext(t.Context()); !errors.Is(err, agent.ErrSettings) ||
-			!strings.Contains(err.Error(), `user "daemon" is not in the recording`) {
-			t.Errorf("%v", err)
-		}
-		return
+	root := rootCommand()
+	root.SetArgs([]string{"explain", "10.10.0.1:81", "--uid", "daemon", "--from", looks(t)[0]})
+	if err := root.ExecuteContext(t.Context()); !errors.Is(err, agent.ErrSettings) ||
+		!strings.Contains(err.Error(), `user "daemon" is not in the recording`) {
+		t.Errorf("%v", err)
 	}
 }

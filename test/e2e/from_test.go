@@ -3,21 +3,19 @@
 package e2e
 
 import (
-	"archive/tar"
-	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -86,55 +84,44 @@ func (p *patient) replays(t *testing.T, i injection) {
 				said.Exit, stderr, out, want)
 		}
 	}
-	name := fmt.Sprintf("%02d %s %s", i.row, i.id, i.how)
-	recordings.add(name, map[string]string{bundle.LookFile: fileOf(t, path, bundle.LookFile),
-		"doctor.txt": inText, "doctor.json": inJSON})
-}
-
-// recordings are looks at each symptom, which a unit test of the command replays.
-var recordings looks
-
-type looks struct {
-	mu    sync.Mutex
-	files map[string]string
-}
-
-const looksFile = "../../cmd/service-proxy-agent/testdata/looks.tar.gz"
-
-func (l *looks) add(name string, files map[string]string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.files == nil {
-		l.files = map[string]string{}
-	}
-	for file, text := range files {
-		l.files[strings.ReplaceAll(name, "/", "_")+"/"+file] = text
+	if *record {
+		file := filepath.Join(looksDir, i.look())
+		must(t, os.WriteFile(file+".json", []byte(fileOf(t, path, bundle.LookFile)), 0o644))
+		must(t, os.WriteFile(file+".txt", fmt.Appendf(nil, "%sexit code %d\n", inText, said.Exit), 0o644))
 	}
 }
 
-func (l *looks) write() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	var b bytes.Buffer
-	zip, err := gzip.NewWriterLevel(&b, gzip.BestCompression)
-	if err != nil {
-		return err
-	}
-	archive := tar.NewWriter(zip)
-	for _, name := range slices.Sorted(maps.Keys(l.files)) {
-		text := l.files[name]
-		if err := archive.WriteHeader(&tar.Header{Name: name, Mode: 0o644,
-			Size: int64(len(text))}); err != nil {
-			return err
-		}
-		if _, err := archive.Write([]byte(text)); err != nil {
-			return err
+// looksDir has a look at each symptom, which a unit test of the command replays.
+const looksDir = "../../cmd/service-proxy-agent/testdata/looks"
+
+// look is the name of the symptom's files there.
+func (i injection) look() string {
+	how := notInName.ReplaceAllString(strings.ToLower(i.how), "-")
+	return fmt.Sprintf("%02d_%s_%s", i.row, i.id, strings.Trim(how, "-"))
+}
+
+var notInName = regexp.MustCompile(`[^a-z0-9]+`)
+
+// TestEachSymptomHasALook: each symptom is replayed, and none that is not made any more.
+func TestEachSymptomHasALook(t *testing.T) {
+	var want []string
+	for _, s := range situations {
+		for _, i := range s.injections {
+			if i.told != answers {
+				want = append(want, i.look()+".json", i.look()+".txt")
+			}
 		}
 	}
-	if err := errors.Join(archive.Close(), zip.Close()); err != nil {
-		return err
+	files, err := os.ReadDir(looksDir)
+	must(t, err)
+	var have []string
+	for _, file := range files {
+		have = append(have, file.Name())
 	}
-	return os.WriteFile(looksFile, b.Bytes(), 0o644)
+	slices.Sort(want)
+	if diff := cmp.Diff(want, have); diff != "" {
+		t.Errorf("%s\nrun: go test -tags lab -run 'TestSymptoms$' ./test/e2e -record", diff)
+	}
 }
 
 // explainedElsewhere holds explain of a bundle against explain on the VM, while nothing connects.

@@ -22,7 +22,7 @@ import (
 
 var record = flag.Bool("record", false,
 	"TestScrapes: write test/grafana/testdata anew, which takes eight minutes; "+
-		"TestSymptoms: write the table of docs/symptoms.md")
+		"TestSymptoms: write the table of docs/symptoms.md, and the looks that a unit test replays")
 
 const recorded = "../grafana/testdata"
 
