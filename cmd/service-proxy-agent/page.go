@@ -47,8 +47,7 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		if file == "-" {
 			_, err = cmd.OutOrStdout().Write(html.Bytes())
 		} else {
-			// For its owner alone: who is shown the page learns the names of all services.
-			err = atomicfile.Write(file, html.Bytes(), 0o600)
+			err = writePage(file, html.Bytes())
 		}
 		switch {
 		case err != nil:
@@ -61,6 +60,16 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		}
 		return nil
 	}
+}
+
+// writePage replaces a file, but nothing else: without /dev/null, or with a file in the place of the
+// link /dev/stdout, the machine would be broken. The page is for its owner alone: who is shown it
+// learns the names of all services.
+func writePage(file string, html []byte) error {
+	if info, err := os.Lstat(file); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%q is no regular file; name another, or - for stdout", file)
+	}
+	return atomicfile.Write(file, html, 0o600)
 }
 
 // pageContent looks at this VM, as doctor does, for a page.
