@@ -149,7 +149,7 @@ func (m *masking) value(token json.Token, open bool) {
 	switch {
 	case token == nil:
 		m.out.WriteString("null")
-	case isText && (open || len(m.where) == 0):
+	case isText && (open || len(m.where) == 0 || m.open[m.where[len(m.where)-1]]):
 		m.write(mask(s))
 	case isText:
 		m.write(m.text(m.where, s))
@@ -210,12 +210,17 @@ func nameOf(s string) string {
 // maxKept is how long a string that stays may be: names are shorter.
 const maxKept = 1024
 
+// user is a user with a password before a host.
+var user = regexp.MustCompile(`^[^\s/@:]*:[^\s/@]*@`)
+
 // clean is what stays of a name, address or path: it has no query and no user.
 func clean(s string) string {
 	if len(s) > maxKept {
 		return mask(s)
 	}
-	s = Secrets(s)
+	if s = Secrets(s); strings.Contains(s, "@") {
+		s = user.ReplaceAllString(s, redaction.Mark+"@")
+	}
 	if i := strings.IndexAny(s, "?#"); i >= 0 {
 		s = s[:i] + redaction.Mark
 	}
@@ -265,7 +270,11 @@ var (
 // valueFields hold what people wrote, whatever it looks like.
 var valueFields = set(`value string_value inline_string inline_bytes inline_code exact
 	prefix suffix contains regex exact_match prefix_match suffix_match contains_match password
-	username body text_format format source_code`)
+	username body text text_format format source_code literal binary raw_value substitution
+	default default_value key keys json_key`)
+
+// secretField is a field that says of itself that it holds a secret.
+var secretField = regexp.MustCompile(`(?i)` + secretly)
 
 func keptOfConfig(where []string, s string) string {
 	name := where[len(where)-1]
@@ -280,7 +289,7 @@ func keptOfConfig(where []string, s string) string {
 		return Secrets(redaction.Text(s))
 	case valueFields[name]:
 		return mask(s)
-	case enumeration.MatchString(s), figure.MatchString(s):
+	case (enumeration.MatchString(s) || figure.MatchString(s)) && !secretField.MatchString(name):
 		return s
 	}
 	return mask(s)

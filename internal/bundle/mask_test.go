@@ -41,6 +41,33 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+// TestSecretsLikeWords: what looks like a word of an enumeration or a number is a secret, too, in a
+// field that holds one.
+func TestSecretsLikeWords(t *testing.T) {
+	for _, in := range []string{`{"client_secret":X}`, `{"secret_access_key":X}`, `{"session_token":X}`,
+		`{"access_key_id":X}`, `{"hmac_secret":X}`, `{"api_key":X}`, `{"keys":[X]}`, `{"keys":[{"key":X}]}`,
+		`{"call_credentials":[{"access_token":X},{"google_refresh_token":X}]}`, `{"json_key":X}`,
+		`{"tcp_health_check":{"send":{"text":X},"receive":[{"binary":X}]}}`, `{"literal":X}`,
+		`{"google_iam":{"authorization_token":X}}`, `{"credential":X}`,
+		`{"metadata":X}`, `{"labels":[X]}`, `{"default_value":X}`, `{"substitution":X}`,
+		`{"name":"user:X@host"}`, `{"header":{"raw_value":X}}`} {
+		for _, secret := range []string{"HUNTER", "AKIAABCDEFGHIJKLMNOP", "31323334"} {
+			doc := strings.ReplaceAll(strings.ReplaceAll(in, `"user:X@host"`, `"user:`+secret+`@host"`), "X",
+				quoted(secret))
+			have, err := Config([]byte(doc))
+			if err != nil || bytes.Contains(have, []byte(secret)) {
+				t.Errorf("%s: %s, %v", doc, have, err)
+			}
+		}
+	}
+	const harmless = `{"header":{"key":"x-added"},"type":"LOGICAL_DNS","max_age":"30s","token_bucket":` +
+		`{"max_tokens":5,"fill_interval":"1s"},"header":{"append_action":"ADD_IF_ABSENT"}}`
+	have, err := Config([]byte(harmless))
+	if err != nil || bytes.Contains(have, []byte("masked")) {
+		t.Errorf("%s: %s, %v", harmless, have, err)
+	}
+}
+
 // A document that is cut off anywhere is still one, and says that it was cut.
 func TestConfigThatIsCut(t *testing.T) {
 	in, err := os.ReadFile("testdata/config.json")
@@ -110,6 +137,14 @@ func TestText(t *testing.T) {
 		"lines": lines(Lines), "names": lines(Names), "quoting": lines(Quoting), "log": lines(EnvoyLog),
 		"html": lines(HTML), "units": lines(Units([][]byte{ours})),
 		"environment": lines(Environment([]string{"OURS"})),
+		"told": func(in string) string {
+			text, err := Told([]byte(`{"a":` + quoted(in) + "}"))
+			var out struct{ A string }
+			if e := json.Unmarshal(text, &out); err != nil || e != nil {
+				t.Error(err, e)
+			}
+			return out.A
+		},
 	}
 	for _, tt := range []struct{ mask, in, want string }{
 		{"lines", "x\ttoken=s3cr3t&b", "x\ttoken=[...]"},
@@ -123,6 +158,19 @@ func TestText(t *testing.T) {
 		{"lines", "no token: permission denied", "no token: permission denied"},
 		{"lines", "a\x1b[31mred\x00", "a[31mred"},
 		{"lines", "key:\n-----BEGIN RSA PRIVATE KEY-----\ns3cr3t\ns3cr3t\n-----END RSA PRIVATE KEY-----\nafter", "key:\n[...]\nafter"},
+		// Spaces and quotes around a value, and spaces in it.
+		{"lines", `secret="a s3cr3t", 'token' : 's3cr3t s3cr3t' x`, `secret="[...]", 'token' : '[...]' x`},
+		{"lines", `client_secret = s3cr3t, {"token":"a\"s3cr3t"}`, `client_secret = [...], {"token":"[...]"}`},
+		{"lines", "x --token s3cr3t --db-password s3cr3t -v", "x --token [...] --db-password [...] -v"},
+		{"lines", "pwd=s3cr3t secret: s3cr3t", "pwd=[...] secret: [...]"},
+		{"lines", "Bearer\ts3cr3t bearer: s3cr3t", "Bearer [...] bearer [...]"},
+		{"lines", "Basic czNjcjN0OnMzY3IzdA== and czNjcjN0, basic auth, basic Authentication",
+			"Basic [...] and czNjcjN0, basic auth, basic Authentication"},
+		{"lines", "AIzaSyD-s3cr3t 1//0s3cr3t GOCSPX-s3cr3t ghp_s3cr3t AKIAIOSFODNN7EXAMPLE",
+			"[...] [...] [...] [...] [...]"},
+		// The beginning of a key may have been cut off.
+		{"lines", "  " + strings.Repeat("s3cr3tAB", 8) + "\nafter", "[...]\nafter"},
+		{"told", "-----BEGIN EC PRIVATE KEY-----\ns3cr3t\n-----END EC PRIVATE KEY-----\nafter", "[...]\nafter"},
 		{"names", "cluster.http://h/x?k=s3cr3t.upstream_rq: 5", "cluster.http://h/x 5"},
 		{"names", "a?s3cr3t::10.0.0.1:80::cx_active::5", "a::10.0.0.1:80::cx_active::5"},
 		{"names", `x{cluster="a?s3cr3t"} 5`, `x{cluster="a"} 5`},

@@ -22,26 +22,39 @@ var called = []struct {
 	// All of the line.
 	{regexp.MustCompile(`(?i)([\w-]*(?:authorization|cookie)["']?` +
 		`(?: *[:=]|, *["']) *["']?)[^"'<>\n]+`), "${1}" + redaction.Mark},
-	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']?=["']?)[^\s"'<>,;]+`),
+	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']? *= *)` + value), kept},
+	{regexp.MustCompile(`(?i)((?:["'][\w-]*|[\w-]*[-_])` + secretly + `[\w-]*["']? *: *)` + value),
+		kept},
+	{regexp.MustCompile(`(?i)(` + secretly + `["'] *: *)` + value), kept},
+	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']?, *)` + quotedValue), kept},
+	{regexp.MustCompile(`(?i)(\b(?:passw(?:or)?d|passphrase|secret|apikey) *: *)` + value), kept},
+	// A flag, with its value behind a space.
+	{regexp.MustCompile(`(?i)((?:^|\s)--?[\w-]*` + secretly + ` +)[^\s"'<>,;-][^\s"'<>,;]*`),
 		"${1}" + redaction.Mark},
-	{regexp.MustCompile(`(?i)((?:["'][\w-]*|[\w-]*[-_])` + secretly +
-		`[\w-]*["']?(?:: *|, *["'])["']?)[^\s"'<>,;]+`), "${1}" + redaction.Mark},
-	{regexp.MustCompile(`(?i)(\b(?:password|passwd|apikey) *: *["']?)[^\s"'<>,;]+`),
-		"${1}" + redaction.Mark},
+	{regexp.MustCompile(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|$)`),
+		redaction.Mark},
 }
 
-const secretly = `(?:passw(?:or)?d|passphrase|secret|token|api[-_]?key|credential|` +
+// A value is quoted, or goes on up to where something else begins. Its quotes are kept.
+const (
+	quotedValue = `(?:(")(?:[^"\\]|\\.)+|(')[^'\n]+)`
+	value       = `(?:` + quotedValue + `|[^\s"'<>,;]+)`
+	kept        = "${1}${2}${3}" + redaction.Mark
+)
+
+const secretly = `(?:passw(?:or)?d|pwd|passphrase|secret|token|api[-_]?key|credential|` +
 	`private[-_]?key|access[-_]?key|signature)`
 
 // words are in whatever those match.
-var words = strings.Fields(`authorization cookie passw passphrase secret token api credential key
+var words = strings.Fields(`authorization cookie passw pwd passphrase secret token api credential key
 	signature`)
 
 // Secrets takes out of a text of ours what is secret: see redaction.Secrets.
 func Secrets(text string) string {
 	text = redaction.Secrets(text)
 	lower := strings.ToLower(text)
-	if !slices.ContainsFunc(words, func(w string) bool { return strings.Contains(lower, w) }) {
+	if !strings.ContainsAny(text, "=:, ") || // one is in whatever those match
+		!slices.ContainsFunc(words, func(w string) bool { return strings.Contains(lower, w) }) {
 		return text // as most are: the expressions take a hundred times as long
 	}
 	for _, c := range called {
@@ -87,6 +100,8 @@ func eachLine(in []byte, change func(string) string) []byte {
 		case inKey:
 			inKey = !strings.Contains(text, "-----END")
 			continue
+		case keyLine.MatchString(text): // the line where it begins may be cut off
+			text = redaction.Mark
 		case begins:
 			inKey = !strings.Contains(text, "-----END")
 			text, _, _ = strings.Cut(text, "-----BEGIN")
@@ -99,6 +114,9 @@ func eachLine(in []byte, change func(string) string) []byte {
 	}
 	return out.Bytes()
 }
+
+// keyLine is a line of a key, or of what else is base64 in lines.
+var keyLine = regexp.MustCompile(`^\s*[A-Za-z0-9+/]{60,80}={0,2}$`)
 
 // printable drops what would do something to the terminal of who reads it.
 func printable(r rune) rune {

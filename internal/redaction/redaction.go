@@ -74,9 +74,18 @@ var quoting = []rule{
 
 // anywhere are what is secret in any text.
 var anywhere = []rule{
-	{regexp.MustCompile("(?i)\\b(bearer) +[^\\s\"'`]+"), "${1} " + Mark, []string{"bearer"}},
+	{regexp.MustCompile("(?i)\\b(bearer)(?:\\s+|: *|=)[^\\s\"'`]+"), "${1} " + Mark, []string{"bearer"}},
+	// "Basic", and what is no word: base64 of a user and a password has a capital within or a "="
+	{regexp.MustCompile(`(?i:\b(basic))\s+(?:[\w+/-]*[a-z0-9+/][A-Z][\w+/-]*=*|[\w+/-]{6,}=+)`),
+		"${1} " + Mark, []string{"basic"}},
 	// Google's access tokens, JSON Web Tokens
 	{regexp.MustCompile(`\b(?:ya29\.|eyJ)[\w.~+/=-]+`), Mark, []string{"ya29.", "eyj"}},
+	// Google's refresh tokens, keys of its APIs and secrets of its OAuth clients, and keys that others
+	// give out: each begins with what nothing else does.
+	{regexp.MustCompile(`\b(?:1//0|AIza|GOCSPX-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|` +
+		`[sr]k_live_|(?:AKIA|ASIA)[A-Z2-7]{12})[\w-]{4,}`), Mark,
+		[]string{"1//0", "aiza", "gocspx-", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_", "glpat-",
+			"xox", "k_live_", "akia", "asia"}},
 	// the user and password of a URL
 	{regexp.MustCompile(`://[^\s"'<>]*@`), "://", []string{"://"}},
 	{regexp.MustCompile(`(://[^\s"'<>?#]*)[?#][^\s"'<>]*`), "${1}", []string{"://"}},
