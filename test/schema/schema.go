@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -27,14 +26,22 @@ import (
 var widen = flag.Bool("schema.widen", false,
 	"add new properties to the lists of what a form has; none is ever taken away")
 
-// folder is the repository.
+// folder is the repository: a test runs in its package's folder, and `make` builds with -trimpath, so
+// that the place of this file is not known.
 func folder(t testing.TB) string {
 	t.Helper()
-	_, file, _, ok := runtime.Caller(0)
-	if !ok {
-		t.Fatal("no place of this file")
+	at, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return filepath.Join(filepath.Dir(file), "..", "..")
+	for dir := at; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir
+		}
+		if dir == filepath.Dir(dir) {
+			t.Fatalf("no go.mod above %s", at)
+		}
+	}
 }
 
 func read(t testing.TB, name string) map[string]any {
