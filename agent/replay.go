@@ -49,8 +49,11 @@ func Replay(data []byte) (Looked, error) {
 	return r.looked(), nil
 }
 
-// read reads the rules.
+// read reads the rules. A table without any has a line, too: none at all was not recorded.
 func (r *recordedFamily) read(f iptables.Family) (err error) {
+	if len(r.Rules) == 0 && r.RulesErr == nil {
+		r.RulesErr = errNotRecorded
+	}
 	r.table, r.counters, err = iptables.ParseCounted(f, []byte(strings.Join(r.Rules, "\n")))
 	if err != nil {
 		return err

@@ -130,6 +130,13 @@ func TestReplayedWithGaps(t *testing.T) {
 	if a := explained(t, l, "10.0.0.1:80", nil); a.Verdict != explain.Unknown || a.Complete() {
 		t.Errorf("without rules: %+v", a)
 	}
+	l = replayed(t, []byte(`{"schema":"service-proxy-agent/look/v1"}`))
+	if a := explained(t, l, "10.0.0.1:80", nil); a.Verdict != explain.Unknown || a.Complete() {
+		t.Errorf("a recording of nothing: %+v", a)
+	}
+	l = replayed(t, recordedLook(t, func(r *recorded) {
+		r.Families[0].RulesErr, r.Families[0].Rules = fmt.Errorf("read: %w", iptables.ErrNotRoot), nil
+	}))
 	if !errors.Is(l.HaveErr[0], iptables.ErrNotRoot) {
 		t.Errorf("the error is %v", l.HaveErr[0])
 	}

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -113,14 +114,6 @@ var options = json.JoinOptions(
 	json.WithMarshalers(json.MarshalToFunc(func(e *jsontext.Encoder, err *error) error {
 		return json.MarshalEncode(e, write(*err))
 	})),
-	json.WithUnmarshalers(json.UnmarshalFromFunc(func(d *jsontext.Decoder, err *error) error {
-		var w *written
-		if e := json.UnmarshalDecode(d, &w); e != nil {
-			return e
-		}
-		*err = w.read()
-		return nil
-	})),
 	jsonv1.FormatDurationAsNano(true),
 	json.FormatNilSliceAsNull(true), // nil may be "not known", as of symptom.Facts.Scopes
 	jsontext.AllowInvalidUTF8(true), // others' texts, which become printable where they are shown
@@ -131,9 +124,54 @@ func Marshal(v any) ([]byte, error) {
 	return json.Marshal(v, options, json.Deterministic(true), jsontext.WithIndent(" "))
 }
 
+// readError reads an error.
+func readError(d *jsontext.Decoder, err *error) error {
+	var w *written
+	if e := json.UnmarshalDecode(d, &w); e != nil {
+		return e
+	}
+	*err = w.read()
+	return nil
+}
+
+// readTime reads a time, which must be one that can be written: 9999-12-31T23:59:59-01:00 can be
+// read, and is of the year 10000 in UTC.
+func readTime(d *jsontext.Decoder, t *time.Time) error {
+	token, err := d.ReadToken()
+	if err != nil || token.Kind() == 'n' {
+		return err
+	}
+	if err := t.UnmarshalText([]byte(token.String())); err != nil {
+		return err
+	}
+	if *t = t.UTC(); t.Year() < 0 || t.Year() > 9999 {
+		return errors.New("a time before the year 0 or after 9999")
+	}
+	return nil
+}
+
+// perByte is how many bytes of memory a byte of JSON may become in structs. Marshal names each field,
+// so that what it writes is about twice as long as they are. Without a limit some kilobytes of an archive,
+// of "{},{},{}", become gigabytes.
+const perByte = 2
+
+// weighed counts the memory of structs, and stops where it is more than most bytes.
+func weighed(most int) *json.Unmarshalers {
+	return json.UnmarshalFromFunc(func(_ *jsontext.Decoder, v any) error {
+		if t := reflect.TypeOf(v).Elem(); t.Kind() == reflect.Struct {
+			if most -= int(t.Size()); most < 0 {
+				return errors.New("it would take more memory than a recording does")
+			}
+		}
+		return errors.ErrUnsupported
+	})
+}
+
 // Unmarshal reads what Marshal wrote. Fields that are not known are passed over.
 func Unmarshal(data []byte, v any) error {
-	if err := json.Unmarshal(data, v, options); err != nil {
+	readers := json.WithUnmarshalers(json.JoinUnmarshalers(weighed(perByte*len(data)+1<<20),
+		json.UnmarshalFromFunc(readError), json.UnmarshalFromFunc(readTime)))
+	if err := json.Unmarshal(data, v, options, readers); err != nil {
 		return fmt.Errorf("read JSON: %w", err)
 	}
 	return nil

@@ -200,3 +200,40 @@ func errorsAsked(t *testing.T, name string) (all []string) {
 	})
 	return all
 }
+
+// TestMemory: a text that would become much more in memory is refused, whatever it is made of.
+func TestMemory(t *testing.T) {
+	list := func(n int, one string) []byte {
+		return []byte("[" + strings.Repeat(one+",", n) + one + "]")
+	}
+	for _, one := range []string{"{}", "null", `{"Other":{}}`} {
+		var out []holder
+		if err := Unmarshal(list(100_000, one), &out); err == nil {
+			t.Errorf("%d times %s is taken", len(out), one)
+		}
+	}
+	written, err := Marshal(holder{Other: &holder{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []holder
+	if err := Unmarshal(list(10_000, string(written)), &out); err != nil {
+		t.Errorf("what is as long as Marshal writes it: %v", err)
+	}
+}
+
+// TestTimes: what is read can be written.
+func TestTimes(t *testing.T) {
+	for text, ok := range map[string]bool{`"2026-11-29T05:00:00.5+01:00"`: true, "null": true,
+		`"0001-01-01T00:00:00Z"`: true, `"9999-12-31T23:59:59-23:59"`: false,
+		`"0000-01-01T00:00:00+23:59"`: false, `"9999999-01-01T00:00:00Z"`: false, "5": false} {
+		var out holder
+		err := Unmarshal([]byte(`{"When":`+text+`}`), &out)
+		if (err == nil) != ok {
+			t.Errorf("%s: %v", text, err)
+		}
+		if err == nil {
+			roundTrip(t, out)
+		}
+	}
+}
