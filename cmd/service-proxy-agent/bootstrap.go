@@ -113,6 +113,6 @@ func drainCommand() *cobra.Command {
 	cmd.Flags().StringVar(&admin, "envoy-admin", defaultAdmin,
 		"`ADDRESS` of Envoy's admin interface, or unix:///path")
 	cmd.Flags().DurationVar(&limit, "limit", drain.DefaultLimit,
-		"wait no longer than this for connections to end")
+		"wait for `TIME` at most for connections to end")
 	return cmd
 }

@@ -25,8 +25,8 @@ func explainCommand() *cobra.Command {
 			"connection, on which no byte is sent.\n\n" +
 			"Exit code, the same in every form of output: 0 intercepted; 1 not; 2 could not look (as " +
 			"another user\nthan root, say), or rules and kernel differ (--try); 64 wrong usage.\n\n" +
-			"With --from it answers, on any machine, by what a bundle has of the VM. Of names of users " +
-			"that knows those\nthat rules are about.\n\n" +
+			"With --from it answers, on any machine, by what a bundle has of the VM. That knows the users by " +
+			"name whom\nrules are about; give any other by number.\n\n" +
 			"docs/explain.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent explain 10.0.0.1:80\n" +
 			"  service-proxy-agent explain 10.0.0.1:80 --from bundle.tgz\n" +
@@ -48,7 +48,7 @@ func explainCommand() *cobra.Command {
 	f.StringVar(&gid, "gid", "", "their `GROUP`, by name or number (default: the user's)")
 	f.BoolVar(&q.UDP, "udp", false, "a UDP packet, as a DNS question is")
 	f.BoolVar(&q.Inbound, "inbound", false, "the connection comes in from elsewhere")
-	f.StringVar(&q.In, "in-interface", "", "the `INTERFACE` it comes in by, e.g. docker0")
+	f.StringVar(&q.In, "in-interface", "", "the `INTERFACE` it comes in by, such as docker0")
 	f.BoolVar(&q.Try, "try", false,
 		"make one real connection as that user, which needs root, and compare what becomes of it")
 	c.RunE = func(cmd *cobra.Command, args []string) error {

@@ -24,7 +24,7 @@ func fromFlag(c *cobra.Command, look func(context.Context, agent.Settings) agent
 	looked func(context.Context) (agent.Looked, error)) {
 	settings := lookFlags(c)
 	file := c.Flags().String(from, "",
-		"answer by a bundle of `service-proxy-agent bundle`, instead of by a look at this VM")
+		"answer by `FILE`, a bundle of this program's, instead of by a look at this VM")
 	return func(ctx context.Context) (agent.Looked, error) {
 		if *file != "" {
 			l, err := replay(*file)

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
@@ -43,6 +44,13 @@ func TestHelp(t *testing.T) {
 				t.Errorf("its Long has no paragraph like \"Exit code: 0 done; 64 wrong usage.\": %v",
 					about.exits)
 			}
+			c.Flags().VisitAll(func(f *pflag.Flag) {
+				// Tab, the manual and --help take what the usage quotes first for the value's name.
+				name, _ := pflag.UnquoteUsage(f)
+				if name != "" && (strings.ContainsAny(name, " -") || name != strings.ToUpper(name)) {
+					t.Errorf("the value of --%s is called %q", f.Name, name)
+				}
+			})
 			if strings.TrimSpace(c.Example) == "" {
 				t.Error("no Example")
 			}

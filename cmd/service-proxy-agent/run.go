@@ -85,7 +85,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
 		"`WHAT` becomes of the jumps when Envoy stops accepting: keep or bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
-		"`INTERFACES` of containers whose outbound connections are intercepted too, e.g. docker0")
+		"`INTERFACES` of containers whose outbound connections are intercepted too, such as docker0")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
 		"`USERS` that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
 			"questions are not redirected, or they would loop")

@@ -35,16 +35,21 @@ func statusCommand() *cobra.Command {
 			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
 			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
 			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
-			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also " +
-			"where no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks " +
-			"for nothing.\n\n" +
-			"Exit code, the same in every form of output: 0 healthy; 1 not; 2 no answer; 64 wrong usage. " +
-			"With --watch\nthat of the last look.\n\n" +
+			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also where " +
+			"no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks for " +
+			"nothing.\n\n" +
+			"--serve shows that page live in a browser, until Ctrl-C. The link that it prints works once, on " +
+			"this machine.\n\n" +
+			"With --watch the exit code is that of the last look. Whether the mesh is ready is another " +
+			"question, which `wait` asks.\n\n" +
+			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +
+			"stuck; 2 no answer; 64 wrong usage.\n\n" +
 			"docs/status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent status -o json\n" +
 			"  sudo service-proxy-agent status --watch\n" +
-			"  sudo service-proxy-agent status --html page.html",
+			"  sudo service-proxy-agent status --html page.html\n" +
+			"  sudo service-proxy-agent status --serve",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if output != "text" && output != "json" {
 				return usage(fmt.Errorf("--output is %q; use text or json", output))
@@ -169,7 +174,7 @@ func waitCommand() *cobra.Command {
 			}
 		},
 	}
-	c.Flags().DurationVar(&timeout, "timeout", 0, "how long to wait, e.g. 2m; 0: for ever")
+	c.Flags().DurationVar(&timeout, "timeout", 0, "`TIME` to wait, as in 2m; 0: for ever")
 	c.Flags().StringVar(&listen, "listen", defaultListen,
 		"the daemon's --listen `ADDRESS`; empty: ask its socket, which answers root only")
 	return c
