@@ -1,6 +1,9 @@
 package symptom
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 // follows says of each finding that follows from others which these are: the first of them that is
 // there is its reason. A reason stands further down in this table than all that follows from it, or
@@ -15,7 +18,9 @@ var follows = []struct {
 	// Who asks in another's name, or another control plane, gets another answer.
 	{[]ID{EnvoyNotOurs, EnvoyIdentity}, []ID{ConfigNotFound, PermissionDenied, APINotEnabled}},
 	{[]ID{EnvoyNotOurs}, []ID{EnvoyIdentity}},
-	{[]ID{ClockWrong}, []ID{ControlPlaneConnect}}, // see fits
+	// See fits.
+	{[]ID{EnvoyDown}, []ID{ControlPlaneRefused}},
+	{[]ID{ClockWrong}, []ID{ControlPlaneConnect}},
 	// Without the tools no rules, whatever else.
 	{[]ID{ToolsMissing}, []ID{FamilyUnusable, RuleRefused, CouldNotLook}},
 	{[]ID{ToolsMissing, ForeignOwner, EnvoyOtherUser, AgentStuck}, []ID{RulesDiffer}},
@@ -51,7 +56,18 @@ func explain(f Facts, all []Finding) {
 	}
 }
 
+// atItsEnd is how long before nothing answers any more an Envoy that ends closes its stream.
+const atItsEnd = 5 * time.Second
+
 // fits says whether the facts bear it out where two findings can be there for themselves.
 func fits(f Facts, reason, what ID) bool {
-	return reason != ClockWrong || what != ControlPlaneConnect || failsTLS(f)
+	switch {
+	case reason == EnvoyDown && what == ControlPlaneRefused:
+		// Envoy logs the end of its stream as it ends itself, in words as if another had closed it.
+		closed, down := f.Envoy.Stream, f.Envoy.Since
+		return closed != nil && !down.IsZero() && down.Sub(closed.When).Abs() < atItsEnd
+	case reason == ClockWrong && what == ControlPlaneConnect:
+		return failsTLS(f)
+	}
+	return true
 }

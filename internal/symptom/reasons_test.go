@@ -172,11 +172,22 @@ func TestReasons(t *testing.T) {
 	noTable := func(f *Facts) {
 		f.Families = []Family{{Family: iptables.IPv4, Unusable: iptables.ErrNoTable}}
 	}
+	noEnvoy := func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrRefused, now }
+	closedBefore := func(age time.Duration) func(*Facts) {
+		return func(f *Facts) {
+			f.Envoy.Stream = &Stream{Code: 13, Message: "upstream_reset_after_response_started",
+				When: now.Add(-age)}
+		}
+	}
 	for _, tt := range []struct {
 		name  string
 		facts []func(*Facts)
 		want  string // as in TestFollows
 	}{
+		{"Envoy ended, and its stream with it", []func(*Facts){noEnvoy, closedBefore(time.Second)},
+			"envoy-down control-plane-refused<envoy-down"},
+		{"Envoy ended after its stream was refused", []func(*Facts){noEnvoy, closedBefore(time.Minute)},
+			"envoy-down control-plane-refused"},
 		{"Envoy runs as root", []func(*Facts){root, closed, uncovered},
 			"envoy-other-user interception-port-closed<envoy-other-user serving-port-not-inbound<envoy-other-user"},
 		{"and got nothing", []func(*Facts){root, unconfigured}, "envoy-other-user envoy-not-configured<envoy-other-user"},
