@@ -21,6 +21,9 @@ func (l Looked) Status() status.Status {
 		ours := l.Have[i].Ours()
 		f := status.Family{Family: family.String(), Usable: l.HaveErr[i] == nil, Rules: ours.Len(),
 			Jumps: ours.Intercepting()}
+		if f.Jumps {
+			s.Mode = "intercepting"
+		}
 		f.OutboundPort, f.InboundPort, f.DNSPort = ours.Ports()
 		if err := l.HaveErr[i]; err != nil {
 			f.Error = whyNot(err)

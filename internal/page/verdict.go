@@ -2,6 +2,7 @@ package page
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
@@ -87,26 +88,36 @@ func verdict(c Content) element {
 
 // meaning is what becomes of connections now.
 func meaning(c Content) string {
-	s := c.Status
-	if s == nil {
-		return "The agent does not answer: " + orUnknown(c.NoStatus) + ". This was seen without it, " +
+	s := c.status()
+	said := sentence(s.Connections())
+	switch {
+	case c.Status == nil:
+		said = "The agent does not answer: " + orUnknown(c.NoStatus) + ". This was seen without it, " +
 			"and history, latencies and channels are not known."
+		if !s.Envoy.Down.IsZero() {
+			said = sentence(s.Connections()) + " " + said
+		}
+		return strings.TrimSpace(said)
+	case s.Paused:
+		return "Paused by cleanup: the rules are gone, and the agent writes none until it is restarted. " +
+			said
+	case s.Ready && len(s.Services) == 0:
+		said = "There is nothing to intercept."
+	case s.Ready:
+		said = "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy."
 	}
-	state := map[string]string{
-		"ready":  "Connections to " + numberOf(len(s.Services), "service") + " go through Envoy.",
-		"hold":   "Nothing is intercepted yet: connections go their own way.",
-		"bypass": "Envoy is down and bypassed: connections go their own way.",
-		"paused": "Paused by cleanup: the rules are gone, and the agent writes none until it is " +
-			"restarted.",
-		"not-ready": "The mesh is not ready.",
-	}[s.State()]
-	if s.Ready && len(s.Services) == 0 {
-		state = "There is nothing to intercept."
+	if s.NotReady != "" {
+		said += " Not ready: " + s.NotReady + "."
 	}
-	if s.NotReady != "" && !s.Paused {
-		state += " Not ready: " + s.NotReady + "."
+	return strings.TrimSpace(said)
+}
+
+// sentence makes one of words.
+func sentence(words string) string {
+	if words == "" {
+		return ""
 	}
-	return state
+	return strings.ToUpper(words[:1]) + words[1:] + "."
 }
 
 // tiles are the figures.
@@ -127,8 +138,11 @@ func tiles(c Content) element {
 	}
 	if c.Status != nil || len(s.Services) > 0 {
 		below := "intercepted"
-		if c.Status == nil {
+		switch {
+		case c.Status == nil:
 			below = "wanted"
+		case s.Mode != "intercepting":
+			below = "not intercepted now"
 		}
 		add(tile("Services", number(len(s.Services)), below))
 	}

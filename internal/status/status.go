@@ -273,6 +273,26 @@ func (s Status) State() string {
 	return "not-ready"
 }
 
+// Connections is what becomes of connections that are for Envoy, in words for people; "": not
+// known.
+func (s Status) Connections() string {
+	switch s.Mode {
+	case "intercepting":
+		if !s.Envoy.Down.IsZero() {
+			return "connections are led to Envoy, which is down: they fail until it is back " +
+				"(--when-envoy-down=keep)"
+		}
+		return "connections are led to Envoy"
+	case "hold":
+		return "nothing is led to Envoy yet, or its stop is planned: connections go past it"
+	case "bypass":
+		return "Envoy is down, and connections go past it"
+	case "paused":
+		return "connections go past Envoy"
+	}
+	return ""
+}
+
 // Line is the Status in a line of words, by which whoever reads many VMs can group them:
 //
 //	v1 state=ready finding=none since=2026-11-28T18:00:00Z agent=1.2.3 envoy=1.40.0 services=12

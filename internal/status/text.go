@@ -49,10 +49,10 @@ func (s Status) Text(out io.Writer, o TextOptions) error {
 	p.controlPlane(s.ControlPlane)
 	p.channels(s.Channels)
 	p.cost(s)
-	if s.LastFailure != "" {
-		p.row("last failure", "%s", symptom.Printable(s.LastFailure, 2*maxText))
+	p.lastFailure(s)
+	if s.Mode != "starting" { // then the verdict has said it
+		p.findings(s)
 	}
-	p.findings(s)
 	p.history(s.History)
 	_, err := out.Write(p.Bytes())
 	return err
@@ -236,23 +236,12 @@ func (s Status) count() (errors, warnings int) {
 	return errors, warnings
 }
 
-// modes are what Status.Mode means for who connects to a service.
-var modes = map[string]string{
-	"intercepting": "connections are led to Envoy",
-	"hold":         "nothing is led to Envoy yet, or its stop is planned: connections go past it",
-	"bypass":       "Envoy is down, and connections go past it",
-	"paused":       "connections go past Envoy",
-}
-
 func (p *printer) agent(s Status) {
 	passed := "no pass has ended yet"
 	if !s.Heartbeat.IsZero() {
 		passed = "last pass " + age(p.Now.Sub(s.Heartbeat))
 	}
-	if does := modes[s.Mode]; does != "" {
-		if s.Mode == "intercepting" && !s.Envoy.Down.IsZero() {
-			does += ", which is down: they fail until it is back (--when-envoy-down=keep)"
-		}
+	if does := s.Connections(); does != "" {
 		p.row("mode", "%s: %s", s.Mode, does)
 	}
 	p.row("agent", "%s, started %s, %s", short(s.Version), p.at(s.Started), passed)
@@ -493,6 +482,16 @@ func (p *printer) cost(s Status) {
 	}
 	p.row(fmt.Sprintf("last %d min", len(s.Samples)), "%s; %s; slowest pass %s", said,
 		number(all.Repairs, "repair"), seconds(all.SlowestPass))
+}
+
+// lastFailure is what is read from elsewhere, unless a finding below says the same.
+func (p *printer) lastFailure(s Status) {
+	said := func(f symptom.Finding) bool {
+		return f.Cause != "" && strings.HasPrefix(s.LastFailure, f.Cause)
+	}
+	if s.LastFailure != "" && !slices.ContainsFunc(s.Findings, said) {
+		p.row("last failure", "%s", symptom.Printable(s.LastFailure, 2*maxText))
+	}
 }
 
 func (p *printer) findings(s Status) {

@@ -85,7 +85,7 @@ func envoyDown(s *Status) {
 		Next:  "it goes on by itself once Envoy does", Since: ago(3 * time.Minute)}
 	s.Findings = []symptom.Finding{down, closed}
 	s.Ready, s.NotReady, s.Since = false, "Envoy: dial tcp 127.0.0.1:15000: connect: connection refused", ago(3*time.Minute)
-	s.Failing = symptom.EnvoyDown
+	s.Failing, s.LastFailure = symptom.EnvoyDown, down.Text()+" (since 2026-11-28T11:57:00Z, 1 time)"
 	s.Envoy.State, s.Envoy.Down = "", ago(3*time.Minute)
 	s.ControlPlane.Known, s.ControlPlane.Connected, s.ControlPlane.Since = false, false, time.Time{}
 	s.History = append(s.History, Transition{Time: ago(3 * time.Minute), Kind: OfFinding,
@@ -186,7 +186,7 @@ func statuses() map[string]Status {
 // hostile is a Status in which every text is what others wrote.
 func hostile(evil string) Status {
 	s := everything()
-	s.Mode, s.Version, s.NotReady, s.LastFailure = "hold", evil, evil, evil
+	s.Mode, s.Version, s.NotReady, s.LastFailure = "hold", evil, evil, "it was "+evil
 	s.Ready, s.Paused, s.Backend = false, false, evil
 	s.Findings = []symptom.Finding{{ID: "envoy-down", Severity: symptom.Error, Cause: evil, Next: evil,
 		Since: noon, Commands: []string{"echo '" + evil + "'"}},
