@@ -522,12 +522,15 @@ func portClosed(f Facts) (out []Finding) {
 		if p.Err != nil {
 			why = p.Err
 		}
-		out = append(out, finding(InterceptionNotReady, 0, Error,
-			"see /var/log/envoy/envoy.err.log for a bind error",
+		next := "see /var/log/envoy/envoy.err.log for a bind error"
+		commands := []string{listens(p.Addr.Port()), "sudo grep -i bind " + envoyLog + " | tail -n 5"}
+		if errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) { // there is no Envoy that could
+			next, commands = "it accepts by itself once Envoy runs", nil
+		}
+		out = append(out, finding(InterceptionNotReady, 0, Error, next,
 			"Envoy's %s port %d does not accept %v connections (%v)", p.Purpose, p.Addr.Port(), p.Family,
 			why).
-			under(p.Addr.String()).seen(FromSockets, time.Time{}, p.socket()).
-			try(listens(p.Addr.Port()), "sudo grep -i bind "+envoyLog+" | tail -n 5"))
+			under(p.Addr.String()).seen(FromSockets, time.Time{}, p.socket()).try(commands...))
 	}
 	return out
 }
