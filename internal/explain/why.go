@@ -104,7 +104,9 @@ func (w why) intercepted() {
 		w.say(excludeRanges, "", "rule %q redirects it to Envoy's port %d", way, w.verdict.Port)
 	}
 	if w.s.EnvoyErr != nil {
-		w.answer.Why += "; Envoy does not tell what it does with it: " + safe(w.s.EnvoyErr.Error())
+		w.answer.Why += "; what Envoy does with it is not known: " + safe(w.s.EnvoyErr.Error())
+		w.answer.Next = "see whether Envoy runs, by `service-proxy-agent doctor`: where nothing accepts on " +
+			"that port, the connection fails"
 		return
 	}
 	if slices.ContainsFunc(w.s.Have.Rules("SERVICE_PROXY_OUTPUT"), func(rule string) bool {
