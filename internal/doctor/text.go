@@ -109,18 +109,18 @@ func (p *printer) word(s symptom.Severity) string {
 	return s.String()
 }
 
-// verdict is the first line's word.
+// verdict is the first line's word. What another finding explains goes with it, as in `status`.
 func (r Report) verdict() string {
 	n := map[symptom.Severity]int{}
 	unknown := 0
+	for _, one := range r.Tree() {
+		n[one.Worst()]++
+	}
 	for _, check := range r.Checks {
 		switch check.State {
 		case symptom.Unknown:
 			unknown++
 		case symptom.Found:
-			for _, f := range check.Findings {
-				n[f.Severity]++
-			}
 			n[check.Severity] += check.More
 		}
 	}
