@@ -52,7 +52,7 @@ func bundleCommand() *cobra.Command {
 	c.Flags().BoolVar(&overwrite, "overwrite", false, "replace the file if it is there")
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		out := cmd.OutOrStdout()
-		if file == "-" && isTerminal(out) {
+		if _, _, isTerminal := terminal.Window(out); file == "-" && isTerminal {
 			return usage(errors.New("--file is -, and stdout is a terminal; name a file, or lead it to one"))
 		}
 		if file == "" && cmd.Flags().Changed("file") {
@@ -161,15 +161,6 @@ func kernelRelease() string {
 		return ""
 	}
 	return unix.ByteSliceToString(u.Release[:])
-}
-
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
 }
 
 func gatherSettings(s agent.Settings) gather.Settings {

@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -29,8 +29,8 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		if !cmd.Flags().Changed("html") {
 			return run(cmd, args)
 		}
-		if cmd.Flags().Changed("output") {
-			return usage(errors.New("--output is of the text and JSON; leave it out with --html"))
+		if err := alone(cmd.Flags(), "html", "output", "history"); err != nil {
+			return err
 		}
 		if file == "" {
 			return usage(errors.New("--html is empty; name a file, or - for stdout"))
@@ -48,6 +48,9 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 			_, err = cmd.OutOrStdout().Write(html.Bytes())
 		} else {
 			err = writePage(file, html.Bytes())
+			if err == nil {
+				_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: a page, to open in a browser\n", file)
+			}
 		}
 		switch {
 		case err != nil:
@@ -55,10 +58,8 @@ func htmlFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		case content.Status == nil:
 			return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
 				"was seen without it", content.NoStatus)}
-		case !content.Status.Healthy() || content.Status.Stuck(content.Time):
-			return &exitError{code: exitNo}
 		}
-		return nil
+		return verdict(*content.Status)
 	}
 }
 
@@ -72,6 +73,17 @@ func writePage(file string, html []byte) error {
 	return atomicfile.Write(file, html, 0o600)
 }
 
+// alone says that a way to show the status goes with none of the others.
+func alone(flags *pflag.FlagSet, way string, others ...string) error {
+	for _, other := range others {
+		if flags.Changed(other) {
+			return usage(fmt.Errorf("--%s is another way to show the status; leave it out with --%s",
+				other, way))
+		}
+	}
+	return nil
+}
+
 // pageContent looks at this VM, as doctor does, for a page.
 func pageContent(ctx context.Context, s agent.Settings) page.Content {
 	return contentOf(ctx, agent.Look(ctx, s))
@@ -82,8 +94,7 @@ func contentOf(ctx context.Context, looked agent.Looked) page.Content {
 	host, _ := os.Hostname() // a page without one is as good
 	c := page.Content{
 		Time: looked.Seen.Now, Host: host, Commit: commit, Status: looked.Daemon, Seen: looked.Status(),
-		Report: doctor.New(symptom.Examine(looked.Facts), doctor.Options{
-			Version: version, Time: looked.Seen.Now, FailOn: symptom.Error, Unseen: looked.Facts.Unseen}),
+		Report: reportOf(looked, symptom.Error),
 	}
 	services := c.Seen.Services
 	if c.Status != nil {

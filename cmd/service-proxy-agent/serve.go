@@ -43,11 +43,8 @@ func serveFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
 		if address == "" {
 			return run(cmd, args)
 		}
-		for _, other := range []string{"output", "history", "html"} {
-			if f.Changed(other) {
-				return usage(fmt.Errorf("--%s is another way to show the status; leave it out with --serve",
-					other))
-			}
+		if err := alone(f, "serve", "output", "history", "html"); err != nil {
+			return err
 		}
 		at, err := pageserver.Address(address)
 		if err != nil {

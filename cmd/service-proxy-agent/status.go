@@ -202,8 +202,8 @@ func readiness(listen string) (ask func(context.Context) (ready bool, why string
 	}, nil
 }
 
-// askSocket says of the socket's status what /healthz/ready does: one that is older than five
-// minutes is a stuck loop's.
+// askSocket says of the socket's status what /healthz/ready does: that of a stuck loop counts for
+// nothing.
 func askSocket(ctx context.Context) (ready bool, why string, err error) {
 	_, s, err := askStatus(ctx)
 	switch {
@@ -213,7 +213,7 @@ func askSocket(ctx context.Context) (ready bool, why string, err error) {
 			"or give the agent, and wait, a --listen", err)
 	case err != nil:
 		return false, err.Error(), nil
-	case s.Ready && time.Since(s.Heartbeat) > 5*time.Minute:
+	case s.Ready && s.Stuck(time.Now()):
 		return false, "the loop is stuck since " + s.Heartbeat.Format(time.RFC3339), nil
 	}
 	return s.Ready, s.NotReady, nil
