@@ -36,7 +36,7 @@ func TestHTMLReplacesFiles(t *testing.T) {
 		{"fifo", os.ModeNamedPipe, false}, {"link", os.ModeSymlink, false},
 		{"folder", os.ModeDir, false}, {"old", 0, true}, {"new", 0, true},
 	} {
-		err := writePage(file(tt.name), []byte("page"))
+		err := replaceFile(file(tt.name), []byte("page"))
 		info, statErr := os.Lstat(file(tt.name))
 		if statErr != nil || (err == nil) != tt.ok || info.Mode().Type() != tt.kind {
 			t.Errorf("%s: %v, and it is now %v", tt.name, err, info.Mode())

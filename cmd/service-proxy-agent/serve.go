@@ -23,43 +23,33 @@ import (
 // defaultServe is a fixed port, so that one command can forward it and start this one.
 const defaultServe = "127.0.0.1:15080"
 
-// serveFlag gives `status` the flag --serve, which shows the page live instead; settings are of
-// lookFlags. It comes after the other flags and RunE.
-func serveFlag(c *cobra.Command, settings func() (agent.Settings, error)) {
-	var address string
+// serveFlag gives `status` the flag --serve; it is "" without.
+func serveFlag(c *cobra.Command) *string {
 	f := c.Flags()
-	f.StringVar(&address, "serve", "",
+	address := f.String("serve", "",
 		"show the page live to a browser, at `127.0.0.1:PORT` until Ctrl-C")
 	f.Lookup("serve").NoOptDefVal = defaultServe
 	// A flag whose value may be left out leaves what stands behind a space as an argument.
 	c.Args = func(cmd *cobra.Command, args []string) error {
-		if len(args) == 1 && f.Changed("serve") && address == defaultServe {
-			address, args = args[0], nil
+		if len(args) == 1 && f.Changed("serve") && *address == defaultServe {
+			*address, args = args[0], nil
 		}
 		return noArguments(cmd, args)
 	}
-	run := c.RunE
-	c.RunE = func(cmd *cobra.Command, args []string) error {
-		if address == "" {
-			return run(cmd, args)
-		}
-		if err := alone(f, "serve", "output", "history", "html"); err != nil {
-			return err
-		}
-		at, err := pageserver.Address(address)
-		if err != nil {
-			return usage(fmt.Errorf("--serve: %w", err))
-		}
-		s, err := settings()
-		if err != nil {
-			return err
-		}
-		return serve(cmd.Context(), cmd.OutOrStdout(), at, s)
-	}
+	return address
 }
 
-// serve shows the page until ctx ends.
-func serve(ctx context.Context, out io.Writer, at netip.AddrPort, s agent.Settings) error {
+// serve shows the page live at a loopback address until ctx ends.
+func serve(ctx context.Context, out io.Writer, address string,
+	settings func() (agent.Settings, error)) error {
+	at, err := pageserver.Address(address)
+	if err != nil {
+		return usage(fmt.Errorf("--serve: %w", err))
+	}
+	s, err := settings()
+	if err != nil {
+		return err
+	}
 	host, _ := os.Hostname() // a page without one is as good
 	served, err := pageserver.Listen(ctx, "--serve", at, pageserver.Pages{
 		Host: host,

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
@@ -24,7 +25,7 @@ import (
 )
 
 func statusCommand() *cobra.Command {
-	var output string
+	var output, html string
 	var watch, history bool
 	c := &cobra.Command{
 		Use:   "status",
@@ -50,34 +51,60 @@ func statusCommand() *cobra.Command {
 			"  sudo service-proxy-agent status --watch\n" +
 			"  sudo service-proxy-agent status --html page.html\n" +
 			"  sudo service-proxy-agent status --serve",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "text" && output != "json" {
-				return usage(fmt.Errorf("--output is %q; use text or json", output))
-			}
-			tell := teller{out: cmd.OutOrStdout(), json: output == "json", history: history}
-			if watch {
-				return newWatcher(tell, cmd.ErrOrStderr()).run(cmd.Context())
-			}
-			body, s, err := askStatus(cmd.Context())
-			if err != nil {
-				return noAnswer(err)
-			}
-			if err := tell.status(body, s); err != nil {
-				return unwritten(err)
-			}
-			return verdict(s)
-		},
 	}
 	f := c.Flags()
 	f.StringVarP(&output, "output", "o", "text", "`FORM` of the answer: text or json")
 	f.BoolVar(&history, "history", false, "all transitions that are remembered, not the last ten")
 	f.BoolVarP(&watch, "watch", "w", false, "look each second, until Ctrl-C")
+	f.StringVar(&html, "html", "", "write a page to look at in a browser to `FILE`; - is stdout")
+	address := serveFlag(c)
 	settings := lookFlags(c) // of --html and --serve: the daemon knows where to look
-	htmlFlag(c, settings)
-	serveFlag(c, settings)
-	c.MarkFlagsMutuallyExclusive("watch", "html")
-	c.MarkFlagsMutuallyExclusive("watch", "serve")
+	c.RunE = func(cmd *cobra.Command, _ []string) error {
+		ctx, out := cmd.Context(), cmd.OutOrStdout()
+		switch {
+		case *address != "":
+			if err := alone(f, "serve", "html", "watch", "output", "history"); err != nil {
+				return err
+			}
+			return serve(ctx, out, *address, settings)
+		case f.Changed("html"):
+			if err := alone(f, "html", "watch", "output", "history"); err != nil {
+				return err
+			}
+			return writePage(ctx, out, html, settings)
+		case output != "text" && output != "json":
+			return usage(fmt.Errorf("--output is %q; use text or json", output))
+		}
+		tell := teller{out: out, json: output == "json", history: history}
+		if watch {
+			return newWatcher(tell, cmd.ErrOrStderr()).run(ctx)
+		}
+		return tellStatus(ctx, tell)
+	}
 	return c
+}
+
+// alone says that a way to show the status goes with none of the others.
+func alone(flags *pflag.FlagSet, way string, others ...string) error {
+	for _, other := range others {
+		if flags.Changed(other) {
+			return usage(fmt.Errorf("--%s is another way to show the status; leave it out with --%s",
+				other, way))
+		}
+	}
+	return nil
+}
+
+// tellStatus asks once.
+func tellStatus(ctx context.Context, tell teller) error {
+	body, s, err := askStatus(ctx)
+	if err != nil {
+		return noAnswer(err)
+	}
+	if err := tell.status(body, s); err != nil {
+		return unwritten(err)
+	}
+	return verdict(s)
 }
 
 // verdict is a status as an exit code.
