@@ -12,24 +12,26 @@ import (
 // Counters are those of all rules of a table: by chain, in the order of its rules.
 type Counters map[string][]Counter
 
-// ReadCounters reads the counters of the rules of a table by one save. A counter is known if its
-// rule still stands where it was read.
-func (k *Kernel) ReadCounters(ctx context.Context, have Table) (Counters, error) {
-	t, err := k.tool(ctx, have.family)
+// counted reads table nat with its counters by one save.
+func (k *Kernel) counted(ctx context.Context, f Family) (Table, Counters, error) {
+	t, err := k.tool(ctx, f)
 	if err != nil {
-		return nil, err
+		return Table{}, nil, err
 	}
-	if t.backend == Legacy {
-		// To save a legacy table makes it where there is none.
-		if exists, err := k.machine.hasLegacy(have.family); err != nil || !exists {
-			return nil, err
-		}
+	if missing, err := k.wouldMake(t); err != nil || missing {
+		return Table{family: f}, nil, err
 	}
 	save, err := k.run(ctx, readLimit, nil, t.saving, "-c", "-t", "nat")
 	if err != nil {
-		return nil, fmt.Errorf("read %s counters: %w", t.family, err)
+		return Table{}, nil, fmt.Errorf("read %s counters: %w", f, err)
 	}
-	now, counters, err := ParseCounted(have.family, save)
+	return ParseCounted(f, save)
+}
+
+// ReadCounters reads the counters of the rules of a table. A counter is known if its rule still
+// stands where it was read.
+func (k *Kernel) ReadCounters(ctx context.Context, have Table) (Counters, error) {
+	now, counters, err := k.counted(ctx, have.family)
 	if err != nil {
 		return nil, err
 	}

@@ -31,11 +31,8 @@ func (k *Kernel) Counters(ctx context.Context, f Family, steps []Step) ([]Counte
 	if k.machine.counted == nil {
 		return counters, errors.New("this machine does not count")
 	}
-	if t.backend == Legacy {
-		// To list a legacy table makes it where there is none.
-		if exists, err := k.machine.hasLegacy(f); err != nil || !exists {
-			return counters, err
-		}
+	if missing, err := k.wouldMake(t); err != nil || missing {
+		return counters, err
 	}
 	var chains []string
 	for _, s := range steps {

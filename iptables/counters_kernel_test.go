@@ -147,7 +147,6 @@ func TestCountersMakeNoTable(t *testing.T) {
 		if counters, _ := k.Counters(t.Context(), f, steps); counters[0].Known {
 			t.Errorf("%v: %+v", f, counters)
 		}
-		k.options.ReadOnly = true
 		if counts := serviceCounts(t, k, f); len(counts.Prefixes) > 0 {
 			t.Errorf("%v: %+v", f, counts)
 		}

@@ -159,7 +159,15 @@ func (k *Kernel) Probe(ctx context.Context, f Family) error {
 
 // missing says whether the table is not there, where that makes a difference.
 func (k *Kernel) missing(t tool) (bool, error) {
-	if !k.options.ReadOnly || t.backend != Legacy {
+	if !k.options.ReadOnly {
+		return false, nil
+	}
+	return k.wouldMake(t)
+}
+
+// wouldMake says whether to ask for the table would make it: a legacy one that is not there.
+func (k *Kernel) wouldMake(t tool) (bool, error) {
+	if t.backend != Legacy {
 		return false, nil
 	}
 	has, err := k.machine.hasLegacy(t.family)

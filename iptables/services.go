@@ -1,10 +1,8 @@
 package iptables
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -22,45 +20,29 @@ type Counts struct {
 // errUncounted says that a save has no counters.
 var errUncounted = errors.New("the rules were read without their counters")
 
-// ServiceCounts reads how often the rows for services were used, by one save of table nat.
+// ServiceCounts reads how often the rows for services were used.
 func (k *Kernel) ServiceCounts(ctx context.Context, f Family) (Counts, error) {
-	t, err := k.tool(ctx, f)
+	t, counters, err := k.counted(ctx, f)
 	if err != nil {
 		return Counts{}, err
 	}
-	if missing, err := k.missing(t); err != nil || missing {
-		return Counts{}, err
-	}
-	var save bytes.Buffer
-	err = k.machine.run(ctx, readLimit, &k.own, nil, &save, t.saving, "-c", "-t", "nat")
-	if err != nil {
-		return Counts{}, fmt.Errorf("read the counters of %s table nat: %w", f, err)
-	}
-	counts, err := parseCounts(f, save.Bytes())
-	if err != nil {
-		return Counts{}, fmt.Errorf("read the counters of %s table nat: %w", f, err)
-	}
-	return counts, nil
+	return countsOf(t, counters)
 }
 
-// parseCounts reads a save with counters: [PACKETS:BYTES] before each rule.
-func parseCounts(f Family, save []byte) (Counts, error) {
-	c := Counts{Family: f, Prefixes: map[netip.Prefix]uint64{}, Ports: map[uint16]uint64{}}
-	var uncounted error
-	err := eachLine(save, "nat", func(line string) {
-		if strings.HasPrefix(line, "-A ") {
-			uncounted = errUncounted
+func countsOf(t Table, counters Counters) (Counts, error) {
+	c := Counts{t.family, map[netip.Prefix]uint64{}, map[uint16]uint64{}}
+	var err error
+	for chain, rules := range t.chains {
+		for i, rule := range rules {
+			if !isOurs(chain) || target(rule) != chainRedirect {
+				continue
+			}
+			if !counters[chain][i].Known {
+				err = errUncounted
+				continue
+			}
+			c.add(chain, rule, counters[chain][i].Packets)
 		}
-		counters, rule, ok := strings.Cut(strings.TrimPrefix(line, "["), "] -A ")
-		packets, _, counted := strings.Cut(counters, ":")
-		chain, spec, _ := strings.Cut(rule, " ")
-		n, err := strconv.ParseUint(packets, 10, 64)
-		if ok && counted && err == nil && isOurs(chain) && target(spec) == chainRedirect {
-			c.add(chain, spec, n)
-		}
-	})
-	if err == nil {
-		err = uncounted
 	}
 	return c, err
 }

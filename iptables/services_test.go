@@ -27,7 +27,15 @@ func saved(r Ruleset) []byte {
 
 var comparePrefixes = cmpopts.EquateComparable(netip.Prefix{})
 
-func TestParseCounts(t *testing.T) {
+func countsIn(f Family, save []byte) (Counts, error) {
+	t, counters, err := ParseCounted(f, save)
+	if err != nil {
+		return Counts{}, err
+	}
+	return countsOf(t, counters)
+}
+
+func TestServiceCounts(t *testing.T) {
 	of := func(f Family, prefixes map[string]uint64, ports map[uint16]uint64) Counts {
 		c := Counts{Family: f, Prefixes: map[netip.Prefix]uint64{}, Ports: ports}
 		if ports == nil {
@@ -71,15 +79,17 @@ COMMIT
 			of(IPv4, map[string]uint64{"": 4}, nil), nil},
 		{"of the C library", "*nat\n[4:1] -A SERVICE_PROXY_SERVICE_CIDRS -d ::10.0.0.1/128 -j SERVICE_PROXY_REDIRECT\nCOMMIT\n",
 			of(IPv4, map[string]uint64{"::a00:1/128": 4}, nil), nil},
-		{"nonsense", "*nat\n[x:1] -A SERVICE_PROXY_SERVICE_CIDRS -j SERVICE_PROXY_REDIRECT\n[\n] -A\n" +
+		{"nonsense", "*nat\n[\n] -A\n" +
 			"[1:1] -A SERVICE_PROXY_SERVICE_CIDRS -d x -j SERVICE_PROXY_REDIRECT\n" +
 			"[1:1] -A SERVICE_PROXY_SERVICE_PORTS --dport 99999 -j SERVICE_PROXY_REDIRECT\nCOMMIT\n",
 			of(IPv4, nil, nil), nil},
 		{"nothing", "", of(IPv4, nil, nil), nil},
-		{"without counters", "*nat\n-A OUTPUT -j SERVICE_PROXY_REDIRECT\nCOMMIT\n", of(IPv4, nil, nil), errUncounted},
-		{"cut", "*nat\n[1:1] -A OUTPUT -j ACCEPT\n", of(IPv4, nil, nil), ErrTruncated},
+		{"without counters", "*nat\n-A SERVICE_PROXY_SERVICE_CIDRS -j SERVICE_PROXY_REDIRECT\n" +
+			"[x:1] -A SERVICE_PROXY_SERVICE_CIDRS -j SERVICE_PROXY_REDIRECT\nCOMMIT\n",
+			of(IPv4, nil, nil), errUncounted},
+		{"cut", "*nat\n[1:1] -A OUTPUT -j ACCEPT\n", Counts{}, ErrTruncated},
 	} {
-		have, err := parseCounts(IPv4, []byte(tt.save))
+		have, err := countsIn(IPv4, []byte(tt.save))
 		if !errors.Is(err, tt.err) || (err == nil) != (tt.err == nil) {
 			t.Errorf("%s: %v", tt.name, err)
 		}
@@ -105,7 +115,7 @@ func TestCountsOf(t *testing.T) {
 		r := Interception{Family: IPv4, OutboundPort: 15001, Jumps: true, Services: services,
 			ServicePorts: []uint16{9091}}.Ruleset()
 		save := saved(r)
-		counts, err := parseCounts(IPv4, save)
+		counts, err := countsIn(IPv4, save)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -145,7 +155,7 @@ func TestCountsOf(t *testing.T) {
 		}
 	}
 	everything := Interception{Family: IPv4, OutboundPort: 15001, All: true}.Ruleset()
-	all, err := parseCounts(IPv4, saved(everything))
+	all, err := countsIn(IPv4, saved(everything))
 	if err != nil {
 		t.Fatal(err)
 	}
