@@ -69,10 +69,10 @@ func (r Report) JSON() ([]byte, error) {
 // Text is the Report for people, in lines of that width where words allow it. Commands stay on one
 // line, so that they can be pasted.
 func (r Report) Text(out io.Writer, style terminal.Style, width int) error {
-	p := printer{style: style, width: width}
+	p := printer{style: style, width: width, some: symptom.Some{Few: maxShown}}
 	p.line(2, "%s at %s by service-proxy-agent %s", style.Bold(r.verdict()),
 		r.Time.Format(time.RFC3339), r.Version)
-	for _, one := range shown(r.Tree()) {
+	for _, one := range p.some.Of(r.Tree()) {
 		p.WriteByte('\n')
 		p.finding(one, "")
 	}
@@ -89,6 +89,7 @@ type printer struct {
 	bytes.Buffer
 	style terminal.Style
 	width int
+	some  symptom.Some // of the findings
 }
 
 // line writes a line; what does not fit goes on, indented by hang more.
@@ -150,24 +151,18 @@ func plural(s symptom.Severity, n int) string {
 	return s.String() + "s"
 }
 
-// shown are the nodes that are printed.
-func shown(nodes []*symptom.Tree) []*symptom.Tree { return symptom.Some(nodes, maxShown) }
-
 // omitted says what of many findings of a kind is not printed.
 func (r Report) omitted(p *printer) {
-	all, printed := map[symptom.ID]int{}, map[symptom.ID]int{}
+	all := map[symptom.ID]int{}
 	for _, f := range r.Findings {
 		all[f.ID]++
-	}
-	for _, one := range shown(r.Tree()) {
-		count(one, printed)
 	}
 	began := false
 	for _, check := range r.Checks {
 		if check.State != symptom.Found {
 			continue
 		}
-		if left := all[check.ID] + check.More - printed[check.ID]; left > 0 {
+		if left := p.some.Others[check.ID] + check.More; left > 0 {
 			if !began {
 				p.WriteByte('\n')
 			}
@@ -175,13 +170,6 @@ func (r Report) omitted(p *printer) {
 			p.line(2, "and %d more of %s (`doctor -o json` has %d of all)", left, check.ID,
 				all[check.ID])
 		}
-	}
-}
-
-func count(n *symptom.Tree, printed map[symptom.ID]int) {
-	printed[n.ID]++
-	for _, below := range shown(n.Explains) {
-		count(below, printed)
 	}
 }
 
@@ -211,7 +199,7 @@ func (p *printer) finding(n *symptom.Tree, indent string) {
 	if len(n.Explains) > 0 {
 		fmt.Fprintf(p, "%s  %s\n", indent, p.style.Dim("explains"))
 	}
-	for _, below := range shown(n.Explains) {
+	for _, below := range p.some.Of(n.Explains) {
 		p.finding(below, indent+"    ")
 	}
 }

@@ -33,22 +33,16 @@ type telling struct {
 }
 
 func (t *telling) all(nodes []*symptom.Tree, depth int) (out []any) {
-	count := map[symptom.ID]int{}
-	var kinds []symptom.ID
-	for _, n := range nodes {
-		if count[n.ID]++; count[n.ID] == 1 {
-			kinds = append(kinds, n.ID)
-		}
-		if count[n.ID] <= maxAlike || len(n.Explains) > 0 {
-			out = append(out, t.one(n, depth))
-		} else {
-			count[n.ID+"/left"]++
-		}
+	few := symptom.Some{Few: maxAlike}
+	some := few.Of(nodes)
+	for _, n := range some {
+		out = append(out, t.one(n, depth))
 	}
-	for _, kind := range kinds {
-		if left := count[kind+"/left"]; left > 0 {
-			out = append(out, note(fmt.Sprintf("and %s more of %s: ", number(left), kind),
+	for _, n := range some {
+		if left := few.Others[n.ID]; left > 0 {
+			out = append(out, note(fmt.Sprintf("and %s more of %s: ", number(left), n.ID),
 				el("code", "service-proxy-agent doctor -o json"), " has more of them"))
+			delete(few.Others, n.ID)
 		}
 	}
 	return out

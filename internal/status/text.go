@@ -499,25 +499,20 @@ func (p *printer) findings(s Status) {
 		return
 	}
 	fmt.Fprintf(p, "\n%s\n", p.Style.Bold("findings"))
-	trees := symptom.Nested(s.Findings)
-	all, printed := map[symptom.ID]int{}, map[symptom.ID]int{}
-	for _, f := range s.Findings {
-		all[f.ID]++
-	}
-	for _, one := range symptom.Some(trees, maxOfKind) {
-		p.finding(one, "  ", printed)
+	some := symptom.Some{Few: maxOfKind}
+	for _, one := range some.Of(symptom.Nested(s.Findings)) {
+		p.finding(one, "  ", &some)
 	}
 	for _, f := range s.Findings {
-		if more := all[f.ID] - printed[f.ID]; more > 0 {
+		if more := some.Others[f.ID]; more > 0 {
 			p.line(2, fmt.Sprintf("  and %d more of %s (`-o json` has all)", more, short(string(f.ID))))
-			printed[f.ID] = all[f.ID]
+			delete(some.Others, f.ID)
 		}
 	}
 }
 
-func (p *printer) finding(one *symptom.Tree, indent string, printed map[symptom.ID]int) {
+func (p *printer) finding(one *symptom.Tree, indent string, some *symptom.Some) {
 	f := one.Finding
-	printed[f.ID]++
 	p.line(2, fmt.Sprintf("%s%s %s: %s", indent, p.severity(f.Severity.String()),
 		short(string(f.ID)), symptom.Printable(f.Cause, maxText)))
 	row := func(name, text string) {
@@ -538,8 +533,8 @@ func (p *printer) finding(one *symptom.Tree, indent string, printed map[symptom.
 	if len(one.Explains) > 0 {
 		fmt.Fprintf(p, "%s  %s\n", indent, p.Style.Dim("explains"))
 	}
-	for _, below := range symptom.Some(one.Explains, maxOfKind) {
-		p.finding(below, indent+"    ", printed)
+	for _, below := range some.Of(one.Explains) {
+		p.finding(below, indent+"    ", some)
 	}
 }
 

@@ -62,13 +62,24 @@ func (n *Tree) within(by *Tree, first map[ID]*Tree) bool {
 	return true
 }
 
-// Some are those of the trees that are worth showing where there may be thousands: of one kind the
-// first few stand for all, and those that explain something.
-func Some(trees []*Tree, few int) (some []*Tree) {
+// Some picks what is worth showing where there may be thousands: in each place the first few of a
+// kind stand for all, and those that explain something.
+type Some struct {
+	Few    int
+	Others map[ID]int // how many of a kind were not picked
+}
+
+// Of picks some of the trees that stand in one place.
+func (s *Some) Of(trees []*Tree) (some []*Tree) {
+	if s.Others == nil {
+		s.Others = map[ID]int{}
+	}
 	count := map[ID]int{}
 	for _, n := range trees {
-		if count[n.ID]++; count[n.ID] <= few || len(n.Explains) > 0 {
+		if count[n.ID]++; count[n.ID] <= s.Few || len(n.Explains) > 0 {
 			some = append(some, n)
+		} else {
+			s.Others[n.ID]++
 		}
 	}
 	return some
