@@ -25,8 +25,8 @@ func explainCommand() *cobra.Command {
 			"connection, on which no byte is sent.\n\n" +
 			"Exit code, the same in every form of output: 0 intercepted; 1 not; 2 could not look (as " +
 			"another user\nthan root, say), or rules and kernel differ (--try); 64 wrong usage.\n\n" +
-			"With --from it answers, on any machine, by what a bundle has of the VM. That knows the users by " +
-			"name whom\nrules are about; give any other by number.\n\n" +
+			"With --from it answers, on any machine, by what a bundle has of the VM. That knows the users " +
+			"by name whom\nrules are about; give any other by number.\n\n" +
 			"docs/explain.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent explain 10.0.0.1:80\n" +
 			"  service-proxy-agent explain 10.0.0.1:80 --from bundle.tgz\n" +

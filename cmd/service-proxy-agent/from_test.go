@@ -23,8 +23,8 @@ import (
 var updateLooks = flag.Bool("update-looks", false,
 	"write what doctor says of the looks in testdata anew; the looks stay")
 
-// looks are those at each symptom of TestSymptoms of test/e2e, which writes them by -record: of each
-// the recording, ROW_ID_WHAT-WAS-DONE.json, and as .txt what doctor said of it on the VM.
+// looks are those at each symptom of TestSymptoms of test/e2e, which writes them by -record: of
+// each the recording, ROW_ID_WHAT-WAS-DONE.json, and as .txt what doctor said of it on the VM.
 func looks(t *testing.T) (files []string) {
 	t.Helper()
 	files, err := filepath.Glob("testdata/looks/*.json")

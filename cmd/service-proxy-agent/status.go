@@ -36,11 +36,11 @@ func statusCommand() *cobra.Command {
 			"--watch looks each second until Ctrl-C. On a terminal it draws the text anew. Elsewhere it " +
 			"prints the text,\nor with -o json a line of JSON, when something other than ages and counts " +
 			"has changed. Where the\ndaemon goes away it says so, and goes on.\n\n" +
-			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also where " +
-			"no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks for " +
-			"nothing.\n\n" +
-			"--serve shows that page live in a browser, until Ctrl-C. The link that it prints works once, on " +
-			"this machine.\n\n" +
+			"--html looks at the VM itself as well, as doctor does, and writes one page of both, also " +
+			"where no daemon\nanswers. The file is for its owner alone; it needs nothing else, and asks " +
+			"for nothing.\n\n" +
+			"--serve shows that page live in a browser, until Ctrl-C. The link that it prints works once, " +
+			"on this machine.\n\n" +
 			"With --watch the exit code is that of the last look. Whether the mesh is ready is another " +
 			"question, which `wait` asks.\n\n" +
 			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +

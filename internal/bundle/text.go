@@ -46,8 +46,8 @@ const secretly = `(?:passw(?:or)?d|pwd|passphrase|secret|token|api[-_]?key|crede
 	`private[-_]?key|access[-_]?key|signature)`
 
 // words are in whatever those match.
-var words = strings.Fields(`authorization cookie passw pwd passphrase secret token api credential key
-	signature`)
+var words = strings.Fields(`authorization cookie passw pwd passphrase secret token api credential
+	key signature`)
 
 // Secrets takes out of a text of ours what is secret: see redaction.Secrets.
 func Secrets(text string) string {

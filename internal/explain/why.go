@@ -105,8 +105,8 @@ func (w why) intercepted() {
 	}
 	if w.s.EnvoyErr != nil {
 		w.answer.Why += "; what Envoy does with it is not known: " + safe(w.s.EnvoyErr.Error())
-		w.answer.Next = "see whether Envoy runs, by `service-proxy-agent doctor`: where nothing accepts on " +
-			"that port, the connection fails"
+		w.answer.Next = "see whether Envoy runs, by `service-proxy-agent doctor`: where nothing " +
+			"accepts on that port, the connection fails"
 		return
 	}
 	if slices.ContainsFunc(w.s.Have.Rules("SERVICE_PROXY_OUTPUT"), func(rule string) bool {

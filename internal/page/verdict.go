@@ -99,8 +99,8 @@ func meaning(c Content) string {
 		}
 		return strings.TrimSpace(said)
 	case s.Paused:
-		return "Paused by cleanup: the rules are gone, and the agent writes none until it is restarted. " +
-			said
+		return "Paused by cleanup: the rules are gone, and the agent writes none until it is " +
+			"restarted. " + said
 	case s.Ready && len(s.Services) == 0:
 		said = "There is nothing to intercept."
 	case s.Ready:

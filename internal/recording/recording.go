@@ -150,9 +150,9 @@ func readTime(d *jsontext.Decoder, t *time.Time) error {
 	return nil
 }
 
-// perByte is how many bytes of memory a byte of JSON may become in structs. Marshal names each field,
-// so that what it writes is about twice as long as they are. Without a limit some kilobytes of an archive,
-// of "{},{},{}", become gigabytes.
+// perByte is how many bytes of memory a byte of JSON may become in structs. Marshal names each
+// field, so that what it writes is about twice as long as they are. Without a limit some kilobytes
+// of an archive, of "{},{},{}", become gigabytes.
 const perByte = 2
 
 // weighed counts the memory of structs, and stops where it is more than most bytes.

@@ -74,7 +74,8 @@ var quoting = []rule{
 
 // anywhere are what is secret in any text.
 var anywhere = []rule{
-	{regexp.MustCompile("(?i)\\b(bearer)(?:\\s+|: *|=)[^\\s\"'`]+"), "${1} " + Mark, []string{"bearer"}},
+	{regexp.MustCompile("(?i)\\b(bearer)(?:\\s+|: *|=)[^\\s\"'`]+"), "${1} " + Mark,
+		[]string{"bearer"}},
 	// "Basic", and what is no word: base64 of a user and a password has a capital within or a "="
 	{regexp.MustCompile(`(?i:\b(basic))\s+(?:[\w+/-]*[a-z0-9+/][A-Z][\w+/-]*=*|[\w+/-]{6,}=+)`),
 		"${1} " + Mark, []string{"basic"}},

@@ -26,8 +26,8 @@ import (
 var widen = flag.Bool("schema.widen", false,
 	"add new properties to the lists of what a form has; none is ever taken away")
 
-// folder is the repository: a test runs in its package's folder, and `make` builds with -trimpath, so
-// that the place of this file is not known.
+// folder is the repository: a test runs in its package's folder, and `make` builds with -trimpath,
+// so that the place of this file is not known.
 func folder(t testing.TB) string {
 	t.Helper()
 	at, err := os.Getwd()
