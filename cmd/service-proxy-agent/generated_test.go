@@ -29,7 +29,7 @@ func TestGenerated(t *testing.T) {
 	compare(t, "../../deploy/completion", map[string]string{
 		"service-proxy-agent.bash": unquoted(t, bash.String()),
 		"_service-proxy-agent":     zsh.String(),
-		"service-proxy-agent.fish": fish.String(),
+		"service-proxy-agent.fish": escaped(t, fish.String()),
 	})
 	compare(t, "../../docs/man", manPages(root))
 }
@@ -50,6 +50,17 @@ func unquoted(t *testing.T, script string) string {
 		script = strings.Replace(script, line, line+"        "+fmt.Sprintf(plain, variable), 1)
 	}
 	return script
+}
+
+// escaped is cobra's script for fish with the words before the last one quoted again. It hands them to
+// eval as they are, so that a Tab behind a completed name like $(reboot) ran what is in it.
+func escaped(t *testing.T, script string) string {
+	t.Helper()
+	const words = "set -l args (commandline -opc)\n"
+	if strings.Count(script, words) != 1 {
+		t.Fatalf("cobra's script is another now: no %q", words)
+	}
+	return strings.Replace(script, words, "set -l args (string escape -- (commandline -opc))\n", 1)
 }
 
 // compare a folder with what it should hold.

@@ -80,6 +80,8 @@ func TestShells(t *testing.T) {
 			{"diff --config ./attrib\t", "<diff> <--config> <./attribute.json>"},
 			{"version attrib\t", "<version> <attrib>"}, // no file there
 			{"help explai\t", "<help> <explain>"},
+			// It is quoted, and none of it is run by the second Tab, which hands it on.
+			{"explain [fe80\t \t", "<explain> <[fe80::1%$(>ran)]:80>"},
 			// What is shown.
 			{"\t\t", "doctor"},
 			{"doctor --fail-on \t\t", "advice"},
@@ -99,6 +101,9 @@ func TestShells(t *testing.T) {
 					tt.want = "typed: " + tt.want + " end"
 				}
 				s.until(t, tt.want)
+				if _, err := os.Stat(filepath.Join(s.home, "ran")); err == nil {
+					t.Error("what was completed was run")
+				}
 			})
 		}
 	}
@@ -130,6 +135,7 @@ func services(t *testing.T) string {
 	var newest atomic.Value
 	newest.Store(status.Status{Services: []status.Service{
 		{Name: "web", Addresses: []string{"10.0.0.1:80", "[fd00::1]:80"}},
+		{Name: "$(>ran)", Addresses: []string{"[fe80::1%$(>ran)]:80"}},
 		{Name: "db", Addresses: []string{"10.0.0.2:443"}}}})
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan struct{})
@@ -143,6 +149,7 @@ func services(t *testing.T) string {
 
 // shell is one that somebody sits before.
 type shell struct {
+	home string
 	keys *os.File
 	mu   sync.Mutex
 	text strings.Builder
@@ -171,7 +178,7 @@ func open(t *testing.T, start, archive, daemon string) *shell {
 		t.Fatal(err)
 	}
 	slave.Close()
-	s := &shell{keys: master, news: make(chan struct{}, 1)}
+	s := &shell{home: home, keys: master, news: make(chan struct{}, 1)}
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
