@@ -36,9 +36,10 @@ var (
 // explain lists what follows from another finding under it. Whatever counts as an error counts
 // once: so a reason is never milder than what it explains.
 func explain(f Facts, all []Finding) {
-	worst := map[ID]Severity{}
+	worst, since := map[ID]Severity{}, map[ID]time.Time{}
 	for _, found := range all {
 		worst[found.ID] = max(worst[found.ID], found.Severity)
+		since[found.ID] = found.Since
 	}
 	for i := range all {
 		for _, rule := range follows {
@@ -47,7 +48,7 @@ func explain(f Facts, all []Finding) {
 			}
 			for _, reason := range rule.from {
 				severity, there := worst[reason]
-				if there && severity >= all[i].Severity && fits(f, reason, all[i].ID) {
+				if there && severity >= all[i].Severity && fits(f, reason, since[reason], all[i]) {
 					all[i].ExplainedBy = reason
 					break
 				}
@@ -59,14 +60,16 @@ func explain(f Facts, all []Finding) {
 // atItsEnd is how long before nothing answers any more an Envoy that ends closes its stream.
 const atItsEnd = 5 * time.Second
 
-// fits says whether the facts bear it out where two findings can be there for themselves.
-func fits(f Facts, reason, what ID) bool {
+// fits says whether the facts bear it out where two findings can be there for themselves; since is
+// when the reason began.
+func fits(f Facts, reason ID, since time.Time, what Finding) bool {
 	switch {
-	case reason == EnvoyDown && what == ControlPlaneRefused:
+	case reason == EnvoyDown && what.ID == ControlPlaneRefused:
 		// Envoy logs the end of its stream as it ends itself, in words as if another had closed it.
-		closed, down := f.Envoy.Stream, f.Envoy.Since
-		return closed != nil && !down.IsZero() && down.Sub(closed.When).Abs() < atItsEnd
-	case reason == ClockWrong && what == ControlPlaneConnect:
+		return !since.IsZero() && slices.ContainsFunc(what.Evidence, func(e Evidence) bool {
+			return e.Source == FromEnvoyLog && since.Sub(e.Time).Abs() < atItsEnd
+		})
+	case reason == ClockWrong && what.ID == ControlPlaneConnect:
 		return failsTLS(f)
 	}
 	return true

@@ -186,6 +186,11 @@ func TestReasons(t *testing.T) {
 	}{
 		{"Envoy ended, and its stream with it", []func(*Facts){noEnvoy, closedBefore(time.Second)},
 			"envoy-down control-plane-refused<envoy-down"},
+		{"the same, of whose stream the daemon alone knows", []func(*Facts){noEnvoy, func(f *Facts) {
+			f.Unseen = map[Source]string{FromEnvoy: "it is not running", FromEnvoyLog: "not looked at"}
+			f.Agent.Findings = []Finding{finding(ControlPlaneRefused, 0, Error, "", "refused").
+				seen(FromEnvoyLog, now.Add(-time.Second), "gRPC config stream closed")}
+		}}, "envoy-down control-plane-refused<envoy-down"},
 		{"Envoy ended after its stream was refused", []func(*Facts){noEnvoy, closedBefore(time.Minute)},
 			"envoy-down control-plane-refused"},
 		{"Envoy runs as root", []func(*Facts){root, closed, uncovered},
