@@ -162,7 +162,7 @@ var ofStream = []symptom.ID{symptom.ControlPlaneLookUp, symptom.ControlPlaneConn
 // stream is how Envoy's stream to the control plane stands: by what the checks found, then by what
 // the daemon saw.
 func stream(c Content) any {
-	state := standing(good, "nothing is known against it")
+	state := standing(unknown, "no end of it was seen") // that it stands, only the daemon knows
 	switch cp := c.status().ControlPlane; {
 	case cp.Known && cp.Connected:
 		state = standing(good, "connected", to(cp.Target), since(c, cp.Since))
