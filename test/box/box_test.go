@@ -750,9 +750,9 @@ func TestNewUser(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{})
 	v.boot()
+	v.walk(t)
 	const man = "/usr/local/share/man/man8/service-proxy-agent.8"
 	v.run("test", "-e", man)
-	v.walk(t)
 	said, code := v.typed(`sudo service-proxy-agent bootstrap --remove`)
 	if code != 0 {
 		t.Errorf("exit code %d", code)

@@ -119,6 +119,9 @@ var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 	// "What it writes on your VM".
 	`/var/lib/service-proxy-agent/.*`, `/run/service-proxy-agent/.*`, `/usr/local/bin/(service-proxy-agent|envoy)`,
 	`/usr/local/lib/(service-proxy-agent|systemd/(system|catalog)|tmpfiles\.d|sysusers\.d)/.*`, `/etc/service-proxy-agent/.*`, `/var/log/envoy/.*`,
+	`/usr/local/share/man/man8/service-proxy-agent[a-z-]*\.8`,
+	`/usr/local/share/(bash-completion/completions|zsh/site-functions)/_?service-proxy-agent`,
+	`/etc/fish/completions/service-proxy-agent\.fish`,
 	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-[a-z-]+(\.lock)?`,
 	// The users.
 	`/etc/\.?(passwd|shadow|group|gshadow)(-|\.lock|\.pwd\.lock)?`, `/etc/\.pwd\.lock`,
