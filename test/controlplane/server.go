@@ -23,6 +23,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -165,6 +166,11 @@ func (s *Server) ComeBack() error {
 		return errors.New("control plane is already serving")
 	}
 	ln, err := s.opts.Listen()
+	// A program that is being started has the closed socket until its exec: a while, on a busy machine.
+	for began := time.Now(); errors.Is(err, syscall.EADDRINUSE) && time.Since(began) < 5*time.Second; {
+		time.Sleep(20 * time.Millisecond)
+		ln, err = s.opts.Listen()
+	}
 	if err != nil {
 		return fmt.Errorf("listen for xDS: %w", err)
 	}
