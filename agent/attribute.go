@@ -106,7 +106,7 @@ const keptFile = "attribute.json"
 
 // loadKept reads what an earlier run kept; nil without an error: nothing.
 func loadKept(dir string) (*keptAttribute, error) {
-	text, err := os.ReadFile(filepath.Join(dir, keptFile))
+	text, err := readKept(filepath.Join(dir, keptFile), maxKeptFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -205,7 +205,7 @@ const failureFile = "last-failure.json"
 // loses nothing but history. Those of the VM that this one's disk was made from are not this VM's.
 func loadFailures(dir, machine string) Failures {
 	f := Failures{}
-	b, err := os.ReadFile(filepath.Join(dir, failureFile))
+	b, err := readKept(filepath.Join(dir, failureFile), maxKeptFile)
 	if err != nil || json.Unmarshal(b, &f) != nil ||
 		f.Machine != machine && f.Machine != "" && machine != "" {
 		f = Failures{}

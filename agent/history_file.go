@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -13,13 +14,17 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 const (
 	historyFile = "history.json"
 	// maxHistoryFile is more than the transitions ever take.
 	maxHistoryFile = 256 << 10
-	maxWord        = 64 // of a kind or an ID, which another version may have
+	maxKeptFile    = 4 << 20 // the attribute's and the failures'
+	maxWord        = 64      // of a kind or an ID, which another version may have
+	// maxTimes is more than ever happens, and a sum of them is still a number.
+	maxTimes = 1_000_000_000
 )
 
 // keptTransitions are the last ones as the state folder keeps them for the next start. Nobody
@@ -33,7 +38,7 @@ type keptTransitions struct {
 // was made from are not this VM's.
 func loadTransitions(dir, machine string) ([]status.Transition, error) {
 	path := filepath.Join(dir, historyFile)
-	text, err := readAtMost(path, maxHistoryFile)
+	text, err := readKept(path, maxHistoryFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -50,6 +55,17 @@ func loadTransitions(dir, machine string) ([]status.Transition, error) {
 	return k.sound(), nil
 }
 
+// readKept reads a file of the state folder, of so many bytes at most. The rules wait for it: so it
+// waits for nobody, as it would for a FIFO that has its name.
+func readKept(path string, most int64) ([]byte, error) {
+	file, err := untrusted.OpenRegular(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(io.LimitReader(file, most))
+}
+
 // sound are the transitions as this program would have written them, whoever has: another version
 // of it, or somebody by hand.
 func (k keptTransitions) sound() (all []status.Transition) {
@@ -61,6 +77,7 @@ func (k keptTransitions) sound() (all []status.Transition) {
 		if t.Times < 2 || t.First.IsZero() || !written(t.First) {
 			t.Times, t.First = 0, time.Time{}
 		}
+		t.Times = min(t.Times, maxTimes)
 		switch t.Severity {
 		case "info", "warning", "error":
 		default:

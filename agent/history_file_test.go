@@ -16,10 +16,12 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 // fullHistory has as many transitions as there may be, each as long as it may be.
@@ -92,6 +94,8 @@ func TestTransitionsOfOthers(t *testing.T) {
 		{"fewer times than once", one(`"text":"x","times":-3,"first":"2026-11-28T17:00:00Z"`),
 			[]string{"18:00 x"}},
 		{"often", one(`"text":"x","times":3,"first":"2026-11-28T17:00:00Z"`), []string{"17:00-18:00 x3 x"}},
+		{"as often as a number can say", one(`"text":"x","times":9223372036854775807,"first":"2026-11-28T17:00:00Z"`),
+			[]string{"17:00-18:00 x1000000000 x"}},
 		{"hostile", one(`"text":"\u001b[2J\nx","by":"\u0000sh"`), []string{"18:00 by \ufffdsh \ufffd[2J x"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -105,6 +109,24 @@ func TestTransitionsOfOthers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestKeptThatHang: what has the name of a file in the state folder and is none is an error, and is not
+// waited for: the rules would wait, too.
+func TestKeptThatHang(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{historyFile, failureFile, keptFile} {
+		if err := unix.Mkfifo(filepath.Join(dir, name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if all, err := loadTransitions(dir, "mine"); !errors.Is(err, untrusted.ErrNotRegular) {
+		t.Errorf("transitions %v, %v", all, err)
+	}
+	if kept, err := loadKept(dir); !errors.Is(err, untrusted.ErrNotRegular) {
+		t.Errorf("attribute %v, %v", kept, err)
+	}
+	loadFailures(dir, "mine")
 }
 
 // FuzzLoadTransitions: what is read is bounded and in its form, and can be written.

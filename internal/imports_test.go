@@ -35,7 +35,7 @@ var may = map[string]string{
 		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
 		"internal/mailbox internal/metadata internal/progress internal/reconcile " +
 		"internal/recording internal/report internal/route internal/rulediff internal/server " +
-		"internal/sockdiag internal/status internal/symptom internal/try iptables systemd",
+		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",
