@@ -68,7 +68,7 @@ unit kernel lab box: ## one group of `make test`; also lint
 bench: tools build ## figures, as ratios against a floor or a peer of the same run
 	@test/bench.sh
 
-soak: tools build ## the full counts of the issues; GROUP=name for one group (each at most 80 minutes)
+soak: tools build ## the full counts of the tests; GROUP=name for one group (each at most 80 minutes)
 	@test/soak.sh $(GROUP)
 
 package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=FILE or ENVOY=none)

@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The ratios at scale, each against bare iptables on a flat chain of the same 10,000 rules, in turns
-// within one run:
+// The ratios at scale, each against bare iptables on a flat chain of the same 10,000 rules, in
+// turns within one run:
 //
 //	go test -tags kernel -run '^$' -bench Scale -benchtime 10x ./iptables
 //

@@ -52,8 +52,8 @@ func unquoted(t *testing.T, script string) string {
 	return script
 }
 
-// escaped is cobra's script for fish with the words before the last one quoted again. It hands them to
-// eval as they are, so that a Tab behind a completed name like $(reboot) ran what is in it.
+// escaped is cobra's script for fish with the words before the last one quoted again. It hands them
+// to eval as they are, so that a Tab behind a completed name like $(reboot) ran what is in it.
 func escaped(t *testing.T, script string) string {
 	t.Helper()
 	const words = "set -l args (commandline -opc)\n"
