@@ -111,8 +111,8 @@ func TestTransitionsOfOthers(t *testing.T) {
 	}
 }
 
-// TestKeptThatHang: what has the name of a file in the state folder and is none is an error, and is not
-// waited for: the rules would wait, too.
+// TestKeptThatHang: what has the name of a file in the state folder and is none is an error, and is
+// not waited for: the rules would wait, too.
 func TestKeptThatHang(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{historyFile, failureFile, keptFile} {
@@ -190,7 +190,8 @@ func TestRunBegins(t *testing.T) {
 	}
 }
 
-// disk notes what is saved on it, and when.
+// disk notes what is saved on it, and when. What looks at it while keep runs waits for it by
+// synctest.Wait.
 type disk struct {
 	saved []int
 	at    []time.Duration
@@ -269,6 +270,7 @@ func TestKeepWithin(t *testing.T) {
 		for i := range 100 {
 			put(i)
 			time.Sleep(keepEvery + 2*d.slow)
+			synctest.Wait()
 			if d.saved[len(d.saved)-1] != i {
 				t.Fatalf("%d is not on the disk after %v", i, keepEvery+2*d.slow)
 			}
@@ -285,6 +287,7 @@ func TestKeepOnAFullDisk(t *testing.T) {
 			put(i)
 		}
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		if n := len(d.at); n < 300 || n > 361 || d.errs != n {
 			t.Errorf("%d attempts in an hour, %d told", n, d.errs)
 		}

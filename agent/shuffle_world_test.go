@@ -296,7 +296,8 @@ func (w *world) past() (h history) {
 	if w.life != nil {
 		h.lines = slices.Clone(w.life.status.History)
 	}
-	h.add(status.Transition{Kind: status.OfAgent, Text: "started"}, w.nat.now())
+	// By the clock of the loop, which on the kernel is not the world's.
+	h.add(status.Transition{Kind: status.OfAgent, Text: "started"}, time.Now())
 	return h
 }
 

@@ -166,7 +166,7 @@ func (s *Server) ComeBack() error {
 		return errors.New("control plane is already serving")
 	}
 	ln, err := s.opts.Listen()
-	// A program that is being started has the closed socket until its exec: a while, on a busy machine.
+	// A program that is being started has the closed socket until its exec, which may take a while.
 	for began := time.Now(); errors.Is(err, syscall.EADDRINUSE) && time.Since(began) < 5*time.Second; {
 		time.Sleep(20 * time.Millisecond)
 		ln, err = s.opts.Listen()
