@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -190,19 +191,24 @@ func TestRunBegins(t *testing.T) {
 	}
 }
 
-// disk notes what is saved on it, and when. What looks at it while keep runs waits for it by
-// synctest.Wait.
+// disk notes what is saved on it, and when.
 type disk struct {
-	saved []int
-	at    []time.Duration
-	began time.Time
-	full  bool
-	slow  time.Duration
-	errs  int // that were told
+	sync.Mutex // for who looks at it, or changes it, while keep runs
+	saved      []int
+	at         []time.Duration
+	began      time.Time
+	full       bool
+	slow       time.Duration
+	errs       int // that were told
 }
 
 func (d *disk) save(n int) error {
-	time.Sleep(d.slow)
+	d.Lock()
+	slow := d.slow
+	d.Unlock()
+	time.Sleep(slow)
+	d.Lock()
+	defer d.Unlock()
 	if d.at = append(d.at, time.Since(d.began)); d.full {
 		return errors.New("no space left on device")
 	}
@@ -211,6 +217,8 @@ func (d *disk) save(n int) error {
 }
 
 func (d *disk) done(err error) {
+	d.Lock()
+	defer d.Unlock()
 	if err != nil {
 		d.errs++
 	}
@@ -243,8 +251,8 @@ func TestKeep(t *testing.T) {
 	seed := rand.Uint64()
 	t.Log("seed ", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
-	var d disk
-	keptBy(t, &d, func(put func(int)) {
+	d := &disk{}
+	keptBy(t, d, func(put func(int)) {
 		for i := range 10_000 {
 			put(i)
 			if random.IntN(100) == 0 {
@@ -265,15 +273,17 @@ func TestKeep(t *testing.T) {
 
 // TestKeepWithin: what was told is on the disk a second and a write later.
 func TestKeepWithin(t *testing.T) {
-	d := disk{slow: 20 * time.Millisecond}
-	keptBy(t, &d, func(put func(int)) {
+	d := &disk{slow: 20 * time.Millisecond}
+	keptBy(t, d, func(put func(int)) {
 		for i := range 100 {
 			put(i)
-			time.Sleep(keepEvery + 2*d.slow)
+			time.Sleep(keepEvery + 40*time.Millisecond)
 			synctest.Wait()
+			d.Lock()
 			if d.saved[len(d.saved)-1] != i {
-				t.Fatalf("%d is not on the disk after %v", i, keepEvery+2*d.slow)
+				t.Errorf("%d is not on the disk: %v", i, d.saved)
 			}
+			d.Unlock()
 		}
 	})
 }
@@ -281,31 +291,37 @@ func TestKeepWithin(t *testing.T) {
 // TestKeepOnAFullDisk: it goes on, tries now and then, and writes the newest when there is room,
 // at once where it is news.
 func TestKeepOnAFullDisk(t *testing.T) {
-	d := disk{full: true}
-	keptBy(t, &d, func(put func(int)) {
+	d := &disk{full: true}
+	keptBy(t, d, func(put func(int)) {
 		for i := range 10_000 {
 			put(i)
 		}
 		time.Sleep(time.Hour)
 		synctest.Wait()
+		d.Lock()
 		if n := len(d.at); n < 300 || n > 361 || d.errs != n {
 			t.Errorf("%d attempts in an hour, %d told", n, d.errs)
 		}
 		d.full = false
+		d.Unlock()
 		time.Sleep(keepAgain)
 	})
 	if !slices.Equal(d.saved, []int{9999}) {
 		t.Errorf("saved %v", d.saved)
 	}
-	d = disk{full: true}
-	keptBy(t, &d, func(put func(int)) {
+	d = &disk{full: true}
+	keptBy(t, d, func(put func(int)) {
 		put(1)
 		time.Sleep(keepEvery)
+		d.Lock()
 		d.full = false
+		d.Unlock()
 		put(2)
+		d.Lock()
 		if !slices.Equal(d.saved, []int{2}) {
 			t.Errorf("saved %v", d.saved)
 		}
+		d.Unlock()
 		time.Sleep(time.Hour)
 	})
 	if len(d.at) != 2 {
@@ -315,18 +331,24 @@ func TestKeepOnAFullDisk(t *testing.T) {
 
 // TestKeepAtTheEnd: a planned stop writes what is not written, and waits for no disk that hangs.
 func TestKeepAtTheEnd(t *testing.T) {
-	var d disk
-	keptBy(t, &d, func(put func(int)) { put(1); put(2); put(3) })
+	d := &disk{}
+	keptBy(t, d, func(put func(int)) { put(1); put(2); put(3) })
 	if !slices.Equal(d.saved, []int{1, 3}) {
 		t.Errorf("saved %v", d.saved)
 	}
-	d = disk{}
-	ended := keptBy(t, &d, func(put func(int)) { put(1); put(2); d.slow = time.Minute })
+	d = &disk{}
+	ended := keptBy(t, d, func(put func(int)) {
+		put(1)
+		put(2)
+		d.Lock()
+		d.slow = time.Minute
+		d.Unlock()
+	})
 	if ended != keepLast {
 		t.Errorf("a disk that hangs held it up for %v", ended)
 	}
-	d = disk{}
-	keptBy(t, &d, func(put func(int)) { put(1) })
+	d = &disk{}
+	keptBy(t, d, func(put func(int)) { put(1) })
 	if !slices.Equal(d.saved, []int{1}) {
 		t.Errorf("saved %v: once is enough", d.saved)
 	}
