@@ -38,7 +38,7 @@ func bundleCommand() *cobra.Command {
 			"is secret,\nand writes one archive. It changes nothing else, needs no daemon, and ends " +
 			"within half a minute, whatever hangs. What could not be had is named in the archive's " +
 			"manifest.json and at the end. Envoy is asked for its whole configuration once: with many " +
-			"thousands of services that takes its main thread a second or two.\n\n" +
+			"thousands of services that takes its main thread some seconds in all (6 with 10,000).\n\n" +
 			"Exit code: 0 the archive is written, with gaps or without; 2 it is not; 64 wrong usage.\n\n" +
 			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is " +
 			"the form of manifest.json.",
