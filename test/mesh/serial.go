@@ -157,14 +157,14 @@ func (s *Serial) stop(state serialState, perSecond int) error {
 	return nil
 }
 
-// fill writes zeros until no more are taken, nor a moment later: the kernel moves them from one
-// buffer into another.
+// fill writes zeros until no more are taken, nor for half a second: a worker of the kernel's moves
+// them from one buffer into another, and a busy machine has it wait.
 func fill(slave *os.File) error {
 	conn, err := slave.SyscallConn()
 	if err != nil {
 		return err
 	}
-	for full := 0; full < 3; full++ {
+	for full := 0; full < 20; full++ {
 		var failed error
 		err = conn.Write(func(fd uintptr) bool {
 			for n := 0; failed == nil; {
@@ -177,7 +177,7 @@ func fill(slave *os.File) error {
 		if err != nil || !errors.Is(failed, unix.EAGAIN) {
 			return errors.Join(err, failed)
 		}
-		time.Sleep(5 * time.Millisecond)
+		time.Sleep(25 * time.Millisecond)
 	}
 	return nil
 }
