@@ -28,18 +28,30 @@ type watcher struct {
 	errors io.Writer // where it is said that nobody answers, in JSON
 	ask    func(context.Context) (body []byte, s status.Status, err error)
 	window func() (rows int, isTerminal bool)
-	// resized tells that the window has another size.
-	resized <-chan os.Signal
+	// resized tells that the window has another size, suspended of Ctrl-Z, and continued of `fg`.
+	resized, suspended, continued <-chan os.Signal
+	// suspend stops this process until it is continued.
+	suspend func() error
 }
 
 func newWatcher(tell teller, errors io.Writer) watcher {
-	resized := make(chan os.Signal, 1)
-	signal.Notify(resized, unix.SIGWINCH)
-	return watcher{tell: tell, errors: errors, ask: askStatus, resized: resized,
-		window: func() (int, bool) {
-			_, rows, isTerminal := terminal.Window(tell.out)
-			return rows, isTerminal && !tell.json
-		}}
+	w := watcher{tell: tell, errors: errors, ask: askStatus, window: func() (int, bool) {
+		_, rows, isTerminal := terminal.Window(tell.out)
+		return rows, isTerminal && !tell.json
+	}}
+	if _, isTerminal := w.window(); isTerminal {
+		w.resized, w.suspended = signals(unix.SIGWINCH), signals(unix.SIGTSTP)
+		w.continued = signals(unix.SIGCONT)
+		// Not SIGTSTP again: that is ours now.
+		w.suspend = func() error { return unix.Kill(unix.Getpid(), unix.SIGSTOP) }
+	}
+	return w
+}
+
+func signals(which os.Signal) <-chan os.Signal {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, which)
+	return c
 }
 
 // look is an answer, or that there was none.
@@ -69,9 +81,8 @@ func (l look) same(before look) bool {
 func (w watcher) run(ctx context.Context) error {
 	_, isTerminal := w.window()
 	if isTerminal {
-		// No cursor that jumps about, and no line that goes on in the next.
-		fmt.Fprint(w.tell.out, "\x1b[?25l\x1b[?7l")
-		defer fmt.Fprint(w.tell.out, "\x1b[?7h\x1b[?25h")
+		fmt.Fprint(w.tell.out, toDraw)
+		defer fmt.Fprint(w.tell.out, toType)
 	}
 	ticker := time.NewTicker(watchEvery)
 	defer ticker.Stop()
@@ -97,22 +108,34 @@ func (w watcher) run(ctx context.Context) error {
 		}
 		last = now
 		for waiting := true; waiting; {
+			var err error
 			select {
 			case <-ctx.Done():
 				return last.code()
 			case <-ticker.C:
 				waiting = false
 			case <-w.resized:
-				if !isTerminal {
-					continue
-				}
-				if err := w.draw(last, known, true); err != nil {
-					return unwritten(err)
-				}
+				err = w.draw(last, known, true)
+			case <-w.suspended: // the shell is to find its terminal as it left it
+				fmt.Fprint(w.tell.out, toType)
+				err = w.suspend()
+			case <-w.continued:
+				fmt.Fprint(w.tell.out, toDraw)
+				err = w.draw(last, known, true)
+			}
+			if err != nil {
+				return unwritten(err)
 			}
 		}
 	}
 }
+
+const (
+	// No cursor that jumps about, and no line that goes on in the next.
+	toDraw = "\x1b[?25l\x1b[?7l"
+	// As a shell has it.
+	toType = "\x1b[?7h\x1b[?25h"
+)
 
 // print tells of a change where nobody can draw: a text with an empty line behind it, or a line of
 // JSON.
@@ -159,20 +182,35 @@ func (w watcher) draw(l look, known status.Status, clear bool) error {
 		}
 	}
 	lines := strings.Split(strings.TrimSuffix(text.String(), "\n"), "\n")
-	if rows, _ := w.window(); rows > 1 && len(lines) >= rows { // the cursor has the last one
-		more := len(lines) - (rows - 2)
-		lines = append(lines[:rows-2],
-			fmt.Sprintf("… %d more lines: `service-proxy-agent status` has all", more))
-	}
+	rows, _ := w.window()
 	var frame bytes.Buffer
 	if clear {
 		frame.WriteString("\x1b[2J")
 	}
 	frame.WriteString("\x1b[H")
-	for _, line := range lines {
-		frame.WriteString(line + "\x1b[K\n")
+	for i, line := range fitting(lines, rows) {
+		if i > 0 {
+			frame.WriteByte('\n')
+		}
+		// Not behind the line: the cursor stands on the last letter of one that fills its row.
+		frame.WriteString("\x1b[K" + line)
 	}
-	frame.WriteString("\x1b[J")
+	if rows != 1 { // there the line feed would scroll the line away
+		frame.WriteString("\n\x1b[J")
+	}
 	_, err := w.tell.out.Write(frame.Bytes())
 	return err
+}
+
+// fitting are the lines for a window with so many rows, of which the cursor has the last one: the
+// first of them, and how many more there are. 0: it is not known how many there are.
+func fitting(lines []string, rows int) []string {
+	switch {
+	case rows == 0 || len(lines) < rows:
+		return lines
+	case rows < 4: // the verdict says more
+		return lines[:max(rows-1, 1)]
+	}
+	return append(lines[:rows-2], fmt.Sprintf("… %d more lines: `service-proxy-agent status` has all",
+		len(lines)-(rows-2)))
 }

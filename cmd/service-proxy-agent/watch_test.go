@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -136,35 +138,42 @@ func TestWatchJSON(t *testing.T) {
 	})
 }
 
+// columns of the terminal that screen is.
+const columns = 120
+
 // screen is what a terminal shows after these bytes; its cursor must be seen, and lines go on, in
-// the end.
+// the end. What is written behind its last column goes there.
 func screen(t *testing.T, written string) (lines []string) {
 	t.Helper()
-	row, cursor, wraps := 0, true, true
+	var rows [][]rune
+	row, column, cursor, wraps := 0, 0, true, true
 	for written != "" {
 		text, rest, _ := strings.Cut(written, "\x1b[")
-		for i, part := range strings.Split(text, "\n") {
-			if i > 0 {
-				row++
+		for _, r := range text {
+			if r == '\n' {
+				row, column = row+1, 0
+				continue
 			}
-			for len(lines) <= row {
-				lines = append(lines, "")
-			}
-			if part != "" {
-				lines[row] = part + lines[row][min(len(lines[row]), len(part)):]
-			}
+			rows = append(rows, make([][]rune, max(0, row+1-len(rows)))...)
+			at := min(column, columns-1)
+			rows[row] = append(rows[row], make([]rune, max(0, at+1-len(rows[row])))...)
+			rows[row][at], column = r, at+1
 		}
+		at := min(column, columns-1)
 		switch written = rest; {
 		case rest == "":
 		case rest[0] == 'H':
-			row, written = 0, rest[1:]
-		case rest[0] == 'K': // behind the part that was just written
-			i := strings.LastIndexByte(text, '\n') + 1
-			lines[row], written = text[i:], rest[1:]
-		case rest[0] == 'J':
-			lines, written = lines[:row], rest[1:]
+			row, column, written = 0, 0, rest[1:]
+		case rest[0] == 'K' || rest[0] == 'J':
+			if row < len(rows) {
+				rows[row] = rows[row][:min(at, len(rows[row]))]
+			}
+			if rest[0] == 'J' {
+				rows = rows[:min(row, len(rows))]
+			}
+			written = rest[1:]
 		case strings.HasPrefix(rest, "2J"):
-			lines, row, written = nil, 0, rest[2:]
+			rows, written = nil, rest[2:]
 		case strings.HasPrefix(rest, "?25"):
 			cursor, written = rest[3] == 'h', rest[4:]
 		case strings.HasPrefix(rest, "?7"):
@@ -175,6 +184,9 @@ func screen(t *testing.T, written string) (lines []string) {
 	}
 	if !cursor || !wraps {
 		t.Errorf("cursor %v, lines that go on %v in the end", cursor, wraps)
+	}
+	for _, row := range rows {
+		lines = append(lines, string(row))
 	}
 	return lines
 }
@@ -205,6 +217,12 @@ func TestWatchTerminal(t *testing.T) {
 		}},
 		{"a small window", 10 * time.Second, 6, func(lines []string) bool {
 			return len(lines) == 5 && lines[0] == "Healthy: intercepting" && strings.Contains(lines[4], " more lines")
+		}},
+		{"three rows", 10 * time.Second, 3, func(lines []string) bool {
+			return len(lines) == 2 && lines[0] == "Healthy: intercepting" && !strings.Contains(lines[1], "more")
+		}},
+		{"two rows", 10 * time.Second, 2, func(lines []string) bool {
+			return slices.Equal(lines, []string{"Healthy: intercepting"})
 		}},
 		{"a window of unknown size", 10 * time.Second, 0, func(lines []string) bool { return len(lines) > 6 }},
 	} {
@@ -239,6 +257,67 @@ func TestWatchResized(t *testing.T) {
 		if lines := screen(t, w.out.String()+" "); w.asked != 1 || len(lines) != 6 {
 			t.Errorf("asked %d times; the screen is\n%s", w.asked, strings.Join(lines, "\n"))
 		}
+	})
+}
+
+// TestWatchInOneRow: what is there is the verdict, and nothing scrolls it away.
+func TestWatchInOneRow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWatched(aMinute)
+		w.window = func() (int, bool) { return 1, true }
+		w.runs(t, 10*time.Second)
+		if lines := screen(t, w.out.String()); !slices.Equal(lines, []string{"Healthy: intercepting"}) {
+			t.Errorf("the screen is\n%s", strings.Join(lines, "\n"))
+		}
+	})
+}
+
+// TestWatchFullRow: a line that fills its row keeps its last letter.
+func TestWatchFullRow(t *testing.T) {
+	t.Setenv("COLUMNS", fmt.Sprint(columns))
+	synctest.Test(t, func(t *testing.T) {
+		words := strings.Repeat("x", columns-len("Not healthy: "))
+		w := newWatched(func(n int) (status.Status, error) {
+			s := aStatus(n)
+			s.Findings = []symptom.Finding{{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: words}}
+			return s, nil
+		})
+		w.window = func() (int, bool) { return 40, true }
+		w.runs(t, 3*time.Second)
+		if lines := screen(t, w.out.String()+" "); lines[0] != "Not healthy: "+words {
+			t.Errorf("the screen is\n%s", strings.Join(lines, "\n"))
+		}
+	})
+}
+
+// TestWatchSuspended: on Ctrl-Z the shell gets its cursor and its long lines back, and on fg all is
+// drawn anew over what it wrote.
+func TestWatchSuspended(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWatched(aMinute)
+		suspended, continued := make(chan os.Signal), make(chan os.Signal)
+		w.window = func() (int, bool) { return 40, true }
+		w.suspended, w.continued = suspended, continued
+		w.suspend = func() error {
+			screen(t, w.out.String()+" ")
+			w.out.WriteString("\x1b[40;1H[1]+  Stopped")
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { _ = w.run(ctx); close(ended) }()
+		synctest.Wait()
+		suspended <- unix.SIGTSTP
+		synctest.Wait()
+		stopped := w.out.Len()
+		continued <- unix.SIGCONT
+		synctest.Wait()
+		drawn := w.out.String()[stopped:]
+		if !strings.HasPrefix(drawn, toDraw+"\x1b[2J\x1b[H\x1b[KHealthy: intercepting\n") || w.asked != 1 {
+			t.Errorf("asked %d times; then it drew %q", w.asked, drawn)
+		}
+		cancel()
+		<-ended
 	})
 }
 
