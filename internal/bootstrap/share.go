@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 // shared are the files that a person uses beside the program, ours alone: its manual, and what
@@ -32,11 +33,25 @@ func sharedIn(root string) (names []string) {
 			continue // no pattern of ours is malformed
 		}
 		for _, path := range found {
+			if strings.HasSuffix(pattern, "*.8") && !isOurPage(path) {
+				continue // somebody's own page beside ours
+			}
 			names = append(names, filepath.Join(filepath.Dir(pattern), filepath.Base(path)))
 		}
 	}
 	return names
 }
+
+// isOurPage says whether a page of the manual is of this program: its first line says so.
+func isOurPage(path string) bool {
+	text, err := untrusted.ReadFile(path, mostShared)
+	first, _, _ := strings.Cut(string(text), "\n")
+	return err == nil && strings.HasPrefix(first, ".TH SERVICE-PROXY-AGENT") &&
+		strings.HasSuffix(first, " service-proxy-agent Manual")
+}
+
+// mostShared is more than one of these files has.
+const mostShared = 1 << 20
 
 // sharedRoot is the folder of an archive in which they are as they shall be on the VM.
 const sharedRoot = "root"
@@ -66,7 +81,7 @@ func (b *bootstrapper) placeShared(archive string) {
 }
 
 func placeText(from, to string) error {
-	text, err := os.ReadFile(from)
+	text, err := untrusted.ReadFile(from, mostShared)
 	if err != nil {
 		return err
 	}

@@ -26,12 +26,17 @@ func (v *fakeVM) archive(agent, envoy string) (dir string) {
 	v.put(filepath.Join(dir, runtime.GOARCH, "service-proxy-agent"), fakeBinary(v.T, agent))
 	for _, pattern := range append(shared, "/usr/local/share/man/man8/service-proxy-agent.8") {
 		name := strings.Replace(pattern, "*", "-"+agent, 1)
-		v.put(filepath.Join(dir, sharedRoot, name), agent+" "+name)
+		v.put(filepath.Join(dir, sharedRoot, name), sharedText(agent, name))
 	}
 	if envoy != "" {
 		v.put(filepath.Join(dir, runtime.GOARCH, "envoy"), fakeBinary(v.T, envoy))
 	}
 	return filepath.Join(v.root, dir)
+}
+
+// sharedText is what an archive with this agent has under this name.
+func sharedText(agent, name string) string {
+	return ".TH SERVICE-PROXY-AGENT 8 2026-11-29 service-proxy-agent Manual\n" + agent + " " + name
 }
 
 func (v *fakeVM) install(agent, envoy string) {
