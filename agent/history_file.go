@@ -9,11 +9,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
-	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
@@ -22,10 +23,13 @@ const (
 	// maxHistoryFile is more than the transitions ever take.
 	maxHistoryFile = 256 << 10
 	maxKeptFile    = 4 << 20 // the attribute's and the failures'
-	maxWord        = 64      // of a kind or an ID, which another version may have
+	maxWord        = 64      // of an ID, which another version may have
 	// maxTimes is more than ever happens, and a sum of them is still a number.
 	maxTimes = 1_000_000_000
 )
+
+// wordsOfID is the form of an ID, as docs/status.schema.json has it.
+var wordsOfID = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
 
 // keptTransitions are the last ones as the state folder keeps them for the next start. Nobody
 // changes them.
@@ -71,8 +75,12 @@ func readKept(path string, most int64) ([]byte, error) {
 func (k keptTransitions) sound() (all []status.Transition) {
 	for _, t := range k.Transitions[max(0, len(k.Transitions)-maxTransitions):] {
 		t = bounded(t)
-		t.Kind = symptom.Printable(t.Kind, maxWord)
-		t.ID = symptom.ID(symptom.Printable(string(t.ID), maxWord))
+		if t.Kind != "" && !slices.Contains(status.Kinds, t.Kind) {
+			t.Kind = status.OfAgent // a newer version's: docs/status.schema.json lists those of this one
+		}
+		if len(t.ID) > maxWord || !wordsOfID.MatchString(string(t.ID)) {
+			t.ID = ""
+		}
 		t.Time, t.First = t.Time.UTC(), t.First.UTC()
 		if t.Times < 2 || t.First.IsZero() || !written(t.First) {
 			t.Times, t.First = 0, time.Time{}

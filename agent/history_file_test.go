@@ -23,6 +23,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 // fullHistory has as many transitions as there may be, each as long as it may be.
@@ -109,6 +110,31 @@ func TestTransitionsOfOthers(t *testing.T) {
 				t.Errorf("%q, %v, want %q", inLines(all), err, test.want)
 			}
 		})
+	}
+}
+
+// TestTransitionsOfNewerVersions: words that this version does not know are told in its own form,
+// which docs/status.schema.json has.
+func TestTransitionsOfNewerVersions(t *testing.T) {
+	dir := t.TempDir()
+	text := `{"transitions":[
+		{"time":"2026-11-28T18:00:00Z","kind":"newer","severity":"fatal","text":"x","id":"Bad ID"},
+		{"time":"2026-11-28T18:00:00Z","kind":"finding","severity":"info","text":"y","id":"-"},
+		{"time":"2026-11-28T18:00:00Z","kind":"finding","severity":"info","text":"z","id":"newer-one"}]}`
+	if err := os.WriteFile(filepath.Join(dir, historyFile), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	all, err := loadTransitions(dir, "")
+	if err != nil || len(all) != 3 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	body, err := json.Marshal(status.Status{Schema: status.Schema, Mode: "hold", History: all})
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema.Valid(t, "status", body)
+	if all[2].ID != "newer-one" {
+		t.Errorf("the last line is %+v", all[2])
 	}
 }
 
