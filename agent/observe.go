@@ -100,6 +100,7 @@ func (l *loop) observe(now time.Time) Observation {
 func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Facts {
 	f := symptom.Facts{
 		Envoy:         o.Envoy.Facts(o.Settings.EnvoyAdmin),
+		EnvoyLog:      o.Settings.EnvoyLog,
 		ProxyUser:     o.Settings.ProxyUser,
 		ProxyUID:      o.User.UID,
 		UserErr:       o.User.Err,

@@ -160,7 +160,7 @@ func TestLookFails(t *testing.T) {
 // TestFacts: what a pass saw, and what came of it, is all there.
 func TestFacts(t *testing.T) {
 	seen := Observation{
-		Settings:  Settings{EnvoyAdmin: "127.0.0.1:15000", ProxyUser: "envoy"},
+		Settings:  Settings{EnvoyAdmin: "127.0.0.1:15000", EnvoyLog: "/e.log", ProxyUser: "envoy"},
 		User:      proxyUser{UID: 107, Err: errors.New("user")},
 		Attribute: attributeInForce{Err: errors.New("attribute"), Source: errors.New("server")},
 		Bootstrap: progress.State{Status: progress.Failed, Failure: "no space", Time: testStart},
@@ -182,7 +182,8 @@ func TestFacts(t *testing.T) {
 	if f.Account != "a@b" || len(f.Scopes) != 1 || !f.GuestOff || f.ListenErr != seen.ListenErr ||
 		f.MetricsErr != seen.MetricsErr ||
 		f.Attribute != seen.Attribute.Err || f.Metadata != seen.Attribute.Source || !f.NoAttribute ||
-		len(f.Advice) != 1 || f.UserErr != seen.User.Err || f.ProxyUID != 107 || f.ProxyUser != "envoy" {
+		len(f.Advice) != 1 || f.UserErr != seen.User.Err || f.ProxyUID != 107 || f.ProxyUser != "envoy" ||
+		f.EnvoyLog != "/e.log" {
 		t.Errorf("%+v", f)
 	}
 	if f.VM.Name != "web-1" || f.Clock != time.Minute || f.Agent.Killed != testStart {

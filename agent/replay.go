@@ -95,7 +95,9 @@ func (r *recorded) looked() Looked {
 // addedFields are the fields of Facts that have come since the first recording of this schema, and
 // the kinds of findings that are made of them. A recording that lacks one cannot decide those.
 // testdata/look-v1.fields has the first fields.
-var addedFields = map[string][]symptom.ID{}
+var addedFields = map[string][]symptom.ID{
+	"EnvoyLog": nil, // of next steps and commands alone
+}
 
 // undecided are the kinds that an older agent did not know, or not by the fields of today.
 func (r *recorded) undecided(fields []string) map[symptom.ID]string {

@@ -127,11 +127,11 @@ func envoyDown(f Facts) []Finding {
 		cause += say(", last error in its log: %s", f.Envoy.LastError)
 	}
 	found := finding(EnvoyDown, 1, Error,
-		"see `systemctl status service-proxy-envoy` and /var/log/envoy/envoy.err.log", "%s", safe(cause)).
+		"see `systemctl status service-proxy-envoy` and "+f.envoyLog(), "%s", safe(cause)).
 		seen(FromEnvoy, f.Envoy.Since, f.Envoy.Err.Error()).
 		seen(FromUnit, time.Time{}, f.Envoy.Unit).
 		seen(FromEnvoyLog, time.Time{}, f.Envoy.LastError).
-		try(statusEnvoy, tailLog, restartEnvoy)
+		try(statusEnvoy, f.tailLog(), restartEnvoy)
 	found.Since = f.Envoy.Since
 	return []Finding{found}
 }
@@ -142,8 +142,7 @@ func adminUnreadable(f Facts) []Finding {
 	if err == nil || errors.Is(err, envoyadmin.ErrRefused) || errors.As(err, &foreign) {
 		return nil // the last is row 32's
 	}
-	next := "the rules stay as they are; see /var/log/envoy/envoy.err.log, and restart Envoy if " +
-		"this lasts"
+	next := "the rules stay as they are; see " + f.envoyLog() + ", and restart Envoy if this lasts"
 	switch {
 	case errors.Is(err, envoyadmin.ErrForbiddenPath):
 		next = "add prefixes /config_dump, /server_info, /ready, /stats and /clusters to " +
@@ -158,7 +157,7 @@ func adminUnreadable(f Facts) []Finding {
 	found := finding(AdminUnreadable, 0, Error, next,
 		"Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err).
 		seen(FromEnvoy, f.Envoy.Since, err.Error()).
-		try(f.ask("/server_info"), statusEnvoy, tailLog)
+		try(f.ask("/server_info"), statusEnvoy, f.tailLog())
 	found.Since = f.Envoy.Since
 	return []Finding{found}
 }
@@ -177,10 +176,10 @@ func controlPlane(f Facts) []Finding {
 	if s == nil {
 		if f.Envoy.Apart {
 			return []Finding{finding(ControlPlaneConnect, 4, Error,
-				"see the warnings in /var/log/envoy/envoy.err.log",
+				"see the warnings in "+f.envoyLog(),
 				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works",
 				safe(cannotReach)).
-				seen(FromEnvoy, time.Time{}, "control_plane.connected_state: 0").try(tailLog)}
+				seen(FromEnvoy, time.Time{}, "control_plane.connected_state: 0").try(f.tailLog())}
 		}
 		return nil
 	}
@@ -237,13 +236,13 @@ func (f Facts) refused(s *Stream) Finding {
 				askMetadata("", readAttribute))
 	case s.Message == "":
 		return finding(ControlPlaneConnect, 4, Error,
-			"a firewall may block TCP 443; see the warnings in /var/log/envoy/envoy.err.log",
+			"a firewall may block TCP 443; see the warnings in "+f.envoyLog(),
 			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works",
-			safe(cannotReach), safe(target(s)), s.Code).try(tailLog,
+			safe(cannotReach), safe(target(s)), s.Code).try(f.tailLog(),
 			"gcloud compute firewall-rules list --project="+f.project()+" --filter=direction=EGRESS")
 	}
-	return finding(ControlPlaneRefused, 0, Error, "see /var/log/envoy/envoy.err.log", "%s: %s",
-		safe(cannotReach), s.words()).try(grepStream)
+	return finding(ControlPlaneRefused, 0, Error, "see "+f.envoyLog(), "%s: %s",
+		safe(cannotReach), s.words()).try(f.grepStream())
 }
 
 // denied is gRPC's code 7.
@@ -307,9 +306,9 @@ func notConfigured(f Facts) []Finding {
 	}
 	return []Finding{finding(EnvoyNotConfigured, 2, Error,
 		"the rules stay as they are until it has; look for `gRPC config stream` in "+
-			"/var/log/envoy/envoy.err.log",
+			f.envoyLog(),
 		"Envoy has not received its configuration (state %s)", name(f.Envoy.State)).
-		seen(FromEnvoy, time.Time{}, f.Envoy.State).try(grepStream, f.ask("/ready"))}
+		seen(FromEnvoy, time.Time{}, f.Envoy.State).try(f.grepStream(), f.ask("/ready"))}
 }
 
 func tooOld(f Facts) []Finding {
@@ -453,7 +452,7 @@ func rejected(f Facts) (out []Finding) {
 				r.Details).
 				under(r.Name).seen(FromEnvoy, time.Time{}, r.Details).
 				try(f.ask("/config_dump?resource=dynamic_listeners&mask=name,error_state.details"),
-					"sudo grep 'config rejected' "+envoyLog+" | tail -n 5"))
+					f.grepLog("", "'config rejected'")))
 			continue
 		}
 		file := word(m[1], "FILE")
@@ -522,8 +521,8 @@ func portClosed(f Facts) (out []Finding) {
 		if p.Err != nil {
 			why = p.Err
 		}
-		next := "see /var/log/envoy/envoy.err.log for a bind error"
-		commands := []string{listens(p.Addr.Port()), "sudo grep -i bind " + envoyLog + " | tail -n 5"}
+		next := "see " + f.envoyLog() + " for a bind error"
+		commands := []string{listens(p.Addr.Port()), f.grepLog("-i ", "bind")}
 		if errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) { // there is no Envoy that could
 			next, commands = "it accepts by itself once Envoy runs", nil
 		}
@@ -646,7 +645,8 @@ func logUnreadable(f Facts) []Finding {
 		"make it readable for the agent's user; until then changes are seen up to a second later and "+
 			"the control plane's words are not known",
 		"Envoy's log cannot be read: %s", f.Envoy.LogErr).
-		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld /var/log/envoy " + envoyLog)}
+		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld " +
+		f.logFolder() + " " + f.logFile())}
 }
 
 func attributeAdvice(f Facts) (out []Finding) {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net"
 	"net/netip"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -72,12 +73,29 @@ const (
 	readAttribute = "instance/attributes/gce-service-proxy"
 	statusEnvoy   = "systemctl status service-proxy-envoy"
 	restartEnvoy  = "sudo systemctl restart service-proxy-envoy"
-	envoyLog      = "/var/log/envoy/envoy.err.log"
-	tailLog       = "sudo tail -n 50 " + envoyLog
-	grepStream    = "sudo grep 'gRPC config stream' " + envoyLog + " | tail -n 5"
 	editDefaults  = `sudo "${EDITOR:-vi}" /etc/default/service-proxy-agent`
 	restartAgent  = "sudo systemctl restart service-proxy-agent"
 )
+
+const defaultLog = "/var/log/envoy/envoy.err.log"
+
+// envoyLog is where Envoy's log is. An older recording does not say: the default is as good there.
+func (f Facts) envoyLog() string { return name(cmp.Or(f.EnvoyLog, defaultLog)) }
+
+// logFile and logFolder are the same for a command.
+func (f Facts) logFile() string { return word(cmp.Or(f.EnvoyLog, defaultLog), "FILE") }
+func (f Facts) logFolder() string {
+	return word(filepath.Dir(cmp.Or(f.EnvoyLog, defaultLog)), "FOLDER")
+}
+
+func (f Facts) tailLog() string { return "sudo tail -n 50 " + f.logFile() }
+
+// grepLog is the last lines of Envoy's log in which these words are. flags are of grep.
+func (f Facts) grepLog(flags, words string) string {
+	return "sudo grep " + flags + words + " " + f.logFile() + " | tail -n 5"
+}
+
+func (f Facts) grepStream() string { return f.grepLog("", "'gRPC config stream'") }
 
 // setAttribute writes another attribute, after a look at what it would change.
 func (f Facts) setAttribute() []string {

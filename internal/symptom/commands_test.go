@@ -13,7 +13,7 @@ import (
 )
 
 // placeholders are for what nobody knows, or no terminal shows. They cannot be taken for a name.
-var placeholders = regexp.MustCompile(`\b(PROJECT|VM|ZONE|ACCOUNT|FILE|SOCKET|URL|HOST|USER|CHAIN|TABLE|FAMILY|BACKEND_SERVICE)\b`)
+var placeholders = regexp.MustCompile(`\b(PROJECT|VM|ZONE|ACCOUNT|FILE|SOCKET|URL|FOLDER|HOST|USER|CHAIN|TABLE|FAMILY|BACKEND_SERVICE)\b`)
 
 // TestEvidence: each finding says what it was found by, and gives a command to paste; on a VM that
 // knows itself with nothing to fill in but a file of one's own, or one of several services.
@@ -106,6 +106,36 @@ func TestCommands(t *testing.T) {
 		}) {
 			t.Errorf("%s: %+v, want %s", tt.id, findings, tt.want)
 		}
+	}
+}
+
+// TestEnvoyLog: next steps and commands name the log that --envoy-log names, and it is one word.
+func TestEnvoyLog(t *testing.T) {
+	const file = "/srv/envoy logs/e.log"
+	said := map[bool]int{}
+	for _, e := range examples {
+		for _, set := range []bool{false, true} {
+			f := e.facts
+			if set {
+				f.EnvoyLog = file
+			}
+			f.Envoy.LogErr = strings.ReplaceAll(f.Envoy.LogErr, defaultLog, file)
+			for _, found := range Check(f) {
+				text := found.Next + "\n" + strings.Join(found.Commands, "\n")
+				if set && (strings.Contains(text, defaultLog) || strings.Contains(text, "/var/log/envoy ")) {
+					t.Errorf("%s: %s: another log is in force: %s", e.when, found.ID, text)
+				}
+				said[set] += strings.Count(text, defaultLog) + strings.Count(text, file)
+				for _, command := range found.Commands {
+					if strings.Contains(command, file) && !strings.Contains(command, "'"+file+"'") {
+						t.Errorf("%s: %s: the path is no single word: %s", e.when, found.ID, command)
+					}
+				}
+			}
+		}
+	}
+	if said[false] != said[true] || said[true] < 10 {
+		t.Errorf("the log is named so often: %v", said)
 	}
 }
 

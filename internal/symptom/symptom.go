@@ -205,7 +205,9 @@ type Envoy struct {
 // Facts is what one pass of the agent found. The zero value of a field means
 // "nothing known against it".
 type Facts struct {
-	Envoy     Envoy
+	Envoy Envoy
+	// EnvoyLog is where its log is looked for, as set by --envoy-log; "": the default.
+	EnvoyLog  string
 	ProxyUser string // as set by --proxy-user
 	ProxyUID  uint32
 	UserErr   error // the proxy's user does not exist
