@@ -40,14 +40,22 @@ func writePage(ctx context.Context, out io.Writer, file string,
 			_, err = fmt.Fprintf(out, "%s: a page, to open in a browser\n", file)
 		}
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return unwritten(err)
-	case content.Status == nil:
-		return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
-			"was seen without it", content.NoStatus)}
 	}
-	return verdict(*content.Status)
+	return pageVerdict(content)
+}
+
+// pageVerdict is what a page says, as an exit code.
+func pageVerdict(c page.Content) error {
+	switch {
+	case c.Status == nil:
+		return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
+			"was seen without it", c.NoStatus)}
+	case !c.Healthy():
+		return &exitError{code: exitNo}
+	}
+	return nil
 }
 
 // replaceFile replaces a file, but nothing else: without /dev/null, or with a file in the place of

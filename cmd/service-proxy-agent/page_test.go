@@ -1,11 +1,17 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // TestHTMLUsage is 64 before anything is looked at.
@@ -43,6 +49,37 @@ func TestHTMLReplacesFiles(t *testing.T) {
 		}
 		if tt.ok && info.Mode().Perm() != 0o600 {
 			t.Errorf("%s is %v", tt.name, info.Mode())
+		}
+	}
+}
+
+// TestPageVerdict: a page is answered by what it says, be it the look's or the daemon's word.
+func TestPageVerdict(t *testing.T) {
+	now := time.Now()
+	down := []symptom.Finding{{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "it is down"}}
+	well := status.Status{Mode: "intercepting", Ready: true, Heartbeat: now}
+	ill := well
+	ill.Findings = down
+	for _, tt := range []struct {
+		name   string
+		daemon *status.Status
+		looks  symptom.Facts
+		want   int
+	}{
+		{"both well", &well, symptom.Facts{}, 0},
+		{"the daemon knows an error", &ill, symptom.Facts{}, exitNo},
+		{"the look sees one", &well, symptom.Facts{UserErr: errors.New("no such user")}, exitNo},
+		{"no daemon", nil, symptom.Facts{UserErr: errors.New("no such user")}, exitNoAnswer},
+	} {
+		looked := agent.Looked{Daemon: tt.daemon, Facts: tt.looks}
+		looked.Seen.Now = now
+		err := pageVerdict(contentOf(t.Context(), looked))
+		code := 0
+		if exit := (*exitError)(nil); errors.As(err, &exit) {
+			code = exit.code
+		}
+		if code != tt.want {
+			t.Errorf("%s: exit code %d (%v), want %d", tt.name, code, err, tt.want)
 		}
 	}
 }

@@ -44,7 +44,7 @@ func statusCommand() *cobra.Command {
 			"With --watch the exit code is that of the last look. Whether the mesh is ready is another " +
 			"question, which `wait` asks.\n\n" +
 			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +
-			"stuck; 2 no answer; 64 wrong usage.\n\n" +
+			"stuck; 2 no answer; 64 wrong usage.\nAn error that --html sees by itself counts, too.\n\n" +
 			"docs/status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent status -o json\n" +

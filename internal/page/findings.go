@@ -14,7 +14,12 @@ const maxAlike = 20
 func findings(c Content) element {
 	s := section("findings", "Findings")
 	t := telling{c: c}
-	if all := t.all(c.Report.Tree(), 3); len(all) > 0 {
+	all := t.all(c.Report.Tree(), 3)
+	if told := c.toldErrors(); len(told) > 0 {
+		all = append(all, note("The agent told of this in its last pass; this look did not find it:"))
+		all = append(all, t.all(told, 3)...)
+	}
+	if len(all) > 0 {
 		s.add(all)
 		return s
 	}

@@ -76,7 +76,7 @@ func Render(w io.Writer, c Content) error {
 	for _, p := range parts {
 		main.add([]any{p.of(c)})
 	}
-	title := headline(c).short() + " · " + c.Host + " · service-proxy-agent"
+	title := headline(c).word + " · " + c.Host + " · service-proxy-agent"
 	head := []any{}
 	if c.Live && !c.Paused {
 		head = append(head, el("meta", attr{"http-equiv", "refresh"},

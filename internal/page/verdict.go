@@ -1,7 +1,6 @@
 package page
 
 import (
-	"fmt"
 	"strings"
 	"time"
 
@@ -13,21 +12,13 @@ import (
 // heading is how the VM stands, in a line.
 type heading struct {
 	level fixed
+	word  string // the same in a word or two
 	text  string
 }
 
-// short is the same in a word or two.
-func (h heading) short() string {
-	switch h.level {
-	case good:
-		return "Healthy"
-	case warn:
-		return "Warnings"
-	case bad:
-		return "Not healthy"
-	}
-	return "Not known"
-}
+// Healthy says that neither what was looked at nor the agent knows of an error. It is what the
+// headline says, and what `status --html` exits by.
+func (c Content) Healthy() bool { return headline(c).level != bad }
 
 // headline is the verdict.
 func headline(c Content) heading {
@@ -48,22 +39,56 @@ func headline(c Content) heading {
 	for _, n := range roots {
 		count[n.Worst()]++
 	}
-	switch errors, warnings := count[symptom.Error], count[symptom.Warning]; {
-	case errors > 0:
-		title := titleOf(c.Report, roots[0].ID)
-		if errors > 1 {
-			return heading{bad, fmt.Sprintf("Not healthy: %s, and %s", title,
-				numberOf(errors-1, "other error"))}
-		}
-		return heading{bad, "Not healthy: " + title}
-	case !looked:
-		return heading{unknown, "Not known: nothing could be looked at"}
-	case warnings > 0:
-		return heading{warn, "Working, with " + numberOf(warnings, "warning")}
-	case blind > 0:
-		return heading{unknown, "Nothing found, but " + numberOf(blind, "check") + " could not look"}
+	told := c.toldErrors()
+	worst := append(roots, told...)
+	if count[symptom.Error] == 0 {
+		worst = told
 	}
-	return heading{good, "Healthy"}
+	switch errors, warnings := count[symptom.Error]+len(told), count[symptom.Warning]; {
+	case errors > 0:
+		said := "Not healthy: " + titleOf(c.Report, worst[0].ID)
+		if errors > 1 {
+			said += ", and " + numberOf(errors-1, "other error")
+		}
+		return heading{bad, "Not healthy", said}
+	case !looked:
+		return heading{unknown, "Not known", "Not known: nothing could be looked at"}
+	case c.Status != nil && c.Status.Paused:
+		return heading{warn, "Paused", "Paused: nothing is intercepted"}
+	case c.Status != nil && !c.Status.Ready:
+		return heading{warn, "Not ready", "Not ready: " + orUnknown(c.Status.NotReady)}
+	case warnings > 0:
+		return heading{warn, "Warnings", "Working, with " + numberOf(warnings, "warning")}
+	case blind > 0:
+		return heading{unknown, "Not known",
+			"Nothing found, but " + numberOf(blind, "check") + " could not look"}
+	}
+	return heading{good, "Healthy", "Healthy"}
+}
+
+// toldErrors are the errors that the agent alone tells of: they may be over since its last pass, or
+// of what only the agent sees. That its passes do not end is one.
+func (c Content) toldErrors() (some []*symptom.Tree) {
+	if c.Status == nil {
+		return nil
+	}
+	found := map[symptom.ID]bool{}
+	for _, f := range c.Report.Findings {
+		found[f.ID] = true
+	}
+	told := c.Status.Findings
+	if c.Status.Stuck(c.Time) {
+		told = append([]symptom.Finding{{ID: symptom.AgentStuck, Severity: symptom.Error,
+			Cause:    "No pass of the agent has ended since " + c.Status.Heartbeat.Format(time.RFC3339),
+			Next:     "`journalctl -u service-proxy-agent` has why; restart it",
+			Commands: []string{"sudo systemctl restart service-proxy-agent"}}}, told...)
+	}
+	for _, n := range symptom.Nested(told) {
+		if n.Worst() == symptom.Error && !found[n.ID] {
+			some = append(some, n)
+		}
+	}
+	return some
 }
 
 // titleOf is what a kind of finding is called.
