@@ -157,6 +157,9 @@ func TestText(t *testing.T) {
 		{"lines", "PASSWORD=s3cr3t password: s3cr3t", "PASSWORD=[...] password: [...]"},
 		{"lines", "no token: permission denied", "no token: permission denied"},
 		{"lines", "a\x1b[31mred\x00", "a[31mred"},
+		// What turns text round, or shows as nothing, goes; letters of any script stay.
+		{"lines", "a\tb\u202edcba\u2066\u200b\u2028\u009b\ufeffx", "a\tbdcbax"},
+		{"lines", "to\u200bken=s3cr3t 名前\u00a0é", "token=[...] 名前\u00a0é"},
 		{"lines", "key:\n-----BEGIN RSA PRIVATE KEY-----\ns3cr3t\ns3cr3t\n-----END RSA PRIVATE KEY-----\nafter", "key:\n[...]\nafter"},
 		// Spaces and quotes around a value, and spaces in it.
 		{"lines", `secret="a s3cr3t", 'token' : 's3cr3t s3cr3t' x`, `secret="[...]", 'token' : '[...]' x`},

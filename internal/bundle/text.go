@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
@@ -118,9 +119,10 @@ func eachLine(in []byte, change func(string) string) []byte {
 // keyLine is a line of a key, or of what else is base64 in lines.
 var keyLine = regexp.MustCompile(`^\s*[A-Za-z0-9+/]{60,80}={0,2}$`)
 
-// printable drops what would do something to the terminal of who reads it.
+// printable drops what would do something to the terminal of who reads it, or to the order in which
+// that shows the text.
 func printable(r rune) rune {
-	if r < ' ' && r != '\t' || r >= 0x7f && r <= 0x9f {
+	if !unicode.IsGraphic(r) && r != '\t' {
 		return -1
 	}
 	return r
