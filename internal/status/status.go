@@ -284,13 +284,33 @@ func (s Status) Connections() string {
 		}
 		return "connections are led to Envoy"
 	case "hold":
-		return "nothing is led to Envoy yet, or its stop is planned: connections go past it"
+		return s.holds()
 	case "bypass":
 		return "Envoy is down, and connections go past it"
 	case "paused":
 		return "connections go past Envoy"
 	}
 	return ""
+}
+
+// holds is why nothing is led to Envoy on hold, as far as it is known.
+func (s Status) holds() string {
+	for _, f := range s.Families {
+		if f.Shape != nil && f.Shape.Held != "" && s.Envoy.State != "DRAINING" {
+			return "connections go past Envoy: " + f.Shape.Held
+		}
+	}
+	switch {
+	case s.Envoy.State == "DRAINING":
+		return "Envoy drains, since its stop is planned: connections go past it"
+	case s.Ready:
+		return "nothing is to be led to Envoy"
+	case !s.Envoy.Down.IsZero():
+		return "Envoy is down, and connections go past it"
+	case s.NotReady != "":
+		return "nothing is led to Envoy yet: connections go past it"
+	}
+	return "nothing is led to Envoy yet, or its stop is planned: connections go past it"
 }
 
 // Line is the Status in a line of words, by which whoever reads many VMs can group them:

@@ -167,3 +167,32 @@ func TestLine(t *testing.T) {
 		}
 	}
 }
+
+// TestHold: on hold it is said why nothing is led to Envoy, where that is known.
+func TestHold(t *testing.T) {
+	held := []Family{{Family: "IPv4"}, {Family: "IPv6",
+		Shape: &Shape{Held: "the jumps are held back: Envoy does not accept on 15001"}}}
+	for _, tt := range []struct {
+		name string
+		s    Status
+		want string
+	}{
+		{"first boot", Status{NotReady: "Envoy has not received its listeners"},
+			"nothing is led to Envoy yet: connections go past it"},
+		{"held back", Status{NotReady: "x", Families: held},
+			"connections go past Envoy: the jumps are held back: Envoy does not accept on 15001"},
+		{"a planned stop", Status{NotReady: "Envoy is DRAINING, not LIVE", Families: held,
+			Envoy: Envoy{State: "DRAINING"}},
+			"Envoy drains, since its stop is planned: connections go past it"},
+		{"down", Status{NotReady: "x", Envoy: Envoy{Down: time.Unix(1, 0)}},
+			"Envoy is down, and connections go past it"},
+		{"nothing is wanted", Status{Ready: true}, "nothing is to be led to Envoy"},
+		{"an older agent", Status{},
+			"nothing is led to Envoy yet, or its stop is planned: connections go past it"},
+	} {
+		tt.s.Mode = "hold"
+		if have := tt.s.Connections(); have != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, have, tt.want)
+		}
+	}
+}

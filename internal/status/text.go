@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -66,8 +67,13 @@ type printer struct {
 
 // line writes a line; what does not fit goes on, indented by hang more.
 func (p *printer) line(hang int, text string) {
-	p.WriteString(terminal.Wrap(text, p.Width, hang) + "\n")
+	p.WriteString(terminal.Wrap(ages.ReplaceAllStringFunc(text, unbroken), p.Width, hang) + "\n")
 }
+
+// ages are times with their unit, which stay in one line.
+var ages = regexp.MustCompile(`(?:in )?\d+ (?:s|ms|min|h|days)\b(?: ago)?`)
+
+func unbroken(text string) string { return strings.ReplaceAll(text, " ", terminal.NoBreak) }
 
 // row writes a name and what is said of it. Whatever that quotes, it is one line that moves no
 // cursor.

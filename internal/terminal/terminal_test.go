@@ -132,6 +132,9 @@ func TestWrap(t *testing.T) {
 		{"runes, not bytes", "äöü äöü äö", 0, "äöü äöü äö"},
 		{"a colour is no column", "\x1b[31mERROR\x1b[0m down x", 2, "\x1b[31mERROR\x1b[0m down\n  x"},
 		{"spaces at the end", "one two   \n", 2, "one two   \n"},
+		{"a no-break space", "one 2\u00a0h ago", 2, "one 2 h\n  ago"},
+		{"one that fits", "one two 3\u00a0h, x", 2, "one two\n  3 h, x"},
+		{"one in a short line", "3\u00a0h", 2, "3 h"},
 		{"nothing", "", 2, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

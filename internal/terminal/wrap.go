@@ -4,7 +4,7 @@ import "strings"
 
 // Wrap breaks each line of the text that is wider than width between words. What follows a break is
 // indented as its line is, and by indent more. A word that is wider than a line is broken, too, and
-// a colour has no width.
+// a colour has no width. At NoBreak no line is broken; it is printed as a space.
 func Wrap(text string, width, indent int) string {
 	var b strings.Builder
 	for line := range strings.Lines(text) {
@@ -12,8 +12,11 @@ func Wrap(text string, width, indent int) string {
 		wrapLine(&b, body, width, indent)
 		b.WriteString(line[len(body):])
 	}
-	return b.String()
+	return strings.ReplaceAll(b.String(), NoBreak, " ")
 }
+
+// NoBreak is the no-break space.
+const NoBreak = "\u00a0"
 
 func wrapLine(b *strings.Builder, line string, width, indent int) {
 	if Columns(line) <= width {
