@@ -37,7 +37,7 @@ type File struct {
 	Bytes  int    `json:"bytes"`
 	// Cut says what is missing of it, at which end; "": nothing.
 	Cut string `json:"cut,omitempty"`
-	// Redacted says by which rules secrets were taken out: see the README.
+	// Redacted says by which rules secrets were taken out: see docs/bundle.md.
 	Redacted string `json:"redacted"`
 	Data     []byte `json:"-"`
 }

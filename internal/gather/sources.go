@@ -42,7 +42,7 @@ const (
 	mega = 1 << 20
 )
 
-// The masks. The README says what each takes out.
+// The masks. docs/bundle.md says what each takes out.
 var (
 	lines   = Mask{"secrets", bundle.Lines}
 	names   = Mask{"names", bundle.Names}
