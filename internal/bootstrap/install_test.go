@@ -13,6 +13,8 @@ import (
 	"testing/synctest"
 
 	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // A failed installation is tried again from the first folder that can run the archive, and leaves
@@ -145,6 +147,52 @@ func TestRemoveLeavesAllWhereRulesStay(t *testing.T) {
 	for _, path := range paths {
 		if _, err := os.Stat(filepath.Join(root, path)); err == nil {
 			t.Errorf("left behind: %s", path)
+		}
+	}
+}
+
+// TestRemoveAgain: where something could not be removed, the next try still knows what is ours, and
+// has the program that tries.
+func TestRemoveAgain(t *testing.T) {
+	v := newFakeVM(t)
+	v.install("1", "")
+	v.put(EnvoyBinary, "an Envoy of ours")
+	mkdir(t, filepath.Join(v.root, progress.StateDir), 0o755)
+	state := progress.State{PrimarySum: "sum", MadeUsers: []string{AgentUser, EnvoyUser}}
+	if err := progress.Write(filepath.Join(v.root, progress.StateDir), state); err != nil {
+		t.Fatal(err)
+	}
+	busy := true
+	there := map[string]bool{AgentUser: true, EnvoyUser: true}
+	opts := v.options()
+	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
+		if name := cmd.Args[len(cmd.Args)-1]; filepath.Base(cmd.Args[0]) == "userdel" {
+			switch {
+			case !there[name]: // as userdel's man page has it
+				return exec.CommandContext(ctx, "sh", "-c", "exit 6").Run()
+			case name == EnvoyUser && busy:
+				return exec.CommandContext(ctx, "sh", "-c", "exit 8").Run()
+			}
+			delete(there, name)
+		}
+		return nil
+	}
+	remove := func() ([]string, error) {
+		return Remove(t.Context(), opts, func(context.Context) ([]string, error) { return nil, nil })
+	}
+	if done, err := remove(); err == nil || !slices.Contains(done,
+		"left "+progress.StateDir+" and "+AgentBinary+", to try again with") {
+		t.Errorf("done %q, %v", done, err)
+	}
+	v.put(EnvoyBinary, "it could not be removed either")
+	busy = false
+	done, err := remove()
+	if err != nil || len(there) > 0 {
+		t.Errorf("done %q, %v; users %v", done, err, there)
+	}
+	for _, path := range []string{EnvoyBinary, AgentBinary, progress.StateDir} {
+		if _, err := os.Lstat(filepath.Join(v.root, path)); err == nil {
+			t.Errorf("%s is left: %q", path, done)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -63,8 +64,14 @@ func Remove(
 	r.stop(ctx, under)
 	r.removeUnits(ctx, len(over)+len(under) > 0)
 	r.removeShared()
+	failed := len(r.errs)
 	r.removeFiles(state)
 	r.removeUsers(ctx, state)
+	if len(r.errs) == failed {
+		r.remove(progress.StateDir, AgentBinary)
+	} else { // without the state the next try would take our Envoy for yours
+		r.done = append(r.done, "left "+progress.StateDir+" and "+AgentBinary+", to try again with")
+	}
 	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
 		r.done = append(r.done, "left /etc/default/service-proxy-agent, which is yours")
 	}
@@ -127,12 +134,16 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 // removeFiles removes what bootstrap writes. An Envoy that was here before stays.
 func (r *removal) removeFiles(state progress.State) {
 	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir,
-		progress.StateDir, progress.RuntimeDir, restartFile, lockFile, AgentBinary}
+		progress.RuntimeDir, restartFile, lockFile}
 	if state.PrimarySum != "" {
 		paths = slices.Insert(paths, 0, EnvoyBinary)
 	} else if _, err := os.Stat(r.path(EnvoyBinary)); err == nil {
 		r.done = append(r.done, "left "+EnvoyBinary+", which was here before")
 	}
+	r.remove(paths...)
+}
+
+func (r *removal) remove(paths ...string) {
 	for _, path := range paths {
 		if _, err := os.Lstat(r.path(path)); err != nil {
 			continue
@@ -154,6 +165,9 @@ func (r *removal) removeFiles(state progress.State) {
 	}
 }
 
+// noSuchUser is userdel's exit code, of its man page.
+const noSuchUser = 6
+
 // removeUsers removes the users that bootstrap has made, and no other name that the state may hold:
 // the daemon's user may write it.
 func (r *removal) removeUsers(ctx context.Context, state progress.State) {
@@ -161,7 +175,12 @@ func (r *removal) removeUsers(ctx context.Context, state progress.State) {
 		if !slices.Contains(state.MadeUsers, name) {
 			continue
 		}
-		if out, err := r.exec(ctx, time.Minute, "userdel", name); err != nil {
+		out, err := r.exec(ctx, time.Minute, "userdel", name)
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() == noSuchUser {
+			continue // an earlier try, or somebody, removed it
+		}
+		if err != nil {
 			r.errs = append(r.errs, said(err, out))
 			continue
 		}
