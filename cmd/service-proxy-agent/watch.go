@@ -96,6 +96,9 @@ func (w watcher) run(ctx context.Context) error {
 		if now.err == nil {
 			known = now.s
 		}
+		if terminal.Gone(w.tell.out) { // as `| head -1` goes, and nothing changes for a day
+			return &exitError{code: exitNoAnswer} // nobody is left to be told
+		}
 		var err error
 		switch {
 		case isTerminal:

@@ -272,6 +272,30 @@ func TestWatchInOneRow(t *testing.T) {
 	})
 }
 
+// TestWatchedByNobody: it ends when nobody reads any longer, also where nothing changes.
+func TestWatchedByNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, out, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		w := newWatched(func(n int) (status.Status, error) {
+			if n == 5 {
+				r.Close()
+			}
+			return aStatus(n), nil
+		})
+		w.tell.out = out
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		var exit *exitError
+		if err := w.run(ctx); !errors.As(err, &exit) || exit.code != exitNoAnswer || w.asked != 6 {
+			t.Errorf("asked %d times, %v", w.asked, err)
+		}
+	})
+}
+
 // TestWatchFullRow: a line that fills its row keeps its last letter.
 func TestWatchFullRow(t *testing.T) {
 	t.Setenv("COLUMNS", fmt.Sprint(columns))

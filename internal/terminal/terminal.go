@@ -70,3 +70,22 @@ func Window(w io.Writer) (columns, rows int, isTerminal bool) {
 	}
 	return int(got.Col), int(got.Row), true
 }
+
+// Gone says whether nobody reads any longer what is written to w: a pipe's other end is closed. Who
+// writes finds out by that, and who has nothing to write never does.
+func Gone(w io.Writer) (gone bool) {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = conn.Control(func(fd uintptr) { // where it cannot be told, somebody does
+		asked := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(asked, 0)
+		gone = err == nil && n > 0 && asked[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0
+	})
+	return gone
+}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -142,5 +144,26 @@ func TestWrap(t *testing.T) {
 				t.Errorf("%q, want %q", have, tt.want)
 			}
 		})
+	}
+}
+
+// TestGone: a pipe that nobody reads is told from one that somebody may read, and from a file.
+func TestGone(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if Gone(w) || Gone(file) || Gone(&strings.Builder{}) {
+		t.Error("somebody reads, or may do so later")
+	}
+	r.Close()
+	if !Gone(w) {
+		t.Error("nobody reads")
 	}
 }
