@@ -36,7 +36,7 @@ var situations = []situation{
 	{"Envoy", healthyVM, []injection{
 		{row: 1, id: symptom.EnvoyDown, how: "kill -9 of Envoy", inject: envoyKilled, disturbs: true,
 			says: `^Envoy is not running: nothing accepts on its admin address 127\.0\.0\.1:15000 since \S+Z` +
-				`.*; see .systemctl status service-proxy-envoy. and /var/log/envoy/envoy\.err\.log`},
+				`.*; see .systemctl status service-proxy-envoy. and /\S+/envoy\.err\.log`},
 		{row: 32, id: symptom.ForeignOwner, how: "uid 4711 listens on Envoy's ports", inject: portsTaken,
 			disturbs: true, beside: []symptom.ID{symptom.InterceptionNotReady},
 			says: `^Port 15\d+ \(.*\) is held by uid 4711, not by the proxy's user .*` +
@@ -225,7 +225,7 @@ var situations = []situation{
 		{row: 0, id: symptom.InterceptionNotReady, how: "POST /drain_listeners", inject: drained,
 			disturbs: true,
 			says: `^Envoy's outbound interception port 15001 does not accept IPv[46] connections .*` +
-				`; see /var/log/envoy/envoy\.err\.log for a bind error`},
+				`; see /\S+/envoy\.err\.log for a bind error`},
 		{row: 0, id: symptom.AdminUnreadable, how: "the admin interface answers 500", inject: adminSick,
 			says: `^Envoy's admin interface on 127\.0\.0\.1:15100 gives no usable answer: .*status 500` +
 				`.*; the rules stay as they are`},
