@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -103,6 +104,9 @@ type Envoy struct {
 	epoch  int
 }
 
+// hotRestarts counts the Envoys of this process that may be restarted so.
+var hotRestarts atomic.Int32
+
 // StartEnvoy writes a bootstrap and starts an Envoy; it ends with the lab. It does
 // not wait: see WaitReady.
 func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
@@ -139,8 +143,9 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 		admin: l.VM.HTTP(),
 	}
 	if opts.HotRestart {
-		// The id names shared memory of the whole machine, ten times the id, which stays there.
-		id := os.Getpid()
+		// The id names shared memory of the whole machine, ten times the id, which stays there. No two
+		// labs may have the same: one's Envoy would meet the other's that is just starting.
+		id := os.Getpid()%100_000*1000 + int(hotRestarts.Add(1))%1000
 		l.atEnd(func() { os.Remove(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", 10*id)) })
 		e.argv = append(e.argv, "--base-id", fmt.Sprint(id), "--drain-time-s", "1",
 			"--parent-shutdown-time-s", "60")
