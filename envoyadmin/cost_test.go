@@ -266,8 +266,12 @@ func BenchmarkDumpOf10000(t *testing.B) {
 	t.ReportMetric(float64(best["envoyadmin"]), "ns/op")
 	t.ReportMetric(float64(best["protojson of the whole"])/float64(best["envoyadmin"]), "×protojson")
 	t.ReportMetric(float64(peak["envoyadmin"])/1024, "MB-peak")
-	if ratio := float64(best["protojson of the whole"]) / float64(best["envoyadmin"]); ratio < 6 {
-		t.Errorf("%.1f times as fast as protojson", ratio)
+	least := 6.0
+	if os.Getenv("BENCH_ONCE") != "" {
+		least = 3 // make test: boxes run beside, and each is measured a few times
+	}
+	if ratio := float64(best["protojson of the whole"]) / float64(best["envoyadmin"]); ratio < least {
+		t.Errorf("%.1f times as fast as protojson, want %.0f at least", ratio, least)
 	}
 	if kb := peak["envoyadmin"]; kb > 35*1024 {
 		t.Errorf("%d KB resident at the peak", kb)
