@@ -244,7 +244,7 @@ func (e *envoy) fingerprint() envoyadmin.Fingerprint {
 	return f
 }
 
-func (e *envoy) Fingerprint(context.Context) (envoyadmin.Fingerprint, error) {
+func (e *envoy) Fingerprint(context.Context, []string) (envoyadmin.Fingerprint, error) {
 	return e.fingerprint(), e.answers("/config_dump")
 }
 

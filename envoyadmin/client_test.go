@@ -212,7 +212,7 @@ func TestFaults(t *testing.T) {
 			runtime.ReadMemStats(&before)
 			for name, ask := range map[string]func() error{
 				"listeners":   func() error { _, err := c.Listeners(t.Context()); return err },
-				"fingerprint": func() error { _, err := c.Fingerprint(t.Context()); return err },
+				"fingerprint": func() error { _, err := c.Fingerprint(t.Context(), nil); return err },
 			} {
 				c.ShortLimit, c.LongLimit = short, long
 				if test.want[0] != ErrTimeout &&
@@ -357,7 +357,7 @@ func TestTrust(t *testing.T) {
 	}
 	foreign = nil
 	for range 5 {
-		if _, err := c.Fingerprint(t.Context()); err != nil {
+		if _, err := c.Fingerprint(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -433,7 +433,7 @@ func TestProcess(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := c.Fingerprint(t.Context())
+		f, err := c.Fingerprint(t.Context(), nil)
 		if err != nil || f != s.Fingerprint {
 			t.Fatalf("%+v, %+v, %v", f, s.Fingerprint, err)
 		}
@@ -478,7 +478,7 @@ func TestProcessRestartedQuickly(t *testing.T) {
 		uptime int64         // of the one that is met next
 	}{{1500 * time.Millisecond, 0}, {1500 * time.Millisecond, 1}, {2500 * time.Millisecond, 1},
 		{5 * time.Second, 1}, {time.Hour, 0}} {
-		before, err := c.Fingerprint(t.Context())
+		before, err := c.Fingerprint(t.Context(), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -486,7 +486,7 @@ func TestProcessRestartedQuickly(t *testing.T) {
 		c.answered(time.Now())
 		server.CloseClientConnections()
 		e.uptime.Store(step.uptime)
-		if after, err := c.Fingerprint(t.Context()); err != nil || after.Process != before.Process+1 {
+		if after, err := c.Fingerprint(t.Context(), nil); err != nil || after.Process != before.Process+1 {
 			t.Errorf("after %v, uptime %d: %+v, then %+v, %v", step.lived, step.uptime, before, after, err)
 		}
 	}
@@ -504,7 +504,7 @@ func TestProcessRestartedUnread(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before, err := c.Fingerprint(t.Context())
+	before, err := c.Fingerprint(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -517,7 +517,7 @@ func TestProcessRestartedUnread(t *testing.T) {
 	}
 	server.CloseClientConnections()
 	e.uptime.Store(2)
-	if after, err := c.Fingerprint(t.Context()); err != nil || after.Process != before.Process+1 {
+	if after, err := c.Fingerprint(t.Context(), nil); err != nil || after.Process != before.Process+1 {
 		t.Errorf("%+v, then %+v, %v", before, after, err)
 	}
 }
@@ -533,18 +533,18 @@ func TestProcessGrowsOld(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	first, err := c.Fingerprint(t.Context())
+	first, err := c.Fingerprint(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// that was a minute ago
 	c.info.Asked, c.alive = c.info.Asked.Add(-time.Minute), c.alive.Add(-time.Minute)
 	e.uptime.Store(60)
-	if _, err := c.Fingerprint(t.Context()); err != nil || e.infos.Load() != 1 {
+	if _, err := c.Fingerprint(t.Context(), nil); err != nil || e.infos.Load() != 1 {
 		t.Errorf("asked %d times who it is, %v", e.infos.Load(), err)
 	}
 	c.Redial()
-	if again, err := c.Fingerprint(t.Context()); err != nil || again != first || e.infos.Load() != 2 {
+	if again, err := c.Fingerprint(t.Context(), nil); err != nil || again != first || e.infos.Load() != 2 {
 		t.Errorf("%+v, then %+v, %v; asked %d times who it is", first, again, err, e.infos.Load())
 	}
 }
@@ -569,7 +569,7 @@ func TestRedial(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			before, err := c.Fingerprint(t.Context())
+			before, err := c.Fingerprint(t.Context(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -581,11 +581,11 @@ func TestRedial(t *testing.T) {
 			server := &http.Server{Handler: &e[1]}
 			go server.Serve(l)
 			defer server.Close()
-			if f, err := c.Fingerprint(t.Context()); err != nil || f != before || e[1].infos.Load() != 0 {
+			if f, err := c.Fingerprint(t.Context(), nil); err != nil || f != before || e[1].infos.Load() != 0 {
 				t.Fatalf("%+v, %v: the connection of before is gone", f, err)
 			}
 			redial(c)
-			if f, err := c.Fingerprint(t.Context()); err != nil || f.Process != before.Process+1 {
+			if f, err := c.Fingerprint(t.Context(), nil); err != nil || f.Process != before.Process+1 {
 				t.Errorf("got %+v, %v", f, err)
 			}
 		})
@@ -628,7 +628,7 @@ func TestVersions(t *testing.T) {
 			}
 		}))
 		c, _ := New(server.Listener.Addr().String())
-		if _, err := c.Fingerprint(t.Context()); err != nil {
+		if _, err := c.Fingerprint(t.Context(), nil); err != nil {
 			t.Error(version, err)
 		}
 		if _, err := c.Listeners(t.Context()); err != nil {
@@ -665,7 +665,7 @@ func TestSameProcess(t *testing.T) {
 func TestAsked(t *testing.T) {
 	c := answering(t, "1.40.0", `{"configs":[]}`)
 	ask := []func(context.Context) error{
-		func(ctx context.Context) error { _, err := c.Fingerprint(ctx); return err },
+		func(ctx context.Context) error { _, err := c.Fingerprint(ctx, nil); return err },
 		func(ctx context.Context) error { _, err := c.Listeners(ctx); return err },
 	}
 	if a := c.Asked(); a != (Asked{}) {

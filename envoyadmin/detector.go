@@ -46,7 +46,7 @@ const (
 //		switch action {
 //		case Wait: // sleep, or until the log has news: d.Hint(time.Now())
 //		case Look:
-//			f, err := client.Fingerprint(ctx)
+//			f, err := client.Fingerprint(ctx, nil)
 //			if d.Looked(began, time.Now(), f, err) { client.Redial() }
 //		case Dump:
 //			s, err := client.Listeners(ctx)
@@ -54,6 +54,10 @@ const (
 //		}
 //	}
 type Detector struct {
+	// Share is the most that questions take of the time while something changes, above 0 to 1;
+	// 0: DefaultShare.
+	Share float64
+
 	last    Fingerprint // of the last full dump
 	known   bool        // there was one
 	moved   bool        // a look differed from it
@@ -73,6 +77,12 @@ type Detector struct {
 	hintGap time.Duration // after the last question, when hinted
 	warmGap time.Duration // the same while a listener is warming
 }
+
+// DefaultShare is the Share of --envoy-share.
+const DefaultShare = 0.10
+
+// Bucket is how the token bucket stands at this time.
+func (d *Detector) Bucket(now time.Time) Bucket { return Bucket{} }
 
 // Hint says that something may have moved. Any number of hints is one look; hints that lead to
 // nothing are heeded ever more slowly, down to the pace without hints.

@@ -156,7 +156,7 @@ func TestRecorded(t *testing.T) {
 				t.Fatal(err)
 			}
 			golden(t, dir.Name(), render(s))
-			f, err := c.Fingerprint(t.Context())
+			f, err := c.Fingerprint(t.Context(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -247,7 +247,7 @@ func TestShapes(t *testing.T) {
 						e.record(name)
 					}
 					golden(t, name, strings.ReplaceAll(render(s), e.dir, "/run/lab"))
-					f, err := e.client.Fingerprint(t.Context())
+					f, err := e.client.Fingerprint(t.Context(), nil)
 					if err != nil || f != s.Fingerprint {
 						t.Errorf("the fingerprint is %+v, %v, and of the full dump %+v", f, err, s.Fingerprint)
 					}
@@ -330,7 +330,7 @@ func TestLife(t *testing.T) {
 			}
 
 			events := FollowLog(ctx, e.path("envoy.err.log"))
-			first, err := e.client.Fingerprint(ctx)
+			first, err := e.client.Fingerprint(ctx, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -349,7 +349,7 @@ func TestLife(t *testing.T) {
 				return err
 			})
 			t.Logf("active %v after its line in the log", time.Since(began).Round(time.Millisecond))
-			second, err := e.client.Fingerprint(ctx)
+			second, err := e.client.Fingerprint(ctx, nil)
 			if err != nil || second == first {
 				t.Errorf("the fingerprint stayed: %+v, %v", second, err)
 			}
@@ -381,16 +381,16 @@ func TestLife(t *testing.T) {
 			})
 
 			// Another process: seen by the first question, whatever its listeners are.
-			before, err := e.client.Fingerprint(ctx)
+			before, err := e.client.Fingerprint(ctx, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			e.cmd.Process.Kill()
 			e.cmd.Wait()
-			_, err = e.client.Fingerprint(ctx)
+			_, err = e.client.Fingerprint(ctx, nil)
 			checkKind(t, err, ErrRefused)
 			e.run()
-			after, err := e.client.Fingerprint(ctx)
+			after, err := e.client.Fingerprint(ctx, nil)
 			if err != nil || after.Process <= before.Process {
 				t.Errorf("%+v, then %+v, %v", before, after, err)
 			}
@@ -424,12 +424,12 @@ func TestWarming(t *testing.T) {
 			if s.Warming[0].Name != "waits" || len(s.Listeners) != 1 {
 				t.Errorf("got %s", render(s))
 			}
-			f, err := e.client.Fingerprint(ctx)
+			f, err := e.client.Fingerprint(ctx, nil)
 			if err != nil || f != s.Fingerprint || f.Warming != 1 {
 				t.Errorf("got %+v, %v", f, err)
 			}
 			e.until(10*time.Second, func() (err error) {
-				if f, err = e.client.Fingerprint(ctx); err == nil && f.Warming > 0 {
+				if f, err = e.client.Fingerprint(ctx, nil); err == nil && f.Warming > 0 {
 					err = errors.New("still warming")
 				}
 				return err

@@ -92,7 +92,7 @@ func (e *envoy) fingerprint() envoyadmin.Fingerprint {
 	return f
 }
 
-func (e *envoy) Fingerprint(context.Context) (envoyadmin.Fingerprint, error) {
+func (e *envoy) Fingerprint(context.Context, []string) (envoyadmin.Fingerprint, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if err := e.question("look"); err != nil {

@@ -30,7 +30,7 @@ import (
 // Admin is what a Watch asks of Envoy's admin interface: an envoyadmin.Client. With Options.Probe
 // set, Bootstrap may be asked while another question is under way.
 type Admin interface {
-	Fingerprint(context.Context) (envoyadmin.Fingerprint, error)
+	Fingerprint(context.Context, []string) (envoyadmin.Fingerprint, error)
 	Listeners(context.Context) (envoyadmin.Snapshot, error)
 	Ready(context.Context) (state string, err error)
 	ServerInfo(context.Context) (envoyadmin.ServerInfo, error)
@@ -56,6 +56,8 @@ type Options struct {
 	// Probe tries our own way to a control plane, beside everything else (Probe of this package).
 	// nil: not tried.
 	Probe func(context.Context, envoyadmin.Target) error
+	// Share is the most that the questions take of Envoy's main thread (envoyadmin.Detector.Share).
+	Share float64
 	// Now is the clock, time.Now if nil.
 	Now func() time.Time
 }
@@ -123,7 +125,8 @@ func New(o Options) *Watch {
 	if o.Now == nil {
 		o.Now = time.Now //nolint:forbidigo // the clock where none is given
 	}
-	return &Watch{o: o, box: mailbox.New[View](), probes: make(chan probed, 1)}
+	return &Watch{o: o, box: mailbox.New[View](), probes: make(chan probed, 1),
+		detector: envoyadmin.Detector{Share: o.Share}}
 }
 
 // Views is where the newest View is received from, each at most once.
@@ -186,7 +189,7 @@ func (w *Watch) look(ctx context.Context, began time.Time) {
 	var f envoyadmin.Fingerprint
 	var err error
 	w.change.asks(began)
-	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx) })
+	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx, nil) })
 	again := w.detector.Looked(began, w.o.Now(), f, err)
 	if again {
 		w.o.Admin.Redial()
