@@ -1,6 +1,8 @@
 package envoyadmin
 
 import (
+	"errors"
+	"math"
 	"slices"
 	"time"
 )
@@ -12,107 +14,210 @@ import (
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
-	// such looks take one part in 500 of the time; with the tidying up half a percent, and the rest is
+	// such looks take one part in 1,000 of the time; with the tidying up twice that, and the rest is
 	// for questions about health
-	lookShare = 500
-	// after a full dump that took 1, at least 11 until the next: with the look before it under 10 %
-	dumpShare = 11
-	dumpFloor = 200 * time.Millisecond
+	lookShare = 1000
+	// so many looks by names are followed by one of all
+	namedLooks = 9
 
 	// after a look, the first of those that a hint or a warming listener asks for
 	soon = 50 * time.Millisecond
-	// and these take no more than one part in 10, growing rarer quickly
-	soonShare = 10
+	// a full dump that takes less costs hardly more than the look that would tell whether it is needed
+	cheap = 5 * time.Millisecond
 
-	// a full dump even if nothing moved, should the fingerprint ever miss a change
-	resync = 10 * time.Minute
+	// a full dump even if nothing moved, should the fingerprint ever miss a change, and so many times
+	// what it took at least
+	resync      = 10 * time.Minute
+	resyncShare = 2000
 )
 
 // Action is what a Detector says to do.
 type Action uint8
 
 const (
-	Wait Action = iota // nothing, for the time given
-	Look               // ask for Client.Fingerprint and tell Looked
-	Dump               // ask for Client.Listeners and tell Dumped
+	Wait      Action = iota // nothing, for the time given
+	Look                    // ask for Client.Fingerprint of all listeners and tell Looked
+	LookNamed               // the same of the listeners Names
+	Dump                    // ask for Client.Listeners and tell Dumped
 )
 
 // Detector decides when to ask Envoy what, so that a change is seen at once and an idle Envoy
 // spends less than 1 % of its main thread on us. It is a pure value: the time is given to it, and
 // it asks nothing itself. The zero value begins with a dump.
 //
+// All questions take from a token bucket what they took, answered or not. It is refilled at Share of
+// the time, so a storm of changes takes that share; and since it holds some seconds, changes that
+// come after calm are each looked at when they come.
+//
 //	for {
 //		action, wait := d.Next(time.Now())
 //		switch action {
-//		case Wait: // sleep, or until the log has news: d.Hint(time.Now())
-//		case Look:
-//			f, err := client.Fingerprint(ctx, nil)
+//		case Wait: // sleep, or until the log has news: d.Hint(listener)
+//		case Look, LookNamed:
+//			f, err := client.Fingerprint(ctx, nil) // LookNamed: d.Names()
 //			if d.Looked(began, time.Now(), f, err) { client.Redial() }
 //		case Dump:
 //			s, err := client.Listeners(ctx)
-//			d.Dumped(began, time.Now(), s.Fingerprint, err)
+//			if d.Dumped(began, time.Now(), s, err) { client.Redial() }
 //		}
 //	}
+//
+// What is asked beside that is told to Took.
 type Detector struct {
 	// Share is the most that questions take of the time while something changes, above 0 to 1;
 	// 0: DefaultShare.
 	Share float64
 
-	last    Fingerprint // of the last full dump
-	known   bool        // there was one
-	moved   bool        // a look differed from it
+	bucket bucket
+	lost   time.Duration // taken by questions that timed out since an answer of a look or a dump
+
+	last    Fingerprint   // of the last full dump
+	names   []string      // in it, sorted, if it may be looked at by names
+	took    time.Duration // by the last full dump that was answered
+	known   bool          // there was one
+	moved   bool          // a look differed from it
+	movedBy Action        // which, the first that did
 	warming bool
 
-	costs   []time.Duration // of the last looks
-	looked  time.Time       // end of the last question
-	due     time.Time       // the next look that nothing asks for
-	dumpNot time.Time       // no full dump before
+	asking Action             // the look that Next asked for last
+	costs  [2][]time.Duration // of the last looks, of all and named
+	named  int                // looks by names since the last of all
+	whole  bool               // the next look is to be of all
+	unlike uint64             // of this process a look by names differs although nothing moved
+
+	looked  time.Time // end of the last question
+	due     time.Time // the next look that nothing asks for
+	dumpNot time.Time // no full dump before
 	resync  time.Time
+
+	silent    bool          // a question timed out, and none was answered since
+	misses    int           // questions in a row that timed out
+	lostDumps int           // dumps that timed out since one was answered
+	free      bool          // the next dump is due whatever is in the bucket
+	lostGap   time.Duration // how long the share needs for the last of them
+	lostEnd   time.Time     // when that ended
+	seen      Fingerprint   // of the last look
+	lostOf    Fingerprint   // seen before the last dump that timed out
 
 	redialed bool // since something moved, or since a look without a hint
 
-	hinted  bool
-	early   bool          // the last look that differed was asked for by a hint
-	hint    time.Time     // the last hint
-	hintGap time.Duration // after the last question, when hinted
-	warmGap time.Duration // the same while a listener is warming
+	hinted   bool
+	during   bool          // there was a hint since Next asked for the question under way
+	straight bool          // each hint names a listener
+	stranger bool          // a hint names none of names
+	early    bool          // the last question that showed a change was asked for by a hint
+	hintGap  time.Duration // after the last question, when hinted
+	warmGap  time.Duration // the same while a listener is warming
 }
 
-// DefaultShare is the Share of --envoy-share.
-const DefaultShare = 0.10
+func (d *Detector) share() float64 {
+	if d.Share <= 0 {
+		return DefaultShare
+	}
+	return min(max(d.Share, leastShare), 1)
+}
+
+func (d *Detector) size() time.Duration { return max(reserve, reserveDumps*d.took) }
 
 // Bucket is how the token bucket stands at this time.
-func (d *Detector) Bucket(now time.Time) Bucket { return Bucket{} }
+func (d *Detector) Bucket(now time.Time) Bucket {
+	size, share := d.size(), d.share()
+	return Bucket{Level: d.bucket.level(now, size, share), Size: size, Share: share}
+}
 
-// Hint says that something may have moved. Any number of hints is one look; hints that lead to
-// nothing are heeded ever more slowly, down to the pace without hints.
-func (d *Detector) Hint(now time.Time) { d.hinted, d.hint = true, now }
+// Took takes in that another question was asked, and what came of it.
+func (d *Detector) Took(began, ended time.Time, err error) {
+	if errors.Is(err, ErrRefused) {
+		return // nobody was there to spend time on it
+	}
+	taken := d.bucket.take(ended, ended.Sub(began), d.size(), d.share())
+	if errors.Is(err, ErrTimeout) {
+		d.lost += taken
+	}
+}
+
+// affords is when the bucket holds what a question is expected to take.
+func (d *Detector) affords(now time.Time, expected time.Duration) time.Time {
+	b := d.Bucket(now)
+	short := min(expected, b.Size) - b.Level
+	if short <= 0 {
+		return time.Time{}
+	}
+	return now.Add(d.refill(short))
+}
+
+// refill is how long it takes to refill so much.
+func (d *Detector) refill(much time.Duration) time.Duration {
+	return time.Duration(math.Ceil(float64(much) / d.share()))
+}
+
+// Hint says that something may have moved, of this listener if the name is known. Any number of
+// hints is one look; hints that lead to nothing are heeded ever more slowly, down to the pace
+// without hints. Where full dumps are cheap a name has one asked for without a look before it.
+func (d *Detector) Hint(listener string) {
+	if !d.hinted {
+		d.straight, d.stranger = true, false
+	}
+	d.straight = d.straight && listener != ""
+	if _, known := slices.BinarySearch(d.names, listener); !known {
+		d.stranger = true
+	}
+	d.hinted, d.during = true, true
+}
+
+// Names are those of the last full dump, for LookNamed. They are not to be changed.
+func (d *Detector) Names() []string { return d.names }
 
 // Next says what to do at this time, and for Wait, for how long if no hint comes.
 func (d *Detector) Next(now time.Time) (Action, time.Duration) {
-	if !d.known || d.moved || !now.Before(d.resync) {
-		if wait := d.dumpNot.Sub(now); wait > 0 {
-			return Wait, wait
+	action, at := d.next(now)
+	if wait := at.Sub(now); wait > 0 {
+		return Wait, wait
+	}
+	d.asking, d.during = action, false
+	return action, 0
+}
+
+// next is what comes next, and when; the zero time: at once.
+func (d *Detector) next(now time.Time) (Action, time.Time) {
+	look := d.look()
+	// While an Envoy does not answer, a look finds out whether it does again. It is given up sooner
+	// than a dump, and asks for less.
+	if (!d.known || d.moved || !now.Before(d.resync)) && !d.silent {
+		dump := later(d.dumpNot, d.affords(now, d.took))
+		if d.free {
+			dump = time.Time{}
 		}
-		return Dump, 0
+		if d.lostDumps < 2 || dump.Before(d.due) {
+			return Dump, dump
+		}
+		return look, d.due // it may be hours until then, and another Envoy may come
 	}
 	due := d.due
 	if d.hinted {
-		gap := time.Duration(0) // after a quiet time at once
-		if d.hintGap > 0 {
-			gap = max(d.hintGap, soonShare*d.cost())
+		// Before a full dump can be paid a look would be of no use: it would have to be repeated then.
+		at := d.affords(now, d.cost(look)+d.took)
+		if d.hintGap > 0 { // else, after a quiet time, at once
+			at = later(at, d.looked.Add(d.hintGap))
+		} else if d.straight && d.known && !d.silent && d.took < cheap && at.Before(due) {
+			return Dump, at
 		}
-		// Before a full dump is allowed again a look would be of no use: it would
-		// have to be repeated then.
-		due = earlier(due, later(d.looked.Add(gap), d.dumpNot))
+		due = earlier(due, at)
 	}
 	if d.warming {
-		due = earlier(due, d.looked.Add(max(d.warmGap, soonShare*d.cost())))
+		at := later(d.looked.Add(d.warmGap), d.affords(now, d.cost(look)+d.took))
+		due = earlier(due, at)
 	}
-	if wait := due.Sub(now); wait > 0 {
-		return Wait, wait
+	return look, due
+}
+
+// look says which look the next is.
+func (d *Detector) look() Action {
+	if len(d.names) == 0 || d.whole || d.silent || d.unlike == d.last.Process && d.known ||
+		d.named >= namedLooks || d.hinted && d.stranger {
+		return Look
 	}
-	return Look, 0
+	return LookNamed
 }
 
 // Looked takes in the answer of a look. It says whether the next shall go over a new connection: a
@@ -120,43 +225,105 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 // Client.Redial). That look comes soon, and only once as long as hints go on.
 func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (redial bool) {
 	if err != nil {
-		d.failed(began, ended)
+		d.failed(began, ended, err)
 		return false
 	}
-	d.costs = append(d.costs, ended.Sub(began))
-	d.costs = d.costs[max(0, len(d.costs)-4):]
-	moved := f != d.last
-	if moved {
-		d.early = d.hinted && began.Before(d.due)
+	costs := &d.costs[kind(d.asking)]
+	*costs = append(*costs, ended.Sub(began))
+	*costs = (*costs)[max(0, len(*costs)-4):]
+	if d.asking == LookNamed {
+		d.named++
+	} else {
+		d.named, d.whole = 0, false
 	}
-	redial = d.hinted && !moved && !d.redialed
-	d.redialed = d.hinted && !moved
-	d.asked(began, ended, f, moved)
+	d.Took(began, ended, nil)
+	switch {
+	case d.seen.Process != 0 && f.Process != d.seen.Process: // another Envoy, which may have less to tell
+		d.lostDumps, d.dumpNot = 0, time.Time{}
+	case f != d.lostOf:
+		d.dumpNot = earlier(d.dumpNot, d.lostEnd.Add(d.lostGap))
+	}
+	if d.lostDumps == 0 {
+		d.refund(d.lost)
+	}
+	// It was only stopped, or had much else to do: it answers again.
+	d.free = d.silent && d.lostDumps == 1
+	d.seen = f
+	moved := f != d.last
+	if moved && !d.moved {
+		d.movedBy = d.asking
+	}
+	redial = d.asked(began, ended, f, moved)
 	d.moved = d.moved || moved
-	d.hinted = d.hinted || redial
 	return redial
 }
 
-// Dumped takes in the answer of a full dump.
-func (d *Detector) Dumped(began, ended time.Time, f Fingerprint, err error) {
+// Dumped takes in the answer of a full dump. What it returns is that of Looked.
+func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial bool) {
+	d.free = false
 	if err != nil {
-		d.failed(began, ended)
+		d.failed(began, ended, err)
 		d.dumpNot = d.due
-		return
+		if errors.Is(err, ErrTimeout) {
+			d.lostDump(ended.Sub(began), ended)
+		}
+		return false
 	}
+	f := s.Fingerprint
 	moved := !d.known || f != d.last
-	d.asked(began, ended, f, moved)
+	if d.moved && !moved && d.movedBy == LookNamed {
+		d.unlike = f.Process
+	}
+	d.took = ended.Sub(began)
+	d.Took(began, ended, nil)
+	// Those that timed out would have taken as long, if Envoy had had the time.
+	d.refund(d.lost - time.Duration(d.lostDumps)*d.took)
+	d.lostDumps, d.dumpNot = 0, time.Time{}
+	d.whole = d.whole || slices.ContainsFunc(d.names, func(name string) bool {
+		_, found := slices.BinarySearch(s.Names, name)
+		return !found
+	})
+	d.names = nil
+	if nameable(s.Names) {
+		d.names = s.Names
+	}
+	d.seen = f
+	redial = d.asked(began, ended, f, moved)
 	d.last, d.known, d.moved = f, true, false
-	d.dumpNot = ended.Add(max(dumpFloor, dumpShare*ended.Sub(began)))
-	d.resync = ended.Add(max(resync, lookShare*ended.Sub(began)))
+	d.resync = ended.Add(max(resync, resyncShare*d.took))
+	return redial
 }
 
-// asked sets the pace after an answer.
-func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) {
-	d.looked = ended
-	d.due = ended.Add(min(max(lookFloor, lookShare*d.cost()), lookCeiling))
+// refund puts back what was taken for questions that timed out, since one was answered that shows
+// that they did not take Envoy's time but waited for it.
+func (d *Detector) refund(much time.Duration) {
+	d.lost = 0
+	d.bucket.left += max(0, much)
+}
+
+// lostDump sets when the next dump may come behind one that timed out. One alone may be of an Envoy
+// that was stopped, or of a machine that was: the next look that is answered tells. But one that
+// answers looks and not dumps has so much to tell that it spends its time on that in vain: it is
+// tried ever more rarely as long as nothing moves, and at Share of the time when something does.
+func (d *Detector) lostDump(took time.Duration, ended time.Time) {
+	d.lostDumps++
+	d.lostEnd, d.lostGap, d.lostOf = ended, d.refill(took), d.seen
+	if d.lostDumps > 1 {
+		d.dumpNot = ended.Add(d.lostGap << min(d.lostDumps-2, 16))
+	}
+}
+
+// asked sets the pace after an answer. It says whether that answer came to nothing for a hint.
+func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (redial bool) {
+	if moved {
+		d.early = d.hinted && began.Before(d.due) || d.early && d.moved
+	}
+	redial = d.hinted && !moved && !d.redialed
+	d.redialed = d.hinted && !moved
+	d.looked, d.silent, d.misses = ended, false, 0
 	d.warming = f.Warming > 0
-	idle := d.due.Sub(ended)
+	idle := min(max(lookFloor, lookShare*d.cost(d.look())), lookCeiling)
+	d.due = ended.Add(idle)
 	switch {
 	case moved:
 		d.hintGap, d.warmGap = 0, soon
@@ -168,42 +335,68 @@ func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) {
 	if !moved {
 		d.warmGap = min(max(soon, d.warmGap*3/2), idle)
 	}
-	if d.hint.Before(began) {
-		// a hint that came while Envoy answered may be of something that the answer does not hold
-		d.hinted = false
-	}
+	// a hint that came while Envoy answered may be of something that the answer does not hold
+	d.hinted = d.during || redial
+	return redial
 }
 
 // failed sets the pace after no answer: a refused connection costs nothing and is tried again after
-// a second, an Envoy that did not answer in time is left alone for several times as long.
-func (d *Detector) failed(began, ended time.Time) {
-	d.looked = ended
-	d.due = ended.Add(min(max(lookFloor, 5*ended.Sub(began)), lookCeiling))
-	d.hintGap = max(soon, 5*ended.Sub(began))
-	d.warming = false
-	if d.hint.Before(began) {
-		d.hinted = false
+// a second, and so is the first question that an Envoy did not answer in time. After that each is
+// followed by as much time as its share needs.
+func (d *Detector) failed(began, ended time.Time, err error) {
+	d.Took(began, ended, err)
+	gap := max(lookFloor, d.refill(ended.Sub(began)))
+	if errors.Is(err, ErrRefused) {
+		gap = lookFloor
 	}
+	if errors.Is(err, ErrTimeout) {
+		d.silent = true
+		if d.misses++; d.misses == 1 {
+			gap = lookFloor
+		}
+	}
+	d.looked, d.due = ended, ended.Add(gap)
+	d.hintGap = gap
+	d.warming = false
+	d.hinted = d.during
 }
 
-// Early says whether the last look that showed a change was made for a hint, before the pace
-// without hints had one due.
+// Early says whether the last question that showed a change was asked for by a hint, before the
+// pace without hints had a look due.
 func (d *Detector) Early() bool { return d.early }
 
-// Again says that the last dump does not count: another is due as soon as one may be asked for.
+// Again says that the last dump does not count: another is due as soon as the bucket has it.
 func (d *Detector) Again() { d.known = false }
 
 // Back says that Envoy answers other questions again, which it did not either: the
 // next look is due now.
 func (d *Detector) Back(now time.Time) { d.due = earlier(d.due, now) }
 
+// kind is the place of a look in costs.
+func kind(look Action) int {
+	if look == LookNamed {
+		return 1
+	}
+	return 0
+}
+
 // cost is what a look takes: the least of the last ones, since a busy machine only adds to it. One
 // alone says nothing: the first that an Envoy answers takes many times as long as the next.
-func (d *Detector) cost() time.Duration {
-	if len(d.costs) < 2 {
+func (d *Detector) cost(look Action) time.Duration {
+	costs := d.costs[kind(look)]
+	if len(costs) < 2 {
 		return 0
 	}
-	return slices.Min(d.costs)
+	return slices.Min(costs)
+}
+
+// nameable says whether these listeners may be looked at by their names.
+func nameable(names []string) bool {
+	bytes := 0
+	for _, name := range names {
+		bytes += len(name)
+	}
+	return len(names) > 0 && len(names) <= 32 && bytes <= 2<<10
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -171,8 +171,10 @@ func (w *Watch) askAside(ctx context.Context) {
 func (w *Watch) askStarted(ctx context.Context) {
 	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	var err error
-	w.ask(func() { b, err = w.o.Admin.Bootstrap(ctx) })
+	err := w.spend(func() (err error) {
+		b, err = w.o.Admin.Bootstrap(ctx)
+		return err
+	})
 	ended := w.o.Now()
 	w.process.aside.startedNext = ended.Add(pace(ended.Sub(began), startedAgain))
 	if err == nil {
@@ -185,8 +187,10 @@ func (w *Watch) askClusters(ctx context.Context) {
 	h := &w.process.aside.health
 	began := w.o.Now()
 	var all []envoyadmin.ClusterHealth
-	var err error
-	w.ask(func() { all, err = w.o.Admin.Clusters(ctx) })
+	err := w.spend(func() (err error) {
+		all, err = w.o.Admin.Clusters(ctx)
+		return err
+	})
 	if errors.Is(err, context.Canceled) {
 		return
 	}
@@ -197,7 +201,10 @@ func (w *Watch) askClusters(ctx context.Context) {
 	}
 	if began = w.o.Now(); h.panicsDue(began) && !w.heard {
 		var counts map[string]uint64
-		w.ask(func() { counts, _ = w.o.Admin.Panics(ctx) })
+		w.spend(func() (err error) {
+			counts, err = w.o.Admin.Panics(ctx)
+			return err
+		})
 		h.panicked(began, w.o.Now(), counts)
 	}
 	w.process.aside.Clusters = h.told()

@@ -13,7 +13,7 @@ import (
 //	c.asks(began)                 a look or a dump begins; then one of
 //	c.failed()                    no answer
 //	c.looked(fingerprint, again)  the answer of a look; again: it is made anew for the same hint
-//	c.dumped(fingerprint), then   the answer of a dump, and what became of it:
+//	c.dumped(fingerprint, again)  the answer of a dump, and then what became of it:
 //	  c.news()                      it is the set that counts now
 //	  c.waits()                     it is news, and does not count yet
 //	  c.nothing()                   it is no news
@@ -23,6 +23,7 @@ type change struct {
 	asked  time.Time              // when the question under way began; zero: none is
 	hint   time.Time              // the first hint that no question has answered; zero: none
 	during time.Time              // the first that came during the question under way
+	again  bool                   // the dump is followed by a look for the same hint
 	since  time.Time              // what first told of what the last dump does not hold
 	fresh  time.Time              // the same, of the set that counts, which is in no View yet
 	untold time.Time              // the same, of sets in Views that nobody has taken
@@ -55,7 +56,7 @@ func (c *change) looked(f envoyadmin.Fingerprint, again bool) {
 	}
 }
 
-func (c *change) dumped(f envoyadmin.Fingerprint) { c.last = f }
+func (c *change) dumped(f envoyadmin.Fingerprint, again bool) { c.last, c.again = f, again }
 
 func (c *change) news() {
 	c.moved()
@@ -65,8 +66,11 @@ func (c *change) news() {
 func (c *change) waits() { c.moved() }
 
 func (c *change) nothing() {
+	if c.since = (time.Time{}); c.again {
+		c.failed()
+		return
+	}
 	c.answered()
-	c.since = time.Time{}
 }
 
 // moved: the question under way has shown a change, of which a hint may have told before.

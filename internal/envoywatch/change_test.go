@@ -90,9 +90,9 @@ func TestTold(t *testing.T) {
 				w.clock = w.clock.Add(10 * ms)
 				told = w.clock
 				w.w.Note(hint)
+				w.while["look"] = func() { <-w.w.Views() } // of the first
 			}
-			w.after(time.Second)
-			return w.after(300 * ms), told
+			return w.after(time.Second), told
 		}},
 		{"one that changes back", func(w *test) (View, time.Time) {
 			w.sets++

@@ -23,6 +23,9 @@ type probed struct {
 	process uint64 // whose control planes these are
 	started *envoyadmin.Bootstrap
 	err     error
+
+	began, ended time.Time // of the question to Envoy, if there was one
+	asked        error     // what that came to
 }
 
 // broken says whether our own way to the control plane is of interest: Envoy's stream is broken, or
@@ -59,7 +62,9 @@ func (w *Watch) probe(ctx context.Context) {
 // only what never changes.
 func (w *Watch) probeControlPlane(ctx context.Context, p probed) probed {
 	if p.started == nil {
+		p.began = w.o.Now()
 		b, err := w.o.Admin.Bootstrap(ctx)
+		p.ended, p.asked = w.o.Now(), err
 		if err != nil {
 			return p // the watch itself tells what is wrong with the admin interface
 		}
@@ -76,6 +81,9 @@ func (w *Watch) probeControlPlane(ctx context.Context, p probed) probed {
 // takeProbe takes the answer of a probe.
 func (w *Watch) takeProbe(p probed) {
 	w.heard = true
+	if !p.ended.IsZero() {
+		w.detector.Took(p.began, p.ended, p.asked)
+	}
 	if p.process != w.process.id { // of the Envoy before: this one's way is tried anew
 		w.probeAt = time.Time{}
 		return

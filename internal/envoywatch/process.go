@@ -38,10 +38,12 @@ const live = "LIVE"
 func (w *Watch) meet(ctx context.Context, id uint64) error {
 	var info envoyadmin.ServerInfo
 	var err error
+	began := w.o.Now()
 	w.ask(func() { info, err = w.o.Admin.ServerInfo(ctx) })
 	if err != nil {
-		return err
+		return err // the Detector takes it for a part of the dump
 	}
+	w.detector.Took(began, w.o.Now(), nil)
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
 		w.set.restarts++
 		w.o.Log.Info("envoy restarted",
@@ -165,7 +167,10 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	}
 	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	w.ask(func() { b, err = w.o.Admin.Bootstrap(ctx) })
+	err = w.spend(func() (err error) {
+		b, err = w.o.Admin.Bootstrap(ctx)
+		return err
+	})
 	w.process.stats.Asked(began, w.o.Now())
 	if err == nil {
 		w.process.aside.Started = b
@@ -187,8 +192,10 @@ func hasDynamic(s envoyadmin.Snapshot) bool {
 func (w *Watch) askControlPlane(ctx context.Context) (envoyadmin.ControlPlane, error) {
 	began := w.o.Now()
 	var p envoyadmin.ControlPlane
-	var err error
-	w.ask(func() { p, err = w.o.Admin.ControlPlane(ctx) })
+	err := w.spend(func() (err error) {
+		p, err = w.o.Admin.ControlPlane(ctx)
+		return err
+	})
 	w.process.stats.Asked(began, w.o.Now())
 	return p, err
 }

@@ -75,6 +75,7 @@ type Watch struct {
 	set      listeners
 	outage   Outage
 	failed   [2]error // what the last question of each kind came to, by kind
+	unread   bool     // the last dump came to nothing
 	logErr   string
 
 	stateAt time.Time // when its state was last asked
@@ -176,7 +177,9 @@ func (w *Watch) Step(ctx context.Context) (wait time.Duration) {
 			}
 			return min(wait, stateEvery)
 		case envoyadmin.Look:
-			w.look(ctx, began)
+			w.look(ctx, began, nil)
+		case envoyadmin.LookNamed:
+			w.look(ctx, began, w.detector.Names())
 		case envoyadmin.Dump:
 			w.dump(ctx, began)
 		}
@@ -184,12 +187,12 @@ func (w *Watch) Step(ctx context.Context) (wait time.Duration) {
 	return 0
 }
 
-// look asks whether anything moved in the listeners.
-func (w *Watch) look(ctx context.Context, began time.Time) {
+// look asks whether anything moved in the listeners of these names, or in all of them.
+func (w *Watch) look(ctx context.Context, began time.Time, names []string) {
 	var f envoyadmin.Fingerprint
 	var err error
 	w.change.asks(began)
-	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx, nil) })
+	w.ask(func() { f, err = w.o.Admin.Fingerprint(ctx, names) })
 	again := w.detector.Looked(began, w.o.Now(), f, err)
 	if again {
 		w.o.Admin.Redial()
@@ -198,6 +201,9 @@ func (w *Watch) look(ctx context.Context, began time.Time) {
 		w.change.failed()
 	} else {
 		w.change.looked(f, again)
+	}
+	if err == nil && w.unread {
+		return // an Envoy that answers looks alone does not tell its listeners
 	}
 	w.answered(dumpQuestion, err)
 }
@@ -217,13 +223,17 @@ func (w *Watch) dump(ctx context.Context, began time.Time) {
 			}
 		}
 	}
-	w.detector.Dumped(began, ended, s.Fingerprint, err)
+	again := w.detector.Dumped(began, ended, s, err)
+	if again {
+		w.o.Admin.Redial()
+	}
+	w.unread = err != nil
 	w.answered(dumpQuestion, err)
 	if err != nil {
 		w.change.failed()
 		return
 	}
-	w.change.dumped(s.Fingerprint)
+	w.change.dumped(s.Fingerprint, again)
 	w.take(ctx, s)
 }
 
@@ -279,6 +289,14 @@ func (w *Watch) ask(question func()) {
 	}
 }
 
+// spend asks Envoy a question that is not the Detector's, and tells it what that took.
+func (w *Watch) spend(question func() error) (err error) {
+	began := w.o.Now()
+	w.ask(func() { err = question() })
+	w.detector.Took(began, w.o.Now(), err)
+	return err
+}
+
 // hear takes an event of the log, or its end.
 func (w *Watch) hear(e envoyadmin.LogEvent, ok bool) {
 	if !ok {
@@ -299,7 +317,7 @@ func (w *Watch) Note(e envoyadmin.LogEvent) {
 	case envoyadmin.StreamClosed:
 		w.process.stream.closed(now, e)
 	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
-		w.detector.Hint(now)
+		w.detector.Hint(e.Listener)
 		w.change.hinted(now)
 		if !w.process.stream.spoke(now) {
 			return // nothing that a View tells
@@ -342,8 +360,10 @@ func (w *Watch) answered(kind int, err error) {
 func (w *Watch) askState(ctx context.Context) error {
 	w.stateAt = w.o.Now()
 	var state string
-	var err error
-	w.ask(func() { state, err = w.o.Admin.Ready(ctx) })
+	err := w.spend(func() (err error) {
+		state, err = w.o.Admin.Ready(ctx)
+		return err
+	})
 	if err == nil {
 		w.process.state = state
 	}

@@ -29,6 +29,7 @@ func TestFirstLook(t *testing.T) {
 	want := View{
 		State: "LIVE", Generation: 1, Told: e.clock, Configured: true, Stands: true,
 		Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Past: Past{Dumps: 1, Rejections: 1},
+		Bucket: envoyadmin.Bucket{Level: 6 * time.Second, Size: 6 * time.Second, Share: 0.1},
 	}
 	want.Info, want.Snapshot = v.Info, v.Snapshot
 	if diff := cmp.Diff(want, v, cmp.Comparer(func(a, b envoyadmin.Fingerprint) bool {
@@ -390,7 +391,7 @@ func TestBack(t *testing.T) {
 		err  error
 		want string // asked as soon as it answers for its state again
 	}{
-		{envoyadmin.ErrTimeout, "ready; look ready"},
+		{envoyadmin.ErrTimeout, "look ready; look ready"},
 		{envoyadmin.ErrNotJSON, "ready; "},
 	} {
 		w := watch(t, running())
