@@ -36,7 +36,7 @@ type Action uint8
 
 const (
 	Wait      Action = iota // nothing, for the time given
-	Look                    // ask for Client.Fingerprint of all listeners and tell Looked
+	Look                    // ask for Client.Fingerprint of all and tell Looked
 	LookNamed               // the same of the listeners Names
 	Dump                    // ask for Client.Listeners and tell Dumped
 )

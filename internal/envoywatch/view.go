@@ -30,13 +30,14 @@ type View struct {
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
 	Probe      error           // our own way to the control plane, while Envoy's is broken
 	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
-	Bucket     envoyadmin.Bucket
 	Past
 	Aside
 }
 
 // Past is what has happened since the start.
 type Past struct {
+	Bucket envoyadmin.Bucket // what the questions have left of what they may take
+
 	Dumps      int // full dumps asked for
 	Rejections int // listener updates that Envoy was seen to have rejected
 	Restarts   int // Envoys that took the place of another
@@ -110,8 +111,9 @@ func (w *Watch) view() View {
 		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
-		Stands: p.stream.stands, Bucket: w.detector.Bucket(w.o.Now()),
-		Past: Past{Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
+		Stands: p.stream.stands,
+		Past: Past{Bucket: w.detector.Bucket(w.o.Now()),
+			Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
 			Closed: p.stream.last, Heard: p.stream.heard},
 		Aside: p.aside.Aside,
 	}

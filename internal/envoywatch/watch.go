@@ -75,7 +75,6 @@ type Watch struct {
 	set      listeners
 	outage   Outage
 	failed   [2]error // what the last question of each kind came to, by kind
-	unread   bool     // the last dump came to nothing
 	logErr   string
 
 	stateAt time.Time // when its state was last asked
@@ -92,7 +91,8 @@ type listeners struct {
 	rejected   []envoyadmin.Rejected
 	rejections int
 	dumps      int
-	restarts   int // of Envoy
+	restarts   int  // of Envoy
+	unread     bool // the last dump came to nothing
 }
 
 // The kinds of questions. Envoy must answer both, or its state is not known.
@@ -202,7 +202,7 @@ func (w *Watch) look(ctx context.Context, began time.Time, names []string) {
 	} else {
 		w.change.looked(f, again)
 	}
-	if err == nil && w.unread {
+	if err == nil && w.set.unread {
 		return // an Envoy that answers looks alone does not tell its listeners
 	}
 	w.answered(dumpQuestion, err)
@@ -227,7 +227,7 @@ func (w *Watch) dump(ctx context.Context, began time.Time) {
 	if again {
 		w.o.Admin.Redial()
 	}
-	w.unread = err != nil
+	w.set.unread = err != nil
 	w.answered(dumpQuestion, err)
 	if err != nil {
 		w.change.failed()

@@ -28,8 +28,8 @@ func TestFirstLook(t *testing.T) {
 	}
 	want := View{
 		State: "LIVE", Generation: 1, Told: e.clock, Configured: true, Stands: true,
-		Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Past: Past{Dumps: 1, Rejections: 1},
-		Bucket: envoyadmin.Bucket{Level: 6 * time.Second, Size: 6 * time.Second, Share: 0.1},
+		Rejected: []envoyadmin.Rejected{{Name: "bad"}}, Past: Past{Dumps: 1, Rejections: 1,
+			Bucket: envoyadmin.Bucket{Level: 6 * time.Second, Size: 6 * time.Second, Share: 0.1}},
 	}
 	want.Info, want.Snapshot = v.Info, v.Snapshot
 	if diff := cmp.Diff(want, v, cmp.Comparer(func(a, b envoyadmin.Fingerprint) bool {
