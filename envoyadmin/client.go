@@ -58,6 +58,8 @@ const (
 	// JSON objects and arrays within each other; Envoy's protobuf parser allows 100 messages
 	maxDepth  = 256
 	maxHeader = 64 << 10 // bytes of response headers
+	// bytes that are read of an answer that is no answer. Envoy's quote the regular expression.
+	maxRefusal = 16 << 10
 )
 
 // Client talks to one Envoy. It keeps one or two connections open; their end tells that Envoy
@@ -84,6 +86,7 @@ type Client struct {
 	asOf    uint64     // dials when info was asked
 	alive   time.Time  // when that Envoy is known to have run last
 	statics *dump      // the static listeners of that Envoy, which never change; nil: not asked yet
+	misled  int        // how often in a row a look by names was of no use with that Envoy
 }
 
 // New makes a client for Envoy's admin interface at "host:port" or "unix:///path". It does not
@@ -211,6 +214,8 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 	case response.StatusCode != http.StatusOK &&
 		!(path == readyPath && response.StatusCode == http.StatusServiceUnavailable):
 		// The body is dropped: it may hold anything, and Envoy's own texts say no more than the code.
+		// It is read as far as theirs go, or the connection would end, as that of an Envoy that ended.
+		_, _ = io.CopyN(io.Discard, response.Body, maxRefusal)
 		return &StatusError{Code: response.StatusCode}
 	case encoding != "" && encoding != "identity":
 		return fmt.Errorf("%w: %q", ErrEncoding, encoding)

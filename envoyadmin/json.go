@@ -130,6 +130,7 @@ var fieldNames = func() map[string]string {
 	m := map[string]string{}
 	for name := range strings.FieldsSeq(`
 		@type name configs bootstrap
+		listener_statuses
 		dynamic_listeners static_listeners dynamic_active_listeners dynamic_warming_listeners
 		active_state warming_state error_state details last_update_attempt failed_configuration
 		version_info listener last_updated

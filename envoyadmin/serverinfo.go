@@ -201,7 +201,7 @@ func (c *Client) observe(info ServerInfo, dials uint64, sent time.Time) {
 	}
 	if !same {
 		c.process++
-		c.statics = nil
+		c.statics, c.misled = nil, 0
 	}
 	c.info, c.alive = info, sent
 	// With a connection made while the question ran, the answer may have come over an older
