@@ -204,6 +204,7 @@ type dump struct {
 	bytes     int64
 
 	names   []string // in the order of the answer; a static listener may have none
+	idle    []string // of these, those without an active state that has a time
 	entries int
 	sum     uint64
 }
@@ -251,6 +252,9 @@ func (d *dump) add(e entry) {
 	}
 	d.entries++
 	d.names = append(d.names, e.name)
+	if e.updated == "" {
+		d.idle = append(d.idle, e.name)
+	}
 	d.sum += maphash.Comparable(seed, [4]string{e.name, e.updated, e.details, warming})
 	if e.warming {
 		d.warming = append(d.warming, Warming{e.name})

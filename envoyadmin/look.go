@@ -215,8 +215,12 @@ func (c *Client) lookNamed(
 				})
 			})
 		})
-	// An Envoy that heeds no names has told of more than it was asked, so they are known too.
-	return d, err == nil && !more(active, slices.Concat(names, d.names), statics), err
+	// Of others that begin alike all was told too, and of all others by an Envoy that heeds no names;
+	// but of another name's rejection nothing else.
+	told := slices.DeleteFunc(slices.Clone(d.names), func(name string) bool {
+		return slices.Contains(d.idle, name)
+	})
+	return d, err == nil && !more(active, slices.Concat(names, told), statics), err
 }
 
 // contains says whether all of these names are among those.

@@ -223,7 +223,7 @@ func TestNamed(t *testing.T) {
 func TestNamedRandomly(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	rounds := 12
+	rounds := 10
 	if os.Getenv("SOAK") != "" {
 		rounds = 400
 	}
