@@ -140,7 +140,7 @@ func (e *envoy) run() {
 	}
 	cmd := e.cmd
 	e.t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	e.until(time.Minute, func() error {
+	e.until(3*time.Minute, func() error { // 10,000 clusters take 5 s, and 40 s on a busy machine
 		state, err := e.client.Ready(context.Background())
 		if err == nil && state != "LIVE" {
 			err = errors.New(state)
