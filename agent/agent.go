@@ -264,6 +264,7 @@ func (a *Agent) newWatch(ctx context.Context) *envoywatch.Watch {
 	o := envoywatch.Options{
 		Admin: a.envoy, LogPath: a.settings.EnvoyLog, Log: a.log,
 		Unit: envoywatch.Unit, Probe: envoywatch.Probe, Foreign: answersAsEnvoy(a.settings.EnvoyAdmin),
+		Share: float64(a.settings.EnvoyShare) / 100,
 	}
 	if a.settings.EnvoyLog != "" {
 		o.Logged = envoyadmin.FollowLog(ctx, a.settings.EnvoyLog)

@@ -20,8 +20,11 @@ import (
 type Settings struct {
 	EnvoyAdmin string // "127.0.0.1:15000" or "unix:///path"
 	// Envoy's stderr, the hint that something changed; "" turns the hint off
-	EnvoyLog  string
-	ProxyUser string // name or uid that Envoy runs as
+	EnvoyLog string
+	// EnvoyShare is how many percent of the time of Envoy's main thread the agent's questions may take
+	// while something changes: MinEnvoyShare to MaxEnvoyShare
+	EnvoyShare int
+	ProxyUser  string // name or uid that Envoy runs as
 	// a file with the attribute's JSON; "": the metadata server; "none": defaults
 	Config        string
 	Listen        string                  // /metrics, /healthz; "" turns it off
@@ -38,6 +41,14 @@ type Settings struct {
 	Commit        string
 }
 
+// The bounds of Settings.EnvoyShare, and what it is where nobody says. With half of Envoy's main
+// thread its own work, updates and the health of endpoints, would take twice as long.
+const (
+	MinEnvoyShare     = 1
+	DefaultEnvoyShare = 10 // envoyadmin.DefaultShare
+	MaxEnvoyShare     = 50
+)
+
 // Errors of settings. cmd answers them with exit code 64.
 var ErrSettings = errors.New("bad setting")
 
@@ -45,6 +56,10 @@ var ErrSettings = errors.New("bad setting")
 func (s Settings) Validate() error {
 	if s.WhenEnvoyDown != reconcile.Keep && s.WhenEnvoyDown != reconcile.Bypass {
 		return fmt.Errorf("%w: --when-envoy-down is %q; use keep or bypass", ErrSettings, s.WhenEnvoyDown)
+	}
+	if s.EnvoyShare < MinEnvoyShare || s.EnvoyShare > MaxEnvoyShare {
+		return fmt.Errorf("%w: --envoy-share is %d; use a whole number of percent from %d to %d",
+			ErrSettings, s.EnvoyShare, MinEnvoyShare, MaxEnvoyShare)
 	}
 	if s.ProxyUser == "" {
 		return fmt.Errorf("%w: --proxy-user is empty; name the user Envoy runs as", ErrSettings)

@@ -25,6 +25,12 @@ func TestValidate(t *testing.T) {
 			`--cloud-logging is "yes"; use auto, on or off`},
 		{func(s *Settings) { s.CloudLogging = "true" }, ""},
 		{func(s *Settings) { s.WhenEnvoyDown = "Keep" }, `--when-envoy-down is "Keep"`},
+		{func(s *Settings) { s.EnvoyShare = 1 }, ""},
+		{func(s *Settings) { s.EnvoyShare = 50 }, ""},
+		{func(s *Settings) { s.EnvoyShare = 0 },
+			"--envoy-share is 0; use a whole number of percent from 1 to 50"},
+		{func(s *Settings) { s.EnvoyShare = 51 }, "--envoy-share is 51; use"},
+		{func(s *Settings) { s.EnvoyShare = -1 }, "--envoy-share is -1; use"},
 		{func(s *Settings) { s.ProxyUser = "" }, "--proxy-user is empty"},
 		{func(s *Settings) { s.Listen = "" }, ""},
 		{func(s *Settings) { s.Listen = "127.0.0.1:1" }, ""},
@@ -58,7 +64,7 @@ func TestValidate(t *testing.T) {
 		{func(s *Settings) { s.Interfaces = []string{`a\`} }, `has "a\\"`},
 		{func(s *Settings) { s.Interfaces = []string{"~!"} }, ""}, // the kernel takes it
 	} {
-		s := Settings{WhenEnvoyDown: "keep", ProxyUser: "envoy", Listen: ":15020"}
+		s := Settings{WhenEnvoyDown: "keep", ProxyUser: "envoy", Listen: ":15020", EnvoyShare: 10}
 		tt.change(&s)
 		err := s.Validate()
 		switch {

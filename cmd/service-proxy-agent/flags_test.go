@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -70,6 +73,61 @@ func TestEnvironmentTwins(t *testing.T) {
 	if flags < 15 {
 		t.Errorf("only %d flags", flags)
 	}
+}
+
+// TestEnvoyShare: a whole number of percent from 1 to 50 in decimal digits, by the flag or by its
+// twin. What else is said is wrong usage, in words that say what to write.
+func TestEnvoyShare(t *testing.T) {
+	const noNumber = "it is no whole number of percent"
+	const outside = "use a whole number of percent from 1 to 50"
+	for value, want := range map[string]string{
+		"": noNumber, "ten": noNumber, "10%": noNumber, "0.1": noNumber, "1e1": noNumber,
+		"0x10": noNumber, "-1": noNumber, "+10": noNumber, " 10": noNumber, "99999999999": noNumber,
+		"0": outside, "51": outside, "100": outside,
+	} {
+		for _, twin := range []bool{false, true} {
+			args := []string{"run", "--envoy-share=" + value}
+			if twin {
+				t.Setenv("SERVICE_PROXY_AGENT_ENVOY_SHARE", value)
+				args = args[:1]
+			}
+			code, said := executed(t, args...)
+			if code != exitUsage || !strings.Contains(said, want) ||
+				!strings.Contains(strings.ToLower(strings.ReplaceAll(said, "_", "-")), "envoy-share") {
+				t.Errorf("%q, by its twin %v: exit code %d, %q; want %q", value, twin, code, said, want)
+			}
+		}
+	}
+	os.Unsetenv("SERVICE_PROXY_AGENT_ENVOY_SHARE")
+	for value, want := range map[string]string{"": "10", "1": "1", "010": "10", "50": "50"} {
+		c := runCommand()
+		var args []string
+		if value != "" {
+			args = []string{"--envoy-share=" + value}
+		}
+		if err := c.ParseFlags(args); err != nil || c.Flag("envoy-share").Value.String() != want {
+			t.Errorf("%q: %v, %v", value, c.Flag("envoy-share").Value, err)
+		}
+	}
+}
+
+// executed is what a command ends with, and what it says on stderr.
+func executed(t *testing.T, args ...string) (code int, said string) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := os.Stderr
+	os.Stderr = w
+	code = execute(t.Context(), args)
+	os.Stderr = was
+	w.Close()
+	text, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return code, string(text)
 }
 
 // TestWait asks /healthz/ready, which every user may.

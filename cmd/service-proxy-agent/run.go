@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime/debug"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -67,6 +69,10 @@ func runCommand() *cobra.Command {
 		"`ADDRESS` of Envoy's admin interface: host:port or unix:///path")
 	f.StringVar(&s.EnvoyLog, "envoy-log", "/var/log/envoy/envoy.err.log",
 		"`FILE` with Envoy's stderr, watched for hints that something changed; empty: poll only")
+	s.EnvoyShare = agent.DefaultEnvoyShare
+	f.Var((*percent)(&s.EnvoyShare), "envoy-share", fmt.Sprintf("most `PERCENT` of the time of "+
+		"Envoy's main thread that questions may take while something changes: %d to %d",
+		agent.MinEnvoyShare, agent.MaxEnvoyShare))
 	f.StringVar(&s.ProxyUser, "proxy-user", "envoy",
 		"`USER` Envoy runs as, by name or uid: its traffic is never redirected")
 	f.StringVar(&s.Config, "config", "",
@@ -93,6 +99,25 @@ func runCommand() *cobra.Command {
 		"least `LEVEL` that is logged: debug, info, warn or error")
 	return c
 }
+
+// percent is a flag's whole number of percent. The bounds are the setting's own.
+type percent int
+
+// Set takes decimal digits alone. pflag's own numbers would take 010 for 8, and say of others what
+// strconv says.
+func (p *percent) Set(text string) error {
+	n, err := strconv.ParseUint(text, 10, 31)
+	if err != nil {
+		return errors.New("it is no whole number of percent")
+	}
+	*p = percent(n)
+	return nil
+}
+
+func (p *percent) String() string { return strconv.Itoa(int(*p)) }
+
+// Type is pflag's word for what it takes.
+func (p *percent) Type() string { return "int" }
 
 // words are the entries of a list without the space around them.
 func words(list []string) (some []string) {
