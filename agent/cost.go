@@ -22,9 +22,18 @@ const (
 
 // spent is what was taken of the machine since the start.
 type spent struct {
-	at    time.Time
-	envoy time.Duration // of Envoy's main thread, at most
-	cpu   time.Duration // of processors
+	at        time.Time
+	questions [len(envoyadmin.Asked{}.Questions)]envoyadmin.Cost // by envoyadmin.Question
+	cpu       time.Duration                                      // of processors
+}
+
+// envoy is what was taken of Envoy's main thread, at most: what came to no answer may have waited
+// elsewhere.
+func (s spent) envoy() (d time.Duration) {
+	for _, q := range s.questions {
+		d += q.Took - q.Lost
+	}
+	return d
 }
 
 // meter makes shares of what was spent. It is pure: the zero value has seen nothing.
@@ -35,6 +44,12 @@ func (m *meter) take(now spent) (c status.Cost) {
 	m.looks = append(m.looks, now)
 	m.looks = m.looks[max(0, len(m.looks)-costLooks):]
 	first := m.looks[0]
+	for i, q := range now.questions {
+		c.Questions = append(c.Questions, status.Question{
+			Name: envoyadmin.Question(i).String(), Count: q.Count, Seconds: q.Took.Seconds(),
+			Recent: (q.Took - first.questions[i].Took).Seconds(),
+		})
+	}
 	over := now.at.Sub(first.at)
 	if over <= 0 {
 		return c
@@ -42,7 +57,7 @@ func (m *meter) take(now spent) (c status.Cost) {
 	share := func(d time.Duration) float64 { return max(0, d.Seconds()/over.Seconds()) }
 	c.Window = over.Round(time.Second).Seconds()
 	// An answer is booked at its end, so that a long one may be more than a short window.
-	c.EnvoyShare = min(1, share(now.envoy-first.envoy))
+	c.EnvoyShare = min(1, share(now.envoy()-first.envoy()))
 	c.CPUShare = share(now.cpu - first.cpu)
 	return c
 }
@@ -79,9 +94,7 @@ func readSpent(asked envoyadmin.Asked) (s spent, resident uint64, err error) {
 		}
 		s.cpu += time.Duration(u.Utime.Nano() + u.Stime.Nano())
 	}
-	for _, q := range asked.Questions {
-		s.envoy += q.Took - q.Lost
-	}
+	s.questions = asked.Questions
 	text, err := os.ReadFile("/proc/self/statm")
 	if err != nil {
 		return s, 0, err

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -13,26 +14,38 @@ import (
 // TestMeter: shares are of the last minute, whatever was before.
 func TestMeter(t *testing.T) {
 	var m meter
-	if first := m.take(spent{at: testStart, cpu: time.Hour}); first != (status.Cost{}) {
-		t.Errorf("of one look: %+v", first)
-	}
 	now := spent{at: testStart, cpu: time.Hour}
+	dump := &now.questions[envoyadmin.DumpQuestion]
+	dump.Count, dump.Took = 3, time.Minute // before the first look
+	unasked := func(dump status.Question) (all []status.Question) {
+		for _, name := range []string{"look", "ready", "server_info", "bootstrap", "stats", "clusters"} {
+			all = append(all, status.Question{Name: name})
+		}
+		return slices.Insert(all, 0, dump)
+	}
+	first := status.Cost{Questions: unasked(status.Question{Name: "dump", Count: 3, Seconds: 60})}
+	if diff := cmp.Diff(first, m.take(now)); diff != "" {
+		t.Errorf("of one look, -want +have:\n%s", diff)
+	}
 	var last status.Cost
 	for range 30 { // five minutes, the last one calm
 		now.at = now.at.Add(costEvery)
 		if now.at.Sub(testStart) <= 4*time.Minute {
 			now.cpu += costEvery
-			now.envoy += 3 * costEvery // a long answer, booked at its end
+			dump.Took += 3 * costEvery // a long answer, booked at its end
 			if last = m.take(now); last.EnvoyShare != 1 || last.CPUShare != 1 {
 				t.Fatalf("while it is busy: %+v", last)
 			}
 			continue
 		}
 		now.cpu += costEvery / 100
-		now.envoy += costEvery / 1000
+		// Of what takes a fiftieth most comes to nothing that can be used.
+		dump.Count, dump.Took, dump.Lost = dump.Count+1, dump.Took+costEvery/50, dump.Lost+costEvery*19/1000
 		last = m.take(now)
 	}
-	if diff := cmp.Diff(status.Cost{EnvoyShare: .001, CPUShare: .01, Window: 60}, last); diff != "" {
+	want := status.Cost{EnvoyShare: .001, CPUShare: .01, Window: 60, Questions: unasked(
+		status.Question{Name: "dump", Count: 9, Seconds: 60 + 24*30 + 1.2, Recent: 1.2})}
+	if diff := cmp.Diff(want, last); diff != "" {
 		t.Errorf("-want +have:\n%s", diff)
 	}
 }
@@ -44,7 +57,7 @@ func TestReadSpent(t *testing.T) {
 		Took: 21 * time.Second, Lost: 20 * time.Second}
 	asked.Questions[envoyadmin.ReadyQuestion] = envoyadmin.Cost{Took: time.Second}
 	s, resident, err := readSpent(asked)
-	if err != nil || s.envoy != 2*time.Second || s.cpu <= 0 || resident < 1<<20 {
+	if err != nil || s.envoy() != 2*time.Second || s.cpu <= 0 || resident < 1<<20 {
 		t.Errorf("%+v, %d bytes, %v", s, resident, err)
 	}
 }
@@ -54,11 +67,18 @@ func TestStatusNow(t *testing.T) {
 	a := anAgent(t)
 	a.cost.Store(&status.Cost{Resident: 1 << 20})
 	for _, mode := range []string{"starting", "hold"} {
+		var bucket status.Bucket
 		if mode != "starting" {
-			a.status.Store(&status.Status{Mode: mode})
+			var p passed
+			p.seen.Envoy.Bucket = envoyadmin.Bucket{
+				Level: -time.Second / 2, Size: 6 * time.Second, Share: .1}
+			last := p.status()
+			last.Mode, bucket = mode, status.Bucket{Level: -.5, Size: 6, Share: .1}
+			a.status.Store(&last)
 		}
 		s, ok := a.statusNow().(status.Status)
-		if !ok || s.Mode != mode || len(s.Channels) != 3 || s.Cost.Resident != 1<<20 {
+		if !ok || s.Mode != mode || len(s.Channels) != 3 || s.Cost.Resident != 1<<20 ||
+			s.Cost.Bucket != bucket {
 			t.Errorf("%+v, want mode %s", s, mode)
 		}
 	}

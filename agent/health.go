@@ -30,7 +30,10 @@ func (a *Agent) statusNow() any {
 	}
 	s.Channels = a.sources().Channels()
 	if cost := a.cost.Load(); cost != nil {
+		// The bucket is Envoy's as the pass saw it.
+		bucket := s.Cost.Bucket
 		s.Cost = *cost
+		s.Cost.Bucket = bucket
 	}
 	return s
 }

@@ -194,7 +194,7 @@ func (p passed) status() status.Status {
 			Done: seen.Bootstrap.AttributeSum != "",
 		},
 		Envoy: envoyStatus(seen), ControlPlane: controlPlane(seen.Envoy),
-		Mode: p.mode(), NotReady: p.notReady(),
+		Mode: p.mode(), NotReady: p.notReady(), Cost: status.Cost{Bucket: bucket(seen.Envoy.Bucket)},
 	}
 	s.Ready = s.NotReady == ""
 	if good := seen.Attribute.Good; good != nil {
@@ -208,6 +208,11 @@ func (p passed) status() status.Status {
 		}
 	}
 	return s
+}
+
+// bucket is what questions to Envoy may take.
+func bucket(b envoyadmin.Bucket) status.Bucket {
+	return status.Bucket{Level: b.Level.Seconds(), Size: b.Size.Seconds(), Share: b.Share}
 }
 
 func envoyStatus(seen Observation) status.Envoy {

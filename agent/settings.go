@@ -26,10 +26,8 @@ type Settings struct {
 	EnvoyShare int
 	ProxyUser  string // name or uid that Envoy runs as
 	// a file with the attribute's JSON; "": the metadata server; "none": defaults
-	Config        string
-	Listen        string                  // /metrics, /healthz; "" turns it off
-	MetricsListen string                  // /metrics instead; "": it stays on Listen
-	WebConfigFile string                  // TLS and users of MetricsListen; "": plain HTTP for all
+	Config string
+	Listening
 	SerialPort    string                  // "" turns it off
 	CloudLogging  string                  // auto, on, off; see cloudlog.ParseMode
 	WhenEnvoyDown reconcile.WhenEnvoyDown // keep or bypass
@@ -39,6 +37,13 @@ type Settings struct {
 	StateDir      string // what is kept between starts
 	Version       string // of this agent, for status and metrics
 	Commit        string
+}
+
+// Listening is where the agent answers HTTP.
+type Listening struct {
+	Listen        string // /metrics, /healthz; "" turns it off
+	MetricsListen string // /metrics instead; "": it stays on Listen
+	WebConfigFile string // TLS and users of MetricsListen; "": plain HTTP for all
 }
 
 // The bounds of Settings.EnvoyShare, and what it is where nobody says. With half of Envoy's main

@@ -64,7 +64,8 @@ func TestValidate(t *testing.T) {
 		{func(s *Settings) { s.Interfaces = []string{`a\`} }, `has "a\\"`},
 		{func(s *Settings) { s.Interfaces = []string{"~!"} }, ""}, // the kernel takes it
 	} {
-		s := Settings{WhenEnvoyDown: "keep", ProxyUser: "envoy", Listen: ":15020", EnvoyShare: 10}
+		s := Settings{WhenEnvoyDown: "keep", ProxyUser: "envoy", EnvoyShare: 10,
+			Listening: Listening{Listen: ":15020"}}
 		tt.change(&s)
 		err := s.Validate()
 		switch {
@@ -89,7 +90,8 @@ func TestOwnPorts(t *testing.T) {
 		{"unix:///run/envoy.sock", "", "", []uint16{15000, 15001, 15006, 15020}},
 	} {
 		got := ownPorts(Settings{
-			EnvoyAdmin: tt.admin, Listen: tt.listen, MetricsListen: tt.metrics})
+			EnvoyAdmin: tt.admin,
+			Listening:  Listening{Listen: tt.listen, MetricsListen: tt.metrics}})
 		if !slices.Equal(got, tt.want) {
 			t.Errorf("%s and %s: %v, want %v", tt.admin, tt.listen, got, tt.want)
 		}

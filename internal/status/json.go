@@ -11,6 +11,7 @@ func (s Status) MarshalJSON() ([]byte, error) {
 	s.Schema = Schema
 	s.Findings, s.Families = list(s.Findings), list(s.Families)
 	s.Services, s.ServingPorts = list(s.Services), list(s.ServingPorts)
+	s.Cost.Questions = list(s.Cost.Questions)
 	s.Channels, s.History, s.Samples = list(s.Channels), list(s.History), list(s.Samples)
 	if slices.ContainsFunc(s.Families, func(f Family) bool { return f.Left == nil }) {
 		s.Families = slices.Clone(s.Families) // others read it

@@ -97,6 +97,27 @@ type Cost struct {
 	CPUShare float64 `json:"cpu_share"`
 	Window   float64 `json:"window_seconds"` // 0: nothing is known yet
 	Resident uint64  `json:"resident_bytes"` // memory of the daemon's process
+	// Bucket is what questions to Envoy may take now; zero: there was no look at Envoy yet.
+	Bucket Bucket `json:"envoy_budget,omitzero"`
+	// Questions are what was asked of Envoy's admin interface, each kind once.
+	Questions []Question `json:"envoy_questions"`
+}
+
+// Bucket is the time of Envoy's main thread that the agent's questions may take: what they took is
+// taken out of it, and Share of the time flows in, up to Size.
+type Bucket struct {
+	Level float64 `json:"level_seconds"` // what is in it; below 0: the last answer took more
+	Size  float64 `json:"size_seconds"`  // what it holds at most, which grows with what a dump takes
+	Share float64 `json:"share"`         // of the time, above 0 to 1: --envoy-share
+}
+
+// Question is what one kind of question to Envoy took of its main thread, at most: the time from
+// asking to the end of the answer, or of waiting for one that did not come.
+type Question struct {
+	Name    string  `json:"question"`       // as in the metrics: "dump", "look", "ready" …
+	Count   uint64  `json:"count"`          // since the start, answered or not
+	Seconds float64 `json:"seconds"`        // since the start
+	Recent  float64 `json:"recent_seconds"` // of these, those of Cost.Window
 }
 
 // ControlPlane is Envoy's stream to its control plane.

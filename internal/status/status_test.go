@@ -64,7 +64,8 @@ func TestSchemaRefuses(t *testing.T) {
 	for old, changed := range map[string]string{
 		`"schema":"service-proxy-agent/status/v1",`: ``, `status/v1`: `status/v2`,
 		`"left":[{`: `"left":null,"other":[{`, `12:00:00Z`: `12:00:00+01:00`, `"mode":"hold"`: `"mode":""`,
-		`"up":true`: `"up":1`, `"most":3`: `"more":3`, `"severity":"info"`: `"severity":"INFO"`,
+		`"up":true`: `"up":1`, `"share":0.1`: `"share":0`, `"size_seconds":6`: `"size_seconds":0`,
+		`"count":7`: `"count":-7`, `"most":3`: `"more":3`, `"severity":"info"`: `"severity":"INFO"`,
 	} {
 		other := bytes.Replace(body, []byte(old), []byte(changed), 1)
 		if bytes.Equal(other, body) {
@@ -122,7 +123,9 @@ func everything() Status {
 		Channels: []Channel{{Name: "guest_attributes", Enabled: true, Up: true, Error: "e", Last: at,
 			Waiting: 1, Written: 2, Failures: 3, Dropped: 4,
 			Budget: Budget{Unit: "queries", Left: 1.5, Most: 3, PerMinute: 3, Next: at}}, {Name: "serial"}},
-		Cost: Cost{EnvoyShare: .01, CPUShare: .02, Window: 60, Resident: 1 << 25},
+		Cost: Cost{EnvoyShare: .01, CPUShare: .02, Window: 60, Resident: 1 << 25,
+			Bucket:    Bucket{Level: -.5, Size: 6, Share: .1},
+			Questions: []Question{{Name: "dump", Count: 7, Seconds: 4.2, Recent: .6}, {Name: "look"}}},
 		History: []Transition{{Time: at, Kind: OfDrift, Severity: "info", Text: "t", ID: "drift", Key: "k", By: "x (1)", Times: 2, First: at},
 			{Time: at, Kind: OfReady, Severity: "error", Text: "t"}},
 		Samples: []Sample{{Time: at, State: "ready", Passes: 60, SlowestPass: .1, SlowestChange: .2,

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
@@ -229,6 +230,45 @@ func (p *printer) channels(all []Channel) {
 	}
 }
 
+// questions are what Envoy is asked, the dearest first: what is left for more of it, and what was
+// spent.
+func (p *printer) questions(c Cost) {
+	name := "questions"
+	row := func(format string, args ...any) {
+		p.row(name, format, args...)
+		name = ""
+	}
+	if b := c.Bucket; b.Size > 0 {
+		row("%.1f of %.1f s of Envoy's main thread left for them, %.3g %% of the time comes back",
+			b.Level, b.Size, 100*b.Share)
+	}
+	if said := spent(c.Questions, func(q Question) float64 { return q.Recent }); said != "" {
+		row("last %.0f s: %s", c.Window, said)
+	}
+	if said := spent(c.Questions, func(q Question) float64 { return q.Seconds }); said != "" {
+		row("since the start: %s", said)
+	}
+}
+
+// spent is "dump 2.1 s, look 140 ms" of what is known of each question; "" for nothing.
+func spent(all []Question, of func(Question) float64) string {
+	all = slices.DeleteFunc(slices.Clone(all), func(q Question) bool { return of(q) < .0005 })
+	slices.SortStableFunc(all, func(a, b Question) int { return cmp.Compare(of(b), of(a)) })
+	var said []string
+	for _, q := range all {
+		said = append(said, strings.ReplaceAll(short(q.Name), "_", " ")+" "+taken(of(q)))
+	}
+	return strings.Join(said, ", ")
+}
+
+// taken is a time that adds up, over weeks too.
+func taken(s float64) string {
+	if s < 600 {
+		return seconds(s)
+	}
+	return span(time.Duration(s * float64(time.Second)))
+}
+
 func (p *printer) cost(s Status) {
 	c := s.Cost
 	if c.Resident == 0 {
@@ -240,6 +280,7 @@ func (p *printer) cost(s Status) {
 			100*c.EnvoyShare, 100*c.CPUShare, c.Window, said)
 	}
 	p.row("cost", "%s", said)
+	p.questions(c)
 	if len(s.Samples) == 0 {
 		return
 	}

@@ -57,7 +57,13 @@ func well() Status {
 				Budget: Budget{Unit: "lines", Left: 64, Most: 64}},
 			{Name: "cloud_logging", Error: "--cloud-logging=off"},
 		},
-		Cost: Cost{EnvoyShare: .0021, CPUShare: .0038, Window: 60, Resident: 31 << 20},
+		Cost: Cost{EnvoyShare: .0021, CPUShare: .0038, Window: 60, Resident: 31 << 20,
+			Bucket: Bucket{Level: 5.96, Size: 6, Share: .1}, Questions: []Question{
+				{Name: "dump", Count: 2, Seconds: .0031}, {Name: "look", Count: 10800, Seconds: 11.2, Recent: .0621},
+				{Name: "ready", Count: 10800, Seconds: 6.4, Recent: .0352},
+				{Name: "server_info", Count: 4, Seconds: .0092}, {Name: "bootstrap"},
+				{Name: "stats", Count: 720, Seconds: 1.3, Recent: .0074},
+				{Name: "clusters", Count: 1080, Seconds: 3.6, Recent: .0204}}},
 		History: []Transition{
 			{Time: ago(3 * time.Hour), Kind: OfAgent, Severity: "info", Text: "service-proxy-agent 1.2.3 started"},
 			{Time: ago(3 * time.Hour), Kind: OfMode, Severity: "info", Text: "interception: intercepting"},
@@ -193,6 +199,7 @@ func hostile(evil string) Status {
 		{ID: symptom.ID(evil), Severity: symptom.Error, Cause: evil, Next: evil, Key: evil,
 			ExplainedBy: "envoy-down"}}
 	s.Bootstrap = Bootstrap{Status: evil, Failure: evil}
+	s.Cost.Questions = []Question{{Name: evil, Seconds: 700, Recent: 1}}
 	s.Envoy = Envoy{Admin: evil, State: evil, Version: evil, Number: evil, Node: evil}
 	s.ControlPlane = ControlPlane{Known: true, Target: evil, Error: evil,
 		Closed: &Close{Message: evil, Target: evil}}
