@@ -95,6 +95,7 @@ func twoPasses() [2]pass {
 				{ID: "listener-rejected", Severity: symptom.Error}, refused, refused, refused,
 				{ID: "also-explained", Severity: symptom.Error, ExplainedBy: "listener-rejected"},
 			},
+			Cost: status.Cost{Bucket: status.Bucket{Level: -.25, Size: 6, Share: .1}},
 		},
 		Pass{
 			Duration: 400 * time.Microsecond, EnvoyVersion: "1.40.0", Refused: 3,

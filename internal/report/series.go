@@ -74,6 +74,13 @@ var (
 		"Questions that Envoy's admin port was asked, answered or not.", "question")
 	questionSeconds = desc("envoy_question_seconds_total",
 		"Time from asking to the end of the answer, at most so much of Envoy's main thread.", "question")
+	budget = desc("envoy_budget_seconds",
+		"Time of Envoy's main thread that questions may take now; below 0 when the last answer took "+
+			"more than there was; absent before the first look at Envoy.")
+	budgetSize = desc("envoy_budget_size_seconds",
+		"What envoy_budget_seconds is at most, as it is after calm: 6, or six full dumps.")
+	envoyShare = desc("envoy_share_ratio",
+		"Share of the time by which envoy_budget_seconds is refilled: --envoy-share.")
 	connected = desc("control_plane_connected",
 		"1 when Envoy has a stream to its control plane, 0 when not; absent while it is not known.")
 
@@ -117,7 +124,7 @@ var (
 	all = []*prometheus.Desc{
 		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet, lastSuccess,
 		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, rejections, untrusted,
-		questions, questionSeconds, connected,
+		questions, questionSeconds, budget, budgetSize, envoyShare, connected,
 		usable, inSync, jumps, rules, services, servicePorts, applies, written, lockWait, drift,
 		backOffs, backingOff, forgotten,
 		channelEnabled, channelUp, channelWrites, channelFailed, channelDropped,
@@ -194,6 +201,11 @@ func (e emit) stands(last stand) {
 	}
 	if c := last.pass.Connected; c != nil {
 		e.gauge(connected, one(*c))
+	}
+	if b := s.Cost.Bucket; b.Size > 0 {
+		e.gauge(budget, b.Level)
+		e.gauge(budgetSize, b.Size)
+		e.gauge(envoyShare, b.Share)
 	}
 	e.gauge(envoyListeners, float64(s.Envoy.Listeners))
 	e.gauge(envoyRejected, float64(s.Envoy.Rejected))
