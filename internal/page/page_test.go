@@ -95,7 +95,11 @@ func healthy() Content {
 			{Name: "serial", Enabled: true, Up: true, Last: noon.Add(-20 * time.Minute), Written: 88,
 				Budget: status.Budget{Unit: "lines", Left: 900, Most: 1000}},
 			{Name: "cloud_logging", Error: "off: --cloud-logging is not given"}},
-		Cost:    status.Cost{EnvoyShare: 0.0021, CPUShare: 0.003, Window: 60, Resident: 31_400_000},
+		Cost: status.Cost{EnvoyShare: 0.0021, CPUShare: 0.003, Window: 60, Resident: 31_400_000,
+			Bucket: status.Bucket{Level: 5.4, Size: 6, Share: .1}, Questions: []status.Question{
+				{Name: "dump", Count: 31, Seconds: 2.1, Recent: .07},
+				{Name: "look", Count: 180_244, Seconds: 187, Recent: .0621},
+				{Name: "server_info", Count: 4, Seconds: .0092}, {Name: "bootstrap"}}},
 		Samples: samples(60),
 		History: []status.Transition{
 			{Time: noon.Add(-50 * time.Hour), Severity: "info", Text: "service-proxy-agent 1.2.3 starts"},
@@ -256,6 +260,7 @@ func hostile(word string) Content {
 	s.Families = []status.Family{{Family: word, Error: word, Usable: true,
 		Shape: &status.Shape{Held: word},
 		Left:  []status.Left{{Rule: word, Why: word}}}}
+	s.Cost.Questions = []status.Question{{Name: word, Count: 1}}
 	s.Services = nil
 	for i := range 60 {
 		s.Services = append(s.Services, status.Service{Name: word + fmt.Sprint(i),

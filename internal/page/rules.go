@@ -151,7 +151,47 @@ func envoy(c Content) element {
 			fact{"Last heard", heard(c)}, fact{"Last closed", closed(c)},
 			fact{"Agent's own try", c.status().ControlPlane.Error}, fact{"Node", node},
 			fact{"Attribute", attribute},
-			fact{"Serving ports", strings.Join(serving, ", ")}))))
+			fact{"Serving ports", strings.Join(serving, ", ")})),
+		questions(st.Cost)))
+}
+
+// questions are what the agent has asked Envoy, the dearest first, and what it may ask at once.
+func questions(c status.Cost) any {
+	if len(c.Questions) == 0 {
+		return nil
+	}
+	all := slices.Clone(c.Questions)
+	slices.SortStableFunc(all, func(a, b status.Question) int {
+		return cmp.Compare(b.Seconds, a.Seconds)
+	})
+	column := attr{"scope", "col"}
+	recent := "Lately"
+	if c.Window > 0 {
+		recent = fmt.Sprintf("Last %.0f s", c.Window)
+	}
+	body := el("tbody")
+	for _, q := range all {
+		body.add([]any{el("tr", el("th", attr{"scope", "row"}, strings.ReplaceAll(q.Name, "_", " ")),
+			el("td", class("n"), number(q.Count)), el("td", class("n"), seconds(q.Recent)),
+			el("td", class("n"), seconds(q.Seconds)))})
+	}
+	const caption = "What questions took of Envoy's main thread"
+	return card("Questions to Envoy", wide(caption,
+		el("table", class("questions"), el("caption", caption),
+			el("thead", el("tr", el("th", column, "Question"), el("th", column, class("n"), "Times"),
+				el("th", column, class("n"), recent), el("th", column, class("n"), "In all"))), body)),
+		bucket(c.Bucket),
+		note("Time of Envoy's main thread, at most, since the agent's start."))
+}
+
+// bucket is what questions to Envoy may take at once.
+func bucket(b status.Bucket) any {
+	if b.Size <= 0 {
+		return nil
+	}
+	left := min(max(b.Level, 0), b.Size)
+	return bar(fmt.Sprintf("%s of %s left, refilled at %s of the time", seconds(left), seconds(b.Size),
+		percent(b.Share)), left/b.Size)
 }
 
 // ofStream are the checks that tell whether the control plane answers Envoy.
@@ -266,12 +306,17 @@ func budget(b status.Budget, now time.Time) any {
 	if b.Next.After(now) {
 		text += ", the next in " + span(b.Next.Sub(now))
 	}
+	return bar(text, left/b.Most)
+}
+
+// bar is a text, and below it how much of something is left.
+func bar(text string, share float64) element {
 	const width = 200
 	return el("div", class("budget"), el("p", text),
 		el("svg", class("bar"), attr{"viewBox", "0 0 200 8"}, attr{"preserveAspectRatio", "none"},
 			attr{"aria-hidden", "true"},
 			el("rect", class("rest"), attr{"width", "200"}, attr{"height", "8"}),
-			el("rect", class("left"), attr{"width", coordinate(left / b.Most * width)},
+			el("rect", class("left"), attr{"width", coordinate(share * width)},
 				attr{"height", "8"})))
 }
 
