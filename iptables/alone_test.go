@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -37,4 +38,30 @@ func TestAddAloneOvertaken(t *testing.T) {
 			t.Errorf("overtaken %d times: %v", overtakings, err)
 		}
 	}
+}
+
+// TestOwnPIDs: a pid is ours while its command runs, however long that is, and for ownFor after.
+func TestOwnPIDs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var own ownPIDs
+		own.start(7)
+		own.start(8)
+		own.end(8)
+		time.Sleep(ownFor)
+		if !own.has(7) || !own.has(8) || own.has(9) || own.has(0) || !own.active(0) {
+			t.Errorf("7 runs, 8 ended a moment ago: %v", own.ended)
+		}
+		time.Sleep(1)
+		if !own.has(7) || own.has(8) {
+			t.Errorf("7 runs, the pid 8 may be another's by now: %v", own.ended)
+		}
+		own.end(7)
+		if !own.has(7) || own.active(0) || !own.active(1) {
+			t.Errorf("7 ended: %v", own.ended)
+		}
+		own.start(10)
+		if len(own.ended) != 2 {
+			t.Errorf("what is over is kept: %v", own.ended)
+		}
+	})
 }

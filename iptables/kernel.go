@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -68,13 +69,15 @@ type Kernel struct {
 	unusable map[Family]error
 	spent    map[Family]spent    // by iptables-restore, so far
 	saves    map[string]lastSave // by the program that made it
+
+	stand4, stand6 stand // of legacy's tables
 }
 
 // spent is how long iptables-restore took, and how much of that it waited for the xtables lock.
 type spent struct{ took, waited time.Duration }
 
-// lastSave is the last save of a program. On legacy the same one is read each 1.5 s: to see that
-// nothing has changed costs a tenth of parsing 10,000 rules, and no memory.
+// lastSave is the last save of a program. Where legacy is polled the same one is read each 1.5 s:
+// to see that nothing has changed costs a tenth of parsing 10,000 rules, and no memory.
 type lastSave struct {
 	sum   uint64
 	table Table
@@ -92,11 +95,13 @@ type machine struct {
 	lockHolder func() int
 	// counted is how chains are listed with counters. nil: this machine does not count.
 	counted func(tool) (func(chain string) ([]string, error), error)
+	// asked is where it is asked how a legacy table stands. nil: it cannot be.
+	asked func(Family) (asked, error)
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
 	return hasLegacyTable(f, "nat", os.ReadFile)
-}, hasFilter, lockHolder, counted}
+}, hasFilter, lockHolder, counted, openSocket}
 
 // tool are the programs of one family.
 type tool struct {
@@ -189,6 +194,9 @@ func (k *Kernel) probe(ctx context.Context, f Family) error {
 		return err
 	}
 	_, err = k.run(ctx, readLimit, nil, t.list, "-w", lockWait, "-t", "nat", "-S", builtinPrerouting)
+	if err == nil && t.backend == Legacy {
+		k.stand(f).isThere()
+	}
 	if errors.Is(err, ErrIncompatible) { // no reason not to write
 		err = nil
 	}
@@ -314,7 +322,15 @@ func (k *Kernel) Read(ctx context.Context, f Family) (Table, error) {
 	return k.read(ctx, t)
 }
 
+// read is save, or on legacy what the last one said where the kernel says that nothing has changed.
 func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
+	if t.backend != Legacy {
+		return k.save(ctx, t)
+	}
+	return k.stand(t.family).read(func() (Table, error) { return k.save(ctx, t) })
+}
+
+func (k *Kernel) save(ctx context.Context, t tool) (Table, error) {
 	limit := readLimit
 	if t.backend == NFT {
 		limit = saveLimit
@@ -345,7 +361,7 @@ func (k *Kernel) read(ctx context.Context, t tool) (Table, error) {
 	return k.listChains(ctx, t, Table{family: t.family}, wanted, names)
 }
 
-// saveBuffers hold saves until they are parsed: of 10,000 rules on legacy a megabyte each 1.5 s.
+// saveBuffers hold saves until they are parsed: of 10,000 rules a megabyte.
 var saveBuffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // parse is Parse, or what it said of the same save before.
@@ -496,6 +512,7 @@ func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	defer k.stand(p.family).writing()()
 	before := k.spentOn(p.family)
 	result, refused, err := k.apply(ctx, t, p)
 	if refused {
@@ -639,8 +656,8 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 		}
 		return fmt.Errorf("run: %w", err)
 	}
-	own.started(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
-	defer own.ended(cmd.Process.Pid)
+	own.start(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
+	defer own.end(cmd.Process.Pid)
 	_, _ = in.Write(stdin) // a command that ends early says so by its exit
 	in.Close()
 	err = cmd.Wait()
@@ -657,39 +674,53 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 	}
 }
 
-// ownPIDs remembers the last commands of ours.
+// ownPIDs remembers the commands of ours that run, and those that ended not long ago.
 type ownPIDs struct {
-	mu      sync.Mutex
-	pids    [512]int
-	next    int
-	running int
-	last    time.Time // when the last one ended
+	mu    sync.Mutex
+	ended map[int]time.Time // by pid; zero: it runs
+	last  time.Time         // when the last one ended
 }
 
-func (o *ownPIDs) started(pid int) {
+// ownFor is how long the pid of a command that ended is ours: the kernel's notification of its last
+// write has come by then, at 10,000 rules within 0.3 s. Not longer, since pids come round again:
+// with the usual 32,768 of them, of 512 that were kept for ever each 64th write of others was taken
+// for ours.
+const ownFor = 10 * time.Second
+
+func (o *ownPIDs) start(pid int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.pids[o.next%len(o.pids)] = pid
-	o.next++
-	o.running++
+	if o.ended == nil {
+		o.ended = map[int]time.Time{}
+	}
+	maps.DeleteFunc(o.ended, func(_ int, at time.Time) bool { return over(at) })
+	o.ended[pid] = time.Time{}
 }
 
-func (o *ownPIDs) ended(int) {
+func (o *ownPIDs) end(pid int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.running--
 	o.last = time.Now()
+	o.ended[pid] = o.last
 }
 
 func (o *ownPIDs) has(pid int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return pid != 0 && slices.Contains(o.pids[:], pid)
+	at, ok := o.ended[pid]
+	return ok && !over(at)
 }
+
+func over(ended time.Time) bool { return !ended.IsZero() && time.Since(ended) > ownFor }
 
 // active says whether a command of ours runs or ended less than d ago.
 func (o *ownPIDs) active(d time.Duration) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.running > 0 || time.Since(o.last) < d
+	for _, at := range o.ended {
+		if at.IsZero() {
+			return true
+		}
+	}
+	return time.Since(o.last) < d
 }

@@ -59,7 +59,7 @@ func TestWaiting(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var own ownPIDs
-				own.started(ours)
+				own.start(ours)
 				began, broken := time.Now(), errors.New("broken")
 				waited, err := waiting(func() int { return tt.held(time.Since(began)) }, &own, func() error {
 					time.Sleep(500 * time.Millisecond)

@@ -33,9 +33,13 @@ type Event struct {
 
 // Watch sends an Event for each change of a chain of ours, of PREROUTING or OUTPUT in table nat,
 // until ctx ends, and then closes the channel. On nft the kernel says so within milliseconds,
-// whatever program did it, and changes of other tables and chains are left out here. On legacy the
-// kernel says nothing: an Event then only means that a program opened and closed /run/xtables.lock,
-// be it for looking, and one that uses another lock is not seen at all: keep polling.
+// whatever program did it, and changes of other tables and chains are left out here. On legacy it
+// is asked (stand.go): an Event says that a family's table is not as it was last read, at once
+// after a program let go of /run/xtables.lock, and from one that uses another lock within 0.1 s,
+// or 5 s where the table is as large as before. What this Kernel wrote and read back is no event.
+//
+// Where the kernel may not be asked (Watched), an Event of legacy only means that a program opened
+// and closed the lock, be it for looking: keep polling.
 //
 // The caller must keep receiving. What it is too slow for is merged into one Event with Lost set.
 func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
@@ -56,11 +60,9 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 		return events, nil
 	}
 	if legacy {
-		file, err := watchLock()
-		if err != nil {
+		if err := k.startLegacy(ctx, events); err != nil {
 			return nil, err
 		}
-		go k.watchLegacy(ctx, file, events)
 	}
 	return events, nil
 }
@@ -342,22 +344,83 @@ func watchLock() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "inotify"), nil
 }
 
-func (k *Kernel) watchLegacy(ctx context.Context, inotify *os.File, events chan<- Event) {
+// startLegacy begins the watch of legacy's tables. The lock alone is enough, and so is the kernel's
+// answer.
+func (k *Kernel) startLegacy(ctx context.Context, events chan<- Event) error {
+	var looks []*look
+	var ends []func()
+	answers := false
+	for _, f := range families {
+		l := &look{family: f, stand: k.stand(f)}
+		ends = append(ends, l.stand.watched(func() (asked, error) {
+			if k.machine.asked == nil {
+				return nil, ErrCouldNotLook
+			}
+			return k.machine.asked(f)
+		}))
+		l.changed(time.Now()) // so that it is known whether it answers
+		told, _ := k.Watched(f)
+		answers = answers || told
+		looks = append(looks, l)
+	}
+	file, err := watchLock()
+	if err != nil && !answers {
+		for _, end := range ends {
+			end()
+		}
+		return err
+	}
+	hints := make(chan struct{}, 1)
+	if err == nil {
+		go readHints(ctx, file, hints)
+	}
+	go func() {
+		k.watchLegacy(ctx, looks, hints, newSender(ctx, events))
+		for _, end := range ends {
+			end()
+		}
+	}()
+	return nil
+}
+
+// readHints says when the lock was closed: nobody who writes with it has it by then.
+func readHints(ctx context.Context, inotify *os.File, hints chan<- struct{}) {
 	defer inotify.Close()
 	stop := context.AfterFunc(ctx, func() { _ = inotify.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	s := newSender(ctx, events)
 	buffer := make([]byte, 4096)
 	for {
-		_, err := inotify.Read(buffer)
-		if ctx.Err() != nil {
-			return
+		if _, err := inotify.Read(buffer); err != nil {
+			return // the tables are asked all the same
 		}
-		if err != nil {
-			s.put(Event{Lost: true})
-			return
+		select {
+		case hints <- struct{}{}:
+		default:
 		}
-		// The close of our own command comes while it runs or right after it.
-		s.put(Event{Own: k.own.active(50 * time.Millisecond)})
+	}
+}
+
+func (k *Kernel) watchLegacy(ctx context.Context, looks []*look, hints <-chan struct{}, s *sender) {
+	ticker := time.NewTicker(infoEvery)
+	defer ticker.Stop()
+	for {
+		hinted := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-hints:
+			hinted = true
+		case <-ticker.C:
+		}
+		for _, l := range looks {
+			l.pace.hinted = l.pace.hinted || hinted
+			if l.changed(time.Now()) {
+				s.put(Event{Family: l.family})
+			}
+			if _, why := k.Watched(l.family); hinted && why != nil {
+				// The close of our own command comes while it runs or right after it.
+				s.put(Event{Family: l.family, Own: k.own.active(50 * time.Millisecond)})
+			}
+		}
 	}
 }

@@ -5,7 +5,6 @@ package iptables
 import (
 	"context"
 	"fmt"
-	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -122,32 +121,6 @@ func TestWatchSaysWhatItLost(t *testing.T) {
 		if e := next(t, events); e.Lost {
 			return
 		}
-	}
-}
-
-func TestWatchLegacyHintsAtOtherWriters(t *testing.T) {
-	if !inNetns(t) {
-		return
-	}
-	lock := t.TempDir() + "/xtables.lock"
-	if err := os.WriteFile(lock, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	os.Setenv("XTABLES_LOCKFILE", lock)
-	k := open(t, Legacy)
-	time.Sleep(60 * time.Millisecond) // Open's own look is over
-	events, err := k.Watch(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	sh(t, "iptables-legacy", "-w", "5", "-t", "nat", "-N", "DOCKER")
-	if e := next(t, events); e.Own {
-		t.Errorf("another's write: %+v", e)
-	}
-	drain(events)
-	apply(t, k, sample(IPv4).Ruleset())
-	if e := next(t, events); !e.Own {
-		t.Errorf("our own write: %+v", e)
 	}
 }
 

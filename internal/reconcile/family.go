@@ -21,7 +21,7 @@ type Kernel interface {
 	Apply(context.Context, iptables.Plan) (iptables.Result, error)
 	Probe(context.Context, iptables.Family) error
 	Families() []iptables.FamilyState
-	Backend() string
+	Watched(iptables.Family) (told bool, why error)
 }
 
 // Order is what a pass shall bring about, and what is known just then.
@@ -39,7 +39,7 @@ type Order struct {
 
 	Paused   bool // cleanup took everything out
 	Marked   bool // an agent of this boot put jumps in
-	Notified bool // the kernel's notifications come in (Note)
+	Notified bool // what the Kernel tells of changes comes in (Note)
 }
 
 // Outcome is what came of a pass.
@@ -97,6 +97,7 @@ type Family struct {
 	backOff   backOff
 	drift     driftMemory
 	paths     paths
+	untold    error // why the kernel does not tell of changes; nil: it does, or was not asked yet
 }
 
 // standing is how the kernel stood to the goal at the end of the last pass that looked.
@@ -164,12 +165,12 @@ func (p *pass) time() time.Time { return p.now.Add(p.clock().Sub(p.began)) }
 
 // Pass moves the gates and brings the family's rules to what is wanted. It does nothing, and costs
 // nothing, unless something tells that the kernel may differ: a notification, a new want, a failure
-// to mend, or where the kernel does not notify the clock.
+// to mend, or the clock where nothing tells of changes.
 func (f *Family) Pass(ctx context.Context, now time.Time, o Order) Outcome {
 	o.Known = o.Known && o.UserKnown
 	p := &pass{
 		now: now, began: f.clock(), clock: f.clock, order: o,
-		poll: pollInterval(o.Notified, f.kernel.Backend()),
+		poll: pollInterval(f.watched(o.Notified)),
 		out:  Outcome{Work: Work{Applies: map[string]int{}, Drift: map[string]int{}}},
 	}
 	p.out.Ports = f.gates.move(now, o, !o.Known && o.UserKnown && f.sight.intercepted())
@@ -180,6 +181,17 @@ func (f *Family) Pass(ctx context.Context, now time.Time, o Order) Outcome {
 	}
 	f.report(p)
 	return p.out
+}
+
+// watched says whether every change is told of. Why the kernel does not tell is logged once.
+func (f *Family) watched(notified bool) bool {
+	told, why := f.kernel.Watched(f.family)
+	if why != nil && (f.untold == nil || f.untold.Error() != why.Error()) {
+		f.log.Warn("the kernel does not tell whether the rules change: reading them now and then",
+			zap.Stringer("family", f.family), zap.Duration("each", unwatchedPoll), zap.Error(why))
+	}
+	f.untold = why
+	return notified && told
 }
 
 // reconcile is the pass without the gates and the report.

@@ -854,22 +854,21 @@ func TestPaused(t *testing.T) {
 	}
 }
 
-// TestPoll: where the kernel notifies nobody, everything is read each 1.5 s; else each five
-// minutes.
+// TestPoll: where nobody is told of changes, everything is read each 1.5 s; else each five minutes.
 func TestPoll(t *testing.T) {
 	for _, test := range []struct {
-		name     string
-		notified bool
-		backend  string
-		every    time.Duration
+		name                string
+		notified, unwatched bool
+		untold              error
+		every               time.Duration
 	}{
-		{"nft", true, iptables.NFT, resync}, {"nft that tells nothing any more", false,
-			iptables.NFT, legacyPoll},
-		{"legacy", true, iptables.Legacy, legacyPoll}, {"legacy without a hint", false,
-			iptables.Legacy, legacyPoll},
+		{"watched", true, false, nil, resync},
+		{"notifications have ended", false, false, nil, unwatchedPoll},
+		{"not asked yet", true, true, nil, unwatchedPoll},
+		{"no answer", true, false, iptables.ErrCouldNotLook, unwatchedPoll},
 	} {
 		r := newRig(t)
-		r.backend, r.order.Notified = test.backend, test.notified
+		r.order.Notified, r.unwatched, r.untold = test.notified, test.unwatched, test.untold
 		left := anInterception() // so that it is no first install, whose end is a change
 		left.Jumps = true
 		r.install(left)
@@ -894,6 +893,10 @@ func TestPoll(t *testing.T) {
 		r.f.Note(iptables.Event{Chains: []string{"OUTPUT"}}, r.now)
 		if r.pass(test.every); r.called() != "read" {
 			t.Errorf("%s: not everything is read when it is due", test.name)
+		}
+		said := strings.Count(strings.Join(r.logged(), "\n"), "the kernel does not tell")
+		if said > 1 || said == 1 != (test.untold != nil) {
+			t.Errorf("%s: that the kernel does not tell is said %d times", test.name, said)
 		}
 	}
 }

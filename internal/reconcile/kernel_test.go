@@ -33,7 +33,8 @@ type rig struct {
 
 	// The kernel.
 	nat        *iptablestest.NAT
-	backend    string
+	unwatched  bool          // changes are not told of
+	untold     error         // the same, and why
 	why        error         // why the family is not usable
 	probes     error         // the same, from the next probe on
 	fails      error         // what reads and writes come to
@@ -61,7 +62,7 @@ func anInterception() iptables.Interception {
 func newRig(t *testing.T) *rig {
 	core, logs := observer.New(zap.InfoLevel)
 	r := &rig{
-		t: t, logs: logs, now: time.Unix(1e9, 0), nat: iptablestest.New(nil), backend: iptables.NFT,
+		t: t, logs: logs, now: time.Unix(1e9, 0), nat: iptablestest.New(nil),
 		order: Order{
 			Want: anInterception(), Serial: 1, Known: true, ProxyUID: proxyUID, UserKnown: true,
 			WhenDown: Keep, Marked: true, Notified: true,
@@ -241,7 +242,9 @@ func (r *rig) Families() []iptables.FamilyState {
 	}
 }
 
-func (r *rig) Backend() string { return r.backend }
+func (r *rig) Watched(iptables.Family) (bool, error) {
+	return !r.unwatched && r.untold == nil, r.untold
+}
 
 func (r *rig) halfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	r.limited(ctx)

@@ -78,7 +78,7 @@ func (g gate) adopted(port uint16) gate {
 }
 
 // Back-off of repairs: fewer than backOffBurst within backOffWindow are made at once, then one
-// per a delay that doubles from backOffFirst to backOffLast. On legacy, where drift is found by
+// per a delay that doubles from backOffFirst to backOffLast. Where drift is found by
 // polling, the window must hold backOffBurst polls. backOffOver without drift ends it. So a
 // program that deletes our jump every 100 ms meets less than one write a second, and the VM is
 // put right within seconds of its end.
@@ -230,8 +230,9 @@ const (
 	// resync is how often the rules are read although nothing told of a change: a lost notification
 	// costs this long.
 	resync = 5 * time.Minute
-	// legacyPoll is the interval of looks where the kernel notifies nobody.
-	legacyPoll = 1500 * time.Millisecond
+	// unwatchedPoll is the same where nobody is told of changes: no notifications of nft's, or no
+	// answer of the kernel's on legacy.
+	unwatchedPoll = 1500 * time.Millisecond
 	// readShare bounds the share of time that reads under a storm of other programs' changes take:
 	// after a read of duration d the next waits readShare*d, and longestShare at most. One that takes
 	// longer was held up, by a machine that stood still or a lock, and has not cost that: 10,000 rules
@@ -241,9 +242,9 @@ const (
 )
 
 // pollInterval is how often the rules are read though nothing told of a change.
-func pollInterval(notified bool, backend string) time.Duration {
-	if !notified || backend == iptables.Legacy {
-		return legacyPoll
+func pollInterval(watched bool) time.Duration {
+	if !watched {
+		return unwatchedPoll
 	}
 	return resync
 }

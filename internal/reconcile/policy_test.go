@@ -390,17 +390,14 @@ func TestNumbers(t *testing.T) {
 	for name, have := range map[string][2]time.Duration{
 		"older connections are let through": {settle, 5 * time.Minute},
 		"a refused rule is offered again":   {retryLeft, 5 * time.Minute},
-		"everything is read":                {pollInterval(true, iptables.NFT), 5 * time.Minute},
-		"and where nobody is notified": {pollInterval(false, iptables.NFT),
-			1500 * time.Millisecond},
-		"and on legacy": {pollInterval(true, iptables.Legacy),
-			1500 * time.Millisecond},
-		"a repaired drift is shown":        {showDrift, time.Minute},
-		"an unusable family is tried":      {retryUnusable, time.Minute},
-		"a late answer":                    {answersLate, 6 * time.Second},
-		"a walk through conntrack":         {conntrackLimit, time.Second},
-		"who wrote is told late":           {lateName, time.Second},
-		"the longest pause between passes": {tick, time.Second},
+		"everything is read":                {pollInterval(true), 5 * time.Minute},
+		"and where nobody is told":          {pollInterval(false), 1500 * time.Millisecond},
+		"a repaired drift is shown":         {showDrift, time.Minute},
+		"an unusable family is tried":       {retryUnusable, time.Minute},
+		"a late answer":                     {answersLate, 6 * time.Second},
+		"a walk through conntrack":          {conntrackLimit, time.Second},
+		"who wrote is told late":            {lateName, time.Second},
+		"the longest pause between passes":  {tick, time.Second},
 	} {
 		if have[0] != have[1] {
 			t.Errorf("%s: %v, want %v", name, have[0], have[1])

@@ -90,7 +90,7 @@ func TestQuestionsForgottenLater(t *testing.T) {
 	}
 }
 
-// noKernel has no table and may only be asked for its backend.
+// noKernel has no table and may only be asked whether it is watched.
 type noKernel struct{ Kernel }
 
-func (noKernel) Backend() string { return iptables.NFT }
+func (noKernel) Watched(iptables.Family) (bool, error) { return true, nil }

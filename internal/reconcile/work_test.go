@@ -34,11 +34,11 @@ func TestRepairTimes(t *testing.T) {
 			return []Outcome{r.pass(time.Second)}
 		}, []time.Duration{time.Second + read}},
 		{"a poll", func(r *rig) []Outcome {
-			r.backend = iptables.Legacy
+			r.unwatched = true
 			if err := r.nat.Restore("*nat\n-D OUTPUT "+jump+"\nCOMMIT\n", nil); err != nil {
 				r.t.Fatal(err)
 			}
-			return []Outcome{r.pass(legacyPoll), r.pass(legacyPoll)}
+			return []Outcome{r.pass(unwatchedPoll), r.pass(unwatchedPoll)}
 		}, []time.Duration{read}},
 		{"a write of others that changes nothing of ours", func(r *rig) []Outcome {
 			r.others(byIptables, "-A OUTPUT -p udp -j RETURN")

@@ -15,7 +15,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"runtime"
+	"os"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -53,7 +54,8 @@ type Print struct {
 // Socket is where one family's tables are asked for, in the network namespace in which it was
 // opened. It may be used by several goroutines.
 type Socket struct {
-	fd     int
+	file   *os.File
+	conn   syscall.RawConn // of file: a call holds off Close, and finds a closed one closed
 	level  int
 	layout layout
 }
@@ -95,16 +97,20 @@ func Open(family int) (*Socket, error) {
 	if unsafe.Sizeof(uintptr(0)) != 8 {
 		return nil, fmt.Errorf("open a socket for tables: %w", ErrABI)
 	}
-	var err error
-	s.fd, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open a socket for tables: %w", classify(err))
+	}
+	s.file = os.NewFile(uintptr(fd), "tables")
+	if s.conn, err = s.file.SyscallConn(); err != nil {
+		s.file.Close()
+		return nil, fmt.Errorf("open a socket for tables: %w", err)
 	}
 	return s, nil
 }
 
-// Close closes the socket.
-func (s *Socket) Close() error { return unix.Close(s.fd) }
+// Close closes the socket; what is asked later is os.ErrClosed.
+func (s *Socket) Close() error { return s.file.Close() }
 
 // Info asks for the Info of a table, and makes one that is not there.
 func (s *Socket) Info(table string) (Info, error) {
@@ -191,9 +197,13 @@ func (l layout) clearCounters(entries []byte) (number int) {
 func (s *Socket) get(option int, table string, value []byte) error {
 	copy(value[:nameLength-1], table)
 	length := uint32(len(value))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(s.fd), uintptr(s.level),
-		uintptr(option), uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
-	runtime.KeepAlive(value)
+	var errno unix.Errno
+	if err := s.conn.Control(func(fd uintptr) {
+		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(s.level), uintptr(option),
+			uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
+	}); err != nil {
+		return err
+	}
 	switch {
 	case errno != 0:
 		return classify(errno)

@@ -265,8 +265,13 @@ func TestRefused(t *testing.T) {
 	if os.Geteuid() == 0 {
 		for _, f := range families {
 			sh(t, "", f.program, "-t", "nat", "-N", "CHAIN")
-			if _, err := f.open(t).Print("no such table"); !errors.Is(err, ErrNoTable) {
+			s := f.open(t)
+			if _, err := s.Print("no such table"); !errors.Is(err, ErrNoTable) {
 				t.Errorf("a table that is not there: %v", err)
+			}
+			s.Close()
+			if _, err := s.Print("nat"); !errors.Is(err, os.ErrClosed) {
+				t.Errorf("a closed socket: %v", err)
 			}
 		}
 		anew(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
