@@ -34,6 +34,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/cloudlog"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/footprint"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
@@ -63,6 +64,7 @@ type Agent struct {
 	others     *mailbox.Box[[]iptables.OtherChain]
 	around     *surroundings
 	reports    *mailbox.Box[status.Status]
+	worked     *mailbox.Box[struct{}] // a pass that did more than look
 	kept       kept
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status] // nil: no pass yet
@@ -97,7 +99,8 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
 		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
-		reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
+		reports: mailbox.New[status.Status](), worked: mailbox.New[struct{}](), kept: newKept(),
+		pause: make(chan chan struct{}),
 	}
 	a.self.killed = takeKilled(server.Dir(), a.started, log)
 	var err error
@@ -231,6 +234,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 		{"report", a.report},
 		{"keep history", a.keepHistory},
 		{"look around", a.around.run},
+		{"give memory back", a.giveBack},
 		{"guest attributes", a.guest.Run},
 		{"serial port", a.serial.Run},
 		{"Cloud Logging", a.cloud.Run},
@@ -291,6 +295,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		bootstrap: bootstrapProgress{awaited: a.awaitBootstrap},
 		beside:    beside{asked: func(about about) { a.around.asked.Put(about) }},
 		mark:      readMark(server.Dir(), a.log),
+		worked:    func() { a.worked.Put(struct{}{}) },
 		told: told{
 			reporters: a.reporters(machine), log: a.log, started: a.started,
 			past:     a.history(machine),
@@ -319,6 +324,15 @@ func (a *Agent) history(machine string) (h history) {
 	}
 	h.add(status.Transition{Kind: status.OfAgent, Severity: "info", Text: a.startedText()}, a.started)
 	return h
+}
+
+// giveBack gives memory back after the start, and after each want and write.
+func (a *Agent) giveBack(ctx context.Context) error {
+	a.worked.Put(struct{}{})
+	footprint.Rest{Give: footprint.Give}.After(ctx, a.worked.Get(), func(err error) {
+		a.log.Info("memory that is not needed stays", zap.Error(err))
+	})
+	return nil
 }
 
 // startedText says that it was started, on each channel.

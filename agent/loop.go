@@ -47,6 +47,7 @@ type loop struct {
 	families []*reconcile.Family
 	mark     *mark
 	told     told
+	worked   func() // told of a pass that did more than look; nil: nobody is
 }
 
 // beside is what tasks have found that look at other things than Envoy, and whom the loop tells
@@ -105,6 +106,7 @@ func (l *loop) run(ctx context.Context) error {
 func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	began := time.Now()
 	seen := l.observe(now)
+	before := l.wanted.serial
 	want, known := l.wanted.desired(l.settings, seen)
 	outcomes := l.reconcile(ctx, now, seen, want, known)
 	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
@@ -112,6 +114,9 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	facts := seen.Facts(want, outcomes)
 	findings := symptom.Check(facts)
 	took := time.Since(began)
+	if l.worked != nil && (l.wanted.serial != before || wrote(outcomes)) {
+		l.worked()
+	}
 	l.followBootstrap(now)
 	l.told.publish(passed{
 		seen: seen, want: want, serial: l.wanted.serial, known: known, outcomes: outcomes,
@@ -157,6 +162,11 @@ func (l *loop) followBootstrap(now time.Time) {
 			l.log.Warn("cannot ask for bootstrap", zap.Error(err))
 		}
 	}
+}
+
+// wrote says whether rules were written.
+func wrote(outcomes []reconcile.Outcome) bool {
+	return slices.ContainsFunc(outcomes, func(o reconcile.Outcome) bool { return o.Rows > 0 })
 }
 
 func earliest(outcomes []reconcile.Outcome) time.Duration {

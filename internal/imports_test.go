@@ -33,7 +33,7 @@ var may = map[string]string{
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
 		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
-		"internal/mailbox internal/metadata internal/progress internal/reconcile " +
+		"internal/footprint internal/mailbox internal/metadata internal/progress internal/reconcile " +
 		"internal/recording internal/report internal/route internal/rulediff internal/server " +
 		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
@@ -93,6 +93,7 @@ var may = map[string]string{
 	"internal/authorities": "",
 	"internal/conntrack":   "",
 	"internal/envfile":     "",
+	"internal/footprint":   "",
 	"internal/mailbox":     "",
 	"internal/redaction":   "",
 	"internal/route":       "",

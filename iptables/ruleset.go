@@ -60,13 +60,18 @@ func (r Ruleset) Rules(name string) []string {
 }
 
 func (r Ruleset) chain(name string) ([]string, bool) {
+	c, ok := r.find(name)
+	return c.rules, ok
+}
+
+func (r Ruleset) find(name string) (chain, bool) {
 	i, ok := slices.BinarySearchFunc(r.chains, name, func(c chain, name string) int {
 		return strings.Compare(c.name, name)
 	})
 	if !ok {
-		return nil, false
+		return chain{}, false
 	}
-	return r.chains[i].rules, true
+	return r.chains[i], true
 }
 
 // jumpsFrom are the jumps that head the built-in chain, in order.

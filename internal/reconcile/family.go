@@ -458,6 +458,7 @@ func (f *Family) settled(p *pass) {
 	f.standing.seen = p.time()
 	f.standing.written = f.standing.jumps || !f.sight.have.Ours().Empty()
 	f.retry = retry{}
+	f.sight.have.Share(f.goal.target)
 }
 
 // report puts what is told of the family into the pass's outcome.

@@ -1,0 +1,165 @@
+//go:build lab
+
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
+)
+
+// BenchmarkMemory is what the agent holds of memory: at rest, at its peak while it starts, and at
+// its peak while a dump is read and a changed rule written. With PROFILES=DIR it leaves heap
+// profiles there.
+func BenchmarkMemory(b *testing.B) {
+	for _, backend := range lab.Backends {
+		for _, n := range []int{10, times(10_000, 100), times(32_000, 200)} {
+			b.Run(fmt.Sprintf("%s/services=%d", backend, n), func(b *testing.B) {
+				config := spread(n, true, false)
+				m, err := mesh.New(within(b, 5*time.Minute), mesh.Options{Backend: backend, Config: config})
+				must(b, err)
+				defer m.Close()
+				a := m.NewAgent()
+				must(b, a.Start())
+				must(b, a.WaitReady(within(b, 2*time.Minute)))
+				starting := memory(b, a.PID(), "VmHWM")
+				time.Sleep(time.Duration(times(12, 1)) * time.Second)
+				rest := resident(b, a.PID())
+				anon := memory(b, a.PID(), "RssAnon")
+				profile(b, a, fmt.Sprintf("%s-%d-rest", backend, n))
+				metrics := heap(b, a)
+
+				forgetPeak(b, a.PID())
+				peak := 0.0
+				for i := range times(1, 1) {
+					config.Services[n-1] = apart(n + i)
+					_, err = m.CP.Set(config)
+					must(b, err)
+					vip := netip.AddrPortFrom(config.Services[n-1].Prefixes[0].Addr(), 9000)
+					for end := time.Now().Add(time.Minute); ; {
+						if r, err := lab.Probe(b.Context(), m.VM, 1000, vip); err == nil && !r.Escaped {
+							break
+						}
+						if time.Now().After(end) {
+							b.Fatalf("%v is not redirected", vip)
+						}
+					}
+					time.Sleep(time.Duration(times(5, 1)) * time.Second)
+					peak = max(peak, memory(b, a.PID(), "VmHWM"))
+				}
+				time.Sleep(time.Duration(times(12, 1)) * time.Second)
+				profile(b, a, fmt.Sprintf("%s-%d-changed", backend, n))
+				dump := dumpBytes(b, m)
+				b.Logf("%s", metrics)
+				b.ReportMetric(0, "ns/op")
+				b.ReportMetric(dump/(1<<20), "dump-MB")
+				b.ReportMetric(starting, "peak-start-MB")
+				b.ReportMetric(rest, "resident-MB")
+				b.ReportMetric(anon, "resident-anon-MB")
+				b.ReportMetric(peak, "peak-change-MB")
+				b.ReportMetric(resident(b, a.PID()), "resident-changed-MB")
+			})
+		}
+	}
+}
+
+// apart is the i-th of services none of which is next to another: those would be one rule. There is
+// room for 65,536 of them in 10.32.0.0/15 and the same of fd20::/64.
+func apart(i int) controlplane.Service {
+	s := service(0)
+	s.Name = fmt.Sprintf("service-%d", i)
+	at := uint32(10<<24 | 32<<16 | 2*i)
+	s.Prefixes = controlplane.VIPs(netip.AddrFrom4([4]byte{byte(at >> 24), byte(at >> 16),
+		byte(at >> 8), byte(at)}).String())
+	s.Cluster = "one"
+	return s
+}
+
+// spread is n services apart from each other, with HTTP chains or TCP ones, in one family or both.
+func spread(n int, http, both bool) (c controlplane.Config) {
+	for i := range n {
+		s := apart(i)
+		s.HTTP = http
+		if both {
+			s.Prefixes = append(s.Prefixes, apart6(i))
+			c.IPv6 = controlplane.IPv6Additional
+		}
+		c.Services = append(c.Services, s)
+	}
+	return c
+}
+
+func apart6(i int) netip.Prefix {
+	at := 2 * i
+	return netip.PrefixFrom(netip.AddrFrom16(
+		[16]byte{0xfd, 0x20, 13: byte(at >> 16), 14: byte(at >> 8), 15: byte(at)}), 128)
+}
+
+// memory is a line of /proc/PID/status in MB.
+func memory(b testing.TB, pid int, field string) float64 {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(b, err)
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, field+":"); ok {
+			n, err := strconv.Atoi(strings.Fields(rest)[0])
+			must(b, err)
+			return float64(n) / 1024
+		}
+	}
+	b.Fatalf("no %s", field)
+	return 0
+}
+
+// dumpBytes is how long the dump of the listeners is.
+func dumpBytes(b testing.TB, m *mesh.Mesh) float64 {
+	client := m.VM.HTTP()
+	r, err := client.Get("http://127.0.0.1:15000/config_dump?resource=dynamic_listeners")
+	must(b, err)
+	defer r.Body.Close()
+	n, err := io.Copy(io.Discard, r.Body)
+	must(b, err)
+	return float64(n)
+}
+
+// forgetPeak begins VmHWM anew (proc_pid_clear_refs(5)).
+func forgetPeak(b testing.TB, pid int) {
+	must(b, os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0))
+}
+
+// heap is what Go says of its memory.
+func heap(b testing.TB, a *mesh.Agent) string {
+	_, text, err := a.Get("/metrics")
+	must(b, err)
+	var some bytes.Buffer
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "go_memstats_") && strings.Contains(line, "bytes") {
+			some.WriteString(strings.TrimPrefix(line, "go_memstats_"))
+		}
+	}
+	return some.String()
+}
+
+func profile(b testing.TB, a *mesh.Agent, name string) {
+	dir := os.Getenv("PROFILES")
+	if dir == "" {
+		return
+	}
+	smaps, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", a.PID()))
+	must(b, err)
+	must(b, os.WriteFile(filepath.Join(dir, name+".smaps"), smaps, 0o600))
+	body, err := server.Dial(a.RunDir()).Get(b.Context(), "/debug/pprof/heap?gc=1")
+	must(b, err)
+	must(b, os.WriteFile(filepath.Join(dir, name+".pprof"), body, 0o600))
+}
