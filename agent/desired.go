@@ -227,6 +227,8 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
 		}
 		switch {
 		case l.Bound && l.OriginalDst && leadsTo(l, family, port, false):
+			n := prefixesOf(l, family)
+			prefixes, services = slices.Grow(prefixes, n), slices.Grow(services, n)
 			for _, c := range l.Chains {
 				ours := func(p netip.Prefix) bool { return family.Of(p.Addr()) }
 				switch {
@@ -258,6 +260,19 @@ func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
 		}
 	}
 	return sortedPrefixes(prefixes), sortedPorts(ports), services
+}
+
+// prefixesOf counts a family's prefixes of a listener's chains, so that lists of them are made at
+// once as long as they need to be.
+func prefixesOf(l envoyadmin.Listener, family iptables.Family) (n int) {
+	for i := range l.Chains {
+		for _, p := range l.Chains[i].Prefixes {
+			if family.Of(p.Addr()) {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // nameBehind is the name of the service that an unbound listener is for: the first of its chains

@@ -46,22 +46,25 @@ type Listener struct {
 
 // FilterChain is what Envoy does with connections that match.
 type FilterChain struct {
-	Name                 string
-	Prefixes             []netip.Prefix // destinations; none: any
-	Port                 uint16         // destination; 0: any
-	ServerNames          []string       // of TLS
-	TransportProtocol    string         // "tls", "raw_buffer"; empty: any
-	ApplicationProtocols []string
+	Name     string
+	Prefixes []netip.Prefix // destinations; none: any
+
+	// Small fields are side by side: there are 10,000 chains, and 16 bytes between them in each.
+	Port uint16 // destination; 0: any
 	// it takes only some of these connections: by source, or by what a filter_chain_matcher looks at
 	OtherConditions bool
-	Source          *SourceMatch // the conditions by source; nil: none that are known
-
-	HTTP, TCP bool // has an HTTP connection manager, a TCP proxy
-	TLS       bool // ends TLS (has a transport socket)
+	HTTP, TCP       bool // has an HTTP connection manager, a TCP proxy
+	TLS             bool // ends TLS (has a transport socket)
 	// a listener filter waits for the client's first bytes to see whether they are TLS
 	TLSInspected bool
-	RouteConfig  string
-	Cluster      string // of a TCP proxy; several of weighted clusters, parted by commas
+
+	ServerNames          []string // of TLS
+	TransportProtocol    string   // "tls", "raw_buffer"; empty: any
+	ApplicationProtocols []string
+	Source               *SourceMatch // the conditions by source; nil: none that are known
+
+	RouteConfig string
+	Cluster     string // of a TCP proxy; several of weighted clusters, parted by commas
 }
 
 // SourceMatch is what a chain wants of where a connection comes from.
@@ -130,8 +133,22 @@ type partial struct {
 	internal, api bool
 	tlsInspector  bool
 
+	// full are the chains that are read, but for those in Chains. A slice that grows by append would
+	// be copied again and again, and end up to a quarter too long: at 10,000 chains 8 MB of garbage.
+	full [][]FilterChain
+
 	reasons []string // what was not understood
 	more    int      // reasons past maxReasons
+}
+
+// chunk is how many chains are collected before they are put aside.
+const chunk = 512
+
+func (p *partial) add(chain FilterChain) {
+	if len(p.Chains) == chunk {
+		p.full, p.Chains = append(p.full, p.Chains), make([]FilterChain, 0, chunk)
+	}
+	p.Chains = append(p.Chains, chain)
 }
 
 func (p *partial) note(format string, args ...any) {
@@ -196,7 +213,7 @@ func (p *partial) field(r *reader, name string) error {
 		return r.array(func() error {
 			chain, err := r.filterChain()
 			if err == nil {
-				p.Chains = append(p.Chains, chain)
+				p.add(chain)
 			} else if isShape(err) {
 				p.note("filter chain %q: %v", chain.Name, err)
 				return nil
@@ -218,6 +235,10 @@ func (p *partial) field(r *reader, name string) error {
 
 // finish sees to what could be understood only once all fields were read.
 func (p *partial) finish() {
+	if p.full != nil {
+		p.Chains = slices.Concat(append(p.full, p.Chains)...)
+		p.full = nil
+	}
 	var parsed listenerv3.Listener
 	if err := decode.Unmarshal(append(p.small, '}'), &parsed); err != nil {
 		p.note("not understood: %s", plain(err))

@@ -40,6 +40,7 @@ func BenchmarkMemory(b *testing.B) {
 				anon := memory(b, a.PID(), "RssAnon")
 				profile(b, a, fmt.Sprintf("%s-%d-rest", backend, n))
 				metrics := heap(b, a)
+				b.Logf("rest %.1f anon %.1f, peak %.1f", rest, anon, starting)
 
 				forgetPeak(b, a.PID())
 				peak := 0.0
@@ -49,11 +50,12 @@ func BenchmarkMemory(b *testing.B) {
 					must(b, err)
 					vip := netip.AddrPortFrom(config.Services[n-1].Prefixes[0].Addr(), 9000)
 					for end := time.Now().Add(time.Minute); ; {
-						if r, err := lab.Probe(b.Context(), m.VM, 1000, vip); err == nil && !r.Escaped {
+						r, err := lab.Probe(b.Context(), m.VM, 1000, vip)
+						if err == nil && !r.Escaped {
 							break
 						}
 						if time.Now().After(end) {
-							b.Fatalf("%v is not redirected", vip)
+							b.Fatalf("%v: %+v %v\n%s\n%s", vip, r, err, a.Log(), m.Envoy.LogTail(2000))
 						}
 					}
 					time.Sleep(time.Duration(times(5, 1)) * time.Second)
