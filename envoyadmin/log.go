@@ -55,8 +55,12 @@ const (
 	maxLine = 8 << 10
 	// bytes written since the last read: of more, only the last are read
 	maxBehind = 16 << 20
-	readSize  = 64 << 10               // bytes of one read
-	maxGap    = 200 * time.Millisecond // between reads in a storm: what a hint may come late then
+	readSize  = 64 << 10 // bytes of one read
+	// reads in a row that wait for nothing: a change of a service takes some six lines, of which
+	// the one of the listener is the last
+	atOnce = 16
+	minGap = 10 * time.Millisecond  // after those
+	maxGap = 200 * time.Millisecond // between reads in a storm: what a hint may come late then
 	// the file is looked at this often even if inotify is silent: a new file, a truncation
 	logPoll   = 1 * time.Second
 	sameEvent = 5 * time.Second // an event that only repeats is told this often
@@ -199,7 +203,7 @@ func (f *follower) run(ctx context.Context) {
 	defer f.close()
 	poll := time.NewTicker(logPoll)
 	defer poll.Stop()
-	var gap time.Duration
+	var pace readPace
 	var quiet <-chan time.Time // set while inotify is not listened to
 	for {
 		var out chan<- LogEvent
@@ -229,13 +233,30 @@ func (f *follower) run(ctx context.Context) {
 			f.repeat(time.Now())
 			f.reopen()
 		}
-		if f.read() {
-			gap = min(max(10*time.Millisecond, 2*gap), maxGap)
-			quiet = time.After(gap)
-		} else if quiet == nil {
-			gap = 0
+		switch {
+		case f.read():
+			if gap := pace.found(); gap > 0 {
+				quiet = time.After(gap)
+			}
+		case quiet == nil:
+			pace = readPace{}
 		}
 	}
+}
+
+// readPace is how long the follower rests after reads that found something. The zero value is that
+// after one that found nothing.
+type readPace struct {
+	reads int
+	gap   time.Duration
+}
+
+// found is the rest after another read that found something.
+func (p *readPace) found() time.Duration {
+	if p.reads++; p.reads > atOnce {
+		p.gap = min(max(minGap, 2*p.gap), maxGap)
+	}
+	return p.gap
 }
 
 // open opens the file. Only a regular file is read, and a symbolic link is not followed: the folder

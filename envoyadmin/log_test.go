@@ -332,6 +332,24 @@ func TestFollowLogStorm(t *testing.T) {
 	}
 }
 
+// A change is some lines within a few milliseconds, each a write of its own. None of them waits for
+// the others; only a storm is read in pieces, in ever larger ones.
+func TestReadPace(t *testing.T) {
+	var p readPace
+	for i := range atOnce {
+		if gap := p.found(); gap != 0 {
+			t.Fatalf("read %d is followed by a rest of %v", i+1, gap)
+		}
+	}
+	for _, want := range []time.Duration{
+		minGap, 2 * minGap, 4 * minGap, 8 * minGap, 16 * minGap, maxGap, maxGap,
+	} {
+		if gap := p.found(); gap != want {
+			t.Errorf("a rest of %v, want %v", gap, want)
+		}
+	}
+}
+
 // Nobody takes: equal events become one, different ones are kept up to a
 // number, the rest is counted.
 func TestLogQueue(t *testing.T) {
