@@ -433,7 +433,7 @@ func TestDeleteEnds(t *testing.T) {
 	// Too late for a question to the kernel: an error of each family.
 	late, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
 	defer cancel()
-	n, err := deleteEntries(late, func(entry) bool { return false })
+	n, err := deleteEntries(late, bothFamilies, func(entry) bool { return false })
 	if n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) ||
 		strings.Count(err.Error(), "delete conntrack entries: ") != len(families) {
 		t.Errorf("past its time: %d, %v", n, err)
@@ -456,6 +456,25 @@ func TestNothingToDelete(t *testing.T) {
 	} {
 		if n, err := delete(); n != 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%s: %d, %v; want that the time is over", name, n, err)
+		}
+	}
+}
+
+// TestFamiliesOf: a family of which no prefix is asked for is not walked through.
+func TestFamiliesOf(t *testing.T) {
+	four, six := netip.MustParsePrefix("10.0.0.1/32"), netip.MustParsePrefix("fd00::1/128")
+	for _, c := range []struct {
+		of   []netip.Prefix
+		want []byte
+	}{
+		{nil, nil},
+		{[]netip.Prefix{{}}, nil},
+		{[]netip.Prefix{four, four}, []byte{unix.AF_INET}},
+		{[]netip.Prefix{six}, []byte{unix.AF_INET6}},
+		{[]netip.Prefix{six, four}, bothFamilies},
+	} {
+		if got := familiesOf(c.of); !slices.Equal(got, c.want) {
+			t.Errorf("%v: %v, want %v", c.of, got, c.want)
 		}
 	}
 }

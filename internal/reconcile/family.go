@@ -112,7 +112,7 @@ type standing struct {
 // New is a family of which nothing is known yet.
 func New(f iptables.Family, k Kernel, flows Flows, log *zap.Logger) *Family {
 	return &Family{
-		family: f, kernel: k, log: log, paths: paths{flows: flows, log: log},
+		family: f, kernel: k, log: log, paths: newPaths(f, flows, log),
 		clock: time.Now, //nolint:forbidigo // it times commands, and decides nothing
 	}
 }
@@ -441,7 +441,7 @@ func (f *Family) apply(ctx context.Context, p *pass) error {
 	written := p.time()
 	f.settled(p)
 	p.out.Confirmed = f.standing.jumps
-	f.paths.changed(ctx, p.now, f.family, f.goal.redirects(f.gates.ports.DNS))
+	f.paths.changed(ctx, p.now, f.goal.redirects(f.gates.ports.DNS))
 	if len(result.Drift) > 0 { // somebody wrote in between
 		f.standing.equal = false
 		f.sight.doubt()

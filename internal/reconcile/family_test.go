@@ -60,9 +60,9 @@ func TestHold(t *testing.T) {
 		t.Errorf("told: %+v", out)
 	}
 	wantLines := []string{
-		"half-open connections begin anew through Envoy map[connections:2 family:IPv4]",
 		fmt.Sprintf("rules changed map[family:IPv4 jumps:true rules:%d services:2 took:0s]",
 			r.ours().Len()),
+		"half-open connections begin anew through Envoy map[connections:2 family:IPv4]",
 	}
 	if lines := r.lines(); !slices.Equal(lines, wantLines) {
 		t.Errorf("logged %q, want %q", lines, wantLines)

@@ -13,7 +13,8 @@ import (
 // Flows deletes connection-tracking entries that keep new rules from taking effect: package
 // internal/conntrack, whose functions have these names with Delete before them.
 type Flows struct {
-	// HalfOpen deletes the connections to these prefixes that are not answered yet.
+	// HalfOpen deletes the connections to these prefixes that are not answered yet. It is called
+	// beside the passes, once at a time for each family.
 	HalfOpen func(ctx context.Context, to []netip.Prefix) (int, error)
 	// UDP deletes all exchanges with the port.
 	UDP func(ctx context.Context, port uint16) (int, error)
@@ -41,13 +42,28 @@ type redirected struct {
 // paths remembers which entries are still to be deleted: those that would keep what the rules have
 // just taken over on its old path.
 type paths struct {
-	flows Flows
-	log   *zap.Logger
+	family iptables.Family
+	flows  Flows
+	log    *zap.Logger
 
 	now       redirected
 	late      []time.Time // when the entries of late DNS answers are deleted
 	questions bool        // those of DNS questions on the old path are still to be deleted
 	removed   Removed     // in this pass
+
+	added  []netip.Prefix    // those to whose half-open connections nobody looked yet
+	walk   chan walked       // of the walk that goes on; nil: none does
+	beside func(walk func()) // runs a walk; go, but for tests
+}
+
+func newPaths(f iptables.Family, flows Flows, log *zap.Logger) paths {
+	return paths{family: f, flows: flows, log: log, beside: func(walk func()) { go walk() }}
+}
+
+// walked is what came of a walk for half-open connections.
+type walked struct {
+	deleted int
+	err     error
 }
 
 // Removed counts conntrack entries that were deleted, so that new rules hold for them.
@@ -55,6 +71,7 @@ type Removed struct{ HalfOpen, DNS int }
 
 // taken is what was removed since it was last asked.
 func (p *paths) taken() Removed {
+	p.takeWalk()
 	removed := p.removed
 	p.removed = Removed{}
 	return removed
@@ -66,6 +83,7 @@ func (p *paths) adopted(now time.Time) { p.late = []time.Time{now.Add(answersLat
 
 // pass does what is due.
 func (p *paths) pass(ctx context.Context, now time.Time) {
+	p.forgetHalfOpen(ctx)
 	if len(p.late) > 0 && !now.Before(p.late[0]) {
 		p.late = p.late[1:]
 		p.forgetQuestions(ctx)
@@ -74,7 +92,7 @@ func (p *paths) pass(ctx context.Context, now time.Time) {
 
 // changed deletes what the rules have just taken over: connections to new services that are not
 // answered yet, and DNS questions that always come from one port.
-func (p *paths) changed(ctx context.Context, now time.Time, f iptables.Family, is redirected) {
+func (p *paths) changed(ctx context.Context, now time.Time, is redirected) {
 	was := p.now
 	p.now = is
 	if is.dns != was.dns {
@@ -82,17 +100,42 @@ func (p *paths) changed(ctx context.Context, now time.Time, f iptables.Family, i
 		p.forgetQuestions(ctx)
 		p.late = []time.Time{now.Add(time.Second), now.Add(answersLate)}
 	}
-	ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
-	defer cancel()
-	if added := missing(is.services, was.services); len(added) > 0 {
+	p.added = append(p.added, missing(is.services, was.services)...)
+	p.forgetHalfOpen(ctx)
+}
+
+// forgetHalfOpen begins a walk for the prefixes that came since the last one did. It goes on beside
+// the passes: it takes the kernel 15 ms also where its table is empty, a second where that is full,
+// and the other family's rules and the next change would wait for it. The connections can wait:
+// their programs send the next SYN after a second.
+func (p *paths) forgetHalfOpen(ctx context.Context) {
+	if p.takeWalk(); p.walk != nil || len(p.added) == 0 {
+		return
+	}
+	added, ended := p.added, make(chan walked, 1)
+	p.added, p.walk = nil, ended
+	ctx = context.WithoutCancel(ctx) // that of a pass ends with it
+	p.beside(func() {
+		ctx, cancel := context.WithTimeout(ctx, conntrackLimit)
+		defer cancel()
 		n, err := p.flows.HalfOpen(ctx, added)
-		p.removed.HalfOpen += n
-		if err != nil {
-			p.log.Debug("half-open connections keep their path", zap.Error(err))
-		} else if n > 0 {
+		ended <- walked{n, err}
+	})
+}
+
+// takeWalk takes what came of a walk, if it has ended.
+func (p *paths) takeWalk() {
+	select {
+	case w := <-p.walk:
+		p.walk = nil
+		p.removed.HalfOpen += w.deleted
+		if w.err != nil {
+			p.log.Debug("half-open connections keep their path", zap.Error(w.err))
+		} else if w.deleted > 0 {
 			p.log.Info("half-open connections begin anew through Envoy",
-				zap.Stringer("family", f), zap.Int("connections", n))
+				zap.Stringer("family", p.family), zap.Int("connections", w.deleted))
 		}
+	default:
 	}
 }
 

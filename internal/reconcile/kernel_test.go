@@ -70,6 +70,7 @@ func newRig(t *testing.T) *rig {
 	}
 	r.f = New(iptables.IPv4, r, Flows{HalfOpen: r.halfOpen, UDP: r.udp, LateUDP: r.lateUDP},
 		zap.New(core))
+	r.f.paths.beside = func(walk func()) { walk() }
 	r.f.clock = func() time.Time { return r.now.Add(r.spent) }
 	r.listens(proxyUID)
 	return r

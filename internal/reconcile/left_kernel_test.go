@@ -45,6 +45,7 @@ func TestRetryLeft(t *testing.T) {
 			}
 			for _, family := range []iptables.Family{iptables.IPv4, iptables.IPv6} {
 				f := New(family, k, Flows{HalfOpen: conntrack.DeleteHalfOpen}, zap.NewNop())
+				f.paths.beside = func(walk func()) { walk() } // in this thread's namespace
 				f.gates.outbound.open = true
 				order := Order{Serial: 1, Known: true, UserKnown: true, Want: iptables.Interception{
 					Family: family, ProxyUID: 107, ProxyGID: 107, OutboundPort: 15001,

@@ -73,7 +73,7 @@ func TestQuestionsForgottenLater(t *testing.T) {
 	order := Order{Want: want, Serial: 1, Known: true, UserKnown: true}
 	late, cancel := context.WithDeadline(t.Context(), now.Add(-time.Second))
 	defer cancel()
-	f.paths.changed(late, now, iptables.IPv4, redirected{dns: 15053})
+	f.paths.changed(late, now, redirected{dns: 15053})
 	if err := asks(resolver); err != nil {
 		t.Fatal("the old path did not last, so the test shows nothing: ", err)
 	}
