@@ -65,7 +65,7 @@ vulns: ## known vulnerabilities in what the program calls, by today's database; 
 unit kernel lab box: ## one group of `make test`; also lint
 	@test/run.sh $@
 
-bench: tools build ## figures, as ratios against a floor or a peer of the same run
+bench: tools build ## figures beside floors and peers of the same run, what moved since the baseline (DOCS=1: writes docs/scale.md)
 	@test/bench.sh
 
 soak: tools build ## the full counts of the tests; GROUP=name for one group (each at most 80 minutes)

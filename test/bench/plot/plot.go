@@ -1,9 +1,10 @@
 // Package plot draws figures over two logarithmic axes as SVG: one file that is readable in dark
 // and light, with the names of the lines at their ends.
 //
-// It is its own so that nothing has to be installed: gnuplot has no dark, and go libraries for plots
-// bring renderers for fonts and images along. A figure is a pure value; what cannot be on a
-// logarithmic axis (zero, what was not measured) is drawn at its edge and said below, never left out.
+// It is its own so that nothing has to be installed: gnuplot has no dark, and libraries for plots
+// bring renderers for fonts and images along. A figure is a pure value. What cannot be on a
+// logarithmic axis (zero, what was not measured) is drawn at its edge and said below, never left
+// out.
 package plot
 
 import (
@@ -48,7 +49,8 @@ const (
 	Least Look = "least" // grey, triangles
 )
 
-// Point is one figure. With Missing, which says why there is none, Y is what it is larger than, or 0.
+// Point is one figure. With Missing, which says why there is none, Y is what it is larger than, or
+// 0.
 type Point struct {
 	X, Y    float64
 	Missing string
@@ -69,13 +71,16 @@ const (
 	name   = 28.0  // name and last value of a line, in two lines
 )
 
-// theme has GitHub's own colours. The background is drawn, since whoever reads the dark page with a
-// light system would see dark words on dark else. (No variables of CSS: rsvg and editors lack them.)
+// theme has GitHub's own colours. The background is drawn, since whoever reads the dark page with
+// a light system would see dark words on dark else. (No variables of CSS: rsvg and editors lack
+// them.)
 type theme struct{ back, words, soft, grid, faint, ours, other, least string }
 
 var (
-	light = theme{"#fff", "#1f2328", "#59636e", "#d1d9e0", "#eef1f4", "#0969da", "#bc4c00", "#59636e"}
-	dark  = theme{"#0d1117", "#f0f6fc", "#9198a1", "#3d444d", "#1c2128", "#58a6ff", "#f0883e", "#9198a1"}
+	light = theme{
+		"#fff", "#1f2328", "#59636e", "#d1d9e0", "#eef1f4", "#0969da", "#bc4c00", "#59636e"}
+	dark = theme{
+		"#0d1117", "#f0f6fc", "#9198a1", "#3d444d", "#1c2128", "#58a6ff", "#f0883e", "#9198a1"}
 )
 
 func (t theme) css() string {
@@ -286,9 +291,9 @@ func said(p Point, tick func(float64) string) string {
 	case p.Missing == "":
 		return tick(p.Y)
 	case p.Y > 0:
-		return "> " + tick(p.Y) + ", gave up"
+		return "> " + tick(p.Y) + ", see below"
 	}
-	return "no figure"
+	return "no figure, see below"
 }
 
 // mark draws a point: an arrow up for what is larger, a cross for what has no figure, an arrow
@@ -390,9 +395,11 @@ func (f Figure) below() (lines []string) {
 			}
 		}
 	}
+	if reasons != nil {
+		lines = append(lines, "Hollow and dotted: could not be measured, an arrow: is more than that.")
+	}
 	for _, r := range reasons {
-		lines = append(lines, fmt.Sprintf("Hollow, dotted: not measured. %s, %s: %s.",
-			r.name, strings.Join(where[r], ", "), r.why))
+		lines = append(lines, fmt.Sprintf("%s, %s: %s.", r.name, strings.Join(where[r], ", "), r.why))
 	}
 	if zero {
 		lines = append(lines, "↓ at the lower edge: zero, which a logarithmic axis does not have.")
