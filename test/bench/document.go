@@ -93,9 +93,10 @@ func facts(run result.Run) string {
 func beside(run result.Run) string {
 	var b strings.Builder
 	var why notes
-	b.WriteString("\n## Beside a naive loop\n\nWith one change a second. Lost are connections to " +
-		"the new service, from its push on for a second, that\ndid not reach Envoy.\n\n")
-	b.WriteString("| backend | services | redirected after (median) | | one core | | " +
+	b.WriteString("\n## Beside a naive loop\n\nWith one change a second. Shares are of one core. Lost are " +
+		"connections to the new service, 25\nin the second from its push on, that did not reach " +
+		"Envoy.\n\n")
+	b.WriteString("| backend | services | redirected after (median) | | processor | | " +
 		"Envoy's main thread | | | lost | |\n")
 	b.WriteString("|---|--:" + strings.Repeat("|--:", 9) + "|\n")
 	b.WriteString("| | | agent | loop | agent | loop | agent | loop | Envoy alone | agent | loop |\n")
@@ -274,8 +275,9 @@ func list(printed ratios) string {
 
 // floors are the names of floors in pictures, where there is little room.
 var floors = map[string]string{
-	result.PushP50: "Envoy's log line", result.Install: "bare restore", result.More: "bare restore",
-	result.Less: "bare restore", result.Connect: "one rule", result.EnvoyIdle: "Envoy alone",
+	result.PushP50: "Envoy's log line", result.Install: "bare restore",
+	result.InstallWrite: "bare restore", result.More: "bare restore", result.Less: "bare restore",
+	result.Connect: "one rule", result.EnvoyIdle: "Envoy alone",
 	result.EnvoyChanging: "Envoy alone", result.Dump: "curl",
 }
 

@@ -16,12 +16,12 @@ import (
 
 var update = flag.Bool("update", false, "write the expected document")
 
-// The curve of testdata is made up: it has all that can be missing. What benchmarks printed was
+// The curve is made up: it has all that can be missing. What benchmarks printed was
 // recorded.
 func recorded(t *testing.T) files {
 	t.Helper()
 	dir := t.TempDir()
-	return files{curve: "testdata/curve.json", bench: "testdata/bench.txt",
+	return files{curve: "testdata/made-up.json", bench: "testdata/bench.txt",
 		baseline: filepath.Join(dir, "baseline.json"), out: filepath.Join(dir, "out"),
 		docs: filepath.Join(dir, "docs")}
 }
@@ -102,7 +102,7 @@ func TestReportAgain(t *testing.T) {
 // TestDocument: what is said of figures that are missing, and that each picture of the text is
 // there.
 func TestDocument(t *testing.T) {
-	run, err := result.Read("testdata/curve.json")
+	run, err := result.Read("testdata/made-up.json")
 	if err != nil {
 		t.Fatal(err)
 	}

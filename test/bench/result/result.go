@@ -68,6 +68,7 @@ const (
 	PushP50       = "push-p50"
 	PushP99       = "push-p99"
 	Install       = "install"
+	InstallWrite  = "install-write"
 	More          = "more"
 	Less          = "less"
 	Connect       = "connect"
@@ -96,7 +97,9 @@ var Metrics = []Metric{
 		"Envoy's own log line"},
 	{PushP99, "ms", "push → redirected, 99th percentile",
 		"Envoy's own log line, 99th percentile"},
-	{Install, "ms", "first install: all services into an empty table",
+	{Install, "ms", "first install: from the start until the last service is redirected",
+		"one bare `iptables-restore` of as many rules, without a start and a look at Envoy"},
+	{InstallWrite, "ms", "first install: the write alone",
 		"one bare `iptables-restore` of as many rules"},
 	{More, "ms", "one service more: the write",
 		"a bare `iptables-restore --noflush` of one rule"},
@@ -104,7 +107,7 @@ var Metrics = []Metric{
 		"a bare `iptables-restore --noflush` that takes one rule out"},
 	{Connect, "µs", "connect to the last service",
 		"connect with one rule in the table"},
-	{Resident, "MB", "resident memory", ""},
+	{Resident, "MB", "resident memory, of child processes too, on average", ""},
 	{IdleCore, "%", "idle: share of one core, child processes too", ""},
 	{ChangingCore, "%", "one change a second: share of one core, child processes too", ""},
 	{EnvoyIdle, "%", "idle: share of Envoy's main thread",
@@ -113,7 +116,7 @@ var Metrics = []Metric{
 		"Envoy alone, with the same changes"},
 	{Dump, "ms", "one full dump",
 		"`curl` of the dump to /dev/null"},
-	{Lost, "%", "connections to services that did not reach Envoy, during changes", ""},
+	{Lost, "%", "connections to a new service in its first second that did not reach Envoy", ""},
 }
 
 // Of returns the metric of that name.
