@@ -93,9 +93,9 @@ func facts(run result.Run) string {
 func beside(run result.Run) string {
 	var b strings.Builder
 	var why notes
-	b.WriteString("\n## Beside a naive loop\n\nWith one change a second. Shares are of one core. Lost are " +
-		"connections to the new service, 25\nin the second from its push on, that did not reach " +
-		"Envoy.\n\n")
+	b.WriteString("\n## Beside a naive loop\n\nWith one change a second. Shares are of one core. " +
+		"Lost are connections to the new service, 25\nin the second from its push on, that did not " +
+		"reach Envoy.\n\n")
 	b.WriteString("| backend | services | redirected after (median) | | processor | | " +
 		"Envoy's main thread | | | lost | |\n")
 	b.WriteString("|---|--:" + strings.Repeat("|--:", 9) + "|\n")
