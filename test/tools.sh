@@ -13,7 +13,7 @@ packages() {
   local -A package=(
     [iptables-nft]=iptables [iptables-legacy]=iptables [nft]=nftables [ip]=iproute2 [conntrack]=conntrack
     [setpriv]=util-linux [debootstrap]=debootstrap [systemd-nspawn]=systemd-container [curl]=curl [pip]=python3-pip
-    [mandoc]=mandoc
+    [mandoc]=mandoc [jq]=jq
   )
   local missing=() want=() tool
   for tool in "${!package[@]}"; do
