@@ -183,7 +183,7 @@ func ratio(run result.Run, backend string, n int, m result.Metric) string {
 	p, there := run.Find(backend, n, result.Agent, m.Name)
 	q, floor := run.Find(backend, n, result.Floor, m.Name)
 	if !there || !floor || p.Missing != "" || q.Missing != "" || q.Value == 0 ||
-		m.Unit == "%" && q.Value < least {
+		few(p) || few(q) {
 		return none
 	}
 	return digits(p.Value/q.Value) + " ×"

@@ -65,6 +65,10 @@ func isRatio(unit string) bool {
 // time in ticks of 10 ms, and below this a share is a handful of them.
 const least = 0.1
 
+func few(p result.Point) bool {
+	return p.Unit == "%" && p.Metric != result.Lost && p.Value < least
+}
+
 // curveRatios are those of a curve: the agent against its floor; where there is none against the
 // naive loop; and of memory against that with the fewest services.
 func curveRatios(run result.Run) ratios {
@@ -84,7 +88,7 @@ func curveRatios(run result.Run) ratios {
 			peer = result.Naive
 		}
 		q, there := run.Find(p.Backend, of, peer, p.Metric)
-		if !there || q.Missing != "" || q.Value == 0 || p.Unit == "%" && q.Value < least {
+		if !there || q.Missing != "" || q.Value == 0 || few(p) || few(q) {
 			continue
 		}
 		name := fmt.Sprintf("curve/%s/%d/%s agent÷%s", p.Backend, p.Services, p.Metric, peer)

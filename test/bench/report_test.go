@@ -161,7 +161,7 @@ func columns(t *testing.T, text string) {
 	}
 }
 
-// TestShares: a floor of no ticks makes no ratio, and no division by zero.
+// TestShares: a handful of ticks makes no ratio, and nothing no division by zero.
 func TestShares(t *testing.T) {
 	var run result.Run
 	run.Add(result.NFT, 10, result.Agent, result.EnvoyIdle, 0.2, 0)
@@ -172,8 +172,10 @@ func TestShares(t *testing.T) {
 	run.Add(result.NFT, 1000, result.Floor, result.EnvoyIdle, 0.1, 0)
 	run.Add(result.NFT, 10, result.Agent, result.Resident, 20, 0)
 	run.Add(result.NFT, 1000, result.Agent, result.Resident, 30, 0)
-	run.Add(result.NFT, 10, result.Agent, result.Lost, 1, 0)
-	run.Add(result.NFT, 10, result.Naive, result.Lost, 4, 0)
+	run.Add(result.NFT, 10, result.Agent, result.IdleCore, 0.05, 0)
+	run.Add(result.NFT, 10, result.Naive, result.IdleCore, 5, 0)
+	run.Add(result.NFT, 10, result.Agent, result.Lost, 0.02, 0)
+	run.Add(result.NFT, 10, result.Naive, result.Lost, 0.08, 0)
 	run.Miss(result.NFT, 100, result.Agent, result.PushP50, 5, "gave up")
 	run.Add(result.NFT, 100, result.Floor, result.PushP50, 1, 0)
 	want := ratios{"curve/nft/1000/envoy-idle agent÷floor": 2, "curve/nft/1000/resident ÷10": 1.5,
