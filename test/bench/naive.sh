@@ -2,7 +2,7 @@
 # usage: naive.sh UID-OF-ENVOY
 # The loop that one writes before there is an agent, and which `make bench` holds the agent against
 # (test/curve): once a second, each address of Envoy's listeners gets its redirect. It is no straw
-# man: what differs is written in one transaction, and an Envoy that does not answer changes nothing.
+# man: what differs is written in one transaction, and an Envoy that does not answer is no news.
 dir=$(mktemp -d) && cd "$dir" || exit 1
 trap 'rm -rf "$dir"; exit' TERM INT
 iptables-restore --noflush -w 5 <<END || exit 1

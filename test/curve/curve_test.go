@@ -17,12 +17,15 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/test/bench/result"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
@@ -171,26 +174,32 @@ func (r *rig) add(metric string, value float64, samples int) {
 
 // measure is all of it, in the order in which each leaves the lab to the next.
 func (r *rig) measure() {
+	var one unix.Sockaddr
+	var a *mesh.Agent
+	var loop *exec.Cmd
 	r.who = result.Floor
-	one := r.bare()
-	r.alone()
+	r.part("bare iptables", func() { one = r.bare() })
+	r.part("Envoy alone", r.alone)
 	r.who = result.Agent
-	a := r.agent()
-	r.steady(a.PID(), *changes)
-	r.writes(a)
-	r.connects(one)
-	r.restart()
-	a.Kill()
-	_, stderr, code, err := a.Run(r.Context(), "cleanup")
-	if err != nil || code != 0 {
-		r.Fatalf("cleanup: %d %v %s", code, err, stderr)
-	}
+	r.part("agent: install", func() { a = r.agent() })
+	r.part("agent: idle, then changes", func() { r.steady(a.PID(), *changes) })
+	r.part("agent: writes", func() { r.writes(a) })
+	r.part("agent: connects", func() { r.connects(one) })
+	r.part("agent: Envoy restarts", r.restart)
+	r.gone(a)
 	r.who = result.Naive
-	loop := r.naive()
-	r.steady(loop.Process.Pid, *changes/2)
-	r.connects(one)
-	r.restart()
+	r.part("loop: install", func() { loop = r.naive() })
+	r.part("loop: idle, then changes", func() { r.steady(loop.Process.Pid, *changes/2) })
+	r.part("loop: connects", func() { r.connects(one) })
+	r.part("loop: Envoy restarts", r.restart)
 	r.end(loop)
+}
+
+// part does one part and tells how long it took: the whole takes half an hour.
+func (r *rig) part(what string, do func()) {
+	began := time.Now()
+	do()
+	fmt.Fprintf(os.Stderr, "%s/%d %s: %.1f s\n", r.backend, r.n, what, time.Since(began).Seconds())
 }
 
 // steady is what somebody takes and costs with nothing to do, and then with one change a second.

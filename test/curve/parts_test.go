@@ -134,11 +134,7 @@ func (r *rig) agent() *mesh.Agent {
 	var took []time.Duration
 	for i := range min(5, r.rounds()) {
 		if i > 0 {
-			a.Kill()
-			_, stderr, code, err := a.Run(r.Context(), "cleanup")
-			if err != nil || code != 0 {
-				r.Fatalf("cleanup: %d %v %s", code, err, stderr)
-			}
+			r.gone(a)
 		}
 		began := time.Now()
 		must(r, a.Start())
@@ -149,6 +145,15 @@ func (r *rig) agent() *mesh.Agent {
 	r.add(result.Install, quantile(took, 0.5), len(took))
 	r.ReportMetric(1000*r.metric(a, applySum), "agent-install-write-ms")
 	return a
+}
+
+// gone kills the agent and takes its rules away.
+func (r *rig) gone(a *mesh.Agent) {
+	a.Kill()
+	_, stderr, code, err := a.Run(r.Context(), "cleanup")
+	if err != nil || code != 0 {
+		r.Fatalf("cleanup: %d %v %s", code, err, stderr)
+	}
 }
 
 // writes is what the agent's iptables-restore takes for one service more and one less, as it says
