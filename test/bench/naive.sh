@@ -4,7 +4,7 @@
 # (test/curve): once a second, each address of Envoy's listeners gets its redirect. It is no straw
 # man: what differs is written in one transaction, and an Envoy that does not answer is no news.
 dir=$(mktemp -d) && cd "$dir" || exit 1
-trap 'rm -rf "$dir"; exit' TERM INT
+trap 'rm -rf "$dir"; exit 0' TERM INT
 iptables-restore --noflush -w 5 <<END || exit 1
 *nat
 :NAIVE - [0:0]

@@ -4,7 +4,6 @@ package curve
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -12,9 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -62,6 +61,7 @@ func (r *rig) bare() (one unix.Sockaddr) {
 		r.restore(flush)
 	}
 	r.add(result.Install, quantile(install, 0.5), len(install))
+	r.add(result.InstallWrite, quantile(install, 0.5), len(install))
 	r.add(result.More, quantile(more, 0.5), len(more))
 	r.add(result.Less, quantile(less, 0.5), len(less))
 	r.restore("*nat\n-A OUTPUT -p tcp -j FLAT\n-A " + rule + "\nCOMMIT\n")
@@ -97,6 +97,15 @@ func (r *rig) alone() {
 	cost, began := busy(r, thread), time.Now()
 	time.Sleep(*idle / 2)
 	r.add(result.EnvoyIdle, share(busy(r, thread)-cost, began), 0)
+	var own []time.Duration
+	for range min(3, r.rounds()) {
+		c := r.change()
+		c.until = time.Now().Add(2 * time.Minute)
+		own = append(own, r.logged(c).took)
+	}
+	// Twice what it takes, in whole seconds.
+	r.interval = max(time.Second, (2 * slices.Max(own)).Round(time.Second))
+	r.ReportMetric(r.interval.Seconds(), "change-interval-s")
 	r.changes(*changes/2, r.logged)
 	var took []time.Duration
 	cost = busy(r, thread)
@@ -131,7 +140,7 @@ func (r *rig) logged(c change) (o outcome) {
 func (r *rig) agent() *mesh.Agent {
 	a := r.m.NewAgent()
 	last := vip(r.fixed[len(r.fixed)-1])
-	var took []time.Duration
+	var took, write []time.Duration
 	for i := range min(5, r.rounds()) {
 		if i > 0 {
 			r.gone(a)
@@ -141,11 +150,14 @@ func (r *rig) agent() *mesh.Agent {
 		took = append(took, r.await("the agent's rules", began, func() bool { return r.reaches(last) }))
 		// Not killed while it starts programs: they hold its socket and lock until their exec.
 		must(r, a.WaitReady(r.within(time.Minute)))
+		write = append(write, seconds(r.metric(a, applySum)))
 	}
 	r.add(result.Install, quantile(took, 0.5), len(took))
-	r.ReportMetric(1000*r.metric(a, applySum), "agent-install-write-ms")
+	r.add(result.InstallWrite, quantile(write, 0.5), len(write))
 	return a
 }
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // gone kills the agent and takes its rules away.
 func (r *rig) gone(a *mesh.Agent) {
@@ -169,7 +181,7 @@ func (r *rig) writes(a *mesh.Agent) {
 		r.await("a write", push.At, func() bool {
 			return r.metric(a, applyCount) > count
 		})
-		return time.Duration(1e9 * (r.metric(a, applySum) - sum))
+		return seconds(r.metric(a, applySum) - sum)
 	}
 	var more, less []time.Duration
 	for range min(5, r.rounds()) {
@@ -233,12 +245,16 @@ func (r *rig) restart() {
 	to := vip(r.fixed[0])
 	calls := r.m.Steady(lab.SteadyOptions{From: r.m.VM, UID: 1000, PerSecond: 50,
 		Timeout: 5 * time.Second, To: []netip.AddrPort{to}})
-	time.Sleep(time.Duration(r.random.Int64N(int64(time.Second))))
+	looked := 1500 * time.Millisecond // a loop that sleeps a second has looked again after it
+	if r.run.Brief {
+		looked = 100 * time.Millisecond
+	}
+	time.Sleep(time.Duration(r.random.Int64N(int64(looked))))
 	began := time.Now()
 	must(r, r.m.Envoy.Restart())
 	must(r, r.m.Envoy.WaitReady(r.within(2*time.Minute)))
 	took := r.await("through Envoy again", began, func() bool { return r.reaches(to) })
-	time.Sleep(1500 * time.Millisecond) // until a loop that sleeps a second has looked again
+	time.Sleep(looked)
 	r.await("through Envoy still", began, func() bool { return r.reaches(to) })
 	c := calls.Stop()
 	r.ReportMetric(ms(took), r.who+"-restart-ms")
@@ -248,24 +264,11 @@ func (r *rig) restart() {
 
 // naive starts the loop and waits for all of its rules.
 func (r *rig) naive() *exec.Cmd {
-	script, err := filepath.Abs("../bench/naive.sh")
-	must(r, err)
-	loop := r.m.VM.Command(r.Context(), "sh", script, fmt.Sprint(lab.EnvoyUID))
-	loop.Stderr = os.Stderr
 	began := time.Now()
-	must(r, lab.Start(loop))
+	loop := startNaive(r, r.m)
 	last := vip(r.fixed[len(r.fixed)-1])
 	r.add(result.Install, ms(r.await("the loop's rules", began, func() bool {
 		return r.reaches(last)
 	})), 1)
 	return loop
-}
-
-// end ends the loop, which takes its files away.
-func (r *rig) end(loop *exec.Cmd) {
-	must(r, loop.Process.Signal(syscall.SIGTERM))
-	var exit *exec.ExitError
-	if err := loop.Wait(); err != nil && !errors.As(err, &exit) {
-		r.Error(err)
-	}
 }
