@@ -5,7 +5,6 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
-	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -13,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/xtables"
-	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -45,7 +43,7 @@ var legacyDrifts = []struct {
 func TestLegacyDrift(t *testing.T) {
 	beside(t)
 	m, a := start(t, mesh.Options{Backend: lab.Legacy,
-		Config: controlplane.Config{Services: apart(soak(10_000, 50))}})
+		Config: spread(soak(10_000, 50), false, false)})
 	must(t, a.WaitReady(within(t, time.Minute)))
 	eyes := look(t, m)
 	damages := legacyDrifts
@@ -85,7 +83,7 @@ func TestLegacyDrift(t *testing.T) {
 func TestLegacyRandomEdits(t *testing.T) {
 	beside(t)
 	m, a := start(t, mesh.Options{Backend: lab.Legacy,
-		Config: controlplane.Config{Services: apart(20)}})
+		Config: spread(20, false, false)})
 	must(t, a.WaitReady(within(t, time.Minute)))
 	eyes := look(t, m)
 	seed := uint64(time.Now().UnixNano())
@@ -114,7 +112,7 @@ func TestLegacyRandomEdits(t *testing.T) {
 	if done < soak(300, 10) {
 		t.Errorf("only %d edits were done", done)
 	}
-	through(t, m, netip.AddrPortFrom(service(0).Prefixes[0].Addr(), 9000))
+	through(t, m, at4(0))
 }
 
 // TestLegacyIdle: what the agent uses of a core when nothing happens, of which what it asks of the
@@ -125,7 +123,7 @@ func TestLegacyIdle(t *testing.T) {
 	for _, backend := range lab.Backends {
 		t.Run(string(backend), func(t *testing.T) {
 			m, a := start(t, mesh.Options{Backend: backend,
-				Config: controlplane.Config{Services: apart(soak(10_000, 50))}})
+				Config: spread(soak(10_000, 50), false, false)})
 			must(t, a.WaitReady(within(t, time.Minute)))
 			time.Sleep(time.Duration(soak(20, 1)) * time.Second)
 			busy, children, began := cpu(t, procStat(a)), cpuAll(t, a.PID()), time.Now()
@@ -143,16 +141,6 @@ func TestLegacyIdle(t *testing.T) {
 }
 
 func procStat(a *mesh.Agent) string { return fmt.Sprintf("/proc/%d/stat", a.PID()) }
-
-// apart are services none of which is next to another: those would be one rule.
-func apart(n int) (services []controlplane.Service) {
-	for i := range n {
-		s := service(2 * i)
-		s.Cluster = "one"
-		services = append(services, s)
-	}
-	return services
-}
 
 // eyes see whether a lab's table is as it was when they opened.
 type eyes struct {
