@@ -73,8 +73,9 @@ type Client struct {
 	// long questions: 1 s, 5 s and 20 s.
 	ConnectLimit, ShortLimit, LongLimit time.Duration
 
-	addr string
-	http *http.Client
+	addr      string
+	http      *http.Client
+	namedFrom time.Duration // what a look at all must take for one by names to be worth it
 
 	dials atomic.Uint64 // connections made; a new one may lead to a new Envoy
 	book  book
@@ -86,7 +87,9 @@ type Client struct {
 	asOf    uint64     // dials when info was asked
 	alive   time.Time  // when that Envoy is known to have run last
 	statics *dump      // the static listeners of that Envoy, which never change; nil: not asked yet
-	misled  int        // how often in a row a look by names was of no use with that Envoy
+	// lookTook is what the last look at all took, of whatever Envoy
+	lookTook time.Duration
+	misled   int // how often in a row a look by names was of no use with that Envoy
 }
 
 // New makes a client for Envoy's admin interface at "host:port" or "unix:///path". It does not
@@ -112,7 +115,7 @@ func New(addr string) (*Client, error) {
 		return nil, &BadAddressError{Addr: addr, Reason: "the host is missing"}
 	}
 	c := &Client{ConnectLimit: connectLimit, ShortLimit: shortLimit, LongLimit: longLimit, addr: addr,
-		redials: time.Now()}
+		namedFrom: namedFrom, redials: time.Now()}
 	c.http = &http.Client{
 		Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -21,6 +22,8 @@ const (
 	// Envoy refuses larger programs of RE2 than 100 instructions with 400, unless the runtime key
 	// re2.max_program_size.error_level says otherwise.
 	maxProgram = 100
+	// a look at all that takes less is as cheap as one by names, which is two questions
+	namedFrom = 5 * time.Millisecond
 
 	listenersPath = "/listeners?format=json"
 )
@@ -139,8 +142,8 @@ func namedPath(names []string) string {
 // same, but for one thing: a listener of another name is seen when it is active or rejected, and not
 // while it is warming. Envoy's log tells of it then, or a look at all.
 //
-// nil asks of all listeners. So do names that are not Nameable, and an Envoy that cannot be asked
-// by names.
+// nil asks of all listeners. So do names that are not Nameable, an Envoy that cannot be asked by
+// names, and one that answered the last look at all within 5 ms.
 func (c *Client) Fingerprint(ctx context.Context, names []string) (Fingerprint, error) {
 	dynamic, _, process, err := c.dump(ctx, extent{names: names})
 	if err != nil {
@@ -157,8 +160,8 @@ const misledLimit = 3
 func (c *Client) look(ctx context.Context, names []string) (*dump, error) {
 	c.mu.Lock()
 	statics, misled, process := c.statics, c.misled, c.process
+	named := statics != nil && misled < misledLimit && c.lookTook >= c.namedFrom && Nameable(names)
 	c.mu.Unlock()
-	named := statics != nil && misled < misledLimit && Nameable(names)
 	if named {
 		d, all, err := c.lookNamed(ctx, names, statics.names)
 		var status *StatusError
@@ -175,10 +178,13 @@ func (c *Client) look(ctx context.Context, names []string) (*dump, error) {
 			return d, nil
 		}
 	}
-	d := &dump{}
+	d, began := &dump{}, time.Now()
 	if err := c.readDump(ctx, maskedPath, c.ShortLimit, maxShort, d, d.dynamicListener); err != nil {
 		return nil, err
 	}
+	c.mu.Lock()
+	c.lookTook = time.Since(began)
+	c.mu.Unlock()
 	if named && slices.Equal(d.distinctNames(), distinct(names)) {
 		c.setMisled(process, misled+1)
 	}

@@ -120,9 +120,11 @@ func (w pushed) yaml() string {
 	return b.String()
 }
 
-// dumped waits for so many dynamic listeners and dumps them.
+// dumped waits for so many dynamic listeners and dumps them. From then on it is asked by names,
+// small as it is.
 func (e *envoy) dumped(n int) (s Snapshot) {
 	e.t.Helper()
+	e.client.namedFrom = 0
 	e.until(10*time.Second, func() (err error) {
 		s, err = e.client.Listeners(context.Background())
 		if err == nil && (len(s.Names) != n || s.Fingerprint.Warming > 0) {

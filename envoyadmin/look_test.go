@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func TestNameable(t *testing.T) {
@@ -151,6 +152,7 @@ func TestFingerprintNamed(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
+			c.namedFrom = 0
 			e.set(names...)
 			if s, err := c.Listeners(t.Context()); err != nil || !slices.Equal(s.Names, names) {
 				t.Fatalf("names %q, %v", s.Names, err)
@@ -191,6 +193,7 @@ func TestFingerprintNotNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
+	c.namedFrom = 0
 	e.set("a")
 	if _, err := c.Fingerprint(t.Context(), []string{"a"}); err != nil {
 		t.Fatal(err)
@@ -202,6 +205,31 @@ func TestFingerprintNotNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := strings.Join(e.asked, " "); got != "look dump look" {
+		t.Errorf("asked %q", got)
+	}
+}
+
+// TestFingerprintCheap: an Envoy that answers a look at all fast enough is asked of all.
+func TestFingerprintCheap(t *testing.T) {
+	e := &heedless{heeds: true}
+	server := httptest.NewServer(e)
+	defer server.Close()
+	c, err := New(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	e.set("a")
+	if _, err := c.Listeners(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, took := range []time.Duration{0, namedFrom - 1, namedFrom} {
+		c.lookTook = took
+		if _, err := c.Fingerprint(t.Context(), []string{"a"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Join(e.asked, " "); got != "dump look look named listeners" {
 		t.Errorf("asked %q", got)
 	}
 }
@@ -225,6 +253,7 @@ func TestNamedFaults(t *testing.T) {
 		{"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", ErrRedirect},
 	} {
 		c := faulty(t, func(w *bufio.Writer, conn net.Conn) { io.WriteString(w, test.listeners) })
+		c.namedFrom = 0
 		c.http.Transport = answeringDumps{c.http.Transport, found}
 		if _, err := c.Listeners(t.Context()); err != nil {
 			t.Fatal(err)
