@@ -13,10 +13,10 @@ import (
 )
 
 // TestShareOfMainThread is what the agent's questions cost Envoy's main thread, against the same
-// Envoy without it: at most 1 % idle, and 10 % under one change a second. On a machine that is so
-// busy that Envoy's own work for the changes takes more than 10 %, at most as much as that. The
-// figures are held to this in make soak. What the agent itself books as asked is held to its pace
-// always: that is what it decides by, however busy a machine is.
+// Envoy without it: at most 1 % idle, and under one change a second 10 % and what was saved up in
+// calm. On a machine that is so busy that Envoy's own work for the changes takes more than 10 %, at
+// most as much as that. The figures are held to this in make soak. What the agent itself books as
+// asked is held to its budget always: that is what it decides by, however busy a machine is.
 func TestShareOfMainThread(t *testing.T) {
 	beside(t)
 	counts := []int{10, 1_000}
@@ -68,16 +68,14 @@ func TestShareOfMainThread(t *testing.T) {
 			must(t, err)
 			resting := newBooking(t, a)
 			idle := during(func() { time.Sleep(length) })
-			resting.check(t, map[string]float64{"look": 1, "ready": 1, "clusters": 1. / 20},
-				map[string]float64{"clusters": 1. / 101})
+			// On a busy machine answers wait for a processor: what counts here is how many are asked for.
+			resting.check(t, map[string]float64{"look": 1, "ready": 1, "clusters": 1. / 20}, .1, 0)
 			booked = newBooking(t, a)
 			withChanging := during(changing)
-			// A dump that took 1 is followed by 11 without, statistics that took 1 by 1,000, and the health
-			// of the endpoints by 250, or 100 where that would come to more than some minutes.
-			booked.check(t, nil,
-				map[string]float64{"dump": 1. / 12, "stats": 1. / 1001, "clusters": 1. / 101})
 			last, err := a.Status(t.Context())
 			must(t, err)
+			saved := last.Cost.Bucket.Size
+			booked.check(t, nil, last.Cost.Bucket.Share, saved)
 			eventually(t, time.Minute, "the last change in the rules", func() (bool, string) {
 				out := chains(t, m)
 				return strings.Contains(out, newest()), newest() + a.Log()
@@ -90,7 +88,7 @@ func TestShareOfMainThread(t *testing.T) {
 			}
 			// Envoy's own work is the measure of the machine: other tests that fill its caches and
 			// cores make both dearer, by half on the same machine a moment later.
-			limit := max(10, aloneChanging)
+			limit := max(10, aloneChanging) + 100*saved/length.Seconds()
 			if cost := withChanging - aloneChanging; cost > limit {
 				tooDear(t, "under one change a second, the agent costs %.1f %%", cost)
 			}
@@ -133,9 +131,10 @@ func (b *booking) look(t *testing.T) {
 	b.last = now
 }
 
-// check holds numbers of questions to a rate, in 1/s, and seconds to a share of the time, but for
-// what was under way, or asked for by a line of the log, at the beginning and at the end.
-func (b *booking) check(t *testing.T, rate, share map[string]float64) {
+// check holds numbers of questions to a rate, in 1/s, and the seconds of all of them to a share of
+// the time and what was saved up before, but for what was under way, or asked for by a line of the
+// log, at the beginning and at the end.
+func (b *booking) check(t *testing.T, rate map[string]float64, share, saved float64) {
 	t.Helper()
 	b.look(t)
 	elapsed := time.Since(b.began).Seconds()
@@ -145,11 +144,14 @@ func (b *booking) check(t *testing.T, rate, share map[string]float64) {
 			t.Errorf("%s: %v in %.1f s", name, n, elapsed)
 		}
 	}
-	for q, limit := range share {
-		name := fmt.Sprintf("envoy_question_seconds_total{question=%q}", q)
-		if s := b.last[name] - b.first[name]; s > 2*b.most[name]+limit*elapsed {
-			t.Errorf("%s: %.3f s in %.1f s, of which %.3f s at most at once", name, s, elapsed,
-				b.most[name])
+	took, most := 0., 0.
+	for name := range b.last {
+		if strings.HasPrefix(name, "envoy_question_seconds_total") {
+			took, most = took+b.last[name]-b.first[name], max(most, b.most[name])
 		}
+	}
+	if took > 2*most+share*elapsed+saved {
+		t.Errorf("%.3f s were asked for in %.1f s, of which %.3f s at most at once; at first %.1f s",
+			took, elapsed, most, saved)
 	}
 }
