@@ -267,7 +267,8 @@ func TestLegacyReadsOnlyWhatMoved(t *testing.T) {
 	}
 }
 
-// TestLegacyWhereItMayNotBeAsked: the lock is a hint as it ever was, and the caller is told to poll.
+// TestLegacyWhereItMayNotBeAsked: the lock is a hint as it ever was, and the caller is told to
+// poll.
 func TestLegacyWhereItMayNotBeAsked(t *testing.T) {
 	if !inNetns(t) {
 		return

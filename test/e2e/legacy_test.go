@@ -51,7 +51,7 @@ func TestLegacyDrift(t *testing.T) {
 	if soak(1, 0) == 0 {
 		damages, locks = damages[6:8], locks[1:] // TestDrift has the others
 	}
-	var quick, asLarge []time.Duration
+	var quick, asLarge, floors []time.Duration
 	for _, lock := range locks {
 		for n := range damages {
 			time.Sleep(time.Duration(soak(4500, 0)) * time.Millisecond)
@@ -59,6 +59,9 @@ func TestLegacyDrift(t *testing.T) {
 				d := damages[d]
 				took := eyes.repaired(t, lock, d.do)
 				t.Logf("%s, lock %q, in step: %v: %v", d.name, lock, step == 1, took)
+				if step == 1 {
+					floors = append(floors, eyes.floor(t))
+				}
 				if d.asLarge && lock != "" {
 					asLarge = append(asLarge, took)
 				} else {
@@ -69,13 +72,30 @@ func TestLegacyDrift(t *testing.T) {
 	}
 	slices.Sort(quick)
 	slices.Sort(asLarge)
+	slices.Sort(floors)
 	t.Logf("repaired after %v; of what is as large, with another lock: %v", quick, asLarge)
-	if n := len(quick); n > 0 && quick[n-1] > 250*time.Millisecond {
+	t.Logf("two saves and a restore took %v", floors)
+	// On a machine that others use, too, what a repair cannot do without is the measure.
+	slow := floors[len(floors)-1]
+	if n := len(quick); n > 0 && quick[n-1] > max(250*time.Millisecond, 3*slow) {
 		tooDear(t, "the last repair came after %v", quick[n-1])
 	}
-	if n := len(asLarge); n > 0 && asLarge[n-1] > 6*time.Second {
+	if n := len(asLarge); n > 0 && asLarge[n-1] > 6*time.Second+slow {
 		tooDear(t, "of what is as large, the last repair came after %v", asLarge[n-1])
 	}
+}
+
+// floor is what the programs of a repair take: a read, a write, and a read of what came of it. The
+// write changes nothing.
+func (e *eyes) floor(t *testing.T) time.Duration {
+	t.Helper()
+	began := time.Now()
+	for range 2 {
+		_, err := e.mesh.VM.Run(t.Context(), "iptables-save", "-t", "nat")
+		must(t, err)
+	}
+	must(t, e.edit(t, "", "-N NOBODY\n-X NOBODY"))
+	return time.Since(began)
 }
 
 // TestLegacyRandomEdits: another program edits at random, with whichever lock, and the agent is
