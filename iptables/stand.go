@@ -229,7 +229,7 @@ func (l *look) changed(now time.Time) bool {
 		return false // the next look sees what came of it
 	}
 	s.mu.Lock()
-	s.why, s.known = err, s.known && err == nil
+	s.why = err
 	s.mu.Unlock()
 	news := err == nil && moved && (!l.told || l.what != is)
 	l.told, l.what = err == nil && moved, is
