@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # make bench: every benchmark, which prints figures and ratios against a floor or a peer of the
 # same run, and the curve (test/curve) among them. Then test/bench says which ratios moved since
-# test/bench/baseline.json, and makes build/bench/scale.md with its pictures.
+# test/bench/baseline.json, and makes build/bench/scale.md with its pictures. Two hours in all.
 # usage: bench.sh [once|report]
 #   once    runs each a single time, as make test does, to see that it works; its figures mean little
 #   report  measures nothing: the second half alone, of what the last run left in build/bench
@@ -15,7 +15,12 @@ measure() { # FLAG…
   local packages
   packages=$(git ls-files '*_test.go' | xargs grep -l '^func Benchmark' | xargs -n1 dirname | sort -u |
     sed 's,^,./,')
-  go test -tags kernel,lab -p 1 -run '^$' -bench . -timeout 80m "$@" $packages
+  go test -tags kernel,lab -p 1 -run '^$' -bench . -timeout 150m "$@" $packages
+}
+# Tests that print figures, with full counts: drift on the legacy backend is repaired or it is not,
+# which is a test, but how fast is to be read beside the rest. make test has their short forms.
+tests() {
+  SOAK=1 go test -tags lab -count=1 -v -timeout 80m -run '^TestLegacy(Drift|RandomEdits|Idle)$' ./test/e2e
 }
 
 if [[ ${1:-} != report ]]; then
@@ -33,6 +38,7 @@ case ${1:-} in
     rm -f "$out/curve.json" "$out/bench.txt"
     failed=0
     measure -benchtime "${BENCHTIME:-1s}" | tee "$out/running.txt" || failed=1
+    tests | tee -a "$out/running.txt" || failed=1
     mv "$out/running.txt" "$out/bench.txt" ;;
   *) echo "bench: once, report or nothing, not \"$1\"" >&2; exit 2 ;;
 esac

@@ -30,7 +30,7 @@ least that the job can cost, measured in the same run (the **floor**), and a
 iptables-restore (the **naive loop**): a look at Envoy, then a second of sleep, and so on.
 
 %s
-To repeat it, as root on Debian or Ubuntu with Go 1.26, in about an hour with nothing else running:
+To repeat it, as root on Debian or Ubuntu with Go 1.26, in two hours with nothing else running:
 
     make bench            prints all and writes build/bench/scale.md
     make bench DOCS=1     writes this document and test/bench/baseline.json, too
