@@ -54,6 +54,8 @@ func newDocument(run result.Run, printed ratios) (d document) {
 		switch m.Name {
 		case result.PushP99:
 			continue // is in the picture and table of the median
+		case result.Interval:
+			continue // pace tells it
 		case result.PushP50:
 			rare, _ := result.Of(result.PushP99)
 			figures = append(figures, rare)
@@ -93,9 +95,9 @@ func facts(run result.Run) string {
 func beside(run result.Run) string {
 	var b strings.Builder
 	var why notes
-	b.WriteString("\n## Beside a naive loop\n\nWith one change a second. Shares are of one core. " +
-		"Lost are connections to the new service, 25\nin the second from its push on, that did not " +
-		"reach Envoy.\n\n")
+	b.WriteString("\n## Beside a naive loop\n\n" + pace(run) + "Shares are of one core. Lost are " +
+		"connections to\nthe new service, 25 in the second from its push on, that did not reach " +
+		"Envoy.\n\n")
 	b.WriteString("| backend | services | redirected after (median) | | processor | | " +
 		"Envoy's main thread | | | lost | |\n")
 	b.WriteString("|---|--:" + strings.Repeat("|--:", 9) + "|\n")
@@ -124,6 +126,25 @@ func beside(run result.Run) string {
 		return ""
 	}
 	return b.String() + why.String()
+}
+
+// pace is how often services changed.
+func pace(run result.Run) string {
+	text := "One service comes and one goes each second, or less often where Envoy itself is slower"
+	var slow []string
+	for _, n := range run.Sizes() {
+		for _, backend := range []string{result.NFT, result.Legacy} {
+			p, there := run.Find(backend, n, result.Agent, result.Interval)
+			if there && p.Value > 1 {
+				slow = append(slow, fmt.Sprintf("each %s at %s on %s", figure(p.Value, p.Unit),
+					thousands(n), backend))
+			}
+		}
+	}
+	if slow == nil {
+		return text + ".\n"
+	}
+	return text + ":\n" + strings.Join(slow, ", ") + ".\n"
 }
 
 // none is where nothing was measured.
@@ -299,7 +320,7 @@ func draw(run result.Run, m result.Metric) (picture, bool) {
 	agent := "agent"
 	if m.Name == result.PushP50 {
 		f.Title = "From the control plane's push to the first redirected connection"
-		f.Subtitle = "One change a second. " + f.Subtitle
+		f.Subtitle = "A change a second, or as often as Envoy takes them. " + f.Subtitle
 		agent, file = "agent, median", "scale-push.svg"
 	}
 	any := false

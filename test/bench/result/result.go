@@ -79,12 +79,13 @@ const (
 	EnvoyChanging = "envoy-changing"
 	Dump          = "dump"
 	Lost          = "lost"
+	Interval      = "interval"
 )
 
 // Metric is one thing that is measured.
 type Metric struct {
 	Name string
-	Unit string // ms, µs, MB (2^20 bytes), %
+	Unit string // ms, s, µs, MB (2^20 bytes), %
 	// Title is what it is, for a reader.
 	Title string
 	// Floor is what its floor is, "" where there is none.
@@ -109,14 +110,16 @@ var Metrics = []Metric{
 		"connect with one rule in the table"},
 	{Resident, "MB", "resident memory, of child processes too, on average", ""},
 	{IdleCore, "%", "idle: share of one core, child processes too", ""},
-	{ChangingCore, "%", "one change a second: share of one core, child processes too", ""},
+	{ChangingCore, "%", "while services change: share of one core, child processes too", ""},
 	{EnvoyIdle, "%", "idle: share of Envoy's main thread",
 		"Envoy alone"},
-	{EnvoyChanging, "%", "one change a second: share of Envoy's main thread",
+	{EnvoyChanging, "%", "while services change: share of Envoy's main thread",
 		"Envoy alone, with the same changes"},
 	{Dump, "ms", "one full dump",
 		"`curl` of the dump to /dev/null"},
 	{Lost, "%", "connections to a new service in its first second that did not reach Envoy", ""},
+	// The same for all; the agent's point tells it.
+	{Interval, "s", "time between two changes", ""},
 }
 
 // Of returns the metric of that name.
