@@ -36,9 +36,9 @@ import (
 var (
 	sizes = flag.String("curve.sizes", "10,100,1000,10000,32000",
 		"measure at these numbers of services")
-	changes = flag.Int("curve.changes", 40, "changes, one a second, that the agent is measured by; "+
+	changes = flag.Int("curve.changes", 30, "changes, one a second, that the agent is measured by; "+
 		"the others are by half as many, and all by fewer where Envoy is slower than that")
-	idle = flag.Duration("curve.idle", 20*time.Second, "how long it is looked at with nothing to do")
+	idle = flag.Duration("curve.idle", 12*time.Second, "how long it is looked at with nothing to do")
 	out  = flag.String("curve.out", "../../build/bench/curve.json", "the file that is written")
 )
 

@@ -114,6 +114,7 @@ func startNaive(t testing.TB, m *mesh.Mesh) *exec.Cmd {
 	loop := m.VM.Command(context.Background(), "sh", script, strconv.Itoa(lab.EnvoyUID))
 	loop.Stderr = os.Stderr
 	must(t, lab.Start(loop))
+	t.Cleanup(func() { loop.Process.Kill() }) // where endNaive was not reached
 	return loop
 }
 
