@@ -183,6 +183,7 @@ func (r *rig) measure() {
 	r.part("bare iptables", func() { one = r.bare() })
 	r.part("Envoy alone", r.alone)
 	r.who = result.Agent
+	r.add(result.Interval, r.interval.Seconds(), 0)
 	r.part("agent: install", func() { a = r.agent() })
 	r.part("agent: idle, then changes", func() { r.steady(a.PID(), *changes) })
 	r.part("agent: writes", func() { r.writes(a) })
@@ -340,7 +341,7 @@ func (r *rig) await(what string, from time.Time, holds func() bool) time.Duratio
 // table prints what was measured at this number of services.
 func (r *rig) table() {
 	var b strings.Builder
-	title := fmt.Sprintf("%s, %d services, a change each %v", r.backend, r.n, r.interval)
+	title := fmt.Sprintf("%s, %d services", r.backend, r.n)
 	fmt.Fprintf(&b, "\n%-78s %12s %12s %12s\n", title, "agent", "floor", "naive loop")
 	for _, m := range result.Metrics {
 		fmt.Fprintf(&b, "  %-76s", m.Title)

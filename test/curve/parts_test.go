@@ -105,7 +105,6 @@ func (r *rig) alone() {
 	}
 	// Twice what it takes, in whole seconds.
 	r.interval = max(time.Second, (2 * slices.Max(own)).Round(time.Second))
-	r.ReportMetric(r.interval.Seconds(), "change-interval-s")
 	r.changes(*changes/2, r.logged)
 	var took []time.Duration
 	cost = busy(r, thread)
