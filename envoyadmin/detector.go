@@ -45,9 +45,9 @@ const (
 // spends less than 1 % of its main thread on us. It is a pure value: the time is given to it, and
 // it asks nothing itself. The zero value begins with a dump.
 //
-// All questions take from a token bucket what they took, answered or not. It is refilled at Share of
-// the time, so a storm of changes takes that share; and since it holds some seconds, changes that
-// come after calm are each looked at when they come.
+// All questions take from a token bucket what they took, answered or not. It is refilled at Share
+// of the time, so a storm of changes takes that share; and since it holds some seconds, changes
+// that come after calm are each looked at when they come.
 //
 //	for {
 //		action, wait := d.Next(time.Now())
@@ -238,7 +238,7 @@ func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (red
 	}
 	d.Took(began, ended, nil)
 	switch {
-	case d.seen.Process != 0 && f.Process != d.seen.Process: // another Envoy, which may have less to tell
+	case d.seen.Process != 0 && f.Process != d.seen.Process: // another may have less to tell
 		d.lostDumps, d.dumpNot = 0, time.Time{}
 	case f != d.lostOf:
 		d.dumpNot = earlier(d.dumpNot, d.lostEnd.Add(d.lostGap))

@@ -2,6 +2,7 @@ package envoyadmin
 
 import (
 	"cmp"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"testing"
@@ -91,8 +92,8 @@ func (w *world) redial() {
 	}
 }
 
-// took notes a question that was answered, and holds that no window of time has more of them than the bucket allows,
-// and one question, and 1 % for looks that nothing asks for.
+// took notes a question that was answered, and holds that no window of time has more of them than
+// the bucket allows, and one question, and 1 % for looks that nothing asks for.
 func (w *world) took(began time.Time) {
 	ended := time.Now()
 	w.taken = append(w.taken, taken{began, ended})
@@ -260,6 +261,245 @@ func TestDetectorLatest(t *testing.T) {
 	}
 }
 
+// TestDetectorBurst: after a minute of calm each of five changes two seconds apart is seen by a dump
+// of its own, at once. What follows without end is seen at Share of the time.
+func TestDetectorBurst(t *testing.T) {
+	for name, cost := range costs {
+		for _, share := range []float64{0.05, DefaultShare, 0.5} {
+			t.Run(fmt.Sprintf("%s at %v", name, share), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1},
+						share: share}
+					d := &Detector{Share: share}
+					w.drive(d, time.Minute+time.Duration(2/share*float64(cost[1])), nil)
+					for i := range 5 {
+						w.longestAfter = 0
+						w.change()
+						d.Hint("")
+						dumps := w.dumps
+						w.drive(d, max(2*time.Second, 2*cost[1]), nil)
+						if want := cost[0] + cost[1]; w.longestAfter != want || w.dumps != dumps+1 {
+							t.Errorf("change %d was seen after %v by %d dumps, want %v by one", i,
+								w.longestAfter, w.dumps-dumps, want)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestDetectorStraight: where a dump is cheap a hint that names a listener asks for it at once, and
+// one that comes to nothing does so once.
+func TestDetectorStraight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, look: time.Millisecond, dump: 4 * time.Millisecond,
+			state: Fingerprint{Process: 1}}
+		d := new(Detector)
+		w.drive(d, time.Minute, nil)
+		play := func(listener string, change bool) string {
+			w.looks, w.dumps, w.redials = 0, 0, 0
+			if change {
+				w.change()
+			}
+			d.Hint(listener)
+			w.drive(d, 200*time.Millisecond, nil)
+			got := fmt.Sprintf("%d looks, %d dumps, %d redials", w.looks, w.dumps, w.redials)
+			w.drive(d, 2*time.Second, nil)
+			return got
+		}
+		for _, step := range []struct {
+			listener string
+			change   bool
+			dump     time.Duration
+			want     string
+		}{
+			{"a", true, 4 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
+			{"", true, 4 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
+			{"a", false, 4 * time.Millisecond, "1 looks, 1 dumps, 1 redials"},
+			{"a", true, 5 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
+			{"a", true, 5 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
+		} {
+			w.dump = step.dump
+			if got := play(step.listener, step.change); got != step.want {
+				t.Errorf("%+v: %s", step, got)
+			}
+			if step.change && !d.Early() {
+				t.Errorf("%+v: not for the hint", step)
+			}
+		}
+	})
+}
+
+// TestDetectorNamed: looks are by names where there are few, but for each tenth, one for a hint
+// that names none of them, and the one behind a removal.
+func TestDetectorNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, look: 30 * time.Millisecond, named: 10 * time.Millisecond,
+			dump: 300 * time.Millisecond, state: Fingerprint{Process: 1}, names: []string{"a", "b"}}
+		d := new(Detector)
+		w.drive(d, time.Second, nil)
+		w.drive(d, 9*time.Minute, nil)
+		if all := w.looks - w.nameds; w.nameds < 8*all || w.nameds > 9*all+9 || w.looks < 40 {
+			t.Errorf("%d looks, %d by names", w.looks, w.nameds)
+		}
+		one := func(listener string) string {
+			w.looks, w.nameds = 0, 0
+			w.change()
+			d.Hint(listener)
+			w.drive(d, 500*time.Millisecond, nil)
+			return fmt.Sprintf("%d looks, %d by names", w.looks, w.nameds)
+		}
+		d.named = 0
+		if got := one("a"); got != "1 looks, 1 by names" {
+			t.Errorf("for a hint of one: %s", got)
+		}
+		for _, other := range []string{"", "c"} {
+			if got := one(other); got != "1 looks, 0 by names" {
+				t.Errorf("for a hint of %q: %s", other, got)
+			}
+		}
+		w.names = []string{"a"}
+		one("b")
+		if got := one("a"); got != "1 looks, 0 by names" {
+			t.Errorf("behind a removal: %s", got)
+		}
+		if got := one("a"); got != "1 looks, 1 by names" {
+			t.Errorf("and then: %s", got)
+		}
+		for i := range 33 {
+			w.names = append(w.names, fmt.Sprintf("a%02d", i))
+		}
+		one("a")
+		if got := one("a"); got != "1 looks, 0 by names" {
+			t.Errorf("of many: %s", got)
+		}
+	})
+}
+
+// TestDetectorUnlike: looks by names that differ from the dump without end are given up.
+func TestDetectorUnlike(t *testing.T) {
+	var d Detector
+	now := time.Unix(1e9, 0)
+	whole := Snapshot{Fingerprint: Fingerprint{Process: 1, Listeners: 2}, Names: []string{"a", "b"}}
+	dumps, named := 0, 0
+	for end := now.Add(time.Hour); now.Before(end); {
+		action, wait := d.Next(now)
+		began := now
+		now = now.Add(max(wait, 10*time.Millisecond))
+		switch action {
+		case LookNamed:
+			named++
+			d.Looked(began, now, Fingerprint{Process: 1, Listeners: 1}, nil)
+		case Look:
+			d.Looked(began, now, whole.Fingerprint, nil)
+		case Dump:
+			dumps++
+			d.Dumped(began, now, whole, nil)
+		}
+	}
+	if named != 1 || dumps > 8 {
+		t.Errorf("%d looks by names, %d dumps in an hour", named, dumps)
+	}
+}
+
+// TestDetectorStopped: an Envoy that is stopped for a while, whatever is asked then, is looked at
+// soon after it goes on, and owes nothing for it.
+func TestDetectorStopped(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	for range 300 {
+		length := time.Duration(r.Int64N(int64(10 * time.Minute)))
+		changed, unread := r.IntN(2) == 0, r.IntN(4) == 0
+		synctest.Test(t, func(t *testing.T) {
+			w := &world{t: t, look: 3 * time.Millisecond, dump: 30 * time.Millisecond,
+				state: Fingerprint{Process: 1}}
+			d := new(Detector)
+			if !unread {
+				w.drive(d, time.Minute, nil)
+			}
+			began := time.Now()
+			if changed { // the look is answered, and the dump is not
+				w.change()
+				d.Hint("")
+				if action, _ := d.Next(began); action == Look {
+					d.Looked(began, began.Add(w.look), w.now(), nil)
+				}
+			}
+			w.fail, w.look, w.dump = ErrTimeout, shortLimit, longLimit
+			for time.Since(began) < length {
+				w.drive(d, time.Second, nil)
+				asked := time.Now()
+				time.Sleep(shortLimit) // whether it is ready
+				d.Took(asked, time.Now(), ErrTimeout)
+			}
+			w.fail, w.look, w.dump = nil, 3*time.Millisecond, 30*time.Millisecond
+			w.change()
+			w.longestAfter = 0
+			d.Back(time.Now())
+			w.drive(d, time.Minute, nil)
+			if w.longestAfter == 0 || w.longestAfter > time.Second {
+				t.Errorf("stopped for %v: seen %v after it goes on", length, w.longestAfter)
+			}
+			if b := d.Bucket(time.Now()); b.Level < b.Size-time.Second {
+				t.Errorf("stopped for %v: it has %v left of %v", length, b.Level, b.Size)
+			}
+		})
+	}
+}
+
+// TestDetectorTooMuch: an Envoy that answers looks, and whose full dump takes too long each time,
+// is tried ever more rarely; if something moves all the time, at Share of the time. Once it has
+// less to tell that is seen.
+func TestDetectorTooMuch(t *testing.T) {
+	for _, moves := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			d := new(Detector)
+			f := Fingerprint{Process: 1, Listeners: 1}
+			var dumps []time.Duration
+			began := time.Now()
+			run := func(length time.Duration, err error) {
+				for end := time.Now().Add(length); time.Now().Before(end); {
+					action, wait := d.Next(time.Now())
+					asked := time.Now()
+					switch action {
+					case Wait:
+						time.Sleep(wait)
+					case Look, LookNamed:
+						time.Sleep(40 * time.Millisecond)
+						if moves {
+							f.sum++
+						}
+						d.Looked(asked, time.Now(), f, nil)
+					case Dump:
+						dumps = append(dumps, time.Since(began))
+						if err != nil {
+							time.Sleep(longLimit)
+						}
+						d.Dumped(asked, time.Now(), Snapshot{Fingerprint: f}, err)
+					}
+				}
+			}
+			run(10*time.Hour, ErrTimeout)
+			got := len(dumps)
+			if least, most := 6, 12; !moves && (got < least || got > most) {
+				t.Errorf("%d dumps in ten hours: %v", got, dumps)
+			}
+			spent := float64(got*int(longLimit)) / float64(10*time.Hour)
+			if moves && (spent > 0.101 || spent < 0.05) {
+				t.Errorf("%.1f %% of the time", 100*spent)
+			}
+			f.sum++ // somebody made it smaller
+			before := len(dumps)
+			run(10*time.Minute, nil)
+			if len(dumps) == before || d.moved {
+				t.Error("it was not read once it could be")
+			}
+		})
+	}
+}
+
 // Hints without end that lead to nothing, as of a listener that is refused again and again.
 func TestDetectorStorm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -373,7 +613,8 @@ func TestDetectorRestartAndFailure(t *testing.T) {
 		w.drive(d, time.Minute, nil)
 		if w.looks < 55 || w.looks > 65 || w.redials > 0 {
 			t.Errorf(
-				"%d questions in a minute to an Envoy that is down, want one a second, and %d new connections beside those that fail", w.looks, w.redials)
+				"%d questions in a minute to an Envoy that is down, want one a second, and %d redials",
+				w.looks, w.redials)
 		}
 		w.fail = nil
 		w.state.Process = 2
