@@ -22,9 +22,11 @@ const (
 	clustersEvery = 20 * time.Second
 	// clustersAgain is the same where the last answer has endpoints that were healthy before.
 	clustersAgain = 5 * time.Second
-	// clustersShare: an answer that took 1 is followed by 250 without, at most clustersLate, but no
-	// fewer than clustersLeast.
-	clustersShare = 250
+	// clustersShare: an answer that took 1 is followed by 1,000 without, at most clustersLate, but no
+	// fewer than clustersLeast. While some endpoints are not healthy it is sickShare, and behind the
+	// first answer that says so clustersLeast, so as to know soon whether it stays.
+	clustersShare = 1000
+	sickShare     = 250
 	clustersLate  = 4 * time.Minute
 	clustersLeast = 100
 	// clustersFailed is the most that is waited where there was no usable answer.
@@ -76,15 +78,15 @@ type health struct {
 func (h *health) due(now time.Time) bool { return !now.Before(h.next) }
 
 // pace is how long after an answer that took so long the next may come.
-func pace(took, floor time.Duration) time.Duration {
-	return max(floor, min(clustersShare*took, clustersLate), clustersLeast*took)
+func pace(took, floor, share time.Duration) time.Duration {
+	return max(floor, min(share*took, clustersLate), clustersLeast*took)
 }
 
 // answered takes the clusters.
 func (h *health) answered(began, ended time.Time, all []envoyadmin.ClusterHealth) {
 	was := h.unhealthy
 	h.unhealthy, h.clusters = map[string]bool{}, nil
-	floor := clustersEvery
+	fresh := false
 	for _, c := range all {
 		if c.Healthy >= c.Total {
 			continue
@@ -95,9 +97,7 @@ func (h *health) answered(began, ended time.Time, all []envoyadmin.ClusterHealth
 		_, again := was[c.Name]
 		h.unhealthy[c.Name] = again
 		h.clusters = append(h.clusters, c)
-		if !again {
-			floor = clustersAgain
-		}
+		fresh = fresh || !again
 	}
 	slices.SortFunc(h.clusters, func(a, b envoyadmin.ClusterHealth) int {
 		return strings.Compare(a.Name, b.Name)
@@ -109,13 +109,21 @@ func (h *health) answered(began, ended time.Time, all []envoyadmin.ClusterHealth
 		}
 	}
 	h.panicking = few
-	h.next = ended.Add(pace(ended.Sub(began), floor))
+	took := ended.Sub(began)
+	switch {
+	case fresh:
+		h.next = ended.Add(pace(took, clustersAgain, clustersLeast))
+	case len(h.clusters) > 0:
+		h.next = ended.Add(pace(took, clustersEvery, sickShare))
+	default:
+		h.next = ended.Add(pace(took, clustersEvery, clustersShare))
+	}
 }
 
 // failed is answered where there was no usable answer: nothing is known then.
 func (h *health) failed(began, ended time.Time) {
 	*h = health{panicsNext: h.panicsNext, panics: h.panics,
-		next: ended.Add(max(clustersEvery, min(clustersShare*ended.Sub(began), clustersFailed)))}
+		next: ended.Add(max(clustersEvery, min(sickShare*ended.Sub(began), clustersFailed)))}
 }
 
 // panicsDue says whether it is to be asked if Envoy ignores the health of a cluster.
@@ -128,7 +136,7 @@ func (h *health) panicsDue(now time.Time) bool {
 // once is told so until more of its endpoints are healthy: whether there was traffic between two
 // answers says nothing about them.
 func (h *health) panicked(began, ended time.Time, counts map[string]uint64) {
-	h.panicsNext = ended.Add(pace(ended.Sub(began), clustersEvery))
+	h.panicsNext = ended.Add(pace(ended.Sub(began), clustersEvery, sickShare))
 	if counts == nil {
 		return
 	}
@@ -176,7 +184,7 @@ func (w *Watch) askStarted(ctx context.Context) {
 		return err
 	})
 	ended := w.o.Now()
-	w.process.aside.startedNext = ended.Add(pace(ended.Sub(began), startedAgain))
+	w.process.aside.startedNext = ended.Add(pace(ended.Sub(began), startedAgain, sickShare))
 	if err == nil {
 		w.process.aside.Started = b
 	}

@@ -142,7 +142,7 @@ func TestRun(t *testing.T) {
 		close(logged) // and on it goes without
 		time.Sleep(time.Second)
 		e.set(func() { e.sets++ })
-		time.Sleep(time.Second)
+		time.Sleep(1100 * time.Millisecond) // not in the moment of a look
 		if v := <-w.Views(); v.Generation != 4 {
 			t.Errorf("without a log it is generation %d", v.Generation)
 		}
