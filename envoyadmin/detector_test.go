@@ -271,7 +271,8 @@ func TestDetectorBurst(t *testing.T) {
 					w := &world{t: t, look: cost[0], dump: cost[1], state: Fingerprint{Process: 1},
 						share: share}
 					d := &Detector{Share: share}
-					w.drive(d, time.Minute+time.Duration(2/share*float64(cost[1])), nil)
+					calm := time.Minute + time.Duration(2/share*float64(cost[1]))
+					w.drive(d, calm, nil)
 					for i := range 5 {
 						w.longestAfter = 0
 						w.change()
