@@ -28,9 +28,8 @@ func TestManyServices(t *testing.T) {
 			seed := uint64(time.Now().UnixNano())
 			random := rand.New(rand.NewPCG(seed, 0))
 			t.Logf("seed %d", seed)
-			// HTTP chains: at 32,000 a dump of 60 MB.
 			m, err := mesh.New(within(t, 5*time.Minute),
-				mesh.Options{Backend: backend, Config: spread(n, true, true)})
+				mesh.Options{Backend: backend, Config: spread(n, true)})
 			must(t, err)
 			t.Cleanup(func() { _ = m.Close() })
 			a := m.NewAgent()
@@ -48,7 +47,7 @@ func TestManyServices(t *testing.T) {
 			reached(t, m, true, 0, random.IntN(n), n-1)
 
 			// One more and one less in one push, while Envoy is held up now and then.
-			config := spread(n+1, true, true)
+			config := spread(n+1, true)
 			gone := random.IntN(n)
 			config.Services = append(config.Services[:gone:gone], config.Services[gone+1:]...)
 			pushed, err := m.CP.Set(config)
@@ -62,7 +61,7 @@ func TestManyServices(t *testing.T) {
 			eventually(t, 30*time.Second, "the change in the rules", func() (bool, string) {
 				s, err = a.Status(t.Context())
 				must(t, err)
-				last, err := lab.HTTPProbe(t.Context(), m.VM, 1000, at6(n))
+				last, err := lab.Probe(t.Context(), m.VM, 1000, at6(n))
 				return err == nil && !last.Escaped && s.Ready, fmt.Sprint(last, err)
 			})
 			t.Logf("one more and one less after %v", time.Since(pushed.At))
@@ -140,7 +139,7 @@ func reached(t *testing.T, m *mesh.Mesh, redirected bool, services ...int) {
 	t.Helper()
 	for _, i := range services {
 		for _, to := range []netip.AddrPort{at4(i), at6(i)} {
-			r, err := lab.HTTPProbe(t.Context(), m.VM, 1000, to)
+			r, err := lab.Probe(t.Context(), m.VM, 1000, to)
 			if err != nil || r.Escaped == redirected {
 				t.Errorf("service %d at %v: %+v %v", i, to, r, err)
 			}
