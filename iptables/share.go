@@ -8,7 +8,8 @@ import (
 
 // Share has the table hold what it has in common with r by r's own strings. Both are kept side by
 // side for as long as nothing changes, and a table is made of a save's text, of which each rule of
-// anybody's holds the whole: 80 bytes for each of 10,000 rules. No rule changes by it, so that every
+// anybody's holds the whole: 80 bytes for each of 10,000 rules. No rule changes by it,
+// so that every
 // copy of the Table stays what it was; none may be read by another goroutine meanwhile.
 func (t Table) Share(r Ruleset) {
 	chains := slices.Collect(maps.Keys(t.chains)) // names are of the text, too

@@ -12,7 +12,8 @@ import (
 	"unsafe"
 )
 
-// TestShare: whatever became of a table, it holds the same rules after as before, and what it has in
+// TestShare: whatever became of a table, it holds the same rules after as before, and what
+// it has in
 // common with the ruleset only once.
 func TestShare(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())

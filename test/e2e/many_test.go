@@ -17,7 +17,8 @@ import (
 )
 
 // TestManyServices: 32,000 services with an address in each family work from end to end on both
-// backends: the first install, one more, one less, a flushed table, a restart, and what commands say
+// backends: the first install, one more, one less, a flushed table, a restart, and
+// what commands say
 // of them, while Envoy and the control plane are stopped at random for up to a second. Here with a
 // few hundred, but in `make soak`.
 func TestManyServices(t *testing.T) {
@@ -40,7 +41,8 @@ func TestManyServices(t *testing.T) {
 			})
 			began := time.Now()
 			must(t, a.Start())
-			s, err := a.Wait(within(t, 2*time.Minute), "ready", func(s status.Status) bool { return s.Ready })
+			s, err := a.Wait(within(t, 2*time.Minute), "ready",
+				func(s status.Status) bool { return s.Ready })
 			must(t, err)
 			t.Logf("ready after %v, at a peak of %.1f MB", time.Since(began), memory(t, a.PID(), "VmHWM"))
 			holds(t, s, n)
