@@ -88,7 +88,7 @@ type Interception struct {
 //	SERVICE_PROXY_OUTPUT  RETURN: proxy, loopback, link-local, metadata server, excludes, (all: root)
 //	  |-- (tcp 53 -> SERVICE_PROXY_DNS)          RETURN: proxy, resolvers; else to Envoy's DNS port
 //	  |-- SERVICE_PROXY_SERVICE_CIDRS            a row a service -------> SERVICE_PROXY_REDIRECT
-//	  |     `-- SERVICE_PROXY_B4_0A200000_12 ... past 256: one per 3 bits SERVICE_PROXY_REDIRECT
+//	  |     `-- SERVICE_PROXY_B4_0A200000_12 ... past 256: by 1 to 3 bits SERVICE_PROXY_REDIRECT
 //	  `-- SERVICE_PROXY_SERVICE_PORTS            a row a port ----------> SERVICE_PROXY_REDIRECT
 //	SERVICE_PROXY_INBOUND  (-i docker0 -> SERVICE_PROXY_SERVICE_CIDRS); RETURN: not for this machine
 //	  `-- a row a serving port -----------------------------------------> SERVICE_PROXY_IN_REDIRECT
