@@ -284,7 +284,7 @@ func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial
 		return !found
 	})
 	d.names = nil
-	if nameable(s.Names) {
+	if Nameable(s.Names) {
 		d.names = s.Names
 	}
 	d.seen = f
@@ -388,15 +388,6 @@ func (d *Detector) cost(look Action) time.Duration {
 		return 0
 	}
 	return slices.Min(costs)
-}
-
-// nameable says whether these listeners may be looked at by their names.
-func nameable(names []string) bool {
-	bytes := 0
-	for _, name := range names {
-		bytes += len(name)
-	}
-	return len(names) > 0 && len(names) <= 32 && bytes <= 2<<10
 }
 
 func earlier(a, b time.Time) time.Time {

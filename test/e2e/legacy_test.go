@@ -43,7 +43,7 @@ var legacyDrifts = []struct {
 func TestLegacyDrift(t *testing.T) {
 	beside(t)
 	m, a := start(t, mesh.Options{Backend: lab.Legacy,
-		Config: spread(soak(10_000, 50), false, false)})
+		Config: spread(soak(10_000, 50), false)})
 	must(t, a.WaitReady(within(t, time.Minute)))
 	eyes := look(t, m)
 	damages := legacyDrifts
@@ -103,7 +103,7 @@ func (e *eyes) floor(t *testing.T) time.Duration {
 func TestLegacyRandomEdits(t *testing.T) {
 	beside(t)
 	m, a := start(t, mesh.Options{Backend: lab.Legacy,
-		Config: spread(20, false, false)})
+		Config: spread(20, false)})
 	must(t, a.WaitReady(within(t, time.Minute)))
 	eyes := look(t, m)
 	seed := uint64(time.Now().UnixNano())
@@ -143,7 +143,7 @@ func TestLegacyIdle(t *testing.T) {
 	for _, backend := range lab.Backends {
 		t.Run(string(backend), func(t *testing.T) {
 			m, err := mesh.New(within(t, time.Minute), mesh.Options{Backend: backend,
-				Config: spread(soak(10_000, 50), false, false)})
+				Config: spread(soak(10_000, 50), false)})
 			must(t, err)
 			a := m.NewAgent()
 			a.Setenv("XTABLES_LOCKFILE=" + m.Dir + "/xtables.lock") // others' use of it is no idleness
