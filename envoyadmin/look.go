@@ -137,10 +137,10 @@ func namedPath(names []string) string {
 // a masked dump (1 ms of Envoy's main thread at 10 services, 30 ms at 10,000).
 //
 // With the names of the last Snapshot, where they are Nameable, it asks of these listeners alone:
-// half of that or less at 10,000 clusters, since Envoy puts together each cluster whose name
-// matches even for a dump of listeners (BenchmarkLook10000). The answer is that of nil all the
-// same, but for one thing: a listener of another name is seen when it is active or rejected, and not
-// while it is warming. Envoy's log tells of it then, or a look at all.
+// about half of that at 10,000 clusters, since Envoy puts together each cluster whose name matches
+// even for a dump of listeners (BenchmarkLook10000). The answer is that of nil all the same, but
+// for one thing: a listener of another name is seen when it is active or rejected, not while it is
+// warming. Envoy's log tells of it then, or a look at all.
 //
 // nil asks of all listeners. So do names that are not Nameable, an Envoy that cannot be asked by
 // names, and one that answered the last look at all within 5 ms.
