@@ -9,8 +9,8 @@ import (
 
 // The pace of questions. What each costs Envoy's main thread was measured on Envoy 1.40 (one core):
 // a masked dump 1 ms at 10 services and 30 to 50 ms at 10,000, a full dump 2 ms and 300 ms (TCP
-// chains) to 1.1 s (HTTP). The pace goes by how long answers take, which is about as long; but
-// after a masked dump of a large configuration Envoy spends as much again, or more, on tidying up.
+// chains) to 1.1 s (HTTP). The pace goes by what they can have cost (charge.go); but after a masked
+// dump of a large configuration Envoy spends as much again, or more, on tidying up.
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
@@ -45,7 +45,8 @@ const (
 // spends less than 1 % of its main thread on us. It is a pure value: the time is given to it, and
 // it asks nothing itself. The zero value begins with a dump.
 //
-// All questions take from a token bucket what they took, answered or not. It is refilled at Share
+// All questions take from a token bucket what they can have cost Envoy's main thread, answered or
+// not, which is less than was waited for them where that is busy (charge.go). It is refilled at Share
 // of the time, so a storm of changes takes that share; and since it holds some seconds, changes
 // that come after calm are each looked at when they come.
 //
@@ -68,22 +69,21 @@ type Detector struct {
 	// 0: DefaultShare.
 	Share float64
 
-	bucket bucket
-	lost   time.Duration // taken by questions that timed out since an answer of a look or a dump
+	bucket  bucket
+	charges charges
+	lost    time.Duration // taken by questions that timed out since an answer of a look or a dump
 
-	last    Fingerprint   // of the last full dump
-	names   []string      // in it, sorted, if it may be looked at by names
-	took    time.Duration // by the last full dump that was answered
-	known   bool          // there was one
-	moved   bool          // a look differed from it
-	movedBy Action        // which, the first that did
+	last    Fingerprint // of the last full dump
+	names   []string    // in it, sorted, if it may be looked at by names
+	known   bool        // there was one
+	moved   bool        // a look differed from it
+	movedBy Action      // which, the first that did
 	warming bool
 
-	asking Action             // the look that Next asked for last
-	costs  [2][]time.Duration // of the last looks, of all and named
-	named  int                // looks by names since the last of all
-	whole  bool               // the next look is to be of all
-	unlike uint64             // of this process a look by names differs although nothing moved
+	asking Action // the look that Next asked for last
+	named  int    // looks by names since the last of all
+	whole  bool   // the next look is to be of all
+	unlike uint64 // of this process a look by names differs although nothing moved
 
 	looked  time.Time // end of the last question
 	due     time.Time // the next look that nothing asks for
@@ -117,7 +117,10 @@ func (d *Detector) share() float64 {
 	return min(max(d.Share, leastShare), 1)
 }
 
-func (d *Detector) size() time.Duration { return max(reserve, reserveDumps*d.took) }
+func (d *Detector) size() time.Duration { return max(reserve, reserveDumps*d.dumpCost()) }
+
+// dumpCost is what the next full dump will cost; 0: none was answered yet.
+func (d *Detector) dumpCost() time.Duration { return d.charges.expected(DumpQuestion) }
 
 // Bucket is how the token bucket stands at this time.
 func (d *Detector) Bucket(now time.Time) Bucket {
@@ -125,15 +128,26 @@ func (d *Detector) Bucket(now time.Time) Bucket {
 	return Bucket{Level: d.bucket.level(now, size, share), Size: size, Share: share}
 }
 
-// Took takes in that another question was asked, and what came of it.
-func (d *Detector) Took(began, ended time.Time, err error) {
-	if errors.Is(err, ErrRefused) {
-		return // nobody was there to spend time on it
+// Took takes in that another question was asked, and what came of it. It says what that cost
+// Envoy's main thread, at most: no more than it took.
+func (d *Detector) Took(q Question, began, ended time.Time, err error) (cost time.Duration) {
+	return d.book(q, began, ended, 0, err)
+}
+
+// book takes out of the bucket what a question cost.
+func (d *Detector) book(
+	q Question, began, ended time.Time, bytes int64, err error) (cost time.Duration) {
+	took := ended.Sub(began)
+	if err == nil {
+		cost = d.charges.answered(q, took, bytes)
+	} else {
+		cost = d.charges.failed(q, took, err)
 	}
-	taken := d.bucket.take(ended, ended.Sub(began), d.size(), d.share())
+	taken := d.bucket.take(ended, cost, d.size(), d.share())
 	if errors.Is(err, ErrTimeout) {
 		d.lost += taken
 	}
+	return cost
 }
 
 // affords is when the bucket holds what a question is expected to take.
@@ -184,7 +198,7 @@ func (d *Detector) next(now time.Time) (Action, time.Time) {
 	// While an Envoy does not answer, a look finds out whether it does again. It is given up sooner
 	// than a dump, and asks for less.
 	if (!d.known || d.moved || !now.Before(d.resync)) && !d.silent {
-		dump := later(d.dumpNot, d.affords(now, d.took))
+		dump := later(d.dumpNot, d.affords(now, d.dumpCost()))
 		if d.free {
 			dump = time.Time{}
 		}
@@ -196,16 +210,16 @@ func (d *Detector) next(now time.Time) (Action, time.Time) {
 	due := d.due
 	if d.hinted {
 		// Before a full dump can be paid a look would be of no use: it would have to be repeated then.
-		at := d.affords(now, d.cost(look)+d.took)
+		at := d.affords(now, d.cost(look)+d.dumpCost())
 		if d.hintGap > 0 { // else, after a quiet time, at once
 			at = later(at, d.looked.Add(d.hintGap))
-		} else if d.straight && d.known && !d.silent && d.took < cheap && at.Before(due) {
+		} else if d.straight && d.known && !d.silent && d.dumpCost() < cheap && at.Before(due) {
 			return Dump, at
 		}
 		due = earlier(due, at)
 	}
 	if d.warming {
-		at := later(d.looked.Add(d.warmGap), d.affords(now, d.cost(look)+d.took))
+		at := later(d.looked.Add(d.warmGap), d.affords(now, d.cost(look)+d.dumpCost()))
 		due = earlier(due, at)
 	}
 	return look, due
@@ -225,18 +239,15 @@ func (d *Detector) look() Action {
 // Client.Redial). That look comes soon, and only once as long as hints go on.
 func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (redial bool) {
 	if err != nil {
-		d.failed(began, ended, err)
+		d.failed(kind(d.asking), began, ended, err)
 		return false
 	}
-	costs := &d.costs[kind(d.asking)]
-	*costs = append(*costs, ended.Sub(began))
-	*costs = (*costs)[max(0, len(*costs)-4):]
 	if d.asking == LookNamed {
 		d.named++
 	} else {
 		d.named, d.whole = 0, false
 	}
-	d.Took(began, ended, nil)
+	d.book(kind(d.asking), began, ended, 0, nil)
 	switch {
 	case d.seen.Process != 0 && f.Process != d.seen.Process: // another may have less to tell
 		d.lostDumps, d.dumpNot = 0, time.Time{}
@@ -262,7 +273,7 @@ func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (red
 func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial bool) {
 	d.free = false
 	if err != nil {
-		d.failed(began, ended, err)
+		d.failed(DumpQuestion, began, ended, err)
 		d.dumpNot = d.due
 		if errors.Is(err, ErrTimeout) {
 			d.lostDump(ended.Sub(began), ended)
@@ -274,10 +285,9 @@ func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial
 	if d.moved && !moved && d.movedBy == LookNamed {
 		d.unlike = f.Process
 	}
-	d.took = ended.Sub(began)
-	d.Took(began, ended, nil)
-	// Those that timed out would have taken as long, if Envoy had had the time.
-	d.refund(d.lost - time.Duration(d.lostDumps)*d.took)
+	cost := d.book(DumpQuestion, began, ended, s.Bytes, nil)
+	// Those that timed out would have cost as much, if Envoy had had the time.
+	d.refund(d.lost - time.Duration(d.lostDumps)*cost)
 	d.lostDumps, d.dumpNot = 0, time.Time{}
 	d.whole = d.whole || slices.ContainsFunc(d.names, func(name string) bool {
 		_, found := slices.BinarySearch(s.Names, name)
@@ -290,7 +300,7 @@ func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial
 	d.seen = f
 	redial = d.asked(began, ended, f, moved)
 	d.last, d.known, d.moved = f, true, false
-	d.resync = ended.Add(max(resync, resyncShare*d.took))
+	d.resync = ended.Add(max(resync, resyncShare*cost))
 	return redial
 }
 
@@ -343,8 +353,8 @@ func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (red
 // failed sets the pace after no answer: a refused connection costs nothing and is tried again after
 // a second, and so is the first question that an Envoy did not answer in time. After that each is
 // followed by as much time as its share needs.
-func (d *Detector) failed(began, ended time.Time, err error) {
-	d.Took(began, ended, err)
+func (d *Detector) failed(q Question, began, ended time.Time, err error) {
+	d.book(q, began, ended, 0, err)
 	gap := max(lookFloor, d.refill(ended.Sub(began)))
 	if errors.Is(err, ErrRefused) {
 		gap = lookFloor
@@ -372,22 +382,21 @@ func (d *Detector) Again() { d.known = false }
 // next look is due now.
 func (d *Detector) Back(now time.Time) { d.due = earlier(d.due, now) }
 
-// kind is the place of a look in costs.
-func kind(look Action) int {
+// kind is the question that a look asks.
+func kind(look Action) Question {
 	if look == LookNamed {
-		return 1
+		return namedLook
 	}
-	return 0
+	return LookQuestion
 }
 
-// cost is what a look takes: the least of the last ones, since a busy machine only adds to it. One
-// alone says nothing: the first that an Envoy answers takes many times as long as the next.
+// cost is what a look costs. One alone says nothing: the first that an Envoy answers takes many
+// times as long as the next.
 func (d *Detector) cost(look Action) time.Duration {
-	costs := d.costs[kind(look)]
-	if len(costs) < 2 {
+	if d.charges.answers[kind(look)] < 2 {
 		return 0
 	}
-	return slices.Min(costs)
+	return d.charges.expected(kind(look))
 }
 
 func earlier(a, b time.Time) time.Time {

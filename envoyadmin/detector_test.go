@@ -74,7 +74,7 @@ func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) 
 				w.longestAfter = max(w.longestAfter, time.Since(w.changed))
 				w.mu.Unlock()
 			}
-			if d.Dumped(began, time.Now(), Snapshot{Fingerprint: f, Names: w.names}, w.fail) {
+			if d.Dumped(began, time.Now(), Snapshot{Fingerprint: f, Names: w.names, Bytes: w.bytes()}, w.fail) {
 				w.redial()
 			}
 		}
@@ -84,6 +84,9 @@ func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) 
 		}
 	}
 }
+
+// bytes are as many as Envoy takes that long for: 10 MB a second.
+func (w *world) bytes() int64 { return int64(w.dump / 100) }
 
 func (w *world) redial() {
 	w.redials++
@@ -321,6 +324,11 @@ func TestDetectorStraight(t *testing.T) {
 			{"a", true, 5 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
 			{"a", true, 5 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
 		} {
+			if w.dump == step.dump { // it takes that long for good
+				for range leastOf {
+					play("", true)
+				}
+			}
 			w.dump = step.dump
 			if got := play(step.listener, step.change); got != step.want {
 				t.Errorf("%+v: %s", step, got)
@@ -433,7 +441,7 @@ func TestDetectorStopped(t *testing.T) {
 				w.drive(d, time.Second, nil)
 				asked := time.Now()
 				time.Sleep(shortLimit) // whether it is ready
-				d.Took(asked, time.Now(), ErrTimeout)
+				d.Took(ReadyQuestion, asked, time.Now(), ErrTimeout)
 			}
 			w.fail, w.look, w.dump = nil, 3*time.Millisecond, 30*time.Millisecond
 			w.change()

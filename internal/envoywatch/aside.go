@@ -179,7 +179,7 @@ func (w *Watch) askAside(ctx context.Context) {
 func (w *Watch) askStarted(ctx context.Context) {
 	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	err := w.spend(func() (err error) {
+	err := w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
 		b, err = w.o.Admin.Bootstrap(ctx)
 		return err
 	})
@@ -195,7 +195,7 @@ func (w *Watch) askClusters(ctx context.Context) {
 	h := &w.process.aside.health
 	began := w.o.Now()
 	var all []envoyadmin.ClusterHealth
-	err := w.spend(func() (err error) {
+	err := w.spend(envoyadmin.ClustersQuestion, func() (err error) {
 		all, err = w.o.Admin.Clusters(ctx)
 		return err
 	})
@@ -209,7 +209,7 @@ func (w *Watch) askClusters(ctx context.Context) {
 	}
 	if began = w.o.Now(); h.panicsDue(began) && !w.heard {
 		var counts map[string]uint64
-		w.spend(func() (err error) {
+		w.spend(envoyadmin.StatsQuestion, func() (err error) {
 			counts, err = w.o.Admin.Panics(ctx)
 			return err
 		})

@@ -82,7 +82,7 @@ func (w *Watch) probeControlPlane(ctx context.Context, p probed) probed {
 func (w *Watch) takeProbe(p probed) {
 	w.heard = true
 	if !p.ended.IsZero() {
-		w.detector.Took(p.began, p.ended, p.asked)
+		w.detector.Took(envoyadmin.BootstrapQuestion, p.began, p.ended, p.asked)
 	}
 	if p.process != w.process.id { // of the Envoy before: this one's way is tried anew
 		w.probeAt = time.Time{}

@@ -43,7 +43,7 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 	if err != nil {
 		return err // the Detector takes it for a part of the dump
 	}
-	w.detector.Took(began, w.o.Now(), nil)
+	w.detector.Took(envoyadmin.ServerInfoQuestion, began, w.o.Now(), nil)
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
 		w.set.restarts++
 		w.o.Log.Info("envoy restarted",
@@ -167,7 +167,7 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	}
 	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	err = w.spend(func() (err error) {
+	err = w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
 		b, err = w.o.Admin.Bootstrap(ctx)
 		return err
 	})
@@ -192,7 +192,7 @@ func hasDynamic(s envoyadmin.Snapshot) bool {
 func (w *Watch) askControlPlane(ctx context.Context) (envoyadmin.ControlPlane, error) {
 	began := w.o.Now()
 	var p envoyadmin.ControlPlane
-	err := w.spend(func() (err error) {
+	err := w.spend(envoyadmin.StatsQuestion, func() (err error) {
 		p, err = w.o.Admin.ControlPlane(ctx)
 		return err
 	})

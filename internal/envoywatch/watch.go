@@ -290,10 +290,10 @@ func (w *Watch) ask(question func()) {
 }
 
 // spend asks Envoy a question that is not the Detector's, and tells it what that took.
-func (w *Watch) spend(question func() error) (err error) {
+func (w *Watch) spend(q envoyadmin.Question, question func() error) (err error) {
 	began := w.o.Now()
 	w.ask(func() { err = question() })
-	w.detector.Took(began, w.o.Now(), err)
+	w.detector.Took(q, began, w.o.Now(), err)
 	return err
 }
 
@@ -360,7 +360,7 @@ func (w *Watch) answered(kind int, err error) {
 func (w *Watch) askState(ctx context.Context) error {
 	w.stateAt = w.o.Now()
 	var state string
-	err := w.spend(func() (err error) {
+	err := w.spend(envoyadmin.ReadyQuestion, func() (err error) {
 		state, err = w.o.Admin.Ready(ctx)
 		return err
 	})

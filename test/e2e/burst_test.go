@@ -397,6 +397,7 @@ func TestBurstStopped(t *testing.T) {
 	}
 	c := newChanges(t, m, o, config)
 	var w watched
+	held := 0. // questions wait so long for nothing that Envoy does
 	for range soak(100, 8) {
 		c.push(&w)
 		s, length := stops[r.IntN(len(stops))], time.Duration(r.Int64N(int64(600*time.Millisecond)))
@@ -404,6 +405,7 @@ func TestBurstStopped(t *testing.T) {
 		s.stop()
 		time.Sleep(length)
 		s.goOn()
+		held += length.Seconds()
 	}
 	if all := c.redirected(&w); len(all) == 0 {
 		t.Error("no change is redirected")
@@ -429,7 +431,7 @@ func TestBurstStopped(t *testing.T) {
 			t.Errorf("%s: %+v, and before %+v", q, n, first)
 		}
 	}
-	if most := b.Size + b.Share*time.Since(began).Seconds() + longest; taken > most {
-		t.Errorf("%.2f s were taken of Envoy's main thread, at most %.2f s were there", taken, most)
+	if most := b.Size + b.Share*time.Since(began).Seconds() + longest + held; taken > most {
+		t.Errorf("%.2f s were waited for answers, at most %.2f s were there", taken, most)
 	}
 }
