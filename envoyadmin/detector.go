@@ -3,7 +3,6 @@ package envoyadmin
 import (
 	"errors"
 	"math"
-	"slices"
 	"time"
 )
 
@@ -69,45 +68,24 @@ type Detector struct {
 	// 0: DefaultShare.
 	Share float64
 
-	bucket  bucket
-	charges charges
-	lost    time.Duration // taken by questions that timed out since an answer of a look or a dump
+	bucket   bucket
+	charges  charges
+	looks    looks
+	hints    hints
+	timeouts timeouts
+	lost     lostDumps
 
 	last    Fingerprint // of the last full dump
-	names   []string    // in it, sorted, if it may be looked at by names
 	known   bool        // there was one
 	moved   bool        // a look differed from it
 	movedBy Action      // which, the first that did
+
+	looked time.Time // end of the last question
+	due    time.Time // the next look that nothing asks for
+	resync time.Time // the next full dump that nothing asks for
+
 	warming bool
-
-	asking Action // the look that Next asked for last
-	named  int    // looks by names since the last of all
-	whole  bool   // the next look is to be of all
-	unlike uint64 // of this process a look by names differs although nothing moved
-
-	looked  time.Time // end of the last question
-	due     time.Time // the next look that nothing asks for
-	dumpNot time.Time // no full dump before
-	resync  time.Time
-
-	silent    bool          // a question timed out, and none was answered since
-	misses    int           // questions in a row that timed out
-	lostDumps int           // dumps that timed out since one was answered
-	free      bool          // the next dump is due whatever is in the bucket
-	lostGap   time.Duration // how long the share needs for the last of them
-	lostEnd   time.Time     // when that ended
-	seen      Fingerprint   // of the last look
-	lostOf    Fingerprint   // seen before the last dump that timed out
-
-	redialed bool // since something moved, or since a look without a hint
-
-	hinted   bool
-	during   bool          // there was a hint since Next asked for the question under way
-	straight bool          // each hint names a listener
-	stranger bool          // a hint names none of names
-	early    bool          // the last question that showed a change was asked for by a hint
-	hintGap  time.Duration // after the last question, when hinted
-	warmGap  time.Duration // the same while a listener is warming
+	warmGap time.Duration // after the last question, while a listener is warming
 }
 
 func (d *Detector) share() float64 {
@@ -145,7 +123,7 @@ func (d *Detector) book(
 	}
 	taken := d.bucket.take(ended, cost, d.size(), d.share())
 	if errors.Is(err, ErrTimeout) {
-		d.lost += taken
+		d.timeouts.taken += taken
 	}
 	return cost
 }
@@ -169,18 +147,11 @@ func (d *Detector) refill(much time.Duration) time.Duration {
 // hints is one look; hints that lead to nothing are heeded ever more slowly, down to the pace
 // without hints. Where full dumps are cheap a name has one asked for without a look before it.
 func (d *Detector) Hint(listener string) {
-	if !d.hinted {
-		d.straight, d.stranger = true, false
-	}
-	d.straight = d.straight && listener != ""
-	if _, known := slices.BinarySearch(d.names, listener); !known {
-		d.stranger = true
-	}
-	d.hinted, d.during = true, true
+	d.hints.hint(listener, d.looks.names)
 }
 
 // Names are those of the last full dump, for LookNamed. They are not to be changed.
-func (d *Detector) Names() []string { return d.names }
+func (d *Detector) Names() []string { return d.looks.names }
 
 // Next says what to do at this time, and for Wait, for how long if no hint comes.
 func (d *Detector) Next(now time.Time) (Action, time.Duration) {
@@ -188,7 +159,7 @@ func (d *Detector) Next(now time.Time) (Action, time.Duration) {
 	if wait := at.Sub(now); wait > 0 {
 		return Wait, wait
 	}
-	d.asking, d.during = action, false
+	d.looks.asking, d.hints.during = action, false
 	return action, 0
 }
 
@@ -197,23 +168,24 @@ func (d *Detector) next(now time.Time) (Action, time.Time) {
 	look := d.look()
 	// While an Envoy does not answer, a look finds out whether it does again. It is given up sooner
 	// than a dump, and asks for less.
-	if (!d.known || d.moved || !now.Before(d.resync)) && !d.silent {
-		dump := later(d.dumpNot, d.affords(now, d.dumpCost()))
-		if d.free {
+	if (!d.known || d.moved || !now.Before(d.resync)) && !d.timeouts.silent() {
+		dump := later(d.lost.not, d.affords(now, d.dumpCost()))
+		if d.lost.free {
 			dump = time.Time{}
 		}
-		if d.lostDumps < 2 || dump.Before(d.due) {
+		if d.lost.n < 2 || dump.Before(d.due) {
 			return Dump, dump
 		}
 		return look, d.due // it may be hours until then, and another Envoy may come
 	}
 	due := d.due
-	if d.hinted {
+	if d.hints.pending {
 		// Before a full dump can be paid a look would be of no use: it would have to be repeated then.
 		at := d.affords(now, d.cost(look)+d.dumpCost())
-		if d.hintGap > 0 { // else, after a quiet time, at once
-			at = later(at, d.looked.Add(d.hintGap))
-		} else if d.straight && d.known && !d.silent && d.dumpCost() < cheap && at.Before(due) {
+		if d.hints.gap > 0 { // else, after a quiet time, at once
+			at = later(at, d.looked.Add(d.hints.gap))
+		} else if d.hints.named && d.known && !d.timeouts.silent() && d.dumpCost() < cheap &&
+			at.Before(due) {
 			return Dump, at
 		}
 		due = earlier(due, at)
@@ -227,11 +199,10 @@ func (d *Detector) next(now time.Time) (Action, time.Time) {
 
 // look says which look the next is.
 func (d *Detector) look() Action {
-	if len(d.names) == 0 || d.whole || d.silent || d.unlike == d.last.Process && d.known ||
-		d.named >= namedLooks || d.hinted && d.stranger {
+	if d.timeouts.silent() {
 		return Look
 	}
-	return LookNamed
+	return d.looks.next(d.last.Process, d.hints.pending && d.hints.stranger)
 }
 
 // Looked takes in the answer of a look. It says whether the next shall go over a new connection: a
@@ -239,30 +210,18 @@ func (d *Detector) look() Action {
 // Client.Redial). That look comes soon, and only once as long as hints go on.
 func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (redial bool) {
 	if err != nil {
-		d.failed(kind(d.asking), began, ended, err)
+		d.failed(kind(d.looks.asking), began, ended, err)
 		return false
 	}
-	if d.asking == LookNamed {
-		d.named++
-	} else {
-		d.named, d.whole = 0, false
+	d.looks.answered()
+	d.book(kind(d.looks.asking), began, ended, 0, nil)
+	d.lost.looked(f, d.timeouts.silent())
+	if d.lost.n == 0 {
+		d.refund(d.timeouts.taken)
 	}
-	d.book(kind(d.asking), began, ended, 0, nil)
-	switch {
-	case d.seen.Process != 0 && f.Process != d.seen.Process: // another may have less to tell
-		d.lostDumps, d.dumpNot = 0, time.Time{}
-	case f != d.lostOf:
-		d.dumpNot = earlier(d.dumpNot, d.lostEnd.Add(d.lostGap))
-	}
-	if d.lostDumps == 0 {
-		d.refund(d.lost)
-	}
-	// It was only stopped, or had much else to do: it answers again.
-	d.free = d.silent && d.lostDumps == 1
-	d.seen = f
 	moved := f != d.last
 	if moved && !d.moved {
-		d.movedBy = d.asking
+		d.movedBy = d.looks.asking
 	}
 	redial = d.asked(began, ended, f, moved)
 	d.moved = d.moved || moved
@@ -271,33 +230,25 @@ func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (red
 
 // Dumped takes in the answer of a full dump. What it returns is that of Looked.
 func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial bool) {
-	d.free = false
+	d.lost.free = false
 	if err != nil {
 		d.failed(DumpQuestion, began, ended, err)
-		d.dumpNot = d.due
+		d.lost.not = d.due
 		if errors.Is(err, ErrTimeout) {
-			d.lostDump(ended.Sub(began), ended)
+			d.lost.lost(ended, d.refill(ended.Sub(began)))
 		}
 		return false
 	}
 	f := s.Fingerprint
 	moved := !d.known || f != d.last
 	if d.moved && !moved && d.movedBy == LookNamed {
-		d.unlike = f.Process
+		d.looks.unlike = f.Process
 	}
 	cost := d.book(DumpQuestion, began, ended, s.Bytes, nil)
 	// Those that timed out would have cost as much, if Envoy had had the time.
-	d.refund(d.lost - time.Duration(d.lostDumps)*cost)
-	d.lostDumps, d.dumpNot = 0, time.Time{}
-	d.whole = d.whole || slices.ContainsFunc(d.names, func(name string) bool {
-		_, found := slices.BinarySearch(s.Names, name)
-		return !found
-	})
-	d.names = nil
-	if Nameable(s.Names) {
-		d.names = s.Names
-	}
-	d.seen = f
+	d.refund(d.timeouts.taken - time.Duration(d.lost.n)*cost)
+	d.lost.dumped(f)
+	d.looks.dumped(s.Names)
 	redial = d.asked(began, ended, f, moved)
 	d.last, d.known, d.moved = f, true, false
 	d.resync = ended.Add(max(resync, resyncShare*cost))
@@ -307,47 +258,24 @@ func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial
 // refund puts back what was taken for questions that timed out, since one was answered that shows
 // that they did not take Envoy's time but waited for it.
 func (d *Detector) refund(much time.Duration) {
-	d.lost = 0
+	d.timeouts.taken = 0
 	d.bucket.left += max(0, much)
-}
-
-// lostDump sets when the next dump may come behind one that timed out. One alone may be of an Envoy
-// that was stopped, or of a machine that was: the next look that is answered tells. But one that
-// answers looks and not dumps has so much to tell that it spends its time on that in vain: it is
-// tried ever more rarely as long as nothing moves, and at Share of the time when something does.
-func (d *Detector) lostDump(took time.Duration, ended time.Time) {
-	d.lostDumps++
-	d.lostEnd, d.lostGap, d.lostOf = ended, d.refill(took), d.seen
-	if d.lostDumps > 1 {
-		d.dumpNot = ended.Add(d.lostGap << min(d.lostDumps-2, 16))
-	}
 }
 
 // asked sets the pace after an answer. It says whether that answer came to nothing for a hint.
 func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (redial bool) {
 	if moved {
-		d.early = d.hinted && began.Before(d.due) || d.early && d.moved
+		d.hints.early = d.hints.pending && began.Before(d.due) || d.hints.early && d.moved
 	}
-	redial = d.hinted && !moved && !d.redialed
-	d.redialed = d.hinted && !moved
-	d.looked, d.silent, d.misses = ended, false, 0
-	d.warming = f.Warming > 0
+	d.looked, d.timeouts.misses, d.warming = ended, 0, f.Warming > 0
 	idle := min(max(lookFloor, lookShare*d.cost(d.look())), lookCeiling)
 	d.due = ended.Add(idle)
-	switch {
-	case moved:
-		d.hintGap, d.warmGap = 0, soon
-	case d.hinted:
-		d.hintGap = min(max(soon, 2*d.hintGap), idle)
-	default:
-		d.hintGap = 0
-	}
-	if !moved {
+	if moved {
+		d.warmGap = soon
+	} else {
 		d.warmGap = min(max(soon, d.warmGap*3/2), idle)
 	}
-	// a hint that came while Envoy answered may be of something that the answer does not hold
-	d.hinted = d.during || redial
-	return redial
+	return d.hints.answered(moved, idle)
 }
 
 // failed sets the pace after no answer: a refused connection costs nothing and is tried again after
@@ -360,20 +288,17 @@ func (d *Detector) failed(q Question, began, ended time.Time, err error) {
 		gap = lookFloor
 	}
 	if errors.Is(err, ErrTimeout) {
-		d.silent = true
-		if d.misses++; d.misses == 1 {
+		if d.timeouts.misses++; d.timeouts.misses == 1 {
 			gap = lookFloor
 		}
 	}
-	d.looked, d.due = ended, ended.Add(gap)
-	d.hintGap = gap
-	d.warming = false
-	d.hinted = d.during
+	d.looked, d.due, d.warming = ended, ended.Add(gap), false
+	d.hints.failed(gap)
 }
 
 // Early says whether the last question that showed a change was asked for by a hint, before the
 // pace without hints had a look due.
-func (d *Detector) Early() bool { return d.early }
+func (d *Detector) Early() bool { return d.hints.early }
 
 // Again says that the last dump does not count: another is due as soon as the bucket has it.
 func (d *Detector) Again() { d.known = false }

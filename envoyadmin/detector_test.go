@@ -359,7 +359,7 @@ func TestDetectorNamed(t *testing.T) {
 			w.drive(d, 500*time.Millisecond, nil)
 			return fmt.Sprintf("%d looks, %d by names", w.looks, w.nameds)
 		}
-		d.named = 0
+		d.looks.named = 0
 		if got := one("a"); got != "1 looks, 1 by names" {
 			t.Errorf("for a hint of one: %s", got)
 		}
