@@ -22,7 +22,7 @@ const (
 	clustersEvery = 20 * time.Second
 	// clustersAgain is the same where the last answer has endpoints that were healthy before.
 	clustersAgain = 5 * time.Second
-	// clustersShare: an answer that took 1 is followed by 1,000 without, at most clustersLate, but no
+	// clustersShare: an answer that cost 1 is followed by 1,000 without, at most clustersLate, but no
 	// fewer than clustersLeast. While some endpoints are not healthy it is sickShare, and behind the
 	// first answer that says so clustersLeast, so as to know soon whether it stays.
 	clustersShare = 1000
@@ -77,13 +77,14 @@ type health struct {
 
 func (h *health) due(now time.Time) bool { return !now.Before(h.next) }
 
-// pace is how long after an answer that took so long the next may come.
-func pace(took, floor, share time.Duration) time.Duration {
-	return max(floor, min(share*took, clustersLate), clustersLeast*took)
+// pace is how long after an answer that cost so much the next may come.
+func pace(cost, floor, share time.Duration) time.Duration {
+	return max(floor, min(share*cost, clustersLate), clustersLeast*cost)
 }
 
 // answered takes the clusters.
-func (h *health) answered(began, ended time.Time, all []envoyadmin.ClusterHealth) {
+func (h *health) answered(
+	ended time.Time, cost time.Duration, all []envoyadmin.ClusterHealth) {
 	was := h.unhealthy
 	h.unhealthy, h.clusters = map[string]bool{}, nil
 	fresh := false
@@ -109,21 +110,20 @@ func (h *health) answered(began, ended time.Time, all []envoyadmin.ClusterHealth
 		}
 	}
 	h.panicking = few
-	took := ended.Sub(began)
 	switch {
 	case fresh:
-		h.next = ended.Add(pace(took, clustersAgain, clustersLeast))
+		h.next = ended.Add(pace(cost, clustersAgain, clustersLeast))
 	case len(h.clusters) > 0:
-		h.next = ended.Add(pace(took, clustersEvery, sickShare))
+		h.next = ended.Add(pace(cost, clustersEvery, sickShare))
 	default:
-		h.next = ended.Add(pace(took, clustersEvery, clustersShare))
+		h.next = ended.Add(pace(cost, clustersEvery, clustersShare))
 	}
 }
 
 // failed is answered where there was no usable answer: nothing is known then.
-func (h *health) failed(began, ended time.Time) {
+func (h *health) failed(ended time.Time, waited time.Duration) {
 	*h = health{panicsNext: h.panicsNext, panics: h.panics,
-		next: ended.Add(max(clustersEvery, min(sickShare*ended.Sub(began), clustersFailed)))}
+		next: ended.Add(max(clustersEvery, min(sickShare*waited, clustersFailed)))}
 }
 
 // panicsDue says whether it is to be asked if Envoy ignores the health of a cluster.
@@ -135,8 +135,9 @@ func (h *health) panicsDue(now time.Time) bool {
 // panicked takes the counts; nil: there was no usable answer. A cluster that ignored the health
 // once is told so until more of its endpoints are healthy: whether there was traffic between two
 // answers says nothing about them.
-func (h *health) panicked(began, ended time.Time, counts map[string]uint64) {
-	h.panicsNext = ended.Add(pace(ended.Sub(began), clustersEvery, sickShare))
+func (h *health) panicked(
+	ended time.Time, cost time.Duration, counts map[string]uint64) {
+	h.panicsNext = ended.Add(pace(cost, clustersEvery, sickShare))
 	if counts == nil {
 		return
 	}
@@ -177,14 +178,12 @@ func (w *Watch) askAside(ctx context.Context) {
 
 // askStarted asks what Envoy was started with.
 func (w *Watch) askStarted(ctx context.Context) {
-	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	err := w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
+	cost, err := w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
 		b, err = w.o.Admin.Bootstrap(ctx)
 		return err
 	})
-	ended := w.o.Now()
-	w.process.aside.startedNext = ended.Add(pace(ended.Sub(began), startedAgain, sickShare))
+	w.process.aside.startedNext = w.o.Now().Add(pace(cost, startedAgain, sickShare))
 	if err == nil {
 		w.process.aside.Started = b
 	}
@@ -193,9 +192,8 @@ func (w *Watch) askStarted(ctx context.Context) {
 // askClusters asks how the endpoints are, and where few are healthy, whether Envoy ignores it.
 func (w *Watch) askClusters(ctx context.Context) {
 	h := &w.process.aside.health
-	began := w.o.Now()
 	var all []envoyadmin.ClusterHealth
-	err := w.spend(envoyadmin.ClustersQuestion, func() (err error) {
+	cost, err := w.spend(envoyadmin.ClustersQuestion, func() (err error) {
 		all, err = w.o.Admin.Clusters(ctx)
 		return err
 	})
@@ -203,17 +201,17 @@ func (w *Watch) askClusters(ctx context.Context) {
 		return
 	}
 	if err != nil {
-		h.failed(began, w.o.Now())
+		h.failed(w.o.Now(), cost)
 	} else {
-		h.answered(began, w.o.Now(), all)
+		h.answered(w.o.Now(), cost, all)
 	}
-	if began = w.o.Now(); h.panicsDue(began) && !w.heard {
+	if h.panicsDue(w.o.Now()) && !w.heard {
 		var counts map[string]uint64
-		w.spend(envoyadmin.StatsQuestion, func() (err error) {
+		cost, _ := w.spend(envoyadmin.StatsQuestion, func() (err error) {
 			counts, err = w.o.Admin.Panics(ctx)
 			return err
 		})
-		h.panicked(began, w.o.Now(), counts)
+		h.panicked(w.o.Now(), cost, counts)
 	}
 	w.process.aside.Clusters = h.told()
 }

@@ -162,6 +162,24 @@ func TestClustersOfAnother(t *testing.T) {
 	}
 }
 
+// TestClustersWaited: an answer that waited for an Envoy which was busy with its own updates does
+// not put the next off.
+func TestClustersWaited(t *testing.T) {
+	w := watch(t, running())
+	w.takes["clusters"] = time.Second / 2
+	w.seconds(30)
+	for w.takes["clusters"] = 16 * time.Second; w.count("clusters") == 0; {
+		w.seconds(1)
+	}
+	began := w.clock
+	for w.takes["clusters"] = time.Second / 2; w.count("clusters") == 0; {
+		w.seconds(1)
+	}
+	if later := w.clock.Sub(began); later > 11*time.Minute {
+		t.Errorf("asked again after %v", later)
+	}
+}
+
 // TestAsideCost: what a large configuration makes dear is asked for rarely, and within five minutes
 // all the same.
 func TestAsideCost(t *testing.T) {

@@ -165,13 +165,12 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	if err != nil || p.Version != 0 {
 		return err == nil, err
 	}
-	began := w.o.Now()
 	var b *envoyadmin.Bootstrap
-	err = w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
+	cost, err := w.spend(envoyadmin.BootstrapQuestion, func() (err error) {
 		b, err = w.o.Admin.Bootstrap(ctx)
 		return err
 	})
-	w.process.stats.Asked(began, w.o.Now())
+	w.process.stats.Asked(w.o.Now().Add(-cost), w.o.Now())
 	if err == nil {
 		w.process.aside.Started = b
 	}
@@ -190,13 +189,12 @@ func hasDynamic(s envoyadmin.Snapshot) bool {
 
 // askControlPlane asks for statistics, within their pace.
 func (w *Watch) askControlPlane(ctx context.Context) (envoyadmin.ControlPlane, error) {
-	began := w.o.Now()
 	var p envoyadmin.ControlPlane
-	err := w.spend(envoyadmin.StatsQuestion, func() (err error) {
+	cost, err := w.spend(envoyadmin.StatsQuestion, func() (err error) {
 		p, err = w.o.Admin.ControlPlane(ctx)
 		return err
 	})
-	w.process.stats.Asked(began, w.o.Now())
+	w.process.stats.Asked(w.o.Now().Add(-cost), w.o.Now())
 	return p, err
 }
 

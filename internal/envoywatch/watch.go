@@ -289,12 +289,18 @@ func (w *Watch) ask(question func()) {
 	}
 }
 
-// spend asks Envoy a question that is not the Detector's, and tells it what that took.
-func (w *Watch) spend(q envoyadmin.Question, question func() error) (err error) {
+// spend asks Envoy a question that is not the Detector's, and tells it what that took. It says what
+// an answer cost Envoy, or how long none was waited for.
+func (w *Watch) spend(
+	q envoyadmin.Question, question func() error) (cost time.Duration, err error) {
 	began := w.o.Now()
 	w.ask(func() { err = question() })
-	w.detector.Took(q, began, w.o.Now(), err)
-	return err
+	ended := w.o.Now()
+	cost = w.detector.Took(q, began, ended, err)
+	if err != nil {
+		cost = ended.Sub(began)
+	}
+	return cost, err
 }
 
 // hear takes an event of the log, or its end.
@@ -360,7 +366,7 @@ func (w *Watch) answered(kind int, err error) {
 func (w *Watch) askState(ctx context.Context) error {
 	w.stateAt = w.o.Now()
 	var state string
-	err := w.spend(envoyadmin.ReadyQuestion, func() (err error) {
+	_, err := w.spend(envoyadmin.ReadyQuestion, func() (err error) {
 		state, err = w.o.Admin.Ready(ctx)
 		return err
 	})
