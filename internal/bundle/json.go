@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"strings"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
@@ -198,10 +197,10 @@ func mask(s string) string {
 }
 
 // plainName are the names of fields as people make them: what else is one may be a value, in a map.
-var plainName = regexp.MustCompile(`^[A-Za-z0-9_.@/:-]{1,128}$`)
+var plainName = pattern(`^[A-Za-z0-9_.@/:-]{1,128}$`)
 
 func nameOf(s string) string {
-	if !plainName.MatchString(s) || Secrets(s) != s {
+	if !plainName().MatchString(s) || Secrets(s) != s {
 		return mask(s)
 	}
 	return s
@@ -211,7 +210,7 @@ func nameOf(s string) string {
 const maxKept = 1024
 
 // user is a user with a password before a host.
-var user = regexp.MustCompile(`^[^\s/@:]*:[^\s/@]*@`)
+var user = pattern(`^[^\s/@:]*:[^\s/@]*@`)
 
 // clean is what stays of a name, address or path: it has no query and no user.
 func clean(s string) string {
@@ -219,7 +218,7 @@ func clean(s string) string {
 		return mask(s)
 	}
 	if s = Secrets(s); strings.Contains(s, "@") {
-		s = user.ReplaceAllString(s, redaction.Mark+"@")
+		s = user().ReplaceAllString(s, redaction.Mark+"@")
 	}
 	if i := strings.IndexAny(s, "?#"); i >= 0 {
 		s = s[:i] + redaction.Mark
@@ -261,9 +260,9 @@ var keptBelow = set(`
 
 var (
 	// A word of an enumeration. A key made of capital letters and digits is none.
-	enumeration = regexp.MustCompile(`^[A-Z]{1,24}[0-9]{0,2}(_[A-Z0-9]{1,24}){0,8}$`)
+	enumeration = pattern(`^[A-Z]{1,24}[0-9]{0,2}(_[A-Z0-9]{1,24}){0,8}$`)
 	// Numbers of 64 bits, durations and times are strings in protobuf's JSON.
-	figure = regexp.MustCompile(`^(-?\d{1,20}(\.\d{1,9})?s?|` +
+	figure = pattern(`^(-?\d{1,20}(\.\d{1,9})?s?|` +
 		`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z|\d{1,6}(\.\d{1,6})?%)$`)
 )
 
@@ -274,7 +273,7 @@ var valueFields = set(`value string_value inline_string inline_bytes inline_code
 	default default_value key keys json_key`)
 
 // secretField is a field that says of itself that it holds a secret.
-var secretField = regexp.MustCompile(`(?i)` + secretly)
+var secretField = pattern(`(?i)` + secretly)
 
 func keptOfConfig(where []string, s string) string {
 	name := where[len(where)-1]
@@ -289,7 +288,7 @@ func keptOfConfig(where []string, s string) string {
 		return Secrets(redaction.Text(s))
 	case valueFields[name]:
 		return mask(s)
-	case (enumeration.MatchString(s) || figure.MatchString(s)) && !secretField.MatchString(name):
+	case (enumeration().MatchString(s) || figure().MatchString(s)) && !secretField().MatchString(name):
 		return s
 	}
 	return mask(s)

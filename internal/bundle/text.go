@@ -17,22 +17,22 @@ import (
 // "'authorization', 'Basic x'". It is the last net, under those of package redaction. In prose, as
 // in "no token: permission denied", such a word has no other before it, and stays.
 var called = []struct {
-	what *regexp.Regexp
+	what func() *regexp.Regexp
 	by   string
 }{
 	// All of the line.
-	{regexp.MustCompile(`(?i)([\w-]*(?:authorization|cookie)["']?` +
+	{pattern(`(?i)([\w-]*(?:authorization|cookie)["']?` +
 		`(?: *[:=]|, *["']) *["']?)[^"'<>\n]+`), "${1}" + redaction.Mark},
-	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']? *= *)` + value), kept},
-	{regexp.MustCompile(`(?i)((?:["'][\w-]*|[\w-]*[-_])` + secretly + `[\w-]*["']? *: *)` + value),
+	{pattern(`(?i)([\w-]*` + secretly + `[\w-]*["']? *= *)` + value), kept},
+	{pattern(`(?i)((?:["'][\w-]*|[\w-]*[-_])` + secretly + `[\w-]*["']? *: *)` + value),
 		kept},
-	{regexp.MustCompile(`(?i)(` + secretly + `["'] *: *)` + value), kept},
-	{regexp.MustCompile(`(?i)([\w-]*` + secretly + `[\w-]*["']?, *)` + quotedValue), kept},
-	{regexp.MustCompile(`(?i)(\b(?:passw(?:or)?d|passphrase|secret|apikey) *: *)` + value), kept},
+	{pattern(`(?i)(` + secretly + `["'] *: *)` + value), kept},
+	{pattern(`(?i)([\w-]*` + secretly + `[\w-]*["']?, *)` + quotedValue), kept},
+	{pattern(`(?i)(\b(?:passw(?:or)?d|passphrase|secret|apikey) *: *)` + value), kept},
 	// A flag, with its value behind a space.
-	{regexp.MustCompile(`(?i)((?:^|\s)--?[\w-]*` + secretly + ` +)[^\s"'<>,;-][^\s"'<>,;]*`),
+	{pattern(`(?i)((?:^|\s)--?[\w-]*` + secretly + ` +)[^\s"'<>,;-][^\s"'<>,;]*`),
 		"${1}" + redaction.Mark},
-	{regexp.MustCompile(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|$)`),
+	{pattern(`(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|$)`),
 		redaction.Mark},
 }
 
@@ -59,7 +59,7 @@ func Secrets(text string) string {
 		return text // as most are: the expressions take a hundred times as long
 	}
 	for _, c := range called {
-		text = c.what.ReplaceAllString(text, c.by)
+		text = c.what().ReplaceAllString(text, c.by)
 	}
 	return text
 }
@@ -70,22 +70,22 @@ func Lines(in []byte) ([]byte, error) { return eachLine(in, Secrets), nil }
 // Names is Lines for Envoy's names and figures. A name may be a URL.
 func Names(in []byte) ([]byte, error) {
 	return eachLine(in, func(line string) string {
-		return query.ReplaceAllString(Secrets(line), "")
+		return query().ReplaceAllString(Secrets(line), "")
 	}), nil
 }
 
-var query = regexp.MustCompile(`\?[^\s:"]*`)
+var query = pattern(`\?[^\s:"]*`)
 
 // Quoting takes out of a log what programs of others quote, too.
 func Quoting(in []byte) ([]byte, error) { return eachLine(in, quoting), nil }
 
 // header is how Envoy logs a request's header at level debug.
-var header = regexp.MustCompile(`^('[^']*', )'.*'$`)
+var header = pattern(`^('[^']*', )'.*'$`)
 
 func quoting(line string) string {
 	// It is of one line without space around it.
 	rest := strings.TrimLeft(line, " \t")
-	rest = header.ReplaceAllString(strings.TrimSpace(rest), "${1}'"+redaction.Mark+"'")
+	rest = header().ReplaceAllString(strings.TrimSpace(rest), "${1}'"+redaction.Mark+"'")
 	return line[:len(line)-len(strings.TrimLeft(line, " \t"))] + Secrets(redaction.Text(rest))
 }
 
@@ -101,7 +101,7 @@ func eachLine(in []byte, change func(string) string) []byte {
 		case inKey:
 			inKey = !strings.Contains(text, "-----END")
 			continue
-		case keyLine.MatchString(text): // the line where it begins may be cut off
+		case keyLine().MatchString(text): // the line where it begins may be cut off
 			text = redaction.Mark
 		case begins:
 			inKey = !strings.Contains(text, "-----END")
@@ -117,7 +117,7 @@ func eachLine(in []byte, change func(string) string) []byte {
 }
 
 // keyLine is a line of a key, or of what else is base64 in lines.
-var keyLine = regexp.MustCompile(`^\s*[A-Za-z0-9+/]{60,80}={0,2}$`)
+var keyLine = pattern(`^\s*[A-Za-z0-9+/]{60,80}={0,2}$`)
 
 // printable drops what would do something to the terminal of who reads it, or to the order in which
 // that shows the text.
@@ -138,7 +138,7 @@ func EnvoyLog(in []byte) ([]byte, error) {
 			return
 		}
 		first, rest, _ := bytes.Cut(bytes.TrimRight(entry, "\n"), []byte("\n"))
-		if stamp.Match(first) || crash.Match(first) {
+		if stamp().Match(first) || crash().Match(first) {
 			line, _ := Quoting(first)
 			out.Write(line)
 		} else { // the end of an entry whose beginning is elsewhere
@@ -146,7 +146,7 @@ func EnvoyLog(in []byte) ([]byte, error) {
 		}
 		if len(rest) > 0 {
 			n := bytes.Count(rest, []byte("\n")) + 1
-			if why := Secrets(redaction.Text(string(rest))); constraints.MatchString(why) {
+			if why := Secrets(redaction.Text(string(rest))); constraints().MatchString(why) {
 				fmt.Fprintf(&out, "  [... %d lines] %s\n", n, strings.Map(printable, why))
 			} else {
 				fmt.Fprintf(&out, "  [%d more lines masked]\n", n)
@@ -155,7 +155,7 @@ func EnvoyLog(in []byte) ([]byte, error) {
 		entry = entry[:0]
 	}
 	for line := range bytes.Lines(in) {
-		if stamp.Match(line) || crash.Match(line) {
+		if stamp().Match(line) || crash().Match(line) {
 			flush()
 		}
 		entry = append(entry, line...)
@@ -165,17 +165,17 @@ func EnvoyLog(in []byte) ([]byte, error) {
 }
 
 var (
-	stamp = regexp.MustCompile(`^\[\d{4}-\d\d-\d\d `)
+	stamp = pattern(`^\[\d{4}-\d\d-\d\d `)
 	// What is said by others than Envoy's logger when it cannot start or ends at once.
-	crash = regexp.MustCompile(`^(terminate called|Segmentation|Aborted|Killed|double free|` +
+	crash = pattern(`^(terminate called|Segmentation|Aborted|Killed|double free|` +
 		`\S*: (error while loading shared libraries|symbol lookup error)|` +
 		`\S*tcmalloc|external/|source/)`)
-	constraints = regexp.MustCompile(`^Proto constraint validation failed`)
+	constraints = pattern(`^Proto constraint validation failed`)
 )
 
 // HTML masks the texts of a page and the values of its attributes, and leaves its tags as they are.
 func HTML(in []byte) ([]byte, error) {
-	return textOfPage.ReplaceAllFunc(in, func(found []byte) []byte {
+	return textOfPage().ReplaceAllFunc(in, func(found []byte) []byte {
 		from, to := 1, len(found)-1
 		if found[0] == '=' {
 			from = 2
@@ -188,7 +188,7 @@ func HTML(in []byte) ([]byte, error) {
 	}), nil
 }
 
-var textOfPage = regexp.MustCompile(`>[^<>]+<|="[^"<>]*"`)
+var textOfPage = pattern(`>[^<>]+<|="[^"<>]*"`)
 
 // Environment masks a file of environment variables: only those that are known keep their value.
 func Environment(known []string) func([]byte) ([]byte, error) {
@@ -237,17 +237,17 @@ func Units(ours [][]byte) func([]byte) ([]byte, error) {
 }
 
 // unitFile is the line that `systemctl cat` puts before each file.
-var unitFile = regexp.MustCompile(`^# /[\w./@\\:-]+$`)
+var unitFile = pattern(`^# /[\w./@\\:-]+$`)
 
 func unitLine(line string) string {
 	line = strings.TrimSpace(line)
 	name, value, assigns := strings.Cut(line, "=")
 	switch {
-	case line == "", unitFile.MatchString(line), strings.HasPrefix(line, "[") && len(line) < 40:
+	case line == "", unitFile().MatchString(line), strings.HasPrefix(line, "[") && len(line) < 40:
 		return Secrets(line)
 	case strings.HasPrefix(line, "#"), strings.HasPrefix(line, ";"), !assigns:
 		return mask(line)
-	case harmless.MatchString(name) && !strings.HasSuffix(name, "Environment"):
+	case harmless().MatchString(name) && !strings.HasSuffix(name, "Environment"):
 		return name + "=" + Secrets(value)
 	}
 	return nameOf(name) + "=" + mask(value)
@@ -255,7 +255,7 @@ func unitLine(line string) string {
 
 // harmless are the settings of a unit (systemd.directives(7)) whose values are words of systemd's,
 // numbers, units, users and paths. No command, no variable, no credential.
-var harmless = regexp.MustCompile(`^(After|Before|Wants|Requires|Requisite|BindsTo|PartOf|` +
+var harmless = pattern(`^(After|Before|Wants|Requires|Requisite|BindsTo|PartOf|` +
 	`Upholds|Conflicts|OnFailure|OnSuccess|WantedBy|RequiredBy|Also|Alias|(Condition|Assert)\w+|` +
 	`(Start|Job)\w*(Limit|Timeout|Action)\w*|Type|NotifyAccess|Restart\w*|SuccessExitStatus|` +
 	`(Timeout|Watchdog|RuntimeMax)\w*Sec|KillMode|KillSignal|SendSIGKILL|User|Group|DynamicUser|` +
