@@ -7,9 +7,12 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
 // TestShare: whatever became of a table, it holds the same rules after as before, and what
@@ -40,7 +43,7 @@ func TestShare(t *testing.T) {
 			t.Fatal(err)
 		}
 		after, _ := Parse(IPv4, save)
-		after.Share(want)
+		after = after.share(want)
 		if len(before.chains) != len(after.chains) {
 			t.Fatalf("%d chains of %d", len(after.chains), len(before.chains))
 		}
@@ -72,7 +75,7 @@ func TestShareFreesTheSave(t *testing.T) {
 		t.Fatal(err)
 	}
 	parsed := heapInUse() - before
-	table.Share(want)
+	table = table.share(want)
 	left := heapInUse() - before
 	t.Logf("a save of %d bytes: %d in use, then %d", len(save), parsed, left)
 	if left > parsed/8 {
@@ -81,6 +84,58 @@ func TestShareFreesTheSave(t *testing.T) {
 	runtime.KeepAlive(table)
 	runtime.KeepAlive(want)
 	runtime.KeepAlive(save)
+}
+
+// TestShareOfAKernel: another goroutine may read the table that was shared, and what the Kernel
+// keeps of its reads is the shared one from then on, on both backends.
+func TestShareOfAKernel(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	random := rand.New(rand.NewPCG(seed, 0))
+	t.Logf("seed %d", seed)
+	eachInMemory(t, func(t *testing.T, m *iptablestest.Machine, f Family) {
+		k := openInMemory(t, m)
+		i := thousands(300)
+		i.Family = f
+		if f == IPv6 {
+			i.Services = []netip.Prefix{netip.MustParsePrefix("fd20::1/128")}
+		}
+		want := i.Ruleset()
+		empty, err := k.Read(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.Apply(t.Context(), NewPlan(want, empty)); err != nil {
+			t.Fatal(err)
+		}
+		have, err := k.Read(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var others sync.WaitGroup
+		for range 4 {
+			pause := time.Duration(random.IntN(200)) * time.Microsecond
+			others.Go(func() {
+				time.Sleep(pause)
+				for range 20 {
+					if d := Diff(want, have); len(d) > 0 {
+						t.Errorf("%v", d)
+					}
+				}
+			})
+		}
+		shared := k.Share(have, want)
+		others.Wait()
+		again, err := k.Read(t.Context(), f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, is := range []Table{shared, again} {
+			ours, _ := want.chain(chainServiceCIDRs)
+			if unsafe.SliceData(is.chains[chainServiceCIDRs]) != unsafe.SliceData(ours) {
+				t.Error("the rules are held twice")
+			}
+		}
+	})
 }
 
 func heapInUse() int {

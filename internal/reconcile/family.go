@@ -22,6 +22,7 @@ type Kernel interface {
 	Probe(context.Context, iptables.Family) error
 	Families() []iptables.FamilyState
 	Watched(iptables.Family) (told bool, why error)
+	Share(have iptables.Table, with iptables.Ruleset) iptables.Table
 }
 
 // Order is what a pass shall bring about, and what is known just then.
@@ -458,7 +459,7 @@ func (f *Family) settled(p *pass) {
 	f.standing.seen = p.time()
 	f.standing.written = f.standing.jumps || !f.sight.have.Ours().Empty()
 	f.retry = retry{}
-	f.sight.have.Share(f.goal.target)
+	f.sight.have = f.kernel.Share(f.sight.have, f.goal.target)
 }
 
 // report puts what is told of the family into the pass's outcome.

@@ -247,6 +247,8 @@ func (r *rig) Watched(iptables.Family) (bool, error) {
 	return !r.unwatched && r.untold == nil, r.untold
 }
 
+func (r *rig) Share(have iptables.Table, _ iptables.Ruleset) iptables.Table { return have }
+
 func (r *rig) halfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	r.limited(ctx)
 	r.flows = append(r.flows, fmt.Sprint("half-open ", to))
