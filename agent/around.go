@@ -56,6 +56,7 @@ type questions struct {
 	load   func(context.Context) (conntrack.Load, error)
 	find   func(ctx context.Context, proto uint8, src, dst netip.AddrPort) (conntrack.Entry, error)
 	routes func(context.Context, []netip.Addr) ([]route.Failure, error)
+	news   func() (*route.News, error) // of routes; nil: nobody tells
 }
 
 // askKernel asks this machine's. k may be nil, where there is no iptables.
@@ -63,6 +64,7 @@ func askKernel(k *iptables.Kernel) questions {
 	q := questions{
 		listeners: sockdiag.Listeners, connections: sockdiag.Connections,
 		load: conntrack.ReadLoad, find: conntrack.Find, routes: route.Missing,
+		news: route.Listen,
 		filter: func(context.Context, iptables.Family) (iptables.Filter, error) {
 			return iptables.Filter{}, iptables.ErrNoIPTables
 		},
@@ -231,7 +233,8 @@ func (q questions) silent(a about) (quiet []uint16, err error) {
 }
 
 // serviceAddrs are the addresses of the services, of a range its first.
-func serviceAddrs(a about) (addrs []netip.Addr) {
+func serviceAddrs(a about) []netip.Addr {
+	addrs := make([]netip.Addr, 0, len(a.families[0].Services)+len(a.families[1].Services))
 	for _, want := range a.families {
 		for _, p := range want.Services {
 			addrs = append(addrs, p.Masked().Addr())

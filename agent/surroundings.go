@@ -21,6 +21,8 @@ const (
 	// fails or hangs must not keep a finding for ever.
 	aroundLimit = 10 * time.Second
 	aroundKept  = time.Minute
+	// routesKept is for how long the answer on routes stands while the kernel tells of no change.
+	routesKept = 5 * time.Minute
 	// silentFor is how long nothing may listen on a serving port before it is said: an application
 	// that starts after the proxy is as it should be.
 	silentFor = 10 * time.Second
@@ -45,6 +47,8 @@ func newSurroundings(ask questions, log *zap.Logger) *surroundings {
 // which hangs holds none of the others.
 func (s *surroundings) run(ctx context.Context) error {
 	seen := sight{sources: map[symptom.Source]*sourceSight{}, silence: silence{}}
+	moved, end := s.routesMoved()
+	defer end()
 	answers := make(chan answer, len(aroundSources)) // room for all: a late one finds nobody waiting
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -66,7 +70,7 @@ func (s *surroundings) run(ctx context.Context) error {
 				s.found.Put(seen.facts)
 			}
 		}
-		for _, source := range seen.due(time.Now()) {
+		for _, source := range seen.due(time.Now(), moved) {
 			go func(a about) {
 				limited, cancel := context.WithTimeout(ctx, aroundLimit)
 				defer cancel()
@@ -74,6 +78,21 @@ func (s *surroundings) run(ctx context.Context) error {
 			}(seen.about)
 		}
 	}
+}
+
+// routesMoved begins to listen to the kernel for changes of routes. Where that cannot be, each time
+// they may have changed.
+func (s *surroundings) routesMoved() (moved func() bool, end func()) {
+	moved, end = func() bool { return true }, func() {}
+	if s.ask.news == nil {
+		return moved, end
+	}
+	news, err := s.ask.news()
+	if err != nil {
+		s.log.Debug("no news of routes", zap.Error(err))
+		return moved, end
+	}
+	return news.Any, news.Close
 }
 
 // sight is what the task knows. It decides what to ask and what counts; it asks nobody.
@@ -89,6 +108,7 @@ type sight struct {
 
 type sourceSight struct {
 	asked, seen time.Time
+	answered    time.Time // seen, but by an answer; zero: the last question failed
 	busy        bool // it has not answered yet
 	stale       bool // what is wanted has changed since it was asked
 }
@@ -103,8 +123,9 @@ func (s *sight) want(a about) {
 	}
 }
 
-// due are the sources that are to be asked now.
-func (s *sight) due(now time.Time) (sources []symptom.Source) {
+// due are the sources that are to be asked now. moved says whether routes may have changed since it
+// was last called: while they have not, there is nothing to ask.
+func (s *sight) due(now time.Time, moved func() bool) (sources []symptom.Source) {
 	if !s.known {
 		return nil
 	}
@@ -118,23 +139,33 @@ func (s *sight) due(now time.Time) (sources []symptom.Source) {
 		if dear := source == symptom.FromFilter || source == symptom.FromRoutes; dear && !of.stale {
 			every = dearEvery
 		}
-		if !of.busy && (of.asked.IsZero() || now.Sub(of.asked) >= every) {
-			of.busy, of.stale, of.asked = true, false, now
-			sources = append(sources, source)
+		if of.busy || !of.asked.IsZero() && now.Sub(of.asked) < every {
+			continue
 		}
+		if source == symptom.FromRoutes && !moved() && of.stands(now) {
+			of.seen, of.asked = now, now
+			continue
+		}
+		of.busy, of.stale, of.asked = true, false, now
+		sources = append(sources, source)
 	}
 	return sources
+}
+
+// stands says whether the last answer is still true where nothing has changed around.
+func (s *sourceSight) stands(now time.Time) bool {
+	return !s.stale && !s.answered.IsZero() && now.Sub(s.answered) < routesKept
 }
 
 // take puts what a source told among the facts. One that failed changes nothing: what it told
 // before counts for a while.
 func (s *sight) take(one answer, now time.Time) {
 	of := s.sources[one.source]
-	of.busy = false
+	of.busy, of.answered = false, time.Time{}
 	if one.err != nil {
 		return
 	}
-	of.seen = now
+	of.seen, of.answered = now, now
 	switch one.source {
 	case symptom.FromSockets:
 		one.facts.Silent = s.silence.lasting(one.facts.Silent, now)

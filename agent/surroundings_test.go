@@ -367,3 +367,46 @@ func TestSurroundingsOfANewWant(t *testing.T) {
 		})
 	}
 }
+
+// TestRoutesAreAskedWhenTheyMove: while the kernel tells of no change the answer stands, and is not
+// forgotten; a failure, another want, a change and five minutes each ask again.
+func TestRoutesAreAskedWhenTheyMove(t *testing.T) {
+	start := time.Unix(1000, 0)
+	s := sight{sources: map[symptom.Source]*sourceSight{}, silence: silence{}}
+	missing := symptom.Surroundings{NoRoute: []symptom.Unrouted{{Count: 1}}}
+	a := mesh()
+	s.want(a)
+	var moved, fails bool
+	var asked []int
+	for second := range 800 {
+		now := start.Add(time.Duration(second) * time.Second)
+		switch second {
+		case 50:
+			moved = true
+		case 90:
+			a.serial++
+			s.want(a)
+		case 130:
+			moved, fails = true, true
+		case 150:
+			fails = false
+		}
+		for _, source := range s.due(now, func() bool { was := moved; moved = false; return was }) {
+			if source == symptom.FromRoutes {
+				asked = append(asked, second)
+			}
+			one := answer{source: source}
+			if one.facts = missing; source == symptom.FromRoutes && fails {
+				one.err = errPlayed
+			}
+			s.take(one, now)
+		}
+		s.forget(now)
+		if len(s.facts.NoRoute) != 1 {
+			t.Fatalf("forgotten after %d s", second)
+		}
+	}
+	if want := []int{0, 60, 90, 130, 150, 450, 750}; !slices.Equal(asked, want) {
+		t.Errorf("asked after %v s, want %v", asked, want)
+	}
+}
