@@ -293,9 +293,11 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		},
 		attribute: attributeInForce{Config: attribute.Default()}, // what is not known yet is as usual
 		bootstrap: bootstrapProgress{awaited: a.awaitBootstrap},
-		beside:    beside{asked: func(about about) { a.around.asked.Put(about) }},
-		mark:      readMark(server.Dir(), a.log),
-		worked:    func() { a.worked.Put(struct{}{}) },
+		beside: beside{
+			asked:  func(about about) { a.around.asked.Put(about) },
+			worked: func() { a.worked.Put(struct{}{}) },
+		},
+		mark: readMark(server.Dir(), a.log),
 		told: told{
 			reporters: a.reporters(machine), log: a.log, started: a.started,
 			past:     a.history(machine),

@@ -47,7 +47,6 @@ type loop struct {
 	families []*reconcile.Family
 	mark     *mark
 	told     told
-	worked   func() // told of a pass that did more than look; nil: nobody is
 }
 
 // beside is what tasks have found that look at other things than Envoy, and whom the loop tells
@@ -56,6 +55,7 @@ type beside struct {
 	others []iptables.OtherChain
 	around symptom.Surroundings
 	asked  func(about) // nil: nobody looks
+	worked func()      // told of a pass that did more than look; nil: nobody is
 }
 
 func (b beside) tell(a about) {
@@ -114,8 +114,8 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	facts := seen.Facts(want, outcomes)
 	findings := symptom.Check(facts)
 	took := time.Since(began)
-	if l.worked != nil && (l.wanted.serial != before || wrote(outcomes)) {
-		l.worked()
+	if l.beside.worked != nil && (l.wanted.serial != before || wrote(outcomes)) {
+		l.beside.worked()
 	}
 	l.followBootstrap(now)
 	l.told.publish(passed{

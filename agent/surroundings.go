@@ -109,8 +109,8 @@ type sight struct {
 type sourceSight struct {
 	asked, seen time.Time
 	answered    time.Time // seen, but by an answer; zero: the last question failed
-	busy        bool // it has not answered yet
-	stale       bool // what is wanted has changed since it was asked
+	busy        bool      // it has not answered yet
+	stale       bool      // what is wanted has changed since it was asked
 }
 
 func (s *sight) want(a about) {

@@ -52,8 +52,8 @@ func anAgent(t *testing.T) *Agent {
 
 // TestTasks: what runs, by name. Each of these that were missing would be missed only on a VM.
 func TestTasks(t *testing.T) {
-	const always = "loop, watch Envoy, report, keep history, look around, guest attributes, serial port, " +
-		"Cloud Logging, watch the cost, socket"
+	const always = "loop, watch Envoy, report, keep history, look around, give memory back, " +
+		"guest attributes, serial port, Cloud Logging, watch the cost, socket"
 	const metadata = "watch the attribute, read the service account, read who the VM is, " +
 		"watch the clock"
 	for _, test := range []struct {
