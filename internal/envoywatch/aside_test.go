@@ -168,6 +168,7 @@ func TestClustersWaited(t *testing.T) {
 	w := watch(t, running())
 	w.takes["clusters"] = time.Second / 2
 	w.seconds(30)
+	w.count("")
 	for w.takes["clusters"] = 16 * time.Second; w.count("clusters") == 0; {
 		w.seconds(1)
 	}
