@@ -122,3 +122,39 @@ func TestDetectorStarved(t *testing.T) {
 	}
 	t.Logf("%d dumps, %v between two of them at most", dumps, longest)
 }
+
+// TestDetectorBusy: an Envoy that answers whether it is ready after four seconds does not answer
+// looks within five. It is looked at again soon all the same, and not for what each look waited for.
+func TestDetectorBusy(t *testing.T) {
+	var d Detector
+	now := time.Unix(1e9, 0)
+	f := Fingerprint{Process: 1}
+	d.Dumped(now, now.Add(time.Second), Snapshot{Fingerprint: f, Bytes: 5_300_000}, nil)
+	now = now.Add(time.Second)
+	looks := 0
+	for start := now; now.Sub(start) < 5*time.Minute; now = now.Add(time.Second) {
+		d.Hint("l")
+		action, _ := d.Next(now)
+		began := now
+		switch {
+		case action == Dump:
+			t.Fatalf("a dump after %v", now.Sub(start))
+		case action == Look && looks < 2:
+			now = now.Add(30 * time.Millisecond)
+			d.Looked(began, now, f, nil)
+			looks++
+		case action == Look:
+			now = now.Add(shortLimit)
+			d.Looked(began, now, Fingerprint{}, ErrTimeout)
+			looks++
+		}
+		began, now = now, now.Add(4*time.Second)
+		d.Took(ReadyQuestion, began, now, nil)
+	}
+	if looks < 25 {
+		t.Errorf("%d looks in five minutes", looks)
+	}
+	if b := d.Bucket(now); b.Level < b.Size-time.Second {
+		t.Errorf("it has %v left of %v", b.Level, b.Size)
+	}
+}

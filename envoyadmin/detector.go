@@ -108,7 +108,14 @@ func (d *Detector) Bucket(now time.Time) Bucket {
 
 // Took takes in that another question was asked, and what came of it. It says what that cost
 // Envoy's main thread, at most: no more than it took.
+//
+// An answer while looks time out is of an Envoy that is not stopped but busy, or starved. If looks
+// were answered before it is known how little they cost it, and the next is due soon.
 func (d *Detector) Took(q Question, began, ended time.Time, err error) (cost time.Duration) {
+	if err == nil && d.timeouts.silent() && d.charges.answers[LookQuestion] > 0 {
+		pays := d.refill(d.charges.expected(LookQuestion))
+		d.due = earlier(d.due, d.looked.Add(max(lookFloor, pays)))
+	}
 	return d.book(q, began, ended, 0, err)
 }
 
