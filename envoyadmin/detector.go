@@ -13,15 +13,16 @@ import (
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long
-	// such looks take one part in 1,000 of the time; with the tidying up twice that, and the rest is
-	// for questions about health
+	// such looks take one part in 1,000 of the time; those that are not cheap half of that, since with
+	// the tidying up they cost twice as much. The rest is for questions about health.
 	lookShare = 1000
 	// so many looks by names are followed by one of all
 	namedLooks = 9
 
 	// after a look, the first of those that a hint or a warming listener asks for
 	soon = 50 * time.Millisecond
-	// a full dump that takes less costs hardly more than the look that would tell whether it is needed
+	// a full dump that costs less is hardly dearer than the look that would tell whether it is due, and
+	// after a look that does Envoy has little to tidy up
 	cheap = 5 * time.Millisecond
 
 	// a full dump even if nothing moved, should the fingerprint ever miss a change, and so many times
@@ -275,7 +276,11 @@ func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (red
 		d.hints.early = d.hints.pending && began.Before(d.due) || d.hints.early && d.moved
 	}
 	d.looked, d.timeouts.misses, d.warming = ended, 0, f.Warming > 0
-	idle := min(max(lookFloor, lookShare*d.cost(d.look())), lookCeiling)
+	cost := d.cost(d.look())
+	if cost >= cheap {
+		cost *= 2
+	}
+	idle := min(max(lookFloor, lookShare*cost), lookCeiling)
 	d.due = ended.Add(idle)
 	if moved {
 		d.warmGap = soon

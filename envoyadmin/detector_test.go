@@ -349,7 +349,7 @@ func TestDetectorNamed(t *testing.T) {
 		d := new(Detector)
 		w.drive(d, time.Second, nil)
 		w.drive(d, 9*time.Minute, nil)
-		if all := w.looks - w.nameds; w.nameds < 8*all || w.nameds > 9*all+9 || w.looks < 40 {
+		if all := w.looks - w.nameds; w.nameds < 8*all || w.nameds > 9*all+9 || w.looks < 27 {
 			t.Errorf("%d looks, %d by names", w.looks, w.nameds)
 		}
 		one := func(listener string) string {

@@ -27,7 +27,7 @@ const (
 	// first answer that says so clustersLeast, so as to know soon whether it stays.
 	clustersShare = 1000
 	sickShare     = 250
-	clustersLate  = 4 * time.Minute
+	clustersLate  = 10 * time.Minute
 	clustersLeast = 100
 	// clustersFailed is the most that is waited where there was no usable answer.
 	clustersFailed = 10 * time.Minute

@@ -186,8 +186,8 @@ func TestClustersWaited(t *testing.T) {
 func TestAsideCost(t *testing.T) {
 	for _, tt := range []struct{ takes, every time.Duration }{
 		{0, 20 * time.Second}, {40 * time.Millisecond, 40 * time.Second},
-		{500 * time.Millisecond, 4 * time.Minute}, {2 * time.Second, 4 * time.Minute},
-		{5 * time.Second, 500 * time.Second},
+		{500 * time.Millisecond, 500 * time.Second}, {2 * time.Second, 10 * time.Minute},
+		{8 * time.Second, 800 * time.Second},
 	} {
 		if every := pace(tt.takes, clustersEvery, clustersShare); every != tt.every {
 			t.Errorf("what takes %v: each %v, want %v", tt.takes, every, tt.every)
