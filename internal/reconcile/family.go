@@ -278,7 +278,7 @@ func (f *Family) wait(p *pass, why reason) time.Duration {
 	if due := f.sight.due(p.now, p.poll); why != leave && !f.sight.dirty && due > 0 {
 		return due
 	}
-	return max(f.sight.shareOver().Sub(p.now), f.retry.at.Sub(p.now))
+	return max(f.sight.budget.due(p.now), f.retry.at.Sub(p.now))
 }
 
 // failed notes that the family could not be read or written, and says when it is tried again.

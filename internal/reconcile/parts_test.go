@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
@@ -93,23 +94,53 @@ func TestGoalRedirects(t *testing.T) {
 	}
 }
 
-// TestSightIsDue: everything is read an interval after it was, and reads that others cause have a
-// share of the time.
+// TestSightIsDue: everything is read an interval after it was.
 func TestSightIsDue(t *testing.T) {
 	now := time.Unix(1e9, 0)
-	s := sight{at: now, took: time.Second, ended: now.Add(time.Second)}
+	s := sight{at: now}
 	if due := s.due(now.Add(time.Second), time.Minute); due != 59*time.Second {
 		t.Errorf("due in %v", due)
 	}
-	// One of nine seconds was held up: by SIGSTOP in the middle of it, when this was found.
-	for took, want := range map[time.Duration]time.Duration{
-		100 * time.Millisecond: 500 * time.Millisecond, time.Second: 2 * time.Second,
-		9 * time.Second: 2 * time.Second,
-	} {
-		s := sight{took: took, ended: now}
-		if at := s.shareOver(); !at.Equal(now.Add(want)) {
-			t.Errorf("after a read of %v the share is over after %v", took, at.Sub(now))
+}
+
+// TestReadBudget: whatever reads take and whenever they are asked for, they have a sixth of any
+// span of time, what was saved up, and one read more.
+func TestReadBudget(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	var b readBudget
+	start := time.Unix(1e9, 0)
+	now, taken := start, time.Duration(0)
+	for range 10_000 {
+		if r.IntN(500) == 0 { // calm: nothing more than readBurst is saved up
+			now = now.Add(time.Hour)
+			if left := b.left(now); left != readBurst {
+				t.Fatalf("saved up after an hour: %v", left)
+			}
+			start, taken = now, 0
 		}
+		due := b.due(now)
+		if most := (1 + readShare) * longestRead; due > most {
+			t.Fatalf("due in %v, more than %v", due, most)
+		}
+		if b.left(now.Add(due)) < 0 || due > 0 && b.left(now.Add(due-1-readShare)) >= 0 {
+			t.Fatalf("not due in %v: %+v", due, b)
+		}
+		now = now.Add(due)
+		read := time.Duration(r.Int64N(int64(longestRead)))
+		b.took(now, read)
+		now = now.Add(read)
+		taken += read
+		if most := readBurst + now.Sub(start)/(1+readShare) + longestRead; taken > most {
+			t.Fatalf("%v taken in %v", taken, now.Sub(start))
+		}
+	}
+	// One of nine seconds was held up: by SIGSTOP in the middle of it, when this was found.
+	b = readBudget{}
+	b.took(now, 9*time.Second)
+	if left := b.left(now); left != readBurst-longestRead {
+		t.Errorf("left after a read that was held up: %v", left)
 	}
 }
 

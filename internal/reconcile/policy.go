@@ -233,13 +233,39 @@ const (
 	// unwatchedPoll is the same where nobody is told of changes: no notifications of nft's, or no
 	// answer of the kernel's on legacy.
 	unwatchedPoll = 1500 * time.Millisecond
-	// readShare bounds the share of time that reads under a storm of other programs' changes take:
-	// after a read of duration d the next waits readShare*d, and longestShare at most. One that takes
-	// longer was held up, by a machine that stood still or a lock, and has not cost that: 10,000 rules
-	// are read in a tenth of a second.
-	readShare    = 5
-	longestShare = 2 * time.Second
+	// readShare bounds what reads take under a storm of other programs' changes: one part of the time
+	// to readShare parts of rest. readBurst of it is saved up in calm, so that a few changes in a row
+	// (one repair, and at once another drift) each are read at once. A read counts longestRead at
+	// most. One that takes longer was held up, by a machine that stood still or a lock, and has not
+	// cost that: 10,000 rules are read in a tenth of a second.
+	readShare   = 5
+	readBurst   = time.Second
+	longestRead = 400 * time.Millisecond
 )
+
+// readBudget is what reads may take. It may be overdrawn: by one read.
+type readBudget struct {
+	spent time.Duration // more than was saved up, at that time
+	at    time.Time
+}
+
+// left is what is saved up; negative: owed.
+func (b readBudget) left(now time.Time) time.Duration {
+	if b.at.IsZero() {
+		return readBurst
+	}
+	return min(readBurst, max(0, now.Sub(b.at))/(1+readShare)-b.spent)
+}
+
+// took notes a read that began at a time.
+func (b *readBudget) took(began time.Time, took time.Duration) {
+	*b = readBudget{min(took, longestRead) - b.left(began), began}
+}
+
+// due is in how long there is something left; 0: now.
+func (b readBudget) due(now time.Time) time.Duration {
+	return max(0, -b.left(now)*(1+readShare))
+}
 
 // pollInterval is how often the rules are read though nothing told of a change.
 func pollInterval(watched bool) time.Duration {

@@ -25,9 +25,8 @@ type sight struct {
 	by      string    // who the kernel says wrote last
 	told    time.Time // when it first told of that since the last read; zero: it did not
 
-	at    time.Time     // of the last read of everything
-	took  time.Duration // by the last read
-	ended time.Time     // of it
+	at     time.Time // of the last read of everything
+	budget readBudget
 }
 
 // note takes in what the kernel told of somebody's write.
@@ -53,11 +52,6 @@ func (s *sight) due(now time.Time, poll time.Duration) time.Duration {
 	return s.at.Add(poll).Sub(now)
 }
 
-// shareOver is when reads that others' changes cause have had their share of the time.
-func (s *sight) shareOver() time.Time {
-	return s.ended.Add(min(readShare*s.took, longestShare))
-}
-
 // intercepted says whether rules of ours, be they an earlier run's, are known to intercept.
 func (s *sight) intercepted() bool { return s.known && s.have.Ours().Intercepting() }
 
@@ -79,8 +73,7 @@ func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass) 
 		s.have, err = k.Read(ctx, f)
 		s.at = p.now
 	}
-	s.ended = p.time()
-	s.took = s.ended.Sub(start)
+	s.budget.took(start, p.time().Sub(start))
 	if s.known = err == nil; s.known {
 		s.told = time.Time{}
 	}
