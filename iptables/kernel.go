@@ -69,6 +69,8 @@ type Kernel struct {
 	unusable map[Family]error
 	spent    map[Family]spent    // by iptables-restore, so far
 	saves    map[string]lastSave // by the program that made it
+	// listening: nft's notifications are listened to.
+	listening bool
 
 	stand4, stand6 stand // of legacy's tables
 }

@@ -160,7 +160,9 @@ func (s *stand) watched(open func() (asked, error)) (ended func()) {
 // yet.
 func (k *Kernel) Watched(f Family) (told bool, why error) {
 	if t, ok, _ := k.known(f); !ok || t.backend != Legacy {
-		return ok, nil
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return ok && k.listening, nil
 	}
 	s := k.stand(f)
 	s.mu.Lock()

@@ -42,7 +42,47 @@ type Event struct {
 // and closed the lock, be it for looking: keep polling.
 //
 // The caller must keep receiving. What it is too slow for is merged into one Event with Lost set.
+//
+// Where no program has told its version yet, it is not known what to watch: it begins when one has,
+// with an Event that is Lost. If it cannot begin then the channel is closed.
 func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
+	events := make(chan Event)
+	if k.Backend() != "" {
+		begin, err := k.beginWatch(ctx)
+		if err != nil {
+			return nil, err
+		}
+		go begin(newSender(ctx, events))
+		return events, nil
+	}
+	go k.watchLater(ctx, events)
+	return events, nil
+}
+
+// watchLater waits for a program that tells its version: the reads ask for it, too.
+func (k *Kernel) watchLater(ctx context.Context, events chan<- Event) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for k.Backend() == "" {
+		select {
+		case <-ctx.Done():
+			close(events)
+			return
+		case <-ticker.C:
+		}
+	}
+	begin, err := k.beginWatch(ctx)
+	if err != nil {
+		close(events)
+		return
+	}
+	s := newSender(ctx, events)
+	s.put(Event{Lost: true}) // whatever was missed
+	begin(s)
+}
+
+// beginWatch listens from when it returns, and what it returns sends what comes.
+func (k *Kernel) beginWatch(ctx context.Context) (func(*sender), error) {
 	nft, legacy := false, false
 	k.mu.Lock()
 	for _, t := range k.tools {
@@ -50,21 +90,25 @@ func (k *Kernel) Watch(ctx context.Context) (<-chan Event, error) {
 		legacy = legacy || t.backend == Legacy
 	}
 	k.mu.Unlock()
-	events := make(chan Event)
-	if nft {
-		conn, err := k.dialWatch()
-		if err != nil {
-			return nil, err
-		}
-		go k.watchNFT(ctx, conn, events)
-		return events, nil
+	if legacy && !nft {
+		return k.startLegacy(ctx)
 	}
-	if legacy {
-		if err := k.startLegacy(ctx, events); err != nil {
-			return nil, err
-		}
+	conn, err := k.dialWatch()
+	if err != nil {
+		return nil, err
 	}
-	return events, nil
+	k.listens(true)
+	return func(s *sender) {
+		defer k.listens(false)
+		k.watchNFT(ctx, conn, s)
+	}, nil
+}
+
+// listens notes whether nft's notifications are listened to.
+func (k *Kernel) listens(is bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.listening = is
 }
 
 // dialWatch joins the group before Watch returns, so that nothing between Watch and the caller's
@@ -87,11 +131,10 @@ func (k *Kernel) dialWatch() (*netlink.Conn, error) {
 	return conn, nil
 }
 
-func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, events chan<- Event) {
+func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, s *sender) {
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	s := newSender(ctx, events)
 	var batch batch
 	for {
 		messages, err := conn.Receive()
@@ -346,7 +389,7 @@ func watchLock() (*os.File, error) {
 
 // startLegacy begins the watch of legacy's tables. The lock alone is enough, and so is the kernel's
 // answer.
-func (k *Kernel) startLegacy(ctx context.Context, events chan<- Event) error {
+func (k *Kernel) startLegacy(ctx context.Context) (func(*sender), error) {
 	var looks []*look
 	var ends []func()
 	answers := false
@@ -368,19 +411,18 @@ func (k *Kernel) startLegacy(ctx context.Context, events chan<- Event) error {
 		for _, end := range ends {
 			end()
 		}
-		return err
+		return nil, err
 	}
 	hints := make(chan struct{}, 1)
 	if err == nil {
 		go readHints(ctx, file, hints)
 	}
-	go func() {
-		k.watchLegacy(ctx, looks, hints, newSender(ctx, events))
+	return func(s *sender) {
+		k.watchLegacy(ctx, looks, hints, s)
 		for _, end := range ends {
 			end()
 		}
-	}()
-	return nil
+	}, nil
 }
 
 // readHints says when the lock was closed: nobody who writes with it has it by then.

@@ -3,11 +3,14 @@
 package iptables
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -116,7 +119,7 @@ func TestWatchSaysWhatItLost(t *testing.T) {
 	i.Services = randomPrefixes(IPv4, 2000, 1)
 	apply(t, k, i.Ruleset())
 	events := make(chan Event)
-	go k.watchNFT(t.Context(), conn, events)
+	go k.watchNFT(t.Context(), conn, newSender(t.Context(), events))
 	for {
 		if e := next(t, events); e.Lost {
 			return
@@ -250,5 +253,53 @@ func drain(events <-chan Event) {
 		case <-time.After(100 * time.Millisecond):
 			return
 		}
+	}
+}
+
+// TestWatchBeginsWhenTheBackendIsKnown: programs that do not tell their version at first. Until it
+// is watched nobody is told that it is, and then nothing is missed.
+func TestWatchBeginsWhenTheBackendIsKnown(t *testing.T) {
+	for _, backend := range []string{NFT, Legacy} {
+		t.Run(backend, func(t *testing.T) {
+			if of := os.Getenv("IPTABLES_TEST_NETNS"); of != "" && of != t.Name() || !inNetns(t) {
+				return
+			}
+			apply(t, open(t, backend), sample(IPv4).Ruleset())
+			var silent atomic.Bool
+			m := thisMachine
+			run := m.run
+			m.run = func(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byte,
+				stdout *bytes.Buffer, name string, args ...string) error {
+				if silent.Load() {
+					return ErrCouldNotLook
+				}
+				return run(ctx, limit, own, stdin, stdout, name, args...)
+			}
+			silent.Store(true)
+			k, err := openOn(t.Context(), m, Options{Backend: backend})
+			if err != nil {
+				t.Fatal(err)
+			}
+			events, err := k.Watch(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if told, _ := k.Watched(IPv4); told {
+				t.Error("it is said to be watched though its backend is not known")
+			}
+			silent.Store(false)
+			read(t, k, IPv4) // asks for the version
+			if e := next(t, events); !e.Lost {
+				t.Errorf("the first event: %+v", e)
+			}
+			if told, why := k.Watched(IPv4); !told {
+				t.Errorf("not watched: %v", why)
+			}
+			read(t, k, IPv4)
+			sh(t, command(backend, IPv4, ""), "-t", "nat", "-F", chainServiceCIDRs)
+			if e := next(t, events); e.Own || e.Family != IPv4 {
+				t.Errorf("after a change: %+v", e)
+			}
+		})
 	}
 }
