@@ -240,7 +240,7 @@ func (p *printer) questions(c Cost) {
 	}
 	if b := c.Bucket; b.Size > 0 {
 		row("%.1f of %.1f s of Envoy's main thread left for them, %.3g %% of the time comes back",
-			b.Level, b.Size, 100*b.Share)
+			max(0, b.Level), b.Size, 100*b.Share) // below 0 there is nothing left, too
 	}
 	if said := spent(c.Questions, func(q Question) float64 { return q.Recent }); said != "" {
 		row("last %.0f s: %s", c.Window, said)
