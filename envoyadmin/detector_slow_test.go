@@ -46,8 +46,8 @@ func TestDetectorReadyIsSlow(t *testing.T) {
 	}
 }
 
-// TestDetectorOneSlowDump: one dump that waited for its answer, of an Envoy that was stopped or took
-// a large update just then, is no reason to see the next changes minutes later.
+// TestDetectorOneSlowDump: one dump that waited for its answer, of an Envoy that was stopped or
+// took a large update just then, is no reason to see the next changes minutes later.
 func TestDetectorOneSlowDump(t *testing.T) {
 	for _, stall := range []time.Duration{3 * time.Second, 10 * time.Second, 19 * time.Second} {
 		t.Run(stall.String(), func(t *testing.T) {
