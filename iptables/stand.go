@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"cmp"
 	"errors"
 	"runtime"
 	"sync"
@@ -60,6 +61,8 @@ type stand struct {
 	busy   int   // commands of ours that write it or read it now
 	why    error // why the kernel did not say how it stands when it was last asked; nil: it did
 
+	noHash error // why the kernel did not give all rules when it was last asked for them; nil: it did
+
 	known bool // table is what was there under print, or came after it
 	print xtables.Print
 	table Table
@@ -117,6 +120,9 @@ func (s *stand) read(save func() (Table, error)) (Table, error) {
 	}
 	s.mu.Lock()
 	s.reads++
+	if there {
+		s.noHash = lasting(err)
+	}
 	if s.known && err == nil && before == s.print && time.Since(s.at) < trustPrint {
 		defer s.mu.Unlock()
 		return s.table, nil
@@ -150,7 +156,7 @@ func (s *stand) watched(open func() (asked, error)) (ended func()) {
 	return func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.socket, s.known, s.table, s.why = nil, false, Table{}, errUnasked
+		s.socket, s.known, s.table, s.why, s.noHash = nil, false, Table{}, errUnasked, nil
 		socket.Close()
 	}
 }
@@ -215,7 +221,7 @@ func (l *look) changed(now time.Time) bool {
 		return false // a hint stays
 	}
 	is := differs{reads: read.reads}
-	var err error
+	var err, noHash error
 	is.print.Info, err = socket.Info("nat")
 	moved := !known || is.print.Info != read.print.Info
 	if err == nil && !moved && l.pace.wants(now) {
@@ -225,17 +231,29 @@ func (l *look) changed(now time.Time) bool {
 			return err
 		})
 		l.pace.asked(now, took)
+		noHash = err
 		moved = is.print != read.print
 	}
 	if errors.Is(err, xtables.ErrBusy) {
 		return false // the next look sees what came of it
 	}
 	s.mu.Lock()
+	// Without a hash nothing that was read is known again: a read asks for one anew.
+	s.noHash = cmp.Or(noHash, s.noHash)
+	err = cmp.Or(err, s.noHash)
 	s.why = err
 	s.mu.Unlock()
 	news := err == nil && moved && (!l.told || l.what != is)
 	l.told, l.what = err == nil && moved, is
 	return news
+}
+
+// lasting is the error of a print, but that of a table that others change just then.
+func lasting(err error) error {
+	if errors.Is(err, xtables.ErrBusy) {
+		return nil
+	}
+	return err
 }
 
 // cpuTime is what of a processor a call took: on a busy machine it may have waited for longer.

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"cmp"
 	"errors"
 	"testing"
 	"time"
@@ -12,7 +13,8 @@ import (
 type aTable struct {
 	print  xtables.Print
 	err    error
-	prints int // that were asked for
+	noHash error // of prints alone
+	prints int   // that were asked for
 }
 
 func (a *aTable) Info(string) (xtables.Info, error) { return a.print.Info, a.err }
@@ -20,7 +22,7 @@ func (a *aTable) Close() error                      { return nil }
 
 func (a *aTable) Print(string) (xtables.Print, error) {
 	a.prints++
-	return a.print, a.err
+	return a.print, cmp.Or(a.err, a.noHash)
 }
 
 // TestLook: each state that was not read is told of once, whatever came before.
@@ -137,5 +139,40 @@ func TestPace(t *testing.T) {
 		if n, most := count(true), int(time.Hour/test.hinted)+1; n > most || n < most*9/10 {
 			t.Errorf("%v: %d hashes an hour under hints, want %d", test.took, n, most)
 		}
+	}
+}
+
+// TestNoHash: a kernel that says how large a table is, but never gives its rules, is as one that
+// says nothing: the caller polls. It is told of once, not at each look, and no event has it read
+// ten times a second.
+func TestNoHash(t *testing.T) {
+	kernel := &aTable{noHash: xtables.ErrABI}
+	s := &stand{there: true}
+	defer s.watched(func() (asked, error) { return kernel, nil })()
+	l := &look{stand: s}
+	events, whys, was := 0, 0, error(nil)
+	now := time.Now()
+	for range 100 {
+		if l.changed(now) {
+			events++
+			if _, err := s.read(func() (Table, error) { return Table{}, nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if s.why != nil && was == nil {
+			whys++
+		}
+		was = s.why
+		now = now.Add(infoEvery)
+	}
+	if events > 2 || whys > 2 || !errors.Is(s.why, xtables.ErrABI) {
+		t.Errorf("%d events, told %d times that it does not answer, at last %v", events, whys, s.why)
+	}
+	kernel.noHash = nil
+	if _, err := s.read(func() (Table, error) { return Table{}, nil }); err != nil {
+		t.Fatal(err)
+	}
+	if l.changed(now) || s.why != nil {
+		t.Errorf("it answers again: %v", s.why)
 	}
 }
