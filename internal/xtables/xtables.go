@@ -135,17 +135,19 @@ func (s *Socket) Print(table string) (Print, error) {
 	}
 	for range attempts {
 		sum, err := s.sum(table, before)
-		if err != nil && !errors.Is(err, unix.EAGAIN) { // EAGAIN: the size is another one by now
-			return Print{}, fmt.Errorf("read table %q: %w", table, err)
-		}
 		now, infoErr := s.Info(table)
-		if infoErr != nil {
+		switch {
+		case infoErr != nil:
 			return Print{}, infoErr
-		}
-		if err == nil && now == before {
+		// EAGAIN: the size was another one by then. One with other rules of the same size is read, and
+		// its number is no sign of another layout.
+		case errors.Is(err, unix.EAGAIN), now != before:
+			before = now
+		case err != nil:
+			return Print{}, fmt.Errorf("read table %q: %w", table, err)
+		default:
 			return Print{Info: now, Sum: sum}, nil
 		}
-		before = now
 	}
 	return Print{}, fmt.Errorf("read table %q: %w", table, ErrBusy)
 }
