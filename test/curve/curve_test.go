@@ -196,6 +196,20 @@ func (r *rig) measure() {
 	r.part("loop: connects", func() { r.connects(one) })
 	r.part("loop: Envoy restarts", r.restart)
 	endNaive(r, loop)
+	r.complete()
+}
+
+// complete checks that nothing is left out: of all that is measured there is the agent's figure, and
+// the floor's where there is one.
+func (r *rig) complete() {
+	for _, m := range result.Metrics {
+		for _, who := range []string{result.Agent, result.Floor} {
+			_, there := r.run.Find(string(r.backend), r.n, who, m.Name)
+			if !there && (who == result.Agent || m.Floor != "") {
+				r.Errorf("there is no %s of the %s", m.Name, who)
+			}
+		}
+	}
 }
 
 // part does one part and tells how long it took: the whole takes half an hour.

@@ -65,9 +65,26 @@ func (r *rig) bare() (one unix.Sockaddr) {
 	r.add(result.More, quantile(more, 0.5), len(more))
 	r.add(result.Less, quantile(less, 0.5), len(less))
 	r.restore("*nat\n-A OUTPUT -p tcp -j FLAT\n-A " + rule + "\nCOMMIT\n")
-	_, err := r.m.Listen(r.m.Client, netip.MustParseAddrPort("127.0.0.1:15001"))
-	must(r, err)
+	r.listen(r.m.Client, 15001)
 	return &unix.SockaddrInet4{Port: 9000, Addr: [4]byte{10, 40, 255, 2}}
+}
+
+// listen takes connections on a port of 127.0.0.1 and leaves them in the queue, which has room for
+// all of one rig's. A net.Listener would be watched by Go's poller: each connection would wake a
+// thread of this process beside the one that connects, and take longer than one to Envoy.
+func (r *rig) listen(in *lab.Namespace, port int) {
+	must(r, in.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		r.Cleanup(func() { unix.Close(fd) })
+		if err := unix.Bind(fd,
+			&unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+			return err
+		}
+		return unix.Listen(fd, 4096)
+	}))
 }
 
 // restore runs one bare iptables-restore in "client" and says how long it took.
