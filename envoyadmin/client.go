@@ -6,9 +6,9 @@
 // dump (the Fingerprint, 30 ms of Envoy's time at 10,000 services, half of that by the listeners'
 // names) tells whether anything moved, and only then the whole is asked for (Listeners, 300 ms).
 // A Detector says when to do which; a line in Envoy's log (FollowLog) is the hint that makes a
-// change seen at once. Answers are read as a stream: what is not needed is dropped token by token, what is needed is parsed by the types of
-// go-control-plane one filter chain at a time, so memory follows the number of chains and not the
-// size of their filters.
+// change seen at once. Answers are read as a stream: what is not needed is dropped token by token,
+// what is needed is parsed by the types of go-control-plane one filter chain at a time, so memory
+// follows the number of chains and not the size of their filters.
 //
 // An answer is material from a process that may be sick, or may not be Envoy: size, depth and time
 // are limited, and each failure has its own error (see ErrRefused and the others). What is

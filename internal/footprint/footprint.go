@@ -34,8 +34,7 @@ type Rest struct {
 }
 
 // After waits for work, and then until there was none for three seconds, and gives back; not more
-// often than each 30 seconds. It returns when ctx ends. An error of Give is told to
-// failed, once for
+// often than each 30 seconds. It returns when ctx ends. An error of Give is told to failed, once for
 // all.
 func (r Rest) After(ctx context.Context, work <-chan struct{}, failed func(error)) {
 	for {
@@ -68,10 +67,8 @@ func (r Rest) After(ctx context.Context, work <-chan struct{}, failed func(error
 }
 
 // Give gives back what Go holds and does not need, and the pages of this program: those that are
-// needed come again with the first use, from the page cache, at some microseconds each.
-// Half of them
-// are of no use after the start (the descriptors of protobuf's types, for one), and
-// where the kernel
+// needed come again with the first use, from the page cache, at some microseconds each. Half of them
+// are of no use after the start (the descriptors of protobuf's types, for one), and where the kernel
 // maps a file by large folios (6.18) nearly all of a program is mapped in the first second.
 func Give() error {
 	debug.FreeOSMemory()
