@@ -14,8 +14,8 @@ const newsGroups = unix.RTMGRP_LINK | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV4
 	unix.RTMGRP_IPV4_RULE | unix.RTMGRP_IPV6_IFADDR | unix.RTMGRP_IPV6_ROUTE |
 	1<<(unix.RTNLGRP_IPV6_RULE-1) | 1<<(unix.RTNLGRP_NEXTHOP-1)
 
-// News says whether the kernel's routes may have changed: to look 10,000 services up takes it 60 ms,
-// and to say that nothing has changed nothing. It is for one goroutine.
+// News says whether the kernel's routes may have changed. To look 10,000 services up takes 60 ms of
+// a processor; to say that nothing has changed takes nothing. It is for one goroutine.
 type News struct{ fd int }
 
 // Listen begins to listen to rtnetlink(7), in the calling thread's network namespace. It needs no
