@@ -204,7 +204,7 @@ func (s *Socket) get(option int, table string, value []byte) error {
 		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(s.level), uintptr(option),
 			uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
 	}); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", os.ErrClosed, err) // Control has no other reason, and does not say so
 	}
 	switch {
 	case errno != 0:
