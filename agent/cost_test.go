@@ -40,7 +40,9 @@ func TestMeter(t *testing.T) {
 		}
 		now.cpu += costEvery / 100
 		// Of what takes a fiftieth most comes to nothing that can be used.
-		dump.Count, dump.Took, dump.Lost = dump.Count+1, dump.Took+costEvery/50, dump.Lost+costEvery*19/1000
+		dump.Count++
+		dump.Took += costEvery / 50
+		dump.Lost += costEvery * 19 / 1000
 		last = m.take(now)
 	}
 	want := status.Cost{EnvoyShare: .001, CPUShare: .01, Window: 60, Questions: unasked(

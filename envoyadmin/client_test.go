@@ -486,7 +486,8 @@ func TestProcessRestartedQuickly(t *testing.T) {
 		c.answered(time.Now())
 		server.CloseClientConnections()
 		e.uptime.Store(step.uptime)
-		if after, err := c.Fingerprint(t.Context(), nil); err != nil || after.Process != before.Process+1 {
+		after, err := c.Fingerprint(t.Context(), nil)
+		if err != nil || after.Process != before.Process+1 {
 			t.Errorf("after %v, uptime %d: %+v, then %+v, %v", step.lived, step.uptime, before, after, err)
 		}
 	}
@@ -544,7 +545,8 @@ func TestProcessGrowsOld(t *testing.T) {
 		t.Errorf("asked %d times who it is, %v", e.infos.Load(), err)
 	}
 	c.Redial()
-	if again, err := c.Fingerprint(t.Context(), nil); err != nil || again != first || e.infos.Load() != 2 {
+	again, err := c.Fingerprint(t.Context(), nil)
+	if err != nil || again != first || e.infos.Load() != 2 {
 		t.Errorf("%+v, then %+v, %v; asked %d times who it is", first, again, err, e.infos.Load())
 	}
 }
@@ -581,7 +583,8 @@ func TestRedial(t *testing.T) {
 			server := &http.Server{Handler: &e[1]}
 			go server.Serve(l)
 			defer server.Close()
-			if f, err := c.Fingerprint(t.Context(), nil); err != nil || f != before || e[1].infos.Load() != 0 {
+			f, err := c.Fingerprint(t.Context(), nil)
+			if err != nil || f != before || e[1].infos.Load() != 0 {
 				t.Fatalf("%+v, %v: the connection of before is gone", f, err)
 			}
 			redial(c)

@@ -294,7 +294,7 @@ func (e *envoy) ran() time.Duration {
 }
 
 // BenchmarkLook10000 holds what a look by names costs Envoy's main thread against a look at all, at
-// 10,000 services and clusters: 0.7 of it at most. What Envoy tidies up behind an answer counts too.
+// 10,000 services and clusters: 0.7 of it at most. What Envoy tidies up after an answer counts.
 // In make test it is only run, at 100: an Envoy of 10,000 takes too long to start.
 func BenchmarkLook10000(t *testing.B) {
 	n, rounds, pause := 10_000, 5, 200*time.Millisecond

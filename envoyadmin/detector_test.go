@@ -264,8 +264,8 @@ func TestDetectorLatest(t *testing.T) {
 	}
 }
 
-// TestDetectorBurst: after a minute of calm each of five changes two seconds apart is seen by a dump
-// of its own, at once. What follows without end is seen at Share of the time.
+// TestDetectorBurst: after a minute of calm each of five changes two seconds apart is seen by a
+// dump of its own, at once. What follows without end is seen at Share of the time.
 func TestDetectorBurst(t *testing.T) {
 	for name, cost := range costs {
 		for _, share := range []float64{0.05, DefaultShare, 0.5} {

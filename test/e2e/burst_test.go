@@ -371,8 +371,8 @@ func BenchmarkBurst(b *testing.B) {
 }
 
 // TestBurstStopped: while changes come at random, Envoy, its control plane and the agent are held
-// up for a moment at random. Each change is redirected all the same, the bucket is what --envoy-share
-// says, and no more was taken than it had: by /metrics and by status alike.
+// up for a moment at random. Each change is redirected all the same, the bucket is what
+// --envoy-share says, and no more was taken than it had: by /metrics and by status alike.
 func TestBurstStopped(t *testing.T) {
 	t.Parallel()
 	const percent = 25
