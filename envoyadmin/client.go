@@ -47,6 +47,12 @@ const (
 	connectLimit = 1 * time.Second
 	shortLimit   = 5 * time.Second  // of a short question: /ready, /server_info, the masked dump
 	longLimit    = 20 * time.Second // of a long one: the dump of the listeners, /clusters, /stats
+	// Envoy makes a dump as a whole before it sends the first byte, in 0.03 ms for each chain on an
+	// idle machine, and on a busy one in many times that: no byte tells that it is at it. So an answer to a dump is awaited for
+	// dumpPatience times what the last one took, and twice as long behind each that did not come, up
+	// to longestLimit. What that costs Envoy is bounded by the Detector, whatever is awaited.
+	dumpPatience = 4
+	longestLimit = 2 * time.Minute
 
 	// bytes of a short answer; /server_info has 124 KB, the masked dump 115 bytes a listener
 	maxShort = 8 << 20
@@ -70,7 +76,8 @@ type Client struct {
 	// question with ErrUntrusted.
 	Trust func(net.Conn) error
 	// ConnectLimit, ShortLimit and LongLimit replace the time limits of connecting, of short and of
-	// long questions: 1 s, 5 s and 20 s.
+	// long questions: 1 s, 5 s and 20 s. A dump of the listeners may take longer where earlier ones
+	// did, up to two minutes.
 	ConnectLimit, ShortLimit, LongLimit time.Duration
 
 	addr      string
@@ -90,6 +97,9 @@ type Client struct {
 	// lookTook is what the last look at all took, of whatever Envoy
 	lookTook time.Duration
 	misled   int // how often in a row a look by names was of no use with that Envoy
+
+	dumpTook  time.Duration // the last dump that was answered
+	dumpsLost int           // in a row that were not in time
 }
 
 // New makes a client for Envoy's admin interface at "host:port" or "unix:///path". It does not
@@ -242,6 +252,26 @@ func (c *Client) request(ctx context.Context, method, path string, maxBytes int6
 func (c *Client) Copy(ctx context.Context, path string, maxBytes int64,
 	read func(io.Reader) error) error {
 	return c.do(ctx, order, http.MethodGet, path, c.LongLimit, maxBytes, read)
+}
+
+// dumpLimit is how long a dump of the listeners may take.
+func (c *Client) dumpLimit() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	usual := max(c.LongLimit, dumpPatience*c.dumpTook)
+	return max(c.LongLimit, min(usual<<min(c.dumpsLost, 8), longestLimit))
+}
+
+// dumped notes what came of a dump of the listeners.
+func (c *Client) dumped(took time.Duration, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		c.dumpTook, c.dumpsLost = took, 0
+	case errors.Is(err, ErrTimeout):
+		c.dumpsLost++
+	}
 }
 
 // limitReader is an io.LimitedReader that tells the limit from the end.

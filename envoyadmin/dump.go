@@ -116,7 +116,7 @@ func (c *Client) dumpOf(ctx context.Context, version Version,
 	old := version != Version{} && version.Less(resourceSince)
 	if old {
 		dynamic, statics = &dump{whole: of.whole}, &dump{whole: of.whole}
-		err = c.readDump(ctx, everythingPath, c.LongLimit, maxLong, dynamic, func(r *reader) error {
+		err = c.readDump(ctx, everythingPath, c.dumpLimit(), maxLong, dynamic, func(r *reader) error {
 			return dynamic.section(r, statics)
 		})
 		if err == nil && !dynamic.found {
@@ -129,7 +129,7 @@ func (c *Client) dumpOf(ctx context.Context, version Version,
 		return dynamic, nil, err
 	}
 	dynamic = &dump{whole: of.whole}
-	if err := c.readDump(ctx, dynamicPath, c.LongLimit, maxLong, dynamic,
+	if err := c.readDump(ctx, dynamicPath, c.dumpLimit(), maxLong, dynamic,
 		dynamic.dynamicListener); err != nil || !of.whole {
 		return dynamic, nil, err
 	}
@@ -152,12 +152,17 @@ func (c *Client) readDump(ctx context.Context, path string, limit time.Duration,
 	if d.whole {
 		q = DumpQuestion
 	}
-	return c.get(ctx, q, path, limit, maxBytes, func(body io.Reader) error {
+	began := time.Now()
+	err := c.get(ctx, q, path, limit, maxBytes, func(body io.Reader) error {
 		r := newReader(body)
 		err := r.document(func() error { return r.configs(element) })
 		d.bytes = r.given
 		return err
 	})
+	if d.whole && path != staticPath {
+		c.dumped(time.Since(began), err)
+	}
+	return err
 }
 
 // configs reads a /config_dump: {"configs": [...]}.
