@@ -22,6 +22,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -328,12 +329,9 @@ func (a *Agent) history(machine string) (h history) {
 	return h
 }
 
-// giveBack gives memory back after the start, and after each want and write.
+// giveBack gives memory back after each want and write.
 func (a *Agent) giveBack(ctx context.Context) error {
-	a.worked.Put(struct{}{})
-	footprint.Rest{Give: footprint.Give}.After(ctx, a.worked.Get(), func(err error) {
-		a.log.Info("memory that is not needed stays", zap.Error(err))
-	})
+	footprint.After(ctx, a.worked.Get(), debug.FreeOSMemory)
 	return nil
 }
 

@@ -32,6 +32,9 @@ func TestManyServices(t *testing.T) {
 				mesh.Options{Backend: backend, Config: spread(n, true)})
 			must(t, err)
 			t.Cleanup(func() { _ = m.Close() })
+			bytes, first, all := dumped(t, m)
+			t.Logf("a dump of %.0f MB: first byte after %.0f ms, all after %.0f",
+				bytes/(1<<20), first, all)
 			a := m.NewAgent()
 			t.Cleanup(func() {
 				if t.Failed() {

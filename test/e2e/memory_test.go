@@ -63,10 +63,12 @@ func BenchmarkMemory(b *testing.B) {
 				}
 				time.Sleep(time.Duration(times(12, 1)) * time.Second)
 				profile(b, a, fmt.Sprintf("%s-%d-changed", backend, n))
-				dump := dumpBytes(b, m)
+				bytes, first, all := dumped(b, m)
 				b.Logf("%s", metrics)
 				b.ReportMetric(0, "ns/op")
-				b.ReportMetric(dump/(1<<20), "dump-MB")
+				b.ReportMetric(bytes/(1<<20), "dump-MB")
+				b.ReportMetric(first, "dump-first-byte-ms")
+				b.ReportMetric(all, "dump-ms")
 				b.ReportMetric(starting, "peak-start-MB")
 				b.ReportMetric(rest, "resident-MB")
 				b.ReportMetric(anon, "resident-anon-MB")
@@ -126,15 +128,19 @@ func memory(b testing.TB, pid int, field string) float64 {
 	return 0
 }
 
-// dumpBytes is how long the dump of the listeners is.
-func dumpBytes(b testing.TB, m *mesh.Mesh) float64 {
+// dumped is how long the dump of the listeners is, and after how many milliseconds its first byte
+// and its last one have come.
+func dumped(b testing.TB, m *mesh.Mesh) (bytes, first, all float64) {
 	client := m.VM.HTTP()
+	client.Timeout = 2 * time.Minute // Envoy sends nothing before it has all of it
+	asked := time.Now()
 	r, err := client.Get("http://127.0.0.1:15000/config_dump?resource=dynamic_listeners")
 	must(b, err)
 	defer r.Body.Close()
+	first = time.Since(asked).Seconds() * 1000
 	n, err := io.Copy(io.Discard, r.Body)
 	must(b, err)
-	return float64(n)
+	return float64(n), first, time.Since(asked).Seconds() * 1000
 }
 
 // forgetPeak begins VmHWM anew (proc_pid_clear_refs(5)).
