@@ -18,7 +18,7 @@ import (
 // differAgain are the pauses before the looks after one that found a difference. A daemon that
 // answers may be about to write just what is missing: it follows Envoy within half a second, or
 // within some when that has changed all the time (what its questions cost Envoy is limited), and on
-// legacy it sees each 1.5 s what others did.
+// legacy it may see only each 1.5 s what others did.
 var differAgain = []time.Duration{
 	500 * time.Millisecond, 1500 * time.Millisecond, 3 * time.Second,
 }

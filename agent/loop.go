@@ -50,7 +50,7 @@ type loop struct {
 }
 
 // beside is what tasks have found that look at other things than Envoy, and whom the loop tells
-// what to look at.
+// what to look at and that it has worked.
 type beside struct {
 	others []iptables.OtherChain
 	around symptom.Surroundings

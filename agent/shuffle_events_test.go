@@ -25,8 +25,8 @@ type event struct {
 }
 
 const (
-	// soon is within how long an agent has done what it can do at once. Envoy is asked each second,
-	// on legacy the table is read each 1.5 s, and after a few repairs the next waits up to 6 s.
+	// soon is within how long an agent has done what it can do at once. Envoy is asked each second, a
+	// table that nobody tells of is read each 1.5 s, and after a few repairs the next waits up to 6 s.
 	soon = 9 * time.Second
 	// resyncs is how often the table is read although nothing told of a change, and how often a
 	// rule is offered again that the kernel refused.

@@ -509,7 +509,8 @@ func TestProcessRestartedUnread(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = c.get(t.Context(), ServerInfoQuestion, "/server_info", time.Minute, maxShort, func(io.Reader) error {
+	const question = ServerInfoQuestion
+	err = c.get(t.Context(), question, "/server_info", time.Minute, maxShort, func(io.Reader) error {
 		time.Sleep(2600 * time.Millisecond) // another one starts at the beginning of this
 		return nil
 	})
@@ -597,7 +598,8 @@ func TestRedial(t *testing.T) {
 
 func TestVersions(t *testing.T) {
 	for text, want := range map[string]Version{
-		"9e55/1.40.0/Clean/RELEASE/BoringSSL": {1, 40, 0}, "9e55/1.19.0-dev/Modified/DEBUG/BoringSSL": {1, 19, 0}, "1.9.1": {1, 9, 1},
+		"9e55/1.40.0/Clean/RELEASE/BoringSSL": {1, 40, 0}, "1.9.1": {1, 9, 1},
+		"9e55/1.19.0-dev/Modified/DEBUG/BoringSSL": {1, 19, 0},
 		"own-build": {}, "a/b/c": {}, "1.2": {}, "x/1.2.99999999": {}, "": {},
 	} {
 		got, err := ParseVersion(text)
@@ -611,8 +613,9 @@ func TestVersions(t *testing.T) {
 	}
 	// What is asked depends on it.
 	for version, want := range map[string][2]string{
-		"x/1.40.0/y": {maskedPath, dynamicPath}, "x/1.19.0/y": {maskedPath, dynamicPath}, "x/1.18.3/y": {dynamicPath, dynamicPath},
-		"x/1.13.0/y": {dynamicPath, dynamicPath}, "x/1.12.7/y": {everythingPath, everythingPath}, "own": {maskedPath, dynamicPath},
+		"x/1.40.0/y": {maskedPath, dynamicPath}, "x/1.19.0/y": {maskedPath, dynamicPath},
+		"x/1.18.3/y": {dynamicPath, dynamicPath}, "x/1.13.0/y": {dynamicPath, dynamicPath},
+		"x/1.12.7/y": {everythingPath, everythingPath}, "own": {maskedPath, dynamicPath},
 	} {
 		var asked []string
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -647,15 +650,16 @@ func TestVersions(t *testing.T) {
 func TestSameProcess(t *testing.T) {
 	now := time.Now()
 	a := ServerInfo{Uptime: 100 * time.Second, Asked: now, Text: "v"}
+	later := now.Add(time.Minute)
 	for name, test := range map[string]struct {
 		b    ServerInfo
 		want bool
 	}{
-		"later":       {ServerInfo{Uptime: 160 * time.Second, Asked: now.Add(time.Minute), Text: "v"}, true},
-		"restarted":   {ServerInfo{Uptime: 5 * time.Second, Asked: now.Add(time.Minute), Text: "v"}, false},
-		"upgraded":    {ServerInfo{Uptime: 160 * time.Second, Asked: now.Add(time.Minute), Text: "w"}, false},
-		"hot restart": {ServerInfo{Uptime: 160 * time.Second, Asked: now.Add(time.Minute), Text: "v", Epoch: 1}, false},
-		"clock set":   {ServerInfo{Uptime: 7 * time.Hour, Asked: now.Add(time.Minute), Text: "v"}, false},
+		"later":       {ServerInfo{Uptime: 160 * time.Second, Asked: later, Text: "v"}, true},
+		"restarted":   {ServerInfo{Uptime: 5 * time.Second, Asked: later, Text: "v"}, false},
+		"upgraded":    {ServerInfo{Uptime: 160 * time.Second, Asked: later, Text: "w"}, false},
+		"hot restart": {ServerInfo{Uptime: 160 * time.Second, Asked: later, Text: "v", Epoch: 1}, false},
+		"clock set":   {ServerInfo{Uptime: 7 * time.Hour, Asked: later, Text: "v"}, false},
 	} {
 		if got := test.b.SameProcess(a); got != test.want {
 			t.Errorf("%s: got %v", name, got)

@@ -15,9 +15,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables/iptablestest"
 )
 
-// TestShare: whatever became of a table, it holds the same rules after as before, and what
-// it has in
-// common with the ruleset only once.
+// TestShare: whatever became of a table, it holds the same rules after as before, and what it has
+// in common with the ruleset only once.
 func TestShare(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	random := rand.New(rand.NewPCG(seed, 0))

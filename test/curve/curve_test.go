@@ -199,8 +199,8 @@ func (r *rig) measure() {
 	r.complete()
 }
 
-// complete checks that nothing is left out: of all that is measured there is the agent's figure, and
-// the floor's where there is one.
+// complete checks that nothing is left out: of all that is measured there is the agent's figure,
+// and the floor's where there is one.
 func (r *rig) complete() {
 	for _, m := range result.Metrics {
 		for _, who := range []string{result.Agent, result.Floor} {

@@ -17,9 +17,9 @@ import (
 )
 
 // TestManyServices: 32,000 services with an address in each family work from end to end on both
-// backends: the first install, one more, one less, a flushed table, a restart, and what commands say
-// of them, while Envoy is stopped at random for up to a second. Here with a few hundred; with all in
-// `make soak`.
+// backends: the first install, one more, one less, a flushed table, a restart, and what commands
+// say of them, while Envoy is stopped at random for up to a second. Here with a few hundred; with
+// all in `make soak`.
 func TestManyServices(t *testing.T) {
 	for _, backend := range lab.Backends {
 		t.Run(string(backend), func(t *testing.T) {
