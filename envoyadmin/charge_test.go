@@ -124,7 +124,7 @@ func TestDetectorStarved(t *testing.T) {
 }
 
 // TestDetectorBusy: an Envoy that answers whether it is ready after four seconds does not answer
-// looks within five. It is looked at again soon all the same, and not for what each look waited for.
+// looks within five. It is looked at again soon all the same, whatever each look waited.
 func TestDetectorBusy(t *testing.T) {
 	var d Detector
 	now := time.Unix(1e9, 0)

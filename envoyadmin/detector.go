@@ -21,8 +21,8 @@ const (
 
 	// after a look, the first of those that a hint or a warming listener asks for
 	soon = 50 * time.Millisecond
-	// a full dump that costs less is hardly dearer than the look that would tell whether it is due, and
-	// after a look that does Envoy has little to tidy up
+	// a full dump that costs less is hardly dearer than the look that would tell whether it is due,
+	// and Envoy has little to tidy up behind it
 	cheap = 5 * time.Millisecond
 
 	// a full dump even if nothing moved, should the fingerprint ever miss a change, and so many times
@@ -46,9 +46,9 @@ const (
 // it asks nothing itself. The zero value begins with a dump.
 //
 // All questions take from a token bucket what they can have cost Envoy's main thread, answered or
-// not, which is less than was waited for them where that is busy (charge.go). It is refilled at Share
-// of the time, so a storm of changes takes that share; and since it holds some seconds, changes
-// that come after calm are each looked at when they come.
+// not: where that is busy, less than was waited for them (charge.go). It is refilled at Share of the
+// time, so a storm of changes takes that share; and since it holds some seconds, changes that come
+// after calm are each looked at when they come.
 //
 //	for {
 //		action, wait := d.Next(time.Now())

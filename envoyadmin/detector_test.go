@@ -74,7 +74,8 @@ func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) 
 				w.longestAfter = max(w.longestAfter, time.Since(w.changed))
 				w.mu.Unlock()
 			}
-			if d.Dumped(began, time.Now(), Snapshot{Fingerprint: f, Names: w.names, Bytes: w.bytes()}, w.fail) {
+			told := Snapshot{Fingerprint: f, Names: w.names, Bytes: w.bytes()}
+			if d.Dumped(began, time.Now(), told, w.fail) {
 				w.redial()
 			}
 		}
