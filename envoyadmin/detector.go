@@ -153,7 +153,7 @@ func (d *Detector) refill(much time.Duration) time.Duration {
 
 // Hint says that something may have moved, of this listener if the name is known. Any number of
 // hints is one look; hints that lead to nothing are heeded ever more slowly, down to the pace
-// without hints. Where full dumps are cheap a name has one asked for without a look before it.
+// without hints. One that names a listener has a full dump asked for, without a look before it.
 func (d *Detector) Hint(listener string) {
 	d.hints.hint(listener, d.looks.names)
 }
@@ -192,8 +192,8 @@ func (d *Detector) next(now time.Time) (Action, time.Time) {
 		at := d.affords(now, d.cost(look)+d.dumpCost())
 		if d.hints.gap > 0 { // else, after a quiet time, at once
 			at = later(at, d.looked.Add(d.hints.gap))
-		} else if d.hints.named && d.known && !d.timeouts.silent() && d.dumpCost() < cheap &&
-			at.Before(due) {
+		} else if at.Before(due) && d.known && !d.timeouts.silent() &&
+			(d.hints.straight() || d.hints.named && d.dumpCost() < cheap) {
 			return Dump, at
 		}
 		due = earlier(due, at)

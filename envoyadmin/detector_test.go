@@ -294,8 +294,8 @@ func TestDetectorBurst(t *testing.T) {
 	}
 }
 
-// TestDetectorStraight: where a dump is cheap a hint that names a listener asks for it at once, and
-// one that comes to nothing does so once.
+// TestDetectorStraight: a hint that names a listener asks for a dump at once, whatever that takes,
+// and one that comes to nothing does so once.
 func TestDetectorStraight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{t: t, look: time.Millisecond, dump: 4 * time.Millisecond,
@@ -322,8 +322,9 @@ func TestDetectorStraight(t *testing.T) {
 			{"a", true, 4 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
 			{"", true, 4 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
 			{"a", false, 4 * time.Millisecond, "1 looks, 1 dumps, 1 redials"},
-			{"a", true, 5 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
-			{"a", true, 5 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
+			{"a", true, 50 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
+			{"a", true, 50 * time.Millisecond, "0 looks, 1 dumps, 0 redials"},
+			{"", true, 50 * time.Millisecond, "1 looks, 1 dumps, 0 redials"},
 		} {
 			if w.dump == step.dump { // it takes that long for good
 				for range leastOf {
@@ -341,6 +342,37 @@ func TestDetectorStraight(t *testing.T) {
 	})
 }
 
+// TestDetectorStale: hints that came while a dump was asked for, as of an update of many listeners,
+// are looked into before another dump is.
+func TestDetectorStale(t *testing.T) {
+	var d Detector
+	now := time.Unix(1e9, 0)
+	s := Snapshot{Fingerprint: Fingerprint{Process: 1}, Names: []string{"a", "b"}, Bytes: 5_300_000}
+	dump := func() {
+		began := now
+		now = now.Add(300 * time.Millisecond)
+		d.Dumped(began, now, s, nil)
+	}
+	next := func(want Action) {
+		t.Helper()
+		if got, wait := d.Next(now); got != want {
+			t.Fatalf("action %d after %v, want %d", got, wait, want)
+		}
+	}
+	next(Dump)
+	dump()
+	d.Hint("a")
+	next(Dump)
+	d.Hint("b")
+	s.Fingerprint.Listeners = 2
+	dump()
+	next(LookNamed)
+	d.Looked(now, now.Add(30*time.Millisecond), s.Fingerprint, nil)
+	now = now.Add(time.Second)
+	d.Hint("a")
+	next(LookNamed) // the last one came to nothing
+}
+
 // TestDetectorNamed: looks are by names where there are few, but for each tenth, one for a hint
 // that names none of them, and the one behind a removal.
 func TestDetectorNamed(t *testing.T) {
@@ -353,35 +385,39 @@ func TestDetectorNamed(t *testing.T) {
 		if all := w.looks - w.nameds; w.nameds < 8*all || w.nameds > 9*all+9 || w.looks < 27 {
 			t.Errorf("%d looks, %d by names", w.looks, w.nameds)
 		}
-		one := func(listener string) string {
+		one := func(hint bool) string {
 			w.looks, w.nameds = 0, 0
 			w.change()
-			d.Hint(listener)
-			w.drive(d, 500*time.Millisecond, nil)
+			if hint {
+				d.Hint("")
+			}
+			for range 60 {
+				if w.drive(d, time.Second, nil); w.looks > 0 {
+					break
+				}
+			}
 			return fmt.Sprintf("%d looks, %d by names", w.looks, w.nameds)
 		}
 		d.looks.named = 0
-		if got := one("a"); got != "1 looks, 1 by names" {
-			t.Errorf("for a hint of one: %s", got)
+		if got := one(false); got != "1 looks, 1 by names" {
+			t.Errorf("without a hint: %s", got)
 		}
-		for _, other := range []string{"", "c"} {
-			if got := one(other); got != "1 looks, 0 by names" {
-				t.Errorf("for a hint of %q: %s", other, got)
-			}
+		if got := one(true); got != "1 looks, 0 by names" {
+			t.Errorf("for a hint: %s", got)
 		}
 		w.names = []string{"a"}
-		one("b")
-		if got := one("a"); got != "1 looks, 0 by names" {
+		one(false)
+		if got := one(false); got != "1 looks, 0 by names" {
 			t.Errorf("behind a removal: %s", got)
 		}
-		if got := one("a"); got != "1 looks, 1 by names" {
+		if got := one(false); got != "1 looks, 1 by names" {
 			t.Errorf("and then: %s", got)
 		}
 		for i := range 33 {
 			w.names = append(w.names, fmt.Sprintf("a%02d", i))
 		}
-		one("a")
-		if got := one("a"); got != "1 looks, 0 by names" {
+		one(false)
+		if got := one(false); got != "1 looks, 0 by names" {
 			t.Errorf("of many: %s", got)
 		}
 	})

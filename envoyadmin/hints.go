@@ -11,6 +11,7 @@ type hints struct {
 	pending  bool
 	during   bool          // one came since Next asked for the question under way
 	named    bool          // each names a listener
+	stale    bool          // all came during the last question, which may have answered them
 	stranger bool          // one names none of the last full dump
 	gap      time.Duration // after the last question; 0: at once
 	redialed bool          // the last question was for a hint too, and showed nothing
@@ -26,8 +27,12 @@ func (h *hints) hint(listener string, names []string) {
 	if _, known := slices.BinarySearch(names, listener); !known {
 		h.stranger = true
 	}
-	h.pending, h.during = true, true
+	h.pending, h.during, h.stale = true, true, false
 }
+
+// straight says whether they are as good as a look that shows a change: Envoy's log names a listener
+// where one has changed, and nothing where an update changes none.
+func (h *hints) straight() bool { return h.named && !h.stale }
 
 // answered takes in whether an answer showed a change, and idle, the pace without hints. It says
 // whether the next question, soon, shall go over a new connection (Detector.Looked).
@@ -40,7 +45,7 @@ func (h *hints) answered(moved bool, idle time.Duration) (redial bool) {
 		h.gap = 0
 	}
 	// one that came while Envoy answered may be of something that the answer does not hold
-	h.pending = h.during || redial
+	h.pending, h.stale = h.during || redial, true
 	return redial
 }
 
