@@ -132,12 +132,13 @@ func (l *loop) reconcile(
 	ctx context.Context, now time.Time, seen Observation, want Want, known bool,
 ) (outcomes []reconcile.Outcome) {
 	usual := reconcile.Ports{Outbound: seen.Attribute.Config.ProxyPort, Inbound: attribute.InboundPort}
+	asked := l.vm.sharing()
 	for i, family := range l.families {
 		limited, cancel := context.WithTimeout(ctx, passLimit/time.Duration(len(l.families)))
 		ports := family.Ports(want.Families[i], known, seen.User.Err == nil, usual)
 		outcome := family.Pass(limited, now, reconcile.Order{
 			Want: want.Families[i], Serial: l.wanted.serial, Known: known,
-			Ports: ports, Looks: l.vm.look(families[i], ports, seen),
+			Ports: ports, Looks: asked.look(families[i], ports, seen),
 			ProxyUID: seen.User.UID, UserKnown: seen.User.Err == nil,
 			Draining: seen.Envoy.State == "DRAINING", WhenDown: l.settings.WhenEnvoyDown,
 			Paused: l.paused, Marked: l.mark.set, Notified: l.inbox.events != nil,

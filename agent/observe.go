@@ -206,6 +206,36 @@ const (
 	dnsListener  = "DNS"
 )
 
+// lookShared is for how long one answer on a port does for both families: for as long as the first
+// one had nothing to do. After a write rules do not rest on a look from before it.
+const lookShared = 20 * time.Millisecond
+
+// sharing is the VM as one pass asks it: an answer on a port is of both families.
+func (v vm) sharing() vm {
+	v.tcp, v.udp = shared(v.tcp), shared(v.udp)
+	return v
+}
+
+func shared(
+	list func(uint16) ([]sockdiag.Listener, error),
+) func(uint16) ([]sockdiag.Listener, error) {
+	type answer struct {
+		listeners []sockdiag.Listener
+		err       error
+		asked     time.Time
+	}
+	answers := map[uint16]answer{}
+	return func(port uint16) ([]sockdiag.Listener, error) {
+		a, ok := answers[port]
+		if now := time.Now(); !ok || now.Sub(a.asked) > lookShared {
+			a.asked = now
+			a.listeners, a.err = list(port)
+			answers[port] = a
+		}
+		return a.listeners, a.err
+	}
+}
+
 // look asks the kernel who listens on the ports that matter.
 func (v vm) look(family iptables.Family, ports reconcile.Ports, seen Observation) reconcile.Looks {
 	looks := reconcile.Looks{

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
@@ -138,6 +139,30 @@ func TestLook(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestLooksShared: a pass asks once for each port and protocol, and anew where the first family took
+// its time.
+func TestLooksShared(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		list := func(uint16) ([]sockdiag.Listener, error) {
+			asked++
+			return []sockdiag.Listener{{Addr: netip.MustParseAddrPort("[::]:15001"), UID: 107}}, nil
+		}
+		seen := Observation{User: proxyUser{UID: 107}}
+		ports := reconcile.Ports{Outbound: 15001, Inbound: 15006, DNS: 15001, DNSOverTCP: true}
+		v := vm{tcp: list, udp: list}.sharing()
+		for i, want := range []int{3, 3, 6} {
+			if i == 2 {
+				time.Sleep(lookShared + 1)
+			}
+			got := v.look(families[i%2], ports, seen)
+			if asked != want || !got.Outbound.Listening || !got.DNS.Listening {
+				t.Errorf("look %d: asked %d times, want %d: %+v", i, asked, want, got)
+			}
+		}
+	})
 }
 
 // TestLookFails: what could not be looked at is no news, but for DNS, where Envoy's word must do.
