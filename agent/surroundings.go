@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"reflect"
 	"slices"
 	"time"
 
@@ -63,8 +64,9 @@ func (s *surroundings) run(ctx context.Context) error {
 				s.log.Debug("could not look around", zap.String("source", string(one.source)),
 					zap.Error(one.err))
 			}
-			seen.take(one, time.Now())
-			s.found.Put(seen.facts)
+			if seen.take(one, time.Now()) {
+				s.found.Put(seen.facts)
+			}
 		case <-tick.C:
 			if seen.forget(time.Now()) {
 				s.found.Put(seen.facts)
@@ -157,15 +159,16 @@ func (s *sourceSight) stands(now time.Time) bool {
 	return !s.stale && !s.answered.IsZero() && now.Sub(s.answered) < routesKept
 }
 
-// take puts what a source told among the facts. One that failed changes nothing: what it told
-// before counts for a while.
-func (s *sight) take(one answer, now time.Time) {
+// take puts what a source told among the facts, and says whether they changed: only that is worth a
+// pass. One that failed changes nothing: what it told before counts for a while.
+func (s *sight) take(one answer, now time.Time) (news bool) {
 	of := s.sources[one.source]
 	of.busy, of.answered = false, time.Time{}
 	if one.err != nil {
-		return
+		return false
 	}
 	of.seen, of.answered = now, now
+	before := s.facts
 	switch one.source {
 	case symptom.FromSockets:
 		one.facts.Silent = s.silence.lasting(one.facts.Silent, now)
@@ -180,6 +183,7 @@ func (s *sight) take(one answer, now time.Time) {
 		}
 	}
 	take(&s.facts, one)
+	return !reflect.DeepEqual(before, s.facts)
 }
 
 // forget takes out what is too old, and says whether there was something.

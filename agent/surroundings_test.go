@@ -378,6 +378,7 @@ func TestRoutesAreAskedWhenTheyMove(t *testing.T) {
 	s.want(a)
 	var moved, fails bool
 	var asked []int
+	var news int // passes that the answers are worth
 	for second := range 800 {
 		now := start.Add(time.Duration(second) * time.Second)
 		switch second {
@@ -399,7 +400,9 @@ func TestRoutesAreAskedWhenTheyMove(t *testing.T) {
 			if one.facts = missing; source == symptom.FromRoutes && fails {
 				one.err = errPlayed
 			}
-			s.take(one, now)
+			if s.take(one, now) {
+				news++
+			}
 		}
 		s.forget(now)
 		if len(s.facts.NoRoute) != 1 {
@@ -408,5 +411,8 @@ func TestRoutesAreAskedWhenTheyMove(t *testing.T) {
 	}
 	if want := []int{0, 60, 90, 130, 150, 450, 750}; !slices.Equal(asked, want) {
 		t.Errorf("asked after %v s, want %v", asked, want)
+	}
+	if news != 1 {
+		t.Errorf("news %d times, want once: the answers are all the same", news)
 	}
 }
