@@ -515,6 +515,7 @@ func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 		return Result{}, err
 	}
 	defer k.stand(p.family).writing()()
+	defer k.stand(p.family).written()
 	before := k.spentOn(p.family)
 	result, refused, err := k.apply(ctx, t, p)
 	if refused {

@@ -64,10 +64,22 @@ type stand struct {
 	noHash error // why the kernel did not give all rules when it was last asked for them; nil: it did
 
 	known bool // table is what was there under print, or came after it
+	reading
+	// was is the reading before it, until something is written: what a repair is to put back.
+	was   reading
+	reads int // so far, be they answered from here
+}
+
+// reading is what was read, and under which hash.
+type reading struct {
 	print xtables.Print
 	table Table
-	at    time.Time // when it was read
-	reads int       // so far, be they answered from here
+	at    time.Time // zero: there is none
+}
+
+// stands says whether a table of this hash is what was read.
+func (r reading) stands(now xtables.Print) bool {
+	return !r.at.IsZero() && r.print == now && time.Since(r.at) < trustPrint
 }
 
 func (k *Kernel) stand(f Family) *stand {
@@ -97,7 +109,15 @@ func (s *stand) writing() (ended func()) {
 	}
 }
 
-// read is what save comes to, or the same as the last time where the table stands as it did then.
+// written is called when a write has ended and was read back.
+func (s *stand) written() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.was = reading{} // a megabyte of 10,000 rules
+}
+
+// read is what save comes to, or the same as the last time where the table stands as it did then,
+// or as the time before: a repair has put it back.
 //
 // The hash is made before the save. Who writes in between, or later, is found by the next look,
 // which then differs.
@@ -123,9 +143,15 @@ func (s *stand) read(save func() (Table, error)) (Table, error) {
 	if there {
 		s.noHash = lasting(err)
 	}
-	if s.known && err == nil && before == s.print && time.Since(s.at) < trustPrint {
+	if err == nil && s.was.stands(before) {
+		s.known, s.reading, s.was = true, s.was, reading{}
+	}
+	if err == nil && s.known && s.stands(before) {
 		defer s.mu.Unlock()
 		return s.table, nil
+	}
+	if s.was = (reading{}); s.known {
+		s.was = s.reading
 	}
 	s.known = false
 	s.mu.Unlock()
@@ -138,7 +164,7 @@ func (s *stand) read(save func() (Table, error)) (Table, error) {
 	defer s.mu.Unlock()
 	s.there = true
 	s.known = err == nil && infoErr == nil && after == before.Info
-	s.print, s.table, s.at = before, table, time.Now()
+	s.reading = reading{before, table, time.Now()}
 	return table, nil
 }
 
@@ -156,7 +182,8 @@ func (s *stand) watched(open func() (asked, error)) (ended func()) {
 	return func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.socket, s.known, s.table, s.why, s.noHash = nil, false, Table{}, errUnasked, nil
+		s.socket, s.known, s.why, s.noHash = nil, false, errUnasked, nil
+		s.reading, s.was = reading{}, reading{}
 		socket.Close()
 	}
 }
