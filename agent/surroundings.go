@@ -51,7 +51,8 @@ func (s *surroundings) run(ctx context.Context) error {
 	moved, end := s.routesMoved()
 	defer end()
 	answers := make(chan answer, len(aroundSources)) // room for all: a late one finds nobody waiting
-	tick := time.NewTicker(time.Second)
+	// Most often a pass wakes it: each asks.
+	tick := time.NewTicker(aroundEvery)
 	defer tick.Stop()
 	for {
 		select {
