@@ -12,6 +12,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/route"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -21,6 +22,9 @@ const (
 	// tick is the longest pause between two passes: it bounds how late a closed port, a foreign
 	// owner or a new interface address is seen. An idle pass reads no rules and asks Envoy nothing.
 	tick = time.Second
+	// viewLate is by how much more a tick waits for the View that an Envoy at rest is looked at for
+	// each second: the pass that it brings is the tick's. By turns one came just behind the other.
+	viewLate = 50 * time.Millisecond
 	// passLimit bounds what a pass may spend on a slow iptables or a held lock, each family its half
 	// and the second that a command's end may take: well under WatchdogSec (30 s), which is for a
 	// loop that hangs.
@@ -40,7 +44,7 @@ type loop struct {
 	envoy     envoywatch.View
 	beside    beside
 	user      proxyUser
-	local     []netip.Addr
+	local     local
 	paused    bool
 
 	wanted   wanted
@@ -64,6 +68,25 @@ func (b beside) tell(a about) {
 	}
 }
 
+// local are the VM's addresses, asked for anew when they may have changed: to list them costs as
+// much as the rest of what an idle pass observes.
+type local struct {
+	addrs []netip.Addr // of every interface but loopback
+	read  bool         // they could be read
+	moved func() bool  // since it was last called they may have; nil: nobody can tell
+}
+
+func (l *local) look(list func() ([]netip.Addr, error)) []netip.Addr {
+	// First what is told, then what is there: what comes in between is told the next time.
+	if moved := l.moved == nil || l.moved(); moved || !l.read {
+		addrs, err := list()
+		if l.read = err == nil; l.read {
+			l.addrs = addrs
+		}
+	}
+	return l.addrs
+}
+
 // inbox is where the loop's news come from. Of each kind only the newest counts, but for events.
 type inbox struct {
 	views      <-chan envoywatch.View
@@ -76,6 +99,10 @@ type inbox struct {
 
 // run waits for news and makes a pass for each, and one each tick.
 func (l *loop) run(ctx context.Context) error {
+	if news, err := route.Listen(); err == nil { // addresses are among what routes depend on
+		l.local.moved = news.Any
+		defer news.Close()
+	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -97,7 +124,10 @@ func (l *loop) run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		wake := l.pass(ctx, time.Now())
-		timer.Reset(max(0, min(wake, tick)))
+		if wake >= tick {
+			wake = tick + viewLate
+		}
+		timer.Reset(max(0, wake))
 	}
 }
 

@@ -78,12 +78,10 @@ func (l *loop) observe(now time.Time) Observation {
 	if l.user.Err != nil { // bootstrap may create it after the daemon was started
 		l.user = proxyIDs(l.settings.ProxyUser, l.vm.userIDs)
 	}
-	if addrs, err := l.vm.addrs(); err == nil {
-		l.local = addrs
-	}
+	local := l.local.look(l.vm.addrs)
 	l.bootstrap.read(now, l.vm.progress)
 	seen := Observation{
-		Now: now, Settings: l.settings, User: l.user, Local: l.local, Attribute: l.attribute,
+		Now: now, Settings: l.settings, User: l.user, Local: local, Attribute: l.attribute,
 		Envoy:     l.envoy,
 		Bootstrap: l.bootstrap.state, Awaited: l.bootstrap.awaited, Self: l.vm.self(now),
 		Others: l.beside.others, Around: l.beside.around, GuestOff: l.vm.guestOff(),

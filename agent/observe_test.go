@@ -141,8 +141,8 @@ func TestLook(t *testing.T) {
 	}
 }
 
-// TestLooksShared: a pass asks once for each port and protocol, and anew where the first family took
-// its time.
+// TestLooksShared: a pass asks once for each port and protocol, and anew where the first family
+// took its time.
 func TestLooksShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		asked := 0
@@ -324,5 +324,41 @@ func TestObserve(t *testing.T) {
 	l.settings.ResolverUsers = []string{"nobody-there"}
 	if seen := l.observe(testStart); len(seen.Resolvers.Missing) != 1 {
 		t.Errorf("resolvers: %+v", seen.Resolvers)
+	}
+}
+
+// TestLocal: the VM's addresses are asked for when they may have moved, and until they were told.
+func TestLocal(t *testing.T) {
+	none, moved, asked := errors.New("none"), false, 0
+	at, err := []netip.Addr{netip.MustParseAddr("10.0.0.2")}, none
+	l := local{moved: func() bool { was := moved; moved = false; return was }}
+	look := func() []netip.Addr {
+		return l.look(func() ([]netip.Addr, error) { asked++; return at, err })
+	}
+	for i, step := range []struct {
+		moved bool
+		addr  string
+		err   error
+		asked int
+		is    string
+	}{
+		{false, "10.0.0.2", none, 1, ""},
+		{false, "10.0.0.2", nil, 2, "10.0.0.2"},
+		{false, "10.0.0.3", nil, 2, "10.0.0.2"},
+		{true, "10.0.0.3", none, 3, "10.0.0.2"},
+		{false, "10.0.0.3", nil, 4, "10.0.0.3"},
+		{false, "10.0.0.3", nil, 4, "10.0.0.3"},
+	} {
+		moved, at, err = step.moved, []netip.Addr{netip.MustParseAddr(step.addr)}, step.err
+		is := ""
+		if got := look(); len(got) > 0 {
+			is = got[0].String()
+		}
+		if is != step.is || asked != step.asked {
+			t.Errorf("step %d: %q, asked %d times", i, is, asked)
+		}
+	}
+	if l.moved = nil; len(look()) != 1 || asked != 5 {
+		t.Error("where nobody tells of changes it is asked each time")
 	}
 }
