@@ -237,7 +237,7 @@ func groups[T comparable](chains []*FilterChain, values func(*FilterChain) []T,
 func itself(s string) string { return s }
 
 func (w *chooser) serverNames(chains []*FilterChain) {
-	names, rest := groups(chains, func(c *FilterChain) []string { return c.ServerNames }, itself)
+	names, rest := groups(chains, func(c *FilterChain) []string { return c.rare().ServerNames }, itself)
 	if w.inspects() {
 		for _, g := range names {
 			w.transport(g.chains, []string{g.when("TLS to the server name")}, true)
@@ -256,8 +256,9 @@ func (w *chooser) serverNames(chains []*FilterChain) {
 // adds the inspector itself where a chain needs it (ListenerImpl::buildListenerFilters…).
 func (w *chooser) inspects() bool {
 	for _, c := range w.listener.Chains {
-		if c.TLSInspected || c.TransportProtocol == "tls" ||
-			c.TransportProtocol == "" && len(c.ServerNames)+len(c.ApplicationProtocols) > 0 {
+		rare := c.rare()
+		if c.TLSInspected || rare.TransportProtocol == "tls" || rare.TransportProtocol == "" &&
+			len(rare.ServerNames)+len(rare.ApplicationProtocols) > 0 {
 			return true
 		}
 	}
@@ -269,7 +270,8 @@ func (w *chooser) inspects() bool {
 func (w *chooser) transport(chains []*FilterChain, when []string, isTLS bool) {
 	by := map[string][]*FilterChain{}
 	for _, c := range chains {
-		by[c.TransportProtocol] = append(by[c.TransportProtocol], c)
+		of := c.rare().TransportProtocol
+		by[of] = append(by[of], c)
 	}
 	known := func(of string) []*FilterChain {
 		if by[of] != nil {
@@ -292,7 +294,7 @@ func (w *chooser) transport(chains []*FilterChain, when []string, isTLS bool) {
 
 func (w *chooser) protocols(chains []*FilterChain, when []string) {
 	parted, rest := groups(chains,
-		func(c *FilterChain) []string { return c.ApplicationProtocols }, itself)
+		func(c *FilterChain) []string { return c.rare().ApplicationProtocols }, itself)
 	for _, g := range parted {
 		w.direct(g.chains, append(slices.Clone(when), g.when("the application protocol is")))
 	}
@@ -310,10 +312,10 @@ func (w *chooser) direct(chains []*FilterChain, when []string) {
 func (w *chooser) bySource(chains []*FilterChain, when []string,
 	prefixes func(*SourceMatch) []netip.Prefix, next func([]*FilterChain, []string)) {
 	of := func(c *FilterChain) []netip.Prefix {
-		if c.Source == nil {
-			return nil
+		if source := c.rare().Source; source != nil {
+			return prefixes(source)
 		}
-		return prefixes(c.Source)
+		return nil
 	}
 	if w.from.IsValid() {
 		longest := -1
@@ -341,10 +343,10 @@ func (w *chooser) bySource(chains []*FilterChain, when []string,
 func (w *chooser) sourceType(chains []*FilterChain, when []string) {
 	var local, external, any []*FilterChain
 	for _, c := range chains {
-		switch {
-		case c.Source != nil && c.Source.Local:
+		switch source := c.rare().Source; {
+		case source != nil && source.Local:
 			local = append(local, c)
-		case c.Source != nil && c.Source.External:
+		case source != nil && source.External:
 			external = append(external, c)
 		default:
 			any = append(any, c)
@@ -371,10 +373,10 @@ func (w *chooser) sourcePrefixes(chains []*FilterChain, when []string) {
 
 func (w *chooser) sourcePort(chains []*FilterChain, when []string) {
 	parted, rest := groups(chains, func(c *FilterChain) []uint16 {
-		if c.Source == nil {
-			return nil
+		if source := c.rare().Source; source != nil {
+			return source.Ports
 		}
-		return c.Source.Ports
+		return nil
 	}, func(p uint16) string { return fmt.Sprint(p) })
 	for _, g := range parted {
 		w.take(g.chains, append(slices.Clone(when), g.when("its source port is")))

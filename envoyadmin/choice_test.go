@@ -58,13 +58,13 @@ func TestChoose(t *testing.T) {
 		return func(c *FilterChain) { c.Port, c.Prefixes = port, prefixList(prefixes...) }
 	}
 	names := func(names ...string) func(*FilterChain) {
-		return func(c *FilterChain) { c.ServerNames = names }
+		return func(c *FilterChain) { c.Rare = &RareMatch{ServerNames: names} }
 	}
 	transport := func(p string) func(*FilterChain) {
-		return func(c *FilterChain) { c.TransportProtocol = p }
+		return func(c *FilterChain) { c.Rare = &RareMatch{TransportProtocol: p} }
 	}
 	source := func(s SourceMatch) func(*FilterChain) {
-		return func(c *FilterChain) { c.Source, c.OtherConditions = &s, true }
+		return func(c *FilterChain) { c.Rare, c.OtherConditions = &RareMatch{Source: &s}, true }
 	}
 	anyChain := func(*FilterChain) {}
 	unbound := func(name, addr string) Listener {
@@ -107,7 +107,7 @@ func TestChoose(t *testing.T) {
 		{"without a TLS inspector all is raw", on(chain("raw", transport("raw_buffer")),
 			chain("any", anyChain)), "10.0.0.1:443", "", "L: raw"},
 		{"application protocols", on(chain("h2", func(c *FilterChain) {
-			c.ApplicationProtocols = []string{"h2", "http/1.1"}
+			c.Rare = &RareMatch{ApplicationProtocols: []string{"h2", "http/1.1"}}
 		}), chain("rest", anyChain)), "10.0.0.1:443", "",
 			"L: h2 if the application protocol is h2, http/1.1; " +
 				"rest if no other application protocol matches"},
@@ -161,8 +161,8 @@ func TestChooseManyServerNames(t *testing.T) {
 	l := Listener{Name: "L", Bound: true,
 		Addresses: []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:15001")}}
 	for i := range 5000 {
-		l.Chains = append(l.Chains, FilterChain{Name: fmt.Sprint(i),
-			ServerNames: []string{fmt.Sprintf("a%d.test", i), fmt.Sprintf("b%d.test", i)}})
+		l.Chains = append(l.Chains, FilterChain{Name: fmt.Sprint(i), Rare: &RareMatch{
+			ServerNames: []string{fmt.Sprintf("a%d.test", i), fmt.Sprintf("b%d.test", i)}}})
 	}
 	c := Choose([]Listener{l}, Connection{At: netip.MustParseAddrPort("127.0.0.1:15001"),
 		To: netip.MustParseAddrPort("10.0.0.1:443")})

@@ -153,7 +153,7 @@ func TestSourceOfAChain(t *testing.T) {
 	want := []*SourceMatch{{Prefixes: prefixList("10.0.0.0/8"), Direct: prefixList("fd00::/8"),
 		Ports: []uint16{7}, Local: true}, {External: true}, nil}
 	for i, chain := range d.listeners[0].Chains {
-		if diff := cmp.Diff(want[i], chain.Source, cmp.Comparer(func(a, b netip.Prefix) bool {
+		if diff := cmp.Diff(want[i], chain.rare().Source, cmp.Comparer(func(a, b netip.Prefix) bool {
 			return a == b
 		})); diff != "" {
 			t.Errorf("chain %s: %s", chain.Name, diff)

@@ -63,14 +63,15 @@ func renderChain(b *strings.Builder, kind string, c FilterChain) {
 	if c.Port != 0 {
 		fmt.Fprintf(b, " port %d", c.Port)
 	}
-	if len(c.ServerNames) > 0 {
-		fmt.Fprintf(b, " server names %v", c.ServerNames)
+	rare := c.rare()
+	if len(rare.ServerNames) > 0 {
+		fmt.Fprintf(b, " server names %v", rare.ServerNames)
 	}
-	if c.TransportProtocol != "" {
-		fmt.Fprintf(b, " transport %s", c.TransportProtocol)
+	if rare.TransportProtocol != "" {
+		fmt.Fprintf(b, " transport %s", rare.TransportProtocol)
 	}
-	if len(c.ApplicationProtocols) > 0 {
-		fmt.Fprintf(b, " protocols %v", c.ApplicationProtocols)
+	if len(rare.ApplicationProtocols) > 0 {
+		fmt.Fprintf(b, " protocols %v", rare.ApplicationProtocols)
 	}
 	if c.OtherConditions {
 		b.WriteString(" other conditions")

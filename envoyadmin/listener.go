@@ -58,13 +58,27 @@ type FilterChain struct {
 	// a listener filter waits for the client's first bytes to see whether they are TLS
 	TLSInspected bool
 
+	// What few chains want, which are 64 bytes. nil: nothing of it. In JSON they are the chain's own.
+	Rare *RareMatch `json:",embed"`
+
+	RouteConfig string
+	Cluster     string // of a TCP proxy; several of weighted clusters, parted by commas
+}
+
+// RareMatch is what a chain wants beside a destination.
+type RareMatch struct {
 	ServerNames          []string // of TLS
 	TransportProtocol    string   // "tls", "raw_buffer"; empty: any
 	ApplicationProtocols []string
 	Source               *SourceMatch // the conditions by source; nil: none that are known
+}
 
-	RouteConfig string
-	Cluster     string // of a TCP proxy; several of weighted clusters, parted by commas
+// rare is what the chain wants beside a destination, be it nothing.
+func (c *FilterChain) rare() RareMatch {
+	if c.Rare == nil {
+		return RareMatch{}
+	}
+	return *c.Rare
 }
 
 // SourceMatch is what a chain wants of where a connection comes from.
@@ -362,8 +376,12 @@ func (c *FilterChain) match(raw []byte) error {
 	} else {
 		c.Port = uint16(p)
 	}
-	c.ServerNames, c.TransportProtocol, c.ApplicationProtocols = m.GetServerNames(),
-		m.GetTransportProtocol(), m.GetApplicationProtocols()
+	if len(m.GetServerNames())+len(m.GetApplicationProtocols()) > 0 ||
+		m.GetTransportProtocol() != "" {
+		c.Rare = &RareMatch{ServerNames: m.GetServerNames(),
+			TransportProtocol:    m.GetTransportProtocol(),
+			ApplicationProtocols: m.GetApplicationProtocols()}
+	}
 	c.OtherConditions = len(m.GetSourcePrefixRanges()) > 0 ||
 		len(m.GetDirectSourcePrefixRanges()) > 0 || len(m.GetSourcePorts()) > 0 ||
 		m.GetSourceType() != listenerv3.FilterChainMatch_ANY
@@ -397,7 +415,9 @@ func (c *FilterChain) source(m *listenerv3.FilterChainMatch) error {
 	for _, port := range m.GetSourcePorts() {
 		source.Ports = append(source.Ports, uint16(port)) // Envoy takes 1 to 65535 only
 	}
-	c.Source = &source
+	rare := c.rare()
+	rare.Source = &source
+	c.Rare = &rare
 	return nil
 }
 

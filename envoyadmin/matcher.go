@@ -68,8 +68,7 @@ type matchWalk struct {
 func (l *Listener) match(raw []byte, note func(string, ...any)) error {
 	walk := matchWalk{chains: map[string]FilterChain{}, note: note}
 	for _, chain := range l.Chains {
-		chain.Prefixes, chain.Port, chain.ServerNames, chain.TransportProtocol = nil, 0, nil, ""
-		chain.ApplicationProtocols, chain.OtherConditions, chain.Source = nil, false, nil
+		chain.Prefixes, chain.Port, chain.OtherConditions, chain.Rare = nil, 0, false, nil
 		walk.chains[chain.Name] = chain
 	}
 	l.Chains = nil

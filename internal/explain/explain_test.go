@@ -62,8 +62,8 @@ func world(q Question) Seen {
 				{Name: "web", Prefixes: prefixes("10.0.0.1/32", "fd10::1/128"), Port: 80, HTTP: true,
 					RouteConfig: "route-web"},
 				{Name: "db", Prefixes: prefixes("10.0.0.2/32"), TCP: true, Cluster: "db-a,db-b", TLS: true},
-				{Name: "net-a", Prefixes: prefixes("10.1.0.0/16"), ServerNames: []string{"a.test"}, TCP: true,
-					Cluster: "net-a"},
+				{Name: "net-a", Prefixes: prefixes("10.1.0.0/16"), TCP: true, Cluster: "net-a",
+					Rare: &envoyadmin.RareMatch{ServerNames: []string{"a.test"}}},
 				{Name: "net", Prefixes: prefixes("10.1.0.0/16"), TCP: true, Cluster: "net"},
 			}},
 		{Name: "in", Bound: true, OriginalDst: true, Addresses: addrPorts("0.0.0.0:15006"),
@@ -335,8 +335,8 @@ func TestForeignText(t *testing.T) {
 				for j := range s.Listeners[i].Chains {
 					chain := &s.Listeners[i].Chains[j]
 					chain.Name, chain.RouteConfig, chain.Cluster = nasty, nasty, nasty
-					if len(chain.ServerNames) > 0 {
-						chain.ServerNames = []string{nasty}
+					if chain.Rare != nil {
+						chain.Rare = &envoyadmin.RareMatch{ServerNames: []string{nasty}}
 					}
 				}
 			}

@@ -237,3 +237,25 @@ func TestTimes(t *testing.T) {
 		}
 	}
 }
+
+// TestRareMatch: what few chains want is in JSON where it was when it was the chain's own, which
+// older recordings have.
+func TestRareMatch(t *testing.T) {
+	older := `{"Name":"a","ServerNames":["a.test"],"TransportProtocol":"tls",` +
+		`"ApplicationProtocols":null,"Source":{"Ports":[7]}}`
+	want := envoyadmin.FilterChain{Name: "a", Rare: &envoyadmin.RareMatch{
+		ServerNames: []string{"a.test"}, TransportProtocol: "tls",
+		Source: &envoyadmin.SourceMatch{Ports: []uint16{7}}}}
+	var got, again envoyadmin.FilterChain
+	if err := Unmarshal([]byte(older), &got); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	text, err := Marshal(got)
+	if err != nil || !strings.Contains(string(text), `"ServerNames"`) ||
+		strings.Contains(string(text), `"Rare"`) {
+		t.Errorf("%s, %v", text, err)
+	}
+	if err := Unmarshal(text, &again); err != nil || !reflect.DeepEqual(again, want) {
+		t.Errorf("%+v, %v", again, err)
+	}
+}
