@@ -237,7 +237,8 @@ func groups[T comparable](chains []*FilterChain, values func(*FilterChain) []T,
 func itself(s string) string { return s }
 
 func (w *chooser) serverNames(chains []*FilterChain) {
-	names, rest := groups(chains, func(c *FilterChain) []string { return c.rare().ServerNames }, itself)
+	names, rest := groups(chains,
+		func(c *FilterChain) []string { return c.rare().ServerNames }, itself)
 	if w.inspects() {
 		for _, g := range names {
 			w.transport(g.chains, []string{g.when("TLS to the server name")}, true)

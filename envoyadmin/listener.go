@@ -253,8 +253,11 @@ func (p *partial) finish() {
 		p.Chains = slices.Concat(append(p.full, p.Chains)...)
 		p.full = nil
 	}
+	p.small = append(p.small, '}')
 	var parsed listenerv3.Listener
-	if err := decode.Unmarshal(append(p.small, '}'), &parsed); err != nil {
+	if usual, ok := usual[usualListener](p.small); ok {
+		usual.into(&parsed)
+	} else if err := decode.Unmarshal(p.small, &parsed); err != nil {
 		p.note("not understood: %s", plain(err))
 		return
 	}
@@ -357,7 +360,9 @@ func (r *reader) filterChain() (chain FilterChain, err error) {
 // match takes over a filter_chain_match.
 func (c *FilterChain) match(raw []byte) error {
 	var m listenerv3.FilterChainMatch
-	if err := decode.Unmarshal(raw, &m); err != nil {
+	if usual, ok := usual[usualMatch](raw); ok {
+		usual.into(&m)
+	} else if err := decode.Unmarshal(raw, &m); err != nil {
 		return &shapeError{"filter_chain_match: " + plain(err)}
 	}
 	var err error
