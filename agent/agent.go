@@ -69,9 +69,11 @@ type Agent struct {
 	kept       kept
 	pause      chan chan struct{}
 	status     atomic.Pointer[status.Status] // nil: no pass yet
-	answered   atomic.Pointer[time.Time]     // when the metadata server last did; nil: not yet
-	cost       atomic.Pointer[status.Cost]   // what the agent takes of the machine; nil: not known yet
-	self       self
+	// intercepted are the Services of status.
+	intercepted atomic.Pointer[intercepted]
+	answered    atomic.Pointer[time.Time]   // when the metadata server last did; nil: not yet
+	cost        atomic.Pointer[status.Cost] // what the agent takes of the machine; nil: not known yet
+	self        self
 
 	config *attribute.Config // of --config; nil: the metadata server tells
 	// its unit is enabled: a VM without its result is not finished yet
@@ -370,7 +372,8 @@ func (a *Agent) reporters(machine string) reporters {
 			a.status.Store(&s)
 			a.reports.Put(s)
 		},
-		history: func(f Failures) { a.kept.failures.Put(f) },
+		intercepted: func(in intercepted) { a.intercepted.Store(&in) },
+		history:     func(f Failures) { a.kept.failures.Put(f) },
 		transitions: func(all []status.Transition) {
 			a.kept.transitions.Put(keptTransitions{Machine: machine, Transitions: all})
 		},

@@ -77,11 +77,15 @@ func TestStatusNow(t *testing.T) {
 			last := p.status()
 			last.Mode, bucket = mode, status.Bucket{Level: -.5, Size: 6, Share: .1}
 			a.status.Store(&last)
+			a.intercepted.Store(&intercepted{{{Name: "web", Port: 80}}})
 		}
 		s, ok := a.statusNow().(status.Status)
 		if !ok || s.Mode != mode || len(s.Channels) != 3 || s.Cost.Resident != 1<<20 ||
 			s.Cost.Bucket != bucket {
 			t.Errorf("%+v, want mode %s", s, mode)
+		}
+		if (len(s.Services) == 1) != (mode == "hold") {
+			t.Errorf("mode %s: services %v", mode, s.Services)
 		}
 	}
 	if last := a.status.Load(); len(last.Channels) != 0 {

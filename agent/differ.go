@@ -166,7 +166,7 @@ func (l Looked) wantBy(c attribute.Config) (want Want, known bool) {
 func (l Looked) options(against string) rulediff.Options {
 	return rulediff.Options{
 		Version: l.Seen.Settings.Version, Time: l.Seen.Now, Against: against, Backend: l.Backend,
-		Services: len(servicesOf(l.Want.Served, [2]bool{true, true})),
+		Services: len(intercepted(l.Want.Served).services()),
 	}
 }
 

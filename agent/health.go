@@ -28,6 +28,9 @@ func (a *Agent) statusNow() any {
 	if last := a.status.Load(); last != nil {
 		s = *last
 	}
+	if in := a.intercepted.Load(); in != nil {
+		s.Services = in.services()
+	}
 	s.Channels = a.sources().Channels()
 	if cost := a.cost.Load(); cost != nil {
 		// The bucket is Envoy's as the pass saw it.

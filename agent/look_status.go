@@ -15,7 +15,7 @@ func (l Looked) Status() status.Status {
 		ServingPorts: l.Seen.Attribute.Config.ServingPorts,
 	}
 	if l.Known {
-		s.Services = servicesOf(l.Want.Served, [2]bool{true, true})
+		s.Services = intercepted(l.Want.Served).services()
 	}
 	for i, family := range families {
 		ours := l.Have[i].Ours()

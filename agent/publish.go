@@ -33,8 +33,11 @@ type passed struct {
 type reporters struct {
 	events  func(report.Event) // what happened, in order
 	metrics func(status.Status, report.Pass)
-	status  func(status.Status)
-	history func(Failures)
+	// status takes the Status without its Services: intercepted takes what they are made of when
+	// somebody asks.
+	status      func(status.Status)
+	intercepted func(intercepted)
+	history     func(Failures)
 	// transitions takes the last ones when there are others. Nobody changes them.
 	transitions func([]status.Transition)
 	ready       func() error // tells systemd
@@ -95,11 +98,12 @@ func (t *told) publish(p passed, backend string) {
 	for _, e := range t.services.pass(p) {
 		t.tellAnyway(status.OfServices, e)
 	}
-	s.Services = t.services.in
+	s.ServiceCount = t.services.count
 	t.tellReady(s)
 	t.tellLeft(s, time.Now())
 	t.remember(&s, p)
 	t.metrics(s, p.happened())
+	t.reporters.intercepted(t.services.in)
 	t.reporters.status(s)
 }
 

@@ -175,6 +175,7 @@ func heard() (t *told, take func() string) {
 			dumps = m.DumpReads
 		},
 		status:      func(s status.Status) { add(fmt.Sprint("pass ", s.Passes, " ", s.LastFailure)) },
+		intercepted: func(intercepted) {},
 		history:     func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
 		transitions: func([]status.Transition) {},
 		ready:       func() error { add("systemd"); return errors.New("no folder") },

@@ -56,6 +56,7 @@ func newMeasured(t testing.TB, k *iptables.Kernel) *measured {
 			events:      func(report.Event) {},
 			metrics:     m.metrics.Pass,
 			status:      func(s status.Status) { m.last = s },
+			intercepted: func(intercepted) {},
 			history:     func(Failures) {},
 			transitions: func([]status.Transition) {},
 			ready:       func() error { return nil },

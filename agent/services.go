@@ -34,9 +34,10 @@ type serviceNews struct {
 		serial uint64 // of the want; 0: nothing yet
 		usable [2]bool
 	}
-	in []status.Service // by name
+	in    intercepted
+	count int // of the services in it
 
-	said     []status.Service // as it was when it was told
+	said     intercepted // as it was when it was told
 	saidAt   time.Time
 	changes  int       // since
 	together bool      // the changes of a minute
@@ -49,14 +50,17 @@ func (n *serviceNews) pass(p passed) []report.Event {
 	if usable, in := p.servicesIn(); in && (n.of.serial != p.serial || n.of.usable != usable) {
 		first := n.of.serial == 0
 		n.of.serial, n.of.usable = p.serial, usable
-		list := servicesOf(p.want.Served, usable)
+		was := n.in
+		n.in = only(p.want.Served, usable)
 		switch {
 		case first:
-			n.in, n.said, n.saidAt = list, list, now
-			return []report.Event{number(len(list))}
-		case !slices.EqualFunc(n.in, list, sameService):
-			n.in = list
+			n.said, n.saidAt, n.count = n.in, now, len(n.in.services())
+			return []report.Event{number(n.count)}
+		case len(changed(was, n.in)) > 0:
 			n.changes++
+			n.count = len(n.in.services())
+		case n.changes == 0:
+			n.said = n.in // the same, and held once
 		}
 	}
 	return n.due(now)
@@ -96,16 +100,16 @@ func (n *serviceNews) due(now time.Time) []report.Event {
 		return nil
 	}
 	var events []report.Event
-	changed := differences(n.said, n.in)
+	news := changed(n.said, n.in)
 	if n.together && n.changes > 1 {
 		text := fmt.Sprintf("services have changed %d times in the last minute", n.changes)
-		if len(changed) == 0 {
+		if len(news) == 0 {
 			text += ", and are as before"
 		}
 		events = append(events, report.Event{Severity: report.Warning, Message: text,
 			Fields: []report.Field{{Key: "changes", Value: strconv.Itoa(n.changes)}}})
 	}
-	events = append(events, inWords(changed)...)
+	events = append(events, inWords(news)...)
 	n.together = n.together && n.changes > 0
 	n.said, n.saidAt, n.changes = n.in, now, 0
 	if n.paid.Before(now) {
@@ -139,6 +143,25 @@ func (d difference) what() string {
 		return "gone"
 	}
 	return "changed"
+}
+
+// changed are the services that differ. Lists of 10,000 that differ in a few have the rest in common
+// at their ends, and that is not looked at.
+func changed(were, are intercepted) []difference {
+	names := map[string]bool{}
+	for i := range families {
+		was, is := were[i], are[i]
+		for len(was) > 0 && len(is) > 0 && was[0] == is[0] {
+			was, is = was[1:], is[1:]
+		}
+		for len(was) > 0 && len(is) > 0 && was[len(was)-1] == is[len(is)-1] {
+			was, is = was[:len(was)-1], is[:len(is)-1]
+		}
+		for _, s := range slices.Concat(was, is) {
+			names[s.name()] = true
+		}
+	}
+	return differences(were.named(names).services(), are.named(names).services())
 }
 
 // differences leads from the services that were to those that are, both by name.
@@ -214,16 +237,37 @@ func some(addresses []string) string {
 	return strings.Join(addresses, ", ")
 }
 
-// servicesOf are the services of the families that can be used, by name, each with its addresses.
-func servicesOf(of [2][]Served, usable [2]bool) (services []status.Service) {
-	all := make([]Served, 0, len(of[0])+len(of[1]))
-	for i, family := range of {
+// intercepted are services whose rules are in, by family and in the order of Want.Served, of which
+// it is a part: with 10,000 services a list by name for whoever asks would be 0.7 MB more.
+type intercepted [2][]Served
+
+// only are the services of the families that can be used.
+func only(served [2][]Served, usable [2]bool) (in intercepted) {
+	for i := range served {
 		if usable[i] {
-			all = append(all, family...)
+			in[i] = served[i]
 		}
 	}
+	return in
+}
+
+// named are those that have one of the names.
+func (in intercepted) named(names map[string]bool) (some intercepted) {
+	for i := range in {
+		for _, s := range in[i] {
+			if names[s.name()] {
+				some[i] = append(some[i], s)
+			}
+		}
+	}
+	return some
+}
+
+// services are the services by name, each with its addresses.
+func (in intercepted) services() (services []status.Service) {
+	all := slices.Concat(in[:]...)
 	for i := range all {
-		all[i].Name = cmp.Or(all[i].Name, all[i].address(0))
+		all[i].Name = all[i].name()
 	}
 	slices.SortFunc(all, func(a, b Served) int {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), a.Prefix.Compare(b.Prefix),
@@ -240,7 +284,7 @@ func servicesOf(of [2][]Served, usable [2]bool) (services []status.Service) {
 		text = append(text, s.address(s.Port)...)
 		ends = append(ends, len(text))
 	}
-	// Three allocations, and not three for each of 10,000: the list is kept as long as it holds.
+	// Three allocations, and not three for each of 10,000.
 	services = make([]status.Service, 0, n)
 	addresses, words, from := make([]string, 0, len(all)), string(text), 0
 	for i, s := range all {
@@ -256,6 +300,14 @@ func servicesOf(of [2][]Served, usable [2]bool) (services []status.Service) {
 		services[len(services)-1].Addresses = addresses[from:len(addresses):len(addresses)]
 	}
 	return services
+}
+
+// name is the service's, or where it has none its address.
+func (s Served) name() string {
+	if s.Name == "" {
+		return s.address(0)
+	}
+	return s.Name
 }
 
 // address is where clients look for the service: at this port, 0 being any.

@@ -2,7 +2,9 @@ package agent
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -91,7 +93,7 @@ func TestServicesOf(t *testing.T) {
 	} {
 		want := Desired(Inputs{Config: attribute.Default(), Listeners: tt.listeners})
 		var got []string
-		for _, s := range servicesOf(want.Served, tt.usable) {
+		for _, s := range only(want.Served, tt.usable).services() {
 			got = append(got, fmt.Sprint(s.Name, " ", s.Addresses))
 		}
 		if d := cmp.Diff(tt.want, got); d != "" {
@@ -161,8 +163,8 @@ func TestServiceNews(t *testing.T) {
 		if step.change != nil {
 			step.change(&p)
 		}
-		if d := cmp.Diff(step.want, texts(n.pass(p))); d != "" || len(n.in) != step.in {
-			t.Errorf("%s: %d are in, want %d (-want +got)\n%s", step.name, len(n.in), step.in, d)
+		if d := cmp.Diff(step.want, texts(n.pass(p))); d != "" || n.count != step.in {
+			t.Errorf("%s: %d are in, want %d (-want +got)\n%s", step.name, n.count, step.in, d)
 		}
 	}
 }
@@ -279,7 +281,7 @@ func TestServiceNewsOfAFlap(t *testing.T) {
 	}
 	slices.Sort(names)
 	var are []string
-	for _, s := range n.in {
+	for _, s := range n.in.services() {
 		are = append(are, s.Name)
 	}
 	if !slices.Equal(names, are) {
@@ -346,4 +348,27 @@ func BenchmarkServices(b *testing.B) {
 			n.pass(p)
 		}
 	})
+}
+
+// TestChangedIsTheDifference: what is left out at both ends changes nothing of what is told.
+func TestChangedIsTheDifference(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	r := rand.New(rand.NewPCG(seed, 0))
+	list := func() (in intercepted) {
+		for i, net := range []string{"10.0.0.%d/32", "fd00::%d/128"} {
+			for range r.IntN(5) {
+				s := Served{Prefix: netip.MustParsePrefix(fmt.Sprintf(net, r.IntN(3))),
+					Port: uint16(r.IntN(2)), Name: []string{"", "a", "b"}[r.IntN(3)]}
+				in[i] = append(in[i], s)
+			}
+		}
+		return in
+	}
+	for range 5_000 {
+		were, are := list(), list()
+		got, want := changed(were, are), differences(were.services(), are.services())
+		if !reflect.DeepEqual(got, want) {
+			t.Fatalf("seed %d: %v to %v: %v, want %v", seed, were, are, got, want)
+		}
+	}
 }

@@ -44,6 +44,7 @@ func newLife(w *world, k *iptables.Kernel) *life {
 			events:      func(report.Event) {},
 			metrics:     func(status.Status, report.Pass) {},
 			status:      func(s status.Status) { l.status = s },
+			intercepted: func(intercepted) {},
 			history:     func(Failures) {},
 			transitions: func([]status.Transition) {},
 			ready:       func() error { return nil },

@@ -44,11 +44,13 @@ type Status struct {
 	Families     []Family     `json:"families"`
 	// Services are those whose rules were last seen to be in, by name. All of them: 10,000 are 1 MB
 	// of JSON, and the socket's client takes 16. Nobody changes the slice.
-	Services     []Service `json:"services"`
-	ServingPorts []uint16  `json:"serving_ports"`
-	Passes       uint64    `json:"passes"`
-	Undone       uint64    `json:"drift_repaired"`
-	Paused       bool      `json:"paused,omitempty"`
+	Services []Service `json:"services"`
+	// ServiceCount is how many they are, where they are left out until somebody asks.
+	ServiceCount int      `json:"-"`
+	ServingPorts []uint16 `json:"serving_ports"`
+	Passes       uint64   `json:"passes"`
+	Undone       uint64   `json:"drift_repaired"`
+	Paused       bool     `json:"paused,omitempty"`
 	// program and pid, where the kernel tells
 	LastDriftBy   string    `json:"last_drift_by,omitempty"`
 	LastDriftWhen time.Time `json:"last_drift_when,omitzero"`
@@ -344,7 +346,7 @@ func (s Status) Line() (head, services string) {
 	head = fmt.Sprintf("v1 state=%s finding=%s since=%s agent=%s envoy=%s services=", s.State(),
 		word(string(s.Failing)), s.Since.UTC().Format(time.RFC3339), word(s.Version),
 		word(s.Envoy.Number))
-	return head, fmt.Sprint(len(s.Services))
+	return head, fmt.Sprint(cmp.Or(s.ServiceCount, len(s.Services)))
 }
 
 // word makes s a value of Line: it has no space, is not empty, and at most 64 bytes.
