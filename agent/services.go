@@ -145,8 +145,8 @@ func (d difference) what() string {
 	return "changed"
 }
 
-// changed are the services that differ. Lists of 10,000 that differ in a few have the rest in common
-// at their ends, and that is not looked at.
+// changed are the services that differ. Lists of 10,000 that differ in a few have the rest in
+// common at their ends, and that is not looked at.
 func changed(were, are intercepted) []difference {
 	names := map[string]bool{}
 	for i := range families {
