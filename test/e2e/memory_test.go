@@ -35,7 +35,7 @@ func BenchmarkMemory(b *testing.B) {
 				must(b, a.Start())
 				must(b, a.WaitReady(within(b, 2*time.Minute)))
 				starting := memory(b, a.PID(), "VmHWM")
-				time.Sleep(time.Duration(times(12, 1)) * time.Second)
+				time.Sleep(time.Duration(times(45, 1)) * time.Second)
 				rest := resident(b, a.PID())
 				anon := memory(b, a.PID(), "RssAnon")
 				profile(b, a, fmt.Sprintf("%s-%d-rest", backend, n))
