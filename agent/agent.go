@@ -68,17 +68,21 @@ type Agent struct {
 	worked     *mailbox.Box[struct{}] // a pass that did more than look
 	kept       kept
 	pause      chan chan struct{}
-	status     atomic.Pointer[status.Status] // nil: no pass yet
-	// intercepted are the Services of status.
-	intercepted atomic.Pointer[intercepted]
-	answered    atomic.Pointer[time.Time]   // when the metadata server last did; nil: not yet
-	cost        atomic.Pointer[status.Cost] // what the agent takes of the machine; nil: not known yet
-	self        self
+	answers
+	answered atomic.Pointer[time.Time] // when the metadata server last did; nil: not yet
+	self     self
 
 	config *attribute.Config // of --config; nil: the metadata server tells
 	// its unit is enabled: a VM without its result is not finished yet
 	awaitBootstrap bool
 	withoutTools   bool // iptables was not installed when the agent started
+}
+
+// answers are what statusNow puts together for whoever asks.
+type answers struct {
+	status      atomic.Pointer[status.Status] // nil: no pass yet
+	intercepted atomic.Pointer[intercepted]   // its Services
+	cost        atomic.Pointer[status.Cost]   // what the agent takes of the machine; nil: not known yet
 }
 
 // kept is what keepHistory keeps for the next start.

@@ -22,9 +22,6 @@ const (
 	// tick is the longest pause between two passes: it bounds how late a closed port, a foreign
 	// owner or a new interface address is seen. An idle pass reads no rules and asks Envoy nothing.
 	tick = time.Second
-	// viewLate is by how much more a tick waits for the View that an Envoy at rest is looked at for
-	// each second: the pass that it brings is the tick's. By turns one came just behind the other.
-	viewLate = 50 * time.Millisecond
 	// passLimit bounds what a pass may spend on a slow iptables or a held lock, each family its half
 	// and the second that a command's end may take: well under WatchdogSec (30 s), which is for a
 	// loop that hangs.
@@ -124,10 +121,7 @@ func (l *loop) run(ctx context.Context) error {
 		case <-timer.C:
 		}
 		wake := l.pass(ctx, time.Now())
-		if wake >= tick {
-			wake = tick + viewLate
-		}
-		timer.Reset(max(0, wake))
+		timer.Reset(max(0, min(wake, tick)))
 	}
 }
 
