@@ -82,7 +82,7 @@ type Agent struct {
 type answers struct {
 	status      atomic.Pointer[status.Status] // nil: no pass yet
 	intercepted atomic.Pointer[intercepted]   // its Services
-	cost        atomic.Pointer[status.Cost]   // what the agent takes of the machine; nil: not known yet
+	cost        atomic.Pointer[status.Cost]   // of the agent itself; nil: not known yet
 }
 
 // kept is what keepHistory keeps for the next start.

@@ -71,8 +71,9 @@ func heapOf(t testing.TB, backend string, n int) int {
 		t.Fatalf("only %d rules for %d services", rules, n)
 	}
 	held := inUse()
-	runtime.KeepAlive(m)
-	m, k, admin = nil, nil, nil
+	runtime.KeepAlive(m) // and nothing after this
+	runtime.KeepAlive(k)
+	runtime.KeepAlive(admin)
 	held -= inUse()
 	runtime.KeepAlive(machine)
 	return held

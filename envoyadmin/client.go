@@ -48,9 +48,9 @@ const (
 	shortLimit   = 5 * time.Second  // of a short question: /ready, /server_info, the masked dump
 	longLimit    = 20 * time.Second // of a long one: the dump of the listeners, /clusters, /stats
 	// Envoy makes a dump as a whole before it sends the first byte, in some 0.03 ms for each chain on
-	// an idle machine and longer on a busy one: no byte tells that it is at it. So an answer is awaited
-	// for dumpPatience times what the last one took, and twice as long behind each that did not come,
-	// up to longestLimit. What that costs Envoy is bounded by the Detector, whatever is awaited.
+	// an idle machine and longer on a busy one: no byte tells that it is at it. So an answer is
+	// awaited for dumpPatience times what the last one took, and twice as long behind each that did
+	// not come, up to longestLimit. What that costs Envoy the Detector bounds, whatever is awaited.
 	dumpPatience = 4
 	longestLimit = 2 * time.Minute
 

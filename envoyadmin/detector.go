@@ -46,9 +46,9 @@ const (
 // it asks nothing itself. The zero value begins with a dump.
 //
 // All questions take from a token bucket what they can have cost Envoy's main thread, answered or
-// not: where that is busy, less than was waited for them (charge.go). It is refilled at Share of the
-// time, so a storm of changes takes that share; and since it holds some seconds, changes that come
-// after calm are each looked at when they come.
+// not: where that is busy, less than was waited for them (charge.go). It is refilled at Share of
+// the time, so a storm of changes takes that share; and since it holds some seconds, changes that
+// come after calm are each looked at when they come.
 //
 //	for {
 //		action, wait := d.Next(time.Now())

@@ -30,8 +30,8 @@ func (h *hints) hint(listener string, names []string) {
 	h.pending, h.during, h.stale = true, true, false
 }
 
-// straight says whether they are as good as a look that shows a change: Envoy's log names a listener
-// where one has changed, and nothing where an update changes none.
+// straight says whether they are as good as a look that shows a change: Envoy's log names a
+// listener where one has changed, and nothing where an update changes none.
 func (h *hints) straight() bool { return h.named && !h.stale }
 
 // answered takes in whether an answer showed a change, and idle, the pace without hints. It says
