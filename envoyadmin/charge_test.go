@@ -88,7 +88,7 @@ func TestDetectorStarved(t *testing.T) {
 	f := Fingerprint{Process: 1}
 	last, longest, dumps := now, time.Duration(0), 0
 	for end := now.Add(10 * time.Minute); now.Before(end); {
-		d.Hint("l")
+		d.Hint(now, "l")
 		for again := true; again; {
 			began := now
 			switch action, _ := d.Next(now); action {
@@ -133,7 +133,7 @@ func TestDetectorBusy(t *testing.T) {
 	now = now.Add(time.Second)
 	looks, dumps := 0, 0
 	for start := now; now.Sub(start) < 5*time.Minute; now = now.Add(time.Second) {
-		d.Hint("l")
+		d.Hint(now, "l")
 		action, _ := d.Next(now)
 		began := now
 		switch {

@@ -53,7 +53,7 @@ const (
 //	for {
 //		action, wait := d.Next(time.Now())
 //		switch action {
-//		case Wait: // sleep, or until the log has news: d.Hint(listener)
+//		case Wait: // sleep, or until the log has news: d.Hint(time.Now(), listener)
 //		case Look, LookNamed:
 //			f, err := client.Fingerprint(ctx, nil) // LookNamed: d.Names()
 //			if d.Looked(began, time.Now(), f, err) { client.Redial() }
@@ -154,8 +154,8 @@ func (d *Detector) refill(much time.Duration) time.Duration {
 // Hint says that something may have moved, of this listener if the name is known. Any number of
 // hints is one look; hints that lead to nothing are heeded ever more slowly, down to the pace
 // without hints. One that names a listener has a full dump asked for, without a look before it.
-func (d *Detector) Hint(listener string) {
-	d.hints.hint(listener, d.looks.names)
+func (d *Detector) Hint(now time.Time, listener string) {
+	d.hints.hint(now, listener, d.looks.names)
 }
 
 // Names are those of the last full dump, for LookNamed. They are not to be changed.
@@ -231,7 +231,7 @@ func (d *Detector) Looked(began, ended time.Time, f Fingerprint, err error) (red
 	if moved && !d.moved {
 		d.movedBy = d.looks.asking
 	}
-	redial = d.asked(began, ended, f, moved)
+	redial = d.asked(began, ended, ended, f, moved)
 	d.moved = d.moved || moved
 	return redial
 }
@@ -257,7 +257,11 @@ func (d *Detector) Dumped(began, ended time.Time, s Snapshot, err error) (redial
 	d.refund(d.timeouts.taken - time.Duration(d.lost.n)*cost)
 	d.lost.dumped(f)
 	d.looks.dumped(s.Names)
-	redial = d.asked(began, ended, f, moved)
+	made := s.Made
+	if made.IsZero() {
+		made = ended
+	}
+	redial = d.asked(began, made, ended, f, moved)
 	d.last, d.known, d.moved = f, true, false
 	d.resync = ended.Add(max(resync, resyncShare*cost))
 	return redial
@@ -271,7 +275,7 @@ func (d *Detector) refund(much time.Duration) {
 }
 
 // asked sets the pace after an answer. It says whether that answer came to nothing for a hint.
-func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (redial bool) {
+func (d *Detector) asked(began, made, ended time.Time, f Fingerprint, moved bool) (redial bool) {
 	if moved {
 		d.hints.early = d.hints.pending && began.Before(d.due) || d.hints.early && d.moved
 	}
@@ -287,7 +291,7 @@ func (d *Detector) asked(began, ended time.Time, f Fingerprint, moved bool) (red
 	} else {
 		d.warmGap = min(max(soon, d.warmGap*3/2), idle)
 	}
-	return d.hints.answered(moved, idle)
+	return d.hints.answered(moved, made, idle)
 }
 
 // failed sets the pace after no answer: a refused connection costs nothing and is tried again after

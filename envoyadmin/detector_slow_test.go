@@ -32,7 +32,7 @@ func TestDetectorReadyIsSlow(t *testing.T) {
 						w.longestAfter = 0
 						w.change()
 						if hinted {
-							d.Hint("")
+							d.Hint(time.Now(), "")
 						}
 						for i := 0; w.longestAfter == 0; i++ {
 							if second(); i > 300 {

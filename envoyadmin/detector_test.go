@@ -48,7 +48,7 @@ func (w *world) drive(d *Detector, length time.Duration, hints <-chan struct{}) 
 			}
 			select {
 			case <-hints:
-				d.Hint(w.hint)
+				d.Hint(time.Now(), w.hint)
 			case <-time.After(min(wait, time.Until(end))):
 			}
 			continue
@@ -280,7 +280,7 @@ func TestDetectorBurst(t *testing.T) {
 					for i := range 5 {
 						w.longestAfter = 0
 						w.change()
-						d.Hint("")
+						d.Hint(time.Now(), "")
 						dumps := w.dumps
 						w.drive(d, max(2*time.Second, 2*cost[1]), nil)
 						if want := cost[0] + cost[1]; w.longestAfter != want || w.dumps != dumps+1 {
@@ -307,7 +307,7 @@ func TestDetectorStraight(t *testing.T) {
 			if change {
 				w.change()
 			}
-			d.Hint(listener)
+			d.Hint(time.Now(), listener)
 			w.drive(d, 200*time.Millisecond, nil)
 			got := fmt.Sprintf("%d looks, %d dumps, %d redials", w.looks, w.dumps, w.redials)
 			w.drive(d, 2*time.Second, nil)
@@ -342,8 +342,8 @@ func TestDetectorStraight(t *testing.T) {
 	})
 }
 
-// TestDetectorStale: hints that came while a dump was asked for, as of an update of many listeners,
-// are looked into before another dump is.
+// TestDetectorStale: hints that came before a dump was made, as of an update of many listeners, are
+// looked into before another dump is. One that came while it was read has another at once.
 func TestDetectorStale(t *testing.T) {
 	var d Detector
 	now := time.Unix(1e9, 0)
@@ -361,16 +361,28 @@ func TestDetectorStale(t *testing.T) {
 	}
 	next(Dump)
 	dump()
-	d.Hint("a")
+	d.Hint(now, "a")
 	next(Dump)
-	d.Hint("b")
+	d.Hint(now, "b")
 	s.Fingerprint.Listeners = 2
 	dump()
 	next(LookNamed)
 	d.Looked(now, now.Add(30*time.Millisecond), s.Fingerprint, nil)
 	now = now.Add(time.Second)
-	d.Hint("a")
+	d.Hint(now, "a")
 	next(LookNamed) // the last one came to nothing
+	d.Looked(now, now.Add(30*time.Millisecond), s.Fingerprint, nil)
+	now = now.Add(time.Minute)
+	next(LookNamed)
+	d.Looked(now, now.Add(30*time.Millisecond), s.Fingerprint, nil)
+
+	now = now.Add(time.Minute)
+	d.Hint(now, "a")
+	next(Dump)
+	s.Fingerprint.Listeners, s.Made = 3, now.Add(200*time.Millisecond)
+	d.Hint(now.Add(250*time.Millisecond), "b")
+	dump()
+	next(Dump)
 }
 
 // TestDetectorNamed: looks are by names where there are few, but for each tenth, one for a hint
@@ -389,7 +401,7 @@ func TestDetectorNamed(t *testing.T) {
 			w.looks, w.nameds = 0, 0
 			w.change()
 			if hint {
-				d.Hint("")
+				d.Hint(time.Now(), "")
 			}
 			for range 60 {
 				if w.drive(d, time.Second, nil); w.looks > 0 {
@@ -468,7 +480,7 @@ func TestDetectorStopped(t *testing.T) {
 			began := time.Now()
 			if changed { // the look is answered, and the dump is not
 				w.change()
-				d.Hint("")
+				d.Hint(time.Now(), "")
 				if action, _ := d.Next(began); action == Look {
 					d.Looked(began, began.Add(w.look), w.now(), nil)
 				}
@@ -575,7 +587,7 @@ func TestDetectorStorm(t *testing.T) {
 		// After a quiet time the next hint is heeded at once again.
 		w.drive(d, time.Minute, nil)
 		w.change()
-		d.Hint("")
+		d.Hint(time.Now(), "")
 		w.longestAfter = 0
 		w.drive(d, 10*time.Second, nil)
 		if w.longestAfter != w.look+w.dump {
@@ -594,7 +606,7 @@ func TestDetectorHotRestart(t *testing.T) {
 				w.drive(d, 3*time.Minute, nil)
 				for process := range uint64(3) {
 					w.next = Fingerprint{Process: process + 2}
-					d.Hint("")
+					d.Hint(time.Now(), "")
 					time.Sleep(time.Millisecond) // until it is taken
 					w.changed, w.longestAfter = time.Now(), 0
 					w.drive(d, 3*time.Minute, nil)
@@ -626,7 +638,7 @@ func TestDetectorWarming(t *testing.T) {
 		w.drive(d, time.Minute, nil)
 		w.state.Warming = 1
 		w.change()
-		d.Hint("")
+		d.Hint(time.Now(), "")
 		w.drive(d, 300*time.Millisecond, nil)
 		if w.seen != w.state {
 			t.Fatal("warming was not seen")
@@ -694,9 +706,9 @@ func TestDetectorRandom(t *testing.T) {
 					w.change()
 				case 1:
 					w.change()
-					d.Hint("")
+					d.Hint(time.Now(), "")
 				case 2:
-					d.Hint("")
+					d.Hint(time.Now(), "")
 				case 3:
 					w.state.Warming = r.IntN(2)
 				case 4:

@@ -22,6 +22,7 @@ type Snapshot struct {
 	Names       []string      // of all dynamic listeners, whatever their state, sorted, each once
 	Bytes       int64         // of the answer about dynamic listeners
 	Took        time.Duration // from asking to the end of the answers
+	Made        time.Time     // when that answer began to come: it was made just before
 }
 
 // Rejected is a listener that the control plane sent and Envoy refused. Another
@@ -76,6 +77,7 @@ func (c *Client) Listeners(ctx context.Context) (Snapshot, error) {
 		Names:       dynamic.distinctNames(),
 		Bytes:       dynamic.bytes,
 		Took:        time.Since(start),
+		Made:        dynamic.made,
 	}, nil
 }
 
@@ -154,6 +156,7 @@ func (c *Client) readDump(ctx context.Context, path string, limit time.Duration,
 	}
 	began := time.Now()
 	err := c.get(ctx, q, path, limit, maxBytes, func(body io.Reader) error {
+		d.made = time.Now()
 		r := newReader(body)
 		err := r.document(func() error { return r.configs(element) })
 		d.bytes = r.given
@@ -207,6 +210,7 @@ type dump struct {
 	warming   []Warming
 	skipped   []Skipped
 	bytes     int64
+	made      time.Time // when the answer began to come
 
 	names   []string // in the order of the answer; a static listener may have none
 	idle    []string // of these, those without an active state that has a time

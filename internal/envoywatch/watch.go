@@ -323,7 +323,7 @@ func (w *Watch) Note(e envoyadmin.LogEvent) {
 	case envoyadmin.StreamClosed:
 		w.process.stream.closed(now, e)
 	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
-		w.detector.Hint(e.Listener)
+		w.detector.Hint(now, e.Listener)
 		w.change.hinted(now)
 		if !w.process.stream.spoke(now) {
 			return // nothing that a View tells
