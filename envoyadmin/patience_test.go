@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -56,10 +57,10 @@ func inTime(t *testing.T, answer func(path string, body func(string)),
 // TestPatience: behind each dump that did not come in time the next is awaited for twice as long,
 // up to two minutes, and behind one that came four times what that took.
 func TestPatience(t *testing.T) {
-	var takes time.Duration
+	var takes atomic.Int64 // ns; one that was given up still asks
 	inTime(t, func(path string, body func(string)) {
 		if path == dynamicPath {
-			time.Sleep(takes)
+			time.Sleep(time.Duration(takes.Load()))
 		}
 		body(`{}`)
 	}, func(t *testing.T, c *Client) {
@@ -79,7 +80,7 @@ func TestPatience(t *testing.T) {
 			{10 * time.Second, 10 * time.Second, nil},
 			{39 * time.Second, 39 * time.Second, nil},
 		} {
-			takes = want.takes
+			takes.Store(int64(want.takes))
 			began := time.Now()
 			_, err := c.Listeners(t.Context())
 			if took := time.Since(began); took != want.after || !errors.Is(err, want.err) {
