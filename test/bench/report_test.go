@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"flag"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -299,6 +301,43 @@ func TestFailed(t *testing.T) {
 		if _, err := os.Stat(name); err == nil {
 			t.Errorf("wrote %s", name)
 		}
+	}
+}
+
+// TestKept: the baseline of the repository is of ratios alone, and docs/scale.md is what this
+// program makes: its pictures are there, and no other.
+func TestKept(t *testing.T) {
+	text, err := os.ReadFile("baseline.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b baseline
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&b); err != nil || len(b.Ratios) == 0 || b.Date == "" {
+		t.Errorf("%v %+v", err, b)
+	}
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil || !strings.Contains(string(readme), "](docs/img/scale-push.svg)") {
+		t.Error("the README does not show the curve", err)
+	}
+	root := os.DirFS("../../docs")
+	document, err := fs.ReadFile(root, "scale.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	columns(t, string(document))
+	pictures, err := fs.Glob(root, "img/scale-*.svg")
+	if err != nil || len(pictures) == 0 {
+		t.Fatal(err, "no picture")
+	}
+	for _, name := range pictures {
+		if !strings.Contains(string(document), "("+name+")") {
+			t.Errorf("docs/scale.md does not show %s", name)
+		}
+	}
+	if n := strings.Count(string(document), "](img/"); n != len(pictures) {
+		t.Errorf("%d pictures are shown, %d are there", n, len(pictures))
 	}
 }
 
