@@ -273,31 +273,12 @@ func (in intercepted) services() (services []status.Service) {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), a.Prefix.Compare(b.Prefix),
 			cmp.Compare(a.Port, b.Port))
 	})
-	all = slices.Compact(all)
-	n := 0
-	var text []byte
-	ends := make([]int, 0, len(all)) // of each address in text
-	for i, s := range all {
-		if i == 0 || s.Name != all[i-1].Name {
-			n++
-		}
-		text = append(text, s.address(s.Port)...)
-		ends = append(ends, len(text))
-	}
-	// Three allocations, and not three for each of 10,000.
-	services = make([]status.Service, 0, n)
-	addresses, words, from := make([]string, 0, len(all)), string(text), 0
-	for i, s := range all {
-		if i == 0 || s.Name != all[i-1].Name {
+	for i, s := range slices.Compact(all) {
+		if i == 0 || s.Name != services[len(services)-1].Name {
 			services = append(services, status.Service{Name: s.Name})
-			from = len(addresses)
 		}
-		begin := 0
-		if i > 0 {
-			begin = ends[i-1]
-		}
-		addresses = append(addresses, words[begin:ends[i]])
-		services[len(services)-1].Addresses = addresses[from:len(addresses):len(addresses)]
+		last := &services[len(services)-1]
+		last.Addresses = append(last.Addresses, s.address(s.Port))
 	}
 	return services
 }

@@ -9,10 +9,10 @@ import (
 // after a quiet time, and ever later where hints lead to nothing. The zero value has none.
 type hints struct {
 	pending  bool
-	during   bool // one came since Next asked for the question under way
-	named    bool // each names a listener
-	stale    bool // all came before the last answer was made, which may hold what they are of
-	last     time.Time
+	during   bool          // one came since Next asked for the question under way
+	named    bool          // each names a listener
+	stale    bool          // all came before the last answer was made, which may hold what they are of
+	last     time.Time     // when the newest came
 	stranger bool          // one names none of the last full dump
 	gap      time.Duration // after the last question; 0: at once
 	redialed bool          // the last question was for a hint too, and showed nothing
