@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -390,8 +391,12 @@ func watchLock() (*os.File, error) {
 // startLegacy begins the watch of legacy's tables. The lock alone is enough, and so is the kernel's
 // answer.
 func (k *Kernel) startLegacy(ctx context.Context) (func(*sender), error) {
+	pulse, err := newPulse(infoEvery)
+	if err != nil {
+		return nil, err
+	}
 	var looks []*look
-	var ends []func()
+	ends := []func(){pulse.close}
 	answers := false
 	for _, f := range families {
 		l := &look{family: f, stand: k.stand(f)}
@@ -406,27 +411,31 @@ func (k *Kernel) startLegacy(ctx context.Context) (func(*sender), error) {
 		answers = answers || told
 		looks = append(looks, l)
 	}
-	file, err := watchLock()
-	if err != nil && !answers {
+	end := func() {
 		for _, end := range ends {
 			end()
 		}
+	}
+	hints := &hints{}
+	file, err := watchLock()
+	switch {
+	case err == nil:
+		go hints.read(ctx, file, pulse)
+	case !answers:
+		end()
 		return nil, err
 	}
-	hints := make(chan struct{}, 1)
-	if err == nil {
-		go readHints(ctx, file, hints)
-	}
 	return func(s *sender) {
-		k.watchLegacy(ctx, looks, hints, s)
-		for _, end := range ends {
-			end()
-		}
+		defer end()
+		defer context.AfterFunc(ctx, pulse.close)()
+		k.watchLegacy(pulse, looks, hints, s)
 	}, nil
 }
 
-// readHints says when the lock was closed: nobody who writes with it has it by then.
-func readHints(ctx context.Context, inotify *os.File, hints chan<- struct{}) {
+// hints tell that the lock was closed: nobody who writes with it has it by then.
+type hints struct{ came atomic.Bool }
+
+func (h *hints) read(ctx context.Context, inotify *os.File, pulse *pulse) {
 	defer inotify.Close()
 	stop := context.AfterFunc(ctx, func() { _ = inotify.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -435,25 +444,14 @@ func readHints(ctx context.Context, inotify *os.File, hints chan<- struct{}) {
 		if _, err := inotify.Read(buffer); err != nil {
 			return // the tables are asked all the same
 		}
-		select {
-		case hints <- struct{}{}:
-		default:
-		}
+		h.came.Store(true)
+		pulse.now()
 	}
 }
 
-func (k *Kernel) watchLegacy(ctx context.Context, looks []*look, hints <-chan struct{}, s *sender) {
-	ticker := time.NewTicker(infoEvery)
-	defer ticker.Stop()
-	for {
-		hinted := false
-		select {
-		case <-ctx.Done():
-			return
-		case <-hints:
-			hinted = true
-		case <-ticker.C:
-		}
+func (k *Kernel) watchLegacy(pulse *pulse, looks []*look, hints *hints, s *sender) {
+	for pulse.wait() {
+		hinted := hints.came.Swap(false)
 		for _, l := range looks {
 			l.pace.hinted = l.pace.hinted || hinted
 			if l.changed(time.Now()) {

@@ -201,6 +201,13 @@ func (s *Socket) get(option int, table string, value []byte) error {
 	length := uint32(len(value))
 	var errno unix.Errno
 	if err := s.conn.Control(func(fd uintptr) {
+		// An Info is asked for so often that what Go does around a call that may block is dearer than
+		// the call. It waits at most while others swap a table in, which takes milliseconds.
+		if option == getInfo {
+			_, _, errno = unix.RawSyscall6(unix.SYS_GETSOCKOPT, fd, uintptr(s.level), uintptr(option),
+				uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
+			return
+		}
 		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(s.level), uintptr(option),
 			uintptr(unsafe.Pointer(&value[0])), uintptr(unsafe.Pointer(&length)), 0)
 	}); err != nil {
