@@ -45,7 +45,7 @@ func TestMetadataServer(t *testing.T) {
 // and benchmarks stand on.
 func TestTenThousandServices(t *testing.T) {
 	l := lab.T(t, lab.Options{})
-	ctx := within(t, 120*time.Second)
+	ctx := within(t, 5*time.Minute)
 	cp, addr := startControlPlane(t, l, nil)
 	var c controlplane.Config
 	for i := range 10_000 {
@@ -70,7 +70,9 @@ func TestTenThousandServices(t *testing.T) {
 	must(t, err)
 	must(t, cp.WaitAccepted(ctx, push))
 	t.Logf("one more accepted after %s", time.Since(push.At).Round(time.Millisecond))
-	dump, err := envoy.Admin(ctx, "/config_dump?resource=dynamic_listeners")
+	// By a program that is as patient as ctx: with other tests beside it Envoy has taken 10 s.
+	dump, err := l.VM.Run(ctx, "curl", "-sSf",
+		"http://"+lab.AdminAddr.String()+"/config_dump?resource=dynamic_listeners")
 	must(t, err)
 	if n := strings.Count(dump, `"prefix_ranges"`); n < 10_001 {
 		t.Errorf("%d chains in the dump", n)
