@@ -27,7 +27,7 @@ const (
 	// processor) 5 s are longer, with 32,000 it comes each 10 s. A hint may have hintShare: others
 	// may look at their rules, which takes the lock as a write does, as often as they like.
 	printShare = 600
-	hintShare  = 20
+	hintShare  = 10
 	// trustPrint is for how long what was read is taken for what is there by its hash alone. It is
 	// less than the time after which reconcile reads in any case: a table that was changed and
 	// changed back within the milliseconds of one read is seen then.
