@@ -112,14 +112,14 @@ func TestNobodyAsksBeforeTheTableIsThere(t *testing.T) {
 	}
 }
 
-// TestPace: hashes take a 600th of a processor at most, and under any number of hints a 20th.
+// TestPace: hashes take a 600th of a processor at most, and under any number of hints a tenth.
 func TestPace(t *testing.T) {
 	for _, test := range []struct {
 		took, every, hinted time.Duration
 	}{
 		{100 * time.Microsecond, printEvery, 100 * time.Millisecond}, // a look is each 0.1 s
 		{5 * time.Millisecond, printEvery, 100 * time.Millisecond},
-		{17 * time.Millisecond, 10200 * time.Millisecond, 400 * time.Millisecond},
+		{17 * time.Millisecond, 10200 * time.Millisecond, 200 * time.Millisecond},
 	} {
 		count := func(hinted bool) (n int) {
 			var p pace
