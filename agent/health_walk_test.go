@@ -203,50 +203,56 @@ var sicknesses = []sick{
 
 // strains are what Envoy and the rules stand in, in the worst form. A new VM stands in the same, or
 // would hide what a person should see.
-var strains = map[symptom.ID]func(*symptom.Surroundings){
-	symptom.EnvoyOtherUser: func(s *symptom.Surroundings) { s.Processes = []uint32{0} },
-	symptom.RulesDiffer: func(s *symptom.Surroundings) {
+var strains = map[symptom.ID]func(*symptom.Facts){
+	symptom.EnvoyOtherUser: func(s *symptom.Facts) { s.Processes = []uint32{0} },
+	symptom.RulesDiffer: func(s *symptom.Facts) {
 		s.Differ = []iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}}
 	},
-	symptom.InputDropped: func(s *symptom.Surroundings) {
+	symptom.InputDropped: func(s *symptom.Facts) {
 		s.Dropped = []symptom.Dropped{{Port: 80, At: 15006, Chain: "INPUT"}}
 	},
-	symptom.ApplicationSilent: func(s *symptom.Surroundings) { s.Silent = []uint16{80} },
-	symptom.EndpointsPanic: func(s *symptom.Surroundings) {
+	symptom.ApplicationSilent: func(s *symptom.Facts) { s.Silent = []uint16{80} },
+	symptom.EndpointsPanic: func(s *symptom.Facts) {
 		s.Clusters = append(s.Clusters, symptom.Cluster{Panic: true,
 			ClusterHealth: envoyadmin.ClusterHealth{Name: "web", Total: 5}})
 	},
-	symptom.EndpointsUnhealthy: func(s *symptom.Surroundings) {
+	symptom.EndpointsUnhealthy: func(s *symptom.Facts) {
 		s.Clusters = append(s.Clusters, symptom.Cluster{
 			ClusterHealth: envoyadmin.ClusterHealth{Name: "db", Total: 5, Healthy: 4}})
 	},
-	symptom.AgentStuck: func(s *symptom.Surroundings) { s.Agent.Killed = time.Now() },
-	symptom.EnvoyIdentity: func(s *symptom.Surroundings) {
+	symptom.AgentStuck: func(s *symptom.Facts) { s.Agent.Killed = time.Now() },
+	symptom.EnvoyIdentity: func(s *symptom.Facts) {
 		s.Node, s.Presented = &symptom.Node{Network: "default"}, &symptom.Node{}
 	},
-	symptom.ClockWrong: func(s *symptom.Surroundings) { s.Clock = time.Hour },
-	symptom.OldConnections: func(s *symptom.Surroundings) {
+	symptom.ClockWrong: func(s *symptom.Facts) { s.Clock = time.Hour },
+	symptom.OldConnections: func(s *symptom.Facts) {
 		s.Old = make([]symptom.OldConnection, 2)
 	},
-	symptom.ConntrackFull: func(s *symptom.Surroundings) {
+	symptom.ConntrackFull: func(s *symptom.Facts) {
 		s.Conntrack = symptom.Conntrack{Count: 8, Max: 8, Dropped: 1}
 	},
-	symptom.NoRoute: func(s *symptom.Surroundings) {
+	symptom.NoRoute: func(s *symptom.Facts) {
 		s.NoRoute = []symptom.Unrouted{{Family: iptables.IPv6, Count: 1,
 			Addrs: []netip.Addr{netip.MustParseAddr("fd10::1")}}}
 	},
-	symptom.EnvoyNotOurs: func(s *symptom.Surroundings) {
+	symptom.EnvoyNotOurs: func(s *symptom.Facts) {
 		s.Configured, s.Running = &symptom.EnvoyConfig{NodeID: "a"}, &symptom.EnvoyConfig{NodeID: "b"}
 	},
-	symptom.ToolsMissing: func(s *symptom.Surroundings) { s.NoTools = errors.New("no iptables") },
+	symptom.ToolsMissing: func(s *symptom.Facts) { s.NoTools = errors.New("no iptables") },
+	symptom.ClosedAgentHere: func(s *symptom.Facts) {
+		s.ClosedAgent = &symptom.ClosedAgent{Process: "4711 service-proxy-agent"}
+	},
+	symptom.OtherVMsState:   func(s *symptom.Facts) { s.Discarded = &symptom.Discarded{} },
+	symptom.InterceptionOff: func(s *symptom.Facts) { s.Brake.Off = true },
+	symptom.InterceptionKey: func(s *symptom.Facts) { s.Brake.Bad = "of" },
 }
 
 // ask is what /healthz says after that pass, and what the pass found.
-func ask(p passed, under ...func(*symptom.Surroundings)) (ok bool, why string,
+func ask(p passed, under ...func(*symptom.Facts)) (ok bool, why string,
 	found []symptom.Finding) {
 	facts := p.seen.Facts(p.want, p.outcomes)
 	for _, strain := range under {
-		strain(&facts.Surroundings)
+		strain(&facts)
 	}
 	p.findings = symptom.Check(facts)
 	s := p.status()

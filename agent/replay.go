@@ -97,7 +97,25 @@ func (r *recorded) looked() Looked {
 // testdata/look-v1.fields has the first fields.
 var addedFields = map[string][]symptom.ID{
 	"EnvoyLog": nil, // of next steps and commands alone
+
+	"ClosedAgent": closedAgentKinds, "ClosedAgent.Unit": closedAgentKinds,
+	"ClosedAgent.Starts": closedAgentKinds, "ClosedAgent.Binary": closedAgentKinds,
+	"ClosedAgent.Process": closedAgentKinds, "ClosedAgent.Writes": closedAgentKinds,
+
+	"Discarded": discardedKinds, "Discarded.Instance": discardedKinds,
+	"Discarded.This": discardedKinds, "Discarded.What": discardedKinds, "Discarded.At": discardedKinds,
+
+	"Brake": offKinds, "Brake.Off": offKinds, "Brake.Since": offKinds, "Brake.By": offKinds,
+	"Brake.WhenEnvoyDown": nil, // no finding is made of it
+	"Brake.Bad":           keyKinds, "Brake.BadBy": keyKinds,
 }
+
+var (
+	closedAgentKinds = []symptom.ID{symptom.ClosedAgentHere}
+	discardedKinds   = []symptom.ID{symptom.OtherVMsState}
+	offKinds         = []symptom.ID{symptom.InterceptionOff}
+	keyKinds         = []symptom.ID{symptom.InterceptionKey}
+)
 
 // undecided are the kinds that an older agent did not know, or not by the fields of today.
 func (r *recorded) undecided(fields []string) map[symptom.ID]string {

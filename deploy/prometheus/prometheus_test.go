@@ -354,7 +354,7 @@ func joined(a, b map[string]rule) map[string]rule {
 }
 
 // words are PromQL's own.
-var words = strings.Fields(`and or unless bool by on ignoring without sum avg rate increase changes
+var words = strings.Fields(`and or unless bool by on ignoring without sum avg count rate increase changes
 	time absent label_replace clamp_min avg_over_time sum_over_time`)
 
 // unknown is what an expression names and nobody has. The expressions here have no brace, bracket

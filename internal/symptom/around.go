@@ -74,21 +74,27 @@ func otherUser(f Facts) (out []Finding) {
 
 // rulesDiffer: what the daemon would repair, on a VM where it does not.
 func rulesDiffer(f Facts) []Finding {
-	if len(f.Differ) == 0 {
+	differ := f.Differ
+	if f.Brake.Off { // the jumps shall be out
+		differ = slices.DeleteFunc(slices.Clone(differ), func(d iptables.Drift) bool {
+			return d.Kind == iptables.JumpRemoved
+		})
+	}
+	if len(differ) == 0 {
 		return nil
 	}
 	count := "1 difference"
-	if n := len(f.Differ); n > 1 {
+	if n := len(differ); n > 1 {
 		count = fmt.Sprintf("%d differences, the first", n)
 	}
 	found := finding(RulesDiffer, 13, Error,
 		"start the agent, which repairs them: `systemctl start service-proxy-agent`; "+
 			"`service-proxy-agent diff` shows all",
 		"The kernel's rules are not what Envoy needs, and no agent repairs them: %s: %v",
-		count, f.Differ[0]).
+		count, differ[0]).
 		try("sudo service-proxy-agent diff", "sudo systemctl start service-proxy-agent",
 			"sudo journalctl -u service-proxy-agent -n 50")
-	for _, d := range f.Differ[:min(len(f.Differ), someNames)] {
+	for _, d := range differ[:min(len(differ), someNames)] {
 		found = found.seen(FromKernel, time.Time{}, d.String())
 	}
 	return []Finding{found}

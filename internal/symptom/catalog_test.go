@@ -115,6 +115,16 @@ once (network is unreachable), whatever Envoy knows.`,
 gets from its control plane is not what this VM was set up for.`,
 	ToolsMissing: `The rules are written by iptables and ip6tables. Bootstrap installs them where the
 package manager has them; until then nothing is intercepted.`,
+	ClosedAgentHere: `Google's agent has the names of ours: its unit, its chains, its guest attributes. Two
+that write the same undo each other, so one of them has to go. This one changes nothing of the other
+until somebody asks it to.`,
+	OtherVMsState: `The disk was made from another VM's, with what its agent kept: none of it is this
+VM's. The agent has thrown it away, and goes by this VM's metadata alone.`,
+	InterceptionOff: `Somebody wants it so, for this VM or for all of its project. The chains and what
+goes through Envoy already stay; new connections go to the raw addresses, past the mesh. Without the
+key the jumps come back within seconds.`,
+	InterceptionKey: `The key that turns interception off has a value that the agent does not know, so
+it does what it did before: interception goes on as it was.`,
 	Starting: `The first look at Envoy and at the kernel has not ended. This passes within seconds.`,
 }
 

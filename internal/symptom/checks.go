@@ -526,7 +526,11 @@ func portClosed(f Facts) (out []Finding) {
 		if errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) { // there is no Envoy that could
 			next, commands = "it accepts by itself once Envoy runs", nil
 		}
-		out = append(out, finding(InterceptionNotReady, 0, Error, next,
+		severity := Error
+		if f.Brake.Off { // nothing is redirected to it, and nothing shall be
+			severity = Warning
+		}
+		out = append(out, finding(InterceptionNotReady, 0, severity, next,
 			"Envoy's %s port %d does not accept %v connections (%v)", p.Purpose, p.Addr.Port(), p.Family,
 			why).
 			under(p.Addr.String()).seen(FromSockets, time.Time{}, p.socket()).try(commands...))

@@ -95,6 +95,16 @@ func TestCommands(t *testing.T) {
 			f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "unable to open file '/a b': no"}}
 		}), AccessLogUnwritable, "sudo ls -ld -- '/a b'"},
 		{live(func(f *Facts) { f.Silent = []uint16{8080} }), ApplicationSilent, "sudo ss -ltunp 'sport = :8080'"},
+		{live(func(f *Facts) { f.Brake = Brake{Off: true, By: ByInstance} }), InterceptionOff,
+			"gcloud compute instances remove-metadata " + where + " --keys=service-proxy-agent-interception"},
+		{live(func(f *Facts) { f.Brake = Brake{Off: true, By: ByProject} }), InterceptionOff,
+			"gcloud compute project-info remove-metadata --project=my-project --keys=service-proxy-agent-interception"},
+		{live(func(f *Facts) { f.Brake = Brake{Bad: "x", BadBy: ByProject} }), InterceptionKey,
+			"gcloud compute project-info remove-metadata --project=my-project --keys=service-proxy-agent-interception"},
+		{live(func(f *Facts) { f.Brake = Brake{Bad: "x", BadBy: ByProject} }), InterceptionKey,
+			"curl …/computeMetadata/v1/project/attributes/service-proxy-agent-interception; echo"},
+		{live(func(f *Facts) { f.ClosedAgent = &ClosedAgent{} }), ClosedAgentHere,
+			"sudo service-proxy-agent bootstrap --take-over"},
 		{live(func(f *Facts) {
 			f.Others = []iptables.OtherChain{{Backend: "legacy", Family: "ip6", Table: "nat", Chain: "OUTPUT"}}
 		}), OtherChain, "sudo ip6tables-legacy -t nat -S"},
@@ -161,6 +171,8 @@ func TestSince(t *testing.T) {
 		EnvoyDown:       live(func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrRefused, now }),
 		AdminUnreadable: live(func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrTimeout, now }),
 		AgentStuck:      live(func(f *Facts) { f.Agent.Killed = now }),
+		InterceptionOff: live(func(f *Facts) { f.Brake = Brake{Off: true, Since: now} }),
+		OtherVMsState:   live(func(f *Facts) { f.Discarded = &Discarded{At: now} }),
 	} {
 		if got := Check(f)[0]; got.ID != id || !got.Since.Equal(now) {
 			t.Errorf("%+v", got)

@@ -42,7 +42,8 @@ var sections = []struct {
 		[]ID{ToolsMissing, ProxyUser, FamilyUnusable, RuleRefused, RulesDiffer, CouldNotLook, Shadowed,
 			Fight, DriftRepaired, OtherChain, ResolverLoop}},
 	{"Installation and settings", "",
-		[]ID{Bootstrap, AttributeBad, AttributeAdvice, MetadataServer}},
+		[]ID{Bootstrap, AttributeBad, AttributeAdvice, MetadataServer, InterceptionOff, InterceptionKey,
+			ClosedAgentHere, OtherVMsState}},
 	{"The agent itself", "Interception goes on.",
 		[]ID{AgentStuck, GuestAttributesOff, ListenAddress, Starting}},
 }

@@ -23,7 +23,11 @@ var follows = []struct {
 	{[]ID{ClockWrong}, []ID{ControlPlaneConnect}},
 	// Without the tools no rules, whatever else.
 	{[]ID{ToolsMissing}, []ID{FamilyUnusable, RuleRefused, CouldNotLook}},
-	{[]ID{ToolsMissing, ForeignOwner, EnvoyOtherUser, AgentStuck}, []ID{RulesDiffer}},
+	{[]ID{ToolsMissing, ForeignOwner, EnvoyOtherUser, AgentStuck, ClosedAgentHere}, []ID{RulesDiffer}},
+	// Two agents write the same rules, each with an Envoy of its own: see fits.
+	{[]ID{ClosedAgentHere}, []ID{Fight, EnvoyNotOurs}},
+	// Whoever has turned interception off knows that nothing is intercepted: see portClosed.
+	{[]ID{InterceptionOff}, []ID{InterceptionNotReady, ServingPortNoChain}},
 }
 
 var (
@@ -71,6 +75,8 @@ func fits(f Facts, reason ID, since time.Time, what Finding) bool {
 		})
 	case reason == ClockWrong && what.ID == ControlPlaneConnect:
 		return failsTLS(f)
+	case reason == ClosedAgentHere: // what only lies there does nothing
+		return f.ClosedAgent != nil && f.ClosedAgent.Process != ""
 	}
 	return true
 }

@@ -172,6 +172,13 @@ func TestReasons(t *testing.T) {
 	noTable := func(f *Facts) {
 		f.Families = []Family{{Family: iptables.IPv4, Unusable: iptables.ErrNoTable}}
 	}
+	fight := func(f *Facts) {
+		f.Families = []Family{{Family: iptables.IPv4, Fighting: true, Undone: 9}}
+	}
+	other := func(process string) func(*Facts) {
+		return func(f *Facts) { f.ClosedAgent = &ClosedAgent{Starts: true, Process: process} }
+	}
+	brake := func(f *Facts) { f.Brake = Brake{Off: true, Since: now, By: ByProject} }
 	noEnvoy := func(f *Facts) { f.Envoy.Err, f.Envoy.Since = envoyadmin.ErrRefused, now }
 	closedBefore := func(age time.Duration) func(*Facts) {
 		return func(f *Facts) {
@@ -207,6 +214,20 @@ func TestReasons(t *testing.T) {
 		// Half a minute is no reason for that, and a warning would hide an error.
 		{"a clock that is a little off", []func(*Facts){clock(time.Minute), probe(envoyadmin.ErrTLS)}, "control-plane-unreachable clock-wrong"},
 		{"no iptables", []func(*Facts){noTools, noTable, differ}, "iptables-missing family-unusable<iptables-missing rules-differ<iptables-missing"},
+		{"another agent runs", []func(*Facts){differ, fight, another, other("4711 agent")},
+			"closed-agent rules-differ<closed-agent rules-undone<closed-agent envoy-not-as-configured<closed-agent"},
+		{"another agent runs after the next boot", []func(*Facts){differ, fight, other("")},
+			"closed-agent rules-differ rules-undone"},
+		{"the brake is on", []func(*Facts){brake, closed, uncovered},
+			"interception-off interception-port-closed<interception-off serving-port-not-inbound<interception-off"},
+		{"the brake is on, and Envoy is down", []func(*Facts){brake, closed, noEnvoy},
+			"envoy-down interception-off interception-port-closed<envoy-down"},
+		{"the brake is on, and the jumps are out", []func(*Facts){brake, func(f *Facts) {
+			f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT"}}
+		}}, "interception-off"},
+		{"the brake is on, and the jumps are in", []func(*Facts){brake, func(f *Facts) {
+			f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved}, {Kind: iptables.JumpLeft, Chain: "OUTPUT"}}
+		}}, "interception-off rules-differ"},
 		{"a stuck agent", []func(*Facts){differ, func(f *Facts) { f.Agent = Agent{Heartbeat: now, Now: now.Add(time.Hour)} }},
 			"agent-stuck rules-differ<agent-stuck"},
 		{"an agent that was stuck", []func(*Facts){differ, func(f *Facts) { f.Agent = Agent{Killed: now} }}, "rules-differ agent-stuck"},

@@ -24,7 +24,8 @@ const (
 	FromClusters  Source = "envoy-clusters"  // the health of its endpoints
 	FromMetadata  Source = "metadata-server" // the attribute, and what else it says of the VM
 	FromState     Source = "state-folder"    // what bootstrap reached and configured
-	FromUnit      Source = "systemd"         // the state of Envoy's unit
+	FromUnit      Source = "systemd"         // the state of units
+	FromProcesses Source = "processes"       // the programs that run
 	// FromControlPlane is our own look-up of and connection to the control plane.
 	FromControlPlane Source = "control-plane"
 	// FromAgent is the daemon: only it knows what happened over time. Where none runs nothing has
@@ -70,7 +71,48 @@ type Surroundings struct {
 	Differ []iptables.Drift
 	// NoTools is why there is no iptables to be had; nil: there is.
 	NoTools error
+	// ClosedAgent is Google's own agent on this VM; nil: nothing of it was seen.
+	ClosedAgent *ClosedAgent
 }
+
+// ClosedAgent is what was seen of Google's own agent, whose unit, chains and guest attributes have
+// the names of ours. Each text may hold what others have written; "" where it was not seen.
+type ClosedAgent struct {
+	// Unit is its unit's file and state: "/etc/systemd/system/service-proxy-agent.service, active".
+	Unit string
+	// Starts: the unit is active, or enabled, so that it runs now or after the next boot.
+	Starts  bool
+	Binary  string // its path
+	Process string // pid and command
+	Writes  string // a guest attribute of ours that has another's value
+}
+
+// runs says whether it is, or will be, more than a file.
+func (c *ClosedAgent) runs() bool { return c != nil && (c.Process != "" || c.Starts) }
+
+// Discarded is state of another VM, whose disk this one's was made from.
+type Discarded struct {
+	Instance, This string   // the instance ids: whose it was, and this VM's
+	What           []string // "the last good attribute", "the history"
+	At             time.Time
+}
+
+// Brake is what the metadata key service-proxy-agent-interception asks for.
+type Brake struct {
+	Off           bool      // no traffic is redirected
+	Since         time.Time // when the agent first saw that, restarts aside; zero: not known
+	By            string    // ByInstance or ByProject: whose metadata it is
+	WhenEnvoyDown bool      // the key says bypass-when-down
+	// Bad is a value that is neither, of BadBy's metadata; "": there is none.
+	Bad   string
+	BadBy string
+}
+
+// Whose metadata has the brake's key.
+const (
+	ByInstance = "instance"
+	ByProject  = "project"
+)
 
 // Dropped is a serving port that table filter drops whoever asks.
 type Dropped struct {

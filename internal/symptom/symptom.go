@@ -101,6 +101,11 @@ const (
 	NoRoute            ID = "no-route"                // row 36
 	EnvoyNotOurs       ID = "envoy-not-as-configured" // row 37
 	ToolsMissing       ID = "iptables-missing"        // row 38
+	ClosedAgentHere    ID = "closed-agent"            // row 39
+	OtherVMsState      ID = "state-of-another-vm"     // row 40
+	InterceptionOff    ID = "interception-off"        // row 41
+	// row 41: the metadata key of the brake has a value that nobody knows
+	InterceptionKey ID = "interception-key"
 )
 
 // Finding is one symptom that is there now.
@@ -238,6 +243,10 @@ type Facts struct {
 	Uncovered    []uint16 // serving ports without a chain in Envoy's inbound listener
 	ServerFirst  []uint16 // ports of server-first protocols behind an HTTP or TLS inspecting chain
 	Others       []iptables.OtherChain
+	Brake        Brake
+	// Discarded is what this start found in the state folder of another VM's; nil: nothing, or the
+	// start is long ago.
+	Discarded *Discarded
 
 	VM VM
 	// Unseen are the sources that could not be observed, and why. Of a source that is not in it the
@@ -308,7 +317,7 @@ var checks = []func(Facts) []Finding{
 	notOurs, identity, clock, controlPlane,
 	notConfigured, tooOld,
 	families, rulesDiffer, conntrack, rejected, attributeBad, bootstrapFailed, metadataServer,
-	agentStuck, agentSilent, told, portClosed,
+	agentStuck, agentSilent, closedAgent, otherVMsState, brake, told, portClosed,
 	servingPorts, dropped, silent, clusters, noRoute, entries, skipped, serverFirst, others,
 	oldConnections, guestOff, listenAddress, logUnreadable, attributeAdvice,
 }

@@ -236,6 +236,29 @@ var examples = []example{
 		f.Advice = []string{
 			"service.serving-ports: 22 sends SSH through Envoy; a broken mesh then locks you out"}
 	}), AttributeAdvice},
+	{"Google's own agent runs", live(func(f *Facts) {
+		f.ClosedAgent = &ClosedAgent{Unit: "/etc/systemd/system/service-proxy-agent.service, active", Starts: true,
+			Binary: "/usr/local/bin/google-service-proxy-agent", Process: "4711 /usr/local/bin/google-service-proxy-agent",
+			Writes: "agent-heartbeat is of another's"}
+	}), ClosedAgentHere},
+	{"its unit starts it at the next boot", live(func(f *Facts) {
+		f.ClosedAgent = &ClosedAgent{Unit: "/etc/systemd/system/service-proxy-agent.service, enabled", Starts: true}
+	}), ClosedAgentHere},
+	{"its files lie there, and nothing starts it", live(func(f *Facts) {
+		f.ClosedAgent = &ClosedAgent{Unit: "/etc/systemd/system/service-proxy-agent.service, disabled"}
+	}), ClosedAgentHere},
+	{"the VM's disk was made from another VM's", live(func(f *Facts) {
+		f.Discarded = &Discarded{Instance: "4711", This: "4712", What: []string{"the last good attribute", "the history"}, At: now}
+	}), OtherVMsState},
+	{"the instance's metadata turns interception off", live(func(f *Facts) {
+		f.Brake = Brake{Off: true, Since: now, By: ByInstance}
+	}), InterceptionOff},
+	{"the project's metadata turns interception off", live(func(f *Facts) {
+		f.Brake = Brake{Off: true, Since: now, By: ByProject}
+	}), InterceptionOff},
+	{"the key has another value", live(func(f *Facts) {
+		f.Brake = Brake{Bad: "aus", BadBy: ByProject}
+	}), InterceptionKey},
 	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
 	{"the web config file of --metrics-listen is wrong", live(func(f *Facts) {
 		f.MetricsErr = errors.New(`web config file "/etc/service-proxy-agent/web-config.yml": line 3: unknown key "keyfile" in tls_server_config`)

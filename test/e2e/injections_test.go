@@ -328,7 +328,13 @@ var elsewhere = map[symptom.ID]string{
 	symptom.ListenerSkipped: "TestForeignText",
 	symptom.LogUnreadable:   "TestFollowLogRefuses of envoyadmin",
 	symptom.Starting:        "it stands for the first moments of each start",
+	symptom.ClosedAgentHere: ofFacts,
+	symptom.OtherVMsState:   ofFacts,
+	symptom.InterceptionOff: ofFacts,
+	symptom.InterceptionKey: ofFacts,
 }
+
+const ofFacts = "of facts alone so far"
 
 // otherRows are the rows that are no finding, and why.
 var otherRows = map[int]string{
