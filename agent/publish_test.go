@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 var testStart = time.Date(2026, 11, 28, 18, 0, 0, 0, time.UTC)
@@ -234,6 +236,39 @@ func TestTold(t *testing.T) {
 		told.publish(p, "nft")
 		if got := strings.ToLower(take()); got != strings.ToLower(step.want) {
 			t.Errorf("%s: told\n%s\nwant\n%s", step.name, got, step.want)
+		}
+	}
+}
+
+// TestBrakeIsToldAlone: what only says that nothing is intercepted is no failure while the brake is
+// on, so agent-last-failure tells of the brake; and it is one again when the key goes.
+func TestBrakeIsToldAlone(t *testing.T) {
+	told, take := heard()
+	found := func(brake symptom.Brake) []symptom.Finding {
+		return symptom.Check(symptom.Facts{Brake: brake, Uncovered: []uint16{8081},
+			Ports: []symptom.Port{{Family: iptables.IPv4, Purpose: outboundPort,
+				Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}})
+	}
+	for _, step := range []struct {
+		after time.Duration
+		brake symptom.Brake
+		want  string
+	}{
+		{0, symptom.Brake{}, "Envoy's outbound interception port 15001 does not accept "},
+		{time.Minute, symptom.Brake{Off: true, By: symptom.ByProject,
+			Since: testStart.Add(time.Minute)}, "Envoy's outbound interception port 15001 does not accept "},
+		{time.Minute + warningAfter, symptom.Brake{Off: true, By: symptom.ByProject,
+			Since: testStart.Add(time.Minute)}, "Interception is off since 2026-11-28T18:01:00Z, as intended: "},
+		{2 * time.Minute, symptom.Brake{}, "Envoy's outbound interception port 15001 does not accept "},
+	} {
+		p := intercepting()
+		p.seen.Now = testStart.Add(step.after)
+		p.findings = found(step.brake)
+		told.publish(p, "nft")
+		text := take()
+		_, text, _ = strings.Cut(text[strings.LastIndex(text, "\npass ")+1:], " ")
+		if _, last, _ := strings.Cut(text, " "); !strings.HasPrefix(last, step.want) {
+			t.Errorf("after %v: %q, want %q", step.after, last, step.want)
 		}
 	}
 }

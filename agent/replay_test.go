@@ -280,6 +280,9 @@ func FuzzReplay(f *testing.F) {
 		r.Facts.Ports = []symptom.Port{{}}
 		r.Facts.Agent.Findings = []symptom.Finding{{ID: symptom.LogUnreadable, Cause: "\x1b"}}
 		r.Facts.Dropped = []symptom.Dropped{{Port: 1}}
+		r.Facts.ClosedAgent = &symptom.ClosedAgent{Process: "\x1b", Writes: "\x1b"}
+		r.Facts.Discarded = &symptom.Discarded{Instance: "\x1b", What: []string{"\x1b", ""}}
+		r.Facts.Brake = symptom.Brake{Off: true, By: "\x1b", Bad: "\x1b", BadBy: "\x1b"}
 		r.Envoy.Err = errors.New("\x1b")
 	}))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -83,7 +83,7 @@ type ClosedAgent struct {
 	// Starts: the unit is active, or enabled, so that it runs now or after the next boot.
 	Starts  bool
 	Binary  string // its path
-	Process string // pid and command
+	Process string // pid and program, without its arguments, which may hold a secret
 	Writes  string // a guest attribute of ours that has another's value
 }
 
