@@ -37,6 +37,9 @@ type Order struct {
 	UserKnown bool // the proxy's user exists: ProxyUID is its uid
 	Draining  bool // Envoy stops as planned, also when it no longer answers
 	WhenDown  WhenEnvoyDown
+	// Off is the emergency brake: no jump is in, whoever accepts and whether Envoy has told its
+	// listeners or not. The chains stay, and are kept as they are wanted.
+	Off bool
 
 	Paused   bool // cleanup took everything out
 	Marked   bool // an agent of this boot put jumps in
@@ -369,8 +372,10 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 		f.goal.settle(p.now) // a first install, be it that all services had gone
 		f.goal.compile(p.order.Want, p.order.Serial, &f.gates, p.now)
 	}
-	if !f.goal.target.Intercepting() && ours.Empty() {
-		f.settled(p) // Hold: chains without a jump are of no use to anybody
+	if !f.goal.target.Intercepting() && ours.Empty() && !(p.order.Off && f.standing.written) {
+		// Hold: chains without a jump are of no use to anybody. Those of a brake that came later are:
+		// redirected streams live by them.
+		f.settled(p)
 		return nil
 	}
 	drift := iptables.Diff(f.goal.target, f.sight.have)
@@ -465,7 +470,7 @@ func (f *Family) settled(p *pass) {
 // report puts what is told of the family into the pass's outcome.
 func (f *Family) report(p *pass) {
 	o := &p.out
-	o.Facts, o.Status, o.NotReady = f.facts(), f.status(), f.notReady()
+	o.Facts, o.Status, o.NotReady = f.facts(), f.status(), f.notReady(p.order)
 	o.Written, o.Lacks, o.InSync = f.standing.written, f.goal.lacks(), f.standing.seen
 	o.Removed = f.paths.taken()
 	o.Undone, o.LastDriftBy, o.LastDriftAt = f.drift.undone, f.drift.lastBy, f.drift.lastAt
@@ -501,8 +506,14 @@ func (f *Family) status() status.Family {
 	return s
 }
 
-func (f *Family) notReady() string {
+func (f *Family) notReady(o Order) string {
 	if f.usability.why != nil {
+		return ""
+	}
+	if o.Off { // what is wanted then is that nothing leads to Envoy
+		if !f.sight.adopted || f.standing.jumps || o.Known && !f.standing.equal {
+			return "the " + f.family.String() + " jumps are not known to be out yet"
+		}
 		return ""
 	}
 	if why := f.gates.notAccepting(f.family); why != "" {

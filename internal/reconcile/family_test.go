@@ -1141,3 +1141,154 @@ func TestPlanIsLogged(t *testing.T) {
 		t.Errorf("logged %v", plans)
 	}
 }
+
+// TestOff: the brake takes the jumps out of all three ways and leaves the chains, whoever accepts
+// and whatever is known. They go in again once the proxy accepts, and not before.
+func TestOff(t *testing.T) {
+	all := anInterception()
+	all.InboundPort, all.Serving, all.DNSPort = 15006, []iptables.Serving{{Port: 80}}, 15053
+	whole := all
+	whole.Jumps = true
+	const held = "the jumps are held back: interception is off by the metadata key " +
+		"service-proxy-agent-interception"
+	for _, test := range []struct {
+		name   string
+		change func(r *rig) // with the brake
+		known  bool
+	}{
+		{"Envoy accepts", func(*rig) {}, true},
+		{"Envoy is down", func(r *rig) { r.listens(0) }, true},
+		{"somebody else's port", func(r *rig) { r.listens(foreignUID) }, true},
+		{"nobody could look", func(r *rig) {
+			for _, look := range []*symptom.Port{&r.order.Looks.Outbound, &r.order.Looks.Inbound,
+				&r.order.Looks.DNS} {
+				look.Listening, look.Err = false, errors.New("netlink")
+			}
+		}, true},
+		{"what is wanted is not known", func(r *rig) { r.order.Known = false }, false},
+		{"the proxy's user is not there", func(r *rig) { r.order.UserKnown = false; r.listens(0) },
+			false},
+		{"Envoy drains", func(r *rig) { r.order.Draining = true }, true},
+		{"bypass", func(r *rig) { r.order.WhenDown = Bypass; r.listens(0) }, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := newRig(t)
+			r.want(all)
+			r.settle()
+			if !r.ours().WithoutComments().Equal(settled(whole).WithoutComments()) {
+				t.Fatalf("not in:\n%s", r.ours())
+			}
+			r.order.Off = true
+			test.change(r)
+			out := r.pass(time.Second)
+			for out.Wake == 0 {
+				out = r.pass(0)
+			}
+			want := r.ours().WithoutJumps()
+			if r.ours().Intercepting() || out.Status.Jumps || out.NotReady != "" ||
+				!r.ours().Equal(want) || r.ours().Len() == 0 || len(r.nat.Chains()["SERVICE_PROXY_DNS"]) == 0 {
+				t.Errorf("not out, or not the chains alone: %+v\n%s", out, r.ours())
+			}
+			if test.known && (out.Status.Shape == nil || out.Status.Shape.Held != held) {
+				t.Errorf("shape %+v", out.Status.Shape)
+			}
+			if len(out.Drift) != 0 || out.Undone != 0 {
+				t.Errorf("taken for drift: %+v", out)
+			}
+			r.called()
+			if r.pass(time.Second); strings.Contains(r.called(), "apply") {
+				t.Error("written again")
+			}
+			// Without the brake it is Hold that decides.
+			r.order.Off, r.order.Known, r.order.UserKnown, r.order.Draining = false, true, true, false
+			r.listens(0)
+			if out = r.settle(); out.Status.Jumps || r.ours().Intercepting() {
+				t.Errorf("in while the proxy does not accept\n%s", r.ours())
+			}
+			r.listens(proxyUID)
+			if out = r.pass(time.Second); !out.Status.Jumps || out.NotReady != "" ||
+				!r.ours().Equal(settled(whole)) {
+				t.Errorf("not in again: %+v\n%s", out, r.ours())
+			}
+		})
+	}
+}
+
+// settled is the ruleset of an interception that lets older connections through.
+func settled(i iptables.Interception) iptables.Ruleset {
+	i.Settling = true
+	return i.Ruleset()
+}
+
+// TestOffAtBoot: with the brake on no jump ever goes in, and chains that nobody needs neither. One
+// that an earlier run or somebody else put in goes, and what is left is repaired.
+func TestOffAtBoot(t *testing.T) {
+	r := newRig(t)
+	r.order.Off = true
+	for range 5 {
+		if out := r.pass(time.Second); out.Status.Jumps || out.Written || !r.ours().Empty() {
+			t.Fatalf("at boot: %+v\n%s", out, r.ours())
+		}
+	}
+	if called := r.called(); strings.Contains(called, "apply") {
+		t.Errorf("written: %s", called)
+	}
+	r.order.Off = false
+	if out := r.pass(time.Second); !out.Status.Jumps || !r.ours().Settling() {
+		t.Errorf("a first install: %+v\n%s", out, r.ours())
+	}
+
+	left := anInterception()
+	left.Jumps = true
+	for _, marked := range []bool{false, true} {
+		r = newRig(t)
+		r.order.Off, r.order.Marked = true, marked
+		r.install(left)
+		if out := r.pass(0); out.NotReady == "" || !out.Status.Jumps {
+			t.Errorf("before it has written: %+v", out)
+		}
+		out := r.settle()
+		if out.Status.Jumps || r.ours().Intercepting() || r.ours().Empty() || out.NotReady != "" {
+			t.Errorf("an earlier run's, marked %v: %+v\n%s", marked, out, r.ours())
+		}
+		chains := r.ours()
+		// Somebody puts the jump in again, takes a row out, and flushes the table.
+		r.others(byIptables, "-I OUTPUT "+jump)
+		if out = r.pass(time.Second); out.Undone != 1 || !r.ours().Equal(chains) {
+			t.Errorf("a jump of somebody else's: %+v\n%s", out, r.ours())
+		}
+		r.others(iptables.Event{}, ":SERVICE_PROXY_REDIRECT - [0:0]")
+		if out = r.pass(time.Second); out.Undone != 2 || !r.ours().Equal(chains) {
+			t.Errorf("a row: %+v\n%s", out, r.ours())
+		}
+		var flush, gone []string
+		for name := range r.nat.Chains() {
+			if strings.HasPrefix(name, "SERVICE_PROXY_") {
+				flush, gone = append(flush, ":"+name+" - [0:0]"), append(gone, "-X "+name)
+			}
+		}
+		flush = append(flush, gone...)
+		r.others(iptables.Event{}, flush...)
+		if !r.ours().Empty() {
+			t.Fatalf("not flushed:\n%s", r.ours())
+		}
+		if out = r.pass(time.Second); out.Undone != 3 || !r.ours().Equal(chains) ||
+			r.ours().Intercepting() {
+			t.Errorf("all of it: %+v\n%s", out, r.ours())
+		}
+	}
+}
+
+// TestOffFails: a brake that could not be written is not ready, and is tried again.
+func TestOffFails(t *testing.T) {
+	r := installed(t)
+	r.order.Off, r.applyFails = true, iptables.ErrLocked
+	out := r.pass(time.Second)
+	if out.NotReady == "" || !out.Status.Jumps || out.Wake > 2*time.Second {
+		t.Errorf("%+v", out)
+	}
+	r.applyFails = nil
+	if out = r.pass(out.Wake); out.NotReady != "" || out.Status.Jumps || r.ours().Intercepting() {
+		t.Errorf("%+v\n%s", out, r.ours())
+	}
+}

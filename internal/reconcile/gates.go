@@ -27,6 +27,7 @@ type gates struct {
 // move moves each gate by its look, and returns those looks that are facts. Until Envoy has told
 // its listeners only a foreign owner of a port is one: a closed port is what Envoy's state tells
 // better. The gates move then only where the rules that are in lead to their ports (adopted).
+// The brake closes all of them, for which nothing need be known.
 func (g *gates) move(now time.Time, o Order, adopted bool) (facts []symptom.Port) {
 	g.ports = o.Ports
 	for _, each := range []struct {
@@ -34,13 +35,18 @@ func (g *gates) move(now time.Time, o Order, adopted bool) (facts []symptom.Port
 		look symptom.Port
 	}{{&g.outbound, o.Looks.Outbound}, {&g.inbound, o.Looks.Inbound}, {&g.dns, o.Looks.DNS}} {
 		foreign := each.look.Listening && each.look.Owner != o.ProxyUID
+		if o.Off {
+			*each.gate = gate{denied: true}
+		}
 		if each.look.Addr.Port() == 0 || !o.Known && !adopted && !foreign {
 			continue
 		}
 		if o.Known || foreign {
 			facts = append(facts, each.look)
 		}
-		*each.gate = each.gate.next(now, each.look, o.ProxyUID, o.Draining, o.WhenDown)
+		if !o.Off {
+			*each.gate = each.gate.next(now, each.look, o.ProxyUID, o.Draining, o.WhenDown)
+		}
 	}
 	return facts
 }

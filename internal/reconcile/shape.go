@@ -72,6 +72,8 @@ type way struct {
 // closed is why a way is not open.
 func (w way) closed(o Order) string {
 	switch {
+	case o.Off:
+		return "interception is off by the metadata key service-proxy-agent-interception"
 	case o.Draining:
 		return "Envoy is being stopped"
 	case w.look.Listening && w.look.Owner != o.ProxyUID:
