@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 
@@ -36,7 +37,7 @@ func (e *Error) Unwrap() error { return e.Err }
 // Read asks for path, relative to computeMetadata/v1/. What may pass (5xx, 429, a refused
 // connection) is tried again five times within 3 s. Errors: [*Error].
 func Read(ctx context.Context, path string) ([]byte, error) {
-	text, _, err := get(ctx, path, "")
+	text, _, err := get(ctx, path, "", pace{})
 	return text, err
 }
 
@@ -104,23 +105,24 @@ func (a *answer) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// get is Read. With an etag it waits up to a minute for another value.
-func get(ctx context.Context, path, etag string) (text []byte, newETag string, err error) {
+// get is Read. With an etag it waits for another value, for as long as the pace says.
+func get(ctx context.Context, path, etag string, p pace) (text []byte, newETag string, err error) {
 	answer := &answer{}
-	text, err = ask(ctx, path, etag, answer)
+	text, err = ask(ctx, path, etag, p, answer)
 	return text, answer.etag, err
 }
 
-func ask(ctx context.Context, path, etag string, answer *answer) (text []byte, err error) {
+func ask(ctx context.Context, path, etag string, p pace, answer *answer) (text []byte, err error) {
 	if err := CheckHost(); err != nil {
 		return nil, &Error{Path: path, Err: err}
 	}
 	limit := 10 * time.Second
 	query := ""
 	if etag != "" {
-		limit = 80 * time.Second
+		limit = p.held + p.patience
 		query = "?" + url.Values{
-			"wait_for_change": {"true"}, "timeout_sec": {"60"}, "last_etag": {etag},
+			"wait_for_change": {"true"}, "last_etag": {etag},
+			"timeout_sec": {strconv.Itoa(int(p.held / time.Second))},
 		}.Encode()
 	}
 	outer := ctx

@@ -66,7 +66,7 @@ func Clock(ctx context.Context) (ahead time.Duration, err error) {
 	// beginning or of the end of that.
 	const path = "instance/id"
 	answer := &answer{}
-	if _, err := ask(ctx, path, "", answer); err != nil {
+	if _, err := ask(ctx, path, "", pace{}, answer); err != nil {
 		return 0, err
 	}
 	if !answer.dated {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
@@ -27,7 +28,7 @@ type Attribute struct {
 
 // ReadAttribute reads and parses the attribute once.
 func ReadAttribute(ctx context.Context) Attribute {
-	text, _, err := get(ctx, attributePath, "")
+	text, _, err := get(ctx, attributePath, "", pace{})
 	if err != nil {
 		return Attribute{Err: err}
 	}
@@ -50,40 +51,72 @@ func parse(text []byte) Attribute {
 // answered, if not nil, is called at each answer that can be used, news or not: the server is well.
 func Watch(ctx context.Context, answered func(), emit func(Attribute)) {
 	var last Attribute
-	first, etag, wait := true, "", time.Duration(0)
-	say := func(a Attribute) {
+	first := true
+	follow(ctx, attributePath, attributePace, func(text []byte, err error) {
+		var a Attribute
+		switch {
+		case err == nil:
+			a = parse(text)
+		case errors.Is(err, ErrNoAttribute):
+			a.Err = err
+		default:
+			a = Attribute{Text: last.Text, Err: err}
+		}
+		if answered != nil && (err == nil || errors.Is(err, ErrNoAttribute)) {
+			answered()
+		}
 		if !first && string(a.Text) == string(last.Text) && errorText(a.Err) == errorText(last.Err) {
 			return
 		}
 		first, last = false, a
 		emit(a)
-	}
+	})
+}
+
+// pace is how a key is asked for again.
+type pace struct {
+	// held is for how long the server holds a question for a change of a key that is there.
+	held time.Duration
+	// patience is how much longer its answer may take.
+	patience time.Duration
+	// absent is how often a key is asked for that the server cannot wait for: one that is missing
+	// answers at once, even with wait_for_change. The server is on the host: an ask costs nothing.
+	absent time.Duration
+	// away is the longest pause while the server gives no usable answer.
+	away time.Duration
+}
+
+var attributePace = pace{held: time.Minute, patience: 20 * time.Second,
+	absent: watchPoll, away: 30 * time.Second}
+
+// watchPoll is how often the attribute is asked for where the server cannot wait for it.
+const watchPoll = 5 * time.Second
+
+// follow tells each answer about a key, news or not, until ctx ends. One lost answer of a long poll
+// is no news, and is not told: the next one says whether the server is really away.
+func follow(ctx context.Context, path string, p pace, tell func(text []byte, err error)) {
+	first, etag, wait := true, "", time.Duration(0)
 	for ctx.Err() == nil {
-		text, newETag, err := get(ctx, attributePath, etag)
-		if answered != nil && (err == nil || errors.Is(err, ErrNoAttribute)) {
-			answered()
-		}
+		text, newETag, err := get(ctx, path, etag, p)
 		switch {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			say(parse(text))
+			tell(text, nil)
 			wait = 0
 			if newETag == "" || newETag == "0" { // a server that cannot wait: poll
-				wait = watchPoll
+				wait = p.absent
 			}
-			etag = newETag
-		case errors.Is(err, ErrNoAttribute):
-			say(Attribute{Err: err})
-			// A missing key answers at once, even with wait_for_change.
-			etag, wait = "", watchPoll
+			etag, first = newETag, false
+		case isMissing(err):
+			tell(nil, err)
+			etag, wait, first = "", p.absent, false
 		default:
-			// One lost answer of a long poll is no news: the next one says whether the server is
-			// really away.
 			if wait > 0 || first {
-				say(Attribute{Text: last.Text, Err: err})
+				tell(nil, err)
+				first = false
 			}
-			etag, wait = "", min(max(2*wait, time.Second), 30*time.Second)
+			etag, wait = "", min(max(2*wait, time.Second), p.away)
 		}
 		if !sleep(ctx, wait) {
 			return
@@ -91,9 +124,11 @@ func Watch(ctx context.Context, answered func(), emit func(Attribute)) {
 	}
 }
 
-// watchPoll is how often a key is asked for that the server cannot wait for. The server is on the
-// host: an ask costs nothing.
-const watchPoll = 5 * time.Second
+// isMissing says that the server has answered that there is no such key.
+func isMissing(err error) bool {
+	var status *Error
+	return errors.Is(err, ErrNoAttribute) || errors.As(err, &status) && status.Code == http.StatusNotFound
+}
 
 func errorText(err error) string {
 	if err == nil {

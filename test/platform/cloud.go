@@ -55,13 +55,29 @@ func respond(w http.ResponseWriter, code int, v any) {
 }
 
 // compute is the Compute API: GET
-// /compute/v1/projects/P/zones/Z/instances/VM[/getGuestAttributes|/serialPort]. It wants no token,
-// since gcloud is pointed here without one.
+// /compute/v1/projects/P/zones/Z/instances/VM[/getGuestAttributes|/serialPort], POST setMetadata
+// there, and what Project.api has. It wants no token, since gcloud is pointed here without one.
 func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	self := fmt.Sprintf("projects/%s/zones/%s/instances/%s", e.vm.ProjectID, e.vm.Zone, e.vm.Name)
+	id, project := e.vm.ProjectID, e.vm.Project
+	self := fmt.Sprintf("projects/%s/zones/%s/instances/%s", id, e.vm.Zone, e.vm.Name)
+	e.mu.Unlock()
 	rest, ok := strings.CutPrefix(r.URL.Path, "/compute/v1/"+self)
+	if common, is := strings.CutPrefix(r.URL.Path, "/compute/v1/projects/"+id); is &&
+		!strings.HasPrefix(common, "/zones/") {
+		project.api(w, r, id, common)
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if ok && rest == "/setMetadata" && r.Method == http.MethodPost {
+		if all, ok := setMetadata(w, r, e.changes); ok {
+			e.vm.Attributes, e.changes = all, e.changes+1
+			e.notify()
+			respondDone(w, r, self, fmt.Sprintf("operation-%d", e.changes), "setMetadata")
+		}
+		return
+	}
 	if !ok || r.Method != http.MethodGet {
 		apiError(w, http.StatusNotFound,
 			fmt.Sprintf("The resource '%s' was not found", strings.TrimPrefix(r.URL.Path, "/compute/v1/")))
@@ -69,14 +85,10 @@ func (e *Emulator) compute(w http.ResponseWriter, r *http.Request) {
 	}
 	switch rest {
 	case "":
-		items := []any{}
-		for _, key := range slices.Sorted(maps.Keys(e.vm.Attributes)) {
-			items = append(items, map[string]any{"key": key, "value": e.vm.Attributes[key]})
-		}
 		respond(w, http.StatusOK, map[string]any{
 			"kind": "compute#instance", "id": strconv.FormatUint(e.vm.ID, 10), "name": e.vm.Name,
 			"status": "RUNNING", "zone": e.vm.Zone,
-			"metadata": map[string]any{"kind": "compute#metadata", "items": items},
+			"metadata": asMetadata(e.vm.Attributes, e.changes),
 			"networkInterfaces": []any{
 				map[string]any{"name": "nic0", "network": "global/networks/" + e.vm.Network,
 					"networkIP": e.vm.IP}},

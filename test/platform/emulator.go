@@ -4,12 +4,12 @@
 //   - the metadata server: attributes, recursion, long polls with ETags, tokens, guest attributes
 //     with their documented budget counted;
 //   - the Compute API calls by which gcloud reads a VM from outside (getGuestAttributes,
-//     serialPort, instances.get);
+//     serialPort, instances.get), and sets metadata of the VM or of its project;
 //   - Cloud Logging's entries:write and entries:list;
 //   - Cloud Storage's reads, JSON and XML form, with the VM's own token.
 //
 // Unmodified gcloud works against it (GcloudEnv), so does the Go metadata package
-// (GCE_METADATA_HOST). One Emulator is one VM. Everything is served by one http.Handler, since the
+// (GCE_METADATA_HOST). One Emulator is one VM; several may be of one Project. Everything is served by one http.Handler, since the
 // paths of the services do not overlap: give it as many listeners as there are addresses to stand
 // for (Serve), with TLS where the real one has it (package authority, below this one).
 //
@@ -58,9 +58,10 @@ type VM struct {
 	// e-mail [123456789012-compute@developer.gserviceaccount.com]; "none": the VM has no account
 	ServiceAccount string
 	Scopes         []string // [cloud-platform]
-	// Attributes are the instance's; gce-service-proxy is one of them. Project attributes are not
-	// emulated but as an empty folder.
+	// Attributes are the instance's; gce-service-proxy is one of them.
 	Attributes map[string]string
+	// Project has the project's, which its VMs share [one of this VM's own].
+	Project *Project
 	// GuestAttributesDisabled is a VM without enable-guest-attributes=TRUE.
 	GuestAttributesDisabled bool
 }
@@ -93,6 +94,9 @@ func (v *VM) fill() {
 	if v.Attributes == nil {
 		v.Attributes = make(map[string]string)
 	}
+	if v.Project == nil {
+		v.Project = NewProject()
+	}
 }
 
 // Emulator is one VM's platform. Its methods may be called from several goroutines.
@@ -102,6 +106,7 @@ type Emulator struct {
 	mu       sync.Mutex
 	vm       VM
 	changed  chan struct{} // closed and replaced at each change that the metadata server shows
+	changes  int           // of the instance's metadata by the API: its fingerprint
 	guest    map[string]map[string]string
 	budget   budget
 	faults   []*Fault
@@ -116,10 +121,12 @@ type Emulator struct {
 // New makes an emulator of a VM. It listens nowhere until Serve.
 func New(vm VM) *Emulator {
 	vm.fill()
-	return &Emulator{
+	e := &Emulator{
 		vm: vm, token: "test-token-" + rand.Text(), changed: make(chan struct{}),
 		guest: make(map[string]map[string]string), buckets: make(map[string]*bucket),
 	}
+	vm.Project.join(e)
+	return e
 }
 
 // Serve answers on ln until Close; with a certificate, by TLS.

@@ -182,9 +182,12 @@ func (e *Emulator) tree() folder {
 			"token": secret(token)}
 		accounts["default"], accounts[v.ServiceAccount] = account, account
 	}
-	attrs := attributes{}
+	attrs, common := attributes{}, attributes{}
 	for key, value := range v.Attributes {
 		attrs[key] = value
+	}
+	for key, value := range v.Project.Attributes() {
+		common[key] = value
 	}
 	return folder{
 		"instance": folder{
@@ -202,7 +205,7 @@ func (e *Emulator) tree() folder {
 			"zone":               project + "/zones/" + v.Zone,
 		},
 		"project": folder{
-			"attributes":         attributes{},
+			"attributes":         common,
 			"numeric-project-id": v.ProjectNumber,
 			"project-id":         v.ProjectID,
 		},
