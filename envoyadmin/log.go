@@ -30,6 +30,8 @@ const (
 	StreamClosed
 	// the log itself cannot be read, see Details, or can again (no Details); it is tried each second
 	LogUnreadable
+	// an Envoy starts: see Epoch
+	EnvoyStarts
 )
 
 // LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a
@@ -44,6 +46,7 @@ type LogEvent struct {
 	// of the stream, in the control plane's words, often empty; or the type of what was rejected
 	Message string
 	Count   int // how many equal lines this stands for, at least 1
+	Epoch   int // above 0: it is about to take over from the Envoy before it (hot restart)
 	Dropped int // different lines before this one that nobody took and that were too many to keep
 }
 
@@ -78,6 +81,8 @@ var (
 	via             = regexp.MustCompile(`\{[a-z_]+\}$`)
 	previously      = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
 	listenerChanged = regexp.MustCompile(`lds: (?:add/update|remove) listener '(.*)'`)
+	// "[…][info][main] […] initializing epoch 1 (base id=0, hot restart version=11.104)"
+	envoyStarts = regexp.MustCompile(`\] initializing epoch (\d+) \(`)
 )
 
 // parseLine says what a line of the log is about; ok is false if it is nothing of ours.
@@ -109,6 +114,14 @@ func parseLine(line []byte) (e LogEvent, ok bool) {
 	case bytes.Contains(line, []byte("starting workers")):
 		e.Kind = ListenerChanged
 		return e, true
+	case bytes.Contains(line, []byte("] initializing epoch ")):
+		m := envoyStarts.FindSubmatch(line)
+		if m == nil {
+			return e, false
+		}
+		epoch, err := strconv.Atoi(string(m[1]))
+		e.Kind, e.Epoch = EnvoyStarts, epoch
+		return e, err == nil
 	}
 	return e, false
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"regexp"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,9 +22,6 @@ const (
 	// stampLayout is the time as Envoy writes it without --log-format, in its local time.
 	stampLayout = "2006-01-02 15:04:05.000"
 )
-
-// started is the line of an Envoy that has just been started. What stands above it is of another.
-var started = regexp.MustCompile(`\] initializing epoch \d+ \(`)
 
 // Recent reads the end of Envoy's log, for who cannot follow it: what FollowLog would have told
 // since the Envoy that writes it was started. It reads a regular file alone, and follows no link.
@@ -53,11 +49,10 @@ func recent(tail []byte) (events []Logged) {
 	for line := range bytes.Lines(tail) {
 		line = bytes.TrimRight(line, "\r\n")
 		line = line[:min(len(line), maxLine)]
-		if started.Match(line) {
-			events = nil
-			continue
-		}
 		e, ok := parseLine(line)
+		if e.Kind == EnvoyStarts { // what stands above is of another
+			events, ok = nil, e.Epoch > 0
+		}
 		if !ok {
 			continue
 		}

@@ -38,7 +38,8 @@ func (b *bootstrapper) makeLogs(ctx context.Context, cfg attribute.Config) error
 		return err
 	}
 	if changed {
-		if err := b.markRestart(); err != nil {
+		err := errors.Join(b.markUnitChanged("where it may write is another now"), b.markRestart())
+		if err != nil {
 			return err
 		}
 	}

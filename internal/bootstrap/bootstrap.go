@@ -39,6 +39,9 @@ const (
 	budgetFile = progress.RuntimeDir + "/guest-attributes.budget"
 	// Envoy has to be restarted. It is gone after a reboot, when Envoy was restarted anyway.
 	restartFile = "/run/service-proxy-envoy-restart"
+	// What Envoy's unit was started with is another now, as its text says: the next Envoy cannot take
+	// over from the one that runs.
+	unitChangedFile = "/run/service-proxy-envoy-unit-changed"
 )
 
 // Options are how to run. The zero value is right on a VM.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
@@ -49,10 +50,8 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 	if err != nil {
 		return err
 	}
-	out, err := b.execAs(ctx, time.Minute, as, b.path(EnvoyBinary),
-		"--mode", "validate", "-l", "error", "-c", temp)
-	if err != nil {
-		err = fmt.Errorf("Envoy %s refuses its configuration: %w", b.state.EnvoyVersion, said(err, out))
+	if err := b.validate(ctx, as, b.path(EnvoyBinary), temp); err != nil {
+		err = fmt.Errorf("Envoy %s refuses its configuration: %w", b.state.EnvoyVersion, err)
 		return &Failure{Err: err, Permanent: true,
 			Advice: "install another Envoy by primary-source, or report this"}
 	}
@@ -71,6 +70,18 @@ func (b *bootstrapper) configureEnvoy(ctx context.Context, cfg attribute.Config,
 	return nil
 }
 
+// validate has this Envoy say whether it takes this configuration.
+func (b *bootstrapper) validate(
+	ctx context.Context, as *syscall.Credential, binary, config string,
+) error {
+	out, err := b.execAs(ctx, time.Minute, as, binary,
+		"--mode", "validate", "-l", "error", "-c", config)
+	if err != nil {
+		return said(err, out)
+	}
+	return nil
+}
+
 // letEnvoyRead makes a file of ours root:envoy.
 func (b *bootstrapper) letEnvoyRead(name string) error {
 	if b.Root != "" {
@@ -81,6 +92,12 @@ func (b *bootstrapper) letEnvoyRead(name string) error {
 		return err
 	}
 	return os.Lchown(name, 0, gid)
+}
+
+// markUnitChanged remembers, before the change, that Envoy's unit is not what it was started as, and
+// why.
+func (b *bootstrapper) markUnitChanged(why string) error {
+	return atomicfile.Write(b.path(unitChangedFile), []byte(why+"\n"), 0o600)
 }
 
 // markRestart remembers, before the change, that the Envoy that runs is not what is installed: a

@@ -134,7 +134,7 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 // removeFiles removes what bootstrap writes. An Envoy that was here before stays.
 func (r *removal) removeFiles(state progress.State) {
 	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir,
-		progress.RuntimeDir, restartFile, lockFile}
+		progress.RuntimeDir, restartFile, unitChangedFile, lockFile}
 	if state.PrimarySum != "" {
 		paths = slices.Insert(paths, 0, EnvoyBinary)
 	} else if _, err := os.Stat(r.path(EnvoyBinary)); err == nil {

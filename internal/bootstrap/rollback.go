@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 )
 
 // Rollback swaps agent or Envoy, whichever the last upgrade has replaced, with what was there
-// before, restarts it (Envoy draining), and returns what it did, one line each. What it has taken
+// before, has that run (an Envoy without a gap where that can be, else draining), and returns what
+// it did, one line each. An Envoy that refuses the configuration stays away. What it has taken
 // out is not installed again until another archive or primary-source comes. A second Rollback goes
 // back.
 func Rollback(ctx context.Context, opts Options) (done []string, err error) {
@@ -40,6 +42,9 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	}
 	if len(swap) == 0 {
 		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
+	}
+	if err := b.provePrevious(ctx, swap); err != nil {
+		return nil, fmt.Errorf("roll back: %w", err)
 	}
 	// A bootstrap under way would write its own state over this one, or install what it is just
 	// downloading.
@@ -64,11 +69,11 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 		b.Log.Warn("the state does not know where this Envoy is from", zap.Error(noState))
 	}
 	for _, installed := range swap {
-		line, err := b.restart(ctx, installed)
+		lines, err := b.restart(ctx, installed)
+		done = append(done, lines...)
 		if err != nil {
-			return done, err
+			return done, fmt.Errorf("roll back: %w", err)
 		}
-		done = append(done, line)
 	}
 	// It looks whether all is as the attribute wants it for this version; where the administrator
 	// lets it.
@@ -91,6 +96,10 @@ func (b *bootstrapper) bringBack(installed string, back *rolledBack, state *prog
 		}
 		back.Agent = hex.EncodeToString(sum[:])
 	} else {
+		// A run that is cut short is made good by bootstrap.
+		if err := b.markRestart(); err != nil {
+			return err
+		}
 		back.EnvoySource = state.PrimarySum
 		state.PreviousSource, state.EnvoySource = state.EnvoySource, state.PreviousSource
 		state.PreviousSum, state.PrimarySum = state.PrimarySum, state.PreviousSum
@@ -109,23 +118,49 @@ func (b *bootstrapper) bringBack(installed string, back *rolledBack, state *prog
 	return b.replace(temp, installed)
 }
 
-// restart has the unit of the binary run what was brought back, and says what it did.
-func (b *bootstrapper) restart(ctx context.Context, installed string) (line string, err error) {
+// provePrevious says whether the Envoy that is to be brought back takes the configuration that is
+// there, if there is one: the one that runs goes on else.
+func (b *bootstrapper) provePrevious(ctx context.Context, swap []string) error {
+	if !slices.Contains(swap, EnvoyBinary) {
+		return nil
+	}
+	if _, err := os.Stat(b.path(EnvoyConfig)); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	as, err := b.envoyCredential()
+	if err != nil {
+		return err
+	}
+	err = b.validate(ctx, as, b.previous(EnvoyBinary), b.path(EnvoyConfig))
+	if err != nil {
+		return fmt.Errorf("the previous %s refuses the configuration, so nothing was changed: %w",
+			EnvoyBinary, err)
+	}
+	return nil
+}
+
+// restart has the unit of the binary run what was brought back, and says what it did. One that does
+// not run is not started.
+func (b *bootstrapper) restart(ctx context.Context, installed string) (lines []string, err error) {
 	if installed == EnvoyBinary {
-		err := b.systemctl(ctx, 2*time.Minute, "try-restart", systemd.EnvoyUnit)
-		if err != nil {
-			return "", fmt.Errorf("roll back: %w", err)
+		if out, err := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit); err != nil &&
+			!mayReload(strings.TrimSpace(out)) {
+			return nil, nil
 		}
-		return "restarted " + systemd.EnvoyUnit + ", draining its connections", nil
+		started, err := b.renewEnvoy(ctx, func(text string) { lines = append(lines, text) })
+		if err != nil {
+			return lines, err
+		}
+		return lines, b.forgetRestart(started)
 	}
 	out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units")
 	if err != nil {
-		return "", fmt.Errorf("install the previous units: %w", said(err, out))
+		return nil, fmt.Errorf("install the previous units: %w", said(err, out))
 	}
 	if err := b.systemctl(ctx, time.Minute, "restart", systemd.AgentUnit); err != nil {
-		return "", fmt.Errorf("roll back: %w", err)
+		return nil, err
 	}
-	return "restarted " + systemd.AgentUnit, nil
+	return []string{"restarted " + systemd.AgentUnit}, nil
 }
 
 // rolledBack is what Rollback has taken out, and what is not installed again: a startup-script

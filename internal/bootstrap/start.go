@@ -17,8 +17,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// startEnvoy starts Envoy's unit, or restarts it, draining, when what it runs with has changed, and
-// waits for its admin interface.
+// reloadNotPossible is how `service-proxy-agent envoy --reload`, the reload of Envoy's unit, ends
+// where the next Envoy cannot take over from the one that runs.
+const reloadNotPossible = 2
+
+// startEnvoy starts Envoy's unit, or has it run with what has changed, and waits for its admin
+// interface. What is cut short the next run does once more: a hot restart too many does no harm.
 func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 	if err := b.enable(ctx, systemd.EnvoyUnit); err != nil {
 		return err
@@ -27,25 +31,94 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	marker := b.path(restartFile)
-	_, changed := os.Lstat(marker)
-	verb := "start"
-	if before.Active == "active" && changed == nil {
-		verb = "restart"
-		b.say("INFO", "restarting Envoy, draining its connections")
+	_, changed := os.Lstat(b.path(restartFile))
+	started := false // anew, with all that its unit says
+	switch {
+	case !mayReload(before.Active):
+		started, err = true, b.systemctl(ctx, 2*time.Minute, "start", systemd.EnvoyUnit)
+	case changed == nil:
+		started, err = b.renewEnvoy(ctx, func(text string) { b.say("INFO", text) })
 	}
-	if before.Active != "active" || verb == "restart" {
-		if err := b.systemctl(ctx, 2*time.Minute, verb, systemd.EnvoyUnit); err != nil {
-			return &Failure{Err: err, Advice: "see journalctl -u " + systemd.EnvoyUnit}
-		}
+	if err != nil {
+		return failed(StepStart, err, ofUnit)
 	}
 	if err := b.waitForAdmin(ctx, 20*time.Second); err != nil {
 		return &Failure{Err: err, Advice: "see " + logs.Dir + "/envoy.err.log"}
 	}
-	if err := os.Remove(marker); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := b.forgetRestart(started); err != nil {
 		return failed(StepStart, err, ofDisk)
 	}
 	return nil
+}
+
+func ofUnit(error) (advice string, permanent bool) {
+	return "see journalctl -u " + systemd.EnvoyUnit, false
+}
+
+// mayReload says whether a unit in this state has a main process that can be asked for another
+// Envoy. A run that was cut short may have left it reloading.
+func mayReload(active string) bool { return active == "active" || active == "reloading" }
+
+// forgetRestart notes that Envoy runs with all that has changed; started: its unit was started anew.
+func (b *bootstrapper) forgetRestart(started bool) error {
+	names := []string{restartFile}
+	if started {
+		names = append(names, unitChangedFile)
+	}
+	var errs []error
+	for _, name := range names {
+		if err := os.Remove(b.path(name)); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// renewEnvoy has the Envoy that runs replaced by one that runs with what has changed: without a gap
+// where the next can take over from it, else by a restart that drains its connections. It tells
+// which and why, before it does so.
+func (b *bootstrapper) renewEnvoy(ctx context.Context, tell func(string)) (started bool, err error) {
+	why, err := b.keptFromReload()
+	if err != nil {
+		return false, err
+	}
+	if why == "" {
+		tell("restarting Envoy without a gap (hot restart)")
+		why, err = b.reloadEnvoy(ctx)
+	}
+	if why == "" || err != nil {
+		return false, err
+	}
+	tell("restarting Envoy, draining its connections: " + why)
+	return true, b.systemctl(ctx, 2*time.Minute, "restart", systemd.EnvoyUnit)
+}
+
+// keptFromReload is what has changed that only a start of Envoy's unit brings; "": nothing.
+func (b *bootstrapper) keptFromReload() (why string, err error) {
+	text, err := os.ReadFile(b.path(unitChangedFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return cmp.Or(lastLine(string(text)), "its unit is another now"), err
+}
+
+// reloadEnvoy has the next Envoy take over from the one that runs. why is why that cannot be, where
+// it cannot; err, that it came to nothing, and the one that runs goes on.
+func (b *bootstrapper) reloadEnvoy(ctx context.Context) (why string, err error) {
+	err = b.systemctl(ctx, 3*time.Minute, "reload", systemd.EnvoyUnit)
+	if err == nil || ctx.Err() != nil {
+		return "", err
+	}
+	out, _ := b.exec(ctx, time.Minute, "systemctl", "show", "--property=CanReload,ExecReload",
+		"--", systemd.EnvoyUnit)
+	switch reload := systemd.ParseReload(out); {
+	case !reload.Can:
+		return "its unit cannot do better", nil
+	case reload.Status == reloadNotPossible:
+		return "the next Envoy cannot take over from the one that runs", nil
+	}
+	return "", fmt.Errorf("the next Envoy did not take over, and the one that runs goes on: %w; "+
+		"last line of its log: %s", err, b.lastLogLine())
 }
 
 // waitForAdmin waits until Envoy's admin port accepts: Envoy has read its configuration then. It

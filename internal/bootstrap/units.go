@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -27,6 +28,9 @@ func InstallUnits(ctx context.Context, opts Options) error {
 
 // installUnits writes the units, makes the users and folders, and enables what starts at boot.
 func (b *bootstrapper) installUnits(ctx context.Context) error {
+	if err := b.noteUnit(); err != nil {
+		return err
+	}
 	changed, err := systemd.Install(b.Root + "/")
 	if err != nil {
 		return err
@@ -58,6 +62,16 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 		return &Failure{Err: err}
 	}
 	return nil
+}
+
+// noteUnit remembers that Envoy's unit is about to be another than the one that it was started as,
+// where that needs a start: an Envoy that takes over from the one that runs does so in its unit.
+func (b *bootstrapper) noteUnit() error {
+	have, err := os.ReadFile(b.path(filepath.Join(systemd.UnitDir, systemd.EnvoyUnit)))
+	if err != nil || !systemd.NeedsStart(string(have), systemd.EnvoyUnit) {
+		return nil
+	}
+	return b.markUnitChanged("its unit is another now")
 }
 
 // updateCatalog has the journal know the catalog of this version, for `journalctl -x`. The database

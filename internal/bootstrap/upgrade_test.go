@@ -139,7 +139,7 @@ func TestRollbackStays(t *testing.T) {
 	v.ran = nil
 	v.rollback()
 	v.want("rolled back", "2.0.0", "1.30.9")
-	if !slices.Contains(v.ran, "systemctl try-restart "+systemd.EnvoyUnit) ||
+	if !slices.Contains(v.ran, "systemctl reload "+systemd.EnvoyUnit) ||
 		slices.Contains(v.ran, "systemctl restart "+systemd.AgentUnit) {
 		t.Errorf("ran %q", v.ran)
 	}

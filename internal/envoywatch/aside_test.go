@@ -262,7 +262,7 @@ func TestClustersAndHints(t *testing.T) {
 	w.clusters = []envoyadmin.ClusterHealth{{Name: "a", Total: 4, Healthy: 1}}
 	w.while["clusters"] = func() {
 		w.set(func() { w.sets++ })
-		w.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.ListenerChanged, Count: 1})
+		w.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.ListenerChanged, Listener: "a", Count: 1})
 	}
 	for w.while["clusters"] != nil {
 		w.asked = nil

@@ -41,6 +41,7 @@ func Look(ctx context.Context, o Options, past []envoyadmin.Logged) (Looked, err
 	v, err := look(ctx, o, func(w *Watch) {
 		w.process.stream = stream{}
 		w.process.stream.recall(past)
+		w.recallStart(past)
 		w.askClusters(ctx)
 		asked := w.o.Now()
 		w.judge(ctx, o.Probe)
@@ -107,6 +108,19 @@ func (s *stream) recall(past []envoyadmin.Logged) {
 			s.closed(e.Time, e.LogEvent)
 		case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
 			s.spoke(e.Time)
+		}
+	}
+}
+
+// recallStart takes of what the log told before that the next Envoy has started, which did not
+// tell its listeners yet.
+func (w *Watch) recallStart(past []envoyadmin.Logged) {
+	for _, e := range past {
+		if e.Kind != envoyadmin.EnvoyStarts || w.process.told {
+			continue
+		}
+		if w.handover = e.Time; e.Epoch == 0 {
+			w.handover = time.Time{}
 		}
 	}
 }

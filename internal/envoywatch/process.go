@@ -3,6 +3,7 @@ package envoywatch
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -44,6 +45,9 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 		return err // the Detector takes it for a part of the dump
 	}
 	w.detector.Took(envoyadmin.ServerInfoQuestion, began, w.o.Now(), nil)
+	if info.Epoch > w.process.info.Epoch && w.handover.IsZero() { // its log did not say so
+		w.succeeds(w.began, info.Epoch)
+	}
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
 		w.set.restarts++
 		w.o.Log.Info("envoy restarted",
@@ -57,6 +61,26 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 		w.probeAt = soon
 	}
 	return nil
+}
+
+// succeeds notes that an Envoy of this epoch starts. A later one than the first starts beside one
+// that serves until it is ready: meanwhile the admin address moves from the one to the other, who
+// has no listeners yet, and that is no failure. One that fails is not waited for for ever, however
+// often another is tried.
+func (w *Watch) succeeds(now time.Time, epoch int) {
+	switch {
+	case epoch == 0:
+		w.handover = time.Time{}
+	case w.process.told && (w.handover.IsZero() || w.outage.Err == nil):
+		w.handover = now
+	}
+}
+
+// takesOver says whether the next Envoy is about to take over, and nobody has ended the one before.
+func (w *Watch) takesOver(now time.Time) bool {
+	return !w.handover.IsZero() && now.Sub(w.handover) < handoverLimit &&
+		(w.outage.Unit == "" || strings.HasPrefix(w.outage.Unit, "active") ||
+			strings.HasPrefix(w.outage.Unit, "reloading"))
 }
 
 // take makes a new listener set the one that counts, if this Envoy had completed a listener update
@@ -104,7 +128,9 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		}
 	}
 	p.confirmed, p.untaken = p.confirmed && empty, nil
-	p.told = true
+	if !p.told {
+		p.told, w.handover = true, time.Time{}
+	}
 	if s.Fingerprint == w.set.snapshot.Fingerprint && w.set.generation > 0 {
 		w.change.nothing()
 		return

@@ -28,8 +28,11 @@ type View struct {
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
-	Probe      error           // our own way to the control plane, while Envoy's is broken
-	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
+	// Handover: the next Envoy starts beside the one that serves (hot restart). What the admin address
+	// does not tell yet is no failure.
+	Handover bool
+	Probe    error  // our own way to the control plane, while Envoy's is broken
+	LogErr   string // why its log cannot be read; "": it can, or is not there yet
 	Past
 	Aside
 }
@@ -78,7 +81,7 @@ func (v View) Facts(admin string) symptom.Envoy {
 		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError,
 		State: v.State, Version: v.Info.Version, Node: v.Info.Node.ID, Configured: v.Configured,
 		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped,
-		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, LogErr: v.LogErr,
+		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, LogErr: v.LogErr, Handover: v.Handover,
 	}
 }
 
@@ -111,7 +114,7 @@ func (w *Watch) view() View {
 		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
-		Stands: p.stream.stands,
+		Stands: p.stream.stands, Handover: w.takesOver(w.o.Now()),
 		Past: Past{Bucket: w.detector.Bucket(w.o.Now()),
 			Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
 			Closed: p.stream.last, Heard: p.stream.heard},

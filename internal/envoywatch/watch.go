@@ -76,6 +76,9 @@ type Watch struct {
 	outage   Outage
 	failed   [2]error // what the last question of each kind came to, by kind
 	logErr   string
+	// handover is since when the next Envoy starts beside the one that serves (hot restart); zero:
+	// none does.
+	handover time.Time
 
 	stateAt time.Time // when its state was last asked
 	probeAt time.Time // when our own way was last tried
@@ -113,6 +116,9 @@ const (
 	// probeNew is how soon it is tried for a process that was just met, whenever it was tried for the
 	// one before; an Envoy that crashes all the time has it tried no more often.
 	probeNew = 2 * time.Second
+	// handoverLimit is how long the next Envoy may take before what it does not tell counts: its
+	// first runtime, clusters and listeners are waited for 15 s each (initial_fetch_timeout).
+	handoverLimit = time.Minute
 	// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin
 	// address, and that address itself while another user holds it.
 	unitEvery = 5 * time.Second
@@ -322,7 +328,15 @@ func (w *Watch) Note(e envoyadmin.LogEvent) {
 		w.logErr = e.Details
 	case envoyadmin.StreamClosed:
 		w.process.stream.closed(now, e)
+	case envoyadmin.EnvoyStarts:
+		w.succeeds(now, e.Epoch)
+		return // nothing that a View tells yet
 	case envoyadmin.ListenerChanged, envoyadmin.ListenerRejected:
+		if e.Kind == envoyadmin.ListenerChanged && e.Listener == "" {
+			// One serves from now on. The one before it may go on answering on a connection of before,
+			// for as long as it drains, and would not be told that the one that serves is to stop.
+			w.o.Admin.Redial()
+		}
 		w.detector.Hint(now, e.Listener)
 		w.change.hinted(now)
 		if !w.process.stream.spoke(now) {

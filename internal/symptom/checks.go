@@ -113,7 +113,7 @@ func proxyUser(f Facts) []Finding {
 }
 
 func envoyDown(f Facts) []Finding {
-	if !errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) {
+	if !errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) || f.Envoy.Handover {
 		return nil
 	}
 	cause := say("Envoy is not running: nothing accepts on its admin address %s", f.Envoy.Admin)
@@ -141,6 +141,9 @@ func adminUnreadable(f Facts) []Finding {
 	var foreign *sockdiag.ForeignError
 	if err == nil || errors.Is(err, envoyadmin.ErrRefused) || errors.As(err, &foreign) {
 		return nil // the last is row 32's
+	}
+	if f.Envoy.Handover {
+		return nil
 	}
 	next := "the rules stay as they are; see " + f.envoyLog() + ", and restart Envoy if this lasts"
 	switch {
@@ -301,7 +304,8 @@ func (s *Stream) line() string {
 }
 
 func notConfigured(f Facts) []Finding {
-	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" || f.Envoy.Configured {
+	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" || f.Envoy.Configured ||
+		f.Envoy.Handover {
 		return nil
 	}
 	return []Finding{finding(EnvoyNotConfigured, 2, Error,

@@ -202,6 +202,9 @@ type Envoy struct {
 	Stream     *Stream // nil: not known to be closed
 	Apart      bool    // it has no stream, whether its log says why or not
 	LogErr     string  // why its log cannot be read; "": it can, or is not there yet
+	// Handover: the next Envoy starts beside the one that serves (hot restart), and takes the admin
+	// address over: what is not told there is no failure.
+	Handover bool
 	// our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
 	Probe error
 	Node  string // node id as Envoy presents it

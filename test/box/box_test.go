@@ -493,58 +493,6 @@ func TestUpgrade(t *testing.T) {
 	v.waitStatus(90*time.Second, progress.Finished)
 }
 
-// TestEnvoyUpgrade has primary-source name another Envoy, and rolls back: proxy-version tells each
-// time, and the next look of bootstrap leaves it so.
-func TestEnvoyUpgrade(t *testing.T) {
-	t.Parallel()
-	// as `make tools` brings it
-	other, err := os.ReadFile(filepath.Join(moduleRoot(t), "build", "envoy-1.36.4"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := ready(t, options{})
-	v.platform.PutObject(bucket, "other.tgz", envoyTgz(t, other))
-	for _, step := range []struct {
-		name, version string
-		do            func()
-	}{
-		{"upgrade", "1.36.4", func() {
-			v.platform.SetAttribute("gce-service-proxy",
-				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
-		}},
-		{"a source that is not there", "1.36.4", func() {
-			v.platform.SetAttribute("gce-service-proxy",
-				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/none.tgz"}))
-			v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "status 404", "Envoy 1.36.4 from gs://"+
-				bucket+"/other.tgz goes on meanwhile")
-			v.platform.SetAttribute("gce-service-proxy",
-				attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/other.tgz"}))
-		}},
-		{"rollback", "1.40.0", func() {
-			t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback"))
-			v.bootstrapAgain()
-		}},
-	} {
-		step.do()
-		// Three queries a minute have bootstrap's status, the heartbeat and a failure to tell before it.
-		v.eventually(150*time.Second, step.name+": proxy-version", func() error {
-			if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "/"+step.version+"/") {
-				return fmt.Errorf("it is %q, want %s; bootstrap: %q", have, step.version,
-					v.state().FailureLine())
-			}
-			return nil
-		})
-		v.waitFinished(30 * time.Second)
-		v.eventually(30*time.Second, step.name+": the service answers through Envoy", v.checkVIP)
-		v.eventually(30*time.Second, step.name+": bootstrap's state", func() error {
-			if have := v.state().EnvoyVersion; have != step.version {
-				return fmt.Errorf("it has Envoy %s, want %s", have, step.version)
-			}
-			return nil
-		})
-	}
-}
-
 // TestPowerCut kills the box at moments of bootstrap; the next boot always ends in FINISHED.
 // OS Config, which records a recipe when it has ended, runs it again where it was cut off
 // itself. The short form cuts in the recipe and in the two steps that write most; the long one

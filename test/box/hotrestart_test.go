@@ -1,0 +1,417 @@
+//go:build box
+
+package box
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+)
+
+// The Envoys between which a VM is upgraded, as `make tools` brings them.
+const (
+	envoyBefore  = "1.39.3"
+	envoyUsual   = "1.40.0"
+	drainTime    = 10 * time.Second // --drain-time-s of Envoy's unit
+	manyStreams  = 50
+	newPerSecond = 200
+)
+
+// streamVIP is a TCP service beside web, for streams that Envoy does not end by HTTP.
+var streamVIP = netip.MustParseAddrPort("10.77.0.2:9000")
+
+// pushStreams gives the control plane the mesh with streamVIP in it.
+func (v *VM) pushStreams() {
+	v.t.Helper()
+	endpoints := []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}
+	_, err := v.xds.Set(controlplane.Config{
+		TLSInspector: true, IPv6: controlplane.IPv6Off,
+		Services: []controlplane.Service{
+			{Name: "web", Prefixes: controlplane.VIPs(vip.Addr().String()), Port: vip.Port(), HTTP: true,
+				Endpoints: endpoints},
+			{Name: "stream", Prefixes: controlplane.VIPs(streamVIP.Addr().String()),
+				Port: streamVIP.Port(), Endpoints: endpoints},
+		},
+		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: servingPort, HTTP: true}},
+	})
+	if err != nil {
+		v.t.Fatal(err)
+	}
+}
+
+// streams are long connections on which something goes back and forth all the time.
+type streams struct {
+	conns []net.Conn
+	all   sync.WaitGroup
+
+	mu    sync.Mutex
+	ended []time.Time
+	why   string // the first
+}
+
+// openStreams opens so many streams to streamVIP through Envoy.
+func (v *VM) openStreams(n int) *streams {
+	v.t.Helper()
+	s := &streams{}
+	for range n {
+		conn, err := v.lab.VM.DialAs(context.Background(), 12345, streamVIP)
+		if err != nil {
+			v.t.Fatal(err)
+		}
+		s.conns = append(s.conns, conn)
+		in := bufio.NewReader(conn)
+		if err := ping(conn, in); err != nil {
+			v.t.Fatalf("a stream: %v", err)
+		}
+		s.all.Go(func() {
+			for {
+				if err := ping(conn, in); err != nil {
+					s.mu.Lock()
+					s.ended = append(s.ended, time.Now())
+					if s.why == "" {
+						s.why = err.Error()
+					}
+					s.mu.Unlock()
+					return
+				}
+				time.Sleep(200 * time.Millisecond)
+			}
+		})
+	}
+	v.t.Cleanup(s.close)
+	return s
+}
+
+// ping has one line answered by lab.Echo.
+func ping(conn net.Conn, in *bufio.Reader) error {
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(conn, "ping\n"); err != nil {
+		return err
+	}
+	line, err := in.ReadString('\n')
+	if err == nil && !strings.HasPrefix(line, "name=endpoint ") {
+		err = fmt.Errorf("answered %q", line)
+	}
+	return err
+}
+
+func (s *streams) close() {
+	for _, conn := range s.conns {
+		conn.Close()
+	}
+	s.all.Wait()
+}
+
+// alive is how many go on, and when the first ended.
+func (s *streams) alive() (n int, first time.Time, why string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.ended) > 0 {
+		first = slices.MinFunc(s.ended, time.Time.Compare)
+	}
+	return len(s.conns) - len(s.ended), first, s.why
+}
+
+// epoch is one Envoy of the box.
+type epoch struct {
+	pid      int // in the box
+	n        int // --restart-epoch
+	rss, pss int // kB
+}
+
+// epochs are the Envoys that run under the unit, oldest first.
+func (v *VM) epochs() (all []epoch) {
+	const look = `for p in $(cat /sys/fs/cgroup/system.slice/service-proxy-envoy.service/cgroup.procs \
+		/sys/fs/cgroup/systemd/system.slice/service-proxy-envoy.service/cgroup.procs 2>/dev/null); do
+	[ "$(cat /proc/$p/comm 2>/dev/null)" = envoy ] || continue
+	echo "$p $(tr '\0' ' ' </proc/$p/cmdline | sed -n 's/.*--restart-epoch \([0-9]*\).*/\1/p')," \
+		$(sed -n 's/^\(Rss\|Pss\): *\([0-9]*\) kB/\2/p' /proc/$p/smaps_rollup)
+done`
+	out, _ := v.try("sh", "-c", look)
+	for line := range strings.Lines(out) {
+		var e epoch
+		left, right, ok := strings.Cut(line, ",")
+		f := strings.Fields(left)
+		if !ok || len(f) == 0 {
+			continue
+		}
+		e.pid, _ = strconv.Atoi(f[0])
+		if len(f) > 1 {
+			e.n, _ = strconv.Atoi(f[1])
+		}
+		if _, err := fmt.Sscan(right, &e.rss, &e.pss); err != nil {
+			continue // it has just ended
+		}
+		all = append(all, e)
+	}
+	slices.SortFunc(all, func(a, b epoch) int { return a.n - b.n })
+	return all
+}
+
+// serves is the version of the Envoy that answers on the admin address, and its state.
+func (v *VM) serves() (version, state string, epoch int) {
+	out, err := v.try("curl", "-s", "-m", "2", "http://127.0.0.1:15000/server_info")
+	if err != nil {
+		return "", err.Error(), -1
+	}
+	for line := range strings.Lines(out) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		value = strings.Trim(value, `",`)
+		switch key {
+		case `"version"`:
+			version = value
+			if f := strings.Split(value, "/"); len(f) > 1 {
+				version = f[1]
+			}
+		case `"state"`:
+			state = value
+		case `"restart_epoch"`:
+			epoch, _ = strconv.Atoi(value)
+		}
+	}
+	return version, state, epoch
+}
+
+// refusedNone ends the load. None of its connections may have failed.
+func (l *load) refusedNone(t *testing.T, what string) {
+	t.Helper()
+	total, failed, gap := l.stop()
+	t.Logf("%s: of %d new connections %d failed, the longest time without one was %v", what, total,
+		failed, gap)
+	if failed > 0 {
+		t.Errorf("%s: %d of %d new connections failed over %v, first: %s", what, failed, total,
+			l.ended.Sub(l.began), l.firstError)
+	}
+	if total < l.perSecond {
+		t.Errorf("%s: only %d connections were made", what, total)
+	}
+}
+
+// quiet checks that the agent has found nothing wrong since: neither in its log nor, as seen from
+// outside, in agent-last-failure.
+func (v *VM) quiet(t *testing.T, what string, since time.Time, failure string) {
+	t.Helper()
+	if lines := v.run("journalctl", "-q", "--no-pager", "-t", "service-proxy-agent", "-p", "warning",
+		"--since", fmt.Sprintf("@%d", since.Unix())); lines != "" {
+		t.Errorf("%s: in the agent's log:\n%s", what, lines)
+	}
+	if have := v.guest(guestattr.AgentLastFailure); have != failure {
+		t.Errorf("%s: agent-last-failure is %q, was %q", what, have, failure)
+	}
+}
+
+// labelled is an attribute with this label, primary-source and access log.
+func labelled(t *testing.T, label, source, accessLog string) string {
+	t.Helper()
+	text := attributeWith(t, map[string]any{"primary-source": "gs://" + bucket + "/" + source,
+		"access-log": accessLog})
+	return strings.Replace(text, `"service":`, fmt.Sprintf(`"labels":{"app":%q},"service":`, label), 1)
+}
+
+// TestEnvoyRestarts changes what Envoy is started with, its binary included, under load: each time
+// the next Envoy takes over from the one that runs, no new connection is refused, long streams live
+// until the drain's end, and nobody finds anything wrong. Where none can take over, it is restarted,
+// and that is said. proxy-version tells each time, and the next look of bootstrap leaves it so.
+func TestEnvoyRestarts(t *testing.T) {
+	t.Parallel()
+	v := newVM(t, options{archive: packageRelease(t, "1.0.0", "none"),
+		attribute: labelled(t, "first", "before.tgz", "")})
+	for name, version := range map[string]string{"before.tgz": envoyBefore, "usual.tgz": envoyUsual} {
+		binary, err := os.ReadFile(filepath.Join(moduleRoot(t), "build", "envoy-"+version))
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.platform.PutObject(bucket, name, envoyTgz(t, binary))
+	}
+	v.pushStreams()
+	v.boot()
+	v.serve()
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	main := v.envoyPID()
+	set := func(label, source string) func() {
+		return func() { v.platform.SetAttribute("gce-service-proxy", labelled(t, label, source, "")) }
+	}
+	steps := []struct {
+		name, label, version string
+		do                   func()
+	}{
+		{"a changed label", "second", envoyBefore, set("second", "before.tgz")},
+		{"an upgrade", "second", envoyUsual, set("second", "usual.tgz")},
+		{"a rollback", "second", envoyBefore, func() {
+			t.Log(v.run("service-proxy-agent", "bootstrap", "--rollback"))
+		}},
+	}
+	for _, step := range steps {
+		v.eventually(60*time.Second, step.name+": ready before", func() error {
+			_, err := v.try("service-proxy-agent", "wait", "--timeout", "1s")
+			return err
+		})
+		failure := v.guest(guestattr.AgentLastFailure)
+		held := v.openStreams(manyStreams)
+		before := v.epochs()
+		load := v.startLoad(newPerSecond)
+		time.Sleep(time.Second)
+		start := time.Now()
+		step.do()
+		v.eventually(90*time.Second, step.name+": the next Envoy serves", func() error {
+			version, state, n := v.serves()
+			now := v.epochs()
+			if version != step.version || state != "LIVE" || len(now) == 0 ||
+				now[len(now)-1].pid == before[len(before)-1].pid || now[len(now)-1].n != n {
+				return fmt.Errorf("Envoy %s, epoch %d, is %s; there are %+v; bootstrap: %q", version, n, state,
+					now, v.state().FailureLine())
+			}
+			return nil
+		})
+		took := time.Now()
+		t.Logf("%s: the next Envoy served after %.1f s", step.name, took.Sub(start).Seconds())
+		sum := 0
+		for _, e := range v.epochs() {
+			sum += e.pss
+			t.Logf("%s: epoch %d, pid %d: Rss %d MB, Pss %d MB", step.name, e.n, e.pid, e.rss>>10, e.pss>>10)
+		}
+		t.Logf("%s: both epochs %d MB", step.name, sum>>10)
+		v.eventually(60*time.Second, step.name+": the one before has ended", func() error {
+			if now := v.epochs(); len(now) != 1 || now[0].pid == before[len(before)-1].pid {
+				return fmt.Errorf("there are %+v, before %+v", now, before)
+			}
+			return nil
+		})
+		n, first, why := held.alive()
+		t.Logf("%s: %d streams go on after the end of the one before, which was %.1f s after; first "+
+			"ended after %.1f s: %s", step.name, n, time.Since(took).Seconds(), first.Sub(took).Seconds(), why)
+		if n == manyStreams || first.Sub(took) < drainTime-time.Second {
+			t.Errorf("%s: of %d streams through the one before %d go on; the first ended %v after "+
+				"the next one served: %s", step.name, manyStreams, n, first.Sub(took), why)
+		}
+		held.close()
+		load.refusedNone(t, step.name)
+		v.waitFinished(60 * time.Second)
+		v.waitNode(30*time.Second, func(n controlplane.Node) string {
+			if have := n.Metadata["app"]; have != step.label {
+				return fmt.Sprintf("label %v, want %q", have, step.label)
+			}
+			return ""
+		})
+		if have := v.state().EnvoyVersion; have != step.version {
+			t.Errorf("%s: bootstrap's state has Envoy %s, want %s", step.name, have, step.version)
+		}
+		v.quiet(t, step.name, start, failure)
+		if have := v.envoyPID(); have != main {
+			t.Errorf("%s: the unit's main process was %s, is %s", step.name, main, have)
+		}
+	}
+	v.tellsVersion("the rollback", envoyBefore)
+	v.nextIsStopped(t)
+
+	v.platform.SetAttribute("gce-service-proxy", labelled(t, "third", "none.tgz", ""))
+	v.waitFailure(60*time.Second, bootstrap.StepEnvoy, "status 404", "Envoy "+envoyBefore+
+		" from gs://"+bucket+"/before.tgz goes on meanwhile")
+	v.run("mkdir", "/srv/log")
+	load := v.startLoad(newPerSecond)
+	v.platform.SetAttribute("gce-service-proxy",
+		labelled(t, "fourth", "usual.tgz", "/srv/log/access.log"))
+	v.tellsVersion("another Envoy and another access log", envoyUsual)
+	v.waitFinished(60 * time.Second)
+	load.outage(t, "a sandbox that must be another")
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	for _, line := range []string{
+		"restarting Envoy without a gap (hot restart)", "restarting Envoy, draining its connections: where it may write is another now",
+	} {
+		if !strings.Contains(v.Serial(), line) {
+			t.Errorf("the serial port does not tell %q:\n%s", line, v.Serial())
+		}
+	}
+}
+
+// tellsVersion waits until proxy-version is this one's. Three queries a minute have bootstrap's
+// status, the heartbeat and a failure to tell before it.
+func (v *VM) tellsVersion(what, version string) {
+	v.t.Helper()
+	v.eventually(150*time.Second, what+": proxy-version", func() error {
+		if have := v.guest(guestattr.ProxyVersion); !strings.Contains(have, "/"+version+"/") {
+			return fmt.Errorf("it is %q, want %s; bootstrap: %q", have, version, v.state().FailureLine())
+		}
+		return nil
+	})
+}
+
+// nextIsStopped has the next Envoy be stopped for a while, or killed, at a random moment after its
+// start. As long as it has not taken over, nobody notices; and in the end it is done.
+func (v *VM) nextIsStopped(t *testing.T) {
+	seed, rounds := uint64(time.Now().UnixNano()), 2
+	if os.Getenv("SOAK") != "" {
+		rounds = 20
+	}
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for round := range rounds {
+		signal := []syscall.Signal{syscall.SIGSTOP, syscall.SIGKILL}[(round+int(seed))%2]
+		after := time.Duration(random.Int64N(int64(800 * time.Millisecond)))
+		stopped := time.Duration(random.Int64N(int64(5 * time.Second)))
+		label := fmt.Sprintf("round-%d", round)
+		what := fmt.Sprintf("round %d, %v after %v", round, signal, after)
+		before := v.epochs()
+		last := before[len(before)-1]
+		load := v.startLoad(newPerSecond)
+		v.platform.SetAttribute("gce-service-proxy", labelled(t, label, "before.tgz", ""))
+		var next epoch
+		v.eventually(60*time.Second, what+": the next Envoy", func() error {
+			now := v.epochs()
+			if len(now) == 0 || now[len(now)-1].pid == last.pid {
+				return fmt.Errorf("there are %+v", now)
+			}
+			next = now[len(now)-1]
+			return nil
+		})
+		time.Sleep(after)
+		_, state, n := v.serves()
+		v.run("sh", "-c", fmt.Sprintf("kill -%d %d || true", signal, next.pid))
+		live := n == next.n && state == "LIVE"
+		if signal == syscall.SIGSTOP {
+			time.Sleep(stopped)
+			v.run("sh", "-c", fmt.Sprintf("kill -CONT %d || true", next.pid))
+		}
+		v.waitNode(120*time.Second, func(n controlplane.Node) string {
+			if have := n.Metadata["app"]; have != label {
+				return fmt.Sprintf("label %v, want %q", have, label)
+			}
+			return ""
+		})
+		v.waitFinished(120 * time.Second)
+		t.Logf("%s: the next, epoch %d, was LIVE then: %v", what, next.n, live)
+		if live {
+			load.outage(t, what) // it was all that served
+		} else {
+			load.refusedNone(t, what)
+		}
+		v.eventually(60*time.Second, what+": one Envoy is left", func() error {
+			if now := v.epochs(); len(now) != 1 {
+				return fmt.Errorf("there are %+v", now)
+			}
+			return nil
+		})
+	}
+}
