@@ -15,6 +15,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -243,6 +244,9 @@ func TestTold(t *testing.T) {
 // TestBrakeIsToldAlone: what only says that nothing is intercepted is no failure while the brake is
 // on, so agent-last-failure tells of the brake; and it is one again when the key goes.
 func TestBrakeIsToldAlone(t *testing.T) {
+	if symptom.InterceptionMetadata != metadata.InterceptionKey {
+		t.Errorf("the findings speak of another key, %s", symptom.InterceptionMetadata)
+	}
 	told, take := heard()
 	found := func(brake symptom.Brake) []symptom.Finding {
 		return symptom.Check(symptom.Facts{Brake: brake, Uncovered: []uint16{8081},
