@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/drain"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -16,7 +17,7 @@ import (
 
 func bootstrapCommand() *cobra.Command {
 	var opts bootstrap.Options
-	var rollback, remove, units, rotate bool
+	var rollback, remove, takeOver, takeOverNow, units, rotate bool
 	var archive, level string
 	cmd := &cobra.Command{
 		Use:   "bootstrap",
@@ -28,9 +29,15 @@ func bootstrapCommand() *cobra.Command {
 			"anew.\n\n" +
 			"A release archive brings service-proxy-agent-bootstrap.sh, which installs this program and " +
 			"its units in the first place.\n\n" +
+			"Google's closed agent, which has the same unit's name, chains and ports, is left alone, and " +
+			"what stands in the way of ours is said. --take-over, or a release archive that is installed " +
+			"over it, has ours take its place: its agent is stopped and its unit moved aside once ours is " +
+			"ready, its chains are adopted as they are, and its Envoy is drained and replaced. --remove " +
+			"gives all of it back.\n\n" +
 			"Exit code: 0 done; 1 not done, with the reason; 64 wrong usage.",
 		Example: "  sudo service-proxy-agent bootstrap\n" +
 			"  sudo service-proxy-agent bootstrap --rollback\n" +
+			"  sudo service-proxy-agent bootstrap --take-over\n" +
 			"  sudo service-proxy-agent bootstrap --remove",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			log, err := logger(level)
@@ -38,6 +45,7 @@ func bootstrapCommand() *cobra.Command {
 				return usage(err)
 			}
 			opts.Log = log
+			opts.LetOut, opts.Adopt = letOut, agent.Mark
 			ctx := cmd.Context()
 			say := func(lines []string, err error) error {
 				for _, line := range lines {
@@ -54,6 +62,10 @@ func bootstrapCommand() *cobra.Command {
 					}
 					return removed, err
 				}))
+			case takeOver:
+				return say(bootstrap.TakeOver(ctx, opts))
+			case takeOverNow:
+				return bootstrap.TakeOverNow(ctx, opts)
 			case rollback:
 				return say(bootstrap.Rollback(ctx, opts))
 			case units:
@@ -79,15 +91,31 @@ func bootstrapCommand() *cobra.Command {
 		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
 	flags.BoolVar(&remove, "remove", false,
 		"take everything of ours off this VM and say what was removed")
+	flags.BoolVar(&takeOver, "take-over", false,
+		"have ours take the place of Google's closed agent on this VM; --remove gives it back")
 	// For the archive's script, for --rollback and for service-proxy-rotate.service.
 	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")
 	flags.BoolVar(&units, "install-units", false, "install this binary's units")
 	flags.BoolVar(&rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
-	for _, name := range []string{"archive", "install-units", "rotate-logs"} {
+	flags.BoolVar(&takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
+	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now"} {
 		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
 	}
-	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "archive", "install-units", "rotate-logs")
+	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "take-over", "take-over-now", "archive",
+		"install-units", "rotate-logs")
 	return cmd
+}
+
+// letOut has the rules that are in let a user's traffic out.
+func letOut(ctx context.Context, uid uint32) ([]string, error) {
+	kernel, err := iptables.Open(ctx, iptables.Options{})
+	if errors.Is(err, iptables.ErrNoIPTables) {
+		return nil, nil // and nobody made any
+	}
+	if err != nil {
+		return nil, err
+	}
+	return kernel.LetOut(ctx, uid)
 }
 
 func drainCommand() *cobra.Command {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -53,9 +54,15 @@ type Options struct {
 	// Root is what all paths are beneath; "" for /.
 	Root string
 
-	// Tests replace how commands are run, and where objects are.
-	command func(ctx context.Context, cmd *exec.Cmd) error
-	storage string // Cloud Storage's host
+	// LetOut has the rules that are in let a user's traffic out, and Adopt has the next daemon take
+	// them for its own: what a take-over needs of those who know the rules. nil: nothing.
+	LetOut func(ctx context.Context, uid uint32) (changed []string, err error)
+	Adopt  func() error
+
+	// Tests replace how commands are run, where objects are, and which processes there are.
+	command   func(ctx context.Context, cmd *exec.Cmd) error
+	storage   string // Cloud Storage's host
+	processes func(ports []uint16, programs ...string) ([]neighbour.Process, error)
 }
 
 type bootstrapper struct {
@@ -75,6 +82,12 @@ func newBootstrapper(opts Options) *bootstrapper {
 	}
 	if opts.command == nil {
 		opts.command = func(_ context.Context, cmd *exec.Cmd) error { return cmd.Run() }
+	}
+	if opts.processes == nil {
+		opts.processes = neighbour.Processes
+		if opts.Root != "" {
+			opts.processes = func([]uint16, ...string) ([]neighbour.Process, error) { return nil, nil }
+		}
 	}
 	if opts.storage == "" {
 		opts.storage = cloudStorage

@@ -30,6 +30,9 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) e
 	switch {
 	case err == nil:
 		b.state.EnvoyVersion = version
+		if err := b.replaceTheirs(ctx, cfg); err != nil {
+			return err
+		}
 		return b.changeEnvoy(ctx, cfg)
 	case errors.Is(err, errBinary): // it may be the administrator's
 		return b.firstEnvoy(ctx, cfg, fmt.Sprintf("%s: %v", EnvoyBinary, err))
@@ -38,6 +41,37 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) e
 	}
 	return &Failure{Err: fmt.Errorf("%s: %w", EnvoyBinary, err),
 		Advice: "it stays as it is; if this lasts, mend it, or remove it and another is installed"}
+}
+
+// replaceTheirs replaces the Envoy of an agent from which ours takes over, where there is another to
+// be had: as at a first boot. Theirs is kept, and stays where there is none, or none works.
+func (b *bootstrapper) replaceTheirs(ctx context.Context, cfg attribute.Config) error {
+	h, err := b.readHandover()
+	if err != nil || !h.under(handoverWanted, handoverTaking) || b.state.PrimarySum != "" ||
+		!slices.ContainsFunc(b.sources(cfg), envoySource.exists) {
+		return err
+	}
+	file := keptFile{Path: EnvoyBinary, Replaced: true}
+	if !h.kept(EnvoyBinary) {
+		if err := b.keep(file); err != nil {
+			return err
+		}
+		h.note(file)
+		if err := b.writeHandover(h); err != nil {
+			return err
+		}
+	}
+	got, refused, err := b.trySources(ctx, b.sources(cfg)...)
+	if err != nil {
+		return err
+	}
+	if got.version == "" {
+		b.say("WARNING", fmt.Sprintf("Envoy %s of the other agent stays: %s", b.state.EnvoyVersion,
+			refused))
+		return nil
+	}
+	b.noteInstalled(got, " in place of the other agent's")
+	return nil
 }
 
 // changeEnvoy replaces a working Envoy of ours by that of another primary-source. The VM goes on

@@ -166,6 +166,10 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 		return nil
 	}
 	b.say("INFO", StepInstall)
+	// Who installs ours over another agent means it to take over.
+	if _, err := b.want(ctx, "an archive that was installed"); err != nil {
+		return err
+	}
 	// Units before the binary they run would start what is not there; the binary alone does nothing.
 	newAgent, err := b.place(agent, AgentBinary)
 	if err != nil {
@@ -202,6 +206,14 @@ func (b *bootstrapper) startUnits(ctx context.Context, another bool) error {
 		{"start", "--no-block", systemd.AgentUnit, systemd.BootstrapPath, systemd.ReadyPath,
 			systemd.RotateTimer},
 		{"restart", "--no-block", systemd.BootstrapUnit},
+	}
+	h, err := b.readHandover()
+	if err != nil {
+		return err
+	}
+	if h.under(handoverWanted, handoverTaking) { // bootstrap does it, when it takes over
+		another = false
+		start[0] = slices.DeleteFunc(start[0], func(arg string) bool { return arg == systemd.AgentUnit })
 	}
 	if another {
 		// The rules stay while it restarts (service-proxy-interception.service), so no connection is

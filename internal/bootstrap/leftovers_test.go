@@ -55,7 +55,7 @@ func TestRemoveLeavesYours(t *testing.T) {
 		}
 	}
 	r := removal{bootstrapper: newBootstrapper(Options{Root: root})}
-	r.removeFiles(progress.State{})
+	r.removeFiles(progress.State{}, nil)
 	_, gone := os.Lstat(filepath.Join(root, EnvoyConfig))
 	_, left := os.Lstat(filepath.Join(root, yours))
 	if gone == nil || left != nil || len(r.errs) > 0 {

@@ -50,25 +50,48 @@ func Remove(
 	state, _ := progress.Read(b.path(progress.StateDir))
 	r := &removal{bootstrapper: b}
 	r.done = b.endRetry(ctx, false) // it would install all of it again
-	over, under := b.present(unitsOverRules), b.present(unitsUnderRules)
-	// The rules go when nobody runs any longer who would put them back, and before Envoy does.
-	r.stop(ctx, over)
-	// The interception unit's stop does this, too, but a stop whose command failed is a stop all the
-	// same (seen: status 219, no cgroup for the command).
-	removed, err := clean(ctx)
-	r.done = append(r.done, removed...)
+	h, err := b.readHandover()
 	if err != nil {
-		return r.done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: "+
-			"%w; try again", errors.Join(append(r.errs, err)...))
+		return r.done, fmt.Errorf("remove: %w", err)
 	}
-	r.stop(ctx, under)
+	over, under := b.present(unitsOverRules), b.present(unitsUnderRules)
+	theirs, err := b.rulesOfOthers(h, over)
+	switch {
+	case err != nil:
+		return r.done, fmt.Errorf("remove: %w", err)
+	case theirs:
+		r.done = append(r.done, "left the rules, which are those of another agent")
+		r.stop(ctx, over)
+		r.stop(ctx, under)
+	case h != nil:
+		if err := r.giveBack(ctx, h, over); err != nil {
+			return r.done, fmt.Errorf("remove: the agent that was here before could not be given back, so "+
+				"the rest of ours was left: %w; try again", errors.Join(append(r.errs, err)...))
+		}
+	default:
+		// The rules go when nobody runs any longer who would put them back, and before Envoy does.
+		r.stop(ctx, over)
+		// The interception unit's stop does this, too, but a stop whose command failed is a stop all the
+		// same (seen: status 219, no cgroup for the command).
+		removed, err := clean(ctx)
+		r.done = append(r.done, removed...)
+		if err != nil {
+			return r.done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: "+
+				"%w; try again", errors.Join(append(r.errs, err)...))
+		}
+		r.stop(ctx, under)
+	}
 	r.removeUnits(ctx, len(over)+len(under) > 0)
 	r.removeShared()
 	failed := len(r.errs)
-	r.removeFiles(state)
+	r.removeFiles(state, h)
 	r.removeUsers(ctx, state)
 	if len(r.errs) == failed {
-		r.remove(progress.StateDir, AgentBinary)
+		r.remove(libDir) // with it what was kept for a next try
+		r.remove(progress.StateDir)
+		if !h.kept(AgentBinary) {
+			r.remove(AgentBinary)
+		}
 	} else { // without the state the next try would take our Envoy for yours
 		r.done = append(r.done, "left "+progress.StateDir+" and "+AgentBinary+", to try again with")
 	}
@@ -131,13 +154,21 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 	}
 }
 
-// removeFiles removes what bootstrap writes. An Envoy that was here before stays.
-func (r *removal) removeFiles(state progress.State) {
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), logs.Dir, libDir,
+// removeFiles removes what bootstrap writes. An Envoy that was here before stays, and so does the
+// folder of its logs.
+func (r *removal) removeFiles(state progress.State, h *handover) {
+	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), archiveDir, previousDir, rolledBackFile,
 		progress.RuntimeDir, restartFile, unitChangedFile, lockFile}
-	if state.PrimarySum != "" {
+	if h == nil || !h.LogDir {
+		paths = append(paths, logs.Dir)
+	} else {
+		r.done = append(r.done, "left "+logs.Dir+", which was here before")
+	}
+	switch {
+	case h.kept(EnvoyBinary): // and was brought back
+	case state.PrimarySum != "":
 		paths = slices.Insert(paths, 0, EnvoyBinary)
-	} else if _, err := os.Stat(r.path(EnvoyBinary)); err == nil {
+	case r.exists(EnvoyBinary):
 		r.done = append(r.done, "left "+EnvoyBinary+", which was here before")
 	}
 	r.remove(paths...)

@@ -24,6 +24,15 @@ const reloadNotPossible = 2
 // startEnvoy starts Envoy's unit, or has it run with what has changed, and waits for its admin
 // interface. What is cut short the next run does once more: a hot restart too many does no harm.
 func (b *bootstrapper) startEnvoy(ctx context.Context) error {
+	h, err := b.readHandover()
+	if err != nil {
+		return err
+	}
+	if h.under(handoverWanted, handoverTaking) {
+		if err := b.takeOver(ctx, h); err != nil {
+			return err
+		}
+	}
 	if err := b.enable(ctx, systemd.EnvoyUnit); err != nil {
 		return err
 	}

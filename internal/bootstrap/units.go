@@ -31,6 +31,10 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 	if err := b.noteUnit(); err != nil {
 		return err
 	}
+	held, err := b.yield(ctx)
+	if err != nil {
+		return err
+	}
 	changed, err := systemd.Install(b.Root + "/")
 	if err != nil {
 		return err
@@ -57,8 +61,12 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 			return &Failure{Err: err} // no file's of ours
 		}
 	}
-	if err := b.enable(ctx, systemd.AgentUnit, systemd.BootstrapUnit, systemd.BootstrapPath,
-		systemd.ReadyPath, systemd.RotateTimer); err != nil {
+	units := []string{systemd.AgentUnit, systemd.BootstrapUnit, systemd.BootstrapPath,
+		systemd.ReadyPath, systemd.RotateTimer}
+	if held {
+		units = units[1:]
+	}
+	if err := b.enable(ctx, units...); err != nil {
 		return &Failure{Err: err}
 	}
 	return nil

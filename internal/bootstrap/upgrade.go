@@ -85,7 +85,13 @@ func (b *bootstrapper) previous(installed string) string {
 // replace moves the new file to the installed path, and what was there to previousDir.
 func (b *bootstrapper) replace(fresh, installed string) error {
 	target := b.path(installed)
-	if _, err := os.Lstat(target); err == nil {
+	h, err := b.readHandover()
+	if err != nil {
+		return err
+	}
+	theirs := installed == AgentBinary && h.under(handoverWanted) && h.kept(AgentBinary) &&
+		!isOurBinary(target) // nothing that a rollback should bring back
+	if _, err := os.Lstat(target); err == nil && !theirs {
 		previous := b.previous(installed)
 		if err := os.MkdirAll(filepath.Dir(previous), 0o755); err != nil {
 			return err

@@ -61,8 +61,7 @@ func Units(root string) (units []Unit, err error) {
 			continue
 		}
 		switch program, own := starts(text); {
-		case len(strings.TrimSpace(text)) == 0: // masked, by the administrator
-		case own:
+		case program == "", own: // masked by the administrator, or nothing that could run
 		default:
 			units = append(units, Unit{Path: path, Program: program, First: first || ours})
 		}
@@ -117,7 +116,7 @@ func starts(unit string) (program string, ours bool) {
 		if program == "" {
 			program = argv0
 		}
-		ours = ours || filepath.Base(argv0) == ownName && len(words) > 1 && words[1] == "run"
+		ours = ours || Named(argv0) && len(words) > 1 && words[1] == "run"
 	}
 	return program, ours
 }
@@ -127,9 +126,12 @@ const ownName = "service-proxy-agent"
 
 // ownCommands are our commands that go on for longer than a moment.
 var ownCommands = []string{"run", "bootstrap", "envoy", "wait", "drain", "cleanup", "status", "doctor",
-	"explain", "diff", "bundle"}
+	"explain", "diff", "bundle", "version", "help"}
+
+// Named says whether a program has the closed agent's name, which ours has, too.
+func Named(program string) bool { return filepath.Base(program) == ownName }
 
 // Ours says whether a process with this program and command line is one of ours.
 func Ours(program string, args []string) bool {
-	return filepath.Base(program) == ownName && len(args) > 1 && slices.Contains(ownCommands, args[1])
+	return Named(program) && len(args) > 1 && slices.Contains(ownCommands, args[1])
 }

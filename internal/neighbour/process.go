@@ -65,7 +65,7 @@ func Processes(ports []uint16, programs ...string) ([]Process, error) {
 			continue
 		}
 		p, ok := readProcess("/proc", pid, inodes)
-		if ok && (p.Unit == systemd.AgentUnit || p.Listens || filepath.Base(p.Program) == ownName ||
+		if ok && (p.Unit == systemd.AgentUnit || p.Listens || Named(p.Program) ||
 			slices.Contains(programs, p.Program)) {
 			all = append(all, p)
 		}
