@@ -36,7 +36,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/conntrack"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/footprint"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
@@ -66,7 +68,7 @@ type Agent struct {
 	around     *surroundings
 	reports    *mailbox.Box[status.Status]
 	worked     *mailbox.Box[struct{}] // a pass that did more than look
-	kept       kept
+	kept       *kept
 	pause      chan chan struct{}
 	answers
 	answered atomic.Pointer[time.Time] // when the metadata server last did; nil: not yet
@@ -90,10 +92,11 @@ type kept struct {
 	failures    *mailbox.Box[Failures]
 	transitions *mailbox.Box[keptTransitions]
 	attribute   *mailbox.Box[*keptAttribute]
+	whose       whose
 }
 
-func newKept() kept {
-	return kept{failures: mailbox.New[Failures](), transitions: mailbox.New[keptTransitions](),
+func newKept() *kept {
+	return &kept{failures: mailbox.New[Failures](), transitions: mailbox.New[keptTransitions](),
 		attribute: mailbox.New[*keptAttribute]()}
 }
 
@@ -224,6 +227,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
 	a.say(report.Event{Severity: report.Info, Message: a.startedText()})
+	a.kept.whose.find(ctx, a.settings.StateDir, identity.Here(""), metadata.ReadInstance, a.log)
 	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
 	defer cancel()
 	err = runTasks(ctx, a.tasks(ctx, socket))
@@ -267,6 +271,9 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 			task{"watch the attribute", a.watchAttribute}, task{"read the service account", a.readAccount},
 			task{"read who the VM is", a.readVM}, task{"watch the clock", a.watchClock})
 	}
+	if a.config == nil || a.kept.whose.open() {
+		tasks = append(tasks, task{"find out whose the state is", a.watchWhose})
+	}
 	return tasks
 }
 
@@ -289,8 +296,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	if err != nil {
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
-	machine := machineSum()
-	failures := loadFailures(a.settings.StateDir, machine)
+	failures := loadFailures(a.settings.StateDir, a.kept.whose.vm)
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
@@ -306,8 +312,8 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		},
 		mark: readMark(server.Dir(), a.log),
 		told: told{
-			reporters: a.reporters(machine), log: a.log, started: a.started,
-			past:     a.history(machine),
+			reporters: a.reporters(), log: a.log, started: a.started,
+			past:     a.history(),
 			failures: failures, unasked: failures.Lasting, before: failures.Standing,
 			unseen: failures.Warnings.whichOf(),
 		},
@@ -325,10 +331,10 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 	return l
 }
 
-// history is that of earlier runs on this machine, and that this one was started.
-func (a *Agent) history(machine string) (h history) {
+// history is that of earlier runs on this VM, and that this one was started.
+func (a *Agent) history() (h history) {
 	var err error
-	if h.lines, err = loadTransitions(a.settings.StateDir, machine); err != nil {
+	if h.lines, err = loadTransitions(a.settings.StateDir, a.kept.whose.vm); err != nil {
 		a.log.Warn("the transitions of earlier runs are lost", zap.Error(err))
 	}
 	h.add(status.Transition{Kind: status.OfAgent, Severity: "info", Text: a.startedText()}, a.started)
@@ -349,7 +355,14 @@ func (a *Agent) startedText() string {
 // thisVM asks the VM, and the daemon's tasks for what they know of it.
 func (a *Agent) thisVM() vm {
 	v := thisVM(a.settings.StateDir)
-	v.self = a.self.known
+	v.self = func(now time.Time) Self {
+		is := a.self.known(now)
+		is.Owner, is.Discarded = a.kept.whose.now().Owner, a.kept.whose.discarded
+		return is
+	}
+	v.progress = func() (progress.State, error) {
+		return a.kept.whose.progress(a.settings.StateDir)
+	}
 	v.guestOff = func() bool { return !a.guest.State().Enabled }
 	if a.public != nil {
 		v.listenErr = a.public.Err
@@ -368,7 +381,7 @@ func (a *Agent) say(e report.Event) {
 	a.cloud.Say(e)
 }
 
-func (a *Agent) reporters(machine string) reporters {
+func (a *Agent) reporters() reporters {
 	return reporters{
 		events:  a.say,
 		metrics: a.metrics.Pass,
@@ -379,7 +392,7 @@ func (a *Agent) reporters(machine string) reporters {
 		intercepted: func(in intercepted) { a.intercepted.Store(&in) },
 		history:     func(f Failures) { a.kept.failures.Put(f) },
 		transitions: func(all []status.Transition) {
-			a.kept.transitions.Put(keptTransitions{Machine: machine, Transitions: all})
+			a.kept.transitions.Put(keptTransitions{Owner: a.kept.whose.now().Owner, Transitions: all})
 		},
 		// service-proxy-ready.path starts the target then, which stays: the file is not taken away
 		// again.

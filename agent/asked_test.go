@@ -9,6 +9,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -191,7 +192,7 @@ func TestStandingKept(t *testing.T) {
 	var last status.Status
 	restarted := func() *told {
 		told, _ := heard()
-		told.failures = loadFailures(dir, "")
+		told.failures = loadFailures(dir, identity.VM{})
 		told.before = told.failures.Standing
 		told.reporters.status = func(s status.Status) { last = s }
 		return told

@@ -3,8 +3,6 @@ package agent
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,7 +17,9 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
 // goodAttribute is a well-formed attribute. It is a value that nobody changes.
@@ -59,11 +59,6 @@ func (a *attributeInForce) take(n attributeNews, log *zap.Logger) {
 		return
 	}
 	a.Good = good
-	if good == nil { // it was another instance's
-		a.Known, a.Config = false, attribute.Default()
-		a.Serial++
-		return
-	}
 	// bootstrap reads for itself, and may have seen a newer one than an earlier run kept
 	if !good.Kept {
 		a.text = good.Text
@@ -97,12 +92,10 @@ func (a *attributeInForce) reportUnknown(keys []string, log *zap.Logger) {
 type keptAttribute struct {
 	Text string    `json:"text"`
 	Read time.Time `json:"read"`
-	// the VM's id, "" where the metadata server did not tell it
-	Instance string `json:"instance,omitempty"`
-	Machine  string `json:"machine,omitempty"` // machineSum
+	identity.Owner
 }
 
-const keptFile = "attribute.json"
+const keptFile = progress.AttributeFile
 
 // loadKept reads what an earlier run kept; nil without an error: nothing.
 func loadKept(dir string) (*keptAttribute, error) {
@@ -123,15 +116,8 @@ func loadKept(dir string) (*keptAttribute, error) {
 	return k, nil
 }
 
-// saveKept keeps k for the next start; nil takes away what is kept.
+// saveKept keeps k for the next start.
 func saveKept(dir string, k *keptAttribute) error {
-	path := filepath.Join(dir, keptFile)
-	if k == nil {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
-	}
 	text, err := json.Marshal(k)
 	if err != nil {
 		return err
@@ -140,56 +126,25 @@ func saveKept(dir string, k *keptAttribute) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return atomicfile.Write(path, text, 0o600) // URLs in it may be signed
-}
-
-// machineSum stands for this machine without the metadata server, "" where nothing tells. A disk's
-// clone may have the same machine-id, but not the same asset tag: Compute Engine puts an UUID of
-// the instance there. (product_uuid is the same, and root's alone.)
-func machineSum() string {
-	return sumOfFiles("/etc/machine-id", "/sys/class/dmi/id/board_asset_tag")
-}
-
-func sumOfFiles(paths ...string) string {
-	h, known := sha256.New(), false
-	for _, path := range paths {
-		text, err := os.ReadFile(path)
-		text = bytes.TrimSpace(text)
-		known = known || err == nil && len(text) > 0
-		fmt.Fprintf(h, "%q\n", text)
-	}
-	if !known {
-		return ""
-	}
-	return hex.EncodeToString(h.Sum(nil))[:32]
+	return atomicfile.Write(filepath.Join(dir, keptFile), text, 0o600) // URLs in it may be signed
 }
 
 // attributeSource decides which attribute is in force: the newest good one; until this run has read
-// one, that of an earlier run, if it is this VM's own.
+// one, that of an earlier run on this VM.
 type attributeSource struct {
 	kept *keptAttribute // nil: none, or out of date
 	good *goodAttribute
 }
 
-// next is what a look makes of it. instance is the VM's id, "" while the metadata server has not
-// told it: then the machine must do. foreign: what was kept is another instance's, and is dropped.
-func (s *attributeSource) next(look metadata.Attribute, instance, machine string,
-	now time.Time) (news attributeNews, foreign bool) {
+// next is what a look makes of it.
+func (s *attributeSource) next(look metadata.Attribute, now time.Time) (news attributeNews) {
 	if look.Err == nil {
 		s.kept, s.good = nil, &goodAttribute{Config: look.Config, Text: look.Text, Read: now}
-		return attributeNews{Good: s.good}, false
+		return attributeNews{Good: s.good}
 	}
-	if k := s.kept; k != nil {
-		known := instance != "" && k.Instance != ""
-		switch {
-		case known && instance != k.Instance:
-			s.kept, s.good, foreign = nil, nil, true
-		case !known && (machine == "" || machine != k.Machine):
-			s.good = nil // the id may still tell that it is ours
-		case s.good == nil:
-			if config, err := attribute.Parse([]byte(k.Text)); err == nil { // loadKept has seen to it
-				s.good = &goodAttribute{Config: config, Text: []byte(k.Text), Read: k.Read, Kept: true}
-			}
+	if k := s.kept; k != nil && s.good == nil {
+		if config, err := attribute.Parse([]byte(k.Text)); err == nil { // loadKept has seen to it
+			s.good = &goodAttribute{Config: config, Text: []byte(k.Text), Read: k.Read, Kept: true}
 		}
 	}
 	news = attributeNews{Good: s.good, Err: look.Err}
@@ -197,36 +152,31 @@ func (s *attributeSource) next(look metadata.Attribute, instance, machine string
 	if errors.As(look.Err, &source) {
 		news.Source, news.Err = look.Err, nil
 	}
-	return news, foreign
+	return news
 }
 
 // watchAttribute passes on what the metadata server says of the attribute, and has the last good
 // one kept for the next start.
 func (a *Agent) watchAttribute(ctx context.Context) error {
+	of := &a.kept.whose
 	kept, err := loadKept(a.settings.StateDir)
 	if err != nil {
 		a.log.Warn("no attribute of an earlier run", zap.Error(err))
 	}
-	source, machine, instance := attributeSource{kept: kept}, machineSum(), ""
+	if kept != nil && !of.now().Judge(kept.Owner).Believed() {
+		kept = nil
+	}
+	source := attributeSource{kept: kept}
 	answered := func() { a.answered.Store(new(time.Now())) }
 	metadata.Watch(ctx, answered, func(look metadata.Attribute) {
-		away := new(metadata.Error)
-		if source.kept != nil && look.Err != nil && instance == "" && !errors.As(look.Err, &away) {
-			instance, _ = metadata.ReadInstance(ctx) // whom the kept one must belong to
-		}
-		news, foreign := source.next(look, instance, machine, time.Now().UTC())
+		news := source.next(look, time.Now().UTC())
 		a.attributes.Put(news)
-		switch {
-		case foreign:
-			a.log.Warn("the attribute kept in the state folder is another instance's and is discarded",
-				zap.String("of", kept.Instance), zap.String("this", instance))
-			a.kept.attribute.Put(nil)
-		case look.Err == nil:
-			if instance == "" {
-				instance, _ = metadata.ReadInstance(ctx) // without it, the machine tells whose it is
-			}
+		if look.Err == nil {
+			// It says whose it is; without the id, the machine does. (What else the id may tell is
+			// watchWhose's.)
+			_ = of.learn(ctx, metadata.ReadInstance)
 			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read,
-				Instance: instance, Machine: machine})
+				Owner: of.now().Owner})
 		}
 	})
 	return nil

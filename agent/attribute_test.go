@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -37,52 +38,33 @@ func TestAttributeSource(t *testing.T) {
 		away      = metadata.Attribute{
 			Err: &metadata.Error{Path: "x", Code: http.StatusServiceUnavailable}}
 	)
-	const none, kept, own = 0, 15101, 15102
+	const kept, own = 15101, 15102
 	type look struct {
-		look     metadata.Attribute
-		instance string
-		want     uint16 // the port of the one in force
-		foreign  bool
+		look metadata.Attribute
+		want uint16 // the port of the one in force
 	}
 	for _, test := range []struct {
-		name     string
-		instance string // of the kept one
-		machine  string
-		looks    []look
+		name  string
+		looks []look
 	}{
-		{"missing", "1", "", []look{{missing, "1", kept, false}, {malformed, "1", kept, false}}},
-		{"malformed", "1", "", []look{{malformed, "1", kept, false}}},
-		{"the server is away", "1", "m", []look{{away, "", kept, false}, {missing, "1", kept, false}, {away, "1", kept, false}}},
-		{"away, on another machine", "1", "other", []look{{away, "", none, false}, {away, "", none, false}}},
-		{"away, and nothing tells the machine", "1", "", []look{{away, "", none, false}}},
-		{"away, and the machine has got another name", "1", "other", []look{{away, "", none, false}, {missing, "1", kept, false}}},
-		{"a clone", "1", "other", []look{{missing, "2", none, true}, {missing, "2", none, false}, {good("15102"), "2", own, false}}},
-		{"a clone that looks the same", "1", "m", []look{{away, "", kept, false}, {missing, "2", none, true}, {away, "2", none, false}}},
-		{"a clone with an attribute", "1", "other", []look{{good("15102"), "2", own, false}, {missing, "2", own, false}}},
-		{"the id is not told", "1", "m", []look{{missing, "", kept, false}}},
-		{"the id was not told then", "", "m", []look{{missing, "1", kept, false}}},
-		{"the id was not told then, on another machine", "", "other", []look{{missing, "1", none, false}}},
-		{"a good one comes and goes", "1", "m", []look{{away, "", kept, false}, {good("15102"), "1", own, false}, {missing, "1", own, false}, {malformed, "1", own, false}, {away, "1", own, false}}},
+		{"missing", []look{{missing, kept}, {malformed, kept}}},
+		{"malformed", []look{{malformed, kept}}},
+		{"the server is away", []look{{away, kept}, {missing, kept}, {away, kept}}},
+		{"a good one comes and goes", []look{{away, kept}, {good("15102"), own}, {missing, own}, {malformed, own}, {away, own}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			read := time.Unix(1e9, 0)
-			s := attributeSource{
-				kept: &keptAttribute{Text: keptText, Read: read, Instance: test.instance, Machine: "m"}}
+			s := attributeSource{kept: &keptAttribute{Text: keptText, Read: read}}
 			for i, l := range test.looks {
 				now := time.Unix(2e9+int64(i), 0)
-				news, foreign := s.next(l.look, l.instance, test.machine, now)
-				if foreign != l.foreign {
-					t.Errorf("look %d: foreign is %v", i, foreign)
-				}
+				news := s.next(l.look, now)
 				if (news.Err != nil || news.Source != nil) != (l.look.Err != nil) ||
 					(news.Source != nil) != errors.As(l.look.Err, new(*metadata.Error)) {
 					t.Errorf("look %d: %v and %v of %v", i, news.Err, news.Source, l.look.Err)
 				}
 				switch {
 				case news.Good == nil:
-					if l.want != none {
-						t.Errorf("look %d: none in force, want port %d", i, l.want)
-					}
+					t.Errorf("look %d: none in force, want port %d", i, l.want)
 				case news.Good.Config.ProxyPort != l.want:
 					t.Errorf("look %d: port %d in force, want %d", i, news.Good.Config.ProxyPort, l.want)
 				case news.Good.Kept != (l.want == kept), news.Good.Kept != news.Good.Read.Equal(read):
@@ -91,9 +73,8 @@ func TestAttributeSource(t *testing.T) {
 			}
 		})
 	}
-	if news, foreign := (&attributeSource{}).next(missing, "1", "m", time.Now()); news.Good != nil ||
-		foreign {
-		t.Errorf("nothing kept: %+v, foreign %v", news, foreign)
+	if news := (&attributeSource{}).next(missing, time.Now()); news.Good != nil {
+		t.Errorf("nothing kept: %+v", news)
 	}
 }
 
@@ -106,7 +87,7 @@ func TestKeptAttribute(t *testing.T) {
 		t.Errorf("before the first: %v, %v", k, err)
 	}
 	want := keptAttribute{Text: keptText, Read: time.Date(2026, 11, 24, 21, 0, 0, 0, time.UTC),
-		Instance: "4520031799277581759", Machine: "m"}
+		Owner: identity.Owner{Instance: "4520031799277581759", Machine: "m", Boot: "b"}}
 	for range 2 {
 		if err := saveKept(dir, &want); err != nil {
 			t.Fatal(err)
@@ -130,41 +111,6 @@ func TestKeptAttribute(t *testing.T) {
 			!strings.Contains(err.Error(), "kept by an earlier run") {
 			t.Errorf("%s: %v, %v", name, k, err)
 		}
-	}
-	for range 2 { // the second time it is gone already
-		if err := saveKept(dir, nil); err != nil {
-			t.Error(err)
-		}
-	}
-	if k, err := loadKept(dir); k != nil || err != nil {
-		t.Errorf("taken away: %v, %v", k, err)
-	}
-}
-
-// TestMachineSum: any of the files changes it, and without any there is none.
-func TestMachineSum(t *testing.T) {
-	dir := t.TempDir()
-	file := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	a, same, b, empty, absent := file("a", "1\n"), file("same", "1"), file("b", "2\n"),
-		file("empty", "\n"), filepath.Join(dir, "absent")
-	sum := sumOfFiles(a, b)
-	if len(sum) != 32 || sum != sumOfFiles(same, b) {
-		t.Errorf("%q and %q", sum, sumOfFiles(same, b))
-	}
-	for _, other := range []string{sumOfFiles(a, a), sumOfFiles(b, a), sumOfFiles(a, absent),
-		sumOfFiles(absent, b)} {
-		if other == sum || other == "" {
-			t.Errorf("another machine is %q, too", other)
-		}
-	}
-	if none := sumOfFiles(absent, empty); none != "" {
-		t.Errorf("nothing tells the machine, and it is %q", none)
 	}
 }
 
@@ -206,25 +152,14 @@ func TestTakeAttribute(t *testing.T) {
 			t.Errorf("%s: %v, %v", step.name, a.Err, a.Source)
 		}
 	}
-	a = attributeInForce{}
-	a.take(attributeNews{Good: kept, Source: bad}, log)
-	a.take(attributeNews{Err: bad}, log)
-	if a.Known || a.Config.ProxyPort != attribute.OutboundPort || a.Good != nil {
-		t.Errorf("another instance's is still in force: %+v", a)
-	}
 }
 
 // TestWatchAttribute: what the loop hears, and what is kept for the next start, for each answer of
 // the metadata server that a run may begin with.
 func TestWatchAttribute(t *testing.T) {
 	const own = "4520031799277581759"
-	kept := func(instance, machine string) *keptAttribute {
-		return &keptAttribute{Text: keptText, Read: time.Unix(1e9, 0).UTC(), Instance: instance,
-			Machine: machine}
-	}
-	machine, here := machineSum(), uint16(15101)
-	if machine == "" { // a container without a machine-id: nothing tells that it is the same
-		here = 0
+	kept := func(of identity.VM) *keptAttribute {
+		return &keptAttribute{Text: keptText, Read: time.Unix(1e9, 0).UTC(), Owner: of.Owner}
 	}
 	for _, test := range []struct {
 		name  string
@@ -234,17 +169,17 @@ func TestWatchAttribute(t *testing.T) {
 		text  string
 		asks  int    // for the VM's id
 		port  uint16 // of the one in force; 0: none
-		keeps string // the text that is kept anew; "-": nothing is any more
+		keeps string // the text that is kept anew
 		logs  string
 	}{
 		{name: "a good one", code: 200, text: `{"proxy-spec":{"proxy-port":15102}}`, asks: 1, port: 15102, keeps: `{"proxy-spec":{"proxy-port":15102}}`},
-		{name: "a good one after another's", state: kept("1", "m"), code: 200, text: `{}`, asks: 1, port: 15001, keeps: `{}`},
+		{name: "a good one after what may be another's", state: kept(aClone), code: 200, text: `{}`, asks: 1, port: 15001, keeps: `{}`},
 		{name: "missing, with nothing kept", code: 404},
-		{name: "missing", state: kept(own, "m"), code: 404, asks: 1, port: 15101},
-		{name: "malformed", state: kept(own, "m"), code: 200, text: `{"labels":1}`, asks: 1, port: 15101},
-		{name: "missing on a clone", state: kept("1", machine), code: 404, asks: 1, keeps: "-", logs: "is another instance's and is discarded"},
-		{name: "the server refuses", state: kept("1", machine), code: 403, port: here},
-		{name: "the server refuses on another machine", state: kept(own, "m"), code: 403},
+		{name: "missing", state: kept(mine), code: 404, port: 15101},
+		{name: "malformed", state: kept(mine), code: 200, text: `{"labels":1}`, port: 15101},
+		{name: "missing, with what may be another's", state: kept(aClone), code: 404},
+		{name: "the server refuses", state: kept(mine), code: 403, port: 15101},
+		{name: "the server refuses, with what may be another's", state: kept(aClone), code: 403},
 		{name: "what is kept cannot be read", bad: `{"text"`, code: 404, logs: "no attribute of an earlier run"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -285,6 +220,7 @@ func TestWatchAttribute(t *testing.T) {
 				log: zap.New(core), settings: Settings{StateDir: dir}, attributes: mailbox.New[attributeNews](),
 				kept: newKept(),
 			}
+			a.kept.whose.vm = mine
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := make(chan struct{})
 			go func() { defer close(ended); a.watchAttribute(ctx) }()
@@ -313,12 +249,9 @@ func TestWatchAttribute(t *testing.T) {
 					t.Errorf("kept: %+v", keep)
 				default:
 				}
-			case test.keeps == "-":
-				if keep != nil {
-					t.Errorf("kept: %+v, want nothing", keep)
-				}
 			case keep == nil ||
-				*keep != keptAttribute{Text: test.keeps, Read: news.Good.Read, Instance: own, Machine: machine}:
+				*keep != keptAttribute{Text: test.keeps, Read: news.Good.Read,
+					Owner: identity.Owner{Instance: own, Machine: mine.Machine, Boot: mine.Boot}}:
 				t.Errorf("kept: %+v", keep)
 			}
 			if asks != test.asks {
@@ -360,12 +293,10 @@ func TestRunHistory(t *testing.T) {
 	put(&keptAttribute{Text: keptText})
 	wait("nothing is kept", func() bool {
 		k, err := loadKept(dir)
-		past, _ := loadTransitions(dir, "")
-		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, "").Over.Text == "x" &&
+		past, _ := loadTransitions(dir, identity.VM{})
+		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, identity.VM{}).Over.Text == "x" &&
 			len(past) == 1
 	})
-	put(nil)
-	wait("it is still kept", func() bool { k, err := loadKept(dir); return k == nil && err == nil })
 	if logs.Len() != 0 {
 		t.Errorf("logged: %v", logs.All())
 	}
@@ -376,10 +307,8 @@ func TestRunHistory(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range []*keptAttribute{{Text: keptText}, nil} {
-		if err := saveKept(filepath.Join(file, "state"), k); err == nil {
-			t.Errorf("no error of a folder that cannot be made: %v", k)
-		}
+	if err := saveKept(filepath.Join(file, "state"), &keptAttribute{Text: keptText}); err == nil {
+		t.Error("no error of a folder that cannot be made")
 	}
 	a.settings.StateDir = filepath.Join(file, "state")
 	ctx, cancel = context.WithCancel(t.Context())

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -53,7 +55,7 @@ type Failures struct {
 	Warnings Warnings `json:"warnings,omitzero"`
 	// Standing is kept with them for the next start.
 	Standing Standing `json:"standing,omitzero"`
-	Machine  string   `json:"machine,omitempty"` // whose they are (machineSum), "" where nothing tells
+	identity.Owner
 }
 
 // Standing is how the VM stands, in as many words as are grouped by, and since when, UTC.
@@ -73,7 +75,7 @@ const forgetAfter = time.Hour
 // start. Those that stay last without a finding that tells of them.
 func (f Failures) next(findings []symptom.Finding, now time.Time, stays ...Failure) Failures {
 	now = now.UTC().Truncate(time.Second)
-	next := Failures{Over: f.Over, Warnings: f.Warnings, Standing: f.Standing, Machine: f.Machine}
+	next := Failures{Over: f.Over, Warnings: f.Warnings, Standing: f.Standing, Owner: f.Owner}
 	var errors []symptom.Finding
 	at := map[which][]int{} // of errors that are not old ones
 	for _, found := range findings {
@@ -129,7 +131,7 @@ func (f Failures) date(findings []symptom.Finding, seen map[which]time.Time) {
 }
 
 func (f Failures) equal(g Failures) bool {
-	return f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting) &&
+	return f.Owner == g.Owner && f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting) &&
 		f.Warnings.equal(g.Warnings)
 }
 
@@ -199,18 +201,16 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 	return answered
 }
 
-const failureFile = "last-failure.json"
+const failureFile = progress.FailureFile
 
-// loadFailures reads the failures of an earlier run on this machine; a missing or unreadable file
-// loses nothing but history. Those of the VM that this one's disk was made from are not this VM's.
-func loadFailures(dir, machine string) Failures {
+// loadFailures reads the failures of an earlier run on this VM; a missing or unreadable file loses
+// nothing but history.
+func loadFailures(dir string, vm identity.VM) Failures {
 	f := Failures{}
 	b, err := readKept(filepath.Join(dir, failureFile), maxKeptFile)
-	if err != nil || json.Unmarshal(b, &f) != nil ||
-		f.Machine != machine && f.Machine != "" && machine != "" {
+	if err != nil || json.Unmarshal(b, &f) != nil || !vm.Judge(f.Owner).Believed() {
 		f = Failures{}
 	}
-	f.Machine = machine
 	return f
 }
 

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
@@ -70,7 +71,7 @@ func TestFailure(t *testing.T) {
 		if err := f.save(dir); err != nil {
 			t.Fatal(err)
 		}
-		if back := loadFailures(dir, ""); back.String() != f.String() || !back.equal(f) {
+		if back := loadFailures(dir, identity.VM{}); back.String() != f.String() || !back.equal(f) {
 			t.Errorf("after %v: read back %q", s.after, back)
 		}
 	}
@@ -134,10 +135,16 @@ func TestFailureIs(t *testing.T) {
 	}
 }
 
+// mine is a VM, and aClone one that was made from its disk; neither has been told its id yet.
+var (
+	mine   = identity.VM{Owner: identity.Owner{Machine: "mine", Boot: "1"}, Tagged: true}
+	aClone = identity.VM{Owner: identity.Owner{Machine: "a clone", Boot: "2"}, Tagged: true}
+)
+
 // TestFailuresKept: they are kept for nobody else to read, and what cannot be read is no history.
 func TestFailuresKept(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	if f := loadFailures(dir, ""); !f.equal(Failures{}) {
+	if f := loadFailures(dir, identity.VM{}); !f.equal(Failures{}) {
 		t.Errorf("nothing is kept, and it is %+v", f)
 	}
 	f := Failures{Over: Failure{Text: "x"}}
@@ -150,20 +157,23 @@ func TestFailuresKept(t *testing.T) {
 			t.Errorf("%s: mode %v, %v, want %v", path, info.Mode(), err, mode)
 		}
 	}
-	f.Machine = "mine"
+	f.Owner = mine.Owner
 	if err := f.save(dir); err != nil {
 		t.Fatal(err)
 	}
-	for machine, want := range map[string]string{"mine": "x", "": "x", "a clone": ""} {
-		if f := loadFailures(dir, machine); f.Over.Text != want || f.Machine != machine {
-			t.Errorf("on machine %q: %+v", machine, f)
+	for _, vm := range []struct {
+		identity.VM
+		want string
+	}{{mine, "x"}, {aClone, ""}} {
+		if f := loadFailures(dir, vm.VM); f.Over.Text != vm.want {
+			t.Errorf("on %+v: %+v", vm.VM, f)
 		}
 	}
 	half := []byte(`{"over":{"text":"half"},"lasting":[{`)
 	if err := os.WriteFile(path, half, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if f := loadFailures(dir, ""); !f.equal(Failures{}) {
+	if f := loadFailures(dir, identity.VM{}); !f.equal(Failures{}) {
 		t.Errorf("half of it is read: %+v", f)
 	}
 	if err := f.save(filepath.Join(path, "below-a-file")); err == nil {

@@ -221,8 +221,6 @@ func (h *history) pass(p passed, now time.Time) {
 // one before.
 func newAttribute(a attributeInForce, was bool) string {
 	switch {
-	case a.Good == nil && was:
-		return "the attribute kept in the state folder is another instance's and is discarded"
 	case a.Good == nil:
 	case a.Good.Kept:
 		return "the attribute that an earlier run kept is in force"

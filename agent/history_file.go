@@ -14,12 +14,14 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
 const (
-	historyFile = "history.json"
+	historyFile = progress.HistoryFile
 	// maxHistoryFile is more than the transitions ever take.
 	maxHistoryFile = 256 << 10
 	maxKeptFile    = 4 << 20 // the attribute's and the failures'
@@ -34,13 +36,12 @@ var wordsOfID = regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`)
 // keptTransitions are the last ones as the state folder keeps them for the next start. Nobody
 // changes them.
 type keptTransitions struct {
-	Machine     string              `json:"machine,omitempty"` // whose they are (machineSum)
+	identity.Owner
 	Transitions []status.Transition `json:"transitions"`
 }
 
-// loadTransitions reads those of earlier runs on this machine. Those of the VM that this one's disk
-// was made from are not this VM's.
-func loadTransitions(dir, machine string) ([]status.Transition, error) {
+// loadTransitions reads those of earlier runs on this VM.
+func loadTransitions(dir string, vm identity.VM) ([]status.Transition, error) {
 	path := filepath.Join(dir, historyFile)
 	text, err := readKept(path, maxHistoryFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -53,7 +54,7 @@ func loadTransitions(dir, machine string) ([]status.Transition, error) {
 	if err := json.Unmarshal(text, &k); err != nil {
 		return nil, fmt.Errorf("read %q: %w", path, err)
 	}
-	if k.Machine != machine && k.Machine != "" && machine != "" {
+	if !vm.Judge(k.Owner).Believed() {
 		return nil, nil
 	}
 	return k.sound(), nil

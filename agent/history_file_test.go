@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -40,12 +41,12 @@ func fullHistory() history {
 // TestTransitionsKept: they are kept for nobody else to read, and what was written is read.
 func TestTransitionsKept(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	if all, err := loadTransitions(dir, "mine"); err != nil || len(all) > 0 {
+	if all, err := loadTransitions(dir, mine); err != nil || len(all) > 0 {
 		t.Errorf("nothing is kept, and it is %v, %v", all, err)
 	}
 	h := fullHistory()
 	h.lines[7].Times, h.lines[7].First = 10_000, testStart.Add(-time.Hour)
-	if err := (keptTransitions{"mine", h.lines}).save(dir); err != nil {
+	if err := (keptTransitions{mine.Owner, h.lines}).save(dir); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, historyFile)
@@ -57,10 +58,12 @@ func TestTransitionsKept(t *testing.T) {
 	if info, err := os.Stat(path); err != nil || info.Size() > 64<<10 {
 		t.Errorf("%d bytes, %v", info.Size(), err)
 	}
-	for machine, want := range map[string][]status.Transition{"mine": h.lines, "": h.lines,
-		"a clone": nil} {
-		if all, err := loadTransitions(dir, machine); err != nil || !slices.Equal(all, want) {
-			t.Errorf("on machine %q: %v, %v", machine, inLines(all), err)
+	for _, vm := range []struct {
+		identity.VM
+		want []status.Transition
+	}{{mine, h.lines}, {aClone, nil}} {
+		if all, err := loadTransitions(dir, vm.VM); err != nil || !slices.Equal(all, vm.want) {
+			t.Errorf("on %+v: %v, %v", vm.VM, inLines(all), err)
 		}
 	}
 	if err := (keptTransitions{}).save(filepath.Join(path, "below-a-file")); err == nil {
@@ -105,7 +108,7 @@ func TestTransitionsOfOthers(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(dir, historyFile), []byte(test.text), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			all, err := loadTransitions(dir, "")
+			all, err := loadTransitions(dir, identity.VM{})
 			if err == nil != (test.want != nil) || !slices.Equal(inLines(all), test.want) {
 				t.Errorf("%q, %v, want %q", inLines(all), err, test.want)
 			}
@@ -124,7 +127,7 @@ func TestTransitionsOfNewerVersions(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, historyFile), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	all, err := loadTransitions(dir, "")
+	all, err := loadTransitions(dir, identity.VM{})
 	if err != nil || len(all) != 3 {
 		t.Fatalf("%+v, %v", all, err)
 	}
@@ -147,19 +150,19 @@ func TestKeptThatHang(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if all, err := loadTransitions(dir, "mine"); !errors.Is(err, untrusted.ErrNotRegular) {
+	if all, err := loadTransitions(dir, mine); !errors.Is(err, untrusted.ErrNotRegular) {
 		t.Errorf("transitions %v, %v", all, err)
 	}
 	if kept, err := loadKept(dir); !errors.Is(err, untrusted.ErrNotRegular) {
 		t.Errorf("attribute %v, %v", kept, err)
 	}
-	loadFailures(dir, "mine")
+	loadFailures(dir, mine)
 }
 
 // FuzzLoadTransitions: what is read is bounded and in its form, and can be written.
 func FuzzLoadTransitions(f *testing.F) {
-	f.Add([]byte(`{"machine":"m","transitions":[{"time":"9999-12-31T23:59:59-01:00","kind":"x","text":"y"}]}`))
-	text, err := json.Marshal(keptTransitions{"m", fullHistory().lines})
+	f.Add([]byte(`{"machine":"mine","transitions":[{"time":"9999-12-31T23:59:59-01:00","kind":"x","text":"y"}]}`))
+	text, err := json.Marshal(keptTransitions{mine.Owner, fullHistory().lines})
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -169,17 +172,17 @@ func FuzzLoadTransitions(f *testing.F) {
 		if err := os.WriteFile(filepath.Join(dir, historyFile), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		all, err := loadTransitions(dir, "")
+		all, err := loadTransitions(dir, mine)
 		if err != nil {
 			return
 		}
 		var h history
 		h.lines = slices.Clone(all)
 		h.add(status.Transition{Kind: status.OfAgent, Severity: "info", Text: "started"}, testStart)
-		if err := (keptTransitions{"m", h.lines}).save(dir); err != nil || len(h.lines) > maxTransitions {
+		if err := (keptTransitions{mine.Owner, h.lines}).save(dir); err != nil || len(h.lines) > maxTransitions {
 			t.Fatalf("%d lines, %v", len(h.lines), err)
 		}
-		again, err := loadTransitions(dir, "m")
+		again, err := loadTransitions(dir, mine)
 		if err != nil || len(again) != len(h.lines) {
 			t.Fatalf("%v, %d lines, want %d", err, len(again), len(h.lines))
 		}
@@ -195,13 +198,14 @@ func FuzzLoadTransitions(f *testing.F) {
 func TestRunBegins(t *testing.T) {
 	core, logs := observer.New(zap.InfoLevel)
 	a := &Agent{log: zap.New(core), started: testStart, settings: Settings{StateDir: t.TempDir(),
-		Version: "1.2.3"}}
-	mine := []status.Transition{{Time: testStart.Add(-time.Hour), Kind: status.OfMode,
+		Version: "1.2.3"}, kept: newKept()}
+	a.kept.whose.vm = mine
+	lines := []status.Transition{{Time: testStart.Add(-time.Hour), Kind: status.OfMode,
 		Severity: "info", Text: "interception: hold"}}
-	if err := (keptTransitions{"mine", mine}).save(a.settings.StateDir); err != nil {
+	if err := (keptTransitions{mine.Owner, lines}).save(a.settings.StateDir); err != nil {
 		t.Fatal(err)
 	}
-	h := a.history("mine")
+	h := a.history()
 	if got := inLines(h.lines); logs.Len() > 0 ||
 		!slices.Equal(got, []string{"17:00 interception: hold",
 			"18:00 service-proxy-agent 1.2.3 started"}) {
@@ -211,7 +215,7 @@ func TestRunBegins(t *testing.T) {
 	if err := os.WriteFile(path, []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	h = a.history("mine")
+	h = a.history()
 	if len(h.lines) != 1 || logs.FilterMessage("the transitions of earlier runs are lost").Len() != 1 {
 		t.Errorf("%q, %v", inLines(h.lines), logs.All())
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -117,7 +118,7 @@ func (l *looking) takeAttribute() {
 	if a.Known || a.Source == nil || l.kept == nil {
 		return
 	}
-	if machine := machineSum(); machine != "" && machine == l.kept.Machine {
+	if identity.Here("").Judge(l.kept.Owner).Believed() {
 		if config, err := attribute.Parse([]byte(l.kept.Text)); err == nil {
 			a.Known, a.Config, a.Serial = true, config, 1
 			a.Good = &goodAttribute{Config: config, Text: []byte(l.kept.Text), Read: l.kept.Read, Kept: true}

@@ -7,11 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -39,7 +39,7 @@ func readMark(dir string, log *zap.Logger) *mark {
 		_, err := os.Lstat(filepath.Join(dir, systemd.ReadyFile))
 		return &mark{dir: dir, set: err == nil, log: log}
 	}
-	return &mark{dir: dir, set: err == nil && strings.TrimSpace(string(id)) == bootID(), log: log}
+	return &mark{dir: dir, set: err == nil && identity.Boot(string(id)) == bootID(), log: log}
 }
 
 // put says that the jumps are about to go in.
@@ -54,10 +54,7 @@ func (m *mark) put() {
 }
 
 // bootID is the kernel's random id of this boot (random(4)), "" where /proc does not tell.
-func bootID() string {
-	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id))
-}
+func bootID() string { return identity.Here("").Boot }
 
 // writeMark replaces the file. Root writes it, too (cleanup), in a folder of the agent's user:
 // links are not followed, and that user can replace it again.

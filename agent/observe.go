@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
@@ -34,10 +35,11 @@ type vm struct {
 
 // thisVM asks the VM that the program runs on. What only a daemon knows is the daemon's to add.
 func thisVM(stateDir string) vm {
+	of := &whose{vm: identity.Here("")}
 	return vm{
 		addrs: localAddrs, userIDs: userIDs, userName: userName,
 		tcp: sockdiag.Listeners, udp: sockdiag.UDPListeners,
-		progress:   func() (progress.State, error) { return progress.Read(stateDir) },
+		progress:   func() (progress.State, error) { return of.progress(stateDir) },
 		self:       func(time.Time) Self { return Self{} },
 		guestOff:   func() bool { return false },
 		listenErr:  func() error { return nil },

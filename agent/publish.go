@@ -80,6 +80,9 @@ func (t *told) publish(p passed, backend string) {
 	next := t.failures.next(p.findings, now, stays...)
 	next.Warnings = t.failures.Warnings.next(p.findings, now, t.staying(p, now))
 	next.date(p.findings, seen)
+	if next.Owner = p.seen.Owner; next.Owner != t.failures.Owner {
+		t.past.news = true // what is kept says whose it is
+	}
 	s := p.status()
 	s.Failing = next.newest().ID
 	next.Standing = t.standing(s, now)

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -24,6 +25,10 @@ type Self struct {
 	Killed  time.Time     // when systemd's watchdog ended a run that hung; zero: not lately
 	// AdminOfRoot: root holds the admin interface, whose answers count.
 	AdminOfRoot bool
+	// Owner is this VM, by whom what is kept is marked; Discarded what was found of another, nil:
+	// nothing.
+	Owner     identity.Owner
+	Discarded *identity.Discarded
 }
 
 // self is Self as tasks find it out.

@@ -181,8 +181,12 @@ var vmEvents = []event{
 		},
 	},
 	{
-		name: "the attribute is another instance's", weight: 2, can: hasAttribute,
-		do: func(w *world) { w.takeAttribute(nil) },
+		name: "the attribute turns out to be another VM's: the agent starts anew", weight: 2,
+		can: func(w *world) bool { return hasAttribute(w) && canStart(w) },
+		do: func(w *world) {
+			w.notified, w.attribute = true, nil
+			w.startAgent()
+		},
 	},
 	{
 		name: "the metadata server goes away", weight: 1, can: hasAttribute,

@@ -354,7 +354,7 @@ func (w *world) newBoot() { w.mark = &mark{dir: "/nonexistent", log: zap.NewNop(
 // takeAttribute is the agent's news of the attribute.
 func (w *world) takeAttribute(a *attr) {
 	w.attribute = a
-	news := attributeNews{Err: errors.New("another instance's")}
+	news := attributeNews{Err: errors.New("none yet")}
 	if a != nil {
 		good := &goodAttribute{Config: a.config(), Text: fmt.Append(nil, *a), Read: w.nat.now()}
 		news = attributeNews{Good: good}

@@ -116,6 +116,10 @@ func (a *Agent) pauseLoop(ctx context.Context) error {
 // loop: a disk may hang.
 func (a *Agent) keepHistory(ctx context.Context) error {
 	dir := a.settings.StateDir
+	if a.kept.whose.hold {
+		<-ctx.Done()
+		return nil
+	}
 	for _, name := range []string{failureFile, historyFile, keptFile} {
 		atomicfile.Sweep(filepath.Join(dir, name))
 	}

@@ -55,7 +55,7 @@ func TestTasks(t *testing.T) {
 	const always = "loop, watch Envoy, report, keep history, look around, give memory back, " +
 		"guest attributes, serial port, Cloud Logging, watch the cost, socket"
 	const metadata = "watch the attribute, read the service account, read who the VM is, " +
-		"watch the clock"
+		"watch the clock, find out whose the state is"
 	for _, test := range []struct {
 		name   string
 		change func(*Agent)
@@ -126,7 +126,7 @@ func TestNewLoop(t *testing.T) {
 		v.guestOff() != !a.guest.State().Enabled || v.listenErr() != nil || v.metricsErr() != nil {
 		t.Errorf("backend %q", v.backend())
 	}
-	r := a.reporters("")
+	r := a.reporters()
 	r.status(status.Status{Mode: "hold"})
 	r.history(Failures{})
 	if s := <-a.reports.Get(); s.Mode != "hold" || a.status.Load().Mode != "hold" {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -104,7 +105,7 @@ func TestWarnings(t *testing.T) {
 	if err := w.save(dir); err != nil {
 		t.Fatal(err)
 	}
-	if back := loadFailures(dir, ""); !back.equal(w.Failures) || back.String() != w.String() {
+	if back := loadFailures(dir, identity.VM{}); !back.equal(w.Failures) || back.String() != w.String() {
 		t.Errorf("read back %+v, want %+v", back, w.Failures)
 	}
 }

@@ -33,8 +33,8 @@ var may = map[string]string{
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
 		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
-		"internal/footprint internal/mailbox internal/metadata internal/neighbour " +
-		"internal/progress internal/reconcile " +
+		"internal/footprint internal/identity internal/mailbox internal/metadata " +
+		"internal/neighbour internal/progress internal/reconcile " +
 		"internal/recording internal/report internal/route internal/rulediff internal/server " +
 		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
@@ -79,9 +79,9 @@ var may = map[string]string{
 
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
-		"internal/authorities internal/drain internal/logs internal/metadata internal/neighbour " +
-		"internal/progress internal/redaction internal/sockdiag internal/symptom " +
-		"internal/untrusted systemd",
+		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
+		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
+		"internal/symptom internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",
 	"internal/metadata": "internal/attribute",
@@ -89,7 +89,8 @@ var may = map[string]string{
 	"internal/neighbour": "systemd",
 	// One real connection beside what the rules say of it.
 	"internal/try":      "internal/conntrack iptables",
-	"internal/progress": "internal/atomicfile internal/untrusted",
+	"internal/progress": "internal/atomicfile internal/identity internal/untrusted",
+	"internal/identity": "internal/untrusted",
 
 	// Leaves.
 	"internal/atomicfile":  "",

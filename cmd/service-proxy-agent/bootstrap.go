@@ -17,8 +17,8 @@ import (
 
 func bootstrapCommand() *cobra.Command {
 	var opts bootstrap.Options
-	var rollback, remove, takeOver, takeOverNow, units, rotate bool
-	var archive, level string
+	var rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
+	var archive, level, own string
 	cmd := &cobra.Command{
 		Use:   "bootstrap",
 		Short: "Install and configure Envoy and the units, publish the status, end",
@@ -34,8 +34,13 @@ func bootstrapCommand() *cobra.Command {
 			"over it, has ours take its place: its agent is stopped and its unit moved aside once ours is " +
 			"ready, its chains are adopted as they are, and its Envoy is drained and replaced. --remove " +
 			"gives all of it back.\n\n" +
+			"With --prepare-image it makes this VM's disk fit to be an image: all is installed and enabled, " +
+			"and nothing is left that is of this VM. A VM that is made of the image finds its own attribute " +
+			"at its first boot, and needs no network for the agent then. A disk that is copied without it " +
+			"does, too: what is another VM's is discarded.\n\n" +
 			"Exit code: 0 done; 1 not done, with the reason; 64 wrong usage.",
 		Example: "  sudo service-proxy-agent bootstrap\n" +
+			"  sudo service-proxy-agent bootstrap --prepare-image\n" +
 			"  sudo service-proxy-agent bootstrap --rollback\n" +
 			"  sudo service-proxy-agent bootstrap --take-over\n" +
 			"  sudo service-proxy-agent bootstrap --remove",
@@ -53,19 +58,24 @@ func bootstrapCommand() *cobra.Command {
 				}
 				return err
 			}
+			rules := func(ctx context.Context) ([]string, error) {
+				removed, err := clean(ctx)
+				if errors.Is(err, iptables.ErrNoIPTables) {
+					return removed, nil // where it never was, nothing of ours is
+				}
+				return removed, err
+			}
 			switch {
 			case remove:
-				return say(bootstrap.Remove(ctx, opts, func(ctx context.Context) ([]string, error) {
-					removed, err := clean(ctx)
-					if errors.Is(err, iptables.ErrNoIPTables) {
-						return removed, nil // where it never was, nothing of ours is
-					}
-					return removed, err
-				}))
+				return say(bootstrap.Remove(ctx, opts, rules))
 			case takeOver:
 				return say(bootstrap.TakeOver(ctx, opts))
 			case takeOverNow:
 				return bootstrap.TakeOverNow(ctx, opts)
+			case prepare:
+				return say(bootstrap.PrepareImage(ctx, opts, rules))
+			case cmd.Flags().Changed("own"):
+				return bootstrap.Own(ctx, opts, own)
 			case rollback:
 				return say(bootstrap.Rollback(ctx, opts))
 			case units:
@@ -89,20 +99,23 @@ func bootstrapCommand() *cobra.Command {
 		"least `LEVEL` that is logged: debug, info, warn or error")
 	flags.BoolVar(&rollback, "rollback", false,
 		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
+	flags.BoolVar(&prepare, "prepare-image", false,
+		"install and enable all, and take away what is of this VM, so that its disk can be an image")
 	flags.BoolVar(&remove, "remove", false,
 		"take everything of ours off this VM and say what was removed")
 	flags.BoolVar(&takeOver, "take-over", false,
 		"have ours take the place of Google's closed agent on this VM; --remove gives it back")
-	// For the archive's script, for --rollback and for service-proxy-rotate.service.
+	// For the archive's script, for --rollback, and for the units of Envoy and of its logs.
 	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")
 	flags.BoolVar(&units, "install-units", false, "install this binary's units")
+	flags.StringVar(&own, "own", "", "say whether Envoy's configuration is this VM's, in this `BOOT`")
 	flags.BoolVar(&rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
 	flags.BoolVar(&takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
-	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now"} {
+	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own"} {
 		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
 	}
-	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "take-over", "take-over-now", "archive",
-		"install-units", "rotate-logs")
+	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "take-over", "take-over-now",
+		"prepare-image", "archive", "install-units", "rotate-logs", "own")
 	return cmd
 }
 

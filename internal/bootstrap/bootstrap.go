@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -67,6 +68,7 @@ type Options struct {
 
 type bootstrapper struct {
 	Options
+	vm    identity.VM // its id is known once the disk is ours (claim)
 	state progress.State
 	pub   *publisher
 
@@ -92,7 +94,7 @@ func newBootstrapper(opts Options) *bootstrapper {
 	if opts.storage == "" {
 		opts.storage = cloudStorage
 	}
-	return &bootstrapper{Options: opts}
+	return &bootstrapper{Options: opts, vm: identity.Here(opts.Root)}
 }
 
 // path is name beneath the root.
@@ -108,11 +110,7 @@ func Run(ctx context.Context, opts Options) error {
 		return err
 	}
 	defer unlock()
-	state, err := progress.Read(b.path(progress.StateDir))
-	if err != nil {
-		b.Log.Warn("starting without history", zap.Error(err)) // losing it loses nothing but history
-	}
-	b.state = state
+	b.readState()
 	b.removeLeftovers()
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()

@@ -32,7 +32,8 @@ func (b *bootstrapper) removeTemps() {
 // removeLeftovers takes away what a power cut has left of files being replaced (atomicfile's random
 // names) in folders that no one else cleans.
 func (b *bootstrapper) removeLeftovers() {
-	names := []string{filepath.Join(progress.StateDir, progress.StateFile), EnvoyConfig}
+	names := []string{filepath.Join(progress.StateDir, progress.StateFile), EnvoyConfig,
+		progress.OwnerFile}
 	for _, file := range systemd.Files() {
 		names = append(names, file.Path)
 	}

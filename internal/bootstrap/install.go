@@ -13,7 +13,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -25,9 +24,7 @@ import (
 // leaves Envoy, its configuration and the kernel's rules alone.
 func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
-	if state, err := progress.Read(b.path(progress.StateDir)); err == nil {
-		b.state = state
-	}
+	b.readState()
 	b.state.Attempt = 1
 	retry := slices.ContainsFunc(retryDirs, func(path string) bool { return dir == b.path(path) })
 	failure := b.install(ctx, dir, retry)

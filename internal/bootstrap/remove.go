@@ -157,7 +157,8 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 // removeFiles removes what bootstrap writes. An Envoy that was here before stays, and so does the
 // folder of its logs.
 func (r *removal) removeFiles(state progress.State, h *handover) {
-	paths := []string{EnvoyConfig, filepath.Dir(EnvoyConfig), archiveDir, previousDir, rolledBackFile,
+	paths := []string{EnvoyConfig, progress.OwnerFile, filepath.Dir(EnvoyConfig), archiveDir,
+		previousDir, rolledBackFile,
 		progress.RuntimeDir, restartFile, unitChangedFile, lockFile}
 	if h == nil || !h.LogDir {
 		paths = append(paths, logs.Dir)

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -167,6 +168,7 @@ func (b *bootstrapper) restart(ctx context.Context, installed string) (lines []s
 // brings the same archive at every boot, and bootstrap looks at primary-source. It is not in the
 // state, which may be lost.
 type rolledBack struct {
+	identity.Owner
 	Agent       string `json:"agent,omitempty"`        // the binary's SHA-256
 	EnvoySource string `json:"envoy_source,omitempty"` // State.PrimarySum
 }
@@ -182,10 +184,14 @@ func (b *bootstrapper) readRolledBack() (back rolledBack, err error) {
 	if err != nil {
 		return rolledBack{}, fmt.Errorf("read what was rolled back: %w; remove %q", err, rolledBackFile)
 	}
+	if !b.vm.Judge(back.Owner).Believed() {
+		return rolledBack{}, nil // of the VM that this one's disk is a copy of
+	}
 	return back, nil
 }
 
 func (b *bootstrapper) writeRolledBack(back rolledBack) error {
+	back.Owner = b.vm.Owner
 	text, err := json.Marshal(back)
 	if err != nil {
 		return err

@@ -51,7 +51,9 @@ type step struct {
 type attempt struct {
 	*bootstrapper
 	attr metadata.Attribute // read just before
-	vm   VM                 // by askVM
+	node VM                 // by askVM
+	// why it is not known whose the disk is, or why another VM's state could not be discarded
+	unclaimed error
 }
 
 // attempt brings the VM to where the attribute wants it, or fails. A failure with which the VM goes
@@ -70,10 +72,20 @@ func (b *bootstrapper) attempt(ctx context.Context, attr metadata.Attribute) *Fa
 	return later
 }
 
-func (a *attempt) takeAttribute(context.Context) error { return a.attr.Err }
+// takeAttribute also finds out whose the disk is, wherever the metadata server answers: a clone
+// whose attribute cannot be used is no less of a clone.
+func (a *attempt) takeAttribute(ctx context.Context) error {
+	if !errors.As(a.attr.Err, new(*metadata.Error)) {
+		a.unclaimed = a.claim(ctx)
+	}
+	return a.attr.Err
+}
 
 func (a *attempt) askVM(ctx context.Context) (err error) {
-	a.vm, err = readVM(ctx) // the metadata server may not answer yet
+	if a.unclaimed != nil {
+		return a.unclaimed
+	}
+	a.node, err = readVM(ctx) // the metadata server may not answer yet
 	return err
 }
 
@@ -86,7 +98,7 @@ func (a *attempt) makeWantedLogs(ctx context.Context) error {
 }
 
 func (a *attempt) writeConfiguration(ctx context.Context) error {
-	return a.configureEnvoy(ctx, a.attr.Config, a.vm)
+	return a.configureEnvoy(ctx, a.attr.Config, a.node)
 }
 
 // Failure is why a step did not succeed.

@@ -18,6 +18,7 @@ import (
 	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
@@ -30,6 +31,15 @@ const (
 
 	StateFile   = "bootstrap.json"
 	RequestFile = "bootstrap-requested"
+
+	// OwnerFile says whose Envoy's configuration beside it is, and what else bootstrap keeps of the
+	// VM outside of StateDir. Bootstrap writes it, for anyone to read.
+	OwnerFile = "/etc/service-proxy-agent/owner.json"
+
+	// What the daemon keeps in StateDir for its next start.
+	AttributeFile = "attribute.json"
+	FailureFile   = "last-failure.json"
+	HistoryFile   = "history.json"
 )
 
 // Values of State.Status, as the guest attribute bootstrap-status has them. "" stands for: never
@@ -42,6 +52,8 @@ const (
 
 // State is how far bootstrap came. It is small: the daemon reads it each second.
 type State struct {
+	identity.Owner // whose it is
+
 	Status  string    `json:"status"`
 	Step    string    `json:"step,omitempty"` // the step under way, or the one that failed
 	Time    time.Time `json:"time"`           // of the last change
@@ -79,6 +91,31 @@ type State struct {
 	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on
 	// counting over restarts.
 	Story []Line `json:"story,omitempty"`
+
+	// Before is what was found, while it is not known whether it is this VM's: to be gone on with, or
+	// to be discarded, when it is.
+	Before *State `json:"before,omitempty"`
+	// Discarded is what bootstrap found of another VM, and discarded; nil: nothing.
+	Discarded *identity.Discarded `json:"discarded,omitempty"`
+}
+
+// OfDisk is what of it is true of the disk, whichever VM has it: which Envoy is installed, and from
+// where, and the users that bootstrap has made. Without it an Envoy of ours would be taken for
+// somebody else's.
+func (s State) OfDisk() State {
+	return State{
+		EnvoyVersion: s.EnvoyVersion, EnvoySource: s.EnvoySource, PrimarySum: s.PrimarySum,
+		MadeUsers: s.MadeUsers,
+	}
+}
+
+// Whose is whose the state is. One of a version that did not say is of the VM whose the daemon's
+// files beside it are.
+func (s State) Whose(dir string) identity.Owner {
+	if s.Owner != (identity.Owner{}) || s.Status == "" {
+		return s.Owner
+	}
+	return identity.ReadAny(dir, AttributeFile, FailureFile, HistoryFile)
 }
 
 // EnvoyConfig is what tells the Envoy that was configured from any other.

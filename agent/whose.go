@@ -1,0 +1,209 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+)
+
+// whose is whose the state is that this run has found. The zero value knows nothing of the VM.
+type whose struct {
+	vm       identity.VM               // as it was known at the start
+	instance atomic.Pointer[string]    // as it was told later; nil: not yet
+	found    map[string]identity.Owner // of the state folder's files, by name
+	// hold: some of it may be ours or not, so that nothing may be written in its place
+	hold      bool
+	discarded *identity.Discarded
+}
+
+// stateFile is a file of one VM, and what it is to a person.
+type stateFile struct{ name, what string }
+
+// keptFiles are what the daemon keeps in the state folder.
+var keptFiles = []stateFile{
+	{progress.AttributeFile, "the attribute that was kept"},
+	{progress.FailureFile, "the last failures"},
+	{progress.HistoryFile, "the history"},
+}
+
+// ofBootstrap is what bootstrap discards by itself: what is told of it here is what will go.
+var ofBootstrap = []stateFile{
+	{progress.StateFile, "how far bootstrap came"},
+	{progress.OwnerFile, "Envoy's configuration and logs"},
+}
+
+// askLimit bounds how long a start waits to be told the VM's id, where only that can tell whose the
+// state is.
+const askLimit = 3 * time.Second
+
+// find looks whose the state is that lies in dir, and removes what is another VM's. ask asks for
+// this VM's id.
+func (w *whose) find(ctx context.Context, dir string, vm identity.VM,
+	ask func(context.Context) (string, error), log *zap.Logger) {
+	w.vm, w.found = vm, map[string]identity.Owner{}
+	for _, f := range keptFiles {
+		if _, err := os.Lstat(filepath.Join(dir, f.name)); err == nil {
+			w.found[f.name] = identity.Read(filepath.Join(dir, f.name))
+		}
+	}
+	if state, err := progress.Read(dir); err == nil && state.Status != "" {
+		w.found[progress.StateFile] = state.Whose(dir)
+	}
+	w.found[progress.OwnerFile] = identity.Read(progress.OwnerFile)
+	if w.open() {
+		ctx, cancel := context.WithTimeout(ctx, askLimit)
+		w.vm.Instance, _ = ask(ctx) // who does not know goes on with what the machine tells
+		cancel()
+	}
+	var what []string
+	var others identity.Owner
+	for _, f := range keptFiles {
+		of, there := w.found[f.name]
+		if !there {
+			continue
+		}
+		switch w.vm.Judge(of) {
+		case identity.Unknown:
+			w.hold = true
+		case identity.Others:
+			err := os.Remove(filepath.Join(dir, f.name))
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				log.Warn("cannot remove what is another VM's; it is not believed", zap.Error(err))
+			}
+			what, others = append(what, f.what), of
+		}
+	}
+	for _, f := range ofBootstrap {
+		if of := w.found[f.name]; w.vm.Judge(of) == identity.Others {
+			what, others = append(what, f.what), of
+		}
+	}
+	if what != nil {
+		w.discarded = &identity.Discarded{Instance: others.Instance, This: w.vm.Instance, What: what,
+			At: time.Now().UTC().Truncate(time.Second)}
+	}
+	if w.hold {
+		log.Warn("whose the state in the state folder is cannot be told yet: " +
+			"it is neither gone by nor replaced until the metadata server tells this VM's id")
+	}
+}
+
+// open says whether something is left that the VM's id would tell.
+func (w *whose) open() bool {
+	for _, of := range w.found {
+		if v := w.vm.Judge(of); v == identity.Unknown || v == identity.Likely {
+			return true
+		}
+	}
+	return false
+}
+
+// now is the VM as it is known by now.
+func (w *whose) now() identity.VM {
+	vm := w.vm
+	if id := w.instance.Load(); id != nil {
+		vm.Instance = *id
+	}
+	return vm
+}
+
+// learn asks for the VM's id where it is not known yet.
+func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, error)) error {
+	if w.now().Instance != "" {
+		return nil
+	}
+	id, err := ask(ctx)
+	if err == nil && id == "" {
+		err = errNoID
+	}
+	if err == nil {
+		w.instance.Store(&id)
+	}
+	return err
+}
+
+var errNoID = errors.New("the metadata server does not tell the VM's id")
+
+// changed says whether the VM's id has told something else of the state than the start went by.
+// (What bootstrap has written is judged each time that it is read.)
+func (w *whose) changed() bool {
+	for name, of := range w.found {
+		ours := slices.ContainsFunc(keptFiles, func(f stateFile) bool { return f.name == name })
+		if ours && w.vm.Judge(of).Believed() != w.now().Judge(of).Believed() {
+			return true
+		}
+	}
+	return w.hold
+}
+
+// errWhose ends an agent that has gone by what is another VM's, or has not gone by its own; systemd
+// starts it again.
+var errWhose = errors.New("whose the state in the state folder is has become known: starting anew")
+
+// watchWhose finds out the VM's id, however long that takes.
+func (a *Agent) watchWhose(ctx context.Context) error {
+	w := &a.kept.whose
+	_ = again(ctx, func(ctx context.Context) error { return w.learn(ctx, metadata.ReadInstance) })
+	if w.now().Instance != "" && w.changed() {
+		return errWhose
+	}
+	return nil
+}
+
+// progress is bootstrap's state, as far as it is this VM's.
+func (w *whose) progress(dir string) (progress.State, error) {
+	state, err := progress.Read(dir)
+	of := state.Owner
+	if of == (identity.Owner{}) {
+		of = w.found[progress.StateFile] // an earlier version's
+	}
+	if err == nil && !w.now().Judge(of).Believed() {
+		return progress.State{}, nil
+	}
+	return state, err
+}
+
+// toldFor is for how long after a start it is told that another VM's state was found at it.
+const toldFor = 10 * time.Minute
+
+// otherVMs is what this start has found of another VM: by itself, and by bootstrap.
+func (o Observation) otherVMs() *identity.Discarded {
+	var all *identity.Discarded
+	for _, d := range []*identity.Discarded{o.Discarded, o.Bootstrap.Discarded} {
+		switch {
+		case d == nil || o.Now.Sub(d.At) >= toldFor:
+		case all == nil:
+			copied := *d
+			all = &copied
+		default:
+			all.What = slices.Compact(slices.Sorted(slices.Values(slices.Concat(all.What, d.What))))
+			if all.Instance == "" {
+				all.Instance = d.Instance
+			}
+		}
+	}
+	return all
+}
+
+// otherVMsText tells it to people.
+func otherVMsText(d identity.Discarded) string {
+	of := "another VM"
+	if d.Instance != "" {
+		of = fmt.Sprintf("another VM (instance id %s)", d.Instance)
+	}
+	return "this VM's disk is a copy of that of " + of + ", whose state is discarded: " +
+		strings.Join(d.What, ", ") + "; this VM starts anew"
+}
