@@ -94,6 +94,7 @@ func (b *bootstrapper) installForImage(ctx context.Context, r *removal) error {
 		switch {
 		case failure == nil:
 			r.done = append(r.done, "done: "+s.name)
+			b.save() // which Envoy is there, and from where
 		case s.name == StepEnvoy && failure.Permanent && b.state.EnvoyVersion == "":
 			// The VMs' own primary-source may have one.
 			r.done = append(r.done, "left Envoy out: "+failure.Error())
