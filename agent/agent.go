@@ -64,6 +64,7 @@ type Agent struct {
 	scraped  *server.Public // of --metrics-listen; nil: public has /metrics
 
 	attributes *mailbox.Box[attributeNews]
+	brakes     *mailbox.Box[brake]
 	others     *mailbox.Box[[]iptables.OtherChain]
 	around     *surroundings
 	reports    *mailbox.Box[status.Status]
@@ -92,12 +93,13 @@ type kept struct {
 	failures    *mailbox.Box[Failures]
 	transitions *mailbox.Box[keptTransitions]
 	attribute   *mailbox.Box[*keptAttribute]
+	brake       *mailbox.Box[keptBrake]
 	whose       whose
 }
 
 func newKept() *kept {
 	return &kept{failures: mailbox.New[Failures](), transitions: mailbox.New[keptTransitions](),
-		attribute: mailbox.New[*keptAttribute]()}
+		attribute: mailbox.New[*keptAttribute](), brake: mailbox.New[keptBrake]()}
 }
 
 // New checks the settings and opens the kernel; nothing is changed there. Errors name the thing and
@@ -108,7 +110,7 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	}
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
-		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
+		attributes: mailbox.New[attributeNews](), brakes: mailbox.New[brake](), others: mailbox.New[[]iptables.OtherChain](),
 		reports: mailbox.New[status.Status](), worked: mailbox.New[struct{}](), kept: newKept(),
 		pause: make(chan chan struct{}),
 	}
@@ -242,6 +244,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 	tasks := []task{
 		{"loop", loop.run},
 		{"watch Envoy", envoy.Run},
+		{"watch the brake", a.watchBrake},
 		{"report", a.report},
 		{"keep history", a.keepHistory},
 		{"look around", a.around.run},
@@ -297,14 +300,16 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
 	failures := loadFailures(a.settings.StateDir, a.kept.whose.vm)
+	brake, _ := loadBrake(a.settings.StateDir, a.kept.whose.vm.Machine) // watchBrake tells of an error
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
-			views: views, attributes: a.attributes.Get(), others: a.others.Get(),
+			views: views, attributes: a.attributes.Get(), brakes: a.brakes.Get(), others: a.others.Get(),
 			around: a.around.found.Get(),
 			pause:  a.pause, events: events,
 		},
 		attribute: attributeInForce{Config: attribute.Default()}, // what is not known yet is as usual
+		stops:     stops{brake: brake.brake(a.config != nil)},
 		bootstrap: bootstrapProgress{awaited: a.awaitBootstrap},
 		beside: beside{
 			asked:  func(about about) { a.around.asked.Put(about) },

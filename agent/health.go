@@ -58,7 +58,8 @@ func (a *Agent) moving() (s *status.Status, why string) {
 // bootstrap has finished once it is not healthy either: one healthy answer ends the initial
 // delay of a managed instance group. A later run that is under way or fails (an upgrade, a
 // changed or malformed attribute, for the whole fleet at once) is nothing that a new VM would
-// mend, as long as Envoy answers.
+// mend, as long as Envoy answers. With the brake on it need not: an operator who has connections go
+// past Envoys that fail does not want the fleet recreated for that.
 func (a *Agent) healthz() (ok bool, why string) {
 	s, why := a.moving()
 	if s == nil {
@@ -68,6 +69,7 @@ func (a *Agent) healthz() (ok bool, why string) {
 	switch {
 	case a.awaitBootstrap && boot.Status == "":
 		return false, "bootstrap has not begun"
+	case s.Interception.State == modeOff && (boot.Done || boot.Status == ""):
 	case boot.Status == progress.InProgress && !boot.Done,
 		boot.Status == progress.InProgress && s.Envoy.State == "",
 		boot.Status == progress.Failed && s.Envoy.State == "":

@@ -19,21 +19,28 @@ func TestHealthz(t *testing.T) {
 		boot  status.Bootstrap
 		envoy status.Envoy
 		want  bool
+		// of the same with the brake on
+		braked bool
 	}{
-		{"bootstrap has not begun", status.Bootstrap{}, status.Envoy{}, false},
-		{"a first bootstrap is under way", status.Bootstrap{Status: progress.InProgress}, live, false},
-		{"it failed", status.Bootstrap{Status: progress.Failed}, status.Envoy{}, false},
-		{"it is finished", status.Bootstrap{Status: progress.Finished, Done: true}, live, true},
-		{"the attribute changed, and bootstrap runs again", status.Bootstrap{Status: progress.InProgress, Done: true}, live, true},
-		{"and fails", status.Bootstrap{Status: progress.Failed, Done: true}, live, true},
-		{"a later bootstrap, and Envoy is gone", status.Bootstrap{Status: progress.InProgress, Done: true}, status.Envoy{}, false},
-		{"Envoy restarts", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now()}, true},
-		{"Envoy is down for long", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now().Add(-time.Hour)}, false},
+		{"bootstrap has not begun", status.Bootstrap{}, status.Envoy{}, false, false},
+		{"a first bootstrap is under way", status.Bootstrap{Status: progress.InProgress}, live, false, false},
+		{"it failed", status.Bootstrap{Status: progress.Failed}, status.Envoy{}, false, false},
+		{"it is finished", status.Bootstrap{Status: progress.Finished, Done: true}, live, true, true},
+		{"the attribute changed, and bootstrap runs again", status.Bootstrap{Status: progress.InProgress, Done: true}, live, true, true},
+		{"and fails", status.Bootstrap{Status: progress.Failed, Done: true}, live, true, true},
+		{"a later bootstrap, and Envoy is gone", status.Bootstrap{Status: progress.InProgress, Done: true}, status.Envoy{}, false, true},
+		{"Envoy restarts", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now()}, true, true},
+		{"Envoy is down for long", status.Bootstrap{Status: progress.Finished, Done: true}, status.Envoy{Down: time.Now().Add(-time.Hour)}, false, true},
 	} {
 		a := &Agent{awaitBootstrap: true, started: time.Now()}
 		a.status.Store(&status.Status{Heartbeat: time.Now(), Bootstrap: test.boot, Envoy: test.envoy})
 		if ok, why := a.healthz(); ok != test.want {
 			t.Errorf("%s: %v, %q", test.name, ok, why)
+		}
+		a.status.Store(&status.Status{Heartbeat: time.Now(), Bootstrap: test.boot, Envoy: test.envoy,
+			Interception: status.Interception{State: "off"}})
+		if ok, why := a.healthz(); ok != test.braked {
+			t.Errorf("%s, with the brake on: %v, %q", test.name, ok, why)
 		}
 	}
 }

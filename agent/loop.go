@@ -42,12 +42,18 @@ type loop struct {
 	beside    beside
 	user      proxyUser
 	local     local
-	paused    bool
+	stops
 
 	wanted   wanted
 	families []*reconcile.Family
 	mark     *mark
 	told     told
+}
+
+// stops are what keeps the jumps out whatever Envoy does.
+type stops struct {
+	paused bool // cleanup took everything out
+	brake  brake
 }
 
 // beside is what tasks have found that look at other things than Envoy, and whom the loop tells
@@ -88,6 +94,7 @@ func (l *local) look(list func() ([]netip.Addr, error)) []netip.Addr {
 type inbox struct {
 	views      <-chan envoywatch.View
 	attributes <-chan attributeNews
+	brakes     <-chan brake
 	others     <-chan []iptables.OtherChain
 	around     <-chan symptom.Surroundings
 	pause      <-chan chan struct{}
@@ -111,6 +118,7 @@ func (l *loop) run(ctx context.Context) error {
 			l.wanted.redirects.told(l.envoy.Told)
 		case news := <-l.inbox.attributes:
 			l.attribute.take(news, l.log)
+		case l.brake = <-l.inbox.brakes:
 		case e, ok := <-l.inbox.events:
 			l.takeEvent(e, ok, time.Now())
 		case l.beside.others = <-l.inbox.others:
@@ -132,6 +140,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	seen := l.observe(now)
 	before := l.wanted.serial
 	want, known := l.wanted.desired(l.settings, seen)
+	known = known && !seen.Brake.Awaited
 	outcomes := l.reconcile(ctx, now, seen, want, known)
 	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
@@ -164,7 +173,8 @@ func (l *loop) reconcile(
 			Want: want.Families[i], Serial: l.wanted.serial, Known: known,
 			Ports: ports, Looks: asked.look(families[i], ports, seen),
 			ProxyUID: seen.User.UID, UserKnown: seen.User.Err == nil,
-			Draining: seen.Envoy.State == "DRAINING", WhenDown: l.settings.WhenEnvoyDown,
+			Draining: seen.Envoy.State == "DRAINING", WhenDown: seen.Brake.whenDown(l.settings),
+			Off:    seen.Brake.Off,
 			Paused: l.paused, Marked: l.mark.set, Notified: l.inbox.events != nil,
 		})
 		cancel()

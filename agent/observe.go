@@ -90,6 +90,7 @@ func (l *loop) observe(now time.Time) Observation {
 		ListenErr:  l.vm.listenErr(),
 		MetricsErr: l.vm.metricsErr(),
 	}
+	seen.Brake = l.brake
 	if l.attribute.Config.InterceptDNS {
 		seen.Resolvers = l.vm.resolvers(l.settings.ResolverUsers)
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -59,10 +61,12 @@ type told struct {
 	past     history
 	minutes  minutes
 	said     struct {
-		envoy     string // its version
-		mode      string
-		ready     bool
-		resolvers map[string]bool // users of --resolver-users that are not there
+		envoy string // its version
+		mode  string
+		// whenDownBy is status.Interception's
+		whenDownBy string
+		ready      bool
+		resolvers  map[string]bool // users of --resolver-users that are not there
 	}
 }
 
@@ -97,7 +101,8 @@ func (t *told) publish(p passed, backend string) {
 	t.tellEnvoy(p.seen.Envoy.Info.Text)
 	s.Started, s.Heartbeat, s.Passes = t.started.UTC(), time.Now().UTC(), t.passes
 	s.LastFailure, s.Since, s.Backend = t.failures.String(), t.failures.Standing.Since, backend
-	t.tellMode(s.Mode)
+	t.tellMode(p.seen.Brake.text(s.Mode))
+	t.tellWhenDown(s.Interception)
 	for _, e := range t.services.pass(p) {
 		t.tellAnyway(status.OfServices, e)
 	}
@@ -201,7 +206,8 @@ func (p passed) status() status.Status {
 			Done: seen.Bootstrap.AttributeSum != "",
 		},
 		Envoy: envoyStatus(seen), ControlPlane: controlPlane(seen.Envoy),
-		Mode: p.mode(), NotReady: p.notReady(), Cost: status.Cost{Bucket: bucket(seen.Envoy.Bucket)},
+		Mode: p.mode(), NotReady: p.notReady(), Interception: seen.Brake.status(seen.Settings),
+		Cost: status.Cost{Bucket: bucket(seen.Envoy.Bucket)},
 	}
 	s.Ready = s.NotReady == ""
 	if good := seen.Attribute.Good; good != nil {
@@ -274,7 +280,10 @@ func (p passed) mode() string {
 		}
 		written = written || o.Written
 	}
-	if written && p.seen.Settings.WhenEnvoyDown == reconcile.Bypass {
+	switch {
+	case p.seen.Brake.Off:
+		return modeOff
+	case written && p.seen.Brake.whenDown(p.seen.Settings) == reconcile.Bypass:
 		return "bypass"
 	}
 	return "hold"
@@ -282,12 +291,16 @@ func (p passed) mode() string {
 
 // notReady is why /healthz/ready answers 503, "" when ready: Envoy is LIVE with its first listener
 // update done, every interception port accepts, and the kernel equals want in every usable family.
-// An empty want counts.
+// An empty want counts. With the brake on it is only asked whether the jumps are out: then nothing
+// leads to Envoy, which need not be there, and who waits for the mesh would wait for as long as an
+// operator wants it to be gone around.
 func (p passed) notReady() string {
 	v := p.seen.Envoy
 	switch {
 	case p.paused:
 		return "paused by cleanup until restarted"
+	case p.seen.Brake.Off:
+		return p.notOut()
 	case v.Handover: // the one before serves
 	case v.Err != nil:
 		return "Envoy: " + v.Err.Error()
@@ -297,6 +310,8 @@ func (p passed) notReady() string {
 		return "Envoy has not received its listeners"
 	case !p.seen.Attribute.Known:
 		return "the gce-service-proxy attribute was not read yet"
+	case p.seen.Brake.Awaited:
+		return "the metadata server has not told yet whether interception is off"
 	case !p.known:
 		return "Envoy's listeners were not read yet"
 	}
@@ -311,6 +326,17 @@ func (p passed) notReady() string {
 	}
 	if !usable {
 		return "neither IPv4 nor IPv6 rules can be used"
+	}
+	return ""
+}
+
+// notOut is why the jumps are not known to be out, "" when they are. A family that cannot have rules
+// has none.
+func (p passed) notOut() string {
+	for _, o := range p.outcomes {
+		if o.Status.Usable && o.NotReady != "" {
+			return o.NotReady
+		}
 	}
 	return ""
 }
@@ -434,6 +460,22 @@ func (t *told) tellMode(mode string) {
 	t.said.mode = mode
 }
 
+// tellWhenDown tells that the metadata sets what becomes of the jumps when Envoy goes down, and when
+// it no longer does.
+func (t *told) tellWhenDown(i status.Interception) {
+	was := t.said.whenDownBy
+	if t.said.whenDownBy = i.WhenEnvoyDownBy; was == i.WhenEnvoyDownBy ||
+		was == "" && i.WhenEnvoyDownBy == bySetting {
+		return
+	}
+	by := "as it is set on the VM"
+	if i.WhenEnvoyDownBy != bySetting {
+		by = fmt.Sprintf("by the %s's metadata (%s)", i.WhenEnvoyDownBy, metadata.InterceptionKey)
+	}
+	t.tell(status.OfMode, report.Event{Severity: report.Info,
+		Message: fmt.Sprintf("when Envoy is down: %s, %s", i.WhenEnvoyDown, by)})
+}
+
 func (t *told) tellReady(s status.Status) {
 	if s.Ready == t.said.ready {
 		return
@@ -444,8 +486,11 @@ func (t *told) tellReady(s status.Status) {
 			report.Event{Severity: report.Warning, Message: "not ready: " + s.NotReady})
 		return
 	}
-	t.tell(status.OfReady, report.Event{Severity: report.Info,
-		Message: "ready: Envoy " + s.Envoy.Version + " is live and the rules are in place"})
+	text := "ready: Envoy " + s.Envoy.Version + " is live and the rules are in place"
+	if s.Mode == modeOff {
+		text = "ready: interception is off, and connections go past Envoy"
+	}
+	t.tell(status.OfReady, report.Event{Severity: report.Info, Message: text})
 	if err := t.reporters.ready(); err != nil {
 		t.log.Warn("cannot tell systemd of the readiness", zap.Error(err))
 	}

@@ -29,6 +29,7 @@ type Self struct {
 	// nothing.
 	Owner     identity.Owner
 	Discarded *identity.Discarded
+	Brake     brake
 }
 
 // self is Self as tasks find it out.

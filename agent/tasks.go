@@ -112,7 +112,7 @@ func (a *Agent) pauseLoop(ctx context.Context) error {
 	}
 }
 
-// keepHistory keeps the failures, the transitions and the attribute for the next start, beside the
+// keepHistory keeps the failures, the transitions, the attribute and the brake for the next start, beside the
 // loop: a disk may hang.
 func (a *Agent) keepHistory(ctx context.Context) error {
 	dir := a.settings.StateDir
@@ -120,7 +120,7 @@ func (a *Agent) keepHistory(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	for _, name := range []string{failureFile, historyFile, keptFile} {
+	for _, name := range []string{failureFile, historyFile, keptFile, brakeFile} {
 		atomicfile.Sweep(filepath.Join(dir, name))
 	}
 	note := func(lost string) func(error) {
@@ -146,6 +146,11 @@ func (a *Agent) keepHistory(ctx context.Context) error {
 		{"attribute", func(ctx context.Context) error {
 			keep(ctx, a.kept.attribute.Get(), 0,
 				func(k *keptAttribute) error { return saveKept(dir, k) }, note("the attribute is not kept"))
+			return nil
+		}},
+		{"brake", func(ctx context.Context) error {
+			keep(ctx, a.kept.brake.Get(), 0,
+				func(k keptBrake) error { return k.save(dir) }, note("the brake is not kept"))
 			return nil
 		}},
 	})

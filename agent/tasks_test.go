@@ -42,8 +42,8 @@ func anAgent(t *testing.T) *Agent {
 		guest:      guestattr.New(guestattr.Options{}),
 		serial:     report.NewSerial(""),
 		cloud:      cloudlog.New(cloudlog.Options{}),
-		attributes: mailbox.New[attributeNews](), others: mailbox.New[[]iptables.OtherChain](),
-		reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
+		attributes: mailbox.New[attributeNews](), brakes: mailbox.New[brake](),
+		others: mailbox.New[[]iptables.OtherChain](), reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
 	}
 	a.around = newSurroundings(askKernel(k), a.log)
 	a.metrics = report.NewMetrics(report.Sources{})
@@ -52,7 +52,7 @@ func anAgent(t *testing.T) *Agent {
 
 // TestTasks: what runs, by name. Each of these that were missing would be missed only on a VM.
 func TestTasks(t *testing.T) {
-	const always = "loop, watch Envoy, report, keep history, look around, give memory back, " +
+	const always = "loop, watch Envoy, watch the brake, report, keep history, look around, give memory back, " +
 		"guest attributes, serial port, Cloud Logging, watch the cost, socket"
 	const metadata = "watch the attribute, read the service account, read who the VM is, " +
 		"watch the clock, find out whose the state is"
@@ -111,14 +111,15 @@ func TestNewLoop(t *testing.T) {
 	l := a.newLoop(t.Context(), nil)
 	if l.attribute.Known || l.attribute.Config.ProxyPort != attribute.OutboundPort ||
 		len(l.families) != 2 ||
-		l.user.Err != nil || l.user.UID != 1 || l.mark.set || l.told.started != testStart {
+		l.user.Err != nil || l.user.UID != 1 || l.mark.set || !l.brake.Awaited || l.told.started != testStart {
 		t.Errorf("%+v", l)
 	}
 	c := attribute.Default()
 	c.ProxyPort = 15101
 	a.config, a.awaitBootstrap = &c, true
 	l = a.newLoop(t.Context(), nil)
-	if !l.attribute.Known || l.attribute.Config.ProxyPort != 15101 || !l.bootstrap.awaited {
+	if !l.attribute.Known || l.attribute.Config.ProxyPort != 15101 || !l.bootstrap.awaited ||
+		l.brake.Awaited {
 		t.Errorf("--config: %+v", l.attribute)
 	}
 	v := a.thisVM()

@@ -259,7 +259,8 @@ type run struct {
 
 // runs are the states in order. Of the states in a column the worst stands for it.
 func (t timeline) runs() (all []run) {
-	rank := map[string]int{"": 0, "ready": 1, "paused": 2, "hold": 3, "bypass": 4, "not-ready": 5}
+	rank := map[string]int{"": 0, "ready": 1, "paused": 2, "off": 3, "hold": 4, "bypass": 5,
+		"not-ready": 6}
 	for i, samples := range t.columns {
 		state := ""
 		for _, s := range samples {
@@ -293,7 +294,7 @@ func states(t timeline) element {
 			kind, y = good, 0
 		case "":
 			kind, word, y = unknown, "no agent", 17
-		case "hold", "bypass", "paused":
+		case "hold", "bypass", "off", "paused":
 			kind = warn
 		}
 		text := word + " " + clock(from) + "–" + clock(upto)

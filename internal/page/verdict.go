@@ -55,6 +55,8 @@ func headline(c Content) heading {
 		return heading{unknown, "Not known", "Not known: nothing could be looked at"}
 	case c.Status != nil && c.Status.Paused:
 		return heading{warn, "Paused", "Paused: nothing is intercepted"}
+	case c.Status != nil && c.Status.Mode == "off":
+		return heading{warn, "Off", "Off, as intended: nothing is intercepted"}
 	case c.Status != nil && !c.Status.Ready:
 		return heading{warn, "Not ready", "Not ready: " + orUnknown(c.Status.NotReady)}
 	case warnings > 0:
@@ -126,6 +128,7 @@ func meaning(c Content) string {
 	case s.Paused:
 		return "Paused by cleanup: the rules are gone, and the agent writes none until it is " +
 			"restarted. " + said
+	case s.Mode == "off": // Connections has said it
 	case s.Ready && len(s.Services) == 0:
 		said = "There is nothing to intercept."
 	case s.Ready:

@@ -69,6 +69,8 @@ func TestHeadline(t *testing.T) {
 			"Not healthy: The agent is stuck, or was"},
 		{"paused", nil, func(s *status.Status) { s.Paused, s.Ready, s.NotReady = true, false, "paused" },
 			"Paused: nothing is intercepted"},
+		{"the brake is on", nil, func(s *status.Status) { s.Mode = "off" },
+			"Off, as intended: nothing is intercepted"},
 		{"not ready", nil, func(s *status.Status) { s.Ready, s.NotReady = false, "Envoy is INITIALIZING" },
 			"Not ready: Envoy is INITIALIZING"},
 		{"a warning", wrong(symptom.ClockWrong, symptom.Warning), func(*status.Status) {},

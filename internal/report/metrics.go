@@ -65,7 +65,7 @@ type Writes struct {
 // The values of labels.
 var (
 	// Modes are those of status.Status.Mode that have a series.
-	Modes = []string{"bypass", "hold", "intercepting", "paused"}
+	Modes = []string{"bypass", "hold", "intercepting", "off", "paused"}
 	// EnvoyStates are those of status.Envoy.State, in /server_info's words, and "UNREACHABLE" for
 	// anything else.
 	EnvoyStates = []string{"DRAINING", "INITIALIZING", "LIVE", "PRE_INITIALIZING", "UNREACHABLE"}

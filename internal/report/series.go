@@ -51,8 +51,10 @@ var (
 	passes    = desc("passes_total", "Passes of the loop that ran to their end, whatever they found.")
 	heartbeat = desc("heartbeat_timestamp_seconds",
 		"When the last pass ended, in Unix time; older than five minutes means stuck.")
-	ready   = desc("ready", "1 when /healthz/ready answers 200.")
-	mode    = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
+	ready = desc("ready", "1 when /healthz/ready answers 200.")
+	mode  = desc("mode", "1 for what the rules do now, 0 for the other modes.", "mode")
+	off   = desc("interception_off",
+		"1 while metadata (service-proxy-agent-interception) has interception off, 0 else.")
 	finding = desc("finding", "How many of a finding stand now; 0 when none.", "id", "severity")
 	refused = desc("refused_entries",
 		"Entries of Envoy's listeners that are left out because they never may be intercepted.")
@@ -122,7 +124,7 @@ var (
 		"Values found lost, or changed by others, and written again.", "kind")
 
 	all = []*prometheus.Desc{
-		buildInfo, passes, heartbeat, ready, mode, finding, refused, errorsMet, lastSuccess,
+		buildInfo, passes, heartbeat, ready, mode, off, finding, refused, errorsMet, lastSuccess,
 		envoyState, envoyInfo, envoyListeners, envoyRejected, envoyDumps, rejections, untrusted,
 		questions, questionSeconds, budget, budgetSize, envoyShare, connected,
 		usable, inSync, jumps, rules, services, servicePorts, applies, written, lockWait, drift,
@@ -186,6 +188,7 @@ func (e emit) stands(last stand) {
 	for _, v := range Modes {
 		e.gauge(mode, one(v == s.Mode), v)
 	}
+	e.gauge(off, one(s.Interception.State == "off"))
 	e.gauge(refused, float64(last.pass.Refused))
 	e.findings(s.Findings)
 

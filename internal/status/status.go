@@ -25,16 +25,18 @@ type Status struct {
 	Heartbeat time.Time `json:"heartbeat"` // when the last pass ran to its end, UTC
 	Started   time.Time `json:"started"`
 	// Mode is what the rules do now: "intercepting", "hold" (no jump yet, or a planned stop),
-	// "bypass" (Envoy is down), "paused" (cleanup was called).
+	// "bypass" (Envoy is down), "off" (the brake is on), "paused" (cleanup was called).
 	Mode        string            `json:"mode"`
 	Ready       bool              `json:"ready"`
 	NotReady    string            `json:"not_ready,omitempty"` // why
 	Findings    []symptom.Finding `json:"findings"`
 	LastFailure string            `json:"last_failure,omitempty"`
 	// Failing is the newest failure that stands, of which LastFailure tells; "": none does.
-	Failing   symptom.ID `json:"failing,omitempty"`
-	Since     time.Time  `json:"since,omitzero"` // when State or Failing last changed, UTC
-	Bootstrap Bootstrap  `json:"bootstrap"`
+	Failing symptom.ID `json:"failing,omitempty"`
+	Since   time.Time  `json:"since,omitzero"` // when State or Failing last changed, UTC
+	// Interception is what the metadata key service-proxy-agent-interception asks for.
+	Interception Interception `json:"interception,omitzero"`
+	Bootstrap    Bootstrap    `json:"bootstrap"`
 	// in force; nil: none yet, or --config
 	Attribute *Attribute `json:"attribute,omitempty"`
 	Envoy     Envoy      `json:"envoy"`
@@ -61,6 +63,19 @@ type Status struct {
 	History []Transition `json:"history"`
 	// Samples are the last minutes, oldest first: what the charts are drawn of.
 	Samples []Sample `json:"samples"`
+}
+
+// Interception is whether traffic shall be led to Envoy at all: what the emergency brake says, the
+// metadata key service-proxy-agent-interception. What really is done says Mode.
+type Interception struct {
+	State string    `json:"state"`          // "on" or "off"
+	Since time.Time `json:"since,omitzero"` // when an agent of this VM first saw it off, UTC
+	// By is whose metadata has it off: "instance" or "project".
+	By string `json:"by,omitempty"`
+	// WhenEnvoyDown is the policy in force, "keep" or "bypass", and WhenEnvoyDownBy who says so: a
+	// "setting" (--when-envoy-down), or the key of the "instance" or the "project".
+	WhenEnvoyDown   string `json:"when_envoy_down"`
+	WhenEnvoyDownBy string `json:"when_envoy_down_by"`
 }
 
 // Channel is a way on which the agent tells others, and how it goes. Counts are of this run.
@@ -283,11 +298,13 @@ func (s Status) Healthy() bool {
 }
 
 // State is how the VM stands, in a word: "ready" or "not-ready", or why nothing is intercepted,
-// "hold", "bypass", "paused" (see Mode).
+// "hold", "bypass", "off", "paused" (see Mode).
 func (s Status) State() string {
 	switch {
 	case s.Paused:
 		return "paused"
+	case s.Mode == "off":
+		return "off" // ready, too: that is what is wanted
 	case s.Ready:
 		return "ready" // on hold, too, when nothing is wanted
 	case s.Mode == "hold", s.Mode == "bypass":
@@ -312,8 +329,21 @@ func (s Status) Connections() string {
 		return "Envoy is down, and connections go past it"
 	case "paused":
 		return "connections go past Envoy"
+	case "off":
+		return "interception is off by " + s.Interception.whose() + ": connections go past Envoy"
 	}
 	return ""
+}
+
+// whose is whose metadata has it off, in words.
+func (i Interception) whose() string {
+	switch i.By {
+	case "instance":
+		return "this VM's metadata"
+	case "project":
+		return "the project's metadata"
+	}
+	return "metadata"
 }
 
 // holds is why nothing is led to Envoy on hold, as far as it is known.

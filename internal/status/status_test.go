@@ -104,6 +104,8 @@ func everything() Status {
 				Evidence: []symptom.Evidence{{Source: symptom.FromEnvoy, Time: at, Text: "t"}},
 				Commands: []string{"true"}},
 			{ID: "drift", Cause: "c", ExplainedBy: "envoy-down", Key: "k"}},
+		Interception: Interception{State: "off", Since: at, By: "project", WhenEnvoyDown: "bypass",
+			WhenEnvoyDownBy: "instance"},
 		LastFailure: "failed", Failing: "envoy-down", Since: at,
 		Bootstrap: Bootstrap{Status: "FINISHED", Failure: "late", Done: true},
 		Attribute: &Attribute{Read: at, Kept: true},
@@ -156,6 +158,8 @@ func TestLine(t *testing.T) {
 			"v1 state=bypass finding=envoy-down since=2026-11-28T17:00:00Z agent=1.2.3 envoy=1.40.0 services=12"},
 		{"paused", func(s *Status) { s.Ready, s.Mode, s.Paused = false, "paused", true },
 			"v1 state=paused finding=none since=2026-11-28T17:00:00Z agent=1.2.3 envoy=1.40.0 services=12"},
+		{"the brake is on", func(s *Status) { s.Mode = "off" },
+			"v1 state=off finding=none since=2026-11-28T17:00:00Z agent=1.2.3 envoy=1.40.0 services=12"},
 		{"odd versions", func(s *Status) { s.Version, s.Envoy.Number = "my build\nof today=é", strings.Repeat("9", 99) },
 			"v1 state=ready finding=none since=2026-11-28T17:00:00Z agent=my_build_of_today=_ envoy=" +
 				strings.Repeat("9", 64) + " services=12"},

@@ -25,6 +25,10 @@ func (p *printer) agent(s Status) {
 	} else {
 		p.row("ready", "no: %s", symptom.Printable(s.NotReady, maxText))
 	}
+	if i := s.Interception; i.WhenEnvoyDownBy == "instance" || i.WhenEnvoyDownBy == "project" {
+		p.row("", "when Envoy is down: %s, by the %s's metadata (service-proxy-agent-interception)",
+			short(i.WhenEnvoyDown), i.WhenEnvoyDownBy)
+	}
 	if s.Bootstrap.Status != "" {
 		p.row("bootstrap", "%s %s", short(s.Bootstrap.Status),
 			symptom.Printable(s.Bootstrap.Failure, maxText))

@@ -145,6 +145,28 @@ func statuses() map[string]Status {
 			s.Families[i].Jumps, s.Families[i].Rules, s.Families[i].Shape = false, 0, nil
 		}
 	})
+	brakeOn := func(s *Status) {
+		s.Mode = "off"
+		s.Interception = Interception{State: "off", Since: ago(20 * time.Minute), By: "project",
+			WhenEnvoyDown: "keep", WhenEnvoyDownBy: "setting"}
+		for i := range s.Families {
+			s.Families[i].Jumps = false
+			s.Families[i].Shape = &Shape{Held: "the jumps are held back: interception is off by the " +
+				"metadata key service-proxy-agent-interception"}
+		}
+		s.History = append(s.History, Transition{Time: ago(20 * time.Minute), Kind: OfMode,
+			Severity: "info", Text: "interception: off, by the project's metadata " +
+				"(service-proxy-agent-interception) since 2026-11-28T11:40:00Z"})
+	}
+	add("off", brakeOn)
+	add("off-and-down", func(s *Status) {
+		envoyDown(s)
+		brakeOn(s)
+		s.Ready, s.NotReady, s.Interception.By = true, "", "instance"
+	})
+	add("bypass-by-project", func(s *Status) {
+		s.Interception = Interception{State: "on", WhenEnvoyDown: "bypass", WhenEnvoyDownBy: "project"}
+	})
 	add("fight", func(s *Status) {
 		s.Findings = []symptom.Finding{{ID: symptom.Fight, Row: 18, Severity: symptom.Error, Key: "IPv4",
 			Cause: "The IPv4 rules are undone again and again by flusher.sh (4242): 37 times in the last minute",

@@ -35,6 +35,7 @@ const (
 	notHealthy = "Not healthy"
 	notReady   = "Not ready"
 	paused     = "Paused"
+	off        = "Off"
 	starting   = "Starting"
 	stuck      = "Stuck"
 )
@@ -51,6 +52,8 @@ func (s Status) verdict(p *printer) (word, said string) {
 	case s.Paused:
 		return paused, "`cleanup` was called, and nothing is intercepted; `systemctl restart " +
 			"service-proxy-agent` puts the rules in again"
+	case s.Mode == "off":
+		return off, s.braked(p, errors)
 	case errors > 0:
 		worst := symptom.Nested(s.Findings)[0]
 		said = worst.Text()
@@ -69,6 +72,21 @@ func (s Status) verdict(p *printer) (word, said string) {
 		said += ", with " + number(warnings, "warning")
 	}
 	return healthy, said
+}
+
+// braked is what a VM does whose brake is on. Errors that stand all the same are not the first
+// thing to know: nothing depends on them now.
+func (s Status) braked(p *printer, errors int) string {
+	said := "interception is off, as intended, by " + s.Interception.whose() +
+		" (service-proxy-agent-interception=off)"
+	if !s.Interception.Since.IsZero() {
+		said += " since " + p.at(s.Interception.Since)
+	}
+	said += ": connections go past Envoy; take the key away to end it"
+	if errors > 0 {
+		said += ", with " + number(errors, "error") + ", see below"
+	}
+	return said
 }
 
 // waits is why a VM is not ready where nothing is wrong.
