@@ -212,10 +212,9 @@ func loadBrake(dir, machine string) (keptBrake, error) {
 		key.Bad = symptom.Printable(key.Bad, maxBadKey)
 		k.Keys[at] = key
 	}
-	if !written(k.Since) {
+	if k.Since = k.Since.UTC(); !written(k.Since) {
 		k.Since = time.Time{}
 	}
-	k.Since = k.Since.UTC()
 	return k, nil
 }
 
