@@ -103,8 +103,8 @@ func rootCommand() *cobra.Command {
 		return usage(fmt.Errorf("%w; `%s --help` lists the flags", err, cmd.CommandPath()))
 	})
 	root.AddCommand(runCommand(), statusCommand(), waitCommand(), cleanupCommand(), versionCommand(),
-		bootstrapCommand(), drainCommand(), doctorCommand(), explainCommand(), diffCommand(),
-		bundleCommand())
+		bootstrapCommand(), envoyCommand(), drainCommand(), doctorCommand(), explainCommand(),
+		diffCommand(), bundleCommand())
 	for _, c := range root.Commands() {
 		if c.Args == nil {
 			c.Args = noArguments
