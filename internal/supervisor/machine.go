@@ -53,10 +53,10 @@ type (
 		N int
 		Status
 	}
-	// Looked says whether a process still answers on its admin interface.
+	// Looked says what a look at a process's admin interface has seen.
 	Looked struct {
-		N       int
-		Answers bool
+		N     int
+		Admin Admin
 	}
 	// Told is a signal to the supervisor.
 	Told struct{ Signal syscall.Signal }
@@ -66,6 +66,17 @@ type (
 
 // Event is one of the above.
 type Event any
+
+// Admin is the state of an admin interface.
+type Admin int
+
+// An interface that takes a connection and does not answer may yet be closed: Envoy is stopped, or
+// busy, and has not read what its child wanted.
+const (
+	AdminUnknown Admin = iota
+	AdminAnswers
+	AdminGone
+)
 
 // What the Machine wants done.
 type (
@@ -86,8 +97,12 @@ type (
 	Clear struct{ Chain int }
 	// Look whether a process still answers on its admin interface.
 	Look struct{ N int }
-	// StandIn answers in the place of an epoch that is dead what its child still asks it.
-	StandIn struct{ Chain, Epoch int }
+	// StandIn takes what is still sent to an epoch that is dead: by its child, which is answered, or
+	// else by its parent.
+	StandIn struct {
+		Chain, Epoch int
+		Parent       bool
+	}
 	// Reply to orders.
 	Reply struct {
 		Orders []int
@@ -118,6 +133,9 @@ type Limits struct {
 // interface back.
 const retryFirst, retryLast = time.Second, time.Minute
 
+// lookEvery is the pause between two looks at an epoch that does not answer.
+const lookEvery = time.Second
+
 type phase int
 
 const (
@@ -141,7 +159,8 @@ const (
 	none       attempt = iota
 	checking           // whether it can be
 	trying             // the next epoch starts
-	looking            // it has failed: what has it left of the one before?
+	looking            // it has failed: does the one before still have its admin interface?
+	lookAgain          // that cannot be told yet
 	recovering         // the one before starts again as the next epoch, since its admin is gone
 	pausing            // that has failed, too, and is tried again
 )
@@ -155,14 +174,13 @@ type Machine struct {
 	waiting []int      // orders that came while nothing could be done for them yet
 	serving []int      // orders of the attempt
 	attempt attempt
-	why     string // the attempt failed
-	// maimed: an attempt has had the epoch that serves close its admin interface, and failed.
-	maimed  bool
-	tries   int // to recover
-	retry   time.Time
-	ending  bool   // told to stop, or nothing is left to go on with
-	status  Status // to end with
-	decided bool   // status is that of an Envoy that served
+	why     string    // the attempt failed
+	before  attempt   // this one: none, lookAgain or pausing
+	tries   int       // to recover
+	retry   time.Time // of a recovery, or a look
+	ending  bool      // told to stop, or nothing is left to go on with
+	status  Status    // to end with
+	decided bool      // status is that of an Envoy that served
 }
 
 // NewMachine returns one that has heard of nothing yet.
@@ -178,7 +196,7 @@ func (m *Machine) Wake() (at time.Time) {
 	for _, p := range m.running {
 		sooner(p.by)
 	}
-	if m.attempt == pausing {
+	if m.attempt == pausing || m.attempt == lookAgain {
 		sooner(m.retry)
 	}
 	return at
@@ -241,15 +259,15 @@ func (m *Machine) reply(code int, format string, args ...any) []Action {
 // begin takes the orders that wait, all at once, when nothing is under way. While an epoch drains
 // none is: Envoy would have that one end at once, and its streams with it.
 func (m *Machine) begin() []Action {
-	if len(m.waiting) == 0 || m.attempt != none && m.attempt != pausing || m.ending ||
-		m.in(draining) != nil {
+	idle := m.attempt == none || m.attempt == lookAgain || m.attempt == pausing
+	if len(m.waiting) == 0 || !idle || m.ending || m.in(draining) != nil {
 		return nil
 	}
 	m.serving, m.waiting = m.waiting, nil
 	if m.in(live) == nil {
 		return m.reply(NotPossible, "Envoy is not live yet: there is nothing that could hand over")
 	}
-	m.attempt = checking
+	m.before, m.attempt = m.attempt, checking
 	return []Action{Check{}}
 }
 
@@ -258,9 +276,7 @@ func (m *Machine) checked(now time.Time, refused *Answer) []Action {
 		return nil
 	}
 	if refused != nil {
-		if m.attempt = none; m.maimed {
-			m.attempt = pausing
-		}
+		m.attempt = m.before
 		return m.reply(refused.Code, "%s", refused.Text)
 	}
 	m.attempt = trying
@@ -307,7 +323,7 @@ func (m *Machine) isLive(now time.Time, n int) (do []Action) {
 	default:
 		do = []Action{Say{fmt.Sprintf("epoch %d serves", p.epoch)}}
 	}
-	m.attempt, m.maimed, m.tries = none, false, 0
+	m.attempt, m.tries = none, 0
 	return do
 }
 
@@ -340,7 +356,7 @@ func (m *Machine) exited(now time.Time, e Exited) []Action {
 func (m *Machine) standIn(p *process) []Action {
 	for _, child := range m.running {
 		if child.chain == p.chain && child.epoch == p.epoch+1 {
-			return []Action{StandIn{p.chain, p.epoch}}
+			return []Action{StandIn{Chain: p.chain, Epoch: p.epoch}}
 		}
 	}
 	return nil
@@ -356,7 +372,7 @@ func (m *Machine) orphaned(now time.Time, p *process, s Status) (do []Action) {
 	}
 	// Streams live in an epoch that drains, which accepts no more: another one begins anew beside it.
 	do = append(m.replyAll(what), Say{what + "; another one starts"})
-	m.attempt, m.maimed, m.decided = none, false, false
+	m.attempt, m.decided = none, false
 	return append(do, m.fresh()...)
 }
 
@@ -373,7 +389,7 @@ func (m *Machine) failed(now time.Time, p *process, s Status) []Action {
 	if p.sent != 0 {
 		why = fmt.Sprintf("epoch %d of Envoy was not live within %v", p.epoch, m.limits.Start)
 	}
-	do := []Action{Clear{p.chain}}
+	do := []Action{Clear{p.chain}, StandIn{p.chain, p.epoch, true}}
 	if m.attempt == trying {
 		m.attempt, m.why = looking, why
 		return append(do, Say{why}, Look{m.in(live).n})
@@ -390,13 +406,17 @@ func (m *Machine) looked(now time.Time, e Looked) []Action {
 	if p := m.in(live); m.attempt != looking || p == nil || p.n != e.N {
 		return nil
 	}
-	if e.Answers {
+	switch e.Admin {
+	case AdminAnswers:
 		m.attempt = none
 		return m.reply(NotDone, "%s; the one before goes on", m.why)
+	case AdminUnknown:
+		m.attempt, m.retry = lookAgain, now.Add(lookEvery)
+		return m.reply(NotDone, "%s; the one before does not answer on its admin interface", m.why)
 	}
 	// The child has had it close its admin interface for good. Another child with what the one before
 	// had takes over from it.
-	m.attempt, m.maimed = recovering, true
+	m.attempt = recovering
 	return m.start(now, true)
 }
 
@@ -449,7 +469,12 @@ func (m *Machine) tick(now time.Time) (do []Action) {
 		}
 		do = append(do, m.signal(now, p, sig))
 	}
-	if m.attempt == pausing && !now.Before(m.retry) && m.in(draining) == nil {
+	switch {
+	case now.Before(m.retry):
+	case m.attempt == lookAgain:
+		m.attempt = looking
+		do = append(do, Look{m.in(live).n})
+	case m.attempt == pausing:
 		m.attempt = recovering
 		do = append(do, m.start(now, true)...)
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 )
 
@@ -27,30 +26,40 @@ const (
 // the child goes on without what it asked for.
 var didntRecognize = append(binary.BigEndian.AppendUint64(nil, 2), 3<<3, 1)
 
-// standIn answers a child in the place of its parent, until limit has passed or the child has told
-// the parent to end. Envoy 1.40.0 tries ten seconds to reach a dead parent, while its main thread
-// stands, and then aborts; so a drained epoch that crashes would take the one that serves along.
-func standIn(prefix string, base uint32, epoch int, limit time.Duration) error {
-	at := socketOf(prefix, "parent", base, epoch)
-	if filepath.IsAbs(at) {
-		os.Remove(at) // the dead one's
+// standIn takes what is sent to an epoch that is dead, until limit has passed. While Envoy cannot
+// send to another one, its main thread stands, and after ten seconds it aborts (1.40.0). So a drained
+// epoch that crashes would take the one that serves along, and a new one that dies the one before.
+//
+// As a parent it answers its child, until that has told it to end. As a child it says nothing.
+func standIn(prefix string, base uint32, a StandIn, limit time.Duration) error {
+	role := "parent"
+	if a.Parent {
+		role = "child"
 	}
+	at := socketOf(prefix, role, base, a.Epoch)
+	os.Remove(at) // the dead one's
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: at, Net: "unixgram"})
 	if err != nil {
-		return fmt.Errorf("stand in for epoch %d: %w", epoch, err)
+		return fmt.Errorf("stand in for epoch %d: %w", a.Epoch, err)
 	}
 	_ = conn.SetDeadline(time.Now().Add(limit))
-	child := &net.UnixAddr{Name: socketOf(prefix, "child", base, epoch+1), Net: "unixgram"}
+	child := &net.UnixAddr{Name: socketOf(prefix, "child", base, a.Epoch+1), Net: "unixgram"}
 	go func() {
 		defer conn.Close()
-		buf := make([]byte, 4096)
+		if !a.Parent {
+			// What it has asked for is lost with its parent, and it may wait for it.
+			_, _ = conn.WriteTo(didntRecognize, child)
+		}
+		buf := make([]byte, 1<<16)
 		for {
 			n, err := conn.Read(buf)
 			if err != nil {
 				return
 			}
-			request := buf[:n]
-			if n > 10 && request[8] == tagRequest {
+			if a.Parent {
+				continue
+			}
+			if request := buf[:n]; n > 10 && request[8] == tagRequest {
 				switch request[10] {
 				case tagTerminate:
 					return

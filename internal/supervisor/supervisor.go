@@ -22,6 +22,7 @@ package supervisor
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -160,8 +161,9 @@ func (s *supervisor) do(a Action) {
 		m := s.serving()
 		go func() { s.events <- Checked{s.check(m)} }()
 	case Look:
-		c := s.children[a.N]
-		go func() { s.events <- Looked{a.N, c == nil || answers(c.admin)} }()
+		if c := s.children[a.N]; c != nil {
+			go func() { s.events <- Looked{a.N, look(c.admin)} }()
+		}
 	case Send:
 		if c := s.children[a.N]; c != nil {
 			_ = c.cmd.Process.Signal(a.Signal) // one that has just ended is told by its exit
@@ -173,8 +175,8 @@ func (s *supervisor) do(a Action) {
 	case StandIn:
 		// Beyond its time the child asks no more.
 		limit := s.drain + time.Minute
-		if err := standIn(s.prefix(), s.bases[a.Chain], a.Epoch, limit); err != nil {
-			s.o.Log.Warn("the next epoch may end, too", zap.Error(err))
+		if err := standIn(s.prefix(), s.bases[a.Chain], a, limit); err != nil {
+			s.o.Log.Warn("another epoch may end, too", zap.Error(err))
 		}
 	case Reply:
 		s.o.Log.Info("reload", zap.Int("code", a.Code), zap.String("answer", a.Text))
@@ -248,6 +250,9 @@ func (s *supervisor) start(a Start) (err error) {
 	c.cmd.Args = append(withConfig(s.o.Argv, config), "--base-id", fmt.Sprint(s.bases[a.Chain]),
 		"--restart-epoch", strconv.Itoa(a.Epoch), "--socket-path", s.prefix(),
 		"--admin-address-path", c.admin)
+	if a.Epoch > 0 {
+		c.cmd.Args = append(c.cmd.Args, patience(c.cmd.Args, m.config)...)
+	}
 	if a.Epoch > 0 && m.skips {
 		// Else the one that serves waits for an answer of the one that drains each five seconds, for
 		// ever when that hangs.
@@ -380,24 +385,44 @@ func lastLine(out string, err error) string {
 	return fmt.Sprintf("%.300s", out)
 }
 
-// answers says whether somebody accepts at the address in the file. An Envoy without an admin
-// interface has none to lose.
-func answers(file string) bool {
+// look asks twice at the address in the file, one connection after the other: what the process had
+// been told before it answered the first, such as to close, is done when it answers the second. An
+// Envoy without an admin interface has none to lose.
+func look(file string) Admin {
 	text, err := os.ReadFile(file)
 	address := string(bytes.TrimSpace(text))
 	if err != nil || address == "" {
-		return true
+		return AdminAnswers
 	}
+	for range 2 {
+		if admin := answers(address); admin != AdminAnswers {
+			return admin
+		}
+	}
+	return AdminAnswers
+}
+
+func answers(address string) Admin {
 	network := "tcp"
 	if strings.HasPrefix(address, "/") || strings.HasPrefix(address, "@") {
 		network = "unix"
 	}
 	conn, err := net.DialTimeout(network, address, lookLimit)
-	if err != nil {
-		return false
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return AdminGone
+	case err != nil:
+		return AdminUnknown
 	}
-	conn.Close()
-	return true
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(lookLimit))
+	if _, err = io.WriteString(conn, "GET /ready HTTP/1.1\r\nHost: envoy\r\nConnection: close\r\n\r\n"); err == nil {
+		_, err = conn.Read(make([]byte, 1))
+	}
+	if err != nil {
+		return AdminUnknown
+	}
+	return AdminAnswers
 }
 
 const basesName = "base-ids"
@@ -433,6 +458,40 @@ func (s *supervisor) sweep() {
 			os.Remove(path)
 		}
 	}
+}
+
+// patience are the arguments by which an epoch waits for its clusters and listeners as long as its
+// control plane does not send them. By itself it takes over after 15 seconds without any, from an
+// Envoy that has them. What does not come in time is ended by the Machine.
+func patience(argv []string, config []byte) []string {
+	type source struct {
+		Timeout string `json:"initial_fetch_timeout"`
+	}
+	var has struct {
+		Dynamic struct {
+			LDS json.RawMessage `json:"lds_config"`
+			CDS json.RawMessage `json:"cds_config"`
+		} `json:"dynamic_resources"`
+	}
+	// One in YAML, or with the other names of its fields, is not ours: it stays as it is.
+	if err := json.Unmarshal(config, &has); err != nil || slices.Contains(argv, "--config-yaml") {
+		return nil
+	}
+	dynamic := map[string]source{}
+	if has.Dynamic.LDS != nil {
+		dynamic["lds_config"] = source{"0s"}
+	}
+	if has.Dynamic.CDS != nil {
+		dynamic["cds_config"] = source{"0s"}
+	}
+	if len(dynamic) == 0 {
+		return nil
+	}
+	text, err := json.Marshal(map[string]any{"dynamic_resources": dynamic})
+	if err != nil {
+		return nil
+	}
+	return []string{"--config-yaml", string(text)}
 }
 
 // configOf is the configuration's file among Envoy's arguments; "": none.
