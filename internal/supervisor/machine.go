@@ -309,7 +309,7 @@ func (m *Machine) isLive(now time.Time, n int) (do []Action) {
 		// Its child has it end. Two seconds more: then we do.
 		old.phase, old.by = draining, now.Add(m.limits.Drain+2*time.Second)
 	}
-	p.phase = live
+	p.phase, m.decided = live, false
 	if p.sent == 0 {
 		p.by = time.Time{}
 	}
@@ -365,8 +365,12 @@ func (m *Machine) standIn(p *process) []Action {
 // orphaned: the epoch that served has ended by itself.
 func (m *Machine) orphaned(now time.Time, p *process, s Status) (do []Action) {
 	what := fmt.Sprintf("epoch %d of Envoy, which served, %v", p.epoch, s)
-	if m.in(starting) != nil || m.in(draining) == nil {
-		// A child in its initialization dies with its parent, whose listeners it was to get.
+	if m.in(starting) != nil {
+		// That may be live, and nobody have told it yet, or get there without its parent.
+		m.attempt = trying // for what it was, there is no more use
+		return append(m.standIn(p), Say{what})
+	}
+	if m.in(draining) == nil {
 		m.decided = true
 		return m.end(now, what)
 	}
