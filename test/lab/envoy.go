@@ -88,6 +88,9 @@ type EnvoyOptions struct {
 	Args      []string // more arguments
 	// HotRestart lets Envoy.HotRestart start the next one beside it.
 	HotRestart bool
+	// Supervisor is the service-proxy-agent that Envoy runs under, as in its unit; empty: none.
+	Supervisor     string
+	SupervisorArgs []string
 }
 
 // Envoy is an Envoy in "vm". One after the other may run under the same value (Start, Kill, Start).
@@ -102,6 +105,9 @@ type Envoy struct {
 	cmd    *exec.Cmd // nil: not running
 	exited chan struct{}
 	epoch  int
+
+	config string // its path
+	reload []string
 }
 
 // hotRestarts counts the Envoys of this process that may be restarted so.
@@ -140,16 +146,21 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 		LogPath: filepath.Join(l.Dir, "envoy.err.log"), UID: opts.UID, lab: l,
 		argv: append([]string{opts.Binary, "-c", config, "--concurrency", "1", "-l", opts.LogLevel},
 			opts.Args...),
-		admin: l.VM.HTTP(),
+		admin: l.VM.HTTP(), config: config,
 	}
-	if opts.HotRestart {
+	switch {
+	case opts.Supervisor != "":
+		if err := e.supervise(opts); err != nil {
+			return nil, err
+		}
+	case opts.HotRestart:
 		// The id names shared memory of the whole machine, ten times the id, which stays there. No two
 		// labs may have the same: one's Envoy would meet the other's that is just starting.
 		id := os.Getpid()%100_000*1000 + int(hotRestarts.Add(1))%1000
 		l.atEnd(func() { os.Remove(fmt.Sprintf("/dev/shm/envoy_shared_memory_%d", 10*id)) })
 		e.argv = append(e.argv, "--base-id", fmt.Sprint(id), "--drain-time-s", "1",
 			"--parent-shutdown-time-s", "60")
-	} else {
+	default:
 		e.argv = append(e.argv, "--disable-hot-restart")
 	}
 	l.atEnd(func() { e.Kill() })
