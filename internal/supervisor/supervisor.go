@@ -244,7 +244,9 @@ func (s *supervisor) start(a Start) (err error) {
 		admin: filepath.Join(s.o.Dir, fmt.Sprintf("admin-%d", a.N))}
 	program := s.o.Argv[0]
 	if a.Kept {
-		program = fmt.Sprintf("/proc/self/fd/%d", m.program.Fd())
+		if program, err = s.again(m.program); err != nil {
+			return fmt.Errorf("start Envoy: %w", err)
+		}
 	}
 	c.cmd = exec.Command(program) //nolint:forbidigo // it ends when the Machine says so
 	c.cmd.Args = append(withConfig(s.o.Argv, config), "--base-id", fmt.Sprint(s.bases[a.Chain]),
@@ -273,6 +275,22 @@ func (s *supervisor) start(a Start) (err error) {
 	go s.wait(c)
 	go s.watch(c, regionOf(s.bases[a.Chain]))
 	return nil
+}
+
+// again is a path of a program that may have been replaced: by a link, so that the process has its
+// name.
+func (s *supervisor) again(program *os.File) (string, error) {
+	if program == nil {
+		return "", errors.New("the one before has ended")
+	}
+	path := filepath.Join(s.o.Dir, "kept", filepath.Base(s.o.Argv[0]))
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return "", err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	return path, os.Symlink(fmt.Sprintf("/proc/self/fd/%d", program.Fd()), path)
 }
 
 func (s *supervisor) wait(c *child) {
@@ -452,7 +470,7 @@ func (s *supervisor) sweep() {
 			regionOf(base).remove()
 		}
 	}
-	for _, pattern := range []string{"hot_*", "admin-*", "kept.json"} {
+	for _, pattern := range []string{"hot_*", "admin-*", "kept.json", "kept/*"} {
 		left, _ := filepath.Glob(filepath.Join(s.o.Dir, pattern))
 		for _, path := range left {
 			os.Remove(path)
