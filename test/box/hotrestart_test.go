@@ -5,6 +5,7 @@ package box
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -174,22 +175,20 @@ func (v *VM) serves() (version, state string, epoch int) {
 	if err != nil {
 		return "", err.Error(), -1
 	}
-	for line := range strings.Lines(out) {
-		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
-		value = strings.Trim(value, `",`)
-		switch key {
-		case `"version"`:
-			version = value
-			if f := strings.Split(value, "/"); len(f) > 1 {
-				version = f[1]
-			}
-		case `"state"`:
-			state = value
-		case `"restart_epoch"`:
-			epoch, _ = strconv.Atoi(value)
-		}
+	var info struct {
+		Version string `json:"version"`
+		State   string `json:"state"`
+		Options struct {
+			Epoch int `json:"restart_epoch"`
+		} `json:"command_line_options"`
 	}
-	return version, state, epoch
+	if err := json.Unmarshal([]byte(out), &info); err != nil {
+		return "", err.Error(), -1
+	}
+	if f := strings.Split(info.Version, "/"); len(f) > 1 {
+		info.Version = f[1]
+	}
+	return info.Version, info.State, info.Options.Epoch
 }
 
 // refusedNone ends the load. None of its connections may have failed.
