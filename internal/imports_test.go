@@ -81,7 +81,7 @@ var may = map[string]string{
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
 		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
-		"internal/symptom internal/untrusted systemd",
+		"internal/supervisor internal/symptom internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",
 	"internal/metadata": "internal/attribute",

@@ -8,18 +8,18 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/supervisor"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
-
-// reloadNotPossible is how `service-proxy-agent envoy --reload`, the reload of Envoy's unit, ends
-// where the next Envoy cannot take over from the one that runs.
-const reloadNotPossible = 2
 
 // startEnvoy starts Envoy's unit, or has it run with what has changed, and waits for its admin
 // interface. What is cut short the next run does once more: a hot restart too many does no harm.
@@ -46,6 +46,9 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 	case !mayReload(before.Active):
 		started, err = true, b.systemctl(ctx, 2*time.Minute, "start", systemd.EnvoyUnit)
 	case changed == nil:
+		if err := b.wouldBeConfigured(ctx); err != nil {
+			return &Failure{Err: err, Advice: "see `service-proxy-agent doctor`"}
+		}
 		started, err = b.renewEnvoy(ctx, func(text string) { b.say("INFO", text) })
 	}
 	if err != nil {
@@ -59,6 +62,46 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 	}
 	return nil
 }
+
+// wouldBeConfigured: an Envoy that starts while nobody can reach the control plane serves nothing,
+// once it has waited long enough, and yet takes over from the one that runs, which has all its
+// services. That nobody can is that neither that one has a stream nor we a way of our own: a stream
+// alone may be what the change is to mend. err is why it would not be.
+func (b *bootstrapper) wouldBeConfigured(ctx context.Context) error {
+	host, _, _ := net.SplitHostPort(trafficDirector)
+	unreachable := envoyadmin.Probe(ctx, trafficDirector, envoyadmin.ProbeOptions{
+		TLS: true, ServerName: host, RootCAFile: authorities.File(b.Root)})
+	if unreachable == nil {
+		return nil
+	}
+	client, err := envoyadmin.New(fmt.Sprintf("127.0.0.1:%d", attribute.EnvoyAdminPort))
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	connected := 0
+	for range connectedSamples {
+		is, err := client.ControlPlane(ctx)
+		if err != nil || !is.Streams {
+			return nil // one that does not tell has nothing to lose
+		}
+		if is.Connected {
+			connected++
+		}
+		if !sleep(ctx, 300*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+	if connected == connectedSamples {
+		return nil
+	}
+	return fmt.Errorf("Envoy goes on as it was started, since the next one would get no services: "+
+		"the control plane cannot be reached: %w", unreachable)
+}
+
+// connectedSamples are how often Envoy is asked for its stream: it says that it has one at each
+// attempt to make one.
+const connectedSamples = 3
 
 func ofUnit(error) (advice string, permanent bool) {
 	return "see journalctl -u " + systemd.EnvoyUnit, false
@@ -123,12 +166,16 @@ func (b *bootstrapper) reloadEnvoy(ctx context.Context) (why string, err error) 
 	switch reload := systemd.ParseReload(out); {
 	case !reload.Can:
 		return "its unit cannot do better", nil
-	case reload.Status == reloadNotPossible:
-		return "the next Envoy cannot take over from the one that runs", nil
+	case reload.Status == supervisor.NotPossible:
+		return cmp.Or(b.lastLogLine(reloadSays), "the next Envoy cannot take over"), nil
 	}
-	return "", fmt.Errorf("the next Envoy did not take over, and the one that runs goes on: %w; "+
-		"last line of its log: %s", err, b.lastLogLine())
+	why = cmp.Or(b.lastLogLine(reloadSays), err.Error())
+	return "", fmt.Errorf("the next Envoy did not take over from the one that runs: %s", why)
 }
+
+// reloadSays begins what `service-proxy-agent envoy --reload`, the reload of Envoy's unit, says: in
+// Envoy's log, as all that the unit's programs do.
+const reloadSays = "service-proxy-agent: "
 
 // waitForAdmin waits until Envoy's admin port accepts: Envoy has read its configuration then. It
 // need not have heard from the control plane: that is the agent's to watch.
@@ -148,21 +195,29 @@ func (b *bootstrapper) waitForAdmin(ctx context.Context, limit time.Duration) er
 			}
 			return fmt.Errorf("Envoy does not answer on its admin port; its unit is %s (%s), "+
 				"exit code %d, %d restarts; last line of its log: %s",
-				state.Active, state.Sub, state.ExitCode, state.Restarts, b.lastLogLine())
+				state.Active, state.Sub, state.ExitCode, state.Restarts,
+				cmp.Or(b.lastLogLine(""), "(none)"))
 		}
 	}
 }
 
-// lastLogLine is what may be told of the last line of Envoy's log.
-func (b *bootstrapper) lastLogLine() string {
+// lastLogLine is what may be told of the last line of Envoy's log that begins so, behind that; "":
+// there is none.
+func (b *bootstrapper) lastLogLine(begin string) string {
 	f, err := untrusted.Open(b.path(logs.Dir + "/envoy.err.log"))
 	if err != nil {
-		return "(none)"
+		return ""
 	}
 	defer f.Close()
 	end, err := envoyadmin.Tail(f, maxTail)
 	if err != nil {
-		return "(none)"
+		return ""
 	}
-	return fmt.Sprintf("%.300s", cmp.Or(lastLine(string(end)), "(none)"))
+	lines := strings.Split(strings.TrimSpace(string(end)), "\n")
+	for _, line := range slices.Backward(lines) {
+		if rest, ok := strings.CutPrefix(line, begin); ok {
+			return fmt.Sprintf("%.300s", lastLine(rest))
+		}
+	}
+	return ""
 }

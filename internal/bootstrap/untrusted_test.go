@@ -85,7 +85,7 @@ func TestPlantedFiles(t *testing.T) {
 					t.Errorf("the state is believed: %+v", state)
 				}
 				plant(t, b.path(logs.Dir+"/envoy.err.log"))
-				if have := b.lastLogLine(); strings.Contains(have, "made_users") {
+				if have := b.lastLogLine(""); strings.Contains(have, "made_users") {
 					t.Errorf("another's file is shown: %q", have)
 				}
 				// The rest is as the attribute wants it.

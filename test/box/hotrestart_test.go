@@ -144,9 +144,9 @@ type epoch struct {
 func (v *VM) epochs() (all []epoch) {
 	const look = `for p in $(cat /sys/fs/cgroup/system.slice/service-proxy-envoy.service/cgroup.procs \
 		/sys/fs/cgroup/systemd/system.slice/service-proxy-envoy.service/cgroup.procs 2>/dev/null); do
-	[ "$(cat /proc/$p/comm 2>/dev/null)" = envoy ] || continue
-	echo "$p $(tr '\0' ' ' </proc/$p/cmdline | sed -n 's/.*--restart-epoch \([0-9]*\).*/\1/p')," \
-		$(sed -n 's/^\(Rss\|Pss\): *\([0-9]*\) kB/\2/p' /proc/$p/smaps_rollup)
+	n=$(tr '\0' ' ' </proc/$p/cmdline | sed -n 's/.*--restart-epoch \([0-9]*\).*/\1/p')
+	[ -n "$n" ] || continue
+	echo "$p $n," $(sed -n 's/^\(Rss\|Pss\): *\([0-9]*\) kB/\2/p' /proc/$p/smaps_rollup)
 done`
 	out, _ := v.try("sh", "-c", look)
 	for line := range strings.Lines(out) {
