@@ -28,7 +28,7 @@ var may = map[string]string{
 		"internal/doctor internal/drain internal/envfile internal/explain internal/gather " +
 		"internal/metadata internal/page internal/pageserver internal/progress " +
 		"internal/reconcile internal/rulediff internal/server internal/status internal/supervisor " +
-		"internal/symptom internal/terminal internal/try iptables systemd",
+		"internal/symptom internal/system internal/terminal internal/try iptables systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
@@ -81,9 +81,10 @@ var may = map[string]string{
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
 		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
-		"internal/supervisor internal/symptom internal/untrusted systemd",
+		"internal/supervisor internal/symptom internal/system internal/untrusted systemd",
 	"internal/drain":    "envoyadmin systemd",
 	"internal/logs":     "internal/untrusted",
+	"internal/system":   "internal/authorities internal/terminal",
 	"internal/metadata": "internal/attribute",
 	// Google's closed agent beside us: the daemon tells of it, the installer takes over.
 	"internal/neighbour": "systemd",

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -12,13 +13,15 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/drain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 func bootstrapCommand() *cobra.Command {
 	var opts bootstrap.Options
-	var rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
-	var archive, level, own string
+	var check, rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
+	var archive, level, output, own string
 	cmd := &cobra.Command{
 		Use:   "bootstrap",
 		Short: "Install and configure Envoy and the units, publish the status, end",
@@ -38,8 +41,12 @@ func bootstrapCommand() *cobra.Command {
 			"and nothing is left that is of this VM. A VM that is made of the image finds its own attribute " +
 			"at its first boot, and needs no network for the agent then. A disk that is copied without it " +
 			"does, too: what is another VM's is discarded.\n\n" +
-			"Exit code: 0 done; 1 not done, with the reason; 64 wrong usage.",
+			"Its first step looks whether the agent can be on this system at all, as --check does, and " +
+			"refuses in one line where it cannot. docs/systems.md has what was tried.\n\n" +
+			"Exit code: 0 done, or with --check: works here; 1 not done, or does not work here, with the " +
+			"reason; 64 wrong usage.",
 		Example: "  sudo service-proxy-agent bootstrap\n" +
+			"  service-proxy-agent bootstrap --check\n" +
 			"  sudo service-proxy-agent bootstrap --prepare-image\n" +
 			"  sudo service-proxy-agent bootstrap --rollback\n" +
 			"  sudo service-proxy-agent bootstrap --take-over\n" +
@@ -65,7 +72,12 @@ func bootstrapCommand() *cobra.Command {
 				}
 				return removed, err
 			}
+			if output != "text" && output != "json" {
+				return usage(fmt.Errorf("--output is %q; use text or json", output))
+			}
 			switch {
+			case check:
+				return sayReport(cmd.OutOrStdout(), bootstrap.Check(ctx, opts), output)
 			case remove:
 				return say(bootstrap.Remove(ctx, opts, rules))
 			case takeOver:
@@ -97,6 +109,9 @@ func bootstrapCommand() *cobra.Command {
 		"`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
 	flags.StringVar(&level, "log-level", "info",
 		"least `LEVEL` that is logged: debug, info, warn or error")
+	flags.BoolVar(&check, "check", false,
+		"say whether the agent works on this system, property by property, and change nothing")
+	flags.StringVarP(&output, "output", "o", "text", "`FORM` of --check's answer: text or json")
 	flags.BoolVar(&rollback, "rollback", false,
 		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
 	flags.BoolVar(&prepare, "prepare-image", false,
@@ -114,7 +129,7 @@ func bootstrapCommand() *cobra.Command {
 	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own"} {
 		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
 	}
-	cmd.MarkFlagsMutuallyExclusive("rollback", "remove", "take-over", "take-over-now",
+	cmd.MarkFlagsMutuallyExclusive("check", "rollback", "remove", "take-over", "take-over-now",
 		"prepare-image", "archive", "install-units", "rotate-logs", "own")
 	return cmd
 }
@@ -129,6 +144,22 @@ func letOut(ctx context.Context, uid uint32) ([]string, error) {
 		return nil, err
 	}
 	return kernel.LetOut(ctx, uid)
+}
+
+// sayReport writes what --check has found, and ends with its exit code.
+func sayReport(w io.Writer, report system.Report, output string) (err error) {
+	if output == "json" {
+		var body []byte
+		if body, err = report.JSON(); err == nil {
+			_, err = w.Write(body)
+		}
+	} else {
+		err = report.Text(w, terminal.For(w), terminal.Width(w))
+	}
+	if err = unwritten(err); err == nil && report.Exit != 0 {
+		err = &exitError{code: report.Exit}
+	}
+	return err
 }
 
 func drainCommand() *cobra.Command {

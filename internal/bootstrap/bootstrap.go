@@ -17,6 +17,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -64,6 +65,8 @@ type Options struct {
 	command   func(ctx context.Context, cmd *exec.Cmd) error
 	storage   string // Cloud Storage's host
 	processes func(ports []uint16, programs ...string) ([]neighbour.Process, error)
+	// look sees how the machine is.
+	look func(ctx context.Context) system.System
 }
 
 type bootstrapper struct {
@@ -94,7 +97,11 @@ func newBootstrapper(opts Options) *bootstrapper {
 	if opts.storage == "" {
 		opts.storage = cloudStorage
 	}
-	return &bootstrapper{Options: opts, vm: identity.Here(opts.Root)}
+	b := &bootstrapper{Options: opts, vm: identity.Here(opts.Root)}
+	if b.look == nil {
+		b.look = func(ctx context.Context) system.System { return b.lookAt(ctx) }
+	}
+	return b
 }
 
 // path is name beneath the root.

@@ -61,7 +61,7 @@ func newFakeVM(t *testing.T) *fakeVM {
 }
 
 func (v *fakeVM) options() Options {
-	return Options{Root: v.root, command: func(_ context.Context, cmd *exec.Cmd) error {
+	return Options{Root: v.root, look: fineSystem, command: func(_ context.Context, cmd *exec.Cmd) error {
 		ran := append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...)
 		v.ran = append(v.ran, strings.Join(ran, " "))
 		switch {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -26,16 +27,27 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
 	b.readState()
 	b.state.Attempt = 1
+	if opts.look == nil {
+		b.look = func(ctx context.Context) system.System { return b.lookAt(ctx, archiveEnvoy(dir)) }
+	}
 	retry := slices.ContainsFunc(retryDirs, func(path string) bool { return dir == b.path(path) })
-	failure := b.install(ctx, dir, retry)
+	seen := b.look(ctx)
+	failure, passes := refused(seen, system.Judge(seen))
+	refused := failure != nil
+	if failure == nil {
+		failure, passes = b.install(ctx, dir, retry), true
+	} else {
+		failure.Step = StepInstall
+	}
 	if failure == nil {
 		return nil
 	}
 	b.pub = newPublisher(ctx, b.Log)
 	defer b.pub.end()
 	b.fail(failure, 15*time.Second)
-	if !retry {
-		if err := b.installLater(ctx, dir); err != nil {
+	if !retry && passes {
+		// What refuses says it all in its one line.
+		if err := b.installLater(ctx, dir); err != nil && !refused {
 			return fmt.Errorf("%w (and it is not tried again: %w)", failure, err)
 		}
 	}
@@ -193,6 +205,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 		return err
 	}
 	b.placeShared(dir)
+	b.label(ctx, AgentBinary, systemd.UnitDir)
 	return b.startUnits(ctx, newAgent || !bytes.Equal(before, after))
 }
 

@@ -68,7 +68,8 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 					return nil
 				}
 				install := func(dir string) error {
-					return Install(t.Context(), Options{Root: root, Log: zap.NewNop(), command: command}, dir)
+					return Install(t.Context(), Options{Root: root, Log: zap.NewNop(), command: command,
+						look: fineSystem}, dir)
 				}
 				err := install(archive)
 				if err == nil || strings.Contains(err.Error(), "not tried again") != (tt.want == "") {

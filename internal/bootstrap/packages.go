@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/authorities"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 )
 
 // manager is a package manager and how it is asked, without questions, to install.
@@ -21,40 +20,23 @@ type manager struct {
 	install []string
 }
 
+// managers are system.Managers, and how each is used. dnf and yum look at the age of their index by
+// themselves, zypper refreshes it.
 var managers = []manager{
 	{"apt-get",
 		[][]string{{"dpkg", "--configure", "-a", "--force-confold"}},
 		[]string{"apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2", "update"},
 		[]string{"apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2",
 			"-o", "Dpkg::Options::=--force-confold", "--no-install-recommends", "install"}},
-	{"dnf", nil, nil, []string{"dnf", "-q", "-y", "install"}},
+	{"dnf", nil, nil, []string{"dnf", "-q", "-y", "--setopt=install_weak_deps=False", "install"}},
 	{"yum", nil, nil, []string{"yum", "-q", "-y", "install"}},
-	{"zypper", nil, nil, []string{"zypper", "--non-interactive", "install"}},
+	{"zypper", nil, nil, []string{"zypper", "--quiet", "--non-interactive", "install", "--no-recommends"}},
 }
 
-// sbin is where iptables is; PATH may lack it in a startup script.
-var sbin = []string{"/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"}
+func (b *bootstrapper) hasProgram(name string) bool { return system.HasProgram(b.Root, name) }
 
-func (b *bootstrapper) hasProgram(name string) bool {
-	for _, dir := range sbin {
-		if info, err := os.Stat(b.path(filepath.Join(dir, name))); err == nil && info.Mode()&0o111 != 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// missing are the packages that the image lacks. Their names are the same everywhere.
-func (b *bootstrapper) missing() []string {
-	var packages []string
-	if !b.hasProgram("iptables") || !b.hasProgram("iptables-restore") {
-		packages = append(packages, "iptables")
-	}
-	if authorities.File(b.Root) == "" {
-		packages = append(packages, "ca-certificates")
-	}
-	return packages
-}
+// missing are the packages that the image lacks.
+func (b *bootstrapper) missing() []string { return system.MissingPackages(b.Root) }
 
 // installPackages installs iptables and the CA certificates where the image lacks them. Debian 12
 // has iptables as optional only.
@@ -85,14 +67,16 @@ func (b *bootstrapper) installPackages(ctx context.Context) error {
 				stale = "; update: " + complaint(out)
 			}
 		}
-		out, err := b.exec(ctx, 10*time.Minute, m.install[0], append(m.install[1:], packages...)...)
-		if err != nil {
+		out, err := b.exec(ctx, 10*time.Minute, m.install[0], slices.Concat(m.install[1:], packages)...)
+		// zypper's exit code is not 0, too, when it has installed all and has more to say: that a
+		// repository was skipped (106), or a reboot is advised (102).
+		switch still := b.missing(); {
+		case len(still) == 0:
+			return nil
+		case err != nil:
 			return fail(fmt.Errorf("%w: %s%s", err, complaint(out), stale))
 		}
-		if still := b.missing(); len(still) > 0 {
-			return fail(fmt.Errorf("%s installed it, and it is still not there", m.program))
-		}
-		return nil
+		return fail(fmt.Errorf("%s installed it, and it is still not there", m.program))
 	}
 	return fail(errors.New("no package manager found (apt-get, dnf, yum, zypper)"))
 }

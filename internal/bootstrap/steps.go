@@ -13,6 +13,7 @@ import (
 // The steps, as State.Step and the failure lines name them.
 const (
 	StepInstall   = "install the agent" // Install's alone
+	StepSystem    = "look at the system"
 	StepAttribute = "read the attribute"
 	StepVM        = "read the VM's metadata"
 	StepUnits     = "install units and users"
@@ -31,6 +32,7 @@ const (
 // and within 5 minutes. The last column says what that is.
 var steps = []step{
 	// name, what it does, what its errors mean                what fails for good
+	{StepSystem, (*attempt).checkSystem, ofOthers},         // the agent cannot be on it
 	{StepAttribute, (*attempt).takeAttribute, ofAttribute}, // none, malformed, or Anthos'
 	{StepVM, (*attempt).askVM, ofOthers},                   // –
 	{StepUnits, (*attempt).installUnits, ofDisk},           // –
@@ -90,7 +92,11 @@ func (a *attempt) askVM(ctx context.Context) (err error) {
 }
 
 func (a *attempt) installWantedEnvoy(ctx context.Context) error {
-	return a.installEnvoy(ctx, a.attr.Config)
+	err := a.installEnvoy(ctx, a.attr.Config)
+	if err == nil {
+		a.label(ctx, EnvoyBinary)
+	}
+	return err
 }
 
 func (a *attempt) makeWantedLogs(ctx context.Context) error {

@@ -16,7 +16,7 @@ import (
 
 // The order in which the serial port tells of them, and in which a VM is made a node.
 func TestStepsInOrder(t *testing.T) {
-	want := []string{"read the attribute", "read the VM's metadata", "install units and users",
+	want := []string{"look at the system", "read the attribute", "read the VM's metadata", "install units and users",
 		"install packages", "install Envoy", "make the log files", "configure Envoy", "start Envoy"}
 	var have []string
 	for _, s := range steps {
