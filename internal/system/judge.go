@@ -115,7 +115,10 @@ var redHatRelease = regexp.MustCompile(`^239-(\d+)\.el8`)
 
 func (s System) systemd() Row {
 	r := Row{What: "systemd", Needed: "240 or later, or Red Hat's 239-32", Verdict: Works,
-		Seen: strings.TrimSpace(fmt.Sprintf("%d %s", s.Systemd.Version, s.Systemd.Package))}
+		Seen: strconv.Itoa(s.Systemd.Version)}
+	if s.Systemd.Package != "" {
+		r.Seen += " (" + s.Systemd.Package + ")"
+	}
 	redHat := redHatRelease.FindStringSubmatch(s.Systemd.Package)
 	backported := false
 	if redHat != nil && s.Systemd.Version == systemdRedHat {

@@ -49,13 +49,18 @@ func (r Report) Text(w io.Writer, style terminal.Style, width int) error {
 	colour := map[Verdict]func(string) string{Works: style.Good, Unknown: style.Dim,
 		Limited: style.Warn, Refused: style.Bad}
 	var b strings.Builder
+	line := func(indent int, format string, args ...any) {
+		b.WriteString(terminal.Wrap(fmt.Sprintf(format, args...)+"\n", width, indent))
+	}
 	verdict := map[Verdict]string{Works: "works here", Limited: "works here, with limits",
 		Refused: "does not work here"}[r.Verdict]
-	fmt.Fprintf(&b, "%s: %s\n\n", r.System, colour[r.Verdict](verdict))
+	// A colour that is broken would go on after the end of its line.
+	verdict = strings.ReplaceAll(verdict, " ", terminal.NoBreak)
+	line(2, "%s: %s\n", r.System, colour[r.Verdict](verdict))
+	const left = len(Refused) + 2
 	for _, row := range r.Rows {
-		fmt.Fprintf(&b, "%s%s  %s%s  %s\n", colour[row.Verdict](string(row.Verdict)),
-			strings.Repeat(" ", len(Refused)-len(row.Verdict)), row.What,
-			strings.Repeat(" ", max(0, whatWidth-len(row.What))), row.Seen)
+		line(left+whatWidth, "%s%s%-*s%s", colour[row.Verdict](string(row.Verdict)),
+			strings.Repeat(" ", left-len(row.Verdict)), whatWidth, row.What, row.Seen)
 		if row.Verdict == Works {
 			continue
 		}
@@ -63,14 +68,14 @@ func (r Report) Text(w io.Writer, style terminal.Style, width int) error {
 			{"needed", row.Needed}, {"lacks", row.Lacks}, {"way out", row.WayOut},
 		} {
 			if more.text != "" && more.text != "any" {
-				fmt.Fprintf(&b, "         %s%s%s\n", style.Dim(more.name),
-					strings.Repeat(" ", whatWidth+2-len(more.name)), more.text)
+				line(whatWidth, "%*s%s%s%s", left, "", style.Dim(more.name),
+					strings.Repeat(" ", whatWidth-len(more.name)), more.text)
 			}
 		}
 	}
-	_, err := io.WriteString(w, terminal.Wrap(b.String(), width, whatWidth+2))
+	_, err := io.WriteString(w, b.String())
 	return err
 }
 
 // whatWidth is the width of what stands before what was seen.
-const whatWidth = 12
+const whatWidth = 14
