@@ -3,7 +3,6 @@ package system
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"maps"
@@ -16,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
+	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -160,9 +160,10 @@ func TestImitated(t *testing.T) {
 			}
 			golden(t, filepath.Join("testdata", name+".txt"), have.Bytes())
 			body, err := r.JSON()
-			if err != nil || !json.Valid(body) {
-				t.Errorf("%v: %s", err, body)
+			if err != nil {
+				t.Fatal(err)
 			}
+			schema.Valid(t, "check", body)
 		})
 	}
 }
@@ -375,3 +376,6 @@ func TestCgroups(t *testing.T) {
 		}
 	}
 }
+
+// TestSchema: what is documented is what is written.
+func TestSchema(t *testing.T) { schema.Properties(t, "check", Report{}) }
