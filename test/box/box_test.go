@@ -185,6 +185,7 @@ func TestFirstBoot(t *testing.T) {
 				return fmt.Errorf("it has %+v", v.platform.LogEntries())
 			})
 			v.checkQuiet(t)
+			v.checkSystem(t)
 			v.checkWritten(t, before)
 			v.checkUnits(t)
 			if out := v.run("systemctl", "list-units", "--no-legend", "--failed",

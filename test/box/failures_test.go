@@ -279,7 +279,7 @@ func TestMachineFailures(t *testing.T) {
 			want: []string{bootstrap.StepEnvoy, "no space left on device", "make room"},
 			mend: script("umount -l /usr/local/lib/service-proxy-agent")},
 		{name: "read-only /usr/local", brk: script("mount --bind /usr/local /usr/local; mount -o remount,bind,ro /usr/local"),
-			want: []string{bootstrap.StepEnvoy, "read-only file system", "writable"},
+			want: []string{bootstrap.StepSystem, "read-only file system", "writable"},
 			mend: script("mount -o remount,bind,rw /usr/local; umount -l /usr/local")},
 		{name: "no certificates and a broken repository", brk: script("rm /etc/ssl/certs/ca-certificates.crt; dpkg --purge --force-depends ca-certificates; mv /var/local/repo /var/local/repo.away"),
 			want: []string{bootstrap.StepPackages, "ca-certificates missing on this image", "E: "},
