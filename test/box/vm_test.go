@@ -76,6 +76,7 @@ type VM struct {
 	upper    string // what the box has written on its disk
 	release  string
 	ipv6     bool // has no IPv4
+	engine   bool // has Docker
 
 	mu     sync.Mutex
 	serial bytes.Buffer
@@ -96,6 +97,7 @@ type options struct {
 	attribute string
 	archive   []byte            // the release archive; nil: with Envoy
 	prepare   func(root string) // changes the root filesystem before the first boot
+	programs  string            // packages of Debian's that the image has, too, all of them disabled
 }
 
 // moduleRoot is the folder of go.mod.
@@ -117,7 +119,25 @@ func rootfs(t *testing.T, release string) string {
 		t.Fatal(err)
 	}
 	name := fmt.Sprintf("rootfs-%s-%.8x", release, sha256.Sum256(text))
-	cmd := exec.Command("../kept.sh", name, script, release)
+	return kept(t, name, script, release)
+}
+
+// programs is the folder with what these packages add to that root filesystem.
+func programs(t *testing.T, base, packages string) string {
+	t.Helper()
+	const script = "./programs.sh"
+	text, err := os.ReadFile(script)
+	if err != nil {
+		t.Fatal(err)
+	}
+	of := sha256.Sum256(append(text, filepath.Base(base)+packages...))
+	return kept(t, fmt.Sprintf("programs-%.8x", of), script, base, packages)
+}
+
+// kept is the path of what the command makes, now or in an earlier run.
+func kept(t *testing.T, name string, command ...string) string {
+	t.Helper()
+	cmd := exec.Command("../kept.sh", append([]string{name}, command...)...)
 	var said strings.Builder
 	cmd.Stderr = &said
 	dir, err := cmd.Output()
@@ -144,7 +164,11 @@ func newVM(t *testing.T, opts options) *VM {
 		t.Fatal(err)
 	}
 	lower := rootfs(t, opts.release)
-	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6}
+	if opts.programs != "" {
+		lower = programs(t, lower, opts.programs) + ":" + lower
+	}
+	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6,
+		engine: slices.Contains(strings.Fields(opts.programs), "docker.io")}
 	v.lab = lab.T(t, lab.Options{})
 	// journald's socket holds as many entries. systemd sets it at the boot of a VM, and in a container
 	// it leaves the kernel's 10 (bump_unix_max_dgram_qlen in systemd's main.c).
@@ -457,20 +481,27 @@ func (v *VM) Serial() string {
 	return strings.ReplaceAll(v.serial.String(), "\r\n", "\n")
 }
 
-// ownCgroup runs a command in a cgroup named $0, in each hierarchy that systemd uses: version 2
-// alone, or "systemd" and "unified" beside those of version 1. Boxes side by side would else share
-// theirs, and the systemd of one take away what that of another was about to start a service in
-// (status 219/CGROUP).
-const ownCgroup = `for h in /sys/fs/cgroup /sys/fs/cgroup/systemd /sys/fs/cgroup/unified; do
-	[ -e $h/cgroup.procs ] && mkdir -p $h/$0 && echo $$ >$h/$0/cgroup.procs
+// ownCgroup runs a command in a cgroup named $0, in each hierarchy: version 2 alone, or all of
+// version 1's and "unified" beside them. Boxes side by side would else share theirs, and the
+// systemd of one take away what that of another was about to start a service in (status
+// 219/CGROUP). A new cpuset is empty, and takes nobody in.
+const ownCgroup = `all=/sys/fs/cgroup
+[ -e $all/cgroup.procs ] || all=$all/*
+for h in $all; do
+	[ -e $h/cgroup.procs ] && mkdir -p $h/$0 || continue
+	if [ $h = /sys/fs/cgroup/cpuset ]; then
+		for f in cpuset.cpus cpuset.mems; do cat $h/$f >$h/$0/$f; done
+	fi
+	echo $$ >$h/$0/cgroup.procs
 done
 exec "$@"`
 
 // removeCgroup removes what ownCgroup made, and what the box made in it, once its processes have
 // ended.
 func removeCgroup(name string) {
-	for _, hierarchy := range []string{"", "systemd", "unified"} {
-		top := filepath.Join("/sys/fs/cgroup", hierarchy, name)
+	// in the one hierarchy, or in each of version 1
+	tops, _ := filepath.Glob("/sys/fs/cgroup/*/" + name) // the pattern is good
+	for _, top := range append(tops, filepath.Join("/sys/fs/cgroup", name)) {
 		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
 			var dirs []string
 			_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
@@ -502,6 +533,12 @@ func (v *VM) boot() {
 		"--console=pipe",
 		// the one nspawn gives only with a namespace of its own making, the other modprobe@.service wants
 		"--capability=CAP_NET_ADMIN,CAP_SYS_MODULE")
+	if v.engine {
+		// runc makes a keyring for each container, and limits its devices by bpf or in a cgroup. Docker
+		// turns on forwarding.
+		v.nspawn.Args = append(v.nspawn.Args, "--system-call-filter=add_key keyctl bpf")
+		v.nspawn.Env = append(os.Environ(), "SYSTEMD_NSPAWN_API_VFS_WRITABLE=network")
+	}
 	v.nspawn.Stdout, v.nspawn.Stderr = v.log, v.log
 	v.nspawn.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := lab.Start(v.nspawn); err != nil {
@@ -526,6 +563,10 @@ func (v *VM) boot() {
 		}
 		return nil
 	})
+	if v.engine { // of version 1, nspawn makes all but systemd's read-only; here they are the box's own
+		v.run("sh", "-euc", `for h in /sys/fs/cgroup/*; do
+			[ ! -e $h/cgroup.procs ] || mountpoint -q $h && mount -o remount,rw,bind $h; done`)
+	}
 }
 
 // leaderOf finds the box's pid 1: nspawn's child (of its outer child, which has gone) that is pid 1

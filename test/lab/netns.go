@@ -62,6 +62,17 @@ type Namespace struct {
 	env  func() []string
 }
 
+// Of is the network namespace that a process is in, such as a container's.
+func (l *Lab) Of(name string, pid int) (*Namespace, error) {
+	path := fmt.Sprintf("/proc/%d/ns/net", pid)
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open namespace of %q: %w", name, err)
+	}
+	l.atEnd(func() { file.Close() })
+	return &Namespace{Name: name, path: path, file: file, env: l.Env}, nil
+}
+
 // Do runs f on a thread that is in the namespace: sockets made and files of /proc/sys/net
 // opened in f are the namespace's. Goroutines that f starts are not in it. f must not block for
 // long (it holds a thread).

@@ -1,0 +1,485 @@
+//go:build box
+
+package box
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
+	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+)
+
+// rawVIP is a service by TCP at the port where the endpoint listens at every address: so a
+// connection that nobody redirected is answered, too, by rawVIP itself.
+var rawVIP = netip.AddrPortFrom(netip.MustParseAddr("10.77.0.2"), endpointPort)
+
+// neighbour is another program that writes into the kernel's tables.
+type neighbour struct {
+	name string
+	// setUp has it configured as its documents say, before it first starts.
+	setUp string
+	start string
+	// do is what is done to it while it runs: reload, restart.
+	do   []string
+	stop string
+	// reaches says that what it does takes rules of ours away, so that they are put back.
+	reaches bool
+	// with is looked at while it runs.
+	with func(*company, *testing.T)
+}
+
+var neighbours = []neighbour{
+	{
+		name: "nftables.service", start: "systemctl start nftables", stop: "systemctl stop nftables",
+		do: []string{"systemctl reload nftables", "systemctl restart nftables"}, reaches: true,
+	},
+	{
+		name:  "ufw",
+		setUp: "ufw allow 22/tcp && ufw allow 8080/tcp && ufw allow 15006/tcp",
+		start: "ufw --force enable", stop: "ufw disable",
+		do: []string{"ufw reload", "systemctl restart ufw"},
+	},
+	{
+		name:  "firewalld, nftables backend",
+		setUp: "sed -i s/^FirewallBackend=.*/FirewallBackend=nftables/ /etc/firewalld/firewalld.conf",
+		start: "systemctl start firewalld", stop: "systemctl stop firewalld",
+		do: []string{"firewall-cmd --reload", "systemctl reload firewalld", "systemctl restart firewalld"},
+	},
+	{
+		name:  "firewalld, iptables backend",
+		setUp: "sed -i s/^FirewallBackend=.*/FirewallBackend=iptables/ /etc/firewalld/firewalld.conf",
+		start: "systemctl start firewalld", stop: "systemctl stop firewalld",
+		do:      []string{"firewall-cmd --reload", "systemctl reload firewalld", "systemctl restart firewalld"},
+		reaches: true,
+	},
+	{
+		name: "fail2ban", setUp: "touch /var/log/auth.log", // Debian's jail for sshd wants it
+		start: "systemctl start fail2ban && fail2ban-client ping >/dev/null && " +
+			"fail2ban-client set sshd banip 192.0.2.77",
+		stop: "systemctl stop fail2ban",
+		do:   []string{"systemctl reload fail2ban", "systemctl restart fail2ban"},
+	},
+	{
+		name: "docker",
+		setUp: `mkdir -p /etc/docker /tmp/image/bin
+			echo '{"live-restore": true}' >/etc/docker/daemon.json
+			cp /bin/busybox /tmp/image/bin/`,
+		start: `systemctl start docker
+			docker image inspect tiny >/dev/null 2>&1 || tar -C /tmp/image -c . | docker import - tiny
+			docker start inner 2>/dev/null || docker run -d --name inner tiny /bin/busybox sleep 100000`,
+		stop: "docker kill inner; systemctl stop docker docker.socket",
+		do:   []string{"systemctl reload docker", "systemctl restart docker"},
+		with: (*company).containers,
+	},
+}
+
+// company is a box in which interception is on, and what goes through Envoy meanwhile.
+type company struct {
+	*VM
+	ours    map[string]string // our rules, by the program that saves them
+	streams *streams
+	inner   *lab.Namespace // of a container; nil: there is none
+}
+
+// TestCoexistence has Debian's firewalls and container engine come, go and come again, after
+// interception is on and before. What stands in docs/coexistence.md is what it prints with SOAK=1.
+func TestCoexistence(t *testing.T) {
+	t.Parallel()
+	v := newVM(t, options{
+		programs: "busybox-static docker.io fail2ban firewalld nftables ufw",
+		prepare: func(root string) {
+			if err := os.WriteFile(root+"/etc/default/service-proxy-agent",
+				[]byte("SERVICE_PROXY_AGENT_INTERCEPT_INTERFACES=docker0\n"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		},
+	})
+	v.boot()
+	_, err := v.xds.Set(controlplane.Config{
+		TLSInspector: true,
+		Services: []controlplane.Service{
+			{Name: "web", Prefixes: controlplane.VIPs(vip.Addr().String()), Port: vip.Port(), HTTP: true,
+				Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}},
+			{Name: "raw", Prefixes: controlplane.VIPs(rawVIP.Addr().String()),
+				Endpoints: []netip.AddrPort{netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort)}}},
+		Inbound: []controlplane.Inbound{{Addr: lab.VMAddr, Port: servingPort, HTTP: true}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.serve()
+	v.install()
+	v.waitFinished(90 * time.Second)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.eventually(30*time.Second, "the serving port answers through Envoy", v.checkInbound)
+	c := &company{VM: v, streams: newStreams(v)}
+	defer c.streams.end()
+	c.ours = c.rules()
+	rounds := 1
+	if os.Getenv("SOAK") != "" {
+		rounds = 20
+	}
+	for _, n := range neighbours {
+		t.Run(n.name, func(t *testing.T) {
+			v.t = t
+			c.meets(t, n, rounds)
+		})
+		v.t = t
+	}
+}
+
+// meets has the neighbour start, do what it does, and stop, so many times; every second time
+// interception begins once more while it runs.
+func (c *company) meets(t *testing.T, n neighbour, rounds int) {
+	if n.setUp != "" {
+		c.run("sh", "-euc", n.setUp)
+	}
+	since := time.Now()
+	sums := map[string]*sum{}
+	told := map[string]bool{}
+	for round := range rounds {
+		seed := rand.Uint64()
+		for _, how := range slices.Concat([]string{n.start}, n.do, []string{n.stop}) {
+			if how == n.stop {
+				if n.with != nil && round == 0 {
+					n.with(c, t)
+				}
+				if round%2 == 1 || rounds == 1 {
+					c.again(t, n.name)
+				}
+				for _, f := range c.status().Findings {
+					told[string(f.ID)+": "+f.Cause] = true
+				}
+				c.inner = nil
+			}
+			key := words(how)
+			if sums[key] == nil {
+				sums[key] = &sum{}
+			}
+			sums[key].add(c.during(t, n, how, seed))
+			if how == n.start && strings.HasPrefix(n.name, "docker") {
+				c.inner = c.container(t)
+			}
+		}
+	}
+	t.Logf("%s, %d rounds:", n.name, rounds)
+	for _, how := range slices.Concat([]string{n.start}, n.do, []string{n.stop}) {
+		t.Logf("  %-28s %v", words(how), sums[words(how)])
+	}
+	for _, line := range slices.Sorted(maps.Keys(told)) {
+		t.Logf("  finding while it runs: %s", line)
+	}
+	for _, one := range c.status().History {
+		if one.Time.After(since) {
+			t.Logf("  history: %s (%d) by %q: %s", one.Kind, max(one.Times, 1), one.By, one.Text)
+		}
+	}
+	t.Logf("  agent-last-failure: %s", c.guest(guestattr.AgentLastFailure))
+}
+
+// words is a command line's name in the table: its first line's last command.
+func words(how string) string {
+	line, _, _ := strings.Cut(how, "\n")
+	line, _, _ = strings.Cut(line, " && ")
+	_, after, ok := strings.Cut(line, "; ")
+	return cmp.Or(map[bool]string{true: after}[ok], line)
+}
+
+// lost is what one step of a neighbour cost.
+type lost struct {
+	out, in, inner lab.Counts
+	cut            int           // streams that ended
+	away           time.Duration // from the end of the step, until our rules were as before
+	took           time.Duration // the step itself
+}
+
+// during does one step of a neighbour while connections are made, and says what was lost.
+func (c *company) during(t *testing.T, n neighbour, how string, seed uint64) lost {
+	t.Helper()
+	const perSecond = 100
+	cut := c.streams.count()
+	out := c.lab.Steady(lab.SteadyOptions{From: c.lab.VM, UID: 12345,
+		To: []netip.AddrPort{rawVIP}, PerSecond: perSecond})
+	in := c.lab.Steady(lab.SteadyOptions{From: c.lab.Client, PerSecond: perSecond / 4, HTTP: true,
+		To: []netip.AddrPort{netip.AddrPortFrom(lab.VMAddr, servingPort)}})
+	var inner *lab.Steady
+	if c.inner != nil && how != n.stop {
+		inner = c.lab.Steady(lab.SteadyOptions{From: c.inner, UID: 12345, PerSecond: perSecond / 4,
+			To: []netip.AddrPort{rawVIP}})
+	}
+	// not in step with anything
+	time.Sleep(200*time.Millisecond + rand.N(100*time.Millisecond))
+	began := time.Now()
+	c.run("sh", "-euc", how)
+	l := lost{took: time.Since(began)}
+	done := time.Now()
+	c.eventually(20*time.Second, "our rules are there after "+how, func() error {
+		return c.same(c.rules())
+	})
+	l.away = time.Since(done)
+	// Somebody who undoes our rules five times in eight seconds is met with back-off.
+	time.Sleep(map[bool]time.Duration{true: 2500 * time.Millisecond, false: 500 * time.Millisecond}[n.reaches])
+	if err := c.same(c.rules()); err != nil {
+		t.Errorf("%s: a while after our rules had come back: %v", how, err)
+	}
+	l.out, l.in = out.Stop(), in.Stop()
+	if inner != nil {
+		l.inner = inner.Stop()
+	}
+	l.cut = c.streams.count() - cut
+	if bad := l.out.Bad() + l.in.Bad() + l.inner.Bad() + l.cut; bad > 0 && !n.reaches {
+		t.Errorf("%s (seed %d) has lost: out %v, in %v, of a container %v, %d streams cut: %v", how, seed,
+			l.out, l.in, l.inner, l.cut, c.streams.errors())
+	}
+	if l.out.OK == 0 || l.in.OK == 0 {
+		t.Errorf("%s: nothing came through: out %v, in %v", how, l.out, l.in)
+	}
+	return l
+}
+
+// again takes interception out, and in again while the neighbour runs: so it was there before us.
+func (c *company) again(t *testing.T, name string) {
+	t.Helper()
+	c.run("systemctl", "stop", "service-proxy-interception")
+	c.run("systemctl", "start", "service-proxy-agent")
+	c.eventually(20*time.Second, "interception is on with "+name+" there before", func() error {
+		if err := c.checkVIP(); err != nil {
+			return err
+		}
+		return c.checkInbound()
+	})
+}
+
+// rules are ours, as each program of iptables saves them, without counters and the rule that heads
+// the chains for the first minutes; and whether they come first.
+func (c *company) rules() map[string]string {
+	all := map[string]string{}
+	for _, program := range []string{"iptables-save", "ip6tables-save"} {
+		out, _ := c.try(program, "-t", "nat") // locked for the moment: it lacks all
+		var ours []string
+		first := map[string]bool{}
+		for line := range strings.Lines(out) {
+			chain, isRule := strings.CutPrefix(line, "-A ")
+			chain, _, _ = strings.Cut(chain, " ")
+			if isRule && strings.Contains(line, "SERVICE_PROXY_") && !strings.Contains(line, "settling") {
+				if jump := !strings.HasPrefix(chain, "SERVICE_PROXY_"); jump && first[chain] {
+					line = "(not the first) " + line
+				}
+				ours = append(ours, line)
+			}
+			first[chain] = true
+		}
+		slices.Sort(ours)
+		all[program] = strings.Join(ours, "")
+	}
+	return all
+}
+
+func (c *company) same(have map[string]string) error {
+	for program, want := range c.ours {
+		if have[program] != want {
+			return fmt.Errorf("%s has of ours\n%s", program, have[program])
+		}
+	}
+	return nil
+}
+
+func (c *company) status() (s status.Status) {
+	c.t.Helper()
+	if err := json.Unmarshal([]byte(c.run("sh", "-c",
+		"service-proxy-agent status -o json || true")), &s); err != nil {
+		c.t.Fatal(err)
+	}
+	return s
+}
+
+// container is the network namespace of the one container.
+func (c *company) container(t *testing.T) *lab.Namespace {
+	t.Helper()
+	pid := strings.TrimSpace(c.run("docker", "inspect", "-f", "{{.State.Pid}}", "inner"))
+	var here int
+	// The kernel tells the pid of our own namespace of whoever is in it.
+	out := c.run("sh", "-c", "readlink /proc/"+pid+"/ns/net")
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if link, err := os.Readlink("/proc/" + e.Name() + "/ns/net"); err == nil &&
+			link == strings.TrimSpace(out) {
+			fmt.Sscan(e.Name(), &here)
+		}
+	}
+	ns, err := c.lab.Of("container", here)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ns
+}
+
+// containers looks at what goes out of a container and into one.
+func (c *company) containers(t *testing.T) {
+	for _, ask := range []struct{ what, url, want string }{
+		{"a service", "http://" + vip.String() + "/", "name=endpoint local=" +
+			netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort).String()},
+		{"the metadata server", "http://169.254.169.254/computeMetadata/v1/instance/name", "vm-1"},
+		{"the metadata server by name", "http://metadata.google.internal/computeMetadata/v1/instance/name",
+			"vm-1"},
+	} {
+		c.eventually(10*time.Second, ask.what+" answers a container", func() error {
+			out, err := c.try("docker", "exec", "inner", "/bin/busybox", "wget", "-T", "3", "-q", "-O", "-",
+				"--header", "Metadata-Flavor: Google", ask.url)
+			if err != nil || !strings.Contains(out, ask.want) {
+				return fmt.Errorf("%w: %q", err, out)
+			}
+			return nil
+		})
+	}
+}
+
+// sum is what several times the same step cost.
+type sum struct {
+	n                                int
+	took, away                       []time.Duration
+	out, in, inner                   lab.Counts
+	cut, cutTimes, outTimes, inTimes int
+}
+
+func (s *sum) add(l lost) {
+	s.n++
+	s.took, s.away = append(s.took, l.took), append(s.away, l.away)
+	for _, one := range []struct {
+		all *lab.Counts
+		l   lab.Counts
+	}{{&s.out, l.out}, {&s.in, l.in}, {&s.inner, l.inner}} {
+		one.all.Tried += one.l.Tried
+		one.all.OK += one.l.OK
+		one.all.Escaped += one.l.Escaped
+		one.all.Failed += one.l.Failed
+		one.all.Slowest = max(one.all.Slowest, one.l.Slowest)
+	}
+	s.cut += l.cut
+}
+
+func (s *sum) String() string {
+	most := func(all []time.Duration) time.Duration { return slices.Max(all).Round(time.Millisecond) }
+	one := func(name string, c lab.Counts) string {
+		if c.Tried == 0 {
+			return ""
+		}
+		return fmt.Sprintf("; %s: of %d new %d escaped, %d failed, slowest %v", name, c.Tried, c.Escaped,
+			c.Failed, c.Slowest.Round(time.Millisecond))
+	}
+	return fmt.Sprintf("%d times, took ≤ %v, rules back ≤ %v after%s%s%s; %d streams cut", s.n,
+		most(s.took), most(s.away), one("out", s.out), one("in", s.in), one("container", s.inner), s.cut)
+}
+
+// streams are long connections through Envoy, out of the VM and into it, on which something is
+// said all the time. One that ends is made anew.
+type streams struct {
+	cancel context.CancelFunc
+	all    sync.WaitGroup
+	mu     sync.Mutex
+	ends   []string
+}
+
+const (
+	streamsEachWay = 10
+	streamSpeaks   = 20 * time.Millisecond
+)
+
+func newStreams(v *VM) *streams {
+	ctx, cancel := context.WithCancel(context.Background())
+	s := &streams{cancel: cancel}
+	for range streamsEachWay {
+		s.all.Go(func() { s.keep(ctx, "out", v.lab.VM, rawVIP, "hello\n") })
+		s.all.Go(func() {
+			s.keep(ctx, "in", v.lab.Client, netip.AddrPortFrom(lab.VMAddr, servingPort),
+				"HEAD / HTTP/1.1\r\nHost: stream\r\n\r\n")
+		})
+	}
+	return s
+}
+
+// keep has one stream.
+func (s *streams) keep(ctx context.Context, name string, from *lab.Namespace, to netip.AddrPort,
+	say string) {
+	for ctx.Err() == nil {
+		err := func() error {
+			dial, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			conn, err := from.DialAs(dial, 12345, to)
+			if err != nil {
+				return fmt.Errorf("dial: %w", err)
+			}
+			defer conn.Close()
+			return speak(ctx, conn, say)
+		}()
+		if ctx.Err() != nil {
+			return
+		}
+		s.mu.Lock()
+		s.ends = append(s.ends, fmt.Sprintf("%s: %v", name, err))
+		s.mu.Unlock()
+		time.Sleep(streamSpeaks)
+	}
+}
+
+// speak says the same again and again, and waits for a whole answer each time.
+func speak(ctx context.Context, conn net.Conn, say string) error {
+	in := bufio.NewReader(conn)
+	for ctx.Err() == nil {
+		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(conn, say); err != nil {
+			return err
+		}
+		for {
+			line, err := in.ReadString('\n')
+			if err != nil {
+				return err
+			}
+			if !strings.HasPrefix(say, "HEAD") || line == "\r\n" {
+				break
+			}
+		}
+		time.Sleep(streamSpeaks)
+	}
+	return ctx.Err()
+}
+
+func (s *streams) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.ends)
+}
+
+func (s *streams) errors() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return errors.New(strings.Join(s.ends[max(0, len(s.ends)-5):], "; "))
+}
+
+func (s *streams) end() {
+	s.cancel()
+	s.all.Wait()
+}
