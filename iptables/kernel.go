@@ -99,11 +99,13 @@ type machine struct {
 	counted func(tool) (func(chain string) ([]string, error), error)
 	// asked is where it is asked how a legacy table stands. nil: it cannot be.
 	asked func(Family) (asked, error)
+	// firstPIDs: our pids are those that the kernel tells of.
+	firstPIDs func() bool
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
 	return hasLegacyTable(f, "nat", os.ReadFile)
-}, hasFilter, lockHolder, counted, openSocket}
+}, hasFilter, lockHolder, counted, openSocket, inFirstPIDNamespace}
 
 // tool are the programs of one family.
 type tool struct {
@@ -601,7 +603,9 @@ func mayBeForItsOwnSake(line string) bool {
 
 func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
 	write := func() error {
+		done := k.own.writing()
 		_, err := k.run(ctx, writeLimit, []byte(p.String()), t.restore, "--noflush", "-w", lockWait)
+		done(err)
 		return err
 	}
 	var waited time.Duration
@@ -682,6 +686,9 @@ type ownPIDs struct {
 	mu    sync.Mutex
 	ended map[int]time.Time // by pid; zero: it runs
 	last  time.Time         // when the last one ended
+	// unclaimed are the writes that no notification was taken for, the oldest first, by when they
+	// ended; zero: one goes on.
+	unclaimed []*time.Time
 }
 
 // ownFor is how long the pid of a command that ended is ours: the kernel's notification of its last
@@ -712,6 +719,44 @@ func (o *ownPIDs) has(pid int) bool {
 	defer o.mu.Unlock()
 	at, ok := o.ended[pid]
 	return ok && !over(at)
+}
+
+// writing notes that a write begins, and what it returns that it ended. One that failed has changed
+// nothing that would be told.
+func (o *ownPIDs) writing() (done func(error)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	ended := new(time.Time)
+	o.unclaimed = append(o.unclaimed, ended)
+	return func(err error) {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		*ended = time.Now()
+		if err != nil {
+			o.unclaimed = slices.DeleteFunc(o.unclaimed, func(one *time.Time) bool { return one == ended })
+		}
+	}
+}
+
+// untold forgets the writes so far: nobody listened to what was told of them.
+func (o *ownPIDs) untold() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.unclaimed = nil
+}
+
+// claim takes a notification for that of a write which none was taken for, if there is one.
+func (o *ownPIDs) claim() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.unclaimed = slices.DeleteFunc(o.unclaimed, func(ended *time.Time) bool {
+		return !ended.IsZero() && time.Since(*ended) > claimFor
+	})
+	if len(o.unclaimed) == 0 {
+		return false
+	}
+	o.unclaimed = o.unclaimed[1:]
+	return true
 }
 
 func over(ended time.Time) bool { return !ended.IsZero() && time.Since(ended) > ownFor }

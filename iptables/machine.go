@@ -49,6 +49,7 @@ func onMachine(m Machine) machine {
 			return exists, nil
 		},
 		hasFilter: func(tool) (bool, error) { return false, nil },
+		firstPIDs: func() bool { return true },
 	}
 }
 

@@ -99,6 +99,7 @@ func (k *Kernel) beginWatch(ctx context.Context) (func(*sender), error) {
 		return nil, err
 	}
 	k.listens(true)
+	k.own.untold()
 	return func(s *sender) {
 		defer k.listens(false)
 		k.watchNFT(ctx, conn, s)
@@ -160,8 +161,7 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, s *sender) {
 		for _, m := range messages {
 			if done := batch.add(m); done {
 				for _, e := range batch.events() {
-					e.Own = k.isOwn(e)
-					s.put(e)
+					s.put(k.whose(e))
 				}
 				batch.clear()
 			}
@@ -169,21 +169,34 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, s *sender) {
 	}
 }
 
-// isOwn says whether one of our commands did it. The kernel tells pids of the machine's first pid
-// namespace: in another one (a container, a box) ours are not known by them, and a write by the
-// program that we use, at the moment when we use it, counts as ours.
-func (k *Kernel) isOwn(e Event) bool {
-	if k.own.has(e.PID) {
-		return true
+// whose is the event with what is known of who did it. The kernel tells pids of the machine's first
+// pid namespace: in another one (a container, a box) ours are not known by them. There each of our
+// writes makes one write by the program that we use ours, while it goes on and shortly after. Of two
+// it cannot be told which was ours, so the second says that anything may have changed.
+func (k *Kernel) whose(e Event) Event {
+	switch {
+	case k.machine.firstPIDs():
+		e.Own = k.own.has(e.PID)
+	case !k.restores(e.Program):
+	case k.own.claim():
+		e.Own = true
+	case k.own.active(claimFor):
+		e.Chains, e.Lost = nil, true
 	}
-	if inFirstPIDNamespace() || !k.own.active(50*time.Millisecond) {
-		return false
-	}
+	return e
+}
+
+// claimFor is for how long after one of our writes the kernel's word of it may come, where it is not
+// known by its pid.
+const claimFor = time.Second
+
+// restores says whether a program has the name of one that we write by.
+func (k *Kernel) restores(program string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, t := range k.tools {
 		name := filepath.Base(t.restore)
-		if e.Program == name[:min(len(name), commLength)] {
+		if program == name[:min(len(name), commLength)] {
 			return true
 		}
 	}

@@ -102,6 +102,71 @@ func TestWatchKnowsItsOwnWritesInAPIDNamespace(t *testing.T) {
 	}
 }
 
+// Another's write by the program that we write by, which comes at once after ours or beside it, is
+// told though its pid says nothing: firewalld's iptables backend empties table nat by
+// iptables-restore several times a second while it starts.
+func TestWatchTellsAnothersRestoreInAPIDNamespace(t *testing.T) {
+	if !inNamespaces(t, syscall.CLONE_NEWNET|syscall.CLONE_NEWPID) {
+		return
+	}
+	k := open(t, NFT)
+	with, without := sample(IPv4).Ruleset(), sample(IPv4)
+	without.ServicePorts = nil
+	apply(t, k, with)
+	events, err := k.Watch(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for round := range 10 {
+		beside := round%2 == 1
+		flush := exec.Command("iptables-nft-restore", "--noflush")
+		flush.Stdin = strings.NewReader("*nat\n:" + chainServiceCIDRs + " - [0:0]\nCOMMIT\n")
+		if beside {
+			if err := flush.Start(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := without.Ruleset()
+		if round%2 == 0 {
+			want = with
+		}
+		// Which of the two came first is not told: that the chain is empty is found by what is told.
+		result, err := k.Apply(t.Context(), NewPlan(want, read(t, k, IPv4)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if beside {
+			err = flush.Wait()
+		} else {
+			err = flush.Run()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		have, told := result.Have, false
+		for quiet := false; !quiet; {
+			select {
+			case e := <-events:
+				if !e.Own {
+					told = true
+					if have, err = k.ReadChains(t.Context(), have, e.Chains); e.Lost {
+						have, err = k.Read(t.Context(), IPv4)
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+			case <-time.After(200 * time.Millisecond):
+				quiet = true
+			}
+		}
+		if now := read(t, k, IPv4); len(Diff(want, now)) != len(Diff(want, have)) {
+			t.Errorf("round %d, told: %v: seen %v, and there is %v", round, told, Diff(want, have),
+				Diff(want, now))
+		}
+	}
+}
+
 // A transaction larger than the socket's buffer, while nobody receives, must end in a Lost event.
 func TestWatchSaysWhatItLost(t *testing.T) {
 	if !inNetns(t) {

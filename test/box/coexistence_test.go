@@ -72,7 +72,8 @@ var neighbours = []neighbour{
 	},
 	{
 		name: "fail2ban", setUp: "touch /var/log/auth.log", // Debian's jail for sshd wants it
-		start: "systemctl start fail2ban && fail2ban-client ping >/dev/null && " +
+		start: "systemctl start fail2ban\n" +
+			"until fail2ban-client ping >/dev/null 2>&1; do sleep 0.1; done\n" +
 			"fail2ban-client set sshd banip 192.0.2.77",
 		stop: "systemctl stop fail2ban",
 		do:   []string{"systemctl reload fail2ban", "systemctl restart fail2ban"},
