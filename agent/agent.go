@@ -314,6 +314,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		beside: beside{
 			asked:  func(about about) { a.around.asked.Put(about) },
 			worked: func() { a.worked.Put(struct{}{}) },
+			hold:   holding{log: a.log, make: func() (io.Closer, error) { return conntrack.NewHold() }},
 		},
 		mark: readMark(server.Dir(), a.log),
 		told: told{

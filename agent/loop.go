@@ -63,6 +63,7 @@ type beside struct {
 	around symptom.Surroundings
 	asked  func(about) // nil: nobody looks
 	worked func()      // told of a pass that did more than look; nil: nobody is
+	hold   holding
 }
 
 func (b beside) tell(a about) {
@@ -107,6 +108,7 @@ func (l *loop) run(ctx context.Context) error {
 		l.local.moved = news.Any
 		defer news.Close()
 	}
+	defer l.beside.hold.end()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -142,6 +144,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := l.wanted.desired(l.settings, seen)
 	known = known && !seen.Brake.Awaited
 	outcomes := l.reconcile(ctx, now, seen, want, known)
+	l.beside.hold.pass(now, l.paused, outcomes)
 	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
 	facts := seen.Facts(want, outcomes)

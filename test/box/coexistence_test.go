@@ -105,7 +105,7 @@ type company struct {
 func TestCoexistence(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{
-		programs: "busybox-static docker.io fail2ban firewalld nftables ufw",
+		programs: "busybox-static docker.io fail2ban firewalld nftables procps ufw",
 		prepare: func(root string) {
 			if err := os.WriteFile(root+"/etc/default/service-proxy-agent",
 				[]byte("SERVICE_PROXY_AGENT_INTERCEPT_INTERFACES=docker0\n"), 0o644); err != nil {
@@ -153,6 +153,10 @@ func (c *company) meets(t *testing.T, n neighbour, rounds int) {
 	if n.setUp != "" {
 		c.run("sh", "-euc", n.setUp)
 	}
+	t.Cleanup(func() {
+		_, _ = c.try("sh", "-c", n.stop) // where the test ended in the middle
+		c.inner = nil
+	})
 	since := time.Now()
 	sums := map[string]*sum{}
 	told := map[string]bool{}
@@ -189,7 +193,7 @@ func (c *company) meets(t *testing.T, n neighbour, rounds int) {
 		t.Logf("  finding while it runs: %s", line)
 	}
 	for _, one := range c.status().History {
-		if one.Time.After(since) {
+		if one.Time.After(since) && (one.Kind == status.OfDrift || one.Kind == status.OfFinding) {
 			t.Logf("  history: %s (%d) by %q: %s", one.Kind, max(one.Times, 1), one.By, one.Text)
 		}
 	}
