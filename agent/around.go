@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -57,6 +59,7 @@ type questions struct {
 	find   func(ctx context.Context, proto uint8, src, dst netip.AddrPort) (conntrack.Entry, error)
 	routes func(context.Context, []netip.Addr) ([]route.Failure, error)
 	news   func() (*route.News, error) // of routes; nil: nobody tells
+	exists func(name string) bool      // of interfaces; nil: all do
 }
 
 // askKernel asks this machine's. k may be nil, where there is no iptables.
@@ -64,7 +67,10 @@ func askKernel(k *iptables.Kernel) questions {
 	q := questions{
 		listeners: sockdiag.Listeners, connections: sockdiag.Connections,
 		load: conntrack.ReadLoad, find: conntrack.Find, routes: route.Missing,
-		news: route.Listen,
+		news: route.Listen, exists: func(name string) bool {
+			_, err := net.InterfaceByName(name)
+			return err == nil
+		},
 		filter: func(context.Context, iptables.Family) (iptables.Filter, error) {
 			return iptables.Filter{}, iptables.ErrNoIPTables
 		},
@@ -169,7 +175,7 @@ func (q questions) look(ctx context.Context, source symptom.Source, a about) ans
 func (q questions) dropped(ctx context.Context, a about) (all []symptom.Dropped, err error) {
 	var errs []error
 	for i, family := range families {
-		if len(a.serving) == 0 || len(localOf(family, a.local)) == 0 {
+		if len(a.serving)+len(a.families[i].Interfaces) == 0 || len(localOf(family, a.local)) == 0 {
 			continue
 		}
 		filter, err := q.filter(ctx, family)
@@ -178,8 +184,35 @@ func (q questions) dropped(ctx context.Context, a about) (all []symptom.Dropped,
 			continue
 		}
 		all = append(all, droppedBy(filter, i, a)...)
+		for _, name := range a.families[i].Interfaces {
+			if q.exists == nil || q.exists(name) {
+				all = append(all, droppedFrom(name, filter, i, a)...)
+			}
+		}
 	}
 	return all, errors.Join(errs...)
+}
+
+// droppedFrom says whether what comes from containers at an interface, and is redirected to Envoy,
+// is dropped. A pattern ("br-+") stands for interfaces of which a rule may name one: that is not
+// looked at.
+func droppedFrom(name string, filter iptables.Filter, family int, a about) []symptom.Dropped {
+	want := a.families[family]
+	if strings.HasSuffix(name, "+") || !a.jumps[family] || want.OutboundPort == 0 {
+		return nil
+	}
+	var found symptom.Dropped
+	for _, addr := range localOf(families[family], a.local) {
+		v := filter.Walk(iptables.Packet{Hook: iptables.Input, InInterface: name,
+			Dst: netip.AddrPortFrom(addr, want.OutboundPort), Proto: iptables.TCP, DstLocal: true, Syn: true,
+			Redirected: true})
+		if v.Action != iptables.Dropped {
+			return nil
+		}
+		found = symptom.Dropped{Family: families[family], Interface: name, At: want.OutboundPort,
+			Chain: v.Chain, Rule: v.Rule}
+	}
+	return []symptom.Dropped{found}
 }
 
 // droppedBy are the serving ports of one family that are dropped at each of the VM's addresses,

@@ -92,6 +92,39 @@ func TestDroppedBy(t *testing.T) {
 	}
 }
 
+// TestDroppedFrom: what containers send to services comes to INPUT at Envoy's port.
+func TestDroppedFrom(t *testing.T) {
+	const envoys = "-p tcp -m tcp --dport 15001 -j DROP"
+	want := func(rule string) []symptom.Dropped {
+		return []symptom.Dropped{{Family: iptables.IPv4, Interface: "docker0", At: 15001, Chain: "INPUT", Rule: rule}}
+	}
+	for _, test := range []struct {
+		name, from string
+		filter     []string
+		change     func(*about)
+		want       []symptom.Dropped
+	}{
+		{"nothing", "docker0", nil, nil, nil},
+		{"all", "docker0", []string{":INPUT DROP [0:0]"}, nil, want("")},
+		{"Envoy's port", "docker0", []string{"-A INPUT " + envoys}, nil, want(envoys)},
+		{"all but that interface", "docker0", []string{":INPUT DROP [0:0]", "-A INPUT -i docker0 -j ACCEPT"}, nil, nil},
+		{"all but what was redirected, as firewalld does", "docker0",
+			[]string{":INPUT DROP [0:0]", "-A INPUT -m conntrack --ctstate DNAT -j ACCEPT"}, nil, nil},
+		{"a pattern", "br-+", []string{":INPUT DROP [0:0]"}, nil, nil},
+		{"the jumps are out", "docker0", []string{":INPUT DROP [0:0]"}, func(a *about) { a.jumps[0] = false }, nil},
+	} {
+		a := mesh()
+		a.families[0].OutboundPort = 15001
+		if test.change != nil {
+			test.change(&a)
+		}
+		got := droppedFrom(test.from, filterOf(t, test.filter...), 0, a)
+		if diff := cmp.Diff(test.want, got, sameAddrs); diff != "" {
+			t.Errorf("%s: %s", test.name, diff)
+		}
+	}
+}
+
 func TestCandidate(t *testing.T) {
 	is := candidate(mesh())
 	for _, test := range []struct {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/mailbox"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -220,7 +221,7 @@ func TestKeptBrake(t *testing.T) {
 // metadata server that a run may begin with.
 func TestWatchBrake(t *testing.T) {
 	const own = "4520031799277581759"
-	machine := machineSum()
+	machine := identity.Here("").Machine
 	if machine == "" {
 		t.Fatal("nothing tells this machine from another one: no /etc/machine-id")
 	}

@@ -69,8 +69,8 @@ func (t them) here() bool {
 		func(u neighbour.Unit) bool { return u.First })
 }
 
-// look looks for the closed agent, its processes included: nothing may hide them.
-func (b *bootstrapper) look() (t them, err error) {
+// neighbours looks for the closed agent, its processes included: nothing may hide them.
+func (b *bootstrapper) neighbours() (t them, err error) {
 	if t.units, err = neighbour.Units(b.Root); err != nil {
 		return t, err
 	}
@@ -160,7 +160,7 @@ func (b *bootstrapper) keepReplaced(h *handover, units []neighbour.Unit) error {
 // want writes down that ours is to take the place of what was seen, and what a new binary of ours
 // would overwrite. Without anything running it is done at once. It says whether anything was there.
 func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error) {
-	t, err := b.look()
+	t, err := b.neighbours()
 	if err != nil {
 		return false, err
 	}
@@ -410,7 +410,7 @@ func TakeOverNow(ctx context.Context, opts Options) error {
 }
 
 func (b *bootstrapper) takeOverNow(ctx context.Context, h *handover) error {
-	t, err := b.look()
+	t, err := b.neighbours()
 	if err != nil {
 		return err
 	}
@@ -503,7 +503,7 @@ func (b *bootstrapper) filesOf(unit string) (files []keptFile, err error) {
 // its end, or systemd for it, is not to be done. Their unit is ours by now, and guarded.
 func (b *bootstrapper) killAgents(ctx context.Context, h *handover) error {
 	for n := 0; ; n++ {
-		t, err := b.look()
+		t, err := b.neighbours()
 		if err != nil {
 			return err
 		}
@@ -544,7 +544,7 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 	if err := b.enable(ctx, systemd.EnvoyUnit); err != nil {
 		return err
 	}
-	t, err := b.look()
+	t, err := b.neighbours()
 	if err != nil {
 		return err
 	}
@@ -618,7 +618,7 @@ func (b *bootstrapper) endEnvoys(ctx context.Context, h *handover, t them) error
 			return fmt.Errorf("the other agent's Envoy does not end: %v", t.envoys[0])
 		}
 		var err error
-		if t, err = b.look(); err != nil {
+		if t, err = b.neighbours(); err != nil {
 			return err
 		}
 	}

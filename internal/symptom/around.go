@@ -104,7 +104,8 @@ func rulesDiffer(f Facts) []Finding {
 func dropped(f Facts) (out []Finding) {
 	all := slices.Clone(f.Dropped)
 	slices.SortStableFunc(all, func(a, b Dropped) int {
-		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Port, b.Port))
+		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Port, b.Port),
+			cmp.Compare(a.Interface, b.Interface))
 	})
 	for i, d := range all {
 		if i == somePorts && len(all) > somePorts+1 {
@@ -113,6 +114,10 @@ func dropped(f Facts) (out []Finding) {
 		rule, what := d.rule(), "rule"
 		if d.Rule == "" {
 			what = "policy"
+		}
+		if d.Interface != "" {
+			out = append(out, droppedOfContainers(d, what))
+			continue
 		}
 		seen := ""
 		if d.At != 0 && d.At != d.Port {
@@ -132,15 +137,30 @@ func dropped(f Facts) (out []Finding) {
 	return out
 }
 
+// droppedOfContainers: what they send to services is redirected to this machine, and so comes to
+// INPUT, where firewalls with a policy of DROP let in what they know.
+func droppedOfContainers(d Dropped, what string) Finding {
+	from := word(d.Interface, "INTERFACE")
+	return finding(InputDropped, 20, Warning,
+		say("let TCP %d in from %s before that %s", d.At, name(d.Interface), what),
+		"%v connections to services from %s, which are redirected to Envoy's port %d, are dropped by the "+
+			"%s %s of table filter", d.Family, name(d.Interface), d.At, what, d.rule()).
+		under(d.Family.String()+" "+d.Interface).
+		seen(FromFilter, time.Time{}, d.rule()).
+		try(fmt.Sprintf("sudo %s -L %s -n -v --line-numbers", tables(d.Family),
+			word(d.Chain, "CHAIN")),
+			fmt.Sprintf("sudo %s -I INPUT -i %s -p tcp --dport %d -j ACCEPT", tables(d.Family), from, d.At))
+}
+
 func droppedBesides(rest []Dropped) Finding {
 	found := finding(InputDropped, 20, Warning, "let them in before the rules that drop them",
 		"Traffic to more serving ports is dropped by table filter: %s",
 		few(rest, someNames, func(d Dropped) string {
-			return say("%d (%v, %s)", d.Port, d.Family, Printable(d.rule(), 100))
+			return say("%d (%v, %s)", cmp.Or(d.Port, d.At), d.Family, Printable(d.rule(), 100))
 		})).under("more").try("sudo iptables -L -n -v --line-numbers",
 		"sudo ip6tables -L -n -v --line-numbers")
 	for _, d := range rest[:min(len(rest), someNames)] {
-		found = found.seen(FromFilter, time.Time{}, fmt.Sprintf("%d: %s", d.Port, d.rule()))
+		found = found.seen(FromFilter, time.Time{}, fmt.Sprintf("%d: %s", cmp.Or(d.Port, d.At), d.rule()))
 	}
 	return found
 }

@@ -114,13 +114,15 @@ const (
 	ByProject  = "project"
 )
 
-// Dropped is a serving port that table filter drops whoever asks.
+// Dropped is a serving port that table filter drops whoever asks; or with an Interface what comes
+// from containers there, and is redirected to Envoy.
 type Dropped struct {
-	Family iptables.Family
-	Port   uint16 // the serving port
-	At     uint16 // the port that the rule sees: Envoy's, where the port is redirected
-	Chain  string
-	Rule   string // in iptables-save's form without "-A CHAIN"; "": the chain's policy
+	Family    iptables.Family
+	Interface string
+	Port      uint16 // the serving port; 0 of containers
+	At        uint16 // the port that the rule sees: Envoy's, where the port is redirected
+	Chain     string
+	Rule      string // in iptables-save's form without "-A CHAIN"; "": the chain's policy
 }
 
 // Cluster is a cluster of Envoy's.

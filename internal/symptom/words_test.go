@@ -260,6 +260,11 @@ func TestWords(t *testing.T) {
 		{"iptables -P INPUT DROP", live(func(f *Facts) {
 			f.Dropped = []Dropped{{Family: iptables.IPv4, Port: 80, Chain: "INPUT"}}
 		}), "serving-port-dropped", 20, Warning, "IPv4 …80 …by the policy -P INPUT DROP of table filter", "let TCP 80 in before that policy…"},
+		{"ufw, which drops what containers send to Envoy", live(func(f *Facts) {
+			f.Dropped = []Dropped{{Family: iptables.IPv4, Interface: "docker0", At: 15001, Chain: "INPUT"}}
+		}), "serving-port-dropped", 20, Warning,
+			"IPv4 connections to services from docker0…Envoy's port 15001…by the policy -P INPUT DROP of table filter",
+			"let TCP 15001 in from docker0 before that policy"},
 		{"the application was stopped", live(func(f *Facts) { f.Silent = []uint16{8080} }),
 			"application-silent", 21, Warning, "The application is not listening on 8080…", "start it…serving-ports…"},
 		{"four of five endpoints fail", live(func(f *Facts) { f.Clusters = manyClusters(1, 1) }),

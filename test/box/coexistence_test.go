@@ -55,7 +55,8 @@ var neighbours = []neighbour{
 		name:  "ufw",
 		setUp: "ufw allow 22/tcp && ufw allow 8080/tcp && ufw allow 15006/tcp",
 		start: "ufw --force enable", stop: "ufw disable",
-		do: []string{"ufw reload", "systemctl restart ufw"},
+		do:   []string{"ufw reload", "systemctl restart ufw"},
+		with: (*company).servingPort,
 	},
 	{
 		name:  "firewalld, nftables backend",
@@ -83,9 +84,10 @@ var neighbours = []neighbour{
 		name: "docker",
 		setUp: `mkdir -p /etc/docker /tmp/image/tmp
 			echo '{"live-restore": true}' >/etc/docker/daemon.json
-			for p in /usr/bin/curl /usr/bin/sleep; do
+			for p in /usr/bin/curl /usr/bin/perl /usr/bin/sleep; do
 				cp --parents -L $p $(ldd $p | grep -o '/[^ ]*') /tmp/image
-			done`,
+			done
+			cp --parents -r /usr/lib/*-linux-gnu/perl-base /tmp/image`,
 		start: `systemctl start docker
 			docker image inspect tiny >/dev/null 2>&1 || tar -C /tmp/image -c . | docker import - tiny
 			docker start inner 2>/dev/null || docker run -d --name inner tiny /usr/bin/sleep infinity`,
@@ -99,6 +101,7 @@ var neighbours = []neighbour{
 type company struct {
 	*VM
 	ours    map[string]string // our rules, by the program that saves them
+	app     *lab.Echo
 	streams *streams
 	inner   *lab.Namespace // of a container; nil: there is none
 }
@@ -129,14 +132,14 @@ func TestCoexistence(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.serve()
+	c := &company{VM: v}
+	c.application(t)
 	v.install()
 	v.waitFinished(90 * time.Second)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 	v.eventually(30*time.Second, "the serving port answers through Envoy", v.checkInbound)
-	c := &company{VM: v, streams: newStreams(v)}
+	c.streams, c.ours = newStreams(v), c.rules()
 	defer c.streams.end()
-	c.ours = c.rules()
 	rounds := 1
 	if os.Getenv("SOAK") != "" {
 		rounds = 20
@@ -347,6 +350,29 @@ func (c *company) container(t *testing.T) *lab.Namespace {
 	return ns
 }
 
+// dropping waits until doctor tells that table filter drops something, in these words.
+func (c *company) dropping(t *testing.T, cause, next string) {
+	t.Helper()
+	c.eventually(10*time.Second, "doctor finds what is dropped", func() error {
+		out, _ := c.try("service-proxy-agent", "doctor")
+		if !strings.Contains(out, cause) || !strings.Contains(out, next) {
+			return fmt.Errorf("it says\n%s", out)
+		}
+		return nil
+	})
+}
+
+// servingPort: ufw sees a serving port under Envoy's number.
+func (c *company) servingPort(t *testing.T) {
+	c.run("ufw", "delete", "allow", "15006/tcp")
+	if err := c.checkInbound(); err == nil {
+		t.Error("the serving port answers though ufw drops what comes to Envoy's port")
+	}
+	c.dropping(t, "serving port 8080 is dropped", "let TCP 15006 in")
+	c.run("ufw", "allow", "15006/tcp")
+	c.eventually(10*time.Second, "the serving port answers through Envoy", c.checkInbound)
+}
+
 // containers looks at what goes out of a container and into one.
 func (c *company) containers(t *testing.T) {
 	for _, ask := range []struct{ what, url, want string }{
@@ -364,6 +390,54 @@ func (c *company) containers(t *testing.T) {
 			}
 			return nil
 		})
+	}
+
+	c.run("ufw", "--force", "enable")
+	if out, err := c.try("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "2",
+		"http://"+vip.String()+"/"); err == nil {
+		t.Errorf("a service answers a container though ufw drops what comes to Envoy's port: %s", out)
+	}
+	c.dropping(t, "connections to services from docker0", "let TCP 15001 in from docker0")
+	c.run("ufw", "allow", "in", "on", "docker0", "to", "any", "port", "15001", "proto", "tcp")
+	c.run("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "5", "http://"+vip.String()+"/")
+	c.run("ufw", "disable")
+
+	// A published port that is a serving port: Envoy first, then the container.
+	c.app.Close()
+	c.run("docker", "run", "-d", "--name", "web", "-p", fmt.Sprintf("%d:80", servingPort), "tiny",
+		"/usr/bin/perl", "-e", answerer)
+	c.eventually(10*time.Second, "the container answers on the serving port, through Envoy", func() error {
+		resp, err := c.lab.Client.HTTP().Get(
+			"http://" + netip.AddrPortFrom(lab.VMAddr, servingPort).String() + "/")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		text, err := io.ReadAll(resp.Body)
+		if string(text) != "of a container" || resp.Header.Get(controlplane.ServedByHeader) == "" {
+			return fmt.Errorf("%v, %q: %w", resp.Header, text, err)
+		}
+		return nil
+	})
+	c.run("docker", "rm", "-f", "web")
+	c.application(t)
+}
+
+// answerer is an application in a container, of what Debian's smallest system has.
+const answerer = `use IO::Socket::INET;
+my $s = IO::Socket::INET->new(Listen => 9, LocalPort => 80, ReuseAddr => 1) or die $!;
+while (my $c = $s->accept) {
+	while (<$c>) { last if /^\r?$/ }
+	print $c "HTTP/1.1 200 OK\r\nContent-Length: 14\r\nConnection: close\r\n\r\nof a container";
+	close $c;
+}`
+
+// application has the VM's own listen on the serving port.
+func (c *company) application(t *testing.T) {
+	t.Helper()
+	var err error
+	if c.app, err = c.lab.Echo(c.lab.VM, servingPort, lab.EchoOptions{Name: "application"}); err != nil {
+		t.Fatal(err)
 	}
 }
 
