@@ -59,7 +59,7 @@ func (v *VM) pushStreams() {
 }
 
 // streams are long connections on which something goes back and forth all the time.
-type streams struct {
+type longStreams struct {
 	conns []net.Conn
 	all   sync.WaitGroup
 
@@ -69,9 +69,9 @@ type streams struct {
 }
 
 // openStreams opens so many streams to streamVIP through Envoy.
-func (v *VM) openStreams(n int) *streams {
+func (v *VM) openStreams(n int) *longStreams {
 	v.t.Helper()
-	s := &streams{}
+	s := &longStreams{}
 	for range n {
 		conn, err := v.lab.VM.DialAs(context.Background(), 12345, streamVIP)
 		if err != nil {
@@ -116,7 +116,7 @@ func ping(conn net.Conn, in *bufio.Reader) error {
 	return err
 }
 
-func (s *streams) close() {
+func (s *longStreams) close() {
 	for _, conn := range s.conns {
 		conn.Close()
 	}
@@ -124,7 +124,7 @@ func (s *streams) close() {
 }
 
 // alive is how many go on, and when the first ended.
-func (s *streams) alive() (n int, first time.Time, why string) {
+func (s *longStreams) alive() (n int, first time.Time, why string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.ended) > 0 {
