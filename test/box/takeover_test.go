@@ -179,8 +179,8 @@ func (v *VM) served(theirs bool) error {
 	return nil
 }
 
-// kills kills, at random moments until it is ended, what takes over or gives back: -9, and no more
-// often than it can be finished in between.
+// kills kills -9 at random moments whichever unit of the take-over runs then, until that was done so
+// often or it is ended.
 func (v *VM) kills(r *rand.Rand, most int) (end func() (killed []string)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var killed []string
@@ -189,12 +189,14 @@ func (v *VM) kills(r *rand.Rand, most int) (end func() (killed []string)) {
 		began := time.Now()
 		for len(killed) < most {
 			select {
-			case <-time.After(time.Duration(500+r.IntN(3500)) * time.Millisecond):
+			case <-time.After(time.Duration(r.IntN(200)) * time.Millisecond):
 			case <-ctx.Done():
 				return
 			}
-			units := []string{"service-proxy-bootstrap.service", "service-proxy-take-over.service"}
-			unit := units[r.IntN(len(units))]
+			unit := "service-proxy-take-over.service" // which is there for moments
+			if r.IntN(6) == 0 {
+				unit = "service-proxy-bootstrap.service"
+			}
 			if _, err := v.try("systemctl", "kill", "--kill-who=all", "-s", "KILL", unit); err == nil {
 				killed = append(killed, fmt.Sprintf("%s after %.1f s", unit, time.Since(began).Seconds()))
 			}
@@ -279,8 +281,11 @@ func (v *VM) takeOver(t *testing.T) {
 		before[name] = v.sum(name)
 	}
 
-	// Over it, by the recipe, with kill -9 of whoever takes over at random moments.
-	for _, kills := range []int{0, 2} {
+	rounds := []int{0, 3} // kill -9 of whoever takes over or gives back, in each
+	if os.Getenv("SOAK") != "" {
+		rounds = append(rounds, 1, 2, 3, 4, 5, 6)
+	}
+	for _, kills := range rounds {
 		what := fmt.Sprintf("take-over with %d kills", kills)
 		jumps := v.watchJump()
 		load := v.startLoad(200)
