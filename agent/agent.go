@@ -253,6 +253,7 @@ func (a *Agent) tasks(ctx context.Context, socket *server.Local) []task {
 		{"serial port", a.serial.Run},
 		{"Cloud Logging", a.cloud.Run},
 		{"watch the cost", a.watchCost},
+		{"look for another agent", a.watchNeighbour},
 		{"socket", func(ctx context.Context) error {
 			answers := server.Answers{Status: a.statusNow, Pause: a.pauseLoop}
 			return socket.Serve(ctx, answers, a.log)

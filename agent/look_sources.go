@@ -34,7 +34,7 @@ func (l *looking) questions() []question {
 	past := make(chan []envoyadmin.Logged, 1)
 	return []question{
 		l.askUsers(), l.askKernel(), l.askLog(past), l.askEnvoy(past), l.askMetadata(), l.askState(),
-		l.askDaemon(), l.askUnits(),
+		l.askDaemon(), l.askUnits(), l.askNeighbour(),
 	}
 }
 

@@ -122,6 +122,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		Surroundings:  o.Around,
 	}
 	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
+	f.ClosedAgent = o.ClosedAgent
 	o.compareEnvoy(&f)
 	if want.interceptsDNS() {
 		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs

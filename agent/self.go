@@ -30,6 +30,8 @@ type Self struct {
 	Owner     identity.Owner
 	Discarded *identity.Discarded
 	Brake     brake
+	// ClosedAgent is Google's own agent; nil: not seen.
+	ClosedAgent *symptom.ClosedAgent
 }
 
 // self is Self as tasks find it out.
@@ -38,13 +40,14 @@ type self struct {
 	vm      atomic.Pointer[metadata.VM]
 	ahead   atomic.Int64 // nanoseconds
 	killed  time.Time
+	closed  atomic.Pointer[symptom.ClosedAgent]
 	// of the last connection
 	adminOfRoot atomic.Bool
 }
 
 func (s *self) known(now time.Time) Self {
 	is := Self{Account: s.account.Load(), Clock: time.Duration(s.ahead.Load()),
-		AdminOfRoot: s.adminOfRoot.Load()}
+		AdminOfRoot: s.adminOfRoot.Load(), ClosedAgent: s.closed.Load()}
 	if vm := s.vm.Load(); vm != nil {
 		is.VM = symptom.VM(*vm)
 	}

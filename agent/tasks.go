@@ -63,6 +63,9 @@ func (a *Agent) watchOthers(ctx context.Context) error {
 		if s := a.status.Load(); s == nil || !s.Ready {
 			continue // the rules in the other backend may be the only ones that redirect
 		}
+		if a.self.closed.Load() != nil {
+			continue // the other backend may be the one of Google's agent, which nobody fights
+		}
 		removed, err := a.kernel.CleanOtherBackend(ctx)
 		if len(removed) > 0 {
 			a.log.Info("rules of ours removed from the other iptables backend",

@@ -157,8 +157,11 @@ type Writer struct {
 	values  map[string]*value
 	state   State
 	settled chan struct{} // closed and replaced when a query ended
-	notTill time.Time     // no query before: back-off or probing
-	backOff time.Duration // the last one; 0: the last query succeeded
+	// others is what a key held that somebody else had changed, when that was last found.
+	others   string
+	othersAt time.Time
+	notTill  time.Time     // no query before: back-off or probing
+	backOff  time.Duration // the last one; 0: the last query succeeded
 }
 
 // value is one key.
@@ -298,6 +301,23 @@ func (w *Writer) State() State {
 		s.Next = next
 	}
 	return s
+}
+
+// maxOthers is how much of another's value is told, in bytes, and othersFor for how long.
+const (
+	maxOthers = 100
+	othersFor = 3 * checkEvery
+)
+
+// Others is what a key of ours held that somebody else had written, when it was last read back: "KEY:
+// VALUE". Anybody on the VM may write there. "": nothing, or it is long ago.
+func (w *Writer) Others() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.othersAt.IsZero() || time.Since(w.othersAt) > othersFor {
+		return ""
+	}
+	return w.others
 }
 
 // Flush returns nil when all that was Set has been written, with an error when the channel is off
@@ -579,6 +599,7 @@ func (w *Writer) query(ctx context.Context, key string, read bool) {
 			w.state.Changed++
 			v.doubt(now)
 			w.log.Warn("guest attribute was changed by others, writing it again", zap.String("key", key))
+			w.others, w.othersAt = fmt.Sprintf("%s: %q", key, OneLine(found, maxOthers)), now
 		}
 	default:
 		w.state.Writes++

@@ -58,14 +58,13 @@ const (
 
 // them is what is seen of the closed agent.
 type them struct {
-	units          []neighbour.Unit
-	agents, envoys []neighbour.Process
-	ours           bool // our daemon runs
+	units []neighbour.Unit
+	neighbour.Found
 }
 
 // here says whether anything of it is in the way of ours.
 func (t them) here() bool {
-	return len(t.agents) > 0 || slices.ContainsFunc(t.units,
+	return len(t.Agents) > 0 || slices.ContainsFunc(t.units,
 		func(u neighbour.Unit) bool { return u.First })
 }
 
@@ -83,26 +82,8 @@ func (b *bootstrapper) neighbours() (t them, err error) {
 	if err != nil {
 		return t, err
 	}
-	t.sort(all, programs)
+	t.Found = neighbour.Sort(all, t.units)
 	return t, nil
-}
-
-// sort says of processes which are the closed agent's.
-func (t *them) sort(all []neighbour.Process, programs []string) {
-	t.ours = slices.ContainsFunc(all, func(p neighbour.Process) bool {
-		return p.Unit == systemd.AgentUnit && p.Ours()
-	})
-	for _, p := range all {
-		inUnit := p.Unit == systemd.AgentUnit && !t.ours // else they are our daemon's children
-		switch {
-		case p.Ours():
-		case p.Envoy() && (p.Listens || inUnit):
-			t.envoys = append(t.envoys, p)
-		case inUnit, p.Unit != systemd.AgentUnit && (slices.Contains(programs, p.Program) ||
-			neighbour.Named(p.Program)):
-			t.agents = append(t.agents, p)
-		}
-	}
 }
 
 // theirsRuns says by systemd whether the closed agent runs in our agent's unit, for where processes
@@ -180,7 +161,7 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 	if !h.under(handoverWanted) {
 		h.Phase, h.By, h.Failure, h.Active = handoverWanted, by, "", false
 	}
-	h.Active = h.Active || len(t.agents) > 0
+	h.Active = h.Active || len(t.Agents) > 0
 	if slices.ContainsFunc(t.units, func(u neighbour.Unit) bool { return u.Program == AgentBinary }) &&
 		b.exists(AgentBinary) && !isOurBinary(b.path(AgentBinary)) {
 		file := keptFile{Path: AgentBinary, Replaced: true}
@@ -189,7 +170,7 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 			return false, err
 		}
 	}
-	if len(t.agents)+len(t.envoys) > 0 {
+	if len(t.Agents)+len(t.Envoys) > 0 {
 		b.say("INFO", "taking over from another agent, Google's as it seems ("+seen(t)+"): it goes on "+
 			"until ours is ready")
 		if err := b.writeHandover(h); err != nil {
@@ -225,7 +206,7 @@ func seen(t them) string {
 	for _, unit := range t.units {
 		said = append(said, unit.Path)
 	}
-	for _, p := range t.agents {
+	for _, p := range t.Agents {
 		said = append(said, p.String())
 	}
 	return progress.OneLine(strings.Join(said[:min(len(said), 3)], "; "))
@@ -236,7 +217,7 @@ func (b *bootstrapper) setGuard(ctx context.Context, t them) error {
 	first := slices.ContainsFunc(t.units, func(u neighbour.Unit) bool {
 		return u.First && filepath.Dir(u.Path) != systemd.UnitDir
 	})
-	if first || len(t.agents)+len(t.envoys) == 0 || t.ours {
+	if first || len(t.Agents)+len(t.Envoys) == 0 || t.Ours {
 		return nil
 	}
 	return b.writeGuard(ctx)
@@ -454,9 +435,9 @@ func (b *bootstrapper) takeOverNow(ctx context.Context, h *handover) error {
 // our name: those whose main process is theirs. A process that merely is in some service, which
 // started it and went on (OS Config, for one), is loose.
 func (b *bootstrapper) describe(ctx context.Context, h *handover, t them) (others []string) {
-	h.Active = h.Active || len(t.agents) > 0
-	for i, p := range append(slices.Clone(t.envoys), t.agents...) {
-		if i == 0 && len(t.envoys) > 0 && h.Envoy.Program == "" {
+	h.Active = h.Active || len(t.Agents) > 0
+	for i, p := range append(slices.Clone(t.Envoys), t.Agents...) {
+		if i == 0 && len(t.Envoys) > 0 && h.Envoy.Program == "" {
 			h.Envoy = keptEnvoy{UID: p.UID, Program: p.Program, Unit: p.Unit}
 		}
 		switch {
@@ -507,14 +488,14 @@ func (b *bootstrapper) killAgents(ctx context.Context, h *handover) error {
 		if err != nil {
 			return err
 		}
-		if len(t.agents) == 0 {
+		if len(t.Agents) == 0 {
 			return nil
 		}
 		if n == 100 || ctx.Err() != nil {
 			return fmt.Errorf("the other agent does not end, or comes again: %s", seen(t))
 		}
 		b.describe(ctx, h, t)
-		for _, p := range t.agents {
+		for _, p := range t.Agents {
 			if p.Still() {
 				_ = syscall.Kill(p.PID, syscall.SIGKILL) // gone by itself, it may be
 			}
@@ -548,9 +529,9 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 	if err != nil {
 		return err
 	}
-	if len(t.envoys) > 0 {
-		b.Log.Info("draining the other agent's Envoy", zap.Stringer("process", t.envoys[0]))
-		err := drain.Run(ctx, admin.String(), strconv.Itoa(t.envoys[0].PID), drain.DefaultLimit)
+	if len(t.Envoys) > 0 {
+		b.Log.Info("draining the other agent's Envoy", zap.Stringer("process", t.Envoys[0]))
+		err := drain.Run(ctx, admin.String(), strconv.Itoa(t.Envoys[0].PID), drain.DefaultLimit)
 		if err != nil {
 			b.Log.Warn("the other agent's Envoy is not drained", zap.Error(err))
 		}
@@ -587,8 +568,8 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 
 // endEnvoys stops their Envoys, and waits until the ports are free.
 func (b *bootstrapper) endEnvoys(ctx context.Context, h *handover, t them) error {
-	for began := time.Now(); len(t.envoys) > 0; {
-		for _, p := range t.envoys {
+	for began := time.Now(); len(t.Envoys) > 0; {
+		for _, p := range t.Envoys {
 			signal := syscall.SIGTERM
 			if time.Since(began) > 3*time.Second {
 				signal = syscall.SIGKILL
@@ -605,7 +586,7 @@ func (b *bootstrapper) endEnvoys(ctx context.Context, h *handover, t them) error
 		}
 		for range 20 { // a look at all processes costs more than one at the ports
 			if !busy() {
-				for _, p := range t.envoys {
+				for _, p := range t.Envoys {
 					if p.Still() {
 						_ = syscall.Kill(p.PID, syscall.SIGKILL) // nothing is left for it to do
 					}
@@ -615,7 +596,7 @@ func (b *bootstrapper) endEnvoys(ctx context.Context, h *handover, t them) error
 			sleep(ctx, 5*time.Millisecond)
 		}
 		if time.Since(began) > 20*time.Second || ctx.Err() != nil {
-			return fmt.Errorf("the other agent's Envoy does not end: %v", t.envoys[0])
+			return fmt.Errorf("the other agent's Envoy does not end: %v", t.Envoys[0])
 		}
 		var err error
 		if t, err = b.neighbours(); err != nil {

@@ -214,3 +214,39 @@ func TestOurs(t *testing.T) {
 		}
 	}
 }
+
+// What is in our unit is theirs, or our daemon's child where that runs; Envoys are found by their
+// ports wherever they are, and one on other ports is nobody's business.
+func TestSort(t *testing.T) {
+	at := func(pid int, unit, program string, args ...string) Process {
+		return Process{PID: pid, Unit: unit, Program: program, Args: append([]string{program}, args...)}
+	}
+	units := []Unit{{Path: "/etc/x", Program: "/opt/google/agent"}}
+	listens := at(5, "docker.service", "/usr/bin/proxy")
+	listens.Listens = true
+	ours := at(7, systemd.AgentUnit, "/usr/local/bin/service-proxy-agent", "run")
+	all := []Process{
+		at(1, systemd.AgentUnit, "/bin/sh", "/opt/google/agent"),
+		at(2, systemd.AgentUnit, "/usr/local/bin/envoy", "-c", "x"),
+		at(3, "osconfig.service", "/opt/google/agent"), listens,
+		at(4, "other.service", "/usr/local/bin/envoy"),
+		at(6, systemd.EnvoyUnit, "/usr/local/bin/envoy"),
+		at(8, "", "/root/service-proxy-agent", "-v"),
+		at(9, "", "/root/service-proxy-agent", "bootstrap"),
+	}
+	pids := func(all []Process) (pids []int) {
+		for _, p := range all {
+			pids = append(pids, p.PID)
+		}
+		return pids
+	}
+	f := Sort(all, units)
+	if !slices.Equal(pids(f.Agents), []int{1, 3, 8}) || !slices.Equal(pids(f.Envoys), []int{2, 5}) ||
+		f.Ours {
+		t.Errorf("%+v", f)
+	}
+	f = Sort(append(all, ours), units)
+	if !slices.Equal(pids(f.Agents), []int{3, 8}) || !slices.Equal(pids(f.Envoys), []int{5}) || !f.Ours {
+		t.Errorf("beside ours: %+v", f)
+	}
+}

@@ -46,10 +46,14 @@ func (p Process) String() string {
 	return fmt.Sprintf("pid %d, %.200s", p.PID, command)
 }
 
-// Processes are those of this VM in the agent's unit, those that hold one of the ports, and those of
-// the closed agent's name or one of these programs. Only root sees all of them, and only where
-// nothing hides them (ProtectProc=).
+// Processes are those of this network namespace, whose rules they could write, in the agent's unit,
+// those that hold one of the ports, and those of the closed agent's name or one of these programs.
+// Only root sees all of them, and only where nothing hides them (ProtectProc=).
 func Processes(ports []uint16, programs ...string) ([]Process, error) {
+	here, err := os.Readlink("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("look for other agents: %w", err)
+	}
 	inodes, err := listening("/proc/thread-self/net", ports)
 	if err != nil {
 		return nil, err
@@ -65,12 +69,41 @@ func Processes(ports []uint16, programs ...string) ([]Process, error) {
 			continue
 		}
 		p, ok := readProcess("/proc", pid, inodes)
-		if ok && (p.Unit == systemd.AgentUnit || p.Listens || Named(p.Program) ||
+		if !ok {
+			continue
+		}
+		of, err := os.Readlink(filepath.Join("/proc", entry.Name(), "ns/net"))
+		if err == nil && of == here && (p.Unit == systemd.AgentUnit || p.Listens || Named(p.Program) ||
 			slices.Contains(programs, p.Program)) {
 			all = append(all, p)
 		}
 	}
 	return all, nil
+}
+
+// Found is what of the processes is whose.
+type Found struct {
+	Agents, Envoys []Process // the closed agent's, and the Envoys that are not ours
+	Ours           bool      // our daemon runs in its unit
+}
+
+// Sort says which processes are the closed agent's, whose unit files these are.
+func Sort(all []Process, units []Unit) (f Found) {
+	f.Ours = slices.ContainsFunc(all, func(p Process) bool {
+		return p.Unit == systemd.AgentUnit && p.Ours()
+	})
+	for _, p := range all {
+		inUnit := p.Unit == systemd.AgentUnit && !f.Ours // else they are our daemon's children
+		switch {
+		case p.Ours():
+		case p.Envoy() && (p.Listens || inUnit):
+			f.Envoys = append(f.Envoys, p)
+		case inUnit, p.Unit != systemd.AgentUnit && (Named(p.Program) ||
+			slices.ContainsFunc(units, func(u Unit) bool { return u.Program == p.Program })):
+			f.Agents = append(f.Agents, p)
+		}
+	}
+	return f
 }
 
 // Still says whether the process is still there, and the same.
