@@ -53,7 +53,7 @@ func anAgent(t *testing.T) *Agent {
 // TestTasks: what runs, by name. Each of these that were missing would be missed only on a VM.
 func TestTasks(t *testing.T) {
 	const always = "loop, watch Envoy, watch the brake, report, keep history, look around, give memory back, " +
-		"guest attributes, serial port, Cloud Logging, watch the cost, socket"
+		"guest attributes, serial port, Cloud Logging, watch the cost, look for another agent, socket"
 	const metadata = "watch the attribute, read the service account, read who the VM is, " +
 		"watch the clock, find out whose the state is"
 	for _, test := range []struct {
