@@ -5,9 +5,10 @@
 // from another, each where the one before it does not:
 //
 //   - its instance id, which the metadata server tells, and which no other VM has or will have;
-//   - the boot: what was written in this boot was written here. A clone of a disk has another one;
 //   - the machine: /etc/machine-id, which a clone has too, and the firmware's asset tag, where
-//     Compute Engine puts an UUID of the instance.
+//     Compute Engine puts an UUID of the instance;
+//   - the boot, where there is no such tag: what the same machine wrote in this boot was written
+//     here. A clone of a disk has another one. (Containers side by side have the same.)
 //
 // The first start is often before the metadata server answers. What is not known to be ours by then
 // is neither believed nor thrown away: whoever finds Unknown leaves the file as it is, and judges
@@ -77,7 +78,7 @@ func (v Verdict) Believed() bool { return v == Ours || v == Likely }
 func (vm VM) Judge(o Owner) Verdict {
 	known := vm.Instance != ""
 	// Where nothing has ever told of a machine, nothing tells against it either.
-	same := o.Machine == vm.Machine && (o.Machine != "" || o.Instance == "")
+	same := o.Machine == vm.Machine && (o.Machine != "" || o.Instance == "" || o.Boot == vm.Boot)
 	switch {
 	case o == Owner{}:
 		return Ours
@@ -86,7 +87,7 @@ func (vm VM) Judge(o Owner) Verdict {
 			return Ours
 		}
 		return Others
-	case o.Boot != "" && o.Boot == vm.Boot, same && (known || vm.Tagged && o.Machine != ""):
+	case same && (known || vm.Tagged && o.Machine != "" || o.Boot != "" && o.Boot == vm.Boot):
 		return Ours
 	case same:
 		return Likely

@@ -24,6 +24,8 @@ func TestJudge(t *testing.T) {
 		{"another id", of(a, "m", "x"), of(b, "n", "y"), true, Others},
 		{"another id, and all else is the same", of(a, "m", "x"), of(b, "m", "x"), true, Others},
 		{"restarted before the id is known", of(a, "m", "x"), of("", "m", "x"), false, Ours},
+		{"a clone in a container beside", of(a, "m", "x"), of("", "n", "x"), false, Unknown},
+		{"restarted where nothing tells the machine", of(a, "", "x"), of("", "", "x"), false, Ours},
 		{"rebooted before the id is known", of(a, "m", "x"), of("", "m", "y"), true, Ours},
 		{"rebooted, where a clone's machine would look the same", of(a, "m", "x"), of("", "m", "y"), false, Likely},
 		{"a clone before the id is known", of(a, "m", "x"), of("", "n", "y"), true, Unknown},

@@ -77,6 +77,8 @@ type VM struct {
 	release  string
 	ipv6     bool // has no IPv4
 	engine   bool // has Docker
+	instance platform.VM
+	ca       *authority.Authority
 
 	mu     sync.Mutex
 	serial bytes.Buffer
@@ -98,6 +100,8 @@ type options struct {
 	archive   []byte            // the release archive; nil: with Envoy
 	prepare   func(root string) // changes the root filesystem before the first boot
 	programs  string            // packages of Debian's that the image has, too, all of them disabled
+	instance  platform.VM       // what the metadata server says of it
+	of        *VM               // whose disk this one's is a copy of, as it is just now
 }
 
 // moduleRoot is the folder of go.mod.
@@ -167,7 +171,7 @@ func newVM(t *testing.T, opts options) *VM {
 	if opts.programs != "" {
 		lower = programs(t, lower, opts.programs) + ":" + lower
 	}
-	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6,
+	v := &VM{t: t, release: opts.release, ipv6: opts.ipv6, instance: opts.instance,
 		engine: slices.Contains(strings.Fields(opts.programs), "docker.io")}
 	v.lab = lab.T(t, lab.Options{})
 	// journald's socket holds as many entries. systemd sets it at the boot of a VM, and in a container
@@ -198,6 +202,17 @@ func newVM(t *testing.T, opts options) *VM {
 	for _, dir := range []string{"upper", "work", "root"} {
 		if err := os.Mkdir(filepath.Join(work, dir), 0o755); err != nil {
 			t.Fatal(err)
+		}
+	}
+	if opts.of != nil {
+		v.ca = opts.of.ca // which the disk trusts
+		if err := os.Remove(v.upper); err != nil {
+			t.Fatal(err)
+		}
+		// What runs there may remove its own files meanwhile.
+		out, err := exec.Command("cp", "-a", opts.of.upper, v.upper).CombinedOutput()
+		if err != nil && strings.Count(string(out), "\n") != strings.Count(string(out), "No such file") {
+			t.Fatalf("copy the disk: %v\n%s", err, out)
 		}
 	}
 	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, filepath.Join(work, "upper"),
@@ -237,14 +252,20 @@ func newVM(t *testing.T, opts options) *VM {
 // servers starts what stands outside of the VM.
 func (v *VM) servers() {
 	t := v.t
-	ca, err := authority.New()
-	if err != nil {
-		t.Fatal(err)
+	if v.ca == nil {
+		ca, err := authority.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.ca = ca
 	}
-	vm := platform.VM{IP: lab.VMAddr.String()}
+	ca, vm := v.ca, v.instance
+	if vm.IP == "" {
+		vm.IP = lab.VMAddr.String()
+	}
 	metadata, controlPlane, storage := lab.MetadataAddr.String(), controlPlaneAddr, storageAddr
 	if v.ipv6 {
-		vm = platform.VM{IP: "none", IPv6: lab.VMAddr6.String()}
+		vm.IP, vm.IPv6 = "none", lab.VMAddr6.String()
 		metadata, controlPlane, storage = lab.MetadataAddr6.String(), controlPlaneAddr6, storageAddr6
 	}
 	v.platform = platform.New(vm)
