@@ -364,7 +364,8 @@ func (a *Agent) thisVM() vm {
 	v := thisVM(a.settings.StateDir)
 	v.self = func(now time.Time) Self {
 		is := a.self.known(now)
-		is.Owner, is.Discarded = a.kept.whose.now().Owner, a.kept.whose.discarded
+		of := &a.kept.whose
+		is.Owner, is.Discarded, is.Held = of.owner(), of.discarded, of.hold
 		return is
 	}
 	v.progress = func() (progress.State, error) {
@@ -399,7 +400,7 @@ func (a *Agent) reporters() reporters {
 		intercepted: func(in intercepted) { a.intercepted.Store(&in) },
 		history:     func(f Failures) { a.kept.failures.Put(f) },
 		transitions: func(all []status.Transition) {
-			a.kept.transitions.Put(keptTransitions{Owner: a.kept.whose.now().Owner, Transitions: all})
+			a.kept.transitions.Put(keptTransitions{Owner: a.kept.whose.owner(), Transitions: all})
 		},
 		// service-proxy-ready.path starts the target then, which stays: the file is not taken away
 		// again.

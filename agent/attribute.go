@@ -176,7 +176,7 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 			// watchWhose's.)
 			_ = of.learn(ctx, metadata.ReadInstance)
 			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read,
-				Owner: of.now().Owner})
+				Owner: of.owner()})
 		}
 	})
 	return nil

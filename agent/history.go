@@ -160,6 +160,13 @@ func (h *history) largest() (largest []int) {
 	return largest
 }
 
+// has says whether a finding was told since it stands.
+func (h *history) has(f symptom.Finding) bool {
+	return slices.ContainsFunc(h.lines, func(t status.Transition) bool {
+		return t.ID == f.ID && !t.Time.Before(f.Since)
+	})
+}
+
 // show returns the transitions for everybody to read, and whether they are others than before.
 func (h *history) show() (shown []status.Transition, news bool) {
 	news = h.news

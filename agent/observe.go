@@ -120,6 +120,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		Others:        o.Others,
 		VM:            o.VM,
 		Surroundings:  o.Around,
+		Discarded:     o.otherVMs(),
 	}
 	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
 	f.ClosedAgent = o.ClosedAgent

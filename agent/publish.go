@@ -96,6 +96,7 @@ func (t *told) publish(p passed, backend string) {
 		t.history(next)
 	}
 	t.tellFindings(p.findings)
+	t.tellOtherVMs(p.findings)
 	t.seen = seen
 	t.tellResolvers(p.seen.Resolvers.Missing)
 	t.tellEnvoy(p.seen.Envoy.Info.Text)

@@ -32,6 +32,7 @@ type Self struct {
 	Brake     brake
 	// ClosedAgent is Google's own agent; nil: not seen.
 	ClosedAgent *symptom.ClosedAgent
+	Held        bool // whose the state is is not known, so that it is left alone
 }
 
 // self is Self as tasks find it out.

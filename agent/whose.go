@@ -1,14 +1,13 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +16,9 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/report"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // whose is whose the state is that this run has found. The zero value knows nothing of the VM.
@@ -26,6 +28,7 @@ type whose struct {
 	found    map[string]identity.Owner // of the state folder's files, by name
 	// hold: some of it may be ours or not, so that nothing may be written in its place
 	hold      bool
+	believed  identity.Owner // whose the state says it is that this run goes by
 	discarded *identity.Discarded
 }
 
@@ -76,6 +79,8 @@ func (w *whose) find(ctx context.Context, dir string, vm identity.VM,
 			continue
 		}
 		switch w.vm.Judge(of) {
+		case identity.Ours, identity.Likely:
+			w.believed = cmp.Or(w.believed, of)
 		case identity.Unknown:
 			w.hold = true
 		case identity.Others:
@@ -120,7 +125,22 @@ func (w *whose) now() identity.VM {
 	return vm
 }
 
-// learn asks for the VM's id where it is not known yet.
+// owner is whose what is written now is. While the id is not known it is that of the VM whose state
+// this run goes by: all of it is gone on with, or discarded, together.
+func (w *whose) owner() identity.Owner {
+	o := w.now().Owner
+	switch {
+	case o.Instance != "":
+	case w.vm.Judge(w.believed) == identity.Likely:
+		return w.believed // no more certain than before
+	default:
+		o.Instance = w.believed.Instance
+	}
+	return o
+}
+
+// learn asks for the VM's id where it is not known yet. It returns errWhose if that tells something
+// else of the state than the start went by: the id counts from the next start on then.
 func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, error)) error {
 	if w.now().Instance != "" {
 		return nil
@@ -129,38 +149,38 @@ func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, er
 	if err == nil && id == "" {
 		err = errNoID
 	}
-	if err == nil {
-		w.instance.Store(&id)
+	if err != nil {
+		return err
 	}
-	return err
-}
-
-var errNoID = errors.New("the metadata server does not tell the VM's id")
-
-// changed says whether the VM's id has told something else of the state than the start went by.
-// (What bootstrap has written is judged each time that it is read.)
-func (w *whose) changed() bool {
-	for name, of := range w.found {
-		ours := slices.ContainsFunc(keptFiles, func(f stateFile) bool { return f.name == name })
-		if ours && w.vm.Judge(of).Believed() != w.now().Judge(of).Believed() {
-			return true
-		}
-	}
-	return w.hold
-}
-
-// errWhose ends an agent that has gone by what is another VM's, or has not gone by its own; systemd
-// starts it again.
-var errWhose = errors.New("whose the state in the state folder is has become known: starting anew")
-
-// watchWhose finds out the VM's id, however long that takes.
-func (a *Agent) watchWhose(ctx context.Context) error {
-	w := &a.kept.whose
-	_ = again(ctx, func(ctx context.Context) error { return w.learn(ctx, metadata.ReadInstance) })
-	if w.now().Instance != "" && w.changed() {
+	is := w.vm
+	is.Instance = id
+	if w.hold || slices.ContainsFunc(keptFiles, func(f stateFile) bool {
+		of, there := w.found[f.name]
+		return there && w.vm.Judge(of).Believed() != is.Judge(of).Believed()
+	}) {
 		return errWhose
 	}
+	w.instance.Store(&id)
 	return nil
+}
+
+var (
+	errNoID = errors.New("the metadata server does not tell the VM's id")
+	// errWhose ends an agent that has gone by what is another VM's, or has not gone by its own;
+	// systemd starts it again.
+	errWhose = errors.New("whose the state in the state folder is has become known: starting anew")
+)
+
+// watchWhose finds out the VM's id, however long that takes.
+func (a *Agent) watchWhose(ctx context.Context) (anew error) {
+	_ = again(ctx, func(ctx context.Context) error {
+		err := a.kept.whose.learn(ctx, metadata.ReadInstance)
+		if errors.Is(err, errWhose) {
+			anew, err = err, nil
+		}
+		return err
+	})
+	return anew
 }
 
 // progress is bootstrap's state, as far as it is this VM's.
@@ -179,31 +199,32 @@ func (w *whose) progress(dir string) (progress.State, error) {
 // toldFor is for how long after a start it is told that another VM's state was found at it.
 const toldFor = 10 * time.Minute
 
-// otherVMs is what this start has found of another VM: by itself, and by bootstrap.
-func (o Observation) otherVMs() *identity.Discarded {
-	var all *identity.Discarded
+// otherVMs is what this start has found of another VM: by itself, and by bootstrap. nil: nothing,
+// or long ago.
+func (o Observation) otherVMs() (all *symptom.Discarded) {
+	if o.Held { // this run ends as soon as it is known what it holds, and the next one tells
+		return nil
+	}
 	for _, d := range []*identity.Discarded{o.Discarded, o.Bootstrap.Discarded} {
 		switch {
 		case d == nil || o.Now.Sub(d.At) >= toldFor:
 		case all == nil:
-			copied := *d
-			all = &copied
+			all = &symptom.Discarded{Instance: d.Instance, This: d.This, What: d.What, At: d.At}
 		default:
+			all.Instance, all.This = cmp.Or(all.Instance, d.Instance), cmp.Or(all.This, d.This)
 			all.What = slices.Compact(slices.Sorted(slices.Values(slices.Concat(all.What, d.What))))
-			if all.Instance == "" {
-				all.Instance = d.Instance
-			}
 		}
 	}
 	return all
 }
 
-// otherVMsText tells it to people.
-func otherVMsText(d identity.Discarded) string {
-	of := "another VM"
-	if d.Instance != "" {
-		of = fmt.Sprintf("another VM (instance id %s)", d.Instance)
+// tellOtherVMs tells of it once, on each channel, though it is advice: nothing else says why a VM
+// has no past. That it was told is in the history.
+func (t *told) tellOtherVMs(findings []symptom.Finding) {
+	at := slices.IndexFunc(findings, func(f symptom.Finding) bool { return f.ID == symptom.OtherVMsState })
+	if at < 0 || t.past.has(findings[at]) {
+		return
 	}
-	return "this VM's disk is a copy of that of " + of + ", whose state is discarded: " +
-		strings.Join(d.What, ", ") + "; this VM starts anew"
+	t.tell(status.OfAgent, report.Event{Severity: report.Info, Message: findings[at].Text(),
+		Finding: findings[at]})
 }

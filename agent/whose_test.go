@@ -16,6 +16,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // leave has a VM leave all of its state in a folder, as a run that ends does.
@@ -109,16 +110,25 @@ func TestWhose(t *testing.T) {
 			if err := w.learn(t.Context(), func(context.Context) (string, error) { return "", nil }); err != errNoID {
 				t.Error(err)
 			}
-			if err := w.learn(t.Context(), func(context.Context) (string, error) { return tt.later, nil }); err != nil ||
-				w.now().Instance != tt.later {
+			err = w.learn(t.Context(), func(context.Context) (string, error) { return tt.later, nil })
+			if errors.Is(err, errWhose) != tt.changed || !tt.changed && (err != nil || w.now().Instance != tt.later) {
 				t.Errorf("%v, %+v", err, w.now())
 			}
-			if w.changed() != tt.changed {
-				t.Errorf("changed: %v", !tt.changed)
+			if !tt.changed {
+				return
 			}
-			// What bootstrap has written is judged at once; nothing else of the folder is, in this run.
-			if boot, _ := w.progress(dir); (boot.Status == progress.Finished) != (tt.later == "1") {
-				t.Errorf("bootstrap: %+v", boot)
+			// What this run still writes is discarded or gone on with together with what it found: the
+			// next start goes by all of it, or by none.
+			if !tt.hold {
+				leave(t, dir, w.owner())
+			}
+			var next whose
+			next.find(t.Context(), dir, tt.vm, func(context.Context) (string, error) { return tt.later, nil }, zap.NewNop())
+			boot, _ = next.progress(dir)
+			believed := []bool{loadFailures(dir, next.vm).Over.Text != "", boot.Status == progress.Finished}
+			if want := tt.later == "1"; next.hold || slices.Contains(believed, !want) ||
+				(next.discarded == nil) != want {
+				t.Errorf("the next start goes by %v, and has discarded %+v", believed, next.discarded)
 			}
 		})
 	}
@@ -168,6 +178,27 @@ func TestHeldIsNotReplaced(t *testing.T) {
 	}
 	if all, err := loadTransitions(dir, mine); err != nil || len(all) != 1 {
 		t.Errorf("%+v, %v", all, err)
+	}
+}
+
+// TestOtherVMsTold: once on each channel, also over a restart within the time in which it stands.
+func TestOtherVMsTold(t *testing.T) {
+	var lines []status.Transition
+	for run := range 2 {
+		told, take := heard()
+		told.past.lines = lines
+		for pass := range 3 {
+			p := intercepting()
+			p.seen.Now = testStart.Add(time.Duration(run*60+pass) * time.Second)
+			p.findings = symptom.Check(symptom.Facts{Discarded: &symptom.Discarded{
+				Instance: "1", This: "2", What: []string{"the history"}, At: time.Now().Add(-time.Minute).UTC()}})
+			told.publish(p, "nft")
+		}
+		want := 1 - run
+		if have := strings.Count(take(), "INFO State of another VM (instance 1)"); have != want {
+			t.Errorf("run %d: told %d times, want %d", run, have, want)
+		}
+		lines = told.past.lines
 	}
 }
 

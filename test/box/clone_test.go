@@ -21,11 +21,10 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
-
-const otherVMs = "state-of-another-vm"
 
 // nodeOf is the id by which an instance of the box's project presents itself.
 func nodeOf(vm platform.VM) string {
@@ -132,7 +131,7 @@ func (v *VM) checkClone(t *testing.T, random *rand.Rand) {
 			t.Errorf("in the history: %+v", line)
 		}
 	}
-	c.checkTold(t, otherVMs, 1)
+	c.checkTold(t, string(symptom.OtherVMsState), 1)
 	c.doctor(0)
 	c.power()
 }
@@ -233,7 +232,7 @@ func (v *VM) checkRebootAlone(t *testing.T) {
 			t.Errorf("it presented itself as %q", n.ID)
 		}
 	}
-	v.checkTold(t, otherVMs, 0)
+	v.checkTold(t, string(symptom.OtherVMsState), 0)
 }
 
 // checkImage makes the node's disk an image, and boots another VM of it. It returns how long that
