@@ -5,8 +5,10 @@ package box
 import (
 	"bufio"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +59,70 @@ func TestPlannedStop(t *testing.T) {
 		"-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") || !strings.Contains(rules, "SERVICE_PROXY_SERVICE_CIDRS") {
 		t.Errorf("Envoy is stopped; want the chains without the jump, have\n%s", rules)
 	}
+	if left := v.run("sh", "-c",
+		"ls -d /dev/shm/envoy_* /run/service-proxy-envoy 2>/dev/null || true"); left != "" {
+		t.Errorf("Envoy is stopped and has left\n%s", left)
+	}
 	v.run("systemctl", "start", "service-proxy-envoy.service")
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.checkKilled(t)
+}
+
+// checkKilled kills Envoy, and the supervisor while two epochs run: in each case systemd starts it
+// anew and tells how it ended, and nothing of before is left.
+func (v *VM) checkKilled(t *testing.T) {
+	t.Helper()
+	const unit = "service-proxy-envoy.service"
+	processes := func() []string {
+		return strings.Fields(v.run("sh", "-c", "cat /sys/fs/cgroup/system.slice/"+unit+
+			"/cgroup.procs /sys/fs/cgroup/systemd/system.slice/"+unit+"/cgroup.procs 2>/dev/null || true"))
+	}
+	kill := map[string]func(){
+		"Envoy": func() {
+			main := v.envoyPID()
+			for _, pid := range processes() {
+				if pid != main {
+					v.run("sh", "-c", "kill -9 "+pid)
+				}
+			}
+		},
+		"the supervisor in a drain": func() {
+			v.run("systemctl", "reload", unit)
+			if n := len(processes()); n != 3 {
+				t.Errorf("%d processes after a reload, want the supervisor and two epochs", n)
+			}
+			v.run("systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
+		},
+	}
+	for what, kill := range kill {
+		before, restarts := v.envoyPID(), v.property(unit, "NRestarts")
+		old := processes()
+		kill()
+		v.eventually(30*time.Second, "another one runs after the death of "+what, func() error {
+			if pid := v.envoyPID(); pid == before || pid == "0" {
+				return fmt.Errorf("pid %s", pid)
+			}
+			return v.checkVIP()
+		})
+		if now := v.property(unit, "NRestarts"); now == restarts {
+			t.Errorf("%s: systemd counts %s restarts", what, now)
+		}
+		now := processes()
+		for _, pid := range old {
+			if slices.Contains(now, pid) {
+				t.Errorf("%s: %s still runs, of %v", what, pid, old)
+			}
+		}
+		memory := strings.Fields(v.run("sh", "-c", "ls /dev/shm/envoy_*"))
+		if len(now) != 2 || len(memory) != 1 {
+			t.Errorf("%s: processes %v, shared memory %v", what, now, memory)
+		}
+	}
+	journal := v.run("journalctl", "--no-pager", "-o", "cat", "-u", unit)
+	for _, words := range []string{"epoch 1 serves, epoch 0 drains", "ended by signal 9",
+		"code=killed, status=9/KILL"} {
+		if !strings.Contains(journal, words) {
+			t.Errorf("the journal has no %q:\n%s", words, journal)
+		}
+	}
 }
