@@ -19,7 +19,13 @@ import (
 // only, and the stop takes them out before nobody accepts any more.
 func TestPlannedStop(t *testing.T) {
 	t.Parallel()
-	v := ready(t, options{})
+	for _, release := range releases() {
+		t.Run(release, func(t *testing.T) { plannedStop(t, release) })
+	}
+}
+
+func plannedStop(t *testing.T, release string) {
+	v := ready(t, options{release: release})
 	held, err := v.lab.VM.DialAs(context.Background(), 12345, vip)
 	if err != nil {
 		t.Fatal(err)
@@ -90,6 +96,9 @@ func (v *VM) checkKilled(t *testing.T) {
 			v.run("systemctl", "reload", unit)
 			if n := len(processes()); n != 3 {
 				t.Errorf("%d processes after a reload, want the supervisor and two epochs", n)
+			}
+			if now := v.property(unit, "StatusText"); now != "epoch 1 serves, epoch 0 drains" {
+				t.Errorf("`systemctl status` says %q", now)
 			}
 			v.run("systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
 		},
