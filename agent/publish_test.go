@@ -57,6 +57,10 @@ func TestNotReady(t *testing.T) {
 		{"all is well", func(*passed) {}, ""},
 		{"paused", func(p *passed) { p.paused = true; p.known = false }, "paused by cleanup until restarted"},
 		{"Envoy is away", func(p *passed) { p.seen.Envoy.Err = errors.New("refused") }, "Envoy: refused"},
+		{"Envoy is away, and the one before serves", func(p *passed) {
+			p.seen.Envoy.Err, p.seen.Envoy.Handover = errors.New("refused"), true
+			p.seen.Envoy.State, p.seen.Envoy.Configured = "INITIALIZING", false
+		}, ""},
 		{"it starts", func(p *passed) { p.seen.Envoy.State = "INITIALIZING" }, "Envoy is INITIALIZING, not LIVE"},
 		{"it has nothing", func(p *passed) { p.seen.Envoy.Configured = false }, "Envoy has not received its listeners"},
 		{"no attribute", func(p *passed) { p.seen.Attribute.Known = false; p.known = false }, "the gce-service-proxy attribute was not read yet"},

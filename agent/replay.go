@@ -96,7 +96,8 @@ func (r *recorded) looked() Looked {
 // the kinds of findings that are made of them. A recording that lacks one cannot decide those.
 // testdata/look-v1.fields has the first fields.
 var addedFields = map[string][]symptom.ID{
-	"EnvoyLog": nil, // of next steps and commands alone
+	"EnvoyLog":       nil, // of next steps and commands alone
+	"Envoy.Handover": nil, // there was no hot restart before it
 
 	"ClosedAgent": closedAgentKinds, "ClosedAgent.Unit": closedAgentKinds,
 	"ClosedAgent.Starts": closedAgentKinds, "ClosedAgent.Binary": closedAgentKinds,

@@ -38,8 +38,10 @@ func TestRecent(t *testing.T) {
 		log  string
 		want []Logged
 	}{
-		"empty":          {"", nil},
-		"another Envoy":  {changed + closed + epoch, nil},
+		"empty":         {"", nil},
+		"another Envoy": {changed + closed + epoch, nil},
+		"the next Envoy": {epoch + closed + strings.Replace(epoch, "epoch 0", "epoch 3", 1) + changed,
+			[]Logged{{LogEvent{Kind: EnvoyStarts, Epoch: 3, Count: 1}, at(0)}, news}},
 		"a storm":        {epoch + closed + closed + changed, []Logged{denied, news}},
 		"another format": {plain, []Logged{end(1, 5, "", "not found", time.Time{})}},
 		"a line under way": {epoch + closed + closed + strings.TrimSuffix(changed, "\n"),

@@ -24,6 +24,7 @@ type envoy struct {
 	clock    time.Time
 	process  uint64
 	uptime   time.Duration
+	epoch    int
 	state    string
 	sets     int // how often its listeners changed
 	dynamic  bool
@@ -144,7 +145,7 @@ func (e *envoy) ServerInfo(context.Context) (envoyadmin.ServerInfo, error) {
 	}
 	return envoyadmin.ServerInfo{
 		Version: envoyadmin.Version{Major: 1, Minor: 40}, Text: "x/1.40.0/Clean", State: e.state,
-		Uptime: e.uptime, Node: envoyadmin.Node{ID: "node"}, Asked: e.clock,
+		Uptime: e.uptime, Epoch: e.epoch, Node: envoyadmin.Node{ID: "node"}, Asked: e.clock,
 	}, nil
 }
 

@@ -119,8 +119,8 @@ func (w *Watch) recallStart(past []envoyadmin.Logged) {
 		if e.Kind != envoyadmin.EnvoyStarts || w.process.told {
 			continue
 		}
-		if w.handover = e.Time; e.Epoch == 0 {
-			w.handover = time.Time{}
+		if w.outage.handover = e.Time; e.Epoch == 0 {
+			w.outage.handover = time.Time{}
 		}
 	}
 }

@@ -45,7 +45,7 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 		return err // the Detector takes it for a part of the dump
 	}
 	w.detector.Took(envoyadmin.ServerInfoQuestion, began, w.o.Now(), nil)
-	if info.Epoch > w.process.info.Epoch && w.handover.IsZero() { // its log did not say so
+	if info.Epoch > w.process.info.Epoch && w.outage.handover.IsZero() { // its log did not say so
 		w.succeeds(w.began, info.Epoch)
 	}
 	if w.process.id != 0 && !info.SameProcess(w.process.info) {
@@ -70,15 +70,15 @@ func (w *Watch) meet(ctx context.Context, id uint64) error {
 func (w *Watch) succeeds(now time.Time, epoch int) {
 	switch {
 	case epoch == 0:
-		w.handover = time.Time{}
-	case w.process.told && (w.handover.IsZero() || w.outage.Err == nil):
-		w.handover = now
+		w.outage.handover = time.Time{}
+	case w.process.told && (w.outage.handover.IsZero() || w.outage.Err == nil):
+		w.outage.handover = now
 	}
 }
 
-// takesOver says whether the next Envoy is about to take over, and nobody has ended the one before.
+// takesOver says whether the next Envoy is about to take over, and nobody ends the one before.
 func (w *Watch) takesOver(now time.Time) bool {
-	return !w.handover.IsZero() && now.Sub(w.handover) < handoverLimit &&
+	return !w.outage.handover.IsZero() && w.process.state != "DRAINING" && now.Sub(w.outage.handover) < handoverLimit &&
 		(w.outage.Unit == "" || strings.HasPrefix(w.outage.Unit, "active") ||
 			strings.HasPrefix(w.outage.Unit, "reloading"))
 }
@@ -129,7 +129,7 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 	}
 	p.confirmed, p.untaken = p.confirmed && empty, nil
 	if !p.told {
-		p.told, w.handover = true, time.Time{}
+		p.told, w.outage.handover = true, time.Time{}
 	}
 	if s.Fingerprint == w.set.snapshot.Fingerprint && w.set.generation > 0 {
 		w.change.nothing()

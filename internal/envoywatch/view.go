@@ -28,9 +28,6 @@ type View struct {
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
-	// Handover: the next Envoy starts beside the one that serves (hot restart). What the admin address
-	// does not tell yet is no failure.
-	Handover bool
 	Probe    error  // our own way to the control plane, while Envoy's is broken
 	LogErr   string // why its log cannot be read; "": it can, or is not there yet
 	Past
@@ -73,6 +70,9 @@ type Outage struct {
 	// ForeignEnvoy: another user holds the admin address, and an Envoy answers there. Nothing that it
 	// says counts.
 	ForeignEnvoy bool
+	// Handover: the next Envoy starts beside the one that serves (hot restart). What the admin address
+	// does not tell yet, with an error or without, is no failure.
+	Handover bool
 }
 
 // Facts are the View as internal/symptom takes it; admin is the address of the admin interface.
@@ -111,15 +111,16 @@ func (v View) After(was View, now time.Time) View {
 func (w *Watch) view() View {
 	p := w.process
 	v := View{
-		Outage: w.outage, State: p.state, Info: p.info, Configured: p.told,
+		Outage: w.outage.Outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
 		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
-		Stands: p.stream.stands, Handover: w.takesOver(w.o.Now()),
+		Stands: p.stream.stands,
 		Past: Past{Bucket: w.detector.Bucket(w.o.Now()),
 			Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
 			Closed: p.stream.last, Heard: p.stream.heard},
 		Aside: p.aside.Aside,
 	}
+	v.Handover = w.takesOver(w.o.Now())
 	if errors.Is(w.outage.Err, envoyadmin.ErrRefused) {
 		v.Aside = Aside{} // nobody is there whose endpoints these are
 	}

@@ -73,18 +73,23 @@ type Watch struct {
 	change   change
 	process  process
 	set      listeners
-	outage   Outage
+	outage   outage
 	failed   [2]error // what the last question of each kind came to, by kind
 	logErr   string
-	// handover is since when the next Envoy starts beside the one that serves (hot restart); zero:
-	// none does.
-	handover time.Time
 
 	stateAt time.Time // when its state was last asked
 	probeAt time.Time // when our own way was last tried
 	unitAt  time.Time // when systemd was last asked
 	began   time.Time // when the last Step did
 	heard   bool      // the log or a probe has told something since
+}
+
+// outage is what keeps the admin address from telling.
+type outage struct {
+	Outage
+	// handover is since when the next Envoy starts beside the one that serves (hot restart); zero:
+	// none does.
+	handover time.Time
 }
 
 // listeners are the set that counts and what belongs to it, of whatever process.

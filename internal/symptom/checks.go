@@ -116,6 +116,17 @@ func envoyDown(f Facts) []Finding {
 	if !errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) || f.Envoy.Handover {
 		return nil
 	}
+	if f.serves() {
+		found := finding(AdminUnreadable, 0, Error, "it is tried again by itself; see `systemctl status "+
+			"service-proxy-envoy` for why, and restart Envoy, which drains it, if this lasts",
+			"Envoy serves, but nothing accepts on its admin address %s: the next Envoy did not take over "+
+				"from it; the rules stay as they are", f.Envoy.Admin).
+			seen(FromEnvoy, f.Envoy.Since, f.Envoy.Err.Error()).
+			seen(FromUnit, time.Time{}, f.Envoy.Unit).
+			try(statusEnvoy, f.tailLog(), restartEnvoy)
+		found.Since = f.Envoy.Since
+		return []Finding{found}
+	}
 	cause := say("Envoy is not running: nothing accepts on its admin address %s", f.Envoy.Admin)
 	if !f.Envoy.Since.IsZero() {
 		cause += " since " + f.Envoy.Since.UTC().Format(time.RFC3339)
@@ -134,6 +145,15 @@ func envoyDown(f Facts) []Finding {
 		try(statusEnvoy, f.tailLog(), restartEnvoy)
 	found.Since = f.Envoy.Since
 	return []Finding{found}
+}
+
+// serves says whether the proxy's user accepts on an interception port, in a unit that runs: an Envoy
+// whose child has had it close its admin interface, and then failed.
+func (f Facts) serves() bool {
+	return strings.HasPrefix(f.Envoy.Unit, "active") && f.UserErr == nil &&
+		slices.ContainsFunc(f.Ports, func(p Port) bool {
+			return p.Listening && p.Owner == f.ProxyUID && strings.HasSuffix(p.Purpose, "interception")
+		})
 }
 
 func adminUnreadable(f Facts) []Finding {

@@ -332,6 +332,21 @@ func TestExplained(t *testing.T) {
 	if got := Check(down); len(got) != 2 || got[0].ID != EnvoyDown || got[1].ExplainedBy != EnvoyDown {
 		t.Errorf("Envoy down: %+v", got)
 	}
+	down.Envoy.Unit, down.Ports[0].Listening, down.Ports[0].Owner = "active, running", true, down.ProxyUID
+	if got := Check(down); len(got) != 1 || got[0].ID != AdminUnreadable ||
+		!strings.Contains(got[0].Cause, "Envoy serves") {
+		t.Errorf("Envoy without its admin interface: %+v", got)
+	}
+	down.Envoy.Handover = true
+	if got := Check(down); len(got) != 0 {
+		t.Errorf("while the next Envoy starts: %+v", got)
+	}
+	starts := live(func(f *Facts) {
+		f.Envoy.State, f.Envoy.Configured, f.Envoy.Handover = "PRE_INITIALIZING", false, true
+	})
+	if got := Check(starts); len(got) != 0 {
+		t.Errorf("while the next Envoy initializes: %+v", got)
+	}
 }
 
 // TestResolverLoop: a resolver is named once, unless the rules let its questions out or it is
