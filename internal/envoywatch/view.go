@@ -28,8 +28,8 @@ type View struct {
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
-	Probe    error  // our own way to the control plane, while Envoy's is broken
-	LogErr   string // why its log cannot be read; "": it can, or is not there yet
+	Probe      error           // our own way to the control plane, while Envoy's is broken
+	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
 	Past
 	Aside
 }

@@ -14,9 +14,10 @@ import (
 	"time"
 )
 
-// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it
-// when it is idle: the restart keeps the jumps, so that new connections wait for Envoy's own start
-// only, and the stop takes them out before nobody accepts any more.
+// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it when
+// it is idle, just after a hot restart: the Envoy before still answers whoever is connected to it.
+// The restart keeps the jumps, so that new connections wait for Envoy's own start only, and the stop
+// takes them out before nobody accepts any more.
 func TestPlannedStop(t *testing.T) {
 	t.Parallel()
 	for _, release := range releases() {
@@ -60,6 +61,7 @@ func plannedStop(t *testing.T, release string) {
 		_, err := v.try("service-proxy-agent", "wait", "--timeout", "1s")
 		return err
 	})
+	v.run("systemctl", "reload", "service-proxy-envoy.service")
 	v.run("systemctl", "stop", "service-proxy-envoy.service")
 	if rules := v.run("iptables-save", "-t", "nat"); strings.Contains(rules,
 		"-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT") || !strings.Contains(rules, "SERVICE_PROXY_SERVICE_CIDRS") {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -17,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -131,6 +131,20 @@ func (s *longStreams) alive() (n int, first time.Time, why string) {
 		first = slices.MinFunc(s.ended, time.Time.Compare)
 	}
 	return len(s.conns) - len(s.ended), first, s.why
+}
+
+// allEnd waits until all have ended, as they do with the Envoy that they go through, and says when
+// the first did.
+func (s *streams) allEnd(v *VM, what string) (first time.Time, why string) {
+	v.t.Helper()
+	v.eventually(10*time.Second, what+": the streams have ended", func() error {
+		n := 0
+		if n, first, why = s.alive(); n > 0 {
+			return fmt.Errorf("%d of %d go on", n, len(s.conns))
+		}
+		return nil
+	})
+	return first, why
 }
 
 // epoch is one Envoy of the box.
@@ -270,7 +284,7 @@ func TestEnvoyRestarts(t *testing.T) {
 		failure := v.guest(guestattr.AgentLastFailure)
 		held := v.openStreams(manyStreams)
 		before := v.epochs()
-		load := v.startLoad(newPerSecond)
+		load, unready := v.startLoad(newPerSecond), v.watchReady()
 		time.Sleep(time.Second)
 		start := time.Now()
 		step.do()
@@ -298,15 +312,17 @@ func TestEnvoyRestarts(t *testing.T) {
 			}
 			return nil
 		})
-		n, first, why := held.alive()
-		t.Logf("%s: %d streams go on after the end of the one before, which was %.1f s after; first "+
-			"ended after %.1f s: %s", step.name, n, time.Since(took).Seconds(), first.Sub(took).Seconds(), why)
-		if n == manyStreams || first.Sub(took) < drainTime-time.Second {
-			t.Errorf("%s: of %d streams through the one before %d go on; the first ended %v after "+
-				"the next one served: %s", step.name, manyStreams, n, first.Sub(took), why)
+		ended := time.Since(took)
+		first, why := held.allEnd(v, step.name)
+		t.Logf("%s: the one before ended %.1f s after the next served, the first of %d streams through "+
+			"it after %.1f s: %s", step.name, ended.Seconds(), manyStreams, first.Sub(took).Seconds(), why)
+		if first.Sub(took) < drainTime {
+			t.Errorf("%s: a stream ended %v after the next one served: %s", step.name, first.Sub(took), why)
 		}
-		held.close()
 		load.refusedNone(t, step.name)
+		if why := unready(); why != "" {
+			t.Errorf("%s: not ready meanwhile: %s", step.name, why)
+		}
 		v.waitFinished(60 * time.Second)
 		v.waitNode(30*time.Second, func(n controlplane.Node) string {
 			if have := n.Metadata["app"]; have != step.label {
@@ -322,7 +338,6 @@ func TestEnvoyRestarts(t *testing.T) {
 			t.Errorf("%s: the unit's main process was %s, is %s", step.name, main, have)
 		}
 	}
-	v.tellsVersion("the rollback", envoyBefore)
 	v.nextIsStopped(t)
 
 	v.platform.SetAttribute("gce-service-proxy", labelled(t, "third", "none.tgz", ""))
@@ -332,10 +347,16 @@ func TestEnvoyRestarts(t *testing.T) {
 	load := v.startLoad(newPerSecond)
 	v.platform.SetAttribute("gce-service-proxy",
 		labelled(t, "fourth", "usual.tgz", "/srv/log/access.log"))
-	v.tellsVersion("another Envoy and another access log", envoyUsual)
+	v.eventually(60*time.Second, "another Envoy serves", func() error {
+		if version, state, _ := v.serves(); version != envoyUsual || state != "LIVE" {
+			return fmt.Errorf("Envoy %s is %s; bootstrap: %q", version, state, v.state().FailureLine())
+		}
+		return nil
+	})
 	v.waitFinished(60 * time.Second)
 	load.outage(t, "a sandbox that must be another")
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
+	v.tellsVersion("another Envoy and another access log", envoyUsual)
 	for _, line := range []string{
 		"restarting Envoy without a gap (hot restart)", "restarting Envoy, draining its connections: where it may write is another now",
 	} {
@@ -357,60 +378,114 @@ func (v *VM) tellsVersion(what, version string) {
 	})
 }
 
+// watchReady asks all the time whether the VM is ready, until end is called, which returns why it
+// was not; "": it always was.
+func (v *VM) watchReady() (end func() string) {
+	ctx, cancel := context.WithCancel(context.Background())
+	said := make(chan string, 1)
+	client := v.lab.VM.HTTP()
+	client.Timeout = 5 * time.Second
+	go func() {
+		asked, why := 0, ""
+		for ; ctx.Err() == nil && why == ""; time.Sleep(50 * time.Millisecond) {
+			resp, err := client.Get("http://127.0.0.1:15020/healthz/ready")
+			if err != nil {
+				why = err.Error()
+				break
+			}
+			text, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if asked++; resp.StatusCode != http.StatusOK {
+				why = string(text)
+			}
+		}
+		if asked == 0 {
+			why = "nobody asked: " + why
+		}
+		said <- why
+	}()
+	return func() string { cancel(); return <-said }
+}
+
+// hit waits in the box for the process of an epoch, sends it a signal so long after it was seen, and
+// prints its pid and how many Envoys had started their workers by then.
+const hit = `log=/var/log/envoy/envoy.err.log
+for i in $(seq 3000); do
+	for p in $(cat /sys/fs/cgroup/system.slice/service-proxy-envoy.service/cgroup.procs \
+		/sys/fs/cgroup/systemd/system.slice/service-proxy-envoy.service/cgroup.procs 2>/dev/null); do
+		tr '\0' ' ' </proc/$p/cmdline 2>/dev/null | grep -q -e "--restart-epoch $1 " || continue
+		sleep "$2"
+		kill "-$3" "$p" 2>/dev/null
+		echo "$p $(grep -c 'starting workers' $log)"
+		exit
+	done
+	sleep 0.02
+done
+exit 1`
+
+// wrong are the words of findings that a next Envoy which does not come to serve must not cause.
+var wrong = []string{"Envoy is not running", "has not received its configuration",
+	"does not accept", "gives no usable answer"}
+
 // nextIsStopped has the next Envoy be stopped for a while, or killed, at a random moment after its
-// start. As long as it has not taken over, nobody notices; and in the end it is done.
+// start. As long as it has not taken over nobody notices, and in the end it is done.
 func (v *VM) nextIsStopped(t *testing.T) {
-	seed, rounds := uint64(time.Now().UnixNano()), 2
+	seed, rounds, within := uint64(time.Now().UnixNano()), 2, 300*time.Millisecond
 	if os.Getenv("SOAK") != "" {
-		rounds = 20
+		rounds, within = 20, 800*time.Millisecond
 	}
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	for round := range rounds {
-		signal := []syscall.Signal{syscall.SIGSTOP, syscall.SIGKILL}[(round+int(seed))%2]
-		after := time.Duration(random.Int64N(int64(800 * time.Millisecond)))
+		signal := []string{"STOP", "KILL"}[round%2]
+		after := time.Duration(random.Int64N(int64(within)))
 		stopped := time.Duration(random.Int64N(int64(5 * time.Second)))
-		label := fmt.Sprintf("round-%d", round)
-		what := fmt.Sprintf("round %d, %v after %v", round, signal, after)
-		before := v.epochs()
-		last := before[len(before)-1]
-		load := v.startLoad(newPerSecond)
-		v.platform.SetAttribute("gce-service-proxy", labelled(t, label, "before.tgz", ""))
-		var next epoch
-		v.eventually(60*time.Second, what+": the next Envoy", func() error {
-			now := v.epochs()
-			if len(now) == 0 || now[len(now)-1].pid == last.pid {
-				return fmt.Errorf("there are %+v", now)
-			}
-			next = now[len(now)-1]
-			return nil
-		})
-		time.Sleep(after)
-		_, state, n := v.serves()
-		v.run("sh", "-c", fmt.Sprintf("kill -%d %d || true", signal, next.pid))
-		live := n == next.n && state == "LIVE"
-		if signal == syscall.SIGSTOP {
-			time.Sleep(stopped)
-			v.run("sh", "-c", fmt.Sprintf("kill -CONT %d || true", next.pid))
+		if os.Getenv("SOAK") != "" && round%6 == 0 {
+			stopped = 75 * time.Second // longer than the next one is waited for
 		}
-		v.waitNode(120*time.Second, func(n controlplane.Node) string {
+		label := fmt.Sprintf("round-%d", round)
+		what := fmt.Sprintf("round %d, %s after %v", round, signal, after)
+		before := v.epochs()
+		workers := strings.TrimSpace(v.run("grep", "-c", "starting workers",
+			"/var/log/envoy/envoy.err.log"))
+		load, start := v.startLoad(newPerSecond), time.Now()
+		v.platform.SetAttribute("gce-service-proxy", labelled(t, label, "before.tgz", ""))
+		f := strings.Fields(v.run("sh", "-c", hit, "sh", strconv.Itoa(before[len(before)-1].n+1),
+			fmt.Sprintf("%.3f", after.Seconds()), signal))
+		if len(f) != 2 {
+			t.Fatalf("%s: %q", what, f)
+		}
+		served := f[1] != workers
+		if signal == "STOP" {
+			time.Sleep(stopped)
+			v.run("sh", "-c", "kill -CONT "+f[0]+" || true")
+		}
+		v.waitNode(180*time.Second, func(n controlplane.Node) string {
 			if have := n.Metadata["app"]; have != label {
 				return fmt.Sprintf("label %v, want %q", have, label)
 			}
 			return ""
 		})
 		v.waitFinished(120 * time.Second)
-		t.Logf("%s: the next, epoch %d, was LIVE then: %v", what, next.n, live)
-		if live {
-			load.outage(t, what) // it was all that served
-		} else {
-			load.refusedNone(t, what)
-		}
 		v.eventually(60*time.Second, what+": one Envoy is left", func() error {
 			if now := v.epochs(); len(now) != 1 {
 				return fmt.Errorf("there are %+v", now)
 			}
 			return nil
 		})
+		t.Logf("%s: %v; its workers had been started: %v; done after %.1f s", what, stopped, served,
+			time.Since(start).Seconds())
+		if served {
+			load.outage(t, what) // it was all that served
+			continue
+		}
+		load.refusedNone(t, what)
+		lines := v.run("journalctl", "-q", "--no-pager", "-t", "service-proxy-agent", "--since",
+			fmt.Sprintf("@%d", start.Unix()))
+		for _, words := range wrong {
+			if strings.Contains(lines, words) {
+				t.Errorf("%s: the agent says %q:\n%s", what, words, lines)
+			}
+		}
 	}
 }
