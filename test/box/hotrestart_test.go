@@ -58,7 +58,7 @@ func (v *VM) pushStreams() {
 	}
 }
 
-// streams are long connections on which something goes back and forth all the time.
+// longStreams are connections on which something goes back and forth all the time.
 type longStreams struct {
 	conns []net.Conn
 	all   sync.WaitGroup
@@ -135,7 +135,7 @@ func (s *longStreams) alive() (n int, first time.Time, why string) {
 
 // allEnd waits until all have ended, as they do with the Envoy that they go through, and says when
 // the first did.
-func (s *streams) allEnd(v *VM, what string) (first time.Time, why string) {
+func (s *longStreams) allEnd(v *VM, what string) (first time.Time, why string) {
 	v.t.Helper()
 	v.eventually(10*time.Second, what+": the streams have ended", func() error {
 		n := 0
