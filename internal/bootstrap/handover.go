@@ -239,6 +239,22 @@ func (b *bootstrapper) shadows(units []neighbour.Unit) (files []keptFile, err er
 	return files, nil
 }
 
+// unmoved adds to the files what the record has of an earlier try and is still there: a link, say,
+// whose unit was moved before it.
+func (b *bootstrapper) unmoved(h *handover, files []keptFile) []keptFile {
+	for _, file := range h.Kept {
+		has := slices.ContainsFunc(files, func(f keptFile) bool { return f.Path == file.Path })
+		if has || file.Replaced || !b.exists(file.Path) {
+			continue
+		}
+		if to, _ := os.Readlink(b.path(file.Path)); to != file.Link || filepath.Dir(to) == systemd.UnitDir {
+			continue // ours by now
+		}
+		files = append(files, file)
+	}
+	return files
+}
+
 const runUnits = "/run/systemd/system"
 
 // moveAside keeps the files and takes them away, each noted before.

@@ -187,7 +187,7 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 		return false, err
 	}
 	files = slices.DeleteFunc(files, func(f keptFile) bool { return filepath.Dir(f.Path) == systemd.UnitDir })
-	moved, err := b.moveAside(h, files)
+	moved, err := b.moveAside(h, b.unmoved(h, files))
 	if err != nil {
 		return false, err
 	}
@@ -408,6 +408,7 @@ func (b *bootstrapper) takeOverNow(ctx context.Context, h *handover) error {
 		}
 		files = append(files, of...)
 	}
+	files = b.unmoved(h, files)
 	if _, err := b.moveAside(h, files); err != nil { // the record is written before the first goes
 		return err
 	}
