@@ -120,7 +120,9 @@ type Action any
 // Limits are how long things may take.
 type Limits struct {
 	// Start is how long an epoch may take to be live before it is given up for the one that serves.
-	// The first one has no limit: it waits for its control plane as long as Envoy itself does.
+	// The first one has no limit: it waits for its control plane as long as Envoy itself does. One by
+	// which the one before gets its admin interface back has ten times as long: while it waits for its
+	// control plane, there is one.
 	Start time.Duration
 	// Drain is Envoy's --parent-shutdown-time-s: an epoch has the one before end so long after it
 	// was live itself.
@@ -132,6 +134,9 @@ type Limits struct {
 // retryFirst and retryLast bound the pause between two tries to give an epoch that serves its admin
 // interface back.
 const retryFirst, retryLast = time.Second, time.Minute
+
+// answerAfter is how long whoever has ordered a reload waits for what follows from its failure.
+const answerAfter = 5 * time.Second
 
 // lookEvery is the pause between two looks at an epoch that does not answer.
 const lookEvery = time.Second
@@ -177,7 +182,7 @@ type Machine struct {
 	why     string    // the attempt failed
 	before  attempt   // this one: none, lookAgain or pausing
 	tries   int       // to recover
-	retry   time.Time // of a recovery, or a look
+	retry   time.Time // of a recovery, or a look; or when to answer although one goes on
 	ending  bool      // told to stop, or nothing is left to go on with
 	status  Status    // to end with
 	decided bool      // status is that of an Envoy that served
@@ -196,7 +201,8 @@ func (m *Machine) Wake() (at time.Time) {
 	for _, p := range m.running {
 		sooner(p.by)
 	}
-	if m.attempt == pausing || m.attempt == lookAgain {
+	if m.attempt == pausing || m.attempt == lookAgain ||
+		m.attempt == recovering && len(m.serving) > 0 {
 		sooner(m.retry)
 	}
 	return at
@@ -293,10 +299,13 @@ func (m *Machine) fresh() []Action {
 
 // start starts the next epoch.
 func (m *Machine) start(now time.Time, kept bool) []Action {
-	parent := m.in(live)
+	parent, limit := m.in(live), m.limits.Start
+	if kept {
+		limit *= 10
+	}
 	m.n++
 	m.running = append(m.running, &process{n: m.n, chain: parent.chain, epoch: parent.epoch + 1,
-		by: now.Add(m.limits.Start)})
+		by: now.Add(limit)})
 	return []Action{Start{N: m.n, Chain: parent.chain, Epoch: parent.epoch + 1, Kept: kept}}
 }
 
@@ -391,7 +400,7 @@ func (m *Machine) failed(now time.Time, p *process, s Status) []Action {
 	m.decided = false
 	why := fmt.Sprintf("epoch %d of Envoy %v before it was live", p.epoch, s)
 	if p.sent != 0 {
-		why = fmt.Sprintf("epoch %d of Envoy was not live within %v", p.epoch, m.limits.Start)
+		why = fmt.Sprintf("epoch %d of Envoy was not live in time", p.epoch)
 	}
 	do := []Action{Clear{p.chain}, StandIn{p.chain, p.epoch, true}}
 	if m.attempt == trying {
@@ -420,7 +429,7 @@ func (m *Machine) looked(now time.Time, e Looked) []Action {
 	}
 	// The child has had it close its admin interface for good. Another child with what the one before
 	// had takes over from it.
-	m.attempt = recovering
+	m.attempt, m.retry = recovering, now.Add(answerAfter)
 	return m.start(now, true)
 }
 
@@ -478,6 +487,9 @@ func (m *Machine) tick(now time.Time) (do []Action) {
 	case m.attempt == lookAgain:
 		m.attempt = looking
 		do = append(do, Look{m.in(live).n})
+	case m.attempt == recovering:
+		do = append(do, m.reply(NotDone, "%s; the one before serves, and starts again as the next epoch, "+
+			"to have its admin interface back", m.why)...)
 	case m.attempt == pausing:
 		m.attempt = recovering
 		do = append(do, m.start(now, true)...)

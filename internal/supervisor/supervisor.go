@@ -20,7 +20,6 @@
 package supervisor
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -57,7 +56,6 @@ const (
 	// DefaultStart is longer than Envoy waits for its control plane when that does not answer.
 	DefaultStart = 60 * time.Second
 	stopLimit    = 5 * time.Second
-	lookLimit    = time.Second
 	askLimit     = 5 * time.Second  // of a question to Envoy's program
 	checkLimit   = 20 * time.Second // of --mode validate
 	// envoyDrain is Envoy's own --parent-shutdown-time-s.
@@ -89,6 +87,7 @@ type supervisor struct {
 	bases    map[int]uint32 // by chain
 	orders   orders
 	skips    bool // of the program that was checked last
+	patient  bool // there are listeners to lose
 }
 
 // Run runs Envoy until it has ended, and returns how. An error says that it could not begin.
@@ -252,7 +251,7 @@ func (s *supervisor) start(a Start) (err error) {
 	c.cmd.Args = append(withConfig(s.o.Argv, config), "--base-id", fmt.Sprint(s.bases[a.Chain]),
 		"--restart-epoch", strconv.Itoa(a.Epoch), "--socket-path", s.prefix(),
 		"--admin-address-path", c.admin)
-	if a.Epoch > 0 {
+	if a.Epoch > 0 && s.patient {
 		c.cmd.Args = append(c.cmd.Args, patience(c.cmd.Args, m.config)...)
 	}
 	if a.Epoch > 0 && m.skips {
@@ -370,6 +369,7 @@ func (s *supervisor) check(serving *child) *Answer {
 		return &Answer{NotPossible, fmt.Sprintf("the next Envoy cannot take over from the one that runs: "+
 			"its hot restart version is %s, and that of the one that runs %s", is, runs)}
 	}
+	s.patient = listens(serving.admin)
 	help, err := ask(ctx, program, "--help")
 	s.skips = err == nil && strings.Contains(help, "--skip-hot-restart-parent-stats")
 	args := append(slices.Clone(s.o.Argv[1:]), "--mode", "validate")
@@ -401,46 +401,6 @@ func lastLine(out string, err error) string {
 		return err.Error()
 	}
 	return fmt.Sprintf("%.300s", out)
-}
-
-// look asks twice at the address in the file, one connection after the other: what the process had
-// been told before it answered the first, such as to close, is done when it answers the second. An
-// Envoy without an admin interface has none to lose.
-func look(file string) Admin {
-	text, err := os.ReadFile(file)
-	address := string(bytes.TrimSpace(text))
-	if err != nil || address == "" {
-		return AdminAnswers
-	}
-	for range 2 {
-		if admin := answers(address); admin != AdminAnswers {
-			return admin
-		}
-	}
-	return AdminAnswers
-}
-
-func answers(address string) Admin {
-	network := "tcp"
-	if strings.HasPrefix(address, "/") || strings.HasPrefix(address, "@") {
-		network = "unix"
-	}
-	conn, err := net.DialTimeout(network, address, lookLimit)
-	switch {
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
-		return AdminGone
-	case err != nil:
-		return AdminUnknown
-	}
-	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(lookLimit))
-	if _, err = io.WriteString(conn, "GET /ready HTTP/1.1\r\nHost: envoy\r\nConnection: close\r\n\r\n"); err == nil {
-		_, err = conn.Read(make([]byte, 1))
-	}
-	if err != nil {
-		return AdminUnknown
-	}
-	return AdminAnswers
 }
 
 const basesName = "base-ids"

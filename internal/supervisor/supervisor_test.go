@@ -198,12 +198,26 @@ func TestLook(t *testing.T) {
 	if a := look(file); a != AdminAnswers {
 		t.Errorf("no interface: %v", a)
 	}
-	server := httptest.NewServer(http.NotFoundHandler())
+	said := ""
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/listeners" {
+			fmt.Fprint(w, said)
+		}
+	}))
 	address := server.Listener.Addr().String()
 	if a := at(address); a != AdminAnswers {
 		t.Errorf("one that answers: %v", a)
 	}
+	if listens(file) {
+		t.Error("one without listeners has some")
+	}
+	if said = "outbound::0.0.0.0:15001\n"; !listens(file) {
+		t.Error("one with a listener has none")
+	}
 	server.Close()
+	if !listens(file) {
+		t.Error("one that does not answer has no listeners")
+	}
 	if a := at(address); a != AdminGone {
 		t.Errorf("one that is closed: %v", a)
 	}
