@@ -301,7 +301,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 		a.log.Warn("no notifications from the kernel, polling", zap.Error(err))
 	}
 	failures := loadFailures(a.settings.StateDir, a.kept.whose.vm)
-	brake, _ := loadBrake(a.settings.StateDir, a.kept.whose.vm.Machine) // watchBrake tells of an error
+	braked, _ := loadBrake(a.settings.StateDir, a.kept.whose.now()) // watchBrake tells of an error
 	l := &loop{
 		settings: a.settings, log: a.log, vm: a.thisVM(),
 		inbox: inbox{
@@ -310,7 +310,7 @@ func (a *Agent) newLoop(ctx context.Context, views <-chan envoywatch.View) *loop
 			pause:  a.pause, events: events,
 		},
 		attribute: attributeInForce{Config: attribute.Default()}, // what is not known yet is as usual
-		stops:     stops{brake: brake.brake(a.config != nil)},
+		stops:     stops{brake: braked.brake(a.config != nil)},
 		bootstrap: bootstrapProgress{awaited: a.awaitBootstrap},
 		beside: beside{
 			asked:  func(about about) { a.around.asked.Put(about) },

@@ -15,7 +15,9 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -82,6 +84,12 @@ func (b brake) status(s Settings) status.Interception {
 	return is
 }
 
+// facts is what findings are made of.
+func (b brake) facts() symptom.Brake {
+	return symptom.Brake{Off: b.Off, Since: b.Since, By: string(b.By), WhenEnvoyDown: b.Bypass,
+		Bad: b.Bad, BadBy: string(b.BadBy)}
+}
+
 // placesOfKey is where the key may be, in the order of what wins.
 var placesOfKey = [...]metadata.Place{metadata.OfInstance, metadata.OfProject}
 
@@ -119,9 +127,7 @@ const maxBadKey = 64
 type keptBrake struct {
 	Keys  map[metadata.Place]keyAt `json:"keys"`
 	Since time.Time                `json:"since,omitzero"` // when it was first seen off, UTC
-	// the VM's id, "" where the metadata server did not tell it
-	Instance string `json:"instance,omitempty"`
-	Machine  string `json:"machine,omitempty"` // identity.Owner.Machine
+	identity.Owner
 }
 
 // brake is what the key asks for. late says that whoever has not answered was waited for long
@@ -161,20 +167,6 @@ func (k keptBrake) take(at metadata.Place, look metadata.Interception, now time.
 	return k
 }
 
-// told is what of it the metadata server has told this run.
-func (k keptBrake) told(now time.Time) keptBrake {
-	is := keptBrake{Keys: map[metadata.Place]keyAt{}, Machine: k.Machine}
-	for at, key := range k.Keys {
-		if key.told {
-			is.Keys[at] = key
-		}
-	}
-	if is.brake(false).Off {
-		is.Since = now.UTC().Truncate(time.Second)
-	}
-	return is
-}
-
 // same says whether both would be kept as the same.
 func (k keptBrake) same(o keptBrake) bool {
 	for _, at := range placesOfKey {
@@ -182,15 +174,14 @@ func (k keptBrake) same(o keptBrake) bool {
 			return false
 		}
 	}
-	return k.Since.Equal(o.Since) && k.Instance == o.Instance && k.Machine == o.Machine
+	return k.Since.Equal(o.Since) && k.Owner == o.Owner
 }
 
-const brakeFile = "interception.json"
+const brakeFile = progress.BrakeFile
 
-// loadBrake reads what an earlier run on this machine kept. That of the VM which this one's disk was
-// made from is not this VM's.
-func loadBrake(dir, machine string) (keptBrake, error) {
-	none := keptBrake{Machine: machine}
+// loadBrake reads what an earlier run on this VM kept.
+func loadBrake(dir string, vm identity.VM) (keptBrake, error) {
+	var none keptBrake
 	text, err := readKept(filepath.Join(dir, brakeFile), maxHistoryFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return none, nil
@@ -202,7 +193,7 @@ func loadBrake(dir, machine string) (keptBrake, error) {
 	if err != nil {
 		return none, fmt.Errorf("read the brake kept by an earlier run: %w", err)
 	}
-	if machine == "" || k.Machine != machine {
+	if !vm.Judge(k.Owner).Believed() {
 		return none, nil
 	}
 	for at, key := range k.Keys {
@@ -234,9 +225,26 @@ func (k keptBrake) save(dir string) error {
 // goes by what an earlier one kept: as long as for the attribute of a server that hangs.
 const brakeLate = 10 * time.Second
 
+// readBrake asks both places at once, by what an earlier run kept. The error is of a place that gives
+// no usable answer.
+func readBrake(ctx context.Context, kept keptBrake) (brake, error) {
+	var asked sync.WaitGroup
+	looks := make([]metadata.Interception, len(placesOfKey))
+	for i, at := range placesOfKey {
+		asked.Go(func() { looks[i] = metadata.ReadInterception(ctx, at) })
+	}
+	asked.Wait()
+	var err error
+	for i, at := range placesOfKey {
+		kept, err = kept.take(at, looks[i], time.Now()), cmp.Or(err, looks[i].Err)
+	}
+	return kept.brake(true), err
+}
+
 // watchBrake passes on what the key asks for, and has it kept for the next start.
 func (a *Agent) watchBrake(ctx context.Context) error {
-	kept, err := loadBrake(a.settings.StateDir, a.kept.whose.vm.Machine)
+	of := &a.kept.whose
+	kept, err := loadBrake(a.settings.StateDir, of.now())
 	if err != nil {
 		a.log.Warn("whether an earlier run had the brake on is not known", zap.Error(err))
 	}
@@ -259,47 +267,25 @@ func (a *Agent) watchBrake(ctx context.Context) error {
 	}
 	waits := time.NewTimer(brakeLate)
 	defer waits.Stop()
-	late := a.config != nil                            // whose rules ask no metadata server
-	told, saved, ours := kept.brake(late), kept, false // as the loop begins with
+	late := a.config != nil               // whose rules ask no metadata server
+	told, saved := kept.brake(late), kept // as the loop begins with
 	for {
-		var answered bool
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-waits.C:
 			late = true
 		case l := <-looks:
-			kept, answered = kept.take(l.at, l.Interception, time.Now()), l.Err == nil
+			kept = kept.take(l.at, l.Interception, time.Now())
 		}
 		if is := kept.brake(late); is != told {
 			told = is
 			a.brakes.Put(is)
 		}
-		if answered && !ours { // it is told first: what was kept is another VM's very rarely
-			kept, ours = a.ownBrake(ctx, kept)
-			a.brakes.Put(kept.brake(late))
-		}
-		if !kept.same(saved) {
+		// It says whose it is. (Where the VM's id tells that it is another's, the run ends: watchWhose.)
+		if kept.Owner = of.now().Owner; !kept.same(saved) {
 			saved = kept
 			a.kept.brake.Put(kept)
 		}
 	}
-}
-
-// ownBrake is what was kept, with whose it is: the metadata server, which has just answered, tells
-// the VM's id. That of another VM is discarded but for what this run was told. known: it has told.
-func (a *Agent) ownBrake(ctx context.Context, kept keptBrake) (own keptBrake, known bool) {
-	ctx, cancel := context.WithTimeout(ctx, time.Second) // the other place may have news
-	defer cancel()
-	id, err := metadata.ReadInstance(ctx)
-	if err != nil || id == "" {
-		return kept, false
-	}
-	if kept.Instance != "" && kept.Instance != id {
-		a.log.Warn("the brake kept in the state folder is another instance's and is discarded",
-			zap.String("of", kept.Instance), zap.String("this", id))
-		kept = kept.told(time.Now())
-	}
-	kept.Instance = id
-	return kept, true
 }

@@ -68,6 +68,8 @@ func (l Looked) seen(q explain.Question) explain.Seen {
 	}
 	if l.Daemon != nil {
 		s.Mode, s.NotReady = l.Daemon.Mode, l.Daemon.NotReady
+	} else if l.Seen.Brake.Off {
+		s.Mode = modeOff
 	}
 	return s
 }

@@ -81,6 +81,8 @@ type looking struct {
 	logErr    string // why Envoy's log cannot be read, for whoever
 	hung      error  // the metadata server takes connections, and does not answer
 	kept      *keptAttribute
+	braked    *brake // by the metadata server; nil: it has not told
+	keptBrake brake
 	outcomes  []reconcile.Outcome
 	// again asks the kernel and the daemon once more.
 	again func(context.Context)
@@ -89,6 +91,7 @@ type looking struct {
 // conclude makes the facts of what the sources told.
 func (l *looking) conclude(ctx context.Context) {
 	l.takeAttribute()
+	l.takeBrake()
 	l.judgeSilence()
 	if !l.ours() {
 		l.leaveAlone()
@@ -123,6 +126,17 @@ func (l *looking) takeAttribute() {
 			a.Known, a.Config, a.Serial = true, config, 1
 			a.Good = &goodAttribute{Config: config, Text: []byte(l.kept.Text), Read: l.kept.Read, Kept: true}
 		}
+	}
+}
+
+// takeBrake makes the brake in force of the same.
+func (l *looking) takeBrake() {
+	l.Seen.Brake = l.keptBrake
+	if l.braked != nil {
+		l.Seen.Brake = *l.braked
+	}
+	if d := l.Daemon; d != nil && d.Interception.State == modeOff && l.Seen.Brake.Off {
+		l.Seen.Brake.Since = d.Interception.Since // it has seen it come
 	}
 }
 
@@ -171,7 +185,7 @@ func (l *looking) leaveAlone() {
 		l.unseen[symptom.FromKernel] = whyNot(l.kernel.noTools)
 	}
 	l.kernel = kernelSeen{}
-	l.Seen.Others = nil
+	l.Seen.Others, l.Seen.Brake = nil, brake{}
 }
 
 // lookAtPorts asks who listens on the ports that matter, and what the rules shall be then.
@@ -224,8 +238,8 @@ func (l *looking) judgePorts(looks [2]reconcile.Looks, r resolvers) {
 		o := reconcile.Order{
 			Want: l.Want.Families[i], Serial: 1, Known: l.Known, Ports: l.ports(i), Looks: looks[i],
 			ProxyUID: l.Seen.User.UID, UserKnown: l.Seen.User.Err == nil,
-			Draining: l.Seen.Envoy.State == "DRAINING", WhenDown: l.Seen.Settings.WhenEnvoyDown,
-			Marked: marked,
+			Draining: l.Seen.Envoy.State == "DRAINING", WhenDown: l.Seen.Brake.whenDown(l.Seen.Settings),
+			Marked: marked, Off: l.Seen.Brake.Off,
 		}
 		l.Shapes[i] = reconcile.Fresh(l.Seen.Now, o, l.Have[i].Ours())
 		if shape, told := l.daemonShape(i); told {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -206,6 +208,10 @@ func (l *looking) askMetadata() question {
 	s := l.Seen.Settings
 	return question{[]symptom.Source{symptom.FromMetadata}, 5 * time.Second,
 		func(ctx context.Context) (func(*looking), error) {
+			var brakes sync.WaitGroup // beside the rest: a server that fails is waited for once
+			var braked brake
+			var brakeErr error
+			brakes.Go(func() { braked, brakeErr = readBrake(ctx, keptHere(s.StateDir)) })
 			in := attributeInForce{Config: attribute.Default()}
 			var err error
 			if s.Config != "" {
@@ -225,6 +231,10 @@ func (l *looking) askMetadata() question {
 			if err == nil {
 				self, err = readSelf(ctx)
 			}
+			brakes.Wait()
+			if s.Config == "" {
+				err = cmp.Or(err, brakeErr)
+			}
 			if s.Config != "" && isAway(err) {
 				err = nil // a machine that has no metadata server, and says so
 			}
@@ -233,8 +243,16 @@ func (l *looking) askMetadata() question {
 				l.hung = hung
 				l.Seen.Attribute = in
 				l.Seen.Account, l.Seen.VM, l.Seen.Clock = self.Account, self.VM, self.Clock
+				l.braked = &braked
 			}, err
 		}}
+}
+
+// keptHere is the brake that an earlier run kept, as far as it can be used: the metadata server may
+// know better.
+func keptHere(dir string) keptBrake {
+	kept, _ := loadBrake(dir, identity.Here(""))
+	return kept
 }
 
 // isAway says that there is nobody who would answer.
@@ -287,11 +305,13 @@ func (l *looking) askState() question {
 	return question{[]symptom.Source{symptom.FromState}, 2 * time.Second,
 		func(context.Context) (func(*looking), error) {
 			state, err := l.vm.progress()
+			braked := keptHere(dir).brake(true)
 			kept, _ := loadKept(dir) // without it what is wanted may not be known
 			there := traces(dir)
 			killed, _ := killedAt(server.Dir(), time.Now())
 			return func(l *looking) {
 				l.Seen.Bootstrap, l.kept, l.Seen.Killed = state, kept, killed
+				l.keptBrake = braked
 				l.installed = l.installed || there
 			}, err
 		}}

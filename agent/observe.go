@@ -108,6 +108,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 		Attribute:     o.Attribute.Err,
 		Advice:        o.Attribute.Config.Warnings,
 		Metadata:      o.Attribute.Source,
+		Brake:         o.Brake.facts(),
 		NoAttribute:   !o.Attribute.Known,
 		GuestOff:      o.GuestOff,
 		ListenErr:     o.ListenErr,

@@ -40,6 +40,7 @@ var keptFiles = []stateFile{
 	{progress.AttributeFile, "the attribute that was kept"},
 	{progress.FailureFile, "the last failures"},
 	{progress.HistoryFile, "the history"},
+	{progress.BrakeFile, "whether the brake was on"},
 }
 
 // ofBootstrap is what bootstrap discards by itself: what is told of it here is what will go.

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -26,6 +27,7 @@ func leave(t *testing.T, dir string, of identity.Owner) {
 		saveKept(dir, &keptAttribute{Text: keptText, Owner: of}),
 		Failures{Over: Failure{Text: "x"}, Owner: of}.save(dir),
 		keptTransitions{of, []status.Transition{{Time: testStart, Kind: status.OfMode, Text: "x"}}}.save(dir),
+		keptBrake{Owner: of}.take(metadata.OfProject, says("off"), testStart).save(dir),
 		progress.Write(dir, progress.State{Owner: of, Status: progress.Finished}),
 	} {
 		if err != nil {
@@ -85,10 +87,12 @@ func TestWhose(t *testing.T) {
 			failures := loadFailures(dir, w.vm)
 			transitions, err := loadTransitions(dir, w.vm)
 			boot, bootErr := w.progress(dir)
+			braked, err2 := loadBrake(dir, w.vm)
 			goesBy := []bool{kept != nil && w.vm.Judge(kept.Owner).Believed(), failures.Over.Text != "",
-				len(transitions) > 0, boot.Status == progress.Finished}
-			if slices.Contains(goesBy, !tt.goesBy) || err != nil || bootErr != nil {
-				t.Errorf("goes by attribute, failures, history, bootstrap: %v, %v, %v", goesBy, err, bootErr)
+				len(transitions) > 0, boot.Status == progress.Finished, braked.brake(true).Off}
+			if slices.Contains(goesBy, !tt.goesBy) || err != nil || err2 != nil || bootErr != nil {
+				t.Errorf("goes by attribute, failures, history, bootstrap, brake: %v, %v, %v, %v", goesBy,
+					err, bootErr, err2)
 			}
 			for _, f := range keptFiles {
 				if _, err := os.Stat(filepath.Join(dir, f.name)); (err == nil) != tt.left {

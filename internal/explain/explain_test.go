@@ -188,13 +188,16 @@ func cases() map[string]struct {
 	add("counters-changed", "10.0.0.1:80", nil, func(_ *Question, s *Seen) {
 		s.CountErr = errors.New("chain SERVICE_PROXY_REDIRECT: the rules were changed meanwhile")
 	})
-	for _, mode := range []string{"hold", "bypass", "paused"} {
+	for _, mode := range []string{"hold", "bypass", "off", "paused"} {
 		add("mode-"+mode, "10.0.0.1:80", nil, func(_ *Question, s *Seen) {
 			s.Mode, s.Asked.Jumps, s.NotReady = mode, false, "Envoy does not accept on port 15001"
 		})
 	}
 	add("jump-missing", "10.0.0.1:80", without("-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT"), nil)
 	add("rules-missing", "10.0.0.1:80", empty, func(_ *Question, s *Seen) { s.Mode = "" })
+	add("rules-missing-off", "10.0.0.1:80", empty, func(_ *Question, s *Seen) {
+		s.Mode, s.Asked.Jumps = "off", false
+	})
 	add("rules-missing-envoy-silent", "10.0.0.1:80", empty, func(_ *Question, s *Seen) {
 		s.EnvoyErr, s.Listeners, s.Services, s.Known = errors.New("connection refused"), nil, nil, false
 	})
@@ -379,7 +382,7 @@ func TestTheVerdictIsTheWalks(t *testing.T) {
 		s.Asked.All, s.Asked.Jumps = r.IntN(4) == 0, r.IntN(8) != 0
 		s.Asked.Settling, s.Local = r.IntN(3) == 0, r.IntN(2) == 0
 		if !s.Asked.Jumps {
-			s.Mode = []string{"hold", "bypass", "paused"}[r.IntN(3)]
+			s.Mode = []string{"hold", "bypass", "off", "paused"}[r.IntN(4)]
 		}
 		if r.IntN(2) == 0 {
 			s.Asked.DNSPort, s.Asked.DNSOverTCP, s.Asked.ResolverUIDs = 15053, true, []uint32{101}

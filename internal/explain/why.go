@@ -114,7 +114,8 @@ func (w why) intercepted() {
 	}) {
 		w.note("the rules are new: connections that are older than they go the old way until they end")
 	}
-	if w.s.Mode == "bypass" || w.s.Mode == "hold" || w.s.Mode == "paused" {
+	if w.s.Mode == "bypass" || w.s.Mode == "hold" || w.s.Mode == "off" ||
+		w.s.Mode == "paused" {
 		w.note("the agent says that it does not intercept now (%s), and the rules do", w.s.Mode)
 	}
 	w.behind()
@@ -287,10 +288,19 @@ func (w why) excluded(step iptables.Step) {
 	}
 }
 
+// off: an operator has turned interception off.
+func (w why) off() {
+	w.say("", "take the metadata key service-proxy-agent-interception away, of the instance or the "+
+		"project: `service-proxy-agent doctor` says whose it is, and has the command",
+		"interception is off, as intended: metadata has service-proxy-agent-interception=off")
+}
+
 // noRules: nothing of ours is in the kernel.
 func (w why) noRules() {
 	family := w.q.Family()
 	switch {
+	case w.s.Mode == "off":
+		w.off()
 	case w.s.EnvoyErr != nil:
 		w.say("", "look why with `service-proxy-agent doctor`",
 			"there are no %s rules of ours, and Envoy does not answer: %s", family,
@@ -340,6 +350,8 @@ func (w why) noJumps() {
 	case "bypass":
 		w.say(whenDown, "see `service-proxy-agent status` why Envoy is down",
 			"interception is bypassed while Envoy is down%s", reason)
+	case "off":
+		w.off()
 	case "paused":
 		w.say("", "start it again: `systemctl restart service-proxy-agent`",
 			"interception is paused: `service-proxy-agent cleanup` was called")

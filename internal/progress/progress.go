@@ -40,6 +40,7 @@ const (
 	AttributeFile = "attribute.json"
 	FailureFile   = "last-failure.json"
 	HistoryFile   = "history.json"
+	BrakeFile     = "interception.json"
 )
 
 // Values of State.Status, as the guest attribute bootstrap-status has them. "" stands for: never
