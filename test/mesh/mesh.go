@@ -47,6 +47,8 @@ type Options struct {
 	Config    controlplane.Config
 	Attribute string // "": Attribute
 	NoEnvoy   bool   // the test starts it
+	// Project is that of the VM, whose metadata it shares with others; nil: one of its own.
+	Project *platform.Project
 	// NoOwnerMatch: the kernel refuses every rule with -m owner (lab.Options).
 	NoOwnerMatch bool
 	// Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
@@ -81,7 +83,8 @@ func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 		opts.Attribute = Attribute
 	}
 	m.Platform = platform.New(
-		platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute}})
+		platform.VM{Attributes: map[string]string{"gce-service-proxy": opts.Attribute},
+			Project: opts.Project})
 	for _, port := range []uint16{80} {
 		ln, err := m.Listen(m.Service, netip.AddrPortFrom(lab.MetadataAddr, port))
 		if err != nil {
