@@ -21,10 +21,6 @@ var noInjection = map[ID]string{
 	Shadowed:        "the row of Fight in the lab makes it, and looks at its words",
 	ListenerSkipped: ofFacts,
 	LogUnreadable:   ofFacts,
-	ClosedAgentHere: ofFacts,
-	OtherVMsState:   ofFacts,
-	InterceptionOff: ofFacts,
-	InterceptionKey: ofFacts,
 }
 
 // ofFacts: a line that a test on real parts makes stale; TestOrphans then asks to take it out.

@@ -308,6 +308,30 @@ var situations = []situation{
 			says: `^The kernel's rules are not what Envoy needs, and no agent repairs them: .*10\.10\.0\.1/32.*` +
 				`; start the agent, which repairs them`},
 	}},
+	{"the brake", healthyVM, []injection{
+		{row: 41, id: symptom.InterceptionOff, how: symptom.InterceptionMetadata + "=off on the instance",
+			inject: brakeIs("off"), disturbs: true, check: jumpsOut,
+			says: `^Interception is off since \S+Z, as intended: this VM's metadata has ` +
+				`service-proxy-agent-interception=off; services are reached past Envoy; to end it: gcloud ` +
+				`compute instances remove-metadata \S+ --zone=\S+ --project=\S+ ` +
+				`--keys=service-proxy-agent-interception`},
+		{row: 41, id: symptom.InterceptionKey, how: symptom.InterceptionMetadata + "=stop on the instance",
+			inject: brakeIs("stop"),
+			says: `^The brake service-proxy-agent-interception="stop" of this VM's metadata is neither off ` +
+				`nor bypass-when-down; write off or bypass-when-down, or take the key away`},
+	}},
+	{"Google's agent", vmWithUnits, []injection{
+		{row: 39, id: symptom.ClosedAgentHere, how: "a unit file of our name that is not ours",
+			inject: closedAgentUnit,
+			says: `^Google's own agent is installed on this VM, and does not run: /etc/systemd/system/` +
+				`service-proxy-agent\.service; remove it, or have .sudo service-proxy-agent bootstrap --take-over.`},
+	}},
+	{"a cloned disk", healthyVM, []injection{
+		{row: 40, id: symptom.OtherVMsState, how: "what the agent has kept is of another VM",
+			inject: cloned, told: inStatus, disturbs: true,
+			says: `^State of another VM \(instance 4711\) was found at the start and discarded, since this ` +
+				`VM is \d+: .*; nothing to do`},
+	}},
 	{"questions", healthyVM, []injection{
 		{row: 12, how: "explain of an address that is no service's", inject: nothing, told: answers,
 			ask: "explain 10.99.0.1:81", code: 1,
@@ -328,18 +352,11 @@ var elsewhere = map[symptom.ID]string{
 	symptom.ListenerSkipped: "TestForeignText",
 	symptom.LogUnreadable:   "TestFollowLogRefuses of envoyadmin",
 	symptom.Starting:        "it stands for the first moments of each start",
-	symptom.ClosedAgentHere: ofFacts,
-	symptom.OtherVMsState:   ofFacts,
-	symptom.InterceptionOff: ofFacts,
-	symptom.InterceptionKey: ofFacts,
 }
-
-const ofFacts = "of facts alone so far"
 
 // otherRows are the rows that are no finding, and why.
 var otherRows = map[int]string{
 	23: "an order, which wait and service-proxy-ready.target hold: TestFirstBoot of test/box",
-	39: "not yet told", 40: "not yet told", 41: "not yet told",
 }
 
 // admit makes a healthy VM.
