@@ -99,6 +99,8 @@ var addedFields = map[string][]symptom.ID{
 	"EnvoyLog":       nil, // of next steps and commands alone
 	"Envoy.Handover": nil, // there was no hot restart before it
 
+	"Dropped.Interface": {symptom.InputDropped},
+
 	"ClosedAgent": closedAgentKinds, "ClosedAgent.Unit": closedAgentKinds,
 	"ClosedAgent.Starts": closedAgentKinds, "ClosedAgent.Binary": closedAgentKinds,
 	"ClosedAgent.Process": closedAgentKinds, "ClosedAgent.Writes": closedAgentKinds,
