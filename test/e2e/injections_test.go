@@ -320,6 +320,12 @@ var situations = []situation{
 			says: `^The brake service-proxy-agent-interception="stop" of this VM's metadata is neither off ` +
 				`nor bypass-when-down; write off or bypass-when-down, or take the key away`},
 	}},
+	{"the brake, and a closed port", healthyVM, []injection{
+		{row: 41, id: symptom.InterceptionOff, how: "the same, and POST /drain_listeners",
+			inject: brakedAndDrained, disturbs: true,
+			check: explains(symptom.InterceptionNotReady, symptom.InterceptionOff),
+			says:  `^Interception is off since \S+Z, as intended: this VM's metadata has `},
+	}},
 	{"Google's agent", vmWithUnits, []injection{
 		{row: 39, id: symptom.ClosedAgentHere, how: "a unit file of our name that is not ours",
 			inject: closedAgentUnit,

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -21,6 +22,17 @@ func brakeIs(value string) func(*testing.T, *patient) func() {
 		p.Platform.SetAttribute(symptom.InterceptionMetadata, value)
 		return func() { p.Platform.DeleteAttribute(symptom.InterceptionMetadata) }
 	}
+}
+
+// brakedAndDrained has Envoy close its ports once nothing leads there.
+func brakedAndDrained(t *testing.T, p *patient) func() {
+	release := brakeIs("off")(t, p)
+	_, err := p.a.Wait(within(t, 20*time.Second), "the brake", func(s status.Status) bool {
+		return s.Mode == "off" && s.Ready
+	})
+	must(t, err)
+	undrain := drained(t, p)
+	return func() { undrain(); release() }
 }
 
 // jumpsOut: no jump is in, and the chains are.
