@@ -17,7 +17,7 @@ import (
 
 // neighbourEvery is how often the daemon looks for Google's closed agent: at some files, and only
 // where one is there at more.
-const neighbourEvery = 30 * time.Second
+const neighbourEvery = 10 * time.Second
 
 // closedAgent is what is told of Google's closed agent, of what was seen; nil: nothing. A unit file
 // behind ours is never started and harms nobody.

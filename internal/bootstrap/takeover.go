@@ -537,6 +537,8 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 			b.Log.Warn("the other agent's Envoy is not drained", zap.Error(err))
 		}
 	}
+	out, _ := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit) // says it in words
+	was := mayReload(strings.TrimSpace(out))
 	began := time.Now()
 	if err := b.endEnvoys(ctx, h, t); err != nil {
 		return err
@@ -560,11 +562,10 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 	}
 	b.Log.Info("our Envoy runs in place of the other agent's",
 		zap.Duration("without_envoy", time.Since(began)))
-	err = os.Remove(b.path(restartFile)) // it was started with the newest of all
-	if errors.Is(err, fs.ErrNotExist) {
+	if was { // ours had come first, and has yet to be asked for what has changed
 		return nil
 	}
-	return err
+	return b.forgetRestart(true)
 }
 
 // endEnvoys stops their Envoys, and waits until the ports are free.

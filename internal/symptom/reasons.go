@@ -75,6 +75,9 @@ func fits(f Facts, reason ID, since time.Time, what Finding) bool {
 		})
 	case reason == ClockWrong && what.ID == ControlPlaneConnect:
 		return failsTLS(f)
+	case reason == ClosedAgentHere && what.ID == Fight:
+		// Its processes are hidden from the daemon: that its unit is meant to start must do.
+		return f.ClosedAgent.runs()
 	case reason == ClosedAgentHere: // what only lies there does nothing
 		return f.ClosedAgent != nil && f.ClosedAgent.Process != ""
 	}
