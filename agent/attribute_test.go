@@ -294,8 +294,8 @@ func TestRunHistory(t *testing.T) {
 	wait("nothing is kept", func() bool {
 		k, err := loadKept(dir)
 		past, _ := loadTransitions(dir, identity.VM{})
-		return err == nil && k != nil && k.Text == keptText && loadFailures(dir, identity.VM{}).Over.Text == "x" &&
-			len(past) == 1
+		return err == nil && k != nil && k.Text == keptText && len(past) == 1 &&
+			loadFailures(dir, identity.VM{}).Over.Text == "x"
 	})
 	if logs.Len() != 0 {
 		t.Errorf("logged: %v", logs.All())

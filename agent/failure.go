@@ -131,8 +131,8 @@ func (f Failures) date(findings []symptom.Finding, seen map[which]time.Time) {
 }
 
 func (f Failures) equal(g Failures) bool {
-	return f.Owner == g.Owner && f.Over == g.Over && f.Standing == g.Standing && slices.Equal(f.Lasting, g.Lasting) &&
-		f.Warnings.equal(g.Warnings)
+	return f.Owner == g.Owner && f.Over == g.Over && f.Standing == g.Standing &&
+		slices.Equal(f.Lasting, g.Lasting) && f.Warnings.equal(g.Warnings)
 }
 
 // newest is the newest of those that last, the zero Failure when none does. An older one may last

@@ -179,7 +179,8 @@ func FuzzLoadTransitions(f *testing.F) {
 		var h history
 		h.lines = slices.Clone(all)
 		h.add(status.Transition{Kind: status.OfAgent, Severity: "info", Text: "started"}, testStart)
-		if err := (keptTransitions{mine.Owner, h.lines}).save(dir); err != nil || len(h.lines) > maxTransitions {
+		err = (keptTransitions{mine.Owner, h.lines}).save(dir)
+		if err != nil || len(h.lines) > maxTransitions {
 			t.Fatalf("%d lines, %v", len(h.lines), err)
 		}
 		again, err := loadTransitions(dir, mine)

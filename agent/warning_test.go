@@ -105,7 +105,8 @@ func TestWarnings(t *testing.T) {
 	if err := w.save(dir); err != nil {
 		t.Fatal(err)
 	}
-	if back := loadFailures(dir, identity.VM{}); !back.equal(w.Failures) || back.String() != w.String() {
+	back := loadFailures(dir, identity.VM{})
+	if !back.equal(w.Failures) || back.String() != w.String() {
 		t.Errorf("read back %+v, want %+v", back, w.Failures)
 	}
 }

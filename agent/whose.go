@@ -222,7 +222,9 @@ func (o Observation) otherVMs() (all *symptom.Discarded) {
 // tellOtherVMs tells of it once, on each channel, though it is advice: nothing else says why a VM
 // has no past. That it was told is in the history.
 func (t *told) tellOtherVMs(findings []symptom.Finding) {
-	at := slices.IndexFunc(findings, func(f symptom.Finding) bool { return f.ID == symptom.OtherVMsState })
+	at := slices.IndexFunc(findings, func(f symptom.Finding) bool {
+		return f.ID == symptom.OtherVMsState
+	})
 	if at < 0 || t.past.has(findings[at]) {
 		return
 	}

@@ -26,7 +26,8 @@ func leave(t *testing.T, dir string, of identity.Owner) {
 	for _, err := range []error{
 		saveKept(dir, &keptAttribute{Text: keptText, Owner: of}),
 		Failures{Over: Failure{Text: "x"}, Owner: of}.save(dir),
-		keptTransitions{of, []status.Transition{{Time: testStart, Kind: status.OfMode, Text: "x"}}}.save(dir),
+		keptTransitions{of, []status.Transition{
+			{Time: testStart, Kind: status.OfMode, Text: "x"}}}.save(dir),
 		keptBrake{Owner: of}.take(metadata.OfProject, says("off"), testStart).save(dir),
 		progress.Write(dir, progress.State{Owner: of, Status: progress.Finished}),
 	} {
@@ -111,11 +112,15 @@ func TestWhose(t *testing.T) {
 			if tt.later == "" {
 				return
 			}
-			if err := w.learn(t.Context(), func(context.Context) (string, error) { return "", nil }); err != errNoID {
+			told := func(id string) func(context.Context) (string, error) {
+				return func(context.Context) (string, error) { return id, nil }
+			}
+			if err := w.learn(t.Context(), told("")); err != errNoID {
 				t.Error(err)
 			}
-			err = w.learn(t.Context(), func(context.Context) (string, error) { return tt.later, nil })
-			if errors.Is(err, errWhose) != tt.changed || !tt.changed && (err != nil || w.now().Instance != tt.later) {
+			err = w.learn(t.Context(), told(tt.later))
+			if known := w.now().Instance == tt.later; errors.Is(err, errWhose) != tt.changed ||
+				known == tt.changed || (err == nil) == tt.changed {
 				t.Errorf("%v, %+v", err, w.now())
 			}
 			if !tt.changed {
@@ -127,7 +132,7 @@ func TestWhose(t *testing.T) {
 				leave(t, dir, w.owner())
 			}
 			var next whose
-			next.find(t.Context(), dir, tt.vm, func(context.Context) (string, error) { return tt.later, nil }, zap.NewNop())
+			next.find(t.Context(), dir, tt.vm, told(tt.later), zap.NewNop())
 			boot, _ = next.progress(dir)
 			believed := []bool{loadFailures(dir, next.vm).Over.Text != "", boot.Status == progress.Finished}
 			if want := tt.later == "1"; next.hold || slices.Contains(believed, !want) ||

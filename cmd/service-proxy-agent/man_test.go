@@ -22,6 +22,8 @@ var manFiles = []struct{ path, what string }{
 		"line SERVICE_PROXY_AGENT_FLAG=VALUE for a flag of service-proxy-agent-run(8). Commands that " +
 		"look at the VM read it, too."},
 	{"/etc/service-proxy-agent/envoy.json", "Envoy's configuration, which bootstrap writes."},
+	{"/etc/service-proxy-agent/owner.json", "Whose that is: Envoy does not start with the " +
+		"configuration of a VM whose disk this one's is a copy of."},
 	{"/usr/local/bin/service-proxy-agent", "The program."},
 	{"/usr/local/bin/envoy", "Envoy, where bootstrap has installed it."},
 	{"/usr/local/lib/service-proxy-agent", "The Envoy that came with the release, and what the last " +

@@ -80,6 +80,7 @@ func (b *bootstrapper) installForImage(ctx context.Context, r *removal) error {
 	if attr.Err != nil { // an image is mostly made on a VM without one
 		attr.Config = attribute.Default()
 	}
+	const enableEnvoy = "enable Envoy's unit"
 	for _, s := range []struct {
 		name  string
 		do    func() error
@@ -88,7 +89,7 @@ func (b *bootstrapper) installForImage(ctx context.Context, r *removal) error {
 		{StepUnits, func() error { return b.installUnits(ctx) }, ofDisk},
 		{StepPackages, func() error { return b.installPackages(ctx) }, ofOthers},
 		{StepEnvoy, func() error { return b.installEnvoy(ctx, attr.Config) }, ofDisk},
-		{StepStart, func() error { return b.enable(ctx, systemd.EnvoyUnit) }, ofOthers},
+		{enableEnvoy, func() error { return b.enable(ctx, systemd.EnvoyUnit) }, ofOthers},
 	} {
 		failure := failed(s.name, s.do(), s.means)
 		switch {

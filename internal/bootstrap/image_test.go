@@ -70,7 +70,8 @@ func TestPrepareImage(t *testing.T) {
 	if left := v.left(); left != nil {
 		t.Errorf("left %q", left)
 	}
-	for _, dir := range []string{progress.StateDir, progress.RuntimeDir, filepath.Dir(progress.OwnerFile)} {
+	for _, dir := range []string{progress.StateDir, progress.RuntimeDir,
+		filepath.Dir(progress.OwnerFile)} {
 		found, err := filepath.Glob(filepath.Join(v.root, dir, "*"))
 		want := []string{filepath.Join(v.root, progress.StateDir, progress.StateFile)}
 		if dir != progress.StateDir {
@@ -88,8 +89,8 @@ func TestPrepareImage(t *testing.T) {
 	if have := version(t, filepath.Join(v.root, EnvoyBinary)); have != "1.30.9" {
 		t.Errorf("Envoy %s is there", have)
 	}
-	for _, unit := range []string{systemd.AgentUnit, systemd.BootstrapUnit, systemd.EnvoyUnit, systemd.ReadyPath,
-		systemd.RotateTimer} {
+	for _, unit := range []string{systemd.AgentUnit, systemd.BootstrapUnit, systemd.EnvoyUnit,
+		systemd.ReadyPath, systemd.RotateTimer} {
 		if !slices.Contains(v.ran, "systemctl is-enabled "+unit) {
 			t.Errorf("%s is not enabled", unit)
 		}

@@ -92,7 +92,8 @@ func (b *bootstrapper) claim(ctx context.Context) error {
 func (b *bootstrapper) goOn() {
 	now := b.state
 	b.state = *now.Before
-	b.state.Status, b.state.Step, b.state.Attempt, b.state.Story = now.Status, now.Step, now.Attempt, now.Story
+	b.state.Status, b.state.Step, b.state.Attempt = now.Status, now.Step, now.Attempt
+	b.state.Story = now.Story
 	if now.Failure != "" {
 		b.state.Failure, b.state.FailureTime = now.Failure, now.FailureTime
 	}

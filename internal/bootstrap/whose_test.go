@@ -131,8 +131,8 @@ func (v *fakeVM) checkNew(instance, other string) {
 	want := finished.OfDisk()
 	want.Owner = identity.Here(v.root).Owner
 	want.Instance = instance
-	want.Status, want.Step, want.Attempt, want.Time = state.Status, state.Step, state.Attempt, state.Time
-	want.Discarded, want.Story = state.Discarded, state.Story
+	want.Status, want.Step, want.Attempt = state.Status, state.Step, state.Attempt
+	want.Time, want.Discarded, want.Story = state.Time, state.Discarded, state.Story
 	for _, line := range state.Story {
 		if line.Text == finished.Story[0].Text {
 			v.Errorf("told of another: %+v", line)

@@ -62,7 +62,7 @@ type Verdict int
 // The verdicts, from the least that is known.
 const (
 	Unknown Verdict = iota // not to be believed, nor thrown away
-	Likely                 // ours by a sign that a clone may have, too: to be believed if no id is to be had
+	Likely                 // ours by a sign that a clone may have, too: believed while no id is to be had
 	Ours
 	Others
 )

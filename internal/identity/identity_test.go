@@ -97,7 +97,7 @@ func TestHere(t *testing.T) {
 	}
 }
 
-// TestRead: a file says whose it is whatever else is in it, and one that cannot be read is nobody's.
+// TestRead: a file says whose it is whatever else is in it. One that cannot be read is nobody's.
 func TestRead(t *testing.T) {
 	dir := t.TempDir()
 	for name, text := range map[string]string{

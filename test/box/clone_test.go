@@ -112,7 +112,9 @@ func (v *VM) checkClone(t *testing.T, random *rand.Rand) {
 			t.Errorf("bootstrap-status was %q", s)
 		}
 	}
-	c.waitNode(30*time.Second, func(n controlplane.Node) string { return cmp.Diff(nodeOf(second), n.ID) })
+	c.waitNode(30*time.Second, func(n controlplane.Node) string {
+		return cmp.Diff(nodeOf(second), n.ID)
+	})
 	for _, n := range c.xds.Nodes() {
 		if n.ID != nodeOf(second) {
 			t.Errorf("it presented itself as %q", n.ID)
@@ -154,8 +156,8 @@ func (v *VM) watchStatus(t *testing.T) (seen func() []string) {
 				ask <- slices.Clone(all)
 			case <-tick.C:
 				s := v.guest(guestattr.BootstrapStatus)
-				if state, err := progress.Read(filepath.Join(v.root, progress.StateDir)); s == progress.Finished &&
-					err == nil {
+				state, err := progress.Read(filepath.Join(v.root, progress.StateDir))
+				if s == progress.Finished && err == nil {
 					s += fmt.Sprintf(" of %s, %s", state.Instance, state.Status)
 				}
 				if s != "" && (len(all) == 0 || all[len(all)-1] != s) {
@@ -221,7 +223,8 @@ func (v *VM) checkRebootAlone(t *testing.T) {
 		t.Errorf("Envoy's configuration was\n%s\nand is\n%s", config, have)
 	}
 	after := v.state()
-	if after.Discarded != nil || after.Instance != before.Instance || after.AttributeSum != before.AttributeSum {
+	if after.Discarded != nil || after.Instance != before.Instance ||
+		after.AttributeSum != before.AttributeSum {
 		t.Errorf("bootstrap knew %+v, and knows %+v", before, after)
 	}
 	back()
@@ -276,7 +279,9 @@ func (v *VM) checkImage(t *testing.T) time.Duration {
 	v.waitFinished(90 * time.Second)
 	took := time.Since(start)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
-	v.waitNode(30*time.Second, func(n controlplane.Node) string { return cmp.Diff(nodeOf(third), n.ID) })
+	v.waitNode(30*time.Second, func(n controlplane.Node) string {
+		return cmp.Diff(nodeOf(third), n.ID)
+	})
 	v.waitStatus(60*time.Second, progress.Finished)
 	for _, r := range v.platform.Requests() {
 		if r.At.After(start) && strings.HasPrefix(r.Host, "storage.") {
