@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -196,6 +197,16 @@ var vmEvents = []event{
 		},
 	},
 	{
+		name: "the brake comes", weight: 4, can: func(w *world) bool { return !w.brake.Off },
+		do: func(w *world) {
+			w.setBrake(brake{Off: true, Since: w.nat.now(), By: metadata.OfProject})
+		},
+	},
+	{
+		name: "the brake goes", weight: 8, can: func(w *world) bool { return w.brake.Off },
+		do: func(w *world) { w.setBrake(brake{}) },
+	},
+	{
 		name: "an interface gets or loses an address of a service", weight: 3,
 		do: func(w *world) {
 			if w.local = (netip.Addr{}); w.IntN(3) > 0 {
@@ -235,6 +246,18 @@ var agentEvents = []event{
 		do: func(w *world) {
 			w.notified = true
 			w.startAgent()
+		},
+	},
+	{
+		name: "the agent restarts before it is told of the brake", weight: 2, can: canStart,
+		do: func(w *world) {
+			w.notified, w.brake.Awaited = true, true
+			w.startAgent()
+			w.in(w.upTo(3*time.Second), func() {
+				told := w.brake
+				told.Awaited = false
+				w.setBrake(told)
+			})
 		},
 	},
 	{

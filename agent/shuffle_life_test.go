@@ -40,6 +40,7 @@ func newLife(w *world, k *iptables.Kernel) *life {
 		inbox:     inbox{events: make(chan iptables.Event)}, // not nil: the kernel tells of changes
 		attribute: attributeInForce{Config: attribute.Default()},
 		mark:      w.mark,
+		stops:     stops{brake: w.brake},
 		told: told{log: log, reporters: reporters{
 			events:      func(report.Event) {},
 			metrics:     func(status.Status, report.Pass) {},

@@ -203,7 +203,9 @@ func (o *oracle) view(v envoywatch.View) {
 func (o *oracle) set() *set { return o.w.envoy.reads[o.believed-1].set }
 
 // known: the loop knows what is wanted.
-func (o *oracle) known() bool { return o.believed > 0 && o.w.attribute != nil && !o.w.noUser }
+func (o *oracle) known() bool {
+	return o.believed > 0 && o.w.attribute != nil && !o.w.noUser && !o.w.brake.Awaited
+}
 
 // wanted says which sides have rules in a family.
 func (o *oracle) wanted(f iptables.Family) (sides [sides]bool) {
@@ -255,6 +257,10 @@ func (o *oracle) before() {
 			looked = leads(e.seen)
 		}
 		for side, at := range looked {
+			if o.w.brake.Off { // whoever listens
+				e.ports[side] = port{denied: true}
+				continue
+			}
 			if o.w.noUser {
 				break // whose could they be?
 			}
@@ -618,8 +624,11 @@ func (o *oracle) told() {
 			w.fail("%v: still says %s", f, err)
 		}
 	}
+	if w.brake.Off { // nothing is asked of Envoy then
+		ready, mode = true, strings.Replace(mode, "hold", "off", 1)
+	}
 	if paused {
-		mode = "paused"
+		ready, mode = false, "paused"
 	}
 	// Which of both it is goes by the policy.
 	if is := strings.Replace(said.Mode, "bypass", "hold", 1); is != mode {

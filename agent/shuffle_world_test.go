@@ -111,6 +111,7 @@ type world struct {
 	attribute *attr          // nil: there is none that is this VM's
 	notified  bool           // the kernel's notifications come in
 	noUser    bool           // the proxy's user is not there
+	brake     brake          // what the VM's metadata asks for
 	local     netip.Addr     // of an interface
 	faults    [2]fault
 
@@ -346,6 +347,13 @@ func (w *world) startAgent() {
 	w.lookAt, w.passAt = w.nat.now(), w.nat.now()
 	w.oracle.started()
 	w.takeAttribute(w.attribute)
+}
+
+// setBrake is the agent's news of the brake.
+func (w *world) setBrake(b brake) {
+	w.brake = b
+	w.life.loop.brake = b
+	w.passAt = w.nat.now()
 }
 
 // newBoot takes away the mark, as the tmpfs is that it lies in.
