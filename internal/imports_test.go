@@ -82,10 +82,11 @@ var may = map[string]string{
 		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
 		"internal/supervisor internal/symptom internal/system internal/untrusted systemd",
-	"internal/drain":    "envoyadmin systemd",
-	"internal/logs":     "internal/untrusted",
-	"internal/system":   "internal/authorities internal/terminal",
-	"internal/metadata": "internal/attribute",
+	"internal/drain":      "envoyadmin systemd",
+	"internal/supervisor": "internal/redaction",
+	"internal/logs":       "internal/untrusted",
+	"internal/system":     "internal/authorities internal/terminal",
+	"internal/metadata":   "internal/attribute",
 	// Google's closed agent beside us: the daemon tells of it, the installer takes over.
 	"internal/neighbour": "systemd",
 	// One real connection beside what the rules say of it.
@@ -104,7 +105,6 @@ var may = map[string]string{
 	"internal/redaction":   "",
 	"internal/route":       "",
 	"internal/sockdiag":    "",
-	"internal/supervisor":  "",
 	"internal/terminal":    "",
 	"internal/untrusted":   "",
 	"internal/webconfig":   "",

@@ -32,6 +32,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -40,6 +41,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/redaction"
 )
 
 // Options of a supervisor.
@@ -374,7 +377,7 @@ func (s *supervisor) check(serving *child) *Answer {
 	s.skips = err == nil && strings.Contains(help, "--skip-hot-restart-parent-stats")
 	args := append(slices.Clone(s.o.Argv[1:]), "--mode", "validate")
 	if out, err := run(ctx, program, args...); err != nil {
-		return &Answer{NotDone, "the next Envoy does not take its configuration: " + lastLine(out, err)}
+		return &Answer{NotDone, "the next Envoy does not take its configuration: " + reason(out, err)}
 	}
 	return nil
 }
@@ -395,9 +398,18 @@ func run(ctx context.Context, program string, args ...string) (string, error) {
 	return string(out), err
 }
 
-func lastLine(out string, err error) string {
-	out = strings.TrimSpace(out)
-	if out = strings.TrimSpace(out[strings.LastIndexByte(out, '\n')+1:]); out == "" {
+// critical begins the line in which Envoy says why it ends: time, process, level, component, place.
+var critical = regexp.MustCompile(`(?m)^(\[[^\]\n]*\])+\[critical\](\[[^\]\n]*\] )+`)
+
+// reason is what may be told of the output of an Envoy that has ended with err.
+func reason(out string, err error) string {
+	if at := critical.FindStringIndex(out); at != nil {
+		out = out[at[1]:]
+	} else {
+		out = strings.TrimSpace(out)
+		out = out[strings.LastIndexByte(out, '\n')+1:]
+	}
+	if out = redaction.Text(strings.TrimSpace(out)); out == "" {
 		return err.Error()
 	}
 	return fmt.Sprintf("%.300s", out)

@@ -3,6 +3,7 @@ package supervisor
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -182,6 +183,26 @@ func TestCheck(t *testing.T) {
 	s := &supervisor{o: Options{Argv: []string{"/bin/true"}}, bases: map[int]uint32{1: base + 1}}
 	if r := s.check(&child{Start: Start{Chain: 1}}); r == nil || r.Code != NotPossible {
 		t.Errorf("without shared memory: %v", r)
+	}
+}
+
+// TestReason: what Envoy says of a configuration that it refuses, without what it quotes of that.
+func TestReason(t *testing.T) {
+	const prefix = "[2026-11-29 15:52:56.369][30849][critical][main] [source/server/config_validation/server.cc:76] "
+	for out, want := range map[string]string{
+		"":                    "exit status 1",
+		"a\nno such option\n": "no such option",
+		"[2026-11-29 15:52:56.1][1][info][main] [source/x.cc:1] x\n" + prefix +
+			"error initializing configuration 'a.json': Invalid path: /nonexistent\nInvalid path: /nonexistent\n": "error initializing configuration 'a.json': Invalid path: /nonexistent",
+	} {
+		if have := reason(out, errors.New("exit status 1")); have != want {
+			t.Errorf("%q\nwant %q", have, want)
+		}
+	}
+	quoted := "error initializing configuration 'a.json': Unable to parse JSON as proto (INVALID_ARGUMENT): " +
+		`node.metadata: "s3cret token=abcdef"`
+	if have := reason(prefix+quoted, nil); strings.Contains(have, "s3cret") || strings.Contains(have, "abcdef") {
+		t.Errorf("%q", have)
 	}
 }
 
