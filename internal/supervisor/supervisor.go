@@ -61,6 +61,9 @@ const (
 	stopLimit    = 5 * time.Second
 	askLimit     = 5 * time.Second  // of a question to Envoy's program
 	checkLimit   = 20 * time.Second // of --mode validate
+	// maxBase has ten times itself fit into 31 bits: past that the names of Envoy's sockets are others
+	// than that of its shared memory.
+	maxBase = 1<<31/10 - 2
 	// envoyDrain is Envoy's own --parent-shutdown-time-s.
 	envoyDrain = 900 * time.Second
 )
@@ -237,9 +240,8 @@ func (s *supervisor) start(a Start) (err error) {
 		}
 	}
 	if s.bases[a.Chain] == 0 {
-		// 28 bits, as Envoy takes for a dynamic one: it is multiplied by ten. Nobody guesses it, who
-		// could have made a file of that name.
-		s.bases[a.Chain] = 1 + rand.Uint32N(1<<28-1)
+		// Nobody guesses it, who could have made a file of that name.
+		s.bases[a.Chain] = 1 + rand.Uint32N(maxBase)
 		s.note()
 	}
 	c := &child{Start: a, made: m, exited: make(chan struct{}),

@@ -22,7 +22,7 @@ import (
 // newRegion makes what an Envoy of hot restart version 11 has in shared memory, with these flags.
 func newRegion(t *testing.T, flags uint64) (base uint32, r region) {
 	t.Helper()
-	base = 1 + rand.Uint32N(1<<28-1)
+	base = 1 + rand.Uint32N(maxBase)
 	r = regionOf(base)
 	text := binary.NativeEndian.AppendUint64(nil, 104)
 	text = binary.NativeEndian.AppendUint64(text, regionVersion)

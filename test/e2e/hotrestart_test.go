@@ -8,6 +8,8 @@ import (
 	"io"
 	"maps"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -64,8 +66,11 @@ func supervised(t *testing.T, drained time.Duration, args ...string) (*mesh.Mesh
 	binary, err := mesh.Binary()
 	must(t, err)
 	seconds := fmt.Sprint(int(drained.Seconds()))
+	program, err := lab.FindEnvoy()
+	must(t, err)
+	place(t, m, program)
 	m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{
-		ControlPlane: m.CPAddr, Supervisor: binary, SupervisorArgs: args,
+		Binary: envoyOf(m), ControlPlane: m.CPAddr, Supervisor: binary, SupervisorArgs: args,
 		Args: []string{"--drain-time-s", fmt.Sprint(int(drained.Seconds()) / 2),
 			"--parent-shutdown-time-s", seconds},
 	})
@@ -74,7 +79,7 @@ func supervised(t *testing.T, drained time.Duration, args ...string) (*mesh.Mesh
 	a := m.NewAgent()
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("agent's log:\n%s\nEnvoy's:\n%s", a.Log(), m.Envoy.LogTail(60))
+			t.Logf("agent's log:\n%s\nEnvoy's:\n%s", a.Log(), envoySaid(m))
 		}
 	})
 	must(t, a.Start())
@@ -82,6 +87,21 @@ func supervised(t *testing.T, drained time.Duration, args ...string) (*mesh.Mesh
 	through(t, m, web4)
 	through(t, m, db4)
 	return m, a
+}
+
+// envoyOf is the program of a supervised Envoy, which may be replaced.
+func envoyOf(m *mesh.Mesh) string { return filepath.Join(m.Dir, "envoy") }
+
+// place puts a program there as bootstrap does: by a rename.
+func place(t *testing.T, m *mesh.Mesh, program string) {
+	t.Helper()
+	path := envoyOf(m)
+	if os.Link(program, path+".new") != nil { // it is on another file system
+		text, err := os.ReadFile(program)
+		must(t, err)
+		must(t, os.WriteFile(path+".new", text, 0o755))
+	}
+	must(t, os.Rename(path+".new", path))
 }
 
 // reload is a reload that has to succeed.
@@ -207,6 +227,7 @@ func TestReloadWithFaults(t *testing.T) {
 	beside(t)
 	random := seeded(t)
 	m, a := supervised(t, 2*time.Second, "--start-limit", "3s")
+	must(t, os.Link(envoyOf(m), filepath.Join(m.Dir, "real")))
 	good, err := m.Envoy.Bootstrap()
 	must(t, err)
 	before, applies := chains(t, m), applied(t, a)
@@ -268,6 +289,25 @@ func TestReloadWithFaults(t *testing.T) {
 			refused(meanwhile(func() {}))
 			must(t, m.Envoy.SetBootstrap(good))
 		},
+		"another program that dies once it has an admin interface": func() {
+			program, err := lab.FindEnvoy()
+			must(t, err)
+			dies := filepath.Join(m.Dir, "dies")
+			must(t, os.WriteFile(dies, []byte(fmt.Sprintf(`#!/bin/sh
+case "$*" in *--hot-restart-version*|*--help*|*validate*) exec %[1]s "$@";; esac
+for a; do [ "$last" = --admin-address-path ] && admin=$a; last=$a; done
+%[1]s "$@" &
+until [ -s "$admin" ]; do sleep 0.02; done
+kill -9 $!
+exit 3
+`, filepath.Join(m.Dir, "real"))), 0o755))
+			place(t, m, dies)
+			must(t, os.Remove(dies))
+			m.CP.Pause() // else it is too quick
+			refused(meanwhile(func() {}))
+			m.CP.Continue()
+			place(t, m, program)
+		},
 		"the one that drains dies": func() {
 			reload(t, m)
 			time.Sleep(time.Duration(random.IntN(1000)) * time.Millisecond)
@@ -322,4 +362,16 @@ func TestReloadWithFaults(t *testing.T) {
 	if n := applied(t, a); n > applies {
 		t.Errorf("%d transactions were written, want none", n-applies)
 	}
+}
+
+// envoySaid is what Envoy's log says beside what it always says at a start.
+func envoySaid(m *mesh.Mesh) string {
+	var lines []string
+	for line := range strings.Lines(m.Envoy.LogTail(3000)) {
+		if !strings.Contains(line, "[source/server/server.cc:467]") &&
+			!strings.Contains(line, "[source/server/server.cc:547]") {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-200):], "")
 }
