@@ -35,16 +35,24 @@ func (b *bootstrapper) lookAt(ctx context.Context, envoys ...string) system.Syst
 }
 
 // checkSystem is the first step: a machine on which the agent cannot be is told at once, in one
-// line, and nothing is changed there. What it does not have in full is said once.
+// line, and nothing is changed there. What it does not have in full is said once. Where bootstrap
+// has finished before, nothing is refused: that it works is seen, and a wrong judgement must not take
+// a VM out of the mesh.
 func (a *attempt) checkSystem(ctx context.Context) error {
 	seen := a.look(ctx)
 	rows := system.Judge(seen)
-	if failure, _ := refused(seen, rows); failure != nil {
+	failure, _ := refused(seen, rows)
+	switch {
+	case failure != nil && !a.again:
 		return failure
-	}
-	for _, row := range rows {
-		if row.Verdict == system.Limited && a.state.Attempt == 1 && !a.again {
-			a.say("WARNING", "this system: "+row.Lacks+"; "+row.WayOut)
+	case a.state.Attempt > 1:
+	case failure != nil:
+		a.say("WARNING", failure.Err.Error()+"; "+failure.Advice+"; it worked before, so bootstrap goes on")
+	case !a.again:
+		for _, row := range rows {
+			if row.Verdict == system.Limited {
+				a.say("WARNING", "this system: "+row.Lacks+"; "+row.WayOut)
+			}
 		}
 	}
 	return nil

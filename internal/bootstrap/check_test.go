@@ -2,6 +2,7 @@ package bootstrap
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 )
 
@@ -72,6 +74,36 @@ func TestFirstStepLooksAtTheSystem(t *testing.T) {
 	if f := b.attempt(t.Context(), metadata.Attribute{}); f != nil || told() != 0 {
 		t.Errorf("a VM that was finished: %v, told %d times", f, told())
 	}
+
+	// What has worked is not refused, whatever is thought of it.
+	b = newBootstrapper(on(v, func(s *system.System) { s.Modules.Missing = []string{"xt_owner"} }))
+	b.again = true
+	for b.state.Attempt = 1; b.state.Attempt <= 3; b.state.Attempt++ {
+		if f := b.attempt(t.Context(), metadata.Attribute{}); f != nil {
+			t.Errorf("a VM that was finished is refused: %v", f)
+		}
+	}
+	if n := strings.Count(fmt.Sprint(b.state.Story), "has no xt_owner"); n != 1 {
+		t.Errorf("told %d times: %v", n, b.state.Story)
+	}
+}
+
+// An upgrade of a VM that works is not refused either.
+func TestUpgradeIsNotRefused(t *testing.T) {
+	v := newFakeVM(t)
+	v.install("1", "")
+	opts := on(v, func(s *system.System) { s.NoGroups = []string{"dialout"} })
+	if err := Install(t.Context(), opts, v.archive("2", "")); err == nil {
+		t.Error("a VM that was never finished is upgraded where it cannot work")
+	}
+	state := progress.State{Status: progress.Finished}
+	if err := progress.Write(filepath.Join(v.root, progress.StateDir), state); err != nil {
+		t.Fatal(err)
+	}
+	if err := Install(t.Context(), opts, v.archive("3", "")); err != nil {
+		t.Error(err)
+	}
+	v.want("upgraded", "3", "none")
 }
 
 // An archive is not laid down where the agent cannot be. It is tried again where somebody may mend

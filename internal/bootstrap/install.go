@@ -13,6 +13,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -33,8 +34,9 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	retry := slices.ContainsFunc(retryDirs, func(path string) bool { return dir == b.path(path) })
 	seen := b.look(ctx)
 	failure, passes := refused(seen, system.Judge(seen))
-	refused := failure != nil
-	if failure == nil {
+	// Over an installation that works nothing is refused, as in checkSystem.
+	refused := failure != nil && b.state.Status != progress.Finished
+	if !refused {
 		failure, passes = b.install(ctx, dir, retry), true
 	} else {
 		failure.Step = StepInstall

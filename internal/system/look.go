@@ -329,8 +329,8 @@ func lookModules(at func(string) string, kernel string, need []string) (m Module
 	names(at("/proc/modules"), " ", here)
 	if kernel != "" && !strings.Contains(kernel, "/") {
 		dir := at("/lib/modules/" + kernel)
-		names(filepath.Join(dir, "modules.builtin"), "\n", here)
-		m.Listed = names(filepath.Join(dir, "modules.dep"), ":", loadable)
+		builtin := names(filepath.Join(dir, "modules.builtin"), "\n", here)
+		m.Listed = names(filepath.Join(dir, "modules.dep"), ":", loadable) && builtin
 	}
 	for _, name := range need {
 		switch {
