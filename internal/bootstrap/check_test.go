@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -90,20 +91,28 @@ func TestFirstStepLooksAtTheSystem(t *testing.T) {
 
 // An upgrade of a VM that works is not refused either.
 func TestUpgradeIsNotRefused(t *testing.T) {
+	t.Setenv("GCE_METADATA_HOST", "127.0.0.1:1")
 	v := newFakeVM(t)
 	v.install("1", "")
 	opts := on(v, func(s *system.System) { s.NoGroups = []string{"dialout"} })
-	if err := Install(t.Context(), opts, v.archive("2", "")); err == nil {
+	if err := quickly(t, opts, v.archive("2", "")); err == nil {
 		t.Error("a VM that was never finished is upgraded where it cannot work")
 	}
 	state := progress.State{Status: progress.Finished}
 	if err := progress.Write(filepath.Join(v.root, progress.StateDir), state); err != nil {
 		t.Fatal(err)
 	}
-	if err := Install(t.Context(), opts, v.archive("3", "")); err != nil {
+	if err := quickly(t, opts, v.archive("3", "")); err != nil {
 		t.Error(err)
 	}
 	v.want("upgraded", "3", "none")
+}
+
+// quickly installs without waiting for a metadata server that refuses.
+func quickly(t *testing.T, opts Options, dir string) (err error) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { err = Install(t.Context(), opts, dir) })
+	return err
 }
 
 // An archive is not laid down where the agent cannot be. It is tried again where somebody may mend
@@ -127,7 +136,7 @@ func TestInstallRefuses(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			v := newFakeVM(t)
-			err := Install(t.Context(), on(v, tt.change), v.archive("1", ""))
+			err := quickly(t, on(v, tt.change), v.archive("1", ""))
 			if err == nil || !strings.Contains(err.Error(), tt.want) ||
 				strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "not tried again") {
 				t.Errorf("have %v", err)
