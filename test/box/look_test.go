@@ -122,7 +122,7 @@ var mayWrite = regexp.MustCompile(`^(` + strings.Join([]string{
 	`/usr/local/share/man/man8/service-proxy-agent[a-z-]*\.8`,
 	`/usr/local/share/(bash-completion/completions|zsh/site-functions)/_?service-proxy-agent`,
 	`/etc/fish/completions/service-proxy-agent\.fish`,
-	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-[a-z-]+(\.lock)?`,
+	`/etc/systemd/system/[a-z-]+\.target\.wants/service-proxy-[a-z]+\.(service|path|timer)`, `/run/xtables\.lock`, `/run/service-proxy-[a-z-]+(\.lock|/.*)?`,
 	// The users.
 	`/etc/\.?(passwd|shadow|group|gshadow)(-|\.lock|\.pwd\.lock)?`, `/etc/\.pwd\.lock`,
 	// apt and dpkg, beside the files of the packages themselves; certificates are
