@@ -4,7 +4,6 @@ package box
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -42,6 +41,8 @@ type neighbour struct {
 	stop string
 	// reaches says that what it does takes rules of ours away, so that they are put back.
 	reaches bool
+	// long: with SOAK=1 alone.
+	long bool
 	// with is looked at while it runs.
 	with func(*company, *testing.T)
 }
@@ -73,7 +74,7 @@ var neighbours = []neighbour{
 		reaches: true,
 	},
 	{
-		name: "fail2ban", setUp: "touch /var/log/auth.log", // Debian's jail for sshd wants it
+		name: "fail2ban", long: true, setUp: "touch /var/log/auth.log", // Debian's jail for sshd wants it
 		start: "systemctl start fail2ban\n" +
 			"until fail2ban-client ping >/dev/null 2>&1; do sleep 0.1; done\n" +
 			"fail2ban-client set sshd banip 192.0.2.77",
@@ -104,6 +105,7 @@ type company struct {
 	app     *lab.Echo
 	streams *streams
 	inner   *lab.Namespace // of a container; nil: there is none
+	random  *rand.Rand
 }
 
 // TestCoexistence has Debian's firewalls and container engine come, go and come again, after
@@ -140,35 +142,74 @@ func TestCoexistence(t *testing.T) {
 	v.eventually(30*time.Second, "the serving port answers through Envoy", v.checkInbound)
 	c.streams, c.ours = newStreams(v), c.rules()
 	defer c.streams.end()
-	rounds := 1
-	if os.Getenv("SOAK") != "" {
-		rounds = 20
-	}
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	c.random = rand.New(rand.NewPCG(seed, 0))
 	for _, n := range neighbours {
+		if n.long && !soak {
+			continue
+		}
 		t.Run(n.name, func(t *testing.T) {
 			v.t = t
-			c.meets(t, n, rounds)
+			c.meets(t, n)
 		})
 		v.t = t
 	}
 }
 
+var soak = os.Getenv("SOAK") != ""
+
+// step is one thing that a neighbour does.
+type step struct {
+	how     string
+	stalled bool // while the agent stands still, so that nothing is repaired for some time
+}
+
+// String is its name in the table: its first line's last command.
+func (s step) String() string {
+	line, _, _ := strings.Cut(s.how, "\n")
+	line, _, _ = strings.Cut(line, " && ")
+	if _, after, ok := strings.Cut(line, "; "); ok {
+		line = after
+	}
+	if s.stalled {
+		line += ", agent stalled"
+	}
+	return line
+}
+
+// steps are what it does in one round; without SOAK=1 the least of it.
+func (n neighbour) steps() []step {
+	last := n.do[len(n.do)-1]
+	all := []step{{how: n.start}}
+	if soak {
+		for _, how := range n.do {
+			all = append(all, step{how: how})
+		}
+	}
+	return append(all, step{last, true}, step{how: n.stop})
+}
+
 // meets has the neighbour start, do what it does, and stop, so many times; every second time
 // interception begins once more while it runs.
-func (c *company) meets(t *testing.T, n neighbour, rounds int) {
-	if n.setUp != "" {
-		c.run("sh", "-euc", n.setUp)
-	}
+func (c *company) meets(t *testing.T, n neighbour) {
 	t.Cleanup(func() {
 		_, _ = c.try("sh", "-c", n.stop) // where the test ended in the middle
 		c.inner = nil
 	})
+	if n.setUp != "" {
+		c.run("sh", "-euc", n.setUp)
+	}
+	rounds := 1
+	if soak {
+		rounds = 20
+	}
 	since := time.Now()
-	sums := map[string]*sum{}
+	sums := map[step]*sum{}
 	told := map[string]bool{}
 	for round := range rounds {
-		for _, how := range slices.Concat([]string{n.start}, n.do, []string{n.stop}) {
-			if how == n.stop {
+		for _, one := range n.steps() {
+			if one.how == n.stop {
 				if n.with != nil && round == 0 {
 					n.with(c, t)
 				}
@@ -180,19 +221,18 @@ func (c *company) meets(t *testing.T, n neighbour, rounds int) {
 				}
 				c.inner = nil
 			}
-			key := words(how)
-			if sums[key] == nil {
-				sums[key] = &sum{}
+			if sums[one] == nil {
+				sums[one] = &sum{}
 			}
-			sums[key].add(c.during(t, n, how))
-			if how == n.start && strings.HasPrefix(n.name, "docker") {
+			sums[one].add(c.during(t, n, one))
+			if one.how == n.start && n.name == "docker" {
 				c.inner = c.container(t)
 			}
 		}
 	}
 	t.Logf("%s, %d rounds:", n.name, rounds)
-	for _, how := range slices.Concat([]string{n.start}, n.do, []string{n.stop}) {
-		t.Logf("  %-28s %v", words(how), sums[words(how)])
+	for _, one := range n.steps() {
+		t.Logf("  %-44s %v", one, sums[one])
 	}
 	for _, line := range slices.Sorted(maps.Keys(told)) {
 		t.Logf("  finding while it runs: %s", line)
@@ -205,14 +245,6 @@ func (c *company) meets(t *testing.T, n neighbour, rounds int) {
 	t.Logf("  agent-last-failure: %s", c.guest(guestattr.AgentLastFailure))
 }
 
-// words is a command line's name in the table: its first line's last command.
-func words(how string) string {
-	line, _, _ := strings.Cut(how, "\n")
-	line, _, _ = strings.Cut(line, " && ")
-	_, after, ok := strings.Cut(line, "; ")
-	return cmp.Or(map[bool]string{true: after}[ok], line)
-}
-
 // lost is what one step of a neighbour cost.
 type lost struct {
 	out, in, inner lab.Counts
@@ -223,7 +255,7 @@ type lost struct {
 }
 
 // during does one step of a neighbour while connections are made, and says what was lost.
-func (c *company) during(t *testing.T, n neighbour, how string) lost {
+func (c *company) during(t *testing.T, n neighbour, one step) lost {
 	t.Helper()
 	const perSecond = 100
 	cut, undone := c.streams.count(), c.status().Undone
@@ -232,23 +264,30 @@ func (c *company) during(t *testing.T, n neighbour, how string) lost {
 	in := c.lab.Steady(lab.SteadyOptions{From: c.lab.Client, PerSecond: perSecond / 4, HTTP: true,
 		To: []netip.AddrPort{netip.AddrPortFrom(lab.VMAddr, servingPort)}})
 	var inner *lab.Steady
-	if c.inner != nil && how != n.stop {
+	if c.inner != nil && one.how != n.stop {
 		inner = c.lab.Steady(lab.SteadyOptions{From: c.inner, UID: 12345, PerSecond: perSecond / 4,
 			To: []netip.AddrPort{rawVIP}})
 	}
 	// not in step with anything
-	time.Sleep(200*time.Millisecond + rand.N(100*time.Millisecond))
+	time.Sleep(200*time.Millisecond + time.Duration(c.random.Int64N(int64(100*time.Millisecond))))
+	if one.stalled {
+		c.run("systemctl", "kill", "--kill-who=main", "-s", "STOP", "service-proxy-agent")
+	}
 	began := time.Now()
-	c.run("sh", "-euc", how)
+	c.run("sh", "-euc", one.how)
 	l := lost{took: time.Since(began)}
+	if one.stalled {
+		time.Sleep(time.Duration(c.random.Int64N(int64(time.Second))))
+		c.run("systemctl", "kill", "--kill-who=main", "-s", "CONT", "service-proxy-agent")
+	}
 	done := time.Now()
-	c.eventually(20*time.Second, "our rules are there after "+how, func() error {
+	c.eventually(20*time.Second, "our rules are there after "+one.String(), func() error {
 		return c.same(c.rules())
 	})
 	l.away = time.Since(done)
 	time.Sleep(500 * time.Millisecond)
 	if err := c.same(c.rules()); err != nil {
-		t.Errorf("%s: a while after our rules had come back: %v", how, err)
+		t.Errorf("%v: a while after our rules had come back: %v", one, err)
 	}
 	l.out, l.in = out.Stop(), in.Stop()
 	if inner != nil {
@@ -256,17 +295,19 @@ func (c *company) during(t *testing.T, n neighbour, how string) lost {
 	}
 	l.cut, l.repairs = c.streams.count()-cut, int(c.status().Undone-undone)
 	if l.cut > 0 {
-		t.Errorf("%s: %d streams were cut: %v", how, l.cut, c.streams.errors())
+		t.Errorf("%v: %d streams were cut: %v", one, l.cut, c.streams.errors())
 	}
 	if bad := l.out.Bad() + l.in.Bad() + l.inner.Bad(); bad > 0 && !n.reaches {
-		t.Errorf("%s has lost: out %v, in %v, of a container %v", how, l.out, l.in, l.inner)
+		t.Errorf("%v has lost: out %v, in %v, of a container %v", one, l.out, l.in, l.inner)
 	}
 	if l.out.OK == 0 || l.in.OK == 0 {
-		t.Errorf("%s: nothing came through: out %v, in %v", how, l.out, l.in)
+		t.Errorf("%v: nothing came through: out %v, in %v", one, l.out, l.in)
 	}
-	// Nobody does all that in a row. Who undoes our rules five times in eight seconds is met with
-	// back-off.
-	time.Sleep(time.Duration(l.repairs) * 2 * time.Second)
+	if soak {
+		// Nobody does all that in a row. Who undoes our rules five times in eight seconds is met with
+		// back-off.
+		time.Sleep(time.Duration(l.repairs) * 2 * time.Second)
+	}
 	return l
 }
 
@@ -365,7 +406,10 @@ func (c *company) dropping(t *testing.T, cause, next string) {
 // servingPort: ufw sees a serving port under Envoy's number.
 func (c *company) servingPort(t *testing.T) {
 	c.run("ufw", "delete", "allow", "15006/tcp")
-	if err := c.checkInbound(); err == nil {
+	short, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if conn, err := c.lab.Client.Dial(short, netip.AddrPortFrom(lab.VMAddr, servingPort)); err == nil {
+		conn.Close()
 		t.Error("the serving port answers though ufw drops what comes to Envoy's port")
 	}
 	c.dropping(t, "serving port 8080 is dropped", "let TCP 15006 in")
