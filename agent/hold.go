@@ -7,39 +7,62 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
-// holdRetry is how long after a failure a Hold is tried again: another agent may have had it, and a
-// kernel that knows none will not learn it.
-const holdRetry = time.Minute
+const (
+	// holdFor is how long after the last change by others a Hold stays: a restart of nftables.service
+	// flushes twice.
+	holdFor = 3 * time.Second
+	// holdRetry is how long after a failure it is tried again: a kernel that knows none will not learn
+	// it.
+	holdRetry = time.Minute
+)
 
-// holding keeps connection tracking on (conntrack.Hold) from when rules of ours redirect until the
-// agent ends or is paused. Not before: the first NAT rule of a VM starts it, and the rules know how
-// to go easy on connections that are older. Not only while jumps are in: streams that they
-// redirected live on without them.
+// holding keeps connection tracking on (conntrack.Hold) while rules of ours that redirected are put
+// back. It is taken as soon as the kernel tells that somebody has changed them, which is some
+// milliseconds before iptables can have them back, and only then: a ruleset that somebody saves and
+// loads again must not hold a table that nobody else may write.
 type holding struct {
-	make  func() (io.Closer, error) // nil: nothing is held
-	log   *zap.Logger
-	held  io.Closer
-	tried time.Time
+	make    func() (io.Closer, error) // nil: nothing is held
+	log     *zap.Logger
+	jumps   bool // rules redirected at the end of the last pass
+	held    io.Closer
+	changed time.Time // by others, the last time
+	failed  time.Time
 }
 
-func (h *holding) pass(now time.Time, paused bool, outcomes []reconcile.Outcome) {
-	if paused {
-		h.end()
+// told takes in what the kernel told.
+func (h *holding) told(e iptables.Event, now time.Time) {
+	if e.Own || !h.jumps || h.make == nil {
 		return
 	}
-	if h.make == nil || h.held != nil || jumpsOf(outcomes) == [2]bool{} ||
-		!h.tried.IsZero() && now.Sub(h.tried) < holdRetry {
+	h.changed = now
+	if h.held != nil || !h.failed.IsZero() && now.Sub(h.failed) < holdRetry {
 		return
 	}
-	first := h.tried.IsZero()
-	h.tried = now
 	held, err := h.make()
-	if err == nil {
-		h.held = held
-	} else if first {
-		h.log.Info("established streams are cut when somebody flushes table nat", zap.Error(err))
+	if err != nil {
+		if h.failed.IsZero() {
+			h.log.Info("established streams may be cut when somebody flushes table nat", zap.Error(err))
+		}
+		h.failed = now
+		return
+	}
+	h.held = held
+}
+
+// passed ends what is held once the rules are back, or nobody wants them.
+func (h *holding) passed(now time.Time, outcomes []reconcile.Outcome) {
+	jumps := jumpsOf(outcomes)
+	h.jumps = jumps != [2]bool{}
+	for _, o := range outcomes {
+		if o.Status.Usable && o.Status.Jumps && !o.Status.Equal {
+			return
+		}
+	}
+	if now.Sub(h.changed) > holdFor {
+		h.end()
 	}
 }
 

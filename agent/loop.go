@@ -144,7 +144,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := l.wanted.desired(l.settings, seen)
 	known = known && !seen.Brake.Awaited
 	outcomes := l.reconcile(ctx, now, seen, want, known)
-	l.beside.hold.pass(now, l.paused, outcomes)
+	l.beside.hold.passed(now, outcomes)
 	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
 	facts := seen.Facts(want, outcomes)
@@ -220,6 +220,8 @@ func (l *loop) takeEvent(e iptables.Event, ok bool, now time.Time) {
 	if !ok {
 		l.inbox.events = nil // polling goes on
 		l.log.Warn("the kernel's notifications ended, polling")
+	} else {
+		l.beside.hold.told(e, now) // first: each millisecond counts
 	}
 	for _, family := range l.families {
 		family.Note(e, now)

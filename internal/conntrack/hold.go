@@ -47,7 +47,9 @@ const holdLimit = 5 * time.Second
 // It is a table of the nft flag owner: only the process that made it can change it or take it away,
 // flush ruleset leaves it, and the kernel deletes it when the process ends. It has a nat chain
 // without a rule, which is what keeps NAT on, and a chain that no hook leads to with a rule that
-// looks at conntrack, which is what keeps that on. No packet's way depends on it.
+// looks at conntrack, which is what keeps that on. No packet's way depends on it. Hold it for as
+// long as it is needed only: whoever loads a ruleset that was saved with it, while it is there, is
+// refused.
 type Hold struct{ conn *netlink.Conn }
 
 // NewHold makes the table. It fails where the kernel has no nf_tables or is older than 5.12, which

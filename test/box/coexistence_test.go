@@ -294,11 +294,9 @@ func (c *company) during(t *testing.T, n neighbour, one step) lost {
 		l.inner = inner.Stop()
 	}
 	l.cut, l.repairs = c.streams.count()-cut, int(c.status().Undone-undone)
-	if l.cut > 0 {
-		t.Errorf("%v: %d streams were cut: %v", one, l.cut, c.streams.errors())
-	}
-	if bad := l.out.Bad() + l.in.Bad() + l.inner.Bad(); bad > 0 && !n.reaches {
-		t.Errorf("%v has lost: out %v, in %v, of a container %v", one, l.out, l.in, l.inner)
+	if bad := l.out.Bad() + l.in.Bad() + l.inner.Bad() + l.cut; bad > 0 && !n.reaches {
+		t.Errorf("%v has lost: out %v, in %v, of a container %v, %d streams: %v", one, l.out, l.in,
+			l.inner, l.cut, c.streams.errors())
 	}
 	if l.out.OK == 0 || l.in.OK == 0 {
 		t.Errorf("%v: nothing came through: out %v, in %v", one, l.out, l.in)
