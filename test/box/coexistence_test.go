@@ -417,31 +417,41 @@ func (c *company) servingPort(t *testing.T) {
 
 // containers looks at what goes out of a container and into one.
 func (c *company) containers(t *testing.T) {
-	for _, ask := range []struct{ what, url, want string }{
-		{"a service", "http://" + vip.String() + "/", "name=endpoint local=" +
-			netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort).String()},
-		{"the metadata server", "http://169.254.169.254/computeMetadata/v1/instance/name", "vm-1"},
-		{"the metadata server by name", "http://metadata.google.internal/computeMetadata/v1/instance/name",
-			"vm-1"},
-	} {
-		c.eventually(10*time.Second, ask.what+" answers a container", func() error {
-			out, err := c.try("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "3", "-H",
-				"Metadata-Flavor: Google", ask.url)
-			if err != nil || !strings.Contains(out, ask.want) {
+	const service, metadata = "http://10.77.0.1/",
+		"http://169.254.169.254/computeMetadata/v1/instance/name"
+	endpoint := "local=" + netip.AddrPortFrom(lab.EndpointAddr(1), endpointPort).String()
+	answers := func(what, url, want string) {
+		t.Helper()
+		c.eventually(10*time.Second, what+" answers a container", func() error {
+			out, err := c.curl(url)
+			if err != nil || !strings.Contains(out, want) {
 				return fmt.Errorf("%w: %q", err, out)
 			}
 			return nil
 		})
 	}
+	answers("a service", service, endpoint)
+	answers("the metadata server", metadata, "vm-1")
+	answers("the metadata server by name",
+		"http://metadata.google.internal/computeMetadata/v1/instance/name", "vm-1")
+
+	// Docker's own rules are nobody's but Docker's to put back.
+	c.run("systemctl", "restart", "nftables")
+	answers("a service, with Docker's rules flushed,", service, endpoint)
+	if out, err := c.curl(metadata); err == nil {
+		t.Errorf("the metadata server answers without Docker's rules: %q", out)
+	}
+	c.run("systemctl", "stop", "nftables")
+	c.run("systemctl", "restart", "docker")
+	answers("the metadata server", metadata, "vm-1")
 
 	c.run("ufw", "--force", "enable")
-	if out, err := c.try("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "2",
-		"http://"+vip.String()+"/"); err == nil {
+	if out, err := c.curl(service); err == nil {
 		t.Errorf("a service answers a container though ufw drops what comes to Envoy's port: %s", out)
 	}
 	c.dropping(t, "connections to services from docker0", "let TCP 15001 in from docker0")
 	c.run("ufw", "allow", "in", "on", "docker0", "to", "any", "port", "15001", "proto", "tcp")
-	c.run("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "5", "http://"+vip.String()+"/")
+	answers("a service, let in by ufw,", service, endpoint)
 	c.run("ufw", "disable")
 
 	// A published port that is a serving port: Envoy first, then the container.
@@ -463,6 +473,12 @@ func (c *company) containers(t *testing.T) {
 	})
 	c.run("docker", "rm", "-f", "web")
 	c.application(t)
+}
+
+// curl is what a program in the container is answered.
+func (c *company) curl(url string) (string, error) {
+	return c.try("docker", "exec", "inner", "/usr/bin/curl", "-sS", "-m", "2", "-H",
+		"Metadata-Flavor: Google", url)
 }
 
 // answerer is an application in a container, of what Debian's smallest system has.
