@@ -229,7 +229,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
 	a.say(report.Event{Severity: report.Info, Message: a.startedText()})
-	a.kept.whose.find(ctx, a.settings.StateDir, identity.Here(""), metadata.ReadInstance, a.log)
+	a.kept.whose.find(ctx, a.settings.StateDir, server.Dir(), identity.Here(""), metadata.ReadInstance, a.log)
 	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
 	defer cancel()
 	err = runTasks(ctx, a.tasks(ctx, socket))

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -23,11 +25,13 @@ import (
 
 // whose is whose the state is that this run has found. The zero value knows nothing of the VM.
 type whose struct {
+	run      string                    // the runtime folder
 	vm       identity.VM               // as it was known at the start
-	instance atomic.Pointer[string]    // as it was told later; nil: not yet
+	instance atomic.Pointer[string]    // as the metadata server has told it to this run; nil: not yet
 	found    map[string]identity.Owner // of the state folder's files, by name
 	// hold: some of it may be ours or not, so that nothing may be written in its place
 	hold      bool
+	ends      atomic.Bool    // the id has told otherwise: this run ends, and the next one begins right
 	believed  identity.Owner // whose the state says it is that this run goes by
 	discarded *identity.Discarded
 }
@@ -53,11 +57,18 @@ var ofBootstrap = []stateFile{
 // state is.
 const askLimit = 3 * time.Second
 
+// instanceFile keeps the VM's id in the runtime folder, for the next starts in this boot.
+const instanceFile = "instance"
+
 // find looks whose the state is that lies in dir, and removes what is another VM's. ask asks for
-// this VM's id.
-func (w *whose) find(ctx context.Context, dir string, vm identity.VM,
+// this VM's id, and run is the runtime folder.
+func (w *whose) find(ctx context.Context, dir, run string, vm identity.VM,
 	ask func(context.Context) (string, error), log *zap.Logger) {
-	w.vm, w.found = vm, map[string]identity.Owner{}
+	w.run, w.vm, w.found = run, vm, map[string]identity.Owner{}
+	kept := identity.Read(filepath.Join(run, instanceFile))
+	if kept.Boot == vm.Boot && kept.Machine == vm.Machine {
+		w.vm.Instance = kept.Instance
+	}
 	for _, f := range keptFiles {
 		if _, err := os.Lstat(filepath.Join(dir, f.name)); err == nil {
 			w.found[f.name] = identity.Read(filepath.Join(dir, f.name))
@@ -69,7 +80,10 @@ func (w *whose) find(ctx context.Context, dir string, vm identity.VM,
 	w.found[progress.OwnerFile] = identity.Read(progress.OwnerFile)
 	if w.open() {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
-		w.vm.Instance, _ = ask(ctx) // who does not know goes on with what the machine tells
+		if id, err := ask(ctx); err == nil && id != "" {
+			w.vm.Instance = id
+			w.keep(id)
+		} // else the machine decides
 		cancel()
 	}
 	var what []string
@@ -129,7 +143,11 @@ func (w *whose) now() identity.VM {
 // owner is whose what is written now is. While the id is not known it is that of the VM whose state
 // this run goes by: all of it is gone on with, or discarded, together.
 func (w *whose) owner() identity.Owner {
-	o := w.now().Owner
+	vm := w.now()
+	if w.ends.Load() {
+		vm = w.vm // as what it is written beside
+	}
+	o := vm.Owner
 	switch {
 	case o.Instance != "":
 	case w.vm.Judge(w.believed) == identity.Likely:
@@ -140,10 +158,23 @@ func (w *whose) owner() identity.Owner {
 	return o
 }
 
-// learn asks for the VM's id where it is not known yet. It returns errWhose if that tells something
-// else of the state than the start went by: the id counts from the next start on then.
+// keep notes the VM's id.
+func (w *whose) keep(id string) {
+	w.instance.Store(&id)
+	text, err := json.Marshal(w.now().Owner)
+	if err == nil && w.run != "" {
+		// Without it the next start asks again.
+		_ = atomicfile.Write(filepath.Join(w.run, instanceFile), append(text, '\n'), 0o644)
+	}
+}
+
+// learn asks for the VM's id where this run was not told it yet. It returns errWhose if that tells
+// something else of the state than the start went by: what is written counts from the next start on.
 func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, error)) error {
-	if w.now().Instance != "" {
+	switch {
+	case w.ends.Load():
+		return errWhose
+	case w.instance.Load() != nil:
 		return nil
 	}
 	id, err := ask(ctx)
@@ -159,9 +190,11 @@ func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, er
 		of, there := w.found[f.name]
 		return there && w.vm.Judge(of).Believed() != is.Judge(of).Believed()
 	}) {
+		w.ends.Store(true) // first: nothing may be written as the new one's
+		w.keep(id)
 		return errWhose
 	}
-	w.instance.Store(&id)
+	w.keep(id)
 	return nil
 }
 
