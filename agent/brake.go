@@ -283,7 +283,7 @@ func (a *Agent) watchBrake(ctx context.Context) error {
 			a.brakes.Put(is)
 		}
 		// It says whose it is. (Where the VM's id tells that it is another's, the run ends: watchWhose.)
-		if kept.Owner = of.now().Owner; !kept.same(saved) {
+		if kept.Owner = of.owner(); !kept.same(saved) {
 			saved = kept
 			a.kept.brake.Put(kept)
 		}

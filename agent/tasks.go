@@ -115,8 +115,8 @@ func (a *Agent) pauseLoop(ctx context.Context) error {
 	}
 }
 
-// keepHistory keeps the failures, the transitions, the attribute and the brake for the next start, beside the
-// loop: a disk may hang.
+// keepHistory keeps the failures, the transitions, the attribute and the brake for the next start,
+// beside the loop: a disk may hang.
 func (a *Agent) keepHistory(ctx context.Context) error {
 	dir := a.settings.StateDir
 	if a.kept.whose.hold {
