@@ -95,10 +95,14 @@ func (v *VM) checkClone(t *testing.T, random *rand.Rand) {
 		t.Errorf("before it is known which VM this is, it presents itself as %q", nodes[0].ID)
 	}
 	back()
-	c.waitFinished(90 * time.Second)
-	if state := c.state(); state.Instance != strconv.FormatUint(second.ID, 10) {
-		t.Errorf("it is finished for instance %s", state.Instance)
-	}
+	// Until bootstrap has begun, what it left on the other VM is on this disk.
+	c.eventually(90*time.Second, "bootstrap has finished for this VM", func() error {
+		state := c.state()
+		if state.Status != progress.Finished || state.Instance != strconv.FormatUint(second.ID, 10) {
+			return fmt.Errorf("it is %q for %s; last failure %q", state.Status, state.Instance, state.Failure)
+		}
+		return nil
+	})
 	c.eventually(30*time.Second, "the service answers through Envoy", c.checkVIP)
 	c.waitStatus(60*time.Second, progress.Finished)
 	have := seen()
