@@ -259,7 +259,8 @@ func jumpsIn(text string) (jumps []string) {
 func brakeIsTold(t *testing.T, m *mesh.Mesh, a *mesh.Agent, changed time.Time) {
 	t.Helper()
 	s, err := a.Wait(within(t, 20*time.Second), "the warning", func(s status.Status) bool {
-		return strings.HasPrefix(s.LastFailure, "Interception is off since ")
+		return hasFinding(s, symptom.InterceptionOff) &&
+			strings.HasPrefix(s.LastFailure, "Interception is off since ")
 	})
 	must(t, err)
 	i := s.Interception
