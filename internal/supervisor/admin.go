@@ -17,8 +17,8 @@ import (
 // lookLimit is for one question.
 const lookLimit = time.Second
 
-// get asks the admin interface whose address Envoy has written into the file, on a connection of its
-// own, and returns the beginning of the answer.
+// get asks the admin interface whose address Envoy has written into the file, on a connection of
+// its own, and returns the beginning of the answer.
 func get(file, path string) (string, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -43,8 +43,8 @@ func get(file, path string) (string, error) {
 	return string(body), err
 }
 
-// look asks twice: what the process had been told before it answered the first, such as to close, is
-// done when it answers the second. An Envoy without an admin interface has none to lose.
+// look asks twice: what the process had been told before it answered the first, such as to close,
+// is done when it answers the second. An Envoy without an admin interface has none to lose.
 func look(file string) Admin {
 	if info, err := os.Stat(file); err != nil || info.Size() == 0 {
 		return AdminAnswers
@@ -61,8 +61,8 @@ func look(file string) Admin {
 	return AdminAnswers
 }
 
-// listens says whether an Envoy has listeners, which another one without its control plane would not
-// have. One that does not tell may have some.
+// listens says whether an Envoy has listeners, which another one without its control plane would
+// not have. One that does not tell may have some.
 func listens(file string) bool {
 	body, err := get(file, "/listeners")
 	return err != nil || strings.TrimSpace(body) != ""

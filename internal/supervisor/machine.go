@@ -488,8 +488,8 @@ func (m *Machine) tick(now time.Time) (do []Action) {
 		m.attempt = looking
 		do = append(do, Look{m.in(live).n})
 	case m.attempt == recovering:
-		do = append(do, m.reply(NotDone, "%s; the one before serves, and starts again as the next epoch, "+
-			"to have its admin interface back", m.why)...)
+		do = append(do, m.reply(NotDone, "%s; the one before serves, and starts again as the next "+
+			"epoch, to have its admin interface back", m.why)...)
 	case m.attempt == pausing:
 		m.attempt = recovering
 		do = append(do, m.start(now, true)...)

@@ -54,8 +54,8 @@ var served = []any{Begin{}, do{Start{N: 1, Chain: 1}}, Live{1}, do(nil)}
 func after(before []any, more ...any) []any { return append(slices.Clone(before), more...) }
 
 // handedOver: epoch 1 serves and epoch 0 drains.
-var handedOver = after(served, Asked{7}, do{Check{}}, Checked{}, do{Start{N: 2, Chain: 1, Epoch: 1}},
-	Live{2}, do{reply(Done, 7)})
+var handedOver = after(served, Asked{7}, do{Check{}}, Checked{},
+	do{Start{N: 2, Chain: 1, Epoch: 1}}, Live{2}, do{reply(Done, 7)})
 
 func TestMachine(t *testing.T) {
 	const term, kill = syscall.SIGTERM, syscall.SIGKILL
@@ -70,7 +70,8 @@ func TestMachine(t *testing.T) {
 			do(nil), Checked{}, Asked{9}, do(nil), Live{2}, do{reply(Done, 7)}, exit(1, 0),
 			do{StandIn{Chain: 1}, Check{}}, Checked{}, do{Start{N: 3, Chain: 1, Epoch: 2}}, Live{3},
 			do{reply(Done, 8, 9)}),
-		"refused":      after(served, Asked{7}, Checked{&Answer{NotPossible, "x"}}, do{reply(NotPossible, 7)}),
+		"refused": after(served, Asked{7}, Checked{&Answer{NotPossible, "x"}},
+			do{reply(NotPossible, 7)}),
 		"not live yet": {Begin{}, Asked{7}, do{reply(NotPossible, 7)}},
 		"the next one dies and has left the admin interface": after(failed, Looked{1, AdminAnswers},
 			do{reply(NotDone, 7)}, Asked{8}, do{Check{}}),
@@ -96,8 +97,8 @@ func TestMachine(t *testing.T) {
 		"the one that serves dies alone": after(served, exit(1, 3), do{End{Status{Code: 3}}}),
 		"while another one starts": after(served, Asked{7}, Checked{}, exit(1, 3), do{StandIn{Chain: 1}},
 			killed(2), do{reply(NotDone, 7), End{Status{Code: 3}}}),
-		"while another one is live that is not known to be": after(served, Asked{7}, Checked{}, exit(1, 3),
-			Live{2}, do{reply(Done, 7)}, exit(2, 4), do{End{Status{Code: 4}}}),
+		"while another one is live that is not known to be": after(served, Asked{7}, Checked{},
+			exit(1, 3), Live{2}, do{reply(Done, 7)}, exit(2, 4), do{End{Status{Code: 4}}}),
 		"while another one drains": after(handedOver, killed(2), do{Start{N: 3, Chain: 2}}, Live{3},
 			do(nil), 17*time.Second, Tick{}, do{send(1, term)}, exit(1, 0), do(nil), exit(3, 4),
 			do{End{Status{Code: 4}}}),
@@ -176,7 +177,8 @@ func (w *world) do(a Action) {
 		if p == nil || p.gone {
 			return
 		}
-		if p.phase == live && !w.told && !w.m.ending && !slices.Contains(w.queueOf(a.N), Event(Live{a.N})) {
+		known := !slices.Contains(w.queueOf(a.N), Event(Live{a.N}))
+		if p.phase == live && known && !w.told && !w.m.ending {
 			w.fail("the one that serves gets signal %d", a.Signal)
 		}
 		if a.Signal == syscall.SIGKILL || !p.hung {
@@ -287,7 +289,8 @@ func (w *world) move(p *envoy) {
 		w.marked[p.Chain], p.begun = true, true
 	case p.phase == starting && p.Epoch > 0 && parent == nil && w.expected(p.Chain, p.Epoch-1):
 		return // it tries ten times
-	case p.phase == starting && p.Epoch > 0 && parent == nil && (!p.admin || !w.taken[[2]int{p.Chain, p.Epoch - 1}]):
+	case p.phase == starting && p.Epoch > 0 && parent == nil &&
+		(!p.admin || !w.taken[[2]int{p.Chain, p.Epoch - 1}]):
 		w.exit(p, Status{Signal: syscall.SIGABRT})
 	case p.phase == starting && parent != nil && parent.hung:
 		return // it waits for an answer

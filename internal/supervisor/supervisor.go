@@ -3,8 +3,8 @@
 // listening sockets over and drains. No connection is refused by it.
 //
 // [Machine] decides and is pure. [Run] hears of processes, signals and orders, and does what the
-// Machine says. [Reload] is who orders. Nothing here knows what Envoy is configured with, nor when a
-// reload is due: that is internal/bootstrap's.
+// Machine says. [Reload] is who orders. Nothing here knows what Envoy is configured with, nor when
+// a reload is due: that is internal/bootstrap's.
 //
 // What Envoy does not do by itself, and is done here:
 //
@@ -15,8 +15,8 @@
 //   - An epoch that does not get live in time, stopped or without a control plane, is killed.
 //   - An epoch that serves aborts when the one that drains has crashed. Somebody answers in its
 //     place ([StandIn]).
-//   - Whoever may send to an epoch's socket can end it, and names of the abstract name space have no
-//     owner: the sockets are files in the unit's runtime folder.
+//   - Whoever may send to an epoch's socket can end it, and names of the abstract name space have
+//     no owner: the sockets are files in the unit's runtime folder.
 package supervisor
 
 import (
@@ -371,8 +371,8 @@ func (s *supervisor) check(serving *child) *Answer {
 		return &Answer{NotDone, "the next Envoy does not run: " + err.Error()}
 	}
 	if is = strings.TrimSpace(is); is != runs {
-		return &Answer{NotPossible, fmt.Sprintf("the next Envoy cannot take over from the one that runs: "+
-			"its hot restart version is %s, and that of the one that runs %s", is, runs)}
+		return &Answer{NotPossible, fmt.Sprintf("the next Envoy cannot take over from the one that "+
+			"runs: its hot restart version is %s, and that of the one that runs %s", is, runs)}
 	}
 	s.patient = listens(serving.admin)
 	help, err := ask(ctx, program, "--help")
@@ -426,7 +426,8 @@ func (s *supervisor) note() {
 	for _, base := range s.bases {
 		fmt.Fprintln(&text, base)
 	}
-	if err := os.WriteFile(filepath.Join(s.o.Dir, basesName), []byte(text.String()), 0o600); err != nil {
+	path := filepath.Join(s.o.Dir, basesName)
+	if err := os.WriteFile(path, []byte(text.String()), 0o600); err != nil {
 		s.o.Log.Warn("shared memory may stay behind", zap.Error(err))
 	}
 }

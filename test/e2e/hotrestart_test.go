@@ -221,8 +221,8 @@ func TestReloadUnderLoad(t *testing.T) {
 }
 
 // TestReloadWithFaults: somebody kills or stops what takes part in a reload, in a random order, and
-// gives it configurations that are no good. As long as an epoch serves no connection is refused, and
-// after each fault the next reload works, with an admin interface that the agent follows.
+// gives it configurations that are no good. As long as an epoch serves no connection is refused,
+// and after each fault the next reload works, with an admin interface that the agent follows.
 func TestReloadWithFaults(t *testing.T) {
 	beside(t)
 	random := seeded(t)

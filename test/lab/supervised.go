@@ -14,7 +14,7 @@ import (
 	"syscall"
 )
 
-// supervise puts the supervisor of Envoy's unit before Envoy: what is the process of e is that then.
+// supervise puts the supervisor of Envoy's unit before Envoy: that is the process of e then.
 func (e *Envoy) supervise(opts EnvoyOptions) error {
 	dir := filepath.Join(e.lab.Dir, "envoy-run")
 	if err := os.Mkdir(dir, 0o750); err != nil {
