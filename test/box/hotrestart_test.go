@@ -407,13 +407,13 @@ func (v *VM) watchReady() (end func() string) {
 	return func() string { cancel(); return <-said }
 }
 
-// hit waits in the box for the process of an epoch, sends it a signal so long after it was seen, and
-// prints its pid and how many Envoys had started their workers by then.
+// hit waits in the box for the process of a unit whose command has these words, sends it a signal so
+// long after it was seen, and prints its pid and how many Envoys had started their workers by then.
 const hit = `log=/var/log/envoy/envoy.err.log
 for i in $(seq 3000); do
-	for p in $(cat /sys/fs/cgroup/system.slice/service-proxy-envoy.service/cgroup.procs \
-		/sys/fs/cgroup/systemd/system.slice/service-proxy-envoy.service/cgroup.procs 2>/dev/null); do
-		tr '\0' ' ' </proc/$p/cmdline 2>/dev/null | grep -q -e "--restart-epoch $1 " || continue
+	for p in $(cat "/sys/fs/cgroup/system.slice/$4/cgroup.procs" \
+		"/sys/fs/cgroup/systemd/system.slice/$4/cgroup.procs" 2>/dev/null); do
+		tr '\0' ' ' </proc/$p/cmdline 2>/dev/null | grep -q -e "$1 " || continue
 		sleep "$2"
 		kill "-$3" "$p" 2>/dev/null
 		echo "$p $(grep -c 'starting workers' $log)"
@@ -428,30 +428,36 @@ var wrong = []string{"Envoy is not running", "has not received its configuration
 	"does not accept", "gives no usable answer"}
 
 // nextIsStopped has the next Envoy be stopped for a while, or killed, at a random moment after its
-// start. As long as it has not taken over nobody notices, and in the end it is done.
+// start, or bootstrap killed that has it started. As long as that Envoy has not taken over nobody
+// notices, and in the end it is done.
 func (v *VM) nextIsStopped(t *testing.T) {
-	seed, rounds, within := uint64(time.Now().UnixNano()), 2, 300*time.Millisecond
+	seed, rounds, within := uint64(time.Now().UnixNano()), 3, 300*time.Millisecond
 	if os.Getenv("SOAK") != "" {
-		rounds, within = 20, 800*time.Millisecond
+		rounds, within = 30, 800*time.Millisecond
 	}
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	for round := range rounds {
-		signal := []string{"STOP", "KILL"}[round%2]
+		before := v.epochs()
+		whom, unit := fmt.Sprintf("--restart-epoch %d", before[len(before)-1].n+1), "service-proxy-envoy"
+		signal := []string{"STOP", "KILL", "KILL"}[round%3]
 		after := time.Duration(random.Int64N(int64(within)))
+		if round%3 == 2 {
+			// It runs for some seconds: from its start to the hot restart's end.
+			whom, unit, after = "service-proxy-agent bootstrap", "service-proxy-bootstrap", 5*after
+		}
 		stopped := time.Duration(random.Int64N(int64(5 * time.Second)))
 		if os.Getenv("SOAK") != "" && round%6 == 0 {
 			stopped = 75 * time.Second // longer than the next one is waited for
 		}
 		label := fmt.Sprintf("round-%d", round)
-		what := fmt.Sprintf("round %d, %s after %v", round, signal, after)
-		before := v.epochs()
+		what := fmt.Sprintf("round %d, %s of %s after %v", round, signal, whom, after)
 		workers := strings.TrimSpace(v.run("grep", "-c", "starting workers",
 			"/var/log/envoy/envoy.err.log"))
 		load, start := v.startLoad(newPerSecond), time.Now()
 		v.platform.SetAttribute("gce-service-proxy", labelled(t, label, "before.tgz", ""))
-		f := strings.Fields(v.run("sh", "-c", hit, "sh", strconv.Itoa(before[len(before)-1].n+1),
-			fmt.Sprintf("%.3f", after.Seconds()), signal))
+		f := strings.Fields(v.run("sh", "-c", hit, "sh", whom, fmt.Sprintf("%.3f", after.Seconds()), signal,
+			unit+".service"))
 		if len(f) != 2 {
 			t.Fatalf("%s: %q", what, f)
 		}
@@ -475,7 +481,7 @@ func (v *VM) nextIsStopped(t *testing.T) {
 		})
 		t.Logf("%s: %v; its workers had been started: %v; done after %.1f s", what, stopped, served,
 			time.Since(start).Seconds())
-		if served {
+		if served && unit == "service-proxy-envoy" {
 			load.outage(t, what) // it was all that served
 			continue
 		}
