@@ -409,7 +409,8 @@ func (v *VM) watchReady() (end func() string) {
 
 // hit waits in the box for the process of a unit whose command has these words, sends it a signal so
 // long after it was seen, and prints its pid and how many Envoys had started their workers by then.
-const hit = `log=/var/log/envoy/envoy.err.log
+const hit = `exec 2>/dev/null # of processes that have just ended
+log=/var/log/envoy/envoy.err.log
 for i in $(seq 3000); do
 	for p in $(cat "/sys/fs/cgroup/system.slice/$4/cgroup.procs" \
 		"/sys/fs/cgroup/systemd/system.slice/$4/cgroup.procs" 2>/dev/null); do
