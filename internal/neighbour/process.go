@@ -2,6 +2,7 @@ package neighbour
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -78,6 +79,8 @@ func Processes(ports []uint16, programs ...string) ([]Process, error) {
 			all = append(all, p)
 		}
 	}
+	// The first is likely to have started the others.
+	slices.SortFunc(all, func(a, b Process) int { return cmp.Compare(a.PID, b.PID) })
 	return all, nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
@@ -376,12 +377,33 @@ func (v *VM) comesOverOurs(t *testing.T, before map[string]string) {
 	v.install()
 	v.waitFinished(90 * time.Second)
 	v.eventually(60*time.Second, "ours serves", func() error { return v.served(false) })
-	v.run("sh", "-c", "cp -r /usr/local/lib/service-proxy-agent/take-over/files/etc/systemd/system/. /etc/systemd/system && "+
-		"systemctl daemon-reload")
+	// Its unit first, without a daemon-reload: from that on systemd takes nothing that our daemon tells
+	// it, and its watchdog would have theirs started instead within half a minute.
+	v.run("sh", "-c",
+		"cp -r /usr/local/lib/service-proxy-agent/take-over/files/etc/systemd/system/. /etc/systemd/system")
 	out, err := v.try("service-proxy-agent", "bootstrap")
 	if err != nil {
 		t.Errorf("beside ours, which runs: %v\n%s", err, out)
 	}
+	// Ours goes on, and tells of it.
+	v.eventually(40*time.Second, "it is told of", func() error {
+		status, _ := v.asks("service-proxy-agent", "status")
+		if !strings.Contains(status, "Google's own agent is on this VM, too") ||
+			!strings.Contains(status, theirUnit) {
+			return errors.New(status)
+		}
+		return nil
+	})
+	v.eventually(90*time.Second, "it is told of outside", func() error {
+		if have := v.guest(guestattr.AgentLastFailure); !strings.Contains(have, "--take-over") {
+			return fmt.Errorf("agent-last-failure is %q", have)
+		}
+		return nil
+	})
+	if err := v.served(false); err != nil {
+		t.Error(err)
+	}
+	v.run("systemctl", "daemon-reload")
 	v.run("systemctl", "restart", "service-proxy-agent.service")
 	v.eventually(20*time.Second, "it runs", func() error {
 		if have := v.property("service-proxy-agent.service", "FragmentPath"); have != theirUnit {
@@ -390,6 +412,10 @@ func (v *VM) comesOverOurs(t *testing.T, before map[string]string) {
 		_, err := v.try("systemctl", "is-active", "service-proxy-agent.service")
 		return err
 	})
+	if said, code := v.asks("service-proxy-agent", "doctor"); code != 1 ||
+		!strings.Contains(said, "its process is ") {
+		t.Errorf("doctor: exit code %d\n%s", code, said)
+	}
 	v.bootstrapAgain()
 	v.waitFailure(60*time.Second, "another agent", theirUnit, "--take-over")
 	said, code := v.asks("service-proxy-agent", "bootstrap", "--take-over")
