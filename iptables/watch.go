@@ -171,8 +171,8 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, s *sender) {
 
 // whose is the event with what is known of who did it. The kernel tells pids of the machine's first
 // pid namespace: in another one (a container, a box) ours are not known by them. There each of our
-// writes makes one write by the program that we use ours, while it goes on and shortly after. Of two
-// it cannot be told which was ours, so the second says that anything may have changed.
+// writes makes one write by the program that we use ours, while it goes on and shortly after. Of
+// two it cannot be told which was ours, so the second says that anything may have changed.
 func (k *Kernel) whose(e Event) Event {
 	switch {
 	case k.machine.firstPIDs():
@@ -186,8 +186,8 @@ func (k *Kernel) whose(e Event) Event {
 	return e
 }
 
-// claimFor is for how long after one of our writes the kernel's word of it may come, where it is not
-// known by its pid.
+// claimFor is for how long after one of our writes the kernel's word of it may come, where it is
+// not known by its pid.
 const claimFor = time.Second
 
 // restores says whether a program has the name of one that we write by.

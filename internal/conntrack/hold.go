@@ -96,12 +96,14 @@ func (h *Hold) Close() error { return h.conn.Close() }
 func holdBatch() ([]netlink.Message, error) {
 	b := holdBuilder{}
 	b.add(msgBatchBegin, 0, nil)
-	b.add(subsysNFTables<<8|msgNewTable, netlink.Create|netlink.Excl, func(ae *netlink.AttributeEncoder) error {
-		ae.String(1, HoldTable)
-		ae.Uint32(2, tableFlagOwner)
-		ae.Bytes(6, append([]byte{0, byte(len(holdComment) + 1)}, holdComment+"\x00"...)) // user data: a comment
-		return nil
-	})
+	b.add(subsysNFTables<<8|msgNewTable, netlink.Create|netlink.Excl,
+		func(ae *netlink.AttributeEncoder) error {
+			ae.String(1, HoldTable)
+			ae.Uint32(2, tableFlagOwner)
+			// user data: a comment
+			ae.Bytes(6, append([]byte{0, byte(len(holdComment) + 1)}, holdComment+"\x00"...))
+			return nil
+		})
 	b.add(subsysNFTables<<8|msgNewChain, netlink.Create, func(ae *netlink.AttributeEncoder) error {
 		ae.String(1, HoldTable)
 		ae.String(3, "nat")
@@ -138,7 +140,8 @@ func establishedReturns(list *netlink.AttributeEncoder) error {
 			return nil
 		})
 	}
-	value := func(ae *netlink.AttributeEncoder, kind uint16, v uint32) { // in the register: of this machine
+	// what stands in a register has this machine's order
+	value := func(ae *netlink.AttributeEncoder, kind uint16, v uint32) {
 		ae.Nested(kind, func(ae *netlink.AttributeEncoder) error {
 			ae.Bytes(1, binary.NativeEndian.AppendUint32(nil, v))
 			return nil
@@ -194,5 +197,6 @@ func (b *holdBuilder) add(kind uint16, flags netlink.HeaderFlags,
 		}
 	}
 	b.batch = append(b.batch, netlink.Message{
-		Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | flags}, Data: data})
+		Header: netlink.Header{Type: netlink.HeaderType(kind), Flags: netlink.Request | flags},
+		Data:   data})
 }

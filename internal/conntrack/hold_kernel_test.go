@@ -18,7 +18,8 @@ func TestHoldKeepsRedirectedStreams(t *testing.T) {
 	if !inNetns(t) {
 		return
 	}
-	sh(t, "ip link set lo up; ip address add 10.9.0.1/32 dev lo; ip -6 address add fd09::1/128 dev lo nodad")
+	sh(t, "ip link set lo up; ip address add 10.9.0.1/32 dev lo; "+
+		"ip -6 address add fd09::1/128 dev lo nodad")
 	l, err := net.Listen("tcp", ":15001")
 	if err != nil {
 		t.Fatal(err)
@@ -111,7 +112,8 @@ func TestHoldAsNFTPrintsIt(t *testing.T) {
 	if strings.TrimSpace(have) != want {
 		t.Errorf("nft prints\n%s\nwant … %s", out, want)
 	}
-	if out, err := exec.Command("nft", "delete", "table", "inet", HoldTable).CombinedOutput(); err == nil {
+	deleting := exec.Command("nft", "delete", "table", "inet", HoldTable)
+	if out, err := deleting.CombinedOutput(); err == nil {
 		t.Errorf("another process has deleted it: %s", out)
 	}
 	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {

@@ -143,8 +143,8 @@ func droppedOfContainers(d Dropped, what string) Finding {
 	from := word(d.Interface, "INTERFACE")
 	return finding(InputDropped, 20, Warning,
 		say("let TCP %d in from %s before that %s", d.At, name(d.Interface), what),
-		"%v connections to services from %s, which are redirected to Envoy's port %d, are dropped by the "+
-			"%s %s of table filter", d.Family, name(d.Interface), d.At, what, d.rule()).
+		"%v connections to services from %s, which are redirected to Envoy's port %d, are dropped by "+
+			"the %s %s of table filter", d.Family, name(d.Interface), d.At, what, d.rule()).
 		under(d.Family.String()+" "+d.Interface).
 		seen(FromFilter, time.Time{}, d.rule()).
 		try(fmt.Sprintf("sudo %s -L %s -n -v --line-numbers", tables(d.Family),

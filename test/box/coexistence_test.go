@@ -47,6 +47,9 @@ type neighbour struct {
 	with func(*company, *testing.T)
 }
 
+var firewalld = []string{"firewall-cmd --reload", "systemctl reload firewalld",
+	"systemctl restart firewalld"}
+
 var neighbours = []neighbour{
 	{
 		name: "nftables.service", start: "systemctl start nftables", stop: "systemctl stop nftables",
@@ -63,14 +66,14 @@ var neighbours = []neighbour{
 		name:  "firewalld, nftables backend",
 		setUp: "sed -i s/^FirewallBackend=.*/FirewallBackend=nftables/ /etc/firewalld/firewalld.conf",
 		start: "systemctl start firewalld", stop: "systemctl stop firewalld",
-		do:      []string{"firewall-cmd --reload", "systemctl reload firewalld", "systemctl restart firewalld"},
+		do:      firewalld,
 		reaches: true,
 	},
 	{
 		name:  "firewalld, iptables backend",
 		setUp: "sed -i s/^FirewallBackend=.*/FirewallBackend=iptables/ /etc/firewalld/firewalld.conf",
 		start: "systemctl start firewalld", stop: "systemctl stop firewalld",
-		do:      []string{"firewall-cmd --reload", "systemctl reload firewalld", "systemctl restart firewalld"},
+		do:      firewalld,
 		reaches: true,
 	},
 	{
@@ -458,7 +461,7 @@ func (c *company) containers(t *testing.T) {
 	c.app.Close()
 	c.run("docker", "run", "-d", "--name", "web", "-p", fmt.Sprintf("%d:80", servingPort), "tiny",
 		"/usr/bin/perl", "-e", answerer)
-	c.eventually(10*time.Second, "the container answers on the serving port, through Envoy", func() error {
+	c.eventually(10*time.Second, "the container answers through Envoy", func() error {
 		resp, err := c.lab.Client.HTTP().Get(
 			"http://" + netip.AddrPortFrom(lab.VMAddr, servingPort).String() + "/")
 		if err != nil {
@@ -494,7 +497,8 @@ while (my $c = $s->accept) {
 func (c *company) application(t *testing.T) {
 	t.Helper()
 	var err error
-	if c.app, err = c.lab.Echo(c.lab.VM, servingPort, lab.EchoOptions{Name: "application"}); err != nil {
+	c.app, err = c.lab.Echo(c.lab.VM, servingPort, lab.EchoOptions{Name: "application"})
+	if err != nil {
 		t.Fatal(err)
 	}
 }
@@ -540,8 +544,9 @@ func (s *sum) String() string {
 		}
 		return text
 	}
-	return fmt.Sprintf("%d times, took ≤ %v, ours repaired %d to %d times, back ≤ %v after%s%s%s; %d streams cut", s.n,
-		most(s.took), slices.Min(s.repairs), slices.Max(s.repairs), most(s.away), one("out", s.out), one("in", s.in), one("container", s.inner), s.cut)
+	return fmt.Sprintf("%d times, took ≤ %v, ours repaired %d to %d times, back ≤ %v after; "+
+		"%d streams cut%s%s%s", s.n, most(s.took), slices.Min(s.repairs), slices.Max(s.repairs),
+		most(s.away), s.cut, one("out", s.out), one("in", s.in), one("container", s.inner))
 }
 
 // streams are long connections through Envoy, out of the VM and into it, on which something is

@@ -584,7 +584,7 @@ func (v *VM) boot() {
 		}
 		return nil
 	})
-	if v.engine { // of version 1, nspawn makes all but systemd's read-only; here they are the box's own
+	if v.engine { // of version 1, nspawn makes all but systemd's read-only; here they are its own
 		v.run("sh", "-euc", `for h in /sys/fs/cgroup/*; do
 			[ ! -e $h/cgroup.procs ] || mountpoint -q $h && mount -o remount,rw,bind $h; done`)
 	}
