@@ -116,6 +116,22 @@ func TestHoldAsNFTPrintsIt(t *testing.T) {
 	if out, err := deleting.CombinedOutput(); err == nil {
 		t.Errorf("another process has deleted it: %s", out)
 	}
+	// Who saves it cannot load it while it is there, and can afterwards: it is gone with nft.
+	load := func() error {
+		cmd := exec.Command("nft", "-f", "-")
+		cmd.Stdin = strings.NewReader("flush ruleset\n" + string(out))
+		return cmd.Run()
+	}
+	if load() == nil {
+		t.Error("what was saved was loaded while the table is there")
+	}
+	defer func() {
+		hold.Close()
+		if err := load(); err != nil {
+			t.Errorf("what was saved cannot be loaded: %v", err)
+		}
+		sh(t, "nft list tables | (! grep .)")
+	}()
 	for _, program := range []string{"iptables-nft-save", "ip6tables-nft-save"} {
 		if out, err := exec.Command(program).CombinedOutput(); err != nil || len(out) != 0 {
 			t.Errorf("%s: %v\n%s", program, err, out)
