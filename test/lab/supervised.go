@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,12 @@ func (e *Envoy) supervise(opts EnvoyOptions) error {
 	if err := os.Chown(dir, int(opts.UID), int(opts.UID)); err != nil {
 		return fmt.Errorf("make the runtime folder of Envoy's unit: %w", err)
 	}
+	e.lab.atEnd(func() { // what a supervisor that was killed leaves; under systemd RemoveIPC= removes it
+		text, _ := os.ReadFile(filepath.Join(dir, "base-ids"))
+		for _, base := range strings.Fields(string(text)) {
+			os.Remove("/dev/shm/envoy_shared_memory_" + base + "0")
+		}
+	})
 	program, err := e.lab.reachable(opts.Supervisor, opts.UID)
 	if err != nil {
 		return err
@@ -54,7 +61,8 @@ func (e *Envoy) Bootstrap() ([]byte, error) { return os.ReadFile(e.config) }
 type Epoch struct {
 	PID, Epoch int
 	RSS        int64 // bytes
-	State      string
+
+	started uint64 // in the kernel's ticks
 }
 
 func (e Epoch) String() string {
@@ -83,13 +91,16 @@ func (e *Envoy) Epochs() (all []Epoch) {
 		if at < 0 || at+1 >= len(argv) {
 			continue // just forked, or a question to the program
 		}
-		epoch := Epoch{State: f[0]}
+		epoch := Epoch{}
+		epoch.started, _ = strconv.ParseUint(f[19], 10, 64)
 		epoch.PID, _ = strconv.Atoi(filepath.Base(dir))
 		epoch.Epoch, _ = strconv.Atoi(argv[at+1])
 		pages, _ := strconv.ParseInt(f[21], 10, 64)
 		epoch.RSS = pages * int64(os.Getpagesize())
 		all = append(all, epoch)
 	}
-	slices.SortFunc(all, func(a, b Epoch) int { return a.PID - b.PID })
+	slices.SortFunc(all, func(a, b Epoch) int {
+		return cmp.Or(cmp.Compare(a.started, b.started), cmp.Compare(a.Epoch, b.Epoch))
+	})
 	return all
 }
