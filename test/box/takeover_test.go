@@ -53,6 +53,13 @@ Description=Envoy of the stand-in
 ExecStart=/usr/bin/setpriv --reuid 4242 --regid 4242 --clear-groups /usr/local/bin/envoy -c /etc/gce-envoy.json --disable-hot-restart -l warn
 Restart=always
 `
+	// needs.service is an application that cannot do without that unit: a stop of it would stop this.
+	needs = `[Unit]
+After=service-proxy-agent.service
+Requires=service-proxy-agent.service
+[Service]
+ExecStart=/usr/bin/sleep infinity
+`
 	// "$1" is flush, child (Envoy is started by it) or nothing.
 	theirScript = `#!/bin/sh
 flush() {
@@ -139,8 +146,9 @@ func installTheirs(t *testing.T, root string, own bool) {
 	}
 	link := filepath.Join(root, theirLink)
 	files := map[string]string{
-		theirProgram: fmt.Sprintf(theirScript, vip.Addr(), child),
-		theirUnit:    theirService, theirDropIn: "[Service]\nNice=1\n",
+		theirProgram:                        fmt.Sprintf(theirScript, vip.Addr(), child),
+		"/etc/systemd/system/needs.service": needs,
+		theirUnit:                           theirService, theirDropIn: "[Service]\nNice=1\n",
 		"/usr/local/bin/envoy": string(envoy),
 		"/etc/gce-envoy.json": fmt.Sprintf(theirEnvoyConfig, vip.Addr(), vip.Port(),
 			controlplane.ServedByHeader, lab.EndpointAddr(1), endpointPort),
@@ -288,6 +296,8 @@ func (v *VM) takeOver(t *testing.T) {
 	}
 	for _, kills := range rounds {
 		what := fmt.Sprintf("take-over with %d kills", kills)
+		v.run("systemctl", "start", "needs.service")
+		needs := v.property("needs.service", "MainPID")
 		jumps := v.watchJump()
 		load := v.startLoad(200)
 		ended := v.kills(r, kills)
@@ -311,6 +321,9 @@ func (v *VM) takeOver(t *testing.T) {
 			t.Errorf("%s: the jump was taken out:\n%s", what, out)
 		}
 		v.checkTaken(t)
+		if have := v.property("needs.service", "MainPID"); have != needs {
+			t.Errorf("%s: an application that requires the unit had pid %s, and has %s", what, needs, have)
+		}
 
 		// And back, with kill -9 of --remove where those of the take-over were killed.
 		what = fmt.Sprintf("give-back with %d kills", kills)
