@@ -23,8 +23,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
-// The emergency brake: the metadata key service-proxy-agent-interception, on the instance or else on
-// the project, by which an operator turns the interception of one VM or of a fleet off, live.
+// The emergency brake: the metadata key service-proxy-agent-interception, on the instance or else
+// on the project, by which an operator turns the interception of one VM or of a fleet off, live.
 
 // brake is what the key asks for, as the loop goes by it.
 type brake struct {
@@ -222,11 +222,11 @@ func (k keptBrake) save(dir string) error {
 }
 
 // brakeLate is for how long a run waits for what the metadata server says of the brake before it
-// goes by what an earlier one kept: as long as for the attribute of a server that hangs.
-const brakeLate = 10 * time.Second
+// goes by what an earlier one kept.
+const brakeLate = 5 * time.Second
 
-// readBrake asks both places at once, by what an earlier run kept. The error is of a place that gives
-// no usable answer.
+// readBrake asks both places at once, by what an earlier run kept. The error is of a place that
+// gives no usable answer.
 func readBrake(ctx context.Context, kept keptBrake) (brake, error) {
 	var asked sync.WaitGroup
 	looks := make([]metadata.Interception, len(placesOfKey))

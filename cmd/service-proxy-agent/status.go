@@ -165,7 +165,8 @@ func waitCommand() *cobra.Command {
 		Use:   "wait",
 		Short: "Wait until the mesh is ready, as a script or unit would",
 		Long: "Asks the daemon's /healthz/ready four times a second until it says yes: Envoy is live, " +
-			"its ports accept and the rules are in. Meanwhile it says on stderr what it waits for. Every " +
+			"its ports accept and the rules are in, or metadata has interception off and they are out. " +
+			"Meanwhile it says on stderr what it waits for. Every " +
 			"user may ask.\n\n" +
 			"Exit code: 0 ready; 1 not in time; 64 wrong usage.",
 		Example: "  service-proxy-agent wait --timeout 2m",

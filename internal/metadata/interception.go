@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// InterceptionKey is the metadata key of the emergency brake: an operator sets it on an instance, or
-// for a fleet on the project, and needs no login.
+// InterceptionKey is the metadata key of the emergency brake: an operator sets it on an instance,
+// or for a fleet on the project, and needs no login.
 const InterceptionKey = "service-proxy-agent-interception"
 
 // Place is where a metadata key is set. An instance's key wins over its project's.
@@ -76,9 +76,9 @@ func looked(text []byte, err error) Interception {
 var interceptionPace = pace{held: 4 * time.Second, patience: 5 * time.Second,
 	absent: 2 * time.Second, away: 4 * time.Second}
 
-// WatchInterception calls emit with the key as it is, and again whenever it or the way it cannot be
-// read has changed, until ctx ends. An error never repeats. What to make of one is up to the caller:
-// the daemon changes nothing for it.
+// WatchInterception calls emit with the key as it is, and again whenever it or the way it cannot
+// be read has changed, until ctx ends. An error never repeats. What to make of one is up to the
+// caller: the daemon changes nothing for it.
 func WatchInterception(ctx context.Context, at Place, emit func(Interception)) {
 	var last Interception
 	first := true

@@ -66,9 +66,9 @@ func watching(t *testing.T, at Place) *seenBy {
 // seenWithin is the promise: what becomes of the key is seen.
 const seenWithin = 5 * time.Second
 
-// TestWatchInterception: the key that comes, changes and goes, at a moment of chance, is seen within
-// five seconds at either place, whether the server answers a long poll when a key goes or not; and
-// the other place does not matter.
+// TestWatchInterception: the key that comes, changes and goes, at a moment of chance, is seen
+// within five seconds at either place, whether the server answers a long poll when a key goes or
+// not; and the other place does not matter.
 func TestWatchInterception(t *testing.T) {
 	for _, at := range []Place{OfInstance, OfProject} {
 		t.Run(string(at), func(t *testing.T) {
@@ -119,8 +119,8 @@ func TestWatchInterception(t *testing.T) {
 	}
 }
 
-// TestWatchInterceptionGone: a server that leaves a long poll of a key hanging when that goes, until
-// its time is over, is asked again in time.
+// TestWatchInterceptionGone: a server that leaves a long poll of a key hanging when that goes,
+// until its time is over, is asked again in time.
 func TestWatchInterceptionGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		project := platform.NewProject()

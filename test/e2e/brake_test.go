@@ -65,7 +65,8 @@ func (o operator) set(t *testing.T, value string) time.Time {
 	}
 	body, err := json.Marshal(all)
 	must(t, err)
-	resp, err = http.Post(o.base+"/setCommonInstanceMetadata", "application/json", bytes.NewReader(body))
+	resp, err = http.Post(o.base+"/setCommonInstanceMetadata", "application/json",
+		bytes.NewReader(body))
 	must(t, err)
 	answer, _ := io.ReadAll(resp.Body)
 	resp.Body.Close()
@@ -97,21 +98,23 @@ func (s *streams) inbound(t *testing.T, m *mesh.Mesh, n int) {
 	}
 }
 
-// TestBrake: an operator turns interception off and on by the project's metadata. All jumps of both
-// families and directions go and come, DNS too, new connections go the way that is asked for, and no
-// stream is cut, whichever way it was opened. What a person and a machine are told of it is true, and
-// a restart, a metadata server that fails, and others who put a jump in change nothing.
+// TestBrake: an operator turns interception off and on by the project's metadata. All jumps of
+// both families and directions go and come, DNS too, new connections go the way that is asked
+// for, and no stream is cut, whichever way it was opened. What a person and a machine are told of
+// it is true, and a restart, a metadata server that fails, and others who put a jump in change
+// nothing.
 func TestBrake(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
 		random := seeded(t)
 		config := services()
 		config.Inbound[0].HTTP = false // for streams that speak lines
-		config.DNS = &controlplane.DNS{Names: map[string][]netip.Addr{"web.test": {web4.Addr()}}, IPv6: true}
+		names := map[string][]netip.Addr{"web.test": {web4.Addr()}}
+		config.DNS = &controlplane.DNS{Names: names, IPv6: true}
 		project := platform.NewProject()
 		m, a := start(t, mesh.Options{Backend: backend, Config: config, NoRuntime: true, Project: project,
-			Attribute: `{"api-version":"0.2","proxy-spec":{"network":""},"service":{"serving-ports":[8081]},` +
-				`"traffic-interception":{"intercept-dns":true}}`})
+			Attribute: `{"api-version":"0.2","proxy-spec":{"network":""},` +
+				`"service":{"serving-ports":[8081]},"traffic-interception":{"intercept-dns":true}}`})
 		op := newOperator(t, m.Platform)
 		must(t, a.WaitReady(within(t, 20*time.Second)))
 		eventually(t, 10*time.Second, "all jumps", func() (bool, string) {
@@ -135,7 +138,9 @@ func TestBrake(t *testing.T) {
 		changed := op.set(t, "off")
 		escapes(t, m, web4)
 		escapes(t, m, web6)
-		_, err := a.Wait(within(t, 5*time.Second), "off", func(s status.Status) bool { return s.Mode == "off" })
+		_, err := a.Wait(within(t, 5*time.Second), "off", func(s status.Status) bool {
+			return s.Mode == "off"
+		})
 		must(t, err)
 		t.Logf("off after %v", time.Since(changed))
 		if time.Since(changed) > brakeWithin {
@@ -153,7 +158,8 @@ func TestBrake(t *testing.T) {
 			return rules
 		}
 		if is, was := without(chains(t, m)), without(whole); !slices.Equal(is, was) {
-			t.Errorf("the chains have changed:\n%s\nwant\n%s", strings.Join(is, "\n"), strings.Join(was, "\n"))
+			t.Errorf("the chains have changed:\n%s\nwant\n%s", strings.Join(is, "\n"),
+				strings.Join(was, "\n"))
 		}
 		alive("off", redirected)
 		direct := new(streams)
@@ -172,7 +178,8 @@ func TestBrake(t *testing.T) {
 			return s.Interception.Since
 		}
 		first := since()
-		for i, fault := range []platform.Fault{{Hang: true}, {Status: http.StatusServiceUnavailable}, {}} {
+		for i, fault := range []platform.Fault{{Hang: true},
+			{Status: http.StatusServiceUnavailable}, {}} {
 			time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond)
 			a.Kill()
 			end := func() {}
@@ -274,11 +281,13 @@ func brakeIsTold(t *testing.T, m *mesh.Mesh, a *mesh.Agent, changed time.Time) {
 		!strings.Contains(s.LastFailure, "(warning; ") {
 		t.Errorf("last failure: %s", s.LastFailure)
 	}
-	mode := "interception: off, by the project's metadata (service-proxy-agent-interception) since " + since
+	mode := "interception: off, by the project's metadata (service-proxy-agent-interception) " +
+		"since " + since
 	if !slices.ContainsFunc(s.History, func(one status.Transition) bool { return one.Text == mode }) {
 		t.Errorf("history: %+v", s.History)
 	}
-	for what, text := range map[string]string{"serial": m.Platform.Serial(), "log": fmt.Sprint(m.Platform.LogEntries())} {
+	for what, text := range map[string]string{"serial": m.Platform.Serial(),
+		"log": fmt.Sprint(m.Platform.LogEntries())} {
 		if !strings.Contains(text, mode) || !strings.Contains(text, said) {
 			t.Errorf("%s does not tell:\n%s", what, text)
 		}
@@ -315,7 +324,8 @@ func brakeIsTold(t *testing.T, m *mesh.Mesh, a *mesh.Agent, changed time.Time) {
 	} {
 		out, stderr, code, err := a.RunAs(t.Context(), 0, a.Settings(), c.args...)
 		if err != nil || code != c.code || !strings.Contains(out, c.says) {
-			t.Errorf("%v: exit code %d %v, want %d and %q\n%s%s", c.args, code, err, c.code, c.says, out, stderr)
+			t.Errorf("%v: exit code %d %v, want %d and %q\n%s%s", c.args, code, err, c.code,
+				c.says, out, stderr)
 		}
 	}
 	// The same without the daemon.
@@ -331,8 +341,8 @@ func brakeIsTold(t *testing.T, m *mesh.Mesh, a *mesh.Agent, changed time.Time) {
 	} {
 		out, stderr, code, err := a.RunAs(t.Context(), 0, a.Settings(), c.args...)
 		if err != nil || code != c.code || !strings.Contains(out, c.says) {
-			t.Errorf("%v without the daemon: exit code %d %v, want %d and %q\n%s%s", c.args, code, err, c.code, c.says,
-				out, stderr)
+			t.Errorf("%v without the daemon: exit code %d %v, want %d and %q\n%s%s", c.args, code, err,
+				c.code, c.says, out, stderr)
 		}
 	}
 	must(t, a.Start())

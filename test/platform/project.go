@@ -61,8 +61,8 @@ func (p *Project) change(do func(all map[string]string)) {
 
 // The metadata of a project or an instance in the Compute API's form
 // (https://cloud.google.com/compute/docs/reference/rest/v1/projects/setCommonInstanceMetadata,
-// .../instances/setMetadata): a list of all items, which replaces the one there if its fingerprint is
-// still the one that was read.
+// .../instances/setMetadata): a list of all items, which replaces the one there if its
+// fingerprint is still the one that was read.
 type apiMetadata struct {
 	Kind        string    `json:"kind"`
 	Fingerprint string    `json:"fingerprint"`
@@ -96,7 +96,8 @@ func setMetadata(w http.ResponseWriter, r *http.Request, changes int) (
 		apiError(w, http.StatusBadRequest, err.Error())
 		return nil, false
 	case m.Fingerprint != now:
-		apiError(w, http.StatusPreconditionFailed, "Supplied fingerprint does not match current metadata fingerprint.")
+		apiError(w, http.StatusPreconditionFailed,
+			"Supplied fingerprint does not match current metadata fingerprint.")
 		return nil, false
 	}
 	all = make(map[string]string, len(m.Items))

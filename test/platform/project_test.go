@@ -92,9 +92,9 @@ func TestProjectLongPoll(t *testing.T) {
 	})
 }
 
-// TestSetMetadata: the calls by which metadata of a project and of an instance is added and removed,
-// as `gcloud compute project-info add-metadata` and `... instances add-metadata` do: all is read, and
-// all is replaced if the fingerprint is still the one that was read.
+// TestSetMetadata: the calls by which metadata of a project and of an instance is added and
+// removed, as `gcloud compute project-info add-metadata` and `... instances add-metadata` do: all
+// is read, and all is replaced if the fingerprint is still the one that was read.
 func TestSetMetadata(t *testing.T) {
 	_, base := start(t, platform.VM{Attributes: map[string]string{"there": "yes"}})
 	project := base + "/compute/v1/projects/my-project"
