@@ -89,8 +89,8 @@ func runCommand() *cobra.Command {
 		"`WHEN` to write entries in Cloud Logging: auto (on a Compute Engine VM whose scopes allow "+
 			"it), on or off")
 	f.StringVar(&whenDown, "when-envoy-down", string(reconcile.Keep),
-		"`WHAT` becomes of the jumps when Envoy stops accepting: keep or bypass; the metadata key "+
-			"service-proxy-agent-interception=bypass-when-down wins over keep")
+		"`WHAT` becomes of the jumps when Envoy stops accepting: keep or bypass; "+
+			"metadata may have a fleet bypass")
 	f.StringSliceVar(&interfaces, "intercept-interfaces", nil,
 		"`INTERFACES` of containers whose outbound connections are intercepted too, such as docker0")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
