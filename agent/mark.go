@@ -62,8 +62,8 @@ func writeMark(dir, boot string) error {
 	return atomicfile.Write(filepath.Join(dir, markName), []byte(boot+"\n"), 0o644)
 }
 
-// Mark makes the mark that of this boot, for rules that another agent has put in and ours takes over:
-// the ports that they lead to were in use.
+// Mark makes the mark that of this boot, for rules that another agent has put in and ours takes
+// over: the ports that they lead to were in use.
 func Mark() error {
 	if err := writeMark(server.Dir(), bootID()); err != nil {
 		return fmt.Errorf("have the rules adopted: %w", err)

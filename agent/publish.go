@@ -331,8 +331,8 @@ func (p passed) notReady() string {
 	return ""
 }
 
-// notOut is why the jumps are not known to be out, "" when they are. A family that cannot have rules
-// has none.
+// notOut is why the jumps are not known to be out, "" when they are. A family that cannot have
+// rules has none.
 func (p passed) notOut() string {
 	for _, o := range p.outcomes {
 		if o.Status.Usable && o.NotReady != "" {
@@ -461,8 +461,8 @@ func (t *told) tellMode(mode string) {
 	t.said.mode = mode
 }
 
-// tellWhenDown tells that the metadata sets what becomes of the jumps when Envoy goes down, and when
-// it no longer does.
+// tellWhenDown tells that the metadata sets what becomes of the jumps when Envoy goes down, and
+// when it no longer does.
 func (t *told) tellWhenDown(i status.Interception) {
 	was := t.said.whenDownBy
 	if t.said.whenDownBy = i.WhenEnvoyDownBy; was == i.WhenEnvoyDownBy ||

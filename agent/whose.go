@@ -168,8 +168,9 @@ func (w *whose) keep(id string) {
 	}
 }
 
-// learn asks for the VM's id where this run was not told it yet. It returns errWhose if that tells
-// something else of the state than the start went by: what is written counts from the next start on.
+// learn asks for the VM's id where this run was not told it yet. It returns errWhose if that
+// tells something else of the state than the start went by: what is written counts from the
+// next start on.
 func (w *whose) learn(ctx context.Context, ask func(context.Context) (string, error)) error {
 	switch {
 	case w.ends.Load():

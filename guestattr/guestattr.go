@@ -309,8 +309,8 @@ const (
 	othersFor = 3 * checkEvery
 )
 
-// Others is what a key of ours held that somebody else had written, when it was last read back: "KEY:
-// VALUE". Anybody on the VM may write there. "": nothing, or it is long ago.
+// Others is what a key of ours held that somebody else had written, when it was last read back:
+// "KEY: VALUE". Anybody on the VM may write there. "": nothing, or it is long ago.
 func (w *Writer) Others() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -8,10 +8,10 @@ import (
 )
 
 // LetOut has the rules that are there let a user's traffic out: where another agent's chains of our
-// names are taken over, or given back, the next Envoy may run as another user than the one that they
-// know, and must reach its control plane before anybody makes new chains. It puts a RETURN at the
-// head of each chain of our names that OUTPUT jumps to, and changes nothing where one is there. It
-// returns the chains that it changed, by family.
+// names are taken over, or given back, the next Envoy may run as another user than the one that
+// they know, and must reach its control plane before anybody makes new chains. It puts a RETURN at
+// the head of each chain of our names that OUTPUT jumps to, and changes nothing where one is there.
+// It returns the chains that it changed, by family.
 func (k *Kernel) LetOut(ctx context.Context, uid uint32) (changed []string, err error) {
 	var errs []error
 	for _, state := range k.Families() {

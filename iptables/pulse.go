@@ -10,10 +10,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// pulse is a timer by timerfd_create(2), that cannot be told from a time.Ticker but by what it costs.
-// For a timer of its own Go's runtime waits in epoll, which knows milliseconds alone: it wakes up to
-// one too early and waits anew, and its monitor thread looks every 20 µs meanwhile. Ten times a
-// second, that was as much as the rest of an idle agent.
+// pulse is a timer by timerfd_create(2), that cannot be told from a time.Ticker but by what it
+// costs. For a timer of its own Go's runtime waits in epoll, which knows milliseconds alone: it
+// wakes up to one too early and waits anew, and its monitor thread looks every 20 µs meanwhile. Ten
+// times a second, that was as much as the rest of an idle agent.
 type pulse struct {
 	file  *os.File
 	conn  syscall.RawConn
@@ -36,8 +36,8 @@ func newPulse(every time.Duration) (*pulse, error) {
 	return p, nil
 }
 
-// wait waits for the next beat; false: the pulse is closed. Reading blocks nobody, so Go's scheduler
-// is not told of it: that would wake the monitor thread.
+// wait waits for the next beat; false: the pulse is closed. Reading blocks nobody, so Go's
+// scheduler is not told of it: that would wake the monitor thread.
 func (p *pulse) wait() bool {
 	var missed [8]byte
 	err := p.conn.Read(func(fd uintptr) bool {

@@ -36,8 +36,8 @@ func (b *bootstrapper) lookAt(ctx context.Context, envoys ...string) system.Syst
 
 // checkSystem is the first step: a machine on which the agent cannot be is told at once, in one
 // line, and nothing is changed there. What it does not have in full is said once. Where bootstrap
-// has finished before, nothing is refused: that it works is seen, and a wrong judgement must not take
-// a VM out of the mesh.
+// has finished before, nothing is refused: that it works is seen, and a wrong judgement must not
+// take a VM out of the mesh.
 func (a *attempt) checkSystem(ctx context.Context) error {
 	seen := a.look(ctx)
 	rows := system.Judge(seen)

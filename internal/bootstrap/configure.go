@@ -94,8 +94,8 @@ func (b *bootstrapper) letEnvoyRead(name string) error {
 	return os.Lchown(name, 0, gid)
 }
 
-// markUnitChanged remembers, before the change, that Envoy's unit is not what it was started as, and
-// why.
+// markUnitChanged remembers, before the change, that Envoy's unit is not what it was started
+// as, and why.
 func (b *bootstrapper) markUnitChanged(why string) error {
 	return atomicfile.Write(b.path(unitChangedFile), []byte(why+"\n"), 0o600)
 }

@@ -43,8 +43,8 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) e
 		Advice: "it stays as it is; if this lasts, mend it, or remove it and another is installed"}
 }
 
-// replaceTheirs replaces the Envoy of an agent from which ours takes over, where there is another to
-// be had: as at a first boot. Theirs is kept, and stays where there is none, or none works.
+// replaceTheirs replaces the Envoy of an agent from which ours takes over, where there is another
+// to be had: as at a first boot. Theirs is kept, and stays where there is none, or none works.
 func (b *bootstrapper) replaceTheirs(ctx context.Context, cfg attribute.Config) error {
 	h, err := b.readHandover()
 	if err != nil || !h.under(handoverWanted, handoverTaking) || b.state.PrimarySum != "" ||

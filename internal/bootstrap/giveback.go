@@ -102,8 +102,8 @@ func (r *removal) keepRules(ctx context.Context) error {
 
 // restore brings their files back, and takes away ours that would shadow them.
 func (r *removal) restore(ctx context.Context, h *handover) error {
-	// Our links go before theirs of the same names come. (Before ours took over there are theirs alone,
-	// which `disable` would take for ours.)
+	// Our links go before theirs of the same names come. (Before ours took over there are theirs
+	// alone, which `disable` would take for ours.)
 	if !h.under(handoverWanted) {
 		for _, unit := range r.present([]string{systemd.AgentUnit}) {
 			r.run(ctx, time.Minute, "disable", unit)

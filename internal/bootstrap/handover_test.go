@@ -217,8 +217,8 @@ func TestYield(t *testing.T) {
 	}
 }
 
-// Their program may have our program's path: it is kept, is nothing that a rollback brings back, and
-// --remove puts it where it was.
+// Their program may have our program's path: it is kept, is nothing that a rollback brings back,
+// and --remove puts it where it was.
 func TestTheirProgramInOurPlace(t *testing.T) {
 	v, opts := withClosed(t)
 	v.put(closedUnit, "[Service]\nExecStart="+AgentBinary+" --v=2\n")

@@ -111,7 +111,7 @@ func ofUnit(error) (advice string, permanent bool) {
 // Envoy. A run that was cut short may have left it reloading.
 func mayReload(active string) bool { return active == "active" || active == "reloading" }
 
-// forgetRestart notes that Envoy runs with all that has changed; started: its unit was started anew.
+// forgetRestart notes that Envoy runs with all that changed; started: its unit was started anew.
 func (b *bootstrapper) forgetRestart(started bool) error {
 	names := []string{restartFile}
 	if started {

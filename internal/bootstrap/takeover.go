@@ -27,15 +27,16 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// Google's closed agent has our unit's name, our chains, and Envoy's ports. So ours cannot run beside
-// it, and takes its place where that is asked for: by `bootstrap --take-over`, or by installing a
-// release archive over it. Nobody else is fought: a run of bootstrap that finds it says so.
+// Google's closed agent has our unit's name, our chains, and Envoy's ports. So ours cannot run
+// beside it, and takes its place where that is asked for: by `bootstrap --take-over`, or by
+// installing a release archive over it. Nobody else is fought: a run of bootstrap that finds
+// it says so.
 //
 // It goes on until ours has all that it needs (packages, an Envoy that accepts its configuration):
 // what cannot be finished changes nothing. Then, in moments:
 //
-//   - its unit is moved aside, its agent is killed, and none of what it would run at its end is run:
-//     nobody knows what that takes out of the kernel. Its chains and jumps stay as they are.
+//   - its unit is moved aside, its agent is killed, and none of what it would run at its end is
+//     run: nobody knows what that takes out of the kernel. Its chains and jumps stay as they are.
 //   - its Envoy serves on, is drained, and ours is started in its place, as an upgrade does it. New
 //     connections are refused in between, and none goes past.
 //   - our daemon adopts the chains, which have our names, as those of an earlier run of its own.
@@ -432,8 +433,8 @@ func (b *bootstrapper) takeOverNow(ctx context.Context, h *handover) error {
 	return b.startAgent(ctx)
 }
 
-// describe adds to the record what is seen, and returns the names of units of theirs besides that of
-// our name: those whose main process is theirs. A process that merely is in some service, which
+// describe adds to the record what is seen, and returns the names of units of theirs besides that
+// of our name: those whose main process is theirs. A process that merely is in some service, which
 // started it and went on (OS Config, for one), is loose.
 func (b *bootstrapper) describe(ctx context.Context, h *handover, t them) (others []string) {
 	h.Active = h.Active || len(t.Agents) > 0

@@ -2,11 +2,12 @@
 // `gcloud compute instance-templates create --service-proxy enabled` installs without
 // --service-proxy-agent-location. It has our unit's name, our chains and our guest attributes.
 //
-// What is known of it: the name of its unit, service-proxy-agent.service (Google's documents, and the
-// tests of Istio that ran it), Envoy in /usr/local/bin/envoy with its admin interface on port 15000,
-// the chains and the guest attributes. What is not known: where its unit and its program lie, as
-// which user its Envoy runs, and whether that has a unit of its own. So it is found by several marks,
-// each of which may be missing, and nothing is taken for granted but the unit's name.
+// What is known of it: the name of its unit, service-proxy-agent.service (Google's documents,
+// and the tests of Istio that ran it), Envoy in /usr/local/bin/envoy with its admin interface
+// on port 15000, the chains and the guest attributes. What is not known: where its unit and its
+// program lie, as which user its Envoy runs, and whether that has a unit of its own. So it is
+// found by several marks, each of which may be missing, and nothing is taken for granted but
+// the unit's name.
 //
 // It changes nothing. Package agent tells of what is found here, and internal/bootstrap takes over.
 package neighbour

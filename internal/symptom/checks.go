@@ -147,8 +147,8 @@ func envoyDown(f Facts) []Finding {
 	return []Finding{found}
 }
 
-// serves says whether the proxy's user accepts on an interception port, in a unit that runs: an Envoy
-// whose child has had it close its admin interface, and then failed.
+// serves says whether the proxy's user accepts on an interception port, in a unit that runs: an
+// Envoy whose child has had it close its admin interface, and then failed.
 func (f Facts) serves() bool {
 	return strings.HasPrefix(f.Envoy.Unit, "active") && f.UserErr == nil &&
 		slices.ContainsFunc(f.Ports, func(p Port) bool {

@@ -14,10 +14,10 @@ import (
 	"time"
 )
 
-// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it when
-// it is idle, just after a hot restart: the Envoy before still answers whoever is connected to it.
-// The restart keeps the jumps, so that new connections wait for Envoy's own start only, and the stop
-// takes them out before nobody accepts any more.
+// TestPlannedStop restarts Envoy while a connection goes on that nobody ends, and then stops it
+// when it is idle, just after a hot restart: the Envoy before still answers whoever is connected to
+// it. The restart keeps the jumps, so that new connections wait for Envoy's own start only, and the
+// stop takes them out before nobody accepts any more.
 func TestPlannedStop(t *testing.T) {
 	t.Parallel()
 	for _, release := range releases() {

@@ -242,9 +242,10 @@ func labelled(t *testing.T, label, source, accessLog string) string {
 }
 
 // TestEnvoyRestarts changes what Envoy is started with, its binary included, under load: each time
-// the next Envoy takes over from the one that runs, no new connection is refused, long streams live
-// until the drain's end, and nobody finds anything wrong. Where none can take over, it is restarted,
-// and that is said. proxy-version tells each time, and the next look of bootstrap leaves it so.
+// the next Envoy takes over from the one that runs, no new connection is refused, long streams
+// live until the drain's end, and nobody finds anything wrong. Where none can take over, it is
+// restarted, and that is said. proxy-version tells each time, and the next look of bootstrap
+// leaves it so.
 func TestEnvoyRestarts(t *testing.T) {
 	t.Parallel()
 	v := newVM(t, options{archive: packageRelease(t, "1.0.0", "none"),
@@ -407,8 +408,9 @@ func (v *VM) watchReady() (end func() string) {
 	return func() string { cancel(); return <-said }
 }
 
-// hit waits in the box for the process of a unit whose command has these words, sends it a signal so
-// long after it was seen, and prints its pid and how many Envoys had started their workers by then.
+// hit waits in the box for the process of a unit whose command has these words, sends it a
+// signal so long after it was seen, and prints its pid and how many Envoys had started their
+// workers by then.
 const hit = `exec 2>/dev/null # of processes that have just ended
 log=/var/log/envoy/envoy.err.log
 for i in $(seq 3000); do

@@ -50,9 +50,9 @@ exec dpkg --install $(ls /var/local/repo/*.deb | grep -v -e syslog -e libestr -e
 `
 
 // TestOtherSystems imitates other systems in a Debian, one difference after the other, each in a
-// mount namespace of its own, before anything is installed: `bootstrap --check` says the right line,
-// and changes nothing. Then the box is like a Red Hat 8 as far as files
-// and programs go, and the agent is installed and works.
+// mount namespace of its own, before anything is installed: `bootstrap --check` says the right
+// line, and changes nothing. Then the box is like a Red Hat 8 as far as files and programs go, and
+// the agent is installed and works.
 func TestOtherSystems(t *testing.T) {
 	t.Parallel()
 	const redHat = "NAME=\"Red Hat Enterprise Linux\"\nID=\"rhel\"\n" +

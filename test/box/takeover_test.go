@@ -21,12 +21,12 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 )
 
-// A stand-in of Google's closed agent. Known of the real one, from Google's documents and a published
-// dump of its rules: the unit's name, Envoy's path, admin port and interception port, the chains and
-// the guest attributes. Not known, and made up here to be as unkind as may be: where its unit and
-// program lie, as which user Envoy runs, that Envoy is its child, that it puts back within a second
-// what others change, and that it takes its rules out when it ends, be it by TERM or by systemd's
-// ExecStopPost=. Its Envoy is one with a configuration of its own, not Google's.
+// A stand-in of Google's closed agent. Known of the real one, from Google's documents and a
+// published dump of its rules: the unit's name, Envoy's path, admin port and interception port, the
+// chains and the guest attributes. Not known, and made up here to be as unkind as may be: where its
+// unit and program lie, as which user Envoy runs, that Envoy is its child, that it puts back within
+// a second what others change, and that it takes its rules out when it ends, be it by TERM or by
+// systemd's ExecStopPost=. Its Envoy is one with a configuration of its own, not Google's.
 const (
 	theirProgram = "/usr/lib/google-service-proxy/agent"
 	theirUnit    = "/etc/systemd/system/service-proxy-agent.service"
@@ -129,7 +129,7 @@ const theirEnvoyConfig = `{"node": {"id": "theirs", "cluster": "cluster"},
   "endpoints": [{"lb_endpoints": [{"endpoint": {"address": {"socket_address": {"address": "%[4]s", "port_value": %[5]d}}}}]}]}}]}}
 `
 
-// installTheirs puts the stand-in onto a root filesystem, enabled. own: Envoy has a unit of its own.
+// installTheirs puts the stand-in onto a root filesystem, enabled. own: Envoy has its own unit.
 func installTheirs(t *testing.T, root string, own bool) {
 	t.Helper()
 	const packages = `apt-get -qq update && apt-get -qq -y install iptables ca-certificates >/dev/null`
@@ -188,8 +188,8 @@ func (v *VM) served(theirs bool) error {
 	return nil
 }
 
-// kills kills -9 at random moments whichever unit of the take-over runs then, until that was done so
-// often or it is ended.
+// kills kills -9 at random moments whichever unit of the take-over runs then, until that was done
+// so often or it is ended.
 func (v *VM) kills(r *rand.Rand, most int) (end func() (killed []string)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var killed []string
@@ -214,9 +214,9 @@ func (v *VM) kills(r *rand.Rand, most int) (end func() (killed []string)) {
 	return func() []string { cancel(); all.Wait(); return killed }
 }
 
-// handed ends a load during which one Envoy took the place of another: none went past Envoy, and what
-// was refused or cut was so in the time without one. limit is for that: 0 where somebody was killed,
-// which adds what systemd waits until it starts that again.
+// handed ends a load during which one Envoy took the place of another: none went past Envoy, and
+// what was refused or cut was so in the time without one. limit is for that: 0 where somebody was
+// killed, which adds what systemd waits until it starts that again.
 func (l *load) handed(t *testing.T, what string, limit time.Duration) {
 	t.Helper()
 	total, failed, gap := l.stop()
@@ -261,8 +261,8 @@ func (v *VM) sum(name string) string {
 	return out
 }
 
-// TestTakeOver installs a release archive over the stand-in, under load, and gives it back; then has
-// it come over ours, which says so and fights nobody, and takes over by command.
+// TestTakeOver installs a release archive over the stand-in, under load, and gives it back; then
+// has it come over ours, which says so and fights nobody, and takes over by command.
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	kinds := map[string]bool{"its Envoy is its child": false}
@@ -390,8 +390,8 @@ func (v *VM) comesOverOurs(t *testing.T, before map[string]string) {
 	v.install()
 	v.waitFinished(90 * time.Second)
 	v.eventually(60*time.Second, "ours serves", func() error { return v.served(false) })
-	// Its unit first, without a daemon-reload: from that on systemd takes nothing that our daemon tells
-	// it, and its watchdog would have theirs started instead within half a minute.
+	// Its unit first, without a daemon-reload: from that on systemd takes nothing that our daemon
+	// tells it, and its watchdog would have theirs started instead within half a minute.
 	v.run("sh", "-c",
 		"cp -r /usr/local/lib/service-proxy-agent/take-over/files/etc/systemd/system/. /etc/systemd/system")
 	out, err := v.try("service-proxy-agent", "bootstrap")

@@ -9,9 +9,10 @@
 //   - Cloud Storage's reads, JSON and XML form, with the VM's own token.
 //
 // Unmodified gcloud works against it (GcloudEnv), so does the Go metadata package
-// (GCE_METADATA_HOST). One Emulator is one VM; several may be of one Project. Everything is served by one http.Handler, since the
-// paths of the services do not overlap: give it as many listeners as there are addresses to stand
-// for (Serve), with TLS where the real one has it (package authority, below this one).
+// (GCE_METADATA_HOST). One Emulator is one VM; several may be of one Project. Everything is served
+// by one http.Handler, since the paths of the services do not overlap: give it as many listeners as
+// there are addresses to stand for (Serve), with TLS where the real one has it (package authority,
+// below this one).
 //
 // What each part does is as its real one was seen or is documented, and says where; what is not
 // known of the real one is said there too:
