@@ -62,14 +62,11 @@ type Verdict int
 // The verdicts, from the least that is known.
 const (
 	Unknown Verdict = iota // not to be believed, nor thrown away
-	Likely                 // ours by a sign that a clone may have, too: believed while no id is to be had
+	// Likely is ours by a sign that a clone may have, too: believed while no id is to be had.
+	Likely
 	Ours
 	Others
 )
-
-func (v Verdict) String() string {
-	return [...]string{"unknown", "likely ours", "ours", "another VM's"}[v]
-}
 
 // Believed says whether state is to be gone by.
 func (v Verdict) Believed() bool { return v == Ours || v == Likely }

