@@ -20,7 +20,7 @@ import (
 func imageVM(t *testing.T) *fakeVM {
 	t.Helper()
 	v := newFakeVM(t)
-	v.machine("m", "tag-1", "b1")
+	v.machine("tag-1", "b1")
 	idServer(t, "1")
 	v.put("/usr/sbin/iptables", "x")
 	v.put("/usr/sbin/iptables-restore", "x")
@@ -28,7 +28,7 @@ func imageVM(t *testing.T) *fakeVM {
 	if err := Install(t.Context(), v.options(), v.archive("1.0.0", "1.30.9")); err != nil {
 		t.Fatal(err)
 	}
-	v.node("1")
+	v.node()
 	v.put(filepath.Join(progress.StateDir, progress.AttributeFile), `{"text":"{}","instance":"1"}`)
 	v.put(filepath.Join(progress.RuntimeDir, "guest-attributes.budget"), "")
 	return v
@@ -101,7 +101,7 @@ func TestPrepareImage(t *testing.T) {
 		}
 	}
 
-	v.machine("m", "tag-2", "b2")
+	v.machine("tag-2", "b2")
 	idServer(t, "")
 	if b, err := v.begin(); err == nil || b.again || b.state.Before != nil {
 		t.Errorf("%+v, %v", b.state, err)
