@@ -163,14 +163,12 @@ func (s *talks) state() (alive int, first time.Time) {
 }
 
 // onlyEpoch waits until one Envoy runs.
-func onlyEpoch(t *testing.T, m *mesh.Mesh, d time.Duration) lab.Epoch {
+func onlyEpoch(t *testing.T, m *mesh.Mesh, d time.Duration) {
 	t.Helper()
-	var all []lab.Epoch
 	eventually(t, d, "one epoch", func() (bool, string) {
-		all = m.Envoy.Epochs()
+		all := m.Envoy.Epochs()
 		return len(all) == 1, fmt.Sprint(all)
 	})
-	return all[0]
 }
 
 // TestReloadUnderLoad: each reload of Envoy's unit under 200 new connections a second and 50 long
