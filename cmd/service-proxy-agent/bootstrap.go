@@ -18,10 +18,17 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
+// bootstrapCall is a call of the command: what its flags say.
+type bootstrapCall struct {
+	opts bootstrap.Options
+
+	check, rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
+
+	archive, level, output, own string
+}
+
 func bootstrapCommand() *cobra.Command {
-	var opts bootstrap.Options
-	var check, rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
-	var archive, level, output, own string
+	var b bootstrapCall
 	cmd := &cobra.Command{
 		Use:   "bootstrap",
 		Short: "Install and configure Envoy and the units, publish the status, end",
@@ -37,10 +44,10 @@ func bootstrapCommand() *cobra.Command {
 			"over it, has ours take its place: its agent is stopped and its unit moved aside once ours is " +
 			"ready, its chains are adopted as they are, and its Envoy is drained and replaced. --remove " +
 			"gives all of it back.\n\n" +
-			"With --prepare-image it makes this VM's disk fit to be an image: all is installed and enabled, " +
-			"and nothing is left that is of this VM. A VM that is made of the image finds its own attribute " +
-			"at its first boot, and needs no network for the agent then. A disk that is copied without it " +
-			"does, too: what is another VM's is discarded.\n\n" +
+			"With --prepare-image it makes this VM's disk fit to be an image: all is installed and " +
+			"enabled, and nothing is left that is of this VM. A VM that is made of the image finds its own " +
+			"attribute at its first boot, and needs no network for the agent then. A disk that is copied " +
+			"without it does, too: what is another VM's is discarded.\n\n" +
 			"Its first step looks whether the agent can be on this system at all, as --check does, and " +
 			"refuses in one line where it cannot. docs/systems.md has what was tried.\n\n" +
 			"Exit code: 0 done, or with --check: works here; 1 not done, or does not work here, with the " +
@@ -51,87 +58,90 @@ func bootstrapCommand() *cobra.Command {
 			"  sudo service-proxy-agent bootstrap --rollback\n" +
 			"  sudo service-proxy-agent bootstrap --take-over\n" +
 			"  sudo service-proxy-agent bootstrap --remove",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			log, err := logger(level)
-			if err != nil {
-				return usage(err)
-			}
-			opts.Log = log
-			opts.LetOut, opts.Adopt = letOut, agent.Mark
-			ctx := cmd.Context()
-			say := func(lines []string, err error) error {
-				for _, line := range lines {
-					fmt.Fprintln(cmd.OutOrStdout(), line)
-				}
-				return err
-			}
-			rules := func(ctx context.Context) ([]string, error) {
-				removed, err := clean(ctx)
-				if errors.Is(err, iptables.ErrNoIPTables) {
-					return removed, nil // where it never was, nothing of ours is
-				}
-				return removed, err
-			}
-			if output != "text" && output != "json" {
-				return usage(fmt.Errorf("--output is %q; use text or json", output))
-			}
-			switch {
-			case check:
-				return sayReport(cmd.OutOrStdout(), bootstrap.Check(ctx, opts), output)
-			case remove:
-				return say(bootstrap.Remove(ctx, opts, rules))
-			case takeOver:
-				return say(bootstrap.TakeOver(ctx, opts))
-			case takeOverNow:
-				return bootstrap.TakeOverNow(ctx, opts)
-			case prepare:
-				return say(bootstrap.PrepareImage(ctx, opts, rules))
-			case cmd.Flags().Changed("own"):
-				return bootstrap.Own(ctx, opts, own)
-			case rollback:
-				return say(bootstrap.Rollback(ctx, opts))
-			case units:
-				return bootstrap.InstallUnits(ctx, opts)
-			case rotate:
-				return bootstrap.RotateLogs(opts)
-			case archive != "":
-				return bootstrap.Install(ctx, opts, archive)
-			}
-			err = bootstrap.Run(ctx, opts)
-			if errors.Is(err, context.Canceled) {
-				return nil // told to end: systemd shall not start it again
-			}
-			return err
-		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd) },
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&opts.Config, "config", "",
+	flags.StringVar(&b.opts.Config, "config", "",
 		"`FILE` with the attribute's JSON instead of the metadata server; none: no attribute, defaults")
-	flags.StringVar(&level, "log-level", "info",
+	flags.StringVar(&b.level, "log-level", "info",
 		"least `LEVEL` that is logged: debug, info, warn or error")
-	flags.BoolVar(&check, "check", false,
+	flags.BoolVar(&b.check, "check", false,
 		"say whether the agent works on this system, property by property, and change nothing")
-	flags.StringVarP(&output, "output", "o", "text", "`FORM` of --check's answer: text or json")
-	flags.BoolVar(&rollback, "rollback", false,
+	flags.StringVarP(&b.output, "output", "o", "text", "`FORM` of --check's answer: text or json")
+	flags.BoolVar(&b.rollback, "rollback", false,
 		"undo the last upgrade, the agent's or Envoy's, until something newer comes")
-	flags.BoolVar(&prepare, "prepare-image", false,
+	flags.BoolVar(&b.prepare, "prepare-image", false,
 		"install and enable all, and take away what is of this VM, so that its disk can be an image")
-	flags.BoolVar(&remove, "remove", false,
+	flags.BoolVar(&b.remove, "remove", false,
 		"take everything of ours off this VM and say what was removed")
-	flags.BoolVar(&takeOver, "take-over", false,
+	flags.BoolVar(&b.takeOver, "take-over", false,
 		"have ours take the place of Google's closed agent on this VM; --remove gives it back")
 	// For the archive's script, for --rollback, and for the units of Envoy and of its logs.
-	flags.StringVar(&archive, "archive", "", "lay down the unpacked release archive in `DIR`")
-	flags.BoolVar(&units, "install-units", false, "install this binary's units")
-	flags.StringVar(&own, "own", "", "say whether Envoy's configuration is this VM's, in this `BOOT`")
-	flags.BoolVar(&rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
-	flags.BoolVar(&takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
+	flags.StringVar(&b.archive, "archive", "", "lay down the unpacked release archive in `DIR`")
+	flags.BoolVar(&b.units, "install-units", false, "install this binary's units")
+	flags.StringVar(&b.own, "own", "", "say whether Envoy's configuration is this VM's, in this `BOOT`")
+	flags.BoolVar(&b.rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
+	flags.BoolVar(&b.takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
 	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own"} {
 		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
 	}
 	cmd.MarkFlagsMutuallyExclusive("check", "rollback", "remove", "take-over", "take-over-now",
 		"prepare-image", "archive", "install-units", "rotate-logs", "own")
 	return cmd
+}
+
+// run does what the flags ask for, and else what the unit runs at each boot.
+func (b *bootstrapCall) run(cmd *cobra.Command) error {
+	log, err := logger(b.level)
+	if err != nil {
+		return usage(err)
+	}
+	b.opts.Log = log
+	b.opts.LetOut, b.opts.Adopt = letOut, agent.Mark
+	ctx := cmd.Context()
+	say := func(lines []string, err error) error {
+		for _, line := range lines {
+			fmt.Fprintln(cmd.OutOrStdout(), line)
+		}
+		return err
+	}
+	rules := func(ctx context.Context) ([]string, error) {
+		removed, err := clean(ctx)
+		if errors.Is(err, iptables.ErrNoIPTables) {
+			return removed, nil // where it never was, nothing of ours is
+		}
+		return removed, err
+	}
+	if b.output != "text" && b.output != "json" {
+		return usage(fmt.Errorf("--output is %q; use text or json", b.output))
+	}
+	switch {
+	case b.check:
+		return sayReport(cmd.OutOrStdout(), bootstrap.Check(ctx, b.opts), b.output)
+	case b.remove:
+		return say(bootstrap.Remove(ctx, b.opts, rules))
+	case b.takeOver:
+		return say(bootstrap.TakeOver(ctx, b.opts))
+	case b.takeOverNow:
+		return bootstrap.TakeOverNow(ctx, b.opts)
+	case b.prepare:
+		return say(bootstrap.PrepareImage(ctx, b.opts, rules))
+	case cmd.Flags().Changed("own"):
+		return bootstrap.Own(ctx, b.opts, b.own)
+	case b.rollback:
+		return say(bootstrap.Rollback(ctx, b.opts))
+	case b.units:
+		return bootstrap.InstallUnits(ctx, b.opts)
+	case b.rotate:
+		return bootstrap.RotateLogs(b.opts)
+	case b.archive != "":
+		return bootstrap.Install(ctx, b.opts, b.archive)
+	}
+	err = bootstrap.Run(ctx, b.opts)
+	if errors.Is(err, context.Canceled) {
+		return nil // told to end: systemd shall not start it again
+	}
+	return err
 }
 
 // letOut has the rules that are in let a user's traffic out.
