@@ -110,9 +110,9 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 	}
 	a := &Agent{
 		settings: s, log: log, started: time.Now(),
-		attributes: mailbox.New[attributeNews](), brakes: mailbox.New[brake](), others: mailbox.New[[]iptables.OtherChain](),
-		reports: mailbox.New[status.Status](), worked: mailbox.New[struct{}](), kept: newKept(),
-		pause: make(chan chan struct{}),
+		attributes: mailbox.New[attributeNews](), brakes: mailbox.New[brake](),
+		others: mailbox.New[[]iptables.OtherChain](), reports: mailbox.New[status.Status](),
+		worked: mailbox.New[struct{}](), kept: newKept(), pause: make(chan chan struct{}),
 	}
 	a.self.killed = takeKilled(server.Dir(), a.started, log)
 	var err error
@@ -229,7 +229,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		zap.String("backend", a.kernel.Backend()), zap.String("iptables", a.kernel.Version()),
 		zap.String("envoy_admin", a.settings.EnvoyAdmin), zap.String("proxy_user", a.settings.ProxyUser))
 	a.say(report.Event{Severity: report.Info, Message: a.startedText()})
-	a.kept.whose.find(ctx, a.settings.StateDir, server.Dir(), identity.Here(""), metadata.ReadInstance, a.log)
+	a.kept.whose.find(ctx, a.settings.StateDir, server.Dir(), identity.Here(""),
+		metadata.ReadInstance, a.log)
 	ctx, cancel := context.WithCancel(ctx) // what the tasks began ends with them
 	defer cancel()
 	err = runTasks(ctx, a.tasks(ctx, socket))

@@ -209,8 +209,8 @@ func TestKeptBrake(t *testing.T) {
 			t.Fatal(err)
 		}
 		k, err := loadBrake(dir, m)
-		if is := k.brake(true); (err == nil) != test.ok || is.Off || is.Bypass || len(is.Bad) > 2*maxBadKey ||
-			strings.Contains(is.Bad, "\x1b") {
+		if is := k.brake(true); (err == nil) != test.ok || is.Off || is.Bypass ||
+			len(is.Bad) > 2*maxBadKey || strings.Contains(is.Bad, "\x1b") {
 			t.Errorf("%s: %+v, %v", name, is, err)
 		}
 		if err := k.save(dir); err != nil {

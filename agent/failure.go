@@ -194,8 +194,9 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 				(f.ID != symptom.Fight || running >= showLate)
 		})
 	case symptom.ClockWrong, symptom.ConntrackFull, symptom.EnvoyIdentity, symptom.EnvoyNotOurs,
-		symptom.ToolsMissing, symptom.ClosedAgentHere, symptom.InputDropped, symptom.ApplicationSilent, symptom.NoRoute,
-		symptom.EndpointsPanic: // what they are found by is asked beside the loop, now and then
+		symptom.ToolsMissing, symptom.ClosedAgentHere, symptom.InputDropped,
+		symptom.ApplicationSilent, symptom.NoRoute, symptom.EndpointsPanic:
+		// What they are found by is asked beside the loop, now and then.
 		return running >= showLate
 	}
 	return answered

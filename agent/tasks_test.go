@@ -43,7 +43,8 @@ func anAgent(t *testing.T) *Agent {
 		serial:     report.NewSerial(""),
 		cloud:      cloudlog.New(cloudlog.Options{}),
 		attributes: mailbox.New[attributeNews](), brakes: mailbox.New[brake](),
-		others: mailbox.New[[]iptables.OtherChain](), reports: mailbox.New[status.Status](), kept: newKept(), pause: make(chan chan struct{}),
+		others: mailbox.New[[]iptables.OtherChain](), reports: mailbox.New[status.Status](),
+		kept: newKept(), pause: make(chan chan struct{}),
 	}
 	a.around = newSurroundings(askKernel(k), a.log)
 	a.metrics = report.NewMetrics(report.Sources{})
@@ -110,8 +111,8 @@ func TestNewLoop(t *testing.T) {
 	a := anAgent(t)
 	l := a.newLoop(t.Context(), nil)
 	if l.attribute.Known || l.attribute.Config.ProxyPort != attribute.OutboundPort ||
-		len(l.families) != 2 ||
-		l.user.Err != nil || l.user.UID != 1 || l.mark.set || !l.brake.Awaited || l.told.started != testStart {
+		len(l.families) != 2 || l.user.Err != nil || l.user.UID != 1 || l.mark.set ||
+		!l.brake.Awaited || l.told.started != testStart {
 		t.Errorf("%+v", l)
 	}
 	c := attribute.Default()

@@ -25,7 +25,8 @@ func newPulse(every time.Duration) (*pulse, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make a timer: %w", err)
 	}
-	p := &pulse{file: os.NewFile(uintptr(fd), "timer"), every: unix.NsecToTimespec(every.Nanoseconds())}
+	p := &pulse{file: os.NewFile(uintptr(fd), "timer"),
+		every: unix.NsecToTimespec(every.Nanoseconds())}
 	if p.conn, err = p.file.SyscallConn(); err == nil {
 		err = p.set(p.every)
 	}

@@ -48,7 +48,8 @@ func TestNeedsStart(t *testing.T) {
 		if !strings.Contains(string(text), tt.old) {
 			t.Fatalf("%s: the unit has no %q", tt.name, tt.old)
 		}
-		if have := NeedsStart(strings.Replace(string(text), tt.old, tt.new, 1), EnvoyUnit); have != tt.want {
+		changed := strings.Replace(string(text), tt.old, tt.new, 1)
+		if have := NeedsStart(changed, EnvoyUnit); have != tt.want {
 			t.Errorf("%s: %v, want %v", tt.name, have, tt.want)
 		}
 	}

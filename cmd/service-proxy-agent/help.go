@@ -21,7 +21,8 @@ var groups = []*cobra.Group{
 
 var groupOf = map[string]string{
 	"status": "daily", "doctor": "daily", "explain": "daily", "diff": "daily",
-	"bootstrap": "set-up", "run": "set-up", "wait": "set-up", "envoy": "set-up", "drain": "set-up", "cleanup": "set-up",
+	"bootstrap": "set-up", "run": "set-up", "wait": "set-up", "envoy": "set-up",
+	"drain": "set-up", "cleanup": "set-up",
 }
 
 // withHelp has the command and those below it answer --help in our form. Cobra's own is as wide as

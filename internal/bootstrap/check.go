@@ -47,7 +47,8 @@ func (a *attempt) checkSystem(ctx context.Context) error {
 		return failure
 	case a.state.Attempt > 1:
 	case failure != nil:
-		a.say("WARNING", failure.Err.Error()+"; "+failure.Advice+"; it worked before, so bootstrap goes on")
+		a.say("WARNING", failure.Err.Error()+"; "+failure.Advice+
+			"; it worked before, so bootstrap goes on")
 	case !a.again:
 		for _, row := range rows {
 			if row.Verdict == system.Limited {

@@ -166,7 +166,8 @@ func (r *removal) startTheirs(ctx context.Context, h *handover) error {
 		r.run(ctx, 2*time.Minute, "start", unit)
 	}
 	for _, process := range h.Loose {
-		r.done = append(r.done, "left "+process+" stopped, which belonged to no service: start it by hand")
+		r.done = append(r.done, "left "+process+
+			" stopped, which belonged to no service: start it by hand")
 	}
 	if len(start) == 0 || h.Envoy.Program == "" {
 		return nil
@@ -179,8 +180,8 @@ func (r *removal) startTheirs(ctx context.Context, h *handover) error {
 			return nil
 		}
 		if time.Since(began) > time.Minute || !sleep(ctx, 50*time.Millisecond) {
-			return fmt.Errorf("its Envoy does not accept on port %d within a minute; see systemctl status %s",
-				attribute.OutboundPort, systemd.AgentUnit)
+			return fmt.Errorf("its Envoy does not accept on port %d within a minute; "+
+				"see systemctl status %s", attribute.OutboundPort, systemd.AgentUnit)
 		}
 	}
 }

@@ -247,7 +247,8 @@ func (b *bootstrapper) unmoved(h *handover, files []keptFile) []keptFile {
 		if has || file.Replaced || !b.exists(file.Path) {
 			continue
 		}
-		if to, _ := os.Readlink(b.path(file.Path)); to != file.Link || filepath.Dir(to) == systemd.UnitDir {
+		to, _ := os.Readlink(b.path(file.Path))
+		if to != file.Link || filepath.Dir(to) == systemd.UnitDir {
 			continue // ours by now
 		}
 		files = append(files, file)

@@ -212,7 +212,8 @@ func TestYield(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	v.put(handoverFile, "{")
-	if err := InstallUnits(t.Context(), opts); err == nil || !strings.Contains(err.Error(), handoverFile) {
+	err = InstallUnits(t.Context(), opts)
+	if err == nil || !strings.Contains(err.Error(), handoverFile) {
 		t.Errorf("%v", err)
 	}
 }

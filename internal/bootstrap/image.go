@@ -64,7 +64,8 @@ func (b *bootstrapper) mayBecomeImage(ctx context.Context) error {
 		return fmt.Errorf("the agent is not installed: %w; "+
 			"run service-proxy-agent-bootstrap.sh of the release archive first", err)
 	}
-	out, _ := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit) // its exit code says no more
+	// Its exit code says no more than what it prints.
+	out, _ := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit)
 	switch state := strings.TrimSpace(out); state {
 	case "active", "reloading", "activating", "deactivating":
 		return fmt.Errorf("this VM is a running node of the mesh: %s is %s; use another VM, "+

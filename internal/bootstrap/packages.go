@@ -30,7 +30,8 @@ var managers = []manager{
 			"-o", "Dpkg::Options::=--force-confold", "--no-install-recommends", "install"}},
 	{"dnf", nil, nil, []string{"dnf", "-q", "-y", "--setopt=install_weak_deps=False", "install"}},
 	{"yum", nil, nil, []string{"yum", "-q", "-y", "install"}},
-	{"zypper", nil, nil, []string{"zypper", "--quiet", "--non-interactive", "install", "--no-recommends"}},
+	{"zypper", nil, nil,
+		[]string{"zypper", "--quiet", "--non-interactive", "install", "--no-recommends"}},
 }
 
 func (b *bootstrapper) hasProgram(name string) bool { return system.HasProgram(b.Root, name) }

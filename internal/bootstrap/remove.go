@@ -76,8 +76,8 @@ func Remove(
 		removed, err := clean(ctx)
 		r.done = append(r.done, removed...)
 		if err != nil {
-			return r.done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left running: "+
-				"%w; try again", errors.Join(append(r.errs, err)...))
+			return r.done, fmt.Errorf("remove: the rules could not be taken out, so Envoy was left "+
+				"running: %w; try again", errors.Join(append(r.errs, err)...))
 		}
 		r.stop(ctx, under)
 	}

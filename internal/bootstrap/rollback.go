@@ -144,8 +144,8 @@ func (b *bootstrapper) provePrevious(ctx context.Context, swap []string) error {
 // not run is not started.
 func (b *bootstrapper) restart(ctx context.Context, installed string) (lines []string, err error) {
 	if installed == EnvoyBinary {
-		if out, err := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit); err != nil &&
-			!mayReload(strings.TrimSpace(out)) {
+		out, err := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit)
+		if err != nil && !mayReload(strings.TrimSpace(out)) {
 			return nil, nil
 		}
 		started, err := b.renewEnvoy(ctx, func(text string) { lines = append(lines, text) })

@@ -129,7 +129,9 @@ func (b *bootstrapper) forgetRestart(started bool) error {
 // renewEnvoy has the Envoy that runs replaced by one that runs with what has changed: without a gap
 // where the next can take over from it, else by a restart that drains its connections. It tells
 // which and why, before it does so.
-func (b *bootstrapper) renewEnvoy(ctx context.Context, tell func(string)) (started bool, err error) {
+func (b *bootstrapper) renewEnvoy(
+	ctx context.Context, tell func(string),
+) (started bool, err error) {
 	why, err := b.keptFromReload()
 	if err != nil {
 		return false, err

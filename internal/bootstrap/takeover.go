@@ -53,8 +53,8 @@ const (
 	// it: it would else be killed for not answering our watchdog, all of its processes at once, and
 	// started anew as ours.
 	guardFile = runUnits + "/" + systemd.AgentUnit + ".d/50-take-over.conf"
-	guard     = "# Written by service-proxy-agent bootstrap while it takes over from another agent.\n" +
-		"[Service]\nRestart=no\nWatchdogSec=0\nKillMode=process\nExecStop=\nExecStopPost=\n"
+	guard     = "# Written by service-proxy-agent bootstrap while it takes over from another " +
+		"agent.\n[Service]\nRestart=no\nWatchdogSec=0\nKillMode=process\nExecStop=\nExecStopPost=\n"
 )
 
 // them is what is seen of the closed agent.
@@ -118,8 +118,8 @@ func (b *bootstrapper) yield(ctx context.Context) (held bool, err error) {
 		return true, nil // it has come to lie beside ours, which goes on and tells of it
 	}
 	unit := units[max(first, 0)]
-	return false, &Failure{Permanent: true, Advice: "nothing of it is touched; run service-proxy-agent " +
-		"bootstrap --take-over to have ours in its place",
+	return false, &Failure{Permanent: true, Advice: "nothing of it is touched; " +
+		"run service-proxy-agent bootstrap --take-over to have ours in its place",
 		Err: fmt.Errorf("another agent, Google's as it seems, has the unit %s (%s)",
 			systemd.AgentUnit, unit.Path)}
 }
@@ -187,7 +187,9 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 	if err := b.keepReplaced(h, t.units); err != nil {
 		return false, err
 	}
-	files = slices.DeleteFunc(files, func(f keptFile) bool { return filepath.Dir(f.Path) == systemd.UnitDir })
+	files = slices.DeleteFunc(files, func(f keptFile) bool {
+		return filepath.Dir(f.Path) == systemd.UnitDir
+	})
 	moved, err := b.moveAside(h, b.unmoved(h, files))
 	if err != nil {
 		return false, err
@@ -264,7 +266,8 @@ func TakeOver(ctx context.Context, opts Options) (done []string, err error) {
 		return []string{"no other agent is here: there is nothing to take over"}, nil
 	}
 	began := time.Now()
-	if err := b.systemctl(ctx, time.Minute, "restart", "--no-block", systemd.BootstrapUnit); err != nil {
+	err = b.systemctl(ctx, time.Minute, "restart", "--no-block", systemd.BootstrapUnit)
+	if err != nil {
 		return nil, fmt.Errorf("take over: %w", err)
 	}
 	return b.awaitTakeOver(ctx, began)
@@ -300,7 +303,8 @@ func (b *bootstrapper) awaitTakeOver(ctx context.Context, began time.Time) ([]st
 		if err == nil && state.Status == progress.Failed && state.Time.After(began) {
 			failure = state.FailureLine()
 		}
-		if failure != "" && state.Permanent || time.Since(began) > limit || !sleep(ctx, 200*time.Millisecond) {
+		if failure != "" && state.Permanent || time.Since(began) > limit ||
+			!sleep(ctx, 200*time.Millisecond) {
 			if failure == "" {
 				failure = "bootstrap has not come so far; see journalctl -u " + systemd.BootstrapUnit
 			}

@@ -89,7 +89,8 @@ func (b *bootstrapper) replace(fresh, installed string) error {
 	if err != nil {
 		return err
 	}
-	theirs := installed == AgentBinary && h.kept(AgentBinary) && !isOurBinary(target) // nothing that a rollback should bring back
+	// Theirs is nothing that a rollback should bring back.
+	theirs := installed == AgentBinary && h.kept(AgentBinary) && !isOurBinary(target)
 	if _, err := os.Lstat(target); err == nil && !theirs {
 		previous := b.previous(installed)
 		if err := os.MkdirAll(filepath.Dir(previous), 0o755); err != nil {

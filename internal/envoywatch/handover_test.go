@@ -17,7 +17,9 @@ func starts(epoch int) envoyadmin.LogEvent {
 // listeners.
 func TestHandover(t *testing.T) {
 	unit := "reloading, reload"
-	w := watch(t, running(), func(o *Options) { o.Unit = func(context.Context) string { return unit } })
+	w := watch(t, running(), func(o *Options) {
+		o.Unit = func(context.Context) string { return unit }
+	})
 	if v, _ := w.step(); v.Handover {
 		t.Error("of one that serves")
 	}
@@ -93,7 +95,9 @@ func TestNoHandover(t *testing.T) {
 		}},
 	} {
 		unit := "active, running"
-		w := watch(t, running(), func(o *Options) { o.Unit = func(context.Context) string { return unit } })
+		w := watch(t, running(), func(o *Options) {
+			o.Unit = func(context.Context) string { return unit }
+		})
 		w.step()
 		w.down = envoyadmin.ErrRefused
 		tt.do(w, &unit)

@@ -78,7 +78,8 @@ func (w *Watch) succeeds(now time.Time, epoch int) {
 
 // takesOver says whether the next Envoy is about to take over, and nobody ends the one before.
 func (w *Watch) takesOver(now time.Time) bool {
-	return !w.outage.handover.IsZero() && w.process.state != "DRAINING" && now.Sub(w.outage.handover) < handoverLimit &&
+	return !w.outage.handover.IsZero() && w.process.state != "DRAINING" &&
+		now.Sub(w.outage.handover) < handoverLimit &&
 		(w.outage.Unit == "" || strings.HasPrefix(w.outage.Unit, "active") ||
 			strings.HasPrefix(w.outage.Unit, "reloading"))
 }

@@ -127,7 +127,8 @@ func follow(ctx context.Context, path string, p pace, tell func(text []byte, err
 // isMissing says that the server has answered that there is no such key.
 func isMissing(err error) bool {
 	var status *Error
-	return errors.Is(err, ErrNoAttribute) || errors.As(err, &status) && status.Code == http.StatusNotFound
+	return errors.Is(err, ErrNoAttribute) ||
+		errors.As(err, &status) && status.Code == http.StatusNotFound
 }
 
 func errorText(err error) string {

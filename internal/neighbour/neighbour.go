@@ -126,8 +126,8 @@ func starts(unit string) (program string, ours bool) {
 const ownName = "service-proxy-agent"
 
 // ownCommands are our commands that go on for longer than a moment.
-var ownCommands = []string{"run", "bootstrap", "envoy", "wait", "drain", "cleanup", "status", "doctor",
-	"explain", "diff", "bundle", "version", "help"}
+var ownCommands = []string{"run", "bootstrap", "envoy", "wait", "drain", "cleanup", "status",
+	"doctor", "explain", "diff", "bundle", "version", "help"}
 
 // Named says whether a program has the closed agent's name, which ours has, too.
 func Named(program string) bool { return filepath.Base(program) == ownName }

@@ -246,7 +246,8 @@ func TestSort(t *testing.T) {
 		t.Errorf("%+v", f)
 	}
 	f = Sort(append(all, ours), units)
-	if !slices.Equal(pids(f.Agents), []int{3, 8}) || !slices.Equal(pids(f.Envoys), []int{5}) || !f.Ours {
+	if !f.Ours || !slices.Equal(pids(f.Agents), []int{3, 8}) ||
+		!slices.Equal(pids(f.Envoys), []int{5}) {
 		t.Errorf("beside ours: %+v", f)
 	}
 }

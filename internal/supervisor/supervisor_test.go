@@ -108,7 +108,8 @@ func TestStandIn(t *testing.T) {
 		t.Helper()
 		buf := make([]byte, 100)
 		_ = child.SetReadDeadline(time.Now().Add(10 * time.Second))
-		if n, err := child.Read(buf); err != nil || !bytes.Equal(buf[:n], []byte{0, 0, 0, 0, 0, 0, 0, 2, 0x18, 1}) {
+		want := []byte{0, 0, 0, 0, 0, 0, 0, 2, 0x18, 1}
+		if n, err := child.Read(buf); err != nil || !bytes.Equal(buf[:n], want) {
 			t.Errorf("answer %x, %v", buf[:n], err)
 		}
 	}

@@ -324,8 +324,8 @@ func (s *Stream) line() string {
 }
 
 func notConfigured(f Facts) []Finding {
-	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" || f.Envoy.Configured ||
-		f.Envoy.Handover {
+	if f.Envoy.Err != nil || f.Envoy.State == "" || f.Envoy.State == "DRAINING" ||
+		f.Envoy.Configured || f.Envoy.Handover {
 		return nil
 	}
 	return []Finding{finding(EnvoyNotConfigured, 2, Error,

@@ -226,7 +226,8 @@ func TestReasons(t *testing.T) {
 			f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved, Chain: "OUTPUT"}}
 		}}, "interception-off"},
 		{"the brake is on, and the jumps are in", []func(*Facts){brake, func(f *Facts) {
-			f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved}, {Kind: iptables.JumpLeft, Chain: "OUTPUT"}}
+			f.Differ = []iptables.Drift{{Kind: iptables.JumpRemoved},
+				{Kind: iptables.JumpLeft, Chain: "OUTPUT"}}
 		}}, "interception-off rules-differ"},
 		{"a stuck agent", []func(*Facts){differ, func(f *Facts) { f.Agent = Agent{Heartbeat: now, Now: now.Add(time.Hour)} }},
 			"agent-stuck rules-differ<agent-stuck"},

@@ -177,7 +177,8 @@ func (s System) writable() Row {
 	}
 	switch {
 	case s.ID == "cos":
-		r.refuse(are+", so that nothing can be installed", "use an image of Debian, Ubuntu, Red Hat or SUSE")
+		r.refuse(are+", so that nothing can be installed",
+			"use an image of Debian, Ubuntu, Red Hat or SUSE")
 	case usr && s.Installed:
 		r.limit(are+": what is installed stays as it is, and nothing is upgraded",
 			"make it writable for an upgrade")
@@ -226,8 +227,8 @@ func (s System) selinux() Row {
 		r.limit("SELinux is enforcing and there is no restorecon, so that what is installed may have "+
 			"wrong labels", "install policycoreutils")
 	default:
-		r.limit("SELinux is enforcing, under which the agent was never run; its files get their labels by "+
-			"restorecon", "if a unit does not start, see `ausearch -m avc`")
+		r.limit("SELinux is enforcing, under which the agent was never run; its files get their labels "+
+			"by restorecon", "if a unit does not start, see `ausearch -m avc`")
 	}
 	return r
 }
@@ -294,8 +295,8 @@ func (s System) modules() Row {
 	m := s.Modules
 	r := Row{What: "kernel", Verdict: Works, Seen: "all there",
 		Needed: strings.Join(needed(s.IPTables.Backend), " ")}
-	gone, way := m.Missing, "install the rest of the kernel's modules, in Red Hat's kernel-modules and "+
-		"kernel-modules-extra, say"
+	gone, way := m.Missing, "install the rest of the kernel's modules, in Red Hat's kernel-modules "+
+		"and kernel-modules-extra, say"
 	if m.Disabled && len(m.Unloaded) > 0 {
 		gone = slices.Concat(m.Missing, m.Unloaded)
 		way = "load them at boot before kernel.modules_disabled is set (/etc/modules-load.d)"

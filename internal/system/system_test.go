@@ -306,7 +306,8 @@ func TestRefusal(t *testing.T) {
 		"for s390x (and 2 more, which service-proxy-agent bootstrap --check tells)" {
 		t.Errorf("%v %q", row, lacks)
 	}
-	if _, lacks, ok := Refusal(System{}, Judge(System{})); !ok || !strings.HasPrefix(lacks, "this system: ") {
+	_, lacks, ok = Refusal(System{}, Judge(System{}))
+	if !ok || !strings.HasPrefix(lacks, "this system: ") {
 		t.Error(lacks)
 	}
 }

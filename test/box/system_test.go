@@ -46,7 +46,8 @@ func (v *VM) kernelState() string {
 // Debian's packages. What the real one does within our unit's sandbox is not shown by it.
 const dnf = `#!/bin/sh
 echo "dnf $*" >>/var/log/dnf.called
-exec dpkg --install $(ls /var/local/repo/*.deb | grep -v -e syslog -e libestr -e libfastjson -e liblognorm) >/var/log/dnf.said 2>&1
+exec dpkg --install $(ls /var/local/repo/*.deb |
+	grep -v -e syslog -e libestr -e libfastjson -e liblognorm) >/var/log/dnf.said 2>&1
 `
 
 // TestOtherSystems imitates other systems in a Debian, one difference after the other, each in a

@@ -47,10 +47,14 @@ Restart=always
 [Install]
 WantedBy=multi-user.target
 `
+	// theirEnvoyCommand is how their Envoy runs, in either kind of stand-in.
+	theirEnvoyCommand = "setpriv --reuid 4242 --regid 4242 --clear-groups " +
+		"/usr/local/bin/envoy -c /etc/gce-envoy.json --disable-hot-restart -l warn"
+
 	theirEnvoyService = `[Unit]
 Description=Envoy of the stand-in
 [Service]
-ExecStart=/usr/bin/setpriv --reuid 4242 --regid 4242 --clear-groups /usr/local/bin/envoy -c /etc/gce-envoy.json --disable-hot-restart -l warn
+ExecStart=/usr/bin/` + theirEnvoyCommand + `
 Restart=always
 `
 	// needs.service is an application that cannot do without that unit: a stop of it would stop this.
@@ -62,10 +66,14 @@ ExecStart=/usr/bin/sleep infinity
 `
 	// "$1" is flush, child (Envoy is started by it) or nothing.
 	theirScript = `#!/bin/sh
+attributes=http://metadata.google.internal/computeMetadata/v1/instance/guest-attributes
 flush() {
 	iptables -w 5 -t nat -D OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT
-	for c in OUTPUT SERVICE_CIDRS SERVICE_PORTS REDIRECT; do iptables -w 5 -t nat -F SERVICE_PROXY_$c; done
-	for c in OUTPUT SERVICE_CIDRS SERVICE_PORTS REDIRECT; do iptables -w 5 -t nat -X SERVICE_PROXY_$c; done
+	for verb in -F -X; do
+		for c in OUTPUT SERVICE_CIDRS SERVICE_PORTS REDIRECT; do
+			iptables -w 5 -t nat $verb SERVICE_PROXY_$c
+		done
+	done
 }
 rules() {
 	jump=
@@ -98,13 +106,13 @@ while :; do
 			iptables -w 5 -t nat -C OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT 2>/dev/null || rules
 	fi
 	[ $((n %% 60)) != 0 ] || curl -s -m 2 -X PUT -H Metadata-Flavor:Google --data-binary "theirs $n" \
-		http://metadata.google.internal/computeMetadata/v1/instance/guest-attributes/gce-service-proxy/agent-heartbeat
+		$attributes/gce-service-proxy/agent-heartbeat
 	n=$((n + 1))
 	sleep 1 & wait $!
 done
 `
 	theirChild = `while :; do
-	setpriv --reuid 4242 --regid 4242 --clear-groups /usr/local/bin/envoy -c /etc/gce-envoy.json --disable-hot-restart -l warn
+	` + theirEnvoyCommand + `
 	sleep 0.2
 done &`
 )
@@ -169,7 +177,8 @@ func installTheirs(t *testing.T, root string, own bool) {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), os.Symlink(theirUnit, link)); err != nil {
+	err = errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), os.Symlink(theirUnit, link))
+	if err != nil {
 		t.Fatal(err)
 	}
 }

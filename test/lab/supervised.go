@@ -24,7 +24,8 @@ func (e *Envoy) supervise(opts EnvoyOptions) error {
 	if err := os.Chown(dir, int(opts.UID), int(opts.UID)); err != nil {
 		return fmt.Errorf("make the runtime folder of Envoy's unit: %w", err)
 	}
-	e.lab.atEnd(func() { // what a supervisor that was killed leaves; under systemd RemoveIPC= removes it
+	// What a supervisor that was killed leaves; under systemd RemoveIPC= removes it.
+	e.lab.atEnd(func() {
 		text, _ := os.ReadFile(filepath.Join(dir, "base-ids"))
 		for _, base := range strings.Fields(string(text)) {
 			os.Remove("/dev/shm/envoy_shared_memory_" + base + "0")
