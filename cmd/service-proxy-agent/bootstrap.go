@@ -45,9 +45,9 @@ func bootstrapCommand() *cobra.Command {
 			"ready, its chains are adopted as they are, and its Envoy is drained and replaced. --remove " +
 			"gives all of it back.\n\n" +
 			"With --prepare-image it makes this VM's disk fit to be an image: all is installed and " +
-			"enabled, and nothing is left that is of this VM. A VM that is made of the image finds its own " +
-			"attribute at its first boot, and needs no network for the agent then. A disk that is copied " +
-			"without it does, too: what is another VM's is discarded.\n\n" +
+			"enabled, and nothing is left that is of this VM. A VM that is made of the image finds its " +
+			"own attribute at its first boot, and needs no network for the agent then. A disk that is " +
+			"copied without it does, too: what is another VM's is discarded.\n\n" +
 			"Its first step looks whether the agent can be on this system at all, as --check does, and " +
 			"refuses in one line where it cannot. docs/systems.md has what was tried.\n\n" +
 			"Exit code: 0 done, or with --check: works here; 1 not done, or does not work here, with the " +
@@ -79,7 +79,8 @@ func bootstrapCommand() *cobra.Command {
 	// For the archive's script, for --rollback, and for the units of Envoy and of its logs.
 	flags.StringVar(&b.archive, "archive", "", "lay down the unpacked release archive in `DIR`")
 	flags.BoolVar(&b.units, "install-units", false, "install this binary's units")
-	flags.StringVar(&b.own, "own", "", "say whether Envoy's configuration is this VM's, in this `BOOT`")
+	flags.StringVar(&b.own, "own", "",
+		"say whether Envoy's configuration is this VM's, in this `BOOT`")
 	flags.BoolVar(&b.rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
 	flags.BoolVar(&b.takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
 	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own"} {

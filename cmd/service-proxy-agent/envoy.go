@@ -27,9 +27,9 @@ func envoyCommand() *cobra.Command {
 		Use:   "envoy [--] ENVOY [ARGUMENT...]",
 		Short: "Run Envoy and restart it hot; what Envoy's unit runs",
 		Long: "Runs Envoy as its child, and starts the next epoch of it beside the one that serves " +
-			"when that is asked for: by `systemctl reload service-proxy-envoy`, by --reload, or by SIGHUP. " +
-			"The new one gets the listening sockets, so that no connection is refused, and the old one " +
-			"drains and ends. Where the new one does not get live, the old one goes on.\n\n" +
+			"when that is asked for: by `systemctl reload service-proxy-envoy`, by --reload, or by " +
+			"SIGHUP. The new one gets the listening sockets, so that no connection is refused, and the " +
+			"old one drains and ends. Where the new one does not get live, the old one goes on.\n\n" +
 			"Envoy's arguments are those of Envoy, without --base-id, --restart-epoch, --socket-path and " +
 			"--admin-address-path. TERM and INT end all epochs, and this program ends as Envoy did.\n\n" +
 			"Exit code, of --reload (else it is Envoy's): 0 the new epoch serves; 1 it does not, with the " +

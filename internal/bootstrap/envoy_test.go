@@ -61,7 +61,7 @@ func newFakeVM(t *testing.T) *fakeVM {
 }
 
 func (v *fakeVM) options() Options {
-	return Options{Root: v.root, look: fineSystem, command: func(_ context.Context, cmd *exec.Cmd) error {
+	command := func(_ context.Context, cmd *exec.Cmd) error {
 		ran := append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...)
 		v.ran = append(v.ran, strings.Join(ran, " "))
 		switch {
@@ -72,7 +72,8 @@ func (v *fakeVM) options() Options {
 			fmt.Fprintln(cmd.Stdout, "enabled")
 		}
 		return nil
-	}}
+	}
+	return Options{Root: v.root, look: fineSystem, command: command}
 }
 
 // version is what fakeBinary put into the file.
