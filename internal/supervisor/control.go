@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -13,12 +14,16 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // DefaultDir is the RuntimeDirectory= of Envoy's unit.
 const DefaultDir = "/run/service-proxy-envoy"
 
-const controlName = "control.sock"
+const (
+	controlName = "control.sock"
+	maxAnswer   = 4 << 10 // bytes
+)
 
 // ErrNoSupervisor is returned where no supervisor runs.
 var ErrNoSupervisor = errors.New("no supervisor of Envoy runs here")
@@ -36,7 +41,8 @@ func Reload(ctx context.Context, dir string) (Answer, error) {
 	if _, err = fmt.Fprintln(conn, "reload"); err != nil {
 		return Answer{}, fmt.Errorf("ask Envoy's supervisor: %w", err)
 	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
+	// The folder is of Envoy's user, and root may ask: who answers may be anybody.
+	line, err := bufio.NewReader(io.LimitReader(conn, maxAnswer)).ReadString('\n')
 	if ctx.Err() != nil {
 		return Answer{}, fmt.Errorf("ask Envoy's supervisor: no answer yet: %w", ctx.Err())
 	}
@@ -48,7 +54,12 @@ func Reload(ctx context.Context, dir string) (Answer, error) {
 	if err != nil {
 		return Answer{}, fmt.Errorf("ask Envoy's supervisor: it says %q", line)
 	}
-	return Answer{n, text}, nil
+	return Answer{n, strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return -1
+		}
+		return r
+	}, text)}, nil
 }
 
 // dial waits a little for a supervisor that has just been started.
@@ -91,12 +102,23 @@ func (o *orders) reply(r Reply) {
 			_ = conn.SetDeadline(time.Now().Add(time.Second)) // who asked may have gone
 			fmt.Fprintf(conn, "%d %s\n", r.Code, oneLine(r.Text))
 			conn.Close()
-			delete(o.open, n)
 		}
+		delete(o.open, n)
 	}
 }
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+// alone is an error where a supervisor runs with this folder: a second one would take away what the
+// first one's epochs talk by, and the one that serves ends ten seconds after.
+func alone(dir string) error {
+	conn, err := net.Dial("unix", filepath.Join(dir, controlName))
+	if err != nil {
+		return nil //nolint:nilerr // what else may be wrong, listen tells
+	}
+	conn.Close()
+	return fmt.Errorf("a supervisor of Envoy runs already with %s; ask that one by --reload", dir)
+}
 
 // listen opens the socket, which is its owner's and root's alone.
 func listen(dir string) (net.Listener, error) {

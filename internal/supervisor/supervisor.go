@@ -112,6 +112,9 @@ func Run(o Options) (Status, error) {
 		events: make(chan Event), children: map[int]*child{},
 		bases: map[int]uint32{}, orders: orders{open: map[int]net.Conn{}},
 	}
+	if err := alone(o.Dir); err != nil {
+		return Status{}, err
+	}
 	s.sweep()
 	l, err := listen(o.Dir)
 	if err != nil {
