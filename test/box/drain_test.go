@@ -71,6 +71,13 @@ func plannedStop(t *testing.T, release string) {
 		"ls -d /dev/shm/envoy_* /run/service-proxy-envoy 2>/dev/null || true"); left != "" {
 		t.Errorf("Envoy is stopped and has left\n%s", left)
 	}
+	// Whoever fills the VM's shared memory does not keep Envoy from starting. (A small one, to be full
+	// at once.)
+	v.run("mount", "-o", "remount,size=8k", "/dev/shm")
+	_, _ = v.try("su", "-s", "/bin/sh", "-c", "cat /dev/zero >/dev/shm/full", "nobody")
+	if out, err := v.try("sh", "-c", "echo x >/dev/shm/more"); err == nil {
+		t.Errorf("/dev/shm is not full: %s", out)
+	}
 	v.run("systemctl", "start", "service-proxy-envoy.service")
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 	v.checkKilled(t)
@@ -124,7 +131,7 @@ func (v *VM) checkKilled(t *testing.T) {
 				t.Errorf("%s: %s still runs, of %v", what, pid, old)
 			}
 		}
-		memory := strings.Fields(v.run("sh", "-c", "ls /dev/shm/envoy_*"))
+		memory := strings.Fields(v.run("sh", "-c", "ls /proc/"+v.envoyPID()+"/root/dev/shm/envoy_*"))
 		if len(now) != 2 || len(memory) != 1 {
 			t.Errorf("%s: processes %v, shared memory %v", what, now, memory)
 		}

@@ -24,7 +24,7 @@ func (e *Envoy) supervise(opts EnvoyOptions) error {
 	if err := os.Chown(dir, int(opts.UID), int(opts.UID)); err != nil {
 		return fmt.Errorf("make the runtime folder of Envoy's unit: %w", err)
 	}
-	// What a supervisor that was killed leaves; under systemd RemoveIPC= removes it.
+	// What a supervisor that was killed leaves; its unit has a /dev/shm of its own.
 	e.lab.atEnd(func() {
 		text, _ := os.ReadFile(filepath.Join(dir, "base-ids"))
 		for _, base := range strings.Fields(string(text)) {
