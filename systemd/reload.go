@@ -15,8 +15,8 @@ type Reload struct {
 
 // ParseReload reads what `systemctl show --property=CanReload,ExecReload` prints:
 //
-//	CanReload=yes
 //	ExecReload={ path=/usr/local/bin/x ; argv[]=x --reload ; … ; code=exited ; status=2 }
+//	CanReload=yes
 func ParseReload(show string) Reload {
 	r := Reload{Status: -1}
 	for line := range strings.Lines(show) {

@@ -165,14 +165,18 @@ func (b *bootstrapper) reloadEnvoy(ctx context.Context) (why string, err error) 
 	}
 	out, _ := b.exec(ctx, time.Minute, "systemctl", "show", "--property=CanReload,ExecReload",
 		"--", systemd.EnvoyUnit)
-	switch reload := systemd.ParseReload(out); {
+	reload := systemd.ParseReload(out)
+	switch {
 	case !reload.Can:
 		return "its unit cannot do better", nil
 	case reload.Status == supervisor.NotPossible:
 		return cmp.Or(b.lastLogLine(reloadSays), "the next Envoy cannot take over"), nil
 	}
-	why = cmp.Or(b.lastLogLine(reloadSays), err.Error())
-	return "", fmt.Errorf("the next Envoy did not take over from the one that runs: %s", why)
+	if reload.Status >= 0 { // else it has said nothing, and what is in the log is of one before
+		why = b.lastLogLine(reloadSays)
+	}
+	return "", fmt.Errorf("the next Envoy did not take over from the one that runs: %s",
+		cmp.Or(why, err.Error()))
 }
 
 // reloadSays begins what `service-proxy-agent envoy --reload`, the reload of Envoy's unit, says: in

@@ -15,17 +15,17 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// TestRenewEnvoy: what runs after each answer of systemd's, and what is told. The answers are those
-// of systemd 252, run.
+// TestRenewEnvoy: what runs after each answer of systemd's, and what is told. The answers have the
+// form of those in TestParseReload of package systemd.
 func TestRenewEnvoy(t *testing.T) {
 	const says = "service-proxy-agent: the next Envoy cannot take over from the one that runs: its hot " +
 		"restart version is 12.104, and that of the one that runs 11.104\n" +
 		"[2026-11-29 10:00:00.000][7][info][main] [source/server/server.cc:1] something of Envoy's\n"
 	const hot = "restarting Envoy without a gap (hot restart)"
 	show := func(status string) string {
-		return "CanReload=yes\nExecReload={ path=/usr/local/bin/service-proxy-agent ; argv[]=" +
-			"/usr/local/bin/service-proxy-agent envoy --reload ; ignore_errors=no ; start_time=[n/a] ; " +
-			"stop_time=[n/a] ; pid=7 ; " + status + " }\n"
+		return "ExecReload={ path=/usr/local/bin/service-proxy-agent ; argv[]=" +
+			"/usr/local/bin/service-proxy-agent envoy --reload ; ignore_errors=no ; start_time=[" +
+			"Sun 2026-11-29 16:26:59 UTC] ; stop_time=[n/a] ; pid=79 ; " + status + " }\nCanReload=yes\n"
 	}
 	for _, tt := range []struct {
 		name    string
@@ -53,7 +53,8 @@ func TestRenewEnvoy(t *testing.T) {
 				"the one before goes on\n",
 			err: "the next Envoy did not take over from the one that runs: epoch 1 of Envoy ended by " +
 				"signal 9 (killed) before it was live; the one before goes on"},
-		{name: "it hangs", fails: true, show: show("code=killed ; status=15/TERM"), told: hot,
+		{name: "it hangs, and the log has the words of one before", fails: true, log: says,
+			show: show("code=(null) ; status=0/0"), told: hot,
 			err: "the next Envoy did not take over from the one that runs: run systemctl: exit status 1: " +
 				"Job for service-proxy-envoy.service failed."},
 	} {
