@@ -37,13 +37,15 @@ func (b *bootstrapper) lookAt(ctx context.Context, envoys ...string) system.Syst
 // checkSystem is the first step: a machine on which the agent cannot be is told at once, in one
 // line, and nothing is changed there. What it does not have in full is said once. Where bootstrap
 // has finished before, nothing is refused: that it works is seen, and a wrong judgement must not
-// take a VM out of the mesh.
+// take a VM out of the mesh. (On a disk that is not known to be this VM's, too: it works on the
+// disk.)
 func (a *attempt) checkSystem(ctx context.Context) error {
 	seen := a.look(ctx)
 	rows := system.Judge(seen)
 	failure, _ := refused(seen, rows)
+	worked := a.again || a.state.Worked()
 	switch {
-	case failure != nil && !a.again:
+	case failure != nil && !worked:
 		return failure
 	case a.state.Attempt > 1:
 	case failure != nil:

@@ -108,6 +108,32 @@ func TestUpgradeIsNotRefused(t *testing.T) {
 	v.want("upgraded", "3", "none")
 }
 
+// A VM that has another name now has worked before, too, though whose the disk is comes out after the
+// system was looked at.
+func TestAnotherNameIsNotRefused(t *testing.T) {
+	steps0 := steps
+	defer func() { steps = steps0 }()
+	steps = slices.Clone(steps[:1])
+	v := newFakeVM(t)
+	v.install("1", "")
+	v.machine("m", "tag-1", "b1")
+	v.node("1")
+	v.machine("n", "tag-1", "b2")
+	opts := on(v, func(s *system.System) { s.NoGroups = []string{"dialout"} })
+	for range 2 { // also what the first start has written down
+		b := newBootstrapper(opts)
+		b.readState()
+		b.state.Attempt = 1
+		if f := b.attempt(t.Context(), metadata.Attribute{}); f != nil {
+			t.Error(f)
+		}
+	}
+	t.Setenv("GCE_METADATA_HOST", "127.0.0.1:1")
+	if err := quickly(t, opts, v.archive("2", "")); err != nil {
+		t.Error(err)
+	}
+}
+
 // quickly installs without waiting for a metadata server that refuses.
 func quickly(t *testing.T, opts Options, dir string) (err error) {
 	t.Helper()

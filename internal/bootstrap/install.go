@@ -13,7 +13,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -35,7 +34,7 @@ func Install(ctx context.Context, opts Options, dir string) error {
 	seen := b.look(ctx)
 	failure, passes := refused(seen, system.Judge(seen))
 	// Over an installation that works nothing is refused, as in checkSystem.
-	refused := failure != nil && b.state.Status != progress.Finished
+	refused := failure != nil && !b.state.Worked()
 	if !refused {
 		failure, passes = b.install(ctx, dir, retry), true
 	} else {

@@ -45,6 +45,9 @@ func (b *bootstrapper) readState() {
 		}
 		return
 	}
+	if of.Instance == "" && state.Before != nil { // of a start that was not told the id either
+		state, of = *state.Before, state.Before.Owner
+	}
 	b.state = state.OfDisk()
 	b.state.Owner, b.state.Before = b.vm.Owner, &state
 	b.state.Before.Owner, b.state.Before.Before = of, nil
@@ -79,7 +82,9 @@ func (b *bootstrapper) claim(ctx context.Context) error {
 		b.goOn()
 	}
 	if err == nil && disk != vm.Owner {
-		err = b.writeOwner(vm.Owner)
+		if err := b.writeOwner(vm.Owner); err != nil { // a full disk, say, on which all else stands
+			b.Log.Warn("cannot write down whose this disk is", zap.Error(err))
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("make this disk this VM's: %w", err)

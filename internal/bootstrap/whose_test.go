@@ -261,6 +261,50 @@ func TestSameVM(t *testing.T) {
 	}
 }
 
+// TestNamelessTwice: a VM whose machine has another name at each boot, and whose metadata server was
+// away in one of them, goes on with its own when its id is known.
+func TestNamelessTwice(t *testing.T) {
+	v := newFakeVM(t)
+	v.machine("m", "tag-1", "b1")
+	v.node("1")
+	idServer(t, "")
+	for i, id := range []string{"n", "o"} {
+		v.machine(id, "tag-1", "b"+strconv.Itoa(2+i))
+		b, err := v.begin()
+		if err == nil {
+			t.Fatal("claimed without an id")
+		}
+		b.fail(&Failure{Step: StepAttribute, Err: err}, time.Second)
+	}
+	v.machine("p", "tag-1", "b4")
+	idServer(t, "1")
+	if _, err := v.begin(); err != nil {
+		t.Fatal(err)
+	}
+	if state := v.state(); state.AttributeSum != "a" || state.Before != nil || state.Discarded != nil ||
+		len(v.left()) != 4 {
+		t.Errorf("%+v, left %q", state, v.left())
+	}
+}
+
+// TestOwnerNotWritten: a VM whose disk takes nothing more goes on, as it does without the file.
+func TestOwnerNotWritten(t *testing.T) {
+	v := newFakeVM(t)
+	v.machine("m", "tag-1", "b1")
+	v.node("1")
+	v.machine("m", "tag-1", "b2")
+	idServer(t, "1")
+	path := filepath.Join(v.root, progress.OwnerFile)
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	mkdir(t, filepath.Join(path, "in its place"), 0o755) // root, too, cannot replace it by a file
+	b, err := v.begin()
+	if err != nil || b.vm.Instance != "1" || len(v.left()) != 4 {
+		t.Errorf("%v, %+v, left %q", err, b.vm, v.left())
+	}
+}
+
 // TestStateOfEarlierVersion: it does not say whose it is. What the daemon has left beside it does.
 func TestStateOfEarlierVersion(t *testing.T) {
 	for instance, want := range map[string]bool{"1": true, "2": false} {

@@ -110,6 +110,11 @@ func (s State) OfDisk() State {
 	}
 }
 
+// Worked says whether bootstrap has ever finished on this disk, be it on another VM.
+func (s State) Worked() bool {
+	return s.Status == Finished || s.AttributeSum != "" || s.Before != nil && s.Before.Worked()
+}
+
 // Whose is whose the state is. One of a version that did not say is of the VM whose the daemon's
 // files beside it are.
 func (s State) Whose(dir string) identity.Owner {
