@@ -96,6 +96,7 @@ func readUnit(path string) (string, error) {
 // starts is what a unit file starts, and whether that is our daemon: an administrator may have
 // copied our unit to change it (`systemctl edit --full`).
 func starts(unit string) (program string, ours bool) {
+	const prefixes, quotes = "@-:+!|", "\"';"
 	section := ""
 	unit = strings.ReplaceAll(unit, "\\\n", " ")
 	for line := range strings.Lines(unit) {
@@ -113,11 +114,14 @@ func starts(unit string) (program string, ours bool) {
 			program, ours = "", false
 			continue
 		}
-		argv0 := strings.Trim(strings.TrimLeft(words[0], "@-:+!|"), `"'`)
+		argv0 := strings.Trim(strings.TrimLeft(words[0], prefixes), quotes)
 		if program == "" {
 			program = argv0
 		}
-		ours = ours || Named(argv0) && len(words) > 1 && words[1] == "run"
+		// By way of another program, too: nice, env, or a shell.
+		for i, word := range words[1:] {
+			ours = ours || strings.Trim(word, quotes) == "run" && Named(strings.Trim(words[i], prefixes+quotes))
+		}
 	}
 	return program, ours
 }

@@ -122,6 +122,9 @@ func TestStarts(t *testing.T) {
 		{"[Service]\nExecStart = /usr/bin/service-proxy-agent run --listen=:1\n", "/usr/bin/service-proxy-agent", true},
 		{"[Service]\nExecStart=/usr/local/bin/service-proxy-agent\n", "/usr/local/bin/service-proxy-agent", false},
 		{"[Service]\nExecStart=/a\nExecStart=\nExecStart=!!/b c\n", "/b", false},
+		{"[Service]\nExecStart=/usr/bin/nice -n 5 /usr/local/bin/service-proxy-agent run\n", "/usr/bin/nice", true},
+		{"[Service]\nExecStart=/bin/sh -c '. /x; exec /usr/local/bin/service-proxy-agent run'\n", "/bin/sh", true},
+		{"[Service]\nExecStart=/bin/sh -c \"/usr/local/bin/service-proxy-agent --port 1\"\n", "/bin/sh", false},
 		{"[Service]\nExecStartPre=/usr/bin/service-proxy-agent run\nExecStart=\"/b\"\n", "/b", false},
 		{"[Unit]\nExecStart=/usr/bin/service-proxy-agent run\n", "", false},
 		{"[Service]\n# ExecStart=/usr/bin/service-proxy-agent run\n", "", false},
@@ -249,5 +252,11 @@ func TestSort(t *testing.T) {
 	if !f.Ours || !slices.Equal(pids(f.Agents), []int{3, 8}) ||
 		!slices.Equal(pids(f.Envoys), []int{5}) {
 		t.Errorf("beside ours: %+v", f)
+	}
+	// A unit that starts a shell or an interpreter makes no agent of all the others that run.
+	shell := []Process{at(9, systemd.AgentUnit, "/usr/bin/bash", "/opt/x"), at(10, "ssh.service", "/usr/bin/bash")}
+	f = Sort(shell, []Unit{{Path: "/etc/x", Program: "/usr/bin/bash"}})
+	if !slices.Equal(pids(f.Agents), []int{9}) {
+		t.Errorf("a shell: %+v", f)
 	}
 }

@@ -102,11 +102,18 @@ func Sort(all []Process, units []Unit) (f Found) {
 		case p.Envoy() && (p.Listens || inUnit):
 			f.Envoys = append(f.Envoys, p)
 		case inUnit, p.Unit != systemd.AgentUnit && (Named(p.Program) ||
-			slices.ContainsFunc(units, func(u Unit) bool { return u.Program == p.Program })):
+			!anybodys(p.Program) &&
+				slices.ContainsFunc(units, func(u Unit) bool { return u.Program == p.Program })):
 			f.Agents = append(f.Agents, p)
 		}
 	}
 	return f
+}
+
+// anybodys says that the program is where the distribution has its own: a shell, an interpreter or a
+// container's tool, which others run, too.
+func anybodys(program string) bool {
+	return slices.Contains([]string{"/bin", "/sbin", "/usr/bin", "/usr/sbin"}, filepath.Dir(program))
 }
 
 // Still says whether the process is still there, and the same.
