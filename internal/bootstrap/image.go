@@ -64,6 +64,14 @@ func (b *bootstrapper) mayBecomeImage(ctx context.Context) error {
 		return fmt.Errorf("the agent is not installed: %w; "+
 			"run service-proxy-agent-bootstrap.sh of the release archive first", err)
 	}
+	t, err := b.neighbours()
+	if err != nil {
+		return err
+	}
+	if t.here() {
+		return fmt.Errorf("another agent, Google's as it seems, is here (%s); use another VM, or run "+
+			"bootstrap --take-over first", seen(t))
+	}
 	// Its exit code says no more than what it prints.
 	out, _ := b.exec(ctx, time.Minute, "systemctl", "is-active", systemd.EnvoyUnit)
 	switch state := strings.TrimSpace(out); state {

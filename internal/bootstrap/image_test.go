@@ -164,3 +164,19 @@ func TestPrepareImageCut(t *testing.T) {
 		t.Errorf("only %d failures: this has shown little", n)
 	}
 }
+
+// TestPrepareImageBesideAnother: a VM that is another agent's node is left as it is: the unit of our
+// agent's name is that one's, and so are the chains.
+func TestPrepareImageBesideAnother(t *testing.T) {
+	v := imageVM(t)
+	v.put(closedUnit, closedText)
+	v.ran = nil
+	_, err := v.prepare("inactive", 0)
+	if err == nil || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("have %v", err)
+	}
+	if slices.ContainsFunc(v.ran, func(ran string) bool { return strings.Contains(ran, " stop ") }) ||
+		len(v.left()) != 4 {
+		t.Errorf("ran %q, left %q", v.ran, v.left())
+	}
+}
