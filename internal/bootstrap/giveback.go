@@ -25,11 +25,17 @@ const (
 	rulesGuardText = "# Written by service-proxy-agent bootstrap --remove.\n[Service]\nExecStop=\n"
 )
 
-// rulesOfOthers says that nothing of ours is installed, and another agent is: the chains of our
-// names are its own then. over are our units that are there.
-func (b *bootstrapper) rulesOfOthers(h *handover, over []string) (bool, error) {
-	units, err := neighbour.Units(b.Root)
-	return h == nil && len(over) == 0 && len(units) > 0, err
+// others says whether another agent, from which ours did not take over, has our agent's unit, and
+// whether the chains of our names are its own: it runs, or nothing of ours is installed. over are our
+// units that are there.
+func (b *bootstrapper) others(h *handover, over []string) (unit, rules bool, err error) {
+	if h != nil {
+		return false, false, nil
+	}
+	t, err := b.neighbours()
+	unit = slices.ContainsFunc(t.units, func(u neighbour.Unit) bool { return u.First })
+	rules = len(over) == 0 && len(t.units) > 0 || unit && len(t.Agents) > 0 && !t.Ours
+	return unit, rules, err
 }
 
 // giveBack has the agent that was here before take the place of ours again, its units as they were:

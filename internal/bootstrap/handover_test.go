@@ -120,6 +120,58 @@ func TestInstallOverWhatDoesNotRun(t *testing.T) {
 	}
 }
 
+// An agent that has come to have the unit of our agent's name, after ours was installed, is not
+// stopped or disabled by --remove, and its rules stay.
+func TestRemoveBesideAnother(t *testing.T) {
+	v, opts := withClosed(t)
+	theirs := map[string]string{closedUnit: closedText, closedDropIn: "[Service]\nNice=1\n"}
+	for path := range theirs {
+		if err := os.Remove(filepath.Join(v.root, path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(v.root, closedLink)); err != nil {
+		t.Fatal(err)
+	}
+	if err := Install(t.Context(), opts, v.archive("1.0.0", "")); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range theirs {
+		v.put(path, text)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(v.root, closedLink)),
+		os.Symlink(closedUnit, filepath.Join(v.root, closedLink))); err != nil {
+		t.Fatal(err)
+	}
+	opts.processes = func([]uint16, ...string) ([]neighbour.Process, error) {
+		return []neighbour.Process{{PID: 1 << 22, Program: "/opt/google/agent", Unit: systemd.AgentUnit}}, nil
+	}
+	usual := opts.command
+	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
+		switch args := strings.Join(cmd.Args[1:], " "); args {
+		case "stop " + systemd.AgentUnit:
+			t.Error("it was stopped")
+		case "stop " + systemd.InterceptionUnit:
+			if _, err := os.Lstat(filepath.Join(v.root, rulesGuard)); err != nil {
+				t.Error("that takes the rules out")
+			}
+		}
+		return usual(ctx, cmd)
+	}
+	if _, err := Remove(t.Context(), opts, func(context.Context) ([]string, error) {
+		t.Error("the rules of another agent were taken out")
+		return nil, nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if there := v.closedThere(); len(there) != 3 {
+		t.Errorf("there is %q", there)
+	}
+	if newBootstrapper(opts).exists(AgentBinary) {
+		t.Error("ours is left")
+	}
+}
+
 func isFolder(v *fakeVM, path string) bool {
 	info, err := os.Lstat(filepath.Join(v.root, path))
 	return err == nil && info.IsDir()

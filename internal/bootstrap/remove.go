@@ -55,14 +55,19 @@ func Remove(
 		return r.done, fmt.Errorf("remove: %w", err)
 	}
 	over, under := b.present(unitsOverRules), b.present(unitsUnderRules)
-	theirs, err := b.rulesOfOthers(h, over)
+	unit, theirs, err := b.others(h, over)
+	r.unitOfOthers = unit
 	switch {
 	case err != nil:
 		return r.done, fmt.Errorf("remove: %w", err)
 	case theirs:
 		r.done = append(r.done, "left the rules, which are those of another agent")
-		r.stop(ctx, over)
-		r.stop(ctx, under)
+		r.stop(ctx, slices.DeleteFunc(slices.Clone(over),
+			func(name string) bool { return unit && name == systemd.AgentUnit }))
+		if err := r.keepRules(ctx); err != nil {
+			return r.done, fmt.Errorf("remove: %w; try again", err)
+		}
+		r.stop(ctx, b.present([]string{systemd.EnvoyUnit}))
 	case h != nil:
 		if err := r.giveBack(ctx, h, over); err != nil {
 			return r.done, fmt.Errorf("remove: the agent that was here before could not be given back, so "+
@@ -106,6 +111,8 @@ type removal struct {
 	*bootstrapper
 	done []string
 	errs []error
+	// unitOfOthers: the unit of our agent's name is another agent's.
+	unitOfOthers bool
 }
 
 // present are the units that are there: systemctl stops nothing of a list in which it does not know
@@ -136,6 +143,9 @@ func (r *removal) stop(ctx context.Context, units []string) {
 
 func (r *removal) removeUnits(ctx context.Context, some bool) {
 	for _, unit := range r.present(enabledUnits) {
+		if unit == systemd.AgentUnit && r.unitOfOthers {
+			continue // by its name, which is all that systemctl goes by
+		}
 		r.run(ctx, time.Minute, "disable", unit)
 	}
 	removed, err := systemd.Remove(r.Root + "/")
