@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -193,5 +195,24 @@ func TestReadInterception(t *testing.T) {
 	i := ReadInterception(t.Context(), OfProject)
 	if _, ok := i.Wish(); ok || !i.Set || len(i.Value) != maxInterception || i.Err != nil {
 		t.Errorf("of the project: %d bytes, %v", len(i.Value), i.Err)
+	}
+}
+
+// TestFollowPacesItself: a server that says with an ETag that it can wait, and does not, is not asked
+// as fast as it answers.
+func TestFollowPacesItself(t *testing.T) {
+	var asked atomic.Int32
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		w.Header().Set("ETag", "same")
+		_, _ = w.Write([]byte("off"))
+	}))
+	defer srv.Close()
+	t.Setenv(HostEnv, strings.TrimPrefix(srv.URL, "http://"))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	WatchInterception(ctx, OfProject, func(Interception) {})
+	if n := asked.Load(); n > 3 {
+		t.Errorf("it was asked %d times in a second", n)
 	}
 }

@@ -95,8 +95,9 @@ const watchPoll = 5 * time.Second
 // follow tells each answer about a key, news or not, until ctx ends. One lost answer of a long poll
 // is no news, and is not told: the next one says whether the server is really away.
 func follow(ctx context.Context, path string, p pace, tell func(text []byte, err error)) {
-	first, etag, wait := true, "", time.Duration(0)
+	first, etag, wait, last := true, "", time.Duration(0), ""
 	for ctx.Err() == nil {
+		began := time.Now()
 		text, newETag, err := get(ctx, path, etag, p)
 		switch {
 		case ctx.Err() != nil:
@@ -104,10 +105,12 @@ func follow(ctx context.Context, path string, p pace, tell func(text []byte, err
 		case err == nil:
 			tell(text, nil)
 			wait = 0
-			if newETag == "" || newETag == "0" { // a server that cannot wait: poll
+			// A server that cannot wait, or does not though it gives an ETag: poll.
+			if newETag == "" || newETag == "0" ||
+				etag != "" && string(text) == last && time.Since(began) < p.held/2 {
 				wait = p.absent
 			}
-			etag, first = newETag, false
+			etag, first, last = newETag, false, string(text)
 		case isMissing(err):
 			tell(nil, err)
 			etag, wait, first = "", p.absent, false
