@@ -3,6 +3,7 @@ package conntrack
 import (
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -30,8 +31,10 @@ const (
 	holdPriority = 1000
 )
 
-// HoldTable is the native nft table, of family inet, that a Hold is.
-const HoldTable = "service-proxy-agent"
+// HoldTable is what the name of the native nft table begins with, of family inet, that a Hold is.
+// What follows is by chance: who saves a ruleset with it in it, and loads that while there is
+// another one, would be refused the whole if both had one name.
+const HoldTable = "service-proxy-agent-"
 
 const holdComment = "keeps NAT of established connections on when table nat is flushed"
 
@@ -48,14 +51,13 @@ const holdLimit = 5 * time.Second
 // flush ruleset leaves it, and the kernel deletes it when the process ends. It has a nat chain
 // without a rule, which is what keeps NAT on, and a chain that no hook leads to with a rule that
 // looks at conntrack, which is what keeps that on. No packet's way depends on it. Hold it for as
-// long as it is needed only: whoever loads a ruleset that was saved with it, while it is there, is
-// refused.
+// long as it is needed only: it is in what others list.
 type Hold struct{ conn *netlink.Conn }
 
 // NewHold makes the table. It fails where the kernel has no nf_tables or is older than 5.12, which
-// does not know the flag, and while somebody else holds one.
+// does not know the flag.
 func NewHold() (*Hold, error) {
-	batch, err := holdBatch()
+	batch, err := holdBatch(fmt.Sprintf("%s%08x", HoldTable, rand.Uint32()))
 	if err != nil {
 		return nil, fmt.Errorf("keep connection tracking on: %w", err)
 	}
@@ -88,24 +90,24 @@ func (h *Hold) Close() error { return h.conn.Close() }
 
 // holdBatch is the transaction that makes this, as nft prints it:
 //
-//	table inet service-proxy-agent {
+//	table inet service-proxy-agent-0a1b2c3d {
 //		flags owner
 //		chain nat { type nat hook input priority 1000; policy accept; }
 //		chain conntrack { ct state established return }
 //	}
-func holdBatch() ([]netlink.Message, error) {
+func holdBatch(table string) ([]netlink.Message, error) {
 	b := holdBuilder{}
 	b.add(msgBatchBegin, 0, nil)
 	b.add(subsysNFTables<<8|msgNewTable, netlink.Create|netlink.Excl,
 		func(ae *netlink.AttributeEncoder) error {
-			ae.String(1, HoldTable)
+			ae.String(1, table)
 			ae.Uint32(2, tableFlagOwner)
 			// user data: a comment
 			ae.Bytes(6, append([]byte{0, byte(len(holdComment) + 1)}, holdComment+"\x00"...))
 			return nil
 		})
 	b.add(subsysNFTables<<8|msgNewChain, netlink.Create, func(ae *netlink.AttributeEncoder) error {
-		ae.String(1, HoldTable)
+		ae.String(1, table)
 		ae.String(3, "nat")
 		ae.Nested(4, func(ae *netlink.AttributeEncoder) error {
 			ae.Uint32(1, hookLocalIn)
@@ -116,13 +118,13 @@ func holdBatch() ([]netlink.Message, error) {
 		return nil
 	})
 	b.add(subsysNFTables<<8|msgNewChain, netlink.Create, func(ae *netlink.AttributeEncoder) error {
-		ae.String(1, HoldTable)
+		ae.String(1, table)
 		ae.String(3, "conntrack")
 		return nil
 	})
 	b.add(subsysNFTables<<8|msgNewRule, netlink.Create|netlink.Append|netlink.Acknowledge,
 		func(ae *netlink.AttributeEncoder) error {
-			ae.String(1, HoldTable)
+			ae.String(1, table)
 			ae.String(2, "conntrack")
 			ae.Nested(4, establishedReturns)
 			return nil
