@@ -603,7 +603,7 @@ func mayBeForItsOwnSake(line string) bool {
 
 func (k *Kernel) restore(ctx context.Context, t tool, p Plan) error {
 	write := func() error {
-		done := k.own.writing()
+		done := k.own.writing(p.family)
 		_, err := k.run(ctx, writeLimit, []byte(p.String()), t.restore, "--noflush", "-w", lockWait)
 		done(err)
 		return err
@@ -686,9 +686,9 @@ type ownPIDs struct {
 	mu    sync.Mutex
 	ended map[int]time.Time // by pid; zero: it runs
 	last  time.Time         // when the last one ended
-	// unclaimed are the writes that no notification was taken for, the oldest first, by when they
-	// ended; zero: one goes on.
-	unclaimed []*time.Time
+	// unclaimed are each family's writes that no notification was taken for, the oldest first, by
+	// when they ended; zero: one goes on.
+	unclaimed map[Family][]*time.Time
 }
 
 // ownFor is how long the pid of a command that ended is ours: the kernel's notification of its last
@@ -723,39 +723,50 @@ func (o *ownPIDs) has(pid int) bool {
 
 // writing notes that a write begins, and what it returns that it ended. One that failed has changed
 // nothing that would be told.
-func (o *ownPIDs) writing() (done func(error)) {
+func (o *ownPIDs) writing(f Family) (done func(error)) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	ended := new(time.Time)
-	o.unclaimed = append(o.unclaimed, ended)
+	if o.unclaimed == nil {
+		o.unclaimed = map[Family][]*time.Time{}
+	}
+	// where pids tell, or on legacy, nobody ever claims one
+	o.unclaimed[f] = append(claimable(o.unclaimed[f]), ended)
 	return func(err error) {
 		o.mu.Lock()
 		defer o.mu.Unlock()
 		*ended = time.Now()
 		if err != nil {
-			o.unclaimed = slices.DeleteFunc(o.unclaimed, func(one *time.Time) bool { return one == ended })
+			o.unclaimed[f] = slices.DeleteFunc(o.unclaimed[f],
+				func(one *time.Time) bool { return one == ended })
 		}
 	}
+}
+
+// claimable are those of the writes of which the kernel's word may still come.
+func claimable(writes []*time.Time) []*time.Time {
+	return slices.DeleteFunc(writes, func(ended *time.Time) bool {
+		return !ended.IsZero() && time.Since(*ended) > claimFor
+	})
 }
 
 // untold forgets the writes so far: nobody listened to what was told of them.
 func (o *ownPIDs) untold() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.unclaimed = nil
+	o.unclaimed = map[Family][]*time.Time{}
 }
 
-// claim takes a notification for that of a write which none was taken for, if there is one.
-func (o *ownPIDs) claim() bool {
+// claim takes a notification for that of a write to its family which none was taken for, if there is
+// one.
+func (o *ownPIDs) claim(f Family) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.unclaimed = slices.DeleteFunc(o.unclaimed, func(ended *time.Time) bool {
-		return !ended.IsZero() && time.Since(*ended) > claimFor
-	})
-	if len(o.unclaimed) == 0 {
+	writes := claimable(o.unclaimed[f])
+	if len(writes) == 0 {
 		return false
 	}
-	o.unclaimed = o.unclaimed[1:]
+	o.unclaimed[f] = writes[1:]
 	return true
 }
 
