@@ -26,7 +26,7 @@ const (
 type holding struct {
 	make    func() (io.Closer, error) // nil: nothing is held
 	log     *zap.Logger
-	jumps   bool // rules redirected at the end of the last pass
+	needed  bool // streams may live by our rules, as of the last pass
 	held    io.Closer
 	changed time.Time // by others, the last time
 	failed  time.Time
@@ -34,7 +34,7 @@ type holding struct {
 
 // told takes in what the kernel told.
 func (h *holding) told(e iptables.Event, now time.Time) {
-	if e.Own || !h.jumps || h.make == nil {
+	if e.Own || !h.needed || h.make == nil {
 		return
 	}
 	h.changed = now
@@ -52,16 +52,18 @@ func (h *holding) told(e iptables.Event, now time.Time) {
 	h.held = held
 }
 
-// passed ends what is held once the rules are back, or nobody wants them.
-func (h *holding) passed(now time.Time, outcomes []reconcile.Outcome) {
-	jumps := jumpsOf(outcomes)
-	h.jumps = jumps != [2]bool{}
+// passed ends what is held once the rules are back, or nobody wants them. braked says that the jumps
+// are out by the emergency brake: chains without jumps are back, too, and redirected streams live by
+// them.
+func (h *holding) passed(now time.Time, outcomes []reconcile.Outcome, braked bool) {
+	back := true
+	h.needed = false
 	for _, o := range outcomes {
-		if o.Status.Usable && o.Status.Jumps && !o.Status.Equal {
-			return
+		if o.Status.Jumps || braked && o.Written {
+			h.needed, back = true, back && (o.Status.Equal || !o.Status.Usable)
 		}
 	}
-	if now.Sub(h.changed) > holdFor {
+	if back && now.Sub(h.changed) > holdFor {
 		h.end()
 	}
 }

@@ -36,7 +36,12 @@ func TestHolding(t *testing.T) {
 	now := time.Now()
 	told := func(e iptables.Event) func() { return func() { h.told(e, now) } }
 	passed := func(jumps, equal bool) func() {
-		return func() { h.passed(now, outcomes(jumps, equal)) }
+		return func() { h.passed(now, outcomes(jumps, equal), false) }
+	}
+	braked := func(written, equal bool) func() {
+		all := outcomes(false, equal)
+		all[1].Written = written
+		return func() { h.passed(now, all, true) }
 	}
 	for i, step := range []struct {
 		after       time.Duration
@@ -58,6 +63,13 @@ func TestHolding(t *testing.T) {
 		{0, false, told(iptables.Event{}), 1, 3},
 		{holdFor + 1, false, passed(false, false), 0, 3}, // paused, or nobody wants them
 		{0, false, told(iptables.Event{}), 0, 3},
+		// With the brake on the chains stay: streams that were redirected live by them.
+		{0, false, braked(true, true), 0, 3},
+		{0, false, told(iptables.Event{}), 1, 4},
+		{holdFor + 1, false, braked(true, false), 1, 4},
+		{1, false, braked(true, true), 0, 4},
+		{0, false, braked(false, true), 0, 4}, // nothing was ever there
+		{0, false, told(iptables.Event{}), 0, 4},
 	} {
 		refuse = nil
 		if step.refused {
@@ -70,7 +82,7 @@ func TestHolding(t *testing.T) {
 				step.tries)
 		}
 	}
-	h = holding{jumps: true}
+	h = holding{needed: true}
 	h.told(iptables.Event{}, now)
 	h.end()
 }

@@ -144,7 +144,7 @@ func (l *loop) pass(ctx context.Context, now time.Time) (wake time.Duration) {
 	want, known := l.wanted.desired(l.settings, seen)
 	known = known && !seen.Brake.Awaited
 	outcomes := l.reconcile(ctx, now, seen, want, known)
-	l.beside.hold.passed(now, outcomes)
+	l.beside.hold.passed(now, outcomes, seen.Brake.Off && !l.paused)
 	l.beside.tell(aboutOf(want, l.wanted.serial, seen, jumpsOf(outcomes)))
 	redirect := l.wanted.redirects.passed(time.Now(), known, l.paused, outcomes)
 	facts := seen.Facts(want, outcomes)
