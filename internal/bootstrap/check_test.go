@@ -117,7 +117,7 @@ func TestAnotherNameIsNotRefused(t *testing.T) {
 	v := newFakeVM(t)
 	v.install("1", "")
 	v.machine("m", "tag-1", "b1")
-	v.node("1")
+	v.node()
 	v.machine("n", "tag-1", "b2")
 	opts := on(v, func(s *system.System) { s.NoGroups = []string{"dialout"} })
 	for range 2 { // also what the first start has written down

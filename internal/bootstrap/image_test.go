@@ -20,7 +20,7 @@ import (
 func imageVM(t *testing.T) *fakeVM {
 	t.Helper()
 	v := newFakeVM(t)
-	v.machine("tag-1", "b1")
+	v.machine("m", "tag-1", "b1")
 	idServer(t, "1")
 	v.put("/usr/sbin/iptables", "x")
 	v.put("/usr/sbin/iptables-restore", "x")
@@ -101,7 +101,7 @@ func TestPrepareImage(t *testing.T) {
 		}
 	}
 
-	v.machine("tag-2", "b2")
+	v.machine("m", "tag-2", "b2")
 	idServer(t, "")
 	if b, err := v.begin(); err == nil || b.again || b.state.Before != nil {
 		t.Errorf("%+v, %v", b.state, err)

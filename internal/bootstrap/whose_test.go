@@ -27,9 +27,9 @@ import (
 
 // machine makes the root that of this machine, in this boot; tag "" is a machine whose firmware
 // does not tell it from a clone.
-func (v *fakeVM) machine(tag, boot string) {
+func (v *fakeVM) machine(id, tag, boot string) {
 	v.Helper()
-	v.put("/etc/machine-id", "m\n")
+	v.put("/etc/machine-id", id+"\n")
 	v.put("/sys/class/dmi/id/board_asset_tag", tag+"\n")
 	v.put("/proc/sys/kernel/random/boot_id", boot+"\n")
 }
@@ -162,9 +162,9 @@ func TestClone(t *testing.T) {
 	for _, tag := range []string{"tag-2", ""} {
 		t.Run("tag "+tag, func(t *testing.T) {
 			v := newFakeVM(t)
-			v.machine(strings.Replace(tag, "2", "1", 1), "b1")
+			v.machine("m", strings.Replace(tag, "2", "1", 1), "b1")
 			v.node()
-			v.machine(tag, "b2")
+			v.machine("m", tag, "b2")
 			idServer(t, "")
 			for range 2 { // not known yet: neither believed nor thrown away
 				b, err := v.begin()
@@ -227,9 +227,9 @@ func TestSameVM(t *testing.T) {
 			if first != "" {
 				first = "tag-1"
 			}
-			v.machine(first, "b1")
+			v.machine("m", first, "b1")
 			v.node()
-			v.machine(tt.tag, "b2")
+			v.machine("m", tt.tag, "b2")
 			idServer(t, map[bool]string{true: "", false: "1"}[tt.away])
 			b, err := v.begin()
 			if (err == nil) == tt.away {
@@ -266,7 +266,7 @@ func TestSameVM(t *testing.T) {
 func TestNamelessTwice(t *testing.T) {
 	v := newFakeVM(t)
 	v.machine("m", "tag-1", "b1")
-	v.node("1")
+	v.node()
 	idServer(t, "")
 	for i, id := range []string{"n", "o"} {
 		v.machine(id, "tag-1", "b"+strconv.Itoa(2+i))
@@ -291,7 +291,7 @@ func TestNamelessTwice(t *testing.T) {
 func TestOwnerNotWritten(t *testing.T) {
 	v := newFakeVM(t)
 	v.machine("m", "tag-1", "b1")
-	v.node("1")
+	v.node()
 	v.machine("m", "tag-1", "b2")
 	idServer(t, "1")
 	path := filepath.Join(v.root, progress.OwnerFile)
@@ -309,7 +309,7 @@ func TestOwnerNotWritten(t *testing.T) {
 func TestStateOfEarlierVersion(t *testing.T) {
 	for instance, want := range map[string]bool{"1": true, "2": false} {
 		v := newFakeVM(t)
-		v.machine("tag-"+instance, "b2")
+		v.machine("m", "tag-"+instance, "b2")
 		v.put(EnvoyConfig, "{}")
 		dir := filepath.Join(v.root, progress.StateDir)
 		mkdir(t, dir, 0o700)
@@ -346,9 +346,9 @@ func TestOwn(t *testing.T) {
 		{"restart in the same boot, where the server would be asked else", "", "", "b-1", "2", true},
 	} {
 		v := newFakeVM(t)
-		v.machine(tt.was, "b1")
+		v.machine("m", tt.was, "b1")
 		v.node()
-		v.machine(tt.is, "")
+		v.machine("m", tt.is, "")
 		idServer(t, tt.id)
 		if err := v.own(tt.boot); (err == nil) != tt.want ||
 			err != nil && !errors.Is(err, ErrOthers) {
@@ -356,7 +356,7 @@ func TestOwn(t *testing.T) {
 		}
 	}
 	v := newFakeVM(t)
-	v.machine("tag-1", "b1")
+	v.machine("m", "tag-1", "b1")
 	idServer(t, "")
 	if err := v.own("b1"); err != nil {
 		t.Errorf("an earlier version's: %v", err)
@@ -391,9 +391,9 @@ func TestKilledDiscard(t *testing.T) {
 	cut := 0
 	for i := range rounds {
 		v := newFakeVM(t)
-		v.machine("tag-1", "b1")
+		v.machine("m", "tag-1", "b1")
 		v.node()
-		v.machine("tag-2", "b2")
+		v.machine("m", "tag-2", "b2")
 		for range 1 + random.IntN(2) {
 			if v.kill(time.Duration(random.IntN(9000)) * time.Microsecond) {
 				cut++

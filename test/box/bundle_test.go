@@ -77,7 +77,7 @@ func (v *VM) checkBundle() {
 			v.t.Errorf("%s has no %q:\n%.2000s", name, text, files[name])
 		}
 	}
-	if cat := files["units/cat.txt"]; !strings.Contains(cat, "ExecStart=/usr/local/bin/envoy -c ") {
+	if cat := files["units/cat.txt"]; !strings.Contains(cat, "ExecStart=/usr/local/bin/service-proxy-agent envoy -- ") {
 		v.t.Errorf("our own units are masked:\n%.3000s", cat)
 	}
 	for _, g := range m.Gaps {

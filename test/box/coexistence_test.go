@@ -288,10 +288,14 @@ func (c *company) during(t *testing.T, n neighbour, one step) lost {
 		return c.same(c.rules())
 	})
 	l.away = time.Since(done)
-	time.Sleep(500 * time.Millisecond)
-	if err := c.same(c.rules()); err != nil {
-		t.Errorf("%v: a while after our rules had come back: %v", one, err)
-	}
+	// Some flush only when systemctl has returned (seen: firewalld).
+	c.eventually(20*time.Second, "our rules stay after "+one.String(), func() error {
+		if err := c.same(c.rules()); err != nil {
+			return err
+		}
+		time.Sleep(500 * time.Millisecond)
+		return c.same(c.rules())
+	})
 	l.out, l.in = out.Stop(), in.Stop()
 	if inner != nil {
 		l.inner = inner.Stop()
