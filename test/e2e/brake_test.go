@@ -122,8 +122,9 @@ func TestBrake(t *testing.T) {
 			return len(all) == 5, strings.Join(all, "\n") // tcp, udp of each; inbound of IPv4
 		})
 		whole := chains(t, m)
-		redirected := new(streams)
+		redirected, speaking := new(streams), new(streams)
 		redirected.open(t, m, db4, soak(50, 10))
+		speaking.open(t, m, db4, 10)
 		redirected.inbound(t, m, soak(50, 5))
 		alive := func(when string, all ...*streams) {
 			t.Helper()
@@ -204,6 +205,19 @@ func TestBrake(t *testing.T) {
 			return len(all) == 0, strings.Join(all, "\n")
 		})
 		alive("off, after restarts", redirected, direct)
+		if backend == lab.NFT {
+			_, err = m.VM.Run(t.Context(), "nft", "flush ruleset")
+			must(t, err)
+			// Who speaks before the kernel has told of it is cut, and without more all are.
+			if broken := speaking.speak(); len(broken) == len(speaking.conns) {
+				t.Errorf("at a flush with the brake on all %d streams are cut: %v", len(broken), broken[0])
+			}
+			eventually(t, 10*time.Second, "the chains again", func() (bool, string) {
+				text := chains(t, m)
+				return slices.Equal(without(text), without(whole)), text
+			})
+			alive("off, after a flush", redirected, direct)
+		}
 
 		// Nobody understands this: it is said, and nothing is changed.
 		op.set(t, "of")
