@@ -3,6 +3,7 @@ package symptom
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -72,9 +73,15 @@ func brake(f Facts) (out []Finding) {
 			since = " since " + f.Brake.Since.UTC().Format(time.RFC3339)
 		}
 		remove := f.metadataKey(f.Brake.By, "remove-metadata", "--keys="+InterceptionMetadata)
+		is, so := safe("is off"), safe(", as intended")
+		effect := safe("services are reached past Envoy")
+		if slices.ContainsFunc(f.Families, Family.stuck) { // another finding says why
+			is, so = "shall be off", ""
+			effect = "the rules are not known to be changed, and may still lead to Envoy"
+		}
 		found := finding(InterceptionOff, 41, Warning, "to end it: "+remove,
-			"Interception is off%s, as intended: %s has %s=off; services are reached past Envoy",
-			safe(since), whose(f.Brake.By), safe(InterceptionMetadata)).
+			"Interception %s%s%s: %s has %s=off; %s",
+			is, safe(since), so, whose(f.Brake.By), safe(InterceptionMetadata), effect).
 			seen(FromMetadata, f.Brake.Since, name(f.Brake.By)+"/attributes/"+InterceptionMetadata+": off").
 			try(readBrake(f.Brake.By), remove)
 		found.Since = f.Brake.Since
@@ -93,6 +100,9 @@ func brake(f Facts) (out []Finding) {
 	}
 	return out
 }
+
+// stuck says that what is wanted may not be in the kernel, though it could be.
+func (f Family) stuck() bool { return f.Unusable == nil && (f.Err != nil || f.Fighting) }
 
 // whose is where the brake's key was read.
 func whose(by string) safe {
