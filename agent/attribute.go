@@ -172,8 +172,8 @@ func (a *Agent) watchAttribute(ctx context.Context) error {
 		news := source.next(look, time.Now().UTC())
 		a.attributes.Put(news)
 		if look.Err == nil {
-			// It says whose it is; without the id, the machine does. (What else the id may tell is
-			// watchWhose's.)
+			// It says whose it is; without the id, the machine does. (What else the id may tell
+			// is watchWhose's.)
 			_ = of.learn(ctx, metadata.ReadInstance)
 			a.kept.attribute.Put(&keptAttribute{Text: string(news.Good.Text), Read: news.Good.Read,
 				Owner: of.owner()})

@@ -101,8 +101,8 @@ type keyAt struct {
 	told bool          // by the metadata server, to this run
 }
 
-// next is the key after one more look. One that failed, and a value that nobody understands, change
-// nothing.
+// next is the key after one more look. One that failed, and a value that nobody understands,
+// change nothing.
 func (k keyAt) next(look metadata.Interception) keyAt {
 	if look.Err != nil {
 		return k
@@ -130,8 +130,8 @@ type keptBrake struct {
 	identity.Owner
 }
 
-// brake is what the key asks for. late says that whoever has not answered was waited for long
-// enough.
+// brake is what the key asks for. late says that whoever has not answered was waited for
+// long enough.
 func (k keptBrake) brake(late bool) (b brake) {
 	for _, at := range placesOfKey {
 		key := k.Keys[at]

@@ -14,8 +14,8 @@ const (
 	// holdFor is how long after the last change by others a Hold stays: a restart of nftables.service
 	// flushes twice.
 	holdFor = 3 * time.Second
-	// holdRetry is how long after a failure it is tried again: a kernel that knows none will not learn
-	// it.
+	// holdRetry is how long after a failure it is tried again: a kernel that knows none will not
+	// learn it.
 	holdRetry = time.Minute
 )
 

@@ -25,8 +25,8 @@ type Self struct {
 	Killed  time.Time     // when systemd's watchdog ended a run that hung; zero: not lately
 	// AdminOfRoot: root holds the admin interface, whose answers count.
 	AdminOfRoot bool
-	// Owner is this VM, by whom what is kept is marked; Discarded what was found of another, nil:
-	// nothing.
+	// Owner is this VM, by whom what is kept is marked; Discarded what was found of another,
+	// nil: nothing.
 	Owner     identity.Owner
 	Discarded *identity.Discarded
 	Brake     brake

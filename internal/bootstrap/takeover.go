@@ -243,8 +243,8 @@ func (b *bootstrapper) exists(path string) bool {
 }
 
 // TakeOver has ours take the place of Google's closed agent, and returns what was done, one line
-// each. The work is bootstrap's, in its unit: what is cut short here goes on there, and at the next
-// boot.
+// each. The work is bootstrap's, in its unit: what is cut short here goes on there, and at the
+// next boot.
 func TakeOver(ctx context.Context, opts Options) (done []string, err error) {
 	b := newBootstrapper(opts)
 	if b.Root == "" && os.Geteuid() != 0 {

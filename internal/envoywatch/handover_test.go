@@ -13,8 +13,8 @@ func starts(epoch int) envoyadmin.LogEvent {
 }
 
 // TestHandover: while the next epoch starts beside the one that serves, the admin address moves,
-// and then has nothing to tell: a View says that this is no failure, until that one has its
-// listeners.
+// and then has nothing to tell: a View says that this is no failure, until that one has
+// its listeners.
 func TestHandover(t *testing.T) {
 	unit := "reloading, reload"
 	w := watch(t, running(), func(o *Options) {

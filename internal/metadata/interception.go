@@ -44,8 +44,8 @@ type Interception struct {
 const maxInterception = 256
 
 // Wish is what the value asks for; ok is false where it is understood by nobody. Who pulls a brake
-// is in a hurry: capitals, and white space around it, as a file that ends in a new line has, do not
-// matter.
+// is in a hurry: capitals, and white space around it, as a file that ends in a new line has, do
+// not matter.
 func (i Interception) Wish() (w Wish, ok bool) {
 	switch w = Wish(strings.ToLower(strings.TrimSpace(i.Value))); w {
 	case WishOff, WishBypass:

@@ -284,8 +284,8 @@ func (s *supervisor) start(a Start) (err error) {
 	return nil
 }
 
-// again is a path of a program that may have been replaced: by a link, so that the process has its
-// name.
+// again is a path of a program that may have been replaced: by a link, so that the process has
+// its name.
 func (s *supervisor) again(program *os.File) (string, error) {
 	if program == nil {
 		return "", errors.New("the one before has ended")

@@ -153,8 +153,8 @@ func (s System) systemd() Row {
 	return r
 }
 
-// writable is where bootstrap must be able to write. An image that brings all of it may do without
-// /usr/local.
+// writable is where bootstrap must be able to write. An image that brings all of it may do
+// without /usr/local.
 func (s System) writable() Row {
 	r := Row{What: "folders", Needed: "writable", Verdict: Works, Seen: "writable"}
 	var fixed []string

@@ -101,8 +101,8 @@ func (s *streams) inbound(t *testing.T, m *mesh.Mesh, n int) {
 // TestBrake: an operator turns interception off and on by the project's metadata. All jumps of
 // both families and directions go and come, DNS too, new connections go the way that is asked
 // for, and no stream is cut, whichever way it was opened. What a person and a machine are told of
-// it is true, and a restart, a metadata server that fails, and others who put a jump in change
-// nothing.
+// it is true, and a restart, a metadata server that fails, and others who put a jump in
+// change nothing.
 func TestBrake(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, backend lab.Backend) {
@@ -169,8 +169,8 @@ func TestBrake(t *testing.T) {
 		alive("off", direct)
 		brakeIsTold(t, m, a, changed)
 
-		// Restarts, each while the metadata server fails in another way; and somebody who puts the jump
-		// in.
+		// Restarts, each while the metadata server fails in another way; and somebody who puts the
+		// jump in.
 		since := func() time.Time {
 			s, err := a.Wait(within(t, 10*time.Second), "off", func(s status.Status) bool {
 				return s.Mode == "off" && s.Passes > 1

@@ -12,8 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// TestProject: the metadata of a project is seen by all of its VMs and by no other, beside their
-// own.
+// TestProject: the metadata of a project is seen by all of its VMs and by no other, beside
+// their own.
 func TestProject(t *testing.T) {
 	project := platform.NewProject()
 	vm := func(name string, p *platform.Project) string {
