@@ -52,9 +52,9 @@ func (h *holding) told(e iptables.Event, now time.Time) {
 	h.held = held
 }
 
-// passed ends what is held once the rules are back, or nobody wants them. braked says that the jumps
-// are out by the emergency brake: chains without jumps are back, too, and redirected streams live by
-// them.
+// passed ends what is held once the rules are back, or nobody wants them. braked says that the
+// jumps are out by the emergency brake: chains without jumps are back, too, and redirected streams
+// live by them.
 func (h *holding) passed(now time.Time, outcomes []reconcile.Outcome, braked bool) {
 	back := true
 	h.needed = false

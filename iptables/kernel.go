@@ -757,8 +757,8 @@ func (o *ownPIDs) untold() {
 	o.unclaimed = map[Family][]*time.Time{}
 }
 
-// claim takes a notification for that of a write to its family which none was taken for, if there is
-// one.
+// claim takes a notification for that of a write to its family which none was taken for, if
+// there is one.
 func (o *ownPIDs) claim(f Family) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -169,10 +169,11 @@ func (k *Kernel) watchNFT(ctx context.Context, conn *netlink.Conn, s *sender) {
 	}
 }
 
-// whose is the event with what is known of who did it. The kernel tells pids of the machine's first
-// pid namespace: in another one (a container, a box) ours are not known by them. There each of our
-// writes makes one write to its family by a program that we use ours, while it goes on and shortly
-// after. Of two it cannot be told which was ours, so the second says that anything may have changed.
+// whose is the event with what is known of who did it. The kernel tells pids of the machine's
+// first pid namespace: in another one (a container, a box) ours are not known by them. There
+// each of our writes makes one write to its family by a program that we use ours, while it goes
+// on and shortly after. Of two it cannot be told which was ours, so the second says that
+// anything may have changed.
 func (k *Kernel) whose(e Event) Event {
 	switch {
 	case k.machine.firstPIDs():

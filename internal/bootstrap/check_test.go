@@ -108,8 +108,8 @@ func TestUpgradeIsNotRefused(t *testing.T) {
 	v.want("upgraded", "3", "none")
 }
 
-// A VM that has another name now has worked before, too, though whose the disk is comes out after the
-// system was looked at.
+// A VM that has another name now has worked before, too, though whose the disk is comes out after
+// the system was looked at.
 func TestAnotherNameIsNotRefused(t *testing.T) {
 	steps0 := steps
 	defer func() { steps = steps0 }()

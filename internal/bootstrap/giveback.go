@@ -26,8 +26,8 @@ const (
 )
 
 // others says whether another agent, from which ours did not take over, has our agent's unit, and
-// whether the chains of our names are its own: it runs, or nothing of ours is installed. over are our
-// units that are there.
+// whether the chains of our names are its own: it runs, or nothing of ours is installed. over are
+// our units that are there.
 func (b *bootstrapper) others(h *handover, over []string) (unit, rules bool, err error) {
 	if h != nil {
 		return false, false, nil

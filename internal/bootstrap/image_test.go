@@ -165,8 +165,8 @@ func TestPrepareImageCut(t *testing.T) {
 	}
 }
 
-// TestPrepareImageBesideAnother: a VM that is another agent's node is left as it is: the unit of our
-// agent's name is that one's, and so are the chains.
+// TestPrepareImageBesideAnother: a VM that is another agent's node is left as it is: the unit of
+// our agent's name is that one's, and so are the chains.
 func TestPrepareImageBesideAnother(t *testing.T) {
 	v := imageVM(t)
 	v.put(closedUnit, closedText)

@@ -261,8 +261,8 @@ func TestSameVM(t *testing.T) {
 	}
 }
 
-// TestNamelessTwice: a VM whose machine has another name at each boot, and whose metadata server was
-// away in one of them, goes on with its own when its id is known.
+// TestNamelessTwice: a VM whose machine has another name at each boot, and whose metadata server
+// was away in one of them, goes on with its own when its id is known.
 func TestNamelessTwice(t *testing.T) {
 	v := newFakeVM(t)
 	v.machine("m", "tag-1", "b1")

@@ -198,8 +198,8 @@ func TestReadInterception(t *testing.T) {
 	}
 }
 
-// TestFollowPacesItself: a server that says with an ETag that it can wait, and does not, is not asked
-// as fast as it answers.
+// TestFollowPacesItself: a server that says with an ETag that it can wait, and does not, is not
+// asked as fast as it answers.
 func TestFollowPacesItself(t *testing.T) {
 	var asked atomic.Int32
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -120,7 +120,8 @@ func starts(unit string) (program string, ours bool) {
 		}
 		// By way of another program, too: nice, env, or a shell.
 		for i, word := range words[1:] {
-			ours = ours || strings.Trim(word, quotes) == "run" && Named(strings.Trim(words[i], prefixes+quotes))
+			ours = ours || strings.Trim(word, quotes) == "run" &&
+				Named(strings.Trim(words[i], prefixes+quotes))
 		}
 	}
 	return program, ours

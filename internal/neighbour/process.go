@@ -110,8 +110,8 @@ func Sort(all []Process, units []Unit) (f Found) {
 	return f
 }
 
-// anybodys says that the program is where the distribution has its own: a shell, an interpreter or a
-// container's tool, which others run, too.
+// anybodys says that the program is where the distribution has its own: a shell, an interpreter or
+// a container's tool, which others run, too.
 func anybodys(program string) bool {
 	return slices.Contains([]string{"/bin", "/sbin", "/usr/bin", "/usr/sbin"}, filepath.Dir(program))
 }

@@ -11,8 +11,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// TestBeside: a second supervisor, started by hand with the folder of the one that runs, ends before
-// it has touched what that one's epochs talk by.
+// TestBeside: a second supervisor, started by hand with the folder of the one that runs, ends
+// before it has touched what that one's epochs talk by.
 func TestBeside(t *testing.T) {
 	dir := t.TempDir()
 	base, r := newRegion(t, 0)

@@ -112,7 +112,7 @@ func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 // alone is an error where a supervisor runs with this folder: a second one would take away what the
 // first one's epochs talk by, and the one that serves ends ten seconds after.
 func alone(dir string) error {
-	conn, err := net.Dial("unix", filepath.Join(dir, controlName))
+	conn, err := net.DialTimeout("unix", filepath.Join(dir, controlName), time.Second)
 	if err != nil {
 		return nil //nolint:nilerr // what else may be wrong, listen tells
 	}
