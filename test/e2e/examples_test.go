@@ -23,6 +23,7 @@ import (
 var notHere = map[string]string{
 	"run":       "one runs already",
 	"bootstrap": "it would install on this machine",
+	"envoy":     "the Envoy of this lab runs without it",
 }
 
 // silent are the words of lines that say nothing where all is well.
