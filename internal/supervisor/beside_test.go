@@ -89,3 +89,35 @@ func TestAnswerOfAStranger(t *testing.T) {
 		})
 	}
 }
+
+// TestFull: in a runtime folder without room no reload is tried, and the epoch that has taken over
+// none the less, whose file stayed empty, is not given up.
+func TestFull(t *testing.T) {
+	dir := t.TempDir()
+	base, r := newRegion(t, 0)
+	file := filepath.Join(dir, "admin-1")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(dir, "envoy")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\nprintf 11.104\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := &supervisor{o: Options{Dir: file, Argv: []string{program}, Log: zap.NewNop()}, // takes no files
+		bases: map[int]uint32{1: base}, events: make(chan Event, 1)}
+	c := &child{Start: Start{N: 1, Chain: 1}, admin: file, exited: make(chan struct{})}
+	refused := s.check(c)
+	if refused == nil || refused.Code != NotDone || !strings.Contains(refused.Text, "no room") {
+		t.Errorf("a reload: %v", refused)
+	}
+	go s.watch(c, r)
+	select {
+	case e := <-s.events:
+		if e != (Live{1}) {
+			t.Errorf("%#v", e)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("an epoch that serves is not seen to do so")
+	}
+	close(c.exited)
+}

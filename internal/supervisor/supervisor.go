@@ -324,7 +324,7 @@ func (s *supervisor) watch(c *child, r region) {
 			return
 		case <-time.After(pause):
 		}
-		if info, err := os.Stat(c.admin); err != nil || info.Size() == 0 {
+		if _, err := os.Stat(c.admin); err != nil { // it is empty where there was no room
 			continue
 		}
 		if init, err := r.initializes(); err != nil || init {
@@ -368,6 +368,9 @@ func (s *supervisor) check(serving *child) *Answer {
 	if err != nil {
 		return &Answer{NotPossible, "Envoy cannot be restarted hot: " + err.Error()}
 	}
+	if err := s.room(); err != nil {
+		return &Answer{NotDone, "there is no room for what the next Envoy writes: " + err.Error()}
+	}
 	program := s.o.Argv[0]
 	is, err := ask(ctx, program, "--hot-restart-version")
 	if err != nil {
@@ -385,6 +388,15 @@ func (s *supervisor) check(serving *child) *Answer {
 		return &Answer{NotDone, "the next Envoy does not take its configuration: " + reason(out, err)}
 	}
 	return nil
+}
+
+// room says whether the folder takes the next epoch's address, and the configuration of the one that
+// serves, had that to be brought back.
+func (s *supervisor) room() error {
+	path := filepath.Join(s.o.Dir, "room")
+	err := os.WriteFile(path, make([]byte, 1<<16), 0o600)
+	os.Remove(path)
+	return err
 }
 
 func ask(ctx context.Context, program string, args ...string) (string, error) {

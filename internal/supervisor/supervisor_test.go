@@ -167,7 +167,7 @@ func TestCheck(t *testing.T) {
 			if err := os.WriteFile(path, []byte("#!/bin/sh\n"+test.script+"\n"), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			s := &supervisor{o: Options{Argv: []string{path, "-c", "x"}, Log: zap.NewNop()},
+			s := &supervisor{o: Options{Dir: dir, Argv: []string{path, "-c", "x"}, Log: zap.NewNop()},
 				bases: map[int]uint32{1: base}}
 			refused := s.check(&child{Start: Start{Chain: 1}})
 			if test.code < 0 {
