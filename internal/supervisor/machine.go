@@ -155,6 +155,7 @@ type process struct {
 	phase           phase
 	by              time.Time      // when it is helped on its way; zero: never
 	sent            syscall.Signal // the last that was to end it; 0: none was
+	later           syscall.Signal // for when it is live; 0: none
 }
 
 // attempt is how far a reload is.
@@ -332,6 +333,9 @@ func (m *Machine) isLive(now time.Time, n int) (do []Action) {
 	default:
 		do = []Action{Say{fmt.Sprintf("epoch %d serves", p.epoch)}}
 	}
+	if p.later != 0 {
+		do = append(do, Send{n, p.later})
+	}
 	m.attempt, m.tries = none, 0
 	return do
 }
@@ -441,6 +445,10 @@ func (m *Machine) told(now time.Time, sig syscall.Signal) (do []Action) {
 		return m.end(now, "Envoy is being stopped")
 	}
 	for _, p := range m.running {
+		if p.phase == starting { // it would die of what it has not yet learned to take
+			p.later = sig
+			continue
+		}
 		do = append(do, Send{p.n, sig})
 	}
 	return do

@@ -111,6 +111,9 @@ func TestMachine(t *testing.T) {
 			do{StandIn{Chain: 1}}, exit(2, 0), do{End{}}),
 		"other signals are for all": after(handedOver, Told{syscall.SIGUSR1},
 			do{send(1, syscall.SIGUSR1), send(2, syscall.SIGUSR1)}),
+		"but one that starts would die of them, and gets them later": after(served, Asked{7}, Checked{},
+			Told{syscall.SIGUSR1}, do{send(1, syscall.SIGUSR1)}, Live{2},
+			do{reply(Done, 7), send(2, syscall.SIGUSR1)}),
 		"it cannot be started": {Begin{}, Exited{1, Status{Err: os.ErrNotExist}},
 			do{End{Status{Err: os.ErrNotExist}}}},
 	} {
