@@ -54,22 +54,35 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 	client.ConnectLimit, client.ShortLimit, client.LongLimit = connectLimit, asking, asking
 
 	var jumpsOut time.Time
-	if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
-		agent, err := systemd.UnitState(ctx, systemd.AgentUnit)
-		if err != nil || agent.Active == "active" { // at shutdown it has stopped before
-			jumpsOut = time.Now().Add(handover)
+	ask := func() error {
+		if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
+			agent, err := systemd.UnitState(ctx, systemd.AgentUnit)
+			if err != nil || agent.Active == "active" { // at shutdown it has stopped before
+				jumpsOut = time.Now().Add(handover)
+			}
+			if err := client.FailHealthCheck(ctx); err != nil {
+				return fmt.Errorf("drain Envoy: %w", err)
+			}
 		}
-		if err := client.FailHealthCheck(ctx); err != nil {
+		if err := client.DrainListeners(ctx); err != nil {
 			return fmt.Errorf("drain Envoy: %w", err)
 		}
-	}
-	if err := client.DrainListeners(ctx); err != nil {
-		return fmt.Errorf("drain Envoy: %w", err)
-	}
-	if limit == 0 {
 		return nil
 	}
+	if err := ask(); err != nil || limit == 0 {
+		return err
+	}
+	asked, _ := client.ServerInfo(ctx) // one that does not tell counts as epoch 0
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		// A reload may be under way: the next epoch knows nothing of what was asked of this one, which
+		// goes on answering on the connection that we have.
+		client.Redial()
+		if now, err := client.ServerInfo(ctx); err == nil && now.Epoch != asked.Epoch {
+			if err := ask(); err != nil {
+				return err
+			}
+			asked = now
+		}
 		n, err := client.Connections(ctx)
 		if err != nil && ctx.Err() == nil {
 			return fmt.Errorf("drain Envoy: %w", err)

@@ -17,6 +17,7 @@ type fakeAdmin struct {
 	mu     sync.Mutex
 	posted []string
 	active int
+	epochs []int // answers to /server_info; the last one stays
 }
 
 func (f *fakeAdmin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -24,6 +25,12 @@ func (f *fakeAdmin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer f.mu.Unlock()
 	if r.Method == http.MethodPost {
 		f.posted = append(f.posted, r.URL.String())
+		return
+	}
+	if r.URL.Path == "/server_info" && len(f.epochs) > 0 {
+		fmt.Fprintf(w, `{"version":"a/1.40.0/Clean/RELEASE/BoringSSL","state":"LIVE",
+			"command_line_options":{"restart_epoch":%d}}`, f.epochs[0])
+		f.epochs = f.epochs[min(1, len(f.epochs)-1):]
 		return
 	}
 	fmt.Fprintf(w, "listener.0.0.0.0_15001.downstream_cx_active: %d\n"+
@@ -81,5 +88,20 @@ func TestRunUnanswered(t *testing.T) {
 	took := time.Since(start)
 	if err == nil || took < 700*time.Millisecond || took > 30*time.Second {
 		t.Errorf("%v after %v", err, took)
+	}
+}
+
+// TestRunInReload: the next Envoy takes over in the middle of a stop. It knows nothing of that, and
+// is asked, too.
+func TestRunInReload(t *testing.T) {
+	admin := &fakeAdmin{active: 3, epochs: []int{0, 0, 1, 1}}
+	srv := httptest.NewServer(admin)
+	defer srv.Close()
+	if err := Run(t.Context(), strings.TrimPrefix(srv.URL, "http://"), "17", time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	const ask = "/healthcheck/fail /drain_listeners?graceful&skip_exit"
+	if have, want := fmt.Sprint(admin.posted), fmt.Sprintf("[%s %[1]s]", ask); have != want {
+		t.Errorf("posted %v, want %v", have, want)
 	}
 }
