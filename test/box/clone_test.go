@@ -58,6 +58,7 @@ func TestClone(t *testing.T) {
 	if t.Failed() {
 		return
 	}
+	v.checkCannotAsk(t)
 	v.checkRebootAlone(t)
 	prepared := v.checkImage(t)
 	t.Logf("from power on to FINISHED: %.1f s plain, %.1f s from a prepared image",
@@ -88,7 +89,7 @@ func (v *VM) checkClone(t *testing.T, random *rand.Rand) {
 		return nil
 	})
 	time.Sleep(away)
-	if have := c.property("service-proxy-envoy.service", "ActiveState"); have != "inactive" {
+	if have := c.property("service-proxy-envoy.service", "ActiveState"); have != "activating" {
 		t.Errorf("Envoy's unit is %s before the metadata server answers", have)
 	}
 	if nodes := c.xds.Nodes(); len(nodes) > 0 {
@@ -201,6 +202,23 @@ func (v *VM) checkTold(t *testing.T, id string, times int) {
 		}
 		return nil
 	})
+}
+
+// checkCannotAsk ends Envoy where its unit cannot ask for a while whose its configuration is: that is
+// no answer, and Envoy comes back by itself.
+func (v *VM) checkCannotAsk(t *testing.T) {
+	const unit, program = "service-proxy-envoy.service", "/usr/local/bin/service-proxy-agent"
+	before := v.property(unit, "NRestarts")
+	v.run("mv", program, program+".away")
+	v.run("systemctl", "kill", "--signal=KILL", unit)
+	v.eventually(30*time.Second, "it is tried", func() error {
+		if have := v.property(unit, "NRestarts"); have == before {
+			return fmt.Errorf("%s restarts", have)
+		}
+		return nil
+	})
+	v.run("mv", program+".away", program)
+	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
 
 // checkRebootAlone reboots a node whose metadata server is away: Envoy starts as it was configured,
