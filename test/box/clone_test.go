@@ -217,6 +217,7 @@ func (v *VM) checkCannotAsk(t *testing.T) {
 		}
 		return nil
 	})
+	time.Sleep(2 * time.Second) // the count comes before the start
 	v.run("mv", program+".away", program)
 	v.eventually(30*time.Second, "the service answers through Envoy", v.checkVIP)
 }
