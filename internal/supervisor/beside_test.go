@@ -103,7 +103,8 @@ func TestFull(t *testing.T) {
 	if err := os.WriteFile(program, []byte("#!/bin/sh\nprintf 11.104\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	s := &supervisor{o: Options{Dir: file, Argv: []string{program}, Log: zap.NewNop()}, // takes no files
+	// file takes no files.
+	s := &supervisor{o: Options{Dir: file, Argv: []string{program}, Log: zap.NewNop()},
 		bases: map[int]uint32{1: base}, events: make(chan Event, 1)}
 	c := &child{Start: Start{N: 1, Chain: 1}, admin: file, exited: make(chan struct{})}
 	refused := s.check(c)

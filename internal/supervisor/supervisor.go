@@ -390,8 +390,8 @@ func (s *supervisor) check(serving *child) *Answer {
 	return nil
 }
 
-// room says whether the folder takes the next epoch's address, and the configuration of the one that
-// serves, had that to be brought back.
+// room says whether the folder takes the next epoch's address, and the configuration of the one
+// that serves, had that to be brought back.
 func (s *supervisor) room() error {
 	path := filepath.Join(s.o.Dir, "room")
 	err := os.WriteFile(path, make([]byte, 1<<16), 0o600)

@@ -58,7 +58,7 @@ func TestClone(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	v.checkCannotAsk(t)
+	v.checkCannotAsk()
 	v.checkRebootAlone(t)
 	prepared := v.checkImage(t)
 	t.Logf("from power on to FINISHED: %.1f s plain, %.1f s from a prepared image",
@@ -204,9 +204,9 @@ func (v *VM) checkTold(t *testing.T, id string, times int) {
 	})
 }
 
-// checkCannotAsk ends Envoy where its unit cannot ask for a while whose its configuration is: that is
-// no answer, and Envoy comes back by itself.
-func (v *VM) checkCannotAsk(t *testing.T) {
+// checkCannotAsk ends Envoy where its unit cannot ask for a while whose its configuration is: that
+// is no answer, and Envoy comes back by itself.
+func (v *VM) checkCannotAsk() {
 	const unit, program = "service-proxy-envoy.service", "/usr/local/bin/service-proxy-agent"
 	before := v.property(unit, "NRestarts")
 	v.run("mv", program, program+".away")
