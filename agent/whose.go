@@ -103,12 +103,12 @@ func (w *whose) find(ctx context.Context, dir, run string, vm identity.VM,
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				log.Warn("cannot remove what is another VM's; it is not believed", zap.Error(err))
 			}
-			what, others = append(what, f.what), of
+			what, others = append(what, f.what), moreOf(others, of)
 		}
 	}
 	for _, f := range ofBootstrap {
 		if of := w.found[f.name]; w.vm.Judge(of) == identity.Others {
-			what, others = append(what, f.what), of
+			what, others = append(what, f.what), moreOf(others, of)
 		}
 	}
 	if what != nil {
@@ -119,6 +119,14 @@ func (w *whose) find(ctx context.Context, dir, run string, vm identity.VM,
 		log.Warn("whose the state in the state folder is cannot be told yet: " +
 			"it is neither gone by nor replaced until the metadata server tells this VM's id")
 	}
+}
+
+// moreOf is the one that says more: what a run kept before it was told the id says less.
+func moreOf(a, b identity.Owner) identity.Owner {
+	if a.Instance != "" {
+		return a
+	}
+	return b
 }
 
 // open says whether something is left that the VM's id would tell.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -73,6 +74,10 @@ func closedAgentUnit(t *testing.T, p *patient) func() {
 func cloned(t *testing.T, p *patient) func() {
 	kept := regexp.MustCompile(`"(instance|machine|boot)": ?"([^"]*)"`)
 	changed := 0
+	// A run that is stopped before it was told the VM's id keeps its state without one.
+	for ctx := within(t, 20*time.Second); !saysWhose(t, p); time.Sleep(20 * time.Millisecond) {
+		must(t, ctx.Err())
+	}
 	restarts(t, p, func() {
 		files, err := filepath.Glob(filepath.Join(p.a.StateDir(), "*.json"))
 		must(t, err)
@@ -94,4 +99,15 @@ func cloned(t *testing.T, p *patient) func() {
 		t.Fatal("nothing in the state folder says whose it is")
 	}
 	return func() { restarts(t, p, func() {}) }
+}
+
+// saysWhose says whether some of what the agent keeps says of which instance it is.
+func saysWhose(t *testing.T, p *patient) bool {
+	files, err := filepath.Glob(filepath.Join(p.a.StateDir(), "*.json"))
+	must(t, err)
+	return slices.ContainsFunc(files, func(file string) bool {
+		text, err := os.ReadFile(file)
+		must(t, err)
+		return strings.Contains(string(text), `"instance"`)
+	})
 }
