@@ -477,11 +477,17 @@ func (v *VM) nextIsStopped(t *testing.T) {
 		})
 		v.waitFinished(120 * time.Second)
 		v.eventually(60*time.Second, what+": one Envoy is left", func() error {
-			if now := v.epochs(); len(now) != 1 {
+			now := v.epochs()
+			if len(now) != 1 {
 				return fmt.Errorf("there are %+v", now)
+			}
+			// Where the one that had taken over was killed, the one before drains alone for a moment.
+			if slices.ContainsFunc(before, func(e epoch) bool { return e.pid == now[0].pid }) {
+				return fmt.Errorf("it is the one before, %+v", now)
 			}
 			return nil
 		})
+		v.eventually(30*time.Second, what+": the service answers", v.checkVIP)
 		t.Logf("%s: %v; its workers had been started: %v; done after %.1f s", what, stopped, served,
 			time.Since(start).Seconds())
 		if served && unit == "service-proxy-envoy" {
