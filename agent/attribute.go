@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,7 +14,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
@@ -122,11 +120,7 @@ func saveKept(dir string, k *keptAttribute) error {
 	if err != nil {
 		return err
 	}
-	// systemd makes it; without, somebody runs the agent by hand
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	return atomicfile.Write(filepath.Join(dir, keptFile), text, 0o600) // URLs in it may be signed
+	return keepFile(dir, keptFile, text)
 }
 
 // attributeSource decides which attribute is in force: the newest good one; until this run has read

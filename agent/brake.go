@@ -7,14 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -214,11 +212,7 @@ func (k keptBrake) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	// systemd makes it; without, somebody runs the agent by hand
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	return atomicfile.Write(filepath.Join(dir, brakeFile), text, 0o600)
+	return keepFile(dir, brakeFile, text)
 }
 
 // brakeLate is for how long a run waits for what the metadata server says of the brake before it

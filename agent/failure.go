@@ -3,12 +3,10 @@ package agent
 import (
 	"cmp"
 	"encoding/json"
-	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
-	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
@@ -220,9 +218,5 @@ func (f Failures) save(dir string) error {
 	if err != nil {
 		return err
 	}
-	// systemd makes it; without, somebody runs the agent by hand
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	return atomicfile.Write(filepath.Join(dir, failureFile), b, 0o600)
+	return keepFile(dir, failureFile, b)
 }

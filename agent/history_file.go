@@ -110,9 +110,15 @@ func (k keptTransitions) save(dir string) error {
 	if err := e.Encode(k); err != nil {
 		return err
 	}
+	return keepFile(dir, historyFile, text.Bytes())
+}
+
+// keepFile writes a file of the state folder, for root and the agent's user alone: URLs in it may
+// be signed.
+func keepFile(dir, name string, text []byte) error {
 	// systemd makes it; without, somebody runs the agent by hand
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return atomicfile.Write(filepath.Join(dir, historyFile), text.Bytes(), 0o600)
+	return atomicfile.Write(filepath.Join(dir, name), text, 0o600)
 }
