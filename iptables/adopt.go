@@ -35,6 +35,14 @@ func (r Ruleset) Settling() bool {
 	return false
 }
 
+// Redirects says whether a rule of it has a NAT target, be it that no packet comes there. As long
+// as one is in, the kernel follows all connections; with the first of them it begins to.
+func (r Ruleset) Redirects() bool {
+	return slices.ContainsFunc(r.chains, func(c chain) bool {
+		return slices.ContainsFunc(c.rules, func(spec string) bool { return target(spec) == "REDIRECT" })
+	})
+}
+
 // WithoutJumps is the ruleset with its chains and no jump to them: it redirects nothing.
 func (r Ruleset) WithoutJumps() Ruleset {
 	r.jumps = nil

@@ -23,6 +23,12 @@ func (k *Kernel) degrade(
 	ctx context.Context, t tool, want Ruleset, attempts int, whole error,
 ) (Result, error) {
 	left, reduced, err := k.reduce(ctx, t, want)
+	if errors.Is(err, ErrCouldNotLook) {
+		// It is known all the same that nothing was written, and what was refused. Where a module is
+		// missing, each question has the kernel look for it.
+		return Result{Attempts: attempts},
+			fmt.Errorf("%w (and could not find out which rule: %v)", whole, err)
+	}
 	if err != nil {
 		err = fmt.Errorf("%w (and could not find out which rule: %w)", whole, err)
 		return Result{Attempts: attempts}, err

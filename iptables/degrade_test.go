@@ -375,6 +375,25 @@ func TestApplyOfARefusedRuleThatCannotLook(t *testing.T) {
 	})
 }
 
+// A refusal stays one where it could not be found out in time which rules the kernel takes.
+func TestRefusedAndThenNoAnswerInTime(t *testing.T) {
+	m := &iptablestest.Machine{Backend: NFT,
+		Refuse: func(rule string) bool { return strings.Contains(rule, "-m owner") },
+		Before: func(_ string, _ []string, stdin string) (string, int) {
+			if strings.Contains(stdin, chainProbe) {
+				return "", -1
+			}
+			return "", 0
+		}}
+	_, err := openInMemory(t, m).Apply(
+		t.Context(), NewPlan(sample(IPv4).Ruleset(), Table{family: IPv4}))
+	var refused *RefusedError
+	if errors.Is(err, ErrCouldNotLook) || !errors.As(err, &refused) ||
+		!strings.Contains(refused.Rule, "-m owner") {
+		t.Errorf("got %v", err)
+	}
+}
+
 // A family that is not usable is said to be so, before anything is asked.
 func TestApplyOfAFamilyThatIsNotUsable(t *testing.T) {
 	m := &iptablestest.Machine{Backend: Legacy, Before: func(program string, args []string, _ string) (

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 )
 
 // DriftKind says in which way the kernel differs from what is wanted.
@@ -56,6 +57,26 @@ func (d Drift) String() string {
 		return fmt.Sprintf("%s: %s", d.Kind, d.Chain)
 	}
 	return fmt.Sprintf("%s: -A %s %s", d.Kind, d.Chain, d.Rule)
+}
+
+// LetsBy says whether packets may have gone another way by it than by the wanted rules.
+func (d Drift) LetsBy() bool {
+	switch d.Kind {
+	case JumpDoubled, JumpMoved, ChainLeft, JumpLeft:
+		return false
+	}
+	return true
+}
+
+// OfDNS says whether those of DNS questions over UDP may be among them.
+func (d Drift) OfDNS() bool {
+	switch d.Kind {
+	case TableFlushed:
+		return true
+	case Shadowed:
+		return !strings.Contains(d.Rule, "-p tcp")
+	}
+	return d.Chain == chainDNS || d.Rule == jumpDNS
 }
 
 // Diff says how have differs from want, jumps first and then chain by chain in the order of their

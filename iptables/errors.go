@@ -25,8 +25,8 @@ var (
 	// ErrNotRoot: CAP_NET_ADMIN (legacy: CAP_NET_RAW and a writable
 	// /run/xtables.lock as well) is missing.
 	ErrNotRoot = errors.New("not permitted to change iptables")
-	// ErrCouldNotLook: a read did not end in its time. What the kernel has is unknown, which is
-	// not the same as fine.
+	// ErrCouldNotLook: a read did not end in its time, was killed, or could not be started on a
+	// machine out of memory. What the kernel has is unknown, which is not the same as fine.
 	ErrCouldNotLook = errors.New("could not look")
 	// ErrUnusable: the family was found unusable; Families says why.
 	ErrUnusable = errors.New("family is not usable")
@@ -35,7 +35,7 @@ var (
 // CommandError is an iptables that ended with an error that has no class of its own.
 type CommandError struct {
 	Command string // name and arguments
-	Exit    int    // -1 if it was killed by a signal
+	Exit    int    // -1 if it failed by a signal (SIGSEGV, say)
 	Stderr  string // first lines
 }
 
@@ -52,6 +52,9 @@ type RefusedError struct {
 	// was refused as a whole
 	Rule   string
 	Stderr string
+	// NoModules is why the kernel can load no module before a reboot, which may be all that the rule
+	// lacks; "": it can, or that is not known.
+	NoModules string `json:",omitempty"`
 }
 
 func (e *RefusedError) Error() string {
@@ -81,8 +84,11 @@ func classify(command string, exit int, stderr string) error {
 		return fmt.Errorf("%w: %w", ErrNotRoot, base)
 	case has("is incompatible"):
 		return fmt.Errorf("%w: %w", ErrIncompatible, base)
+	// iptables-nft without nf_tables says one of the last two, the one without nfnetlink even when it
+	// is asked for its version.
 	case has("Table does not exist", "can't initialize", "do you need to insmod",
-		"Address family not supported"):
+		"Address family not supported", "Failed to initialize nft",
+		"Could not fetch rule set generation id"):
 		return fmt.Errorf("%w: %w", ErrNoTable, base)
 	}
 	return base

@@ -14,7 +14,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The two backends of iptables.
@@ -101,11 +104,13 @@ type machine struct {
 	asked func(Family) (asked, error)
 	// firstPIDs: our pids are those that the kernel tells of.
 	firstPIDs func() bool
+	// noModules is why the kernel can load no module, or nil. nil: it is not asked.
+	noModules func() error
 }
 
 var thisMachine = machine{lookPath, runInto, natChains, func(f Family) (bool, error) {
 	return hasLegacyTable(f, "nat", os.ReadFile)
-}, hasFilter, lockHolder, counted, openSocket, inFirstPIDNamespace}
+}, hasFilter, lockHolder, counted, openSocket, inFirstPIDNamespace, noModulesHere}
 
 // tool are the programs of one family.
 type tool struct {
@@ -187,6 +192,15 @@ func (k *Kernel) wouldMake(t tool) (bool, error) {
 func mayPass(err error) bool { return errors.Is(err, ErrLocked) || errors.Is(err, ErrCouldNotLook) }
 
 func (k *Kernel) probe(ctx context.Context, f Family) error {
+	err := k.tryTable(ctx, f)
+	if why := k.noModules(); why != nil && errors.Is(err, ErrNoTable) {
+		err = fmt.Errorf("%w; %w", err, why)
+	}
+	return err
+}
+
+// tryTable finds the family's programs and has them read its table.
+func (k *Kernel) tryTable(ctx context.Context, f Family) error {
 	t, err := k.find(ctx, k.options.Backend, f)
 	if err != nil {
 		return err
@@ -205,6 +219,14 @@ func (k *Kernel) probe(ctx context.Context, f Family) error {
 		err = nil
 	}
 	return err
+}
+
+// noModules is an ErrNoModules where what the kernel lacks it will lack until the next boot.
+func (k *Kernel) noModules() error {
+	if k.machine.noModules == nil {
+		return nil
+	}
+	return k.machine.noModules()
 }
 
 // Families says which families are usable.
@@ -522,6 +544,14 @@ func (k *Kernel) Apply(ctx context.Context, p Plan) (Result, error) {
 	result, refused, err := k.apply(ctx, t, p)
 	if refused {
 		result, err = k.degrade(ctx, t, p.want, result.Attempts, err)
+		if why := k.noModules(); why != nil {
+			for i := range result.Left {
+				result.Left[i].NoModules = why.Error()
+			}
+			if err != nil {
+				err = fmt.Errorf("%w; %w", err, why)
+			}
+		}
 	}
 	now := k.spentOn(p.family)
 	result.Took, result.Waited = now.took-before.took, now.waited-before.waited
@@ -652,7 +682,7 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 	cmd.Stdout, cmd.Stderr = stdout, &stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {
-		return fmt.Errorf("run %s: %w", name, err)
+		return notStarted(name, err)
 	}
 	if err := cmd.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
@@ -661,7 +691,7 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 		if limited.Err() != nil { // the time was over before it began
 			return fmt.Errorf("run %s: %w: %w", filepath.Base(name), ErrCouldNotLook, err)
 		}
-		return fmt.Errorf("run: %w", err)
+		return notStarted(name, err)
 	}
 	own.start(cmd.Process.Pid) // before it has read a line, so before it can have changed anything
 	defer own.end(cmd.Process.Pid)
@@ -676,9 +706,30 @@ func runInto(ctx context.Context, limit time.Duration, own *ownPIDs, stdin []byt
 		return fmt.Errorf("%s: %w: no end after %s: %w", command, ErrCouldNotLook, limit, limited.Err())
 	case cmd.ProcessState.Success(): // exec.ErrWaitDelay: what it said was not read to its end
 		return fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)
+	case wasKilled(cmd.ProcessState):
+		return fmt.Errorf("%s: %w: %w", command, ErrCouldNotLook, err)
 	default:
 		return classify(command, cmd.ProcessState.ExitCode(), stderr.String())
 	}
+}
+
+// notStarted is the error of a program that could not be started. A machine that is out of memory,
+// processes or files may have some the next time.
+func notStarted(name string, err error) error {
+	for _, passes := range []error{unix.EAGAIN, unix.ENOMEM, unix.EMFILE, unix.ENFILE} {
+		if errors.Is(err, passes) {
+			return fmt.Errorf("run %s: %w: %w", filepath.Base(name), ErrCouldNotLook, err)
+		}
+	}
+	return fmt.Errorf("run %s: %w", filepath.Base(name), err)
+}
+
+// wasKilled says whether somebody else ended the program: the kernel that is out of memory, or who
+// stops all of a unit. A program that ends by another signal has failed by itself.
+func wasKilled(state *os.ProcessState) bool {
+	status, ok := state.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled() && slices.Contains([]syscall.Signal{unix.SIGKILL, unix.SIGTERM},
+		status.Signal())
 }
 
 // ownPIDs remembers the commands of ours that run, and those that ended not long ago.

@@ -1,12 +1,15 @@
 package iptables
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestProbeMeetsTheMoment: a lock that is held, and a program that does not end, when a family is
@@ -108,6 +111,44 @@ func TestOpenWhileLocked(t *testing.T) {
 	for _, f := range k.Families() {
 		if f.Why != nil {
 			t.Errorf("%v is unusable: %v", f.Family, f.Why)
+		}
+	}
+}
+
+// TestRunOutOfMemory: a program that was killed, or that a machine at its limits could not start,
+// tells nothing of the family: what was known of it stands.
+func TestRunOutOfMemory(t *testing.T) {
+	run := func(script string) error {
+		var out bytes.Buffer
+		return runInto(t.Context(), time.Minute, &ownPIDs{}, nil, &out, "/bin/sh", "-c", script)
+	}
+	for script, want := range map[string]bool{"kill -KILL $$": true, "kill -TERM $$": true,
+		"ulimit -c 0; kill -SEGV $$": false, "exit 3": false} {
+		if err := run(script); err == nil || errors.Is(err, ErrCouldNotLook) != want {
+			t.Errorf("%s: %v", script, err)
+		}
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	low := limit
+	low.Cur = 3
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &low); err != nil {
+		t.Fatal(err)
+	}
+	err := run("exit 0")
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(err, ErrCouldNotLook) || !errors.Is(err, unix.EMFILE) {
+		t.Errorf("no file left: %v", err)
+	}
+	for errno, want := range map[error]bool{unix.EAGAIN: true, unix.ENOMEM: true, unix.ENFILE: true,
+		unix.EACCES: false} {
+		err := notStarted("sh", &os.PathError{Op: "fork/exec", Path: "sh", Err: errno})
+		if errors.Is(err, ErrCouldNotLook) != want || !errors.Is(err, errno) {
+			t.Error(err)
 		}
 	}
 }
