@@ -57,8 +57,10 @@ const (
 	// bytes of a short answer; /server_info has 124 KB, the masked dump 115 bytes a listener
 	maxShort = 8 << 20
 	maxLong  = 512 << 20 // bytes of a long one
-	// bytes of one JSON value that is read as a whole: a string, an address, a filter chain match
+	// bytes of one JSON value that is read as a whole; strings are cut before (shortener)
 	maxValue = 1 << 20
+	// the same of a listener's addresses and of a filter chain match: 200,000 prefixes
+	maxPrefixes = 16 << 20
 	// bytes of one filter_chain_matcher: the only large value that must be looked at as a whole
 	maxMatcher = 32 << 20
 	// JSON objects and arrays within each other; Envoy's protobuf parser allows 100 messages

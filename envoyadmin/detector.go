@@ -85,6 +85,8 @@ type Detector struct {
 	due    time.Time // the next look that nothing asks for
 	resync time.Time // the next full dump that nothing asks for
 
+	breaks int // connections that broke under a question since a look or a dump was answered
+
 	warming bool
 	warmGap time.Duration // after the last question, while a listener is warming
 }
@@ -279,7 +281,7 @@ func (d *Detector) asked(began, made, ended time.Time, f Fingerprint, moved bool
 	if moved {
 		d.hints.early = d.hints.pending && began.Before(d.due) || d.hints.early && d.moved
 	}
-	d.looked, d.timeouts.misses, d.warming = ended, 0, f.Warming > 0
+	d.looked, d.timeouts.misses, d.breaks, d.warming = ended, 0, 0, f.Warming > 0
 	cost := d.cost(d.look())
 	if cost >= cheap {
 		cost *= 2
@@ -296,11 +298,19 @@ func (d *Detector) asked(began, made, ended time.Time, f Fingerprint, moved bool
 
 // failed sets the pace after no answer: a refused connection costs nothing and is tried again after
 // a second, and so is the first question that an Envoy did not answer in time. After that each is
-// followed by as much time as its share needs.
+// followed by as much time as its share needs. So is one under which the connection broke, but the
+// first: who was asked has ended, most likely, and owes nothing to the Envoy that comes next.
 func (d *Detector) failed(q Question, began, ended time.Time, err error) {
-	d.book(q, began, ended, 0, err)
 	gap := max(lookFloor, d.refill(ended.Sub(began)))
-	if errors.Is(err, ErrRefused) {
+	ends := false
+	if errors.Is(err, ErrConnection) || errors.Is(err, ErrTruncated) {
+		d.breaks++
+		ends = d.breaks == 1
+	}
+	if !ends {
+		d.book(q, began, ended, 0, err)
+	}
+	if ends || errors.Is(err, ErrRefused) {
 		gap = lookFloor
 	}
 	if errors.Is(err, ErrTimeout) {

@@ -690,6 +690,51 @@ func TestDetectorRestartAndFailure(t *testing.T) {
 	})
 }
 
+// TestDetectorKilledWhileAsked: an Envoy that was stopped, or busy, and is killed then, breaks the
+// connection on which a question waited. That is no reason to look at the next Envoy late.
+func TestDetectorKilledWhileAsked(t *testing.T) {
+	broken := fmt.Errorf("%w: connection reset by peer", ErrConnection)
+	for _, waited := range []time.Duration{
+		0, 1500 * time.Millisecond, 4 * time.Second, longLimit - 1,
+	} {
+		for _, hinted := range []bool{false, true} {
+			t.Run(fmt.Sprint(waited, hinted), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					w := &world{t: t, look: time.Millisecond, dump: 2 * time.Millisecond,
+						state: Fingerprint{Process: 1}}
+					d := new(Detector)
+					w.drive(d, time.Minute, nil)
+					w.change()
+					d.Hint(time.Now(), "")
+					for action := Wait; action != Dump; {
+						began := time.Now()
+						action, _ = d.Next(began)
+						switch action {
+						case Look, LookNamed:
+							d.Looked(began, time.Now(), w.now(), nil)
+						case Dump:
+							time.Sleep(waited)
+							d.Dumped(began, time.Now(), Snapshot{}, broken)
+						case Wait:
+							time.Sleep(10 * time.Millisecond)
+						}
+					}
+					w.state.Process = 2
+					w.change()
+					w.longestAfter = 0
+					if hinted {
+						d.Hint(time.Now(), "")
+					}
+					w.drive(d, 5*time.Second, nil)
+					if w.longestAfter == 0 || w.longestAfter > 2*lookFloor {
+						t.Errorf("the next Envoy was seen after %v", w.longestAfter)
+					}
+				})
+			})
+		}
+	}
+}
+
 // Whatever happens, the rules hold: waits are positive, dumps are spaced (world checks
 // both), and the end is seen.
 func TestDetectorRandom(t *testing.T) {

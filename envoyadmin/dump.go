@@ -278,13 +278,14 @@ func (d *dump) fingerprint(process uint64) Fingerprint {
 // distinctRejected names each rejection once: Envoy tells it under the listener's name, and again
 // without name or time, and after several attempts perhaps more often.
 func (d *dump) distinctRejected() []Rejected {
+	type told struct{ name, details string }
 	var distinct []Rejected
+	at := make(map[told]int, len(d.rejected)) // of as many as a control plane likes to send
 	for _, r := range d.rejected {
-		i := slices.IndexFunc(distinct, func(known Rejected) bool {
-			return known.Name == r.Name && known.Details == r.Details
-		})
+		i, known := at[told{r.Name, r.Details}]
 		switch {
-		case i < 0:
+		case !known:
+			at[told{r.Name, r.Details}] = len(distinct)
 			distinct = append(distinct, r)
 		case r.When.After(distinct[i].When):
 			distinct[i].When = r.When

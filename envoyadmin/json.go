@@ -32,7 +32,7 @@ func isShape(err error) bool {
 }
 
 func newReader(from io.Reader) *reader {
-	r := &reader{from: from, waiting: maxValue}
+	r := &reader{from: &shortener{from: from}, waiting: maxValue}
 	// Bytes that are no UTF-8 in an access log format or an error text are no reason to lose the
 	// listeners. Names are not looked at twice: the last one wins, and remembering them costs memory.
 	r.Decoder = jsontext.NewDecoder((*readerInput)(r), jsontext.AllowInvalidUTF8(true),

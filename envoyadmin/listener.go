@@ -190,7 +190,7 @@ func (p *partial) field(r *reader, name string) error {
 		return r.textInto(&p.Name)
 	case "address", "additional_addresses", "bind_to_port", "deprecated_v1", "use_original_dst",
 		"traffic_direction":
-		value, err := r.raw(maxValue)
+		value, err := r.raw(maxPrefixes)
 		if err != nil {
 			return err
 		}
@@ -332,7 +332,7 @@ func (r *reader) filterChain() (chain FilterChain, err error) {
 		case "name":
 			return r.textInto(&chain.Name)
 		case "filter_chain_match":
-			raw, err := r.raw(maxValue)
+			raw, err := r.raw(maxPrefixes)
 			if err != nil {
 				return err
 			}

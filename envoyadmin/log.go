@@ -75,46 +75,49 @@ var (
 	// closed: 5, …", both perhaps with "closed since 32s ago: …" and, at the end, "(previously
 	// 14, … since 35s ago)".
 	streamClosed = regexp.MustCompile(
-		`(\w+) gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
+		`^ gRPC config stream (?:to (\S+) )?closed(?: since \d+s ago)?: (\d+), ?(.*)`)
 	// Envoy 1.40 puts where a status came from behind the server's words: "Permission
 	// denied.{via_upstream}".
-	via             = regexp.MustCompile(`\{[a-z_]+\}$`)
-	previously      = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
-	listenerChanged = regexp.MustCompile(`lds: (?:add/update|remove) listener '(.*)'`)
+	via        = regexp.MustCompile(`\{[a-z_]+\}$`)
+	previously = regexp.MustCompile(` \(previously \d+, .* since \d+s ago\)$`)
 	// "[…][info][main] […] initializing epoch 1 (base id=0, hot restart version=11.104)"
 	envoyStarts = regexp.MustCompile(`\] initializing epoch (\d+) \(`)
 )
 
+// What stands in each line that tells something.
+const (
+	streamMark   = " gRPC config stream "
+	rejectedMark = " rejected: "
+	changedMark  = "lds: "
+	workersMark  = "starting workers"
+	startMark    = "] initializing epoch "
+)
+
+var marks = [...]string{streamMark, rejectedMark, changedMark, workersMark, startMark}
+
 // parseLine says what a line of the log is about; ok is false if it is nothing of ours.
 // StreamLoadStats is load reporting and StreamHealthCheck health checking: their end says nothing
 // about the configuration.
+//
+// What stands first in a line decides: a listener's name, and the server's words, come behind it,
+// and may hold what looks like any of these.
 func parseLine(line []byte) (e LogEvent, ok bool) {
 	e.Count = 1
-
+	first := len(line)
+	at := func(marker string) bool { // closer to the beginning than those before
+		i := bytes.Index(line[:first], []byte(marker))
+		if i >= 0 {
+			first = i
+		}
+		return i >= 0
+	}
+	stream := at(streamMark)
+	rejected := at(rejectedMark)
+	changed := at(changedMark)
+	workers := at(workersMark)
+	epoch := at(startMark)
 	switch {
-	case bytes.Contains(line, []byte(" gRPC config stream ")):
-		m := streamClosed.FindSubmatch(line)
-		if m == nil || string(m[1]) == "StreamLoadStats" || string(m[1]) == "StreamHealthCheck" {
-			return e, false
-		}
-		code, err := strconv.Atoi(string(m[3]))
-		if err != nil {
-			return e, false
-		}
-		e.Kind, e.Method, e.Target, e.Code = StreamClosed, string(m[1]), string(m[2]), code
-		e.Message = string(via.ReplaceAll(previously.ReplaceAll(m[4], nil), nil))
-		return e, true
-	case bytes.Contains(line, []byte(" rejected: ")):
-		return parseRejected(line)
-	case bytes.Contains(line, []byte("lds: ")):
-		if m := listenerChanged.FindSubmatch(line); m != nil {
-			e.Kind, e.Listener = ListenerChanged, string(m[1])
-			return e, true
-		}
-	case bytes.Contains(line, []byte("starting workers")):
-		e.Kind = ListenerChanged
-		return e, true
-	case bytes.Contains(line, []byte("] initializing epoch ")):
+	case epoch:
 		m := envoyStarts.FindSubmatch(line)
 		if m == nil {
 			return e, false
@@ -122,8 +125,60 @@ func parseLine(line []byte) (e LogEvent, ok bool) {
 		epoch, err := strconv.Atoi(string(m[1]))
 		e.Kind, e.Epoch = EnvoyStarts, epoch
 		return e, err == nil
+	case workers:
+		e.Kind = ListenerChanged
+		return e, true
+	case changed:
+		if name, ok := changedListener(line[first+len(changedMark):]); ok {
+			e.Kind, e.Listener = ListenerChanged, string(name)
+			return e, true
+		}
+		if bytes.Contains(line, []byte(rejectedMark)) {
+			return parseRejected(line)
+		}
+	case rejected:
+		return parseRejected(line)
+	case stream:
+		method := lastWord(line[:first])
+		m := streamClosed.FindSubmatch(line[first:])
+		if m == nil || method == "" || method == "StreamLoadStats" || method == "StreamHealthCheck" {
+			return e, false
+		}
+		code, err := strconv.Atoi(string(m[2]))
+		if err != nil {
+			return e, false
+		}
+		e.Kind, e.Method, e.Target, e.Code = StreamClosed, method, string(m[1]), code
+		e.Message = string(via.ReplaceAll(previously.ReplaceAll(m[3], nil), nil))
+		return e, true
 	}
 	return e, false
+}
+
+// lastWord is the word that a text ends with, "" where it ends with none.
+func lastWord(text []byte) string {
+	begin := len(text)
+	for begin > 0 && wordCharacter(text[begin-1]) {
+		begin--
+	}
+	return string(text[begin:])
+}
+
+func wordCharacter(c byte) bool {
+	return c == '_' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
+}
+
+// changedListener is the name in "add/update listener 'NAME'" or "remove listener 'NAME'".
+func changedListener(text []byte) (name []byte, ok bool) {
+	text, ok = bytes.CutPrefix(text, []byte("add/update listener '"))
+	if !ok {
+		text, ok = bytes.CutPrefix(text, []byte("remove listener '"))
+	}
+	end := bytes.LastIndexByte(text, '\'')
+	if !ok || end < 0 {
+		return nil, false
+	}
+	return text[:end], true
 }
 
 // parseRejected reads the lines of rejections, by cuts: in a storm there are thousands a second,
@@ -137,7 +192,7 @@ func parseLine(line []byte) (e LogEvent, ok bool) {
 // Of listeners, WHY begins with "Error adding/updating listener(s) NAME: " but in the first.
 func parseRejected(line []byte) (e LogEvent, ok bool) {
 	e.Count = 1
-	before, why, _ := bytes.Cut(line, []byte(" rejected: "))
+	before, why, _ := bytes.Cut(line, []byte(rejectedMark))
 	if _, name, found := bytes.Cut(before, []byte("lds: listener '")); found {
 		if name, found = bytes.CutSuffix(name, []byte("' config")); found {
 			e.Kind, e.Listener, e.Details = ListenerRejected, string(name), string(why)

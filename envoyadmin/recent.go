@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"time"
 
@@ -17,8 +18,12 @@ type Logged struct {
 }
 
 const (
-	// recentBytes is how much of the log's end is gone through: in a storm of rejections some minutes.
+	// recentBytes is how much of the log's end is gone through: in a storm of rejections some
+	// seconds.
 	recentBytes = 4 << 20
+	// recentLines is how many of its last lines are understood, of those that may tell something. Each
+	// takes microseconds, and who asks has little time, on a machine that may be busy.
+	recentLines = 1000
 	// stampLayout is the time as Envoy writes it without --log-format, in its local time.
 	stampLayout = "2006-01-02 15:04:05.000"
 )
@@ -45,14 +50,25 @@ func Recent(path string) ([]Logged, error) {
 	return recent(tail), nil
 }
 
+// recent understands the last lines. Only where an Envoy starts is looked for in all.
 func recent(tail []byte) (events []Logged) {
-	for line := range bytes.Lines(tail) {
-		line = bytes.TrimRight(line, "\r\n")
-		line = line[:min(len(line), maxLine)]
-		e, ok := parseLine(line)
-		if e.Kind == EnvoyStarts { // what stands above is of another
-			events, ok = nil, e.Epoch > 0
+	var last [][]byte
+	for line := range telling(tail) {
+		if bytes.Contains(line, []byte(startMark)) {
+			if e, _ := parseLine(line); e.Kind == EnvoyStarts { // what stands above is of another
+				if events, last = nil, nil; e.Epoch > 0 {
+					events = []Logged{{LogEvent: e, Time: lineTime(line)}}
+				}
+				continue
+			}
 		}
+		if len(last) == 2*recentLines { // not at each line
+			last = append(last[:0], last[recentLines:]...)
+		}
+		last = append(last, line)
+	}
+	for _, line := range last[max(len(last)-recentLines, 0):] {
+		e, ok := parseLine(line)
 		if !ok {
 			continue
 		}
@@ -67,6 +83,39 @@ func recent(tail []byte) (events []Logged) {
 		events[i].LogEvent = redacted(events[i].LogEvent)
 	}
 	return events
+}
+
+// telling are the lines with a mark of parseLine's, which are few in a log of everything. All
+// others are passed over without a look at each: of these there can be millions.
+func telling(text []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		var next [len(marks)]int // where each mark stands next; len(text): nowhere
+		for at := 0; at < len(text); {
+			first := len(text)
+			for i, mark := range marks {
+				if next[i] < at || at == 0 {
+					next[i] = len(text)
+					if n := bytes.Index(text[at:], []byte(mark)); n >= 0 {
+						next[i] = at + n
+					}
+				}
+				first = min(first, next[i])
+			}
+			if first == len(text) {
+				return
+			}
+			begin := at + 1 + bytes.LastIndexByte(text[at:first], '\n')
+			end := len(text)
+			if n := bytes.IndexByte(text[first:], '\n'); n >= 0 {
+				end = first + n
+			}
+			line := bytes.TrimRight(text[begin:end], "\r")
+			if !yield(line[:min(len(line), maxLine)]) {
+				return
+			}
+			at = end + 1
+		}
+	}
 }
 
 // lineTime is when a line was written: "[2026-01-02 03:04:05.678][123][warning]…".

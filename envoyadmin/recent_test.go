@@ -2,6 +2,7 @@ package envoyadmin
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -56,6 +57,47 @@ func TestRecent(t *testing.T) {
 		have, err := Recent(path)
 		if diff := cmp.Diff(tt.want, have); err != nil || diff != "" {
 			t.Errorf("%s: %v\n%s", name, err, diff)
+		}
+	}
+}
+
+// TestRecentIsBounded: of a log that is full of what might tell something only the last lines are
+// understood, whatever it is that fills it; and an Envoy that starts is seen behind all of that.
+func TestRecentIsBounded(t *testing.T) {
+	const (
+		begin = "[2026-11-28 10:00:00.000][7][info][main] [x.cc:1] "
+		start = begin + "initializing epoch 2 (base id=0, hot restart version=11.104)\n"
+	)
+	for name, line := range map[string]func(i int) string{
+		"listeners": func(i int) string { return fmt.Sprintf("lds: add/update listener 'x%d'", i) },
+		"rejections": func(i int) string {
+			return fmt.Sprintf("delta config for type.googleapis.com/envoy.config.cluster.v3.Cluster rejected: %d", i)
+		},
+		"streams": func(i int) string {
+			return fmt.Sprintf("StreamAggregatedResources gRPC config stream to x closed: 7, %d", i)
+		},
+		"nothing": func(int) string { return "lds: gRPC config stream rejected" },
+	} {
+		log := strings.Builder{}
+		log.WriteString(start)
+		for i := 0; log.Len() < recentBytes-200; i++ {
+			log.WriteString(begin + line(i) + "\n")
+		}
+		path := filepath.Join(t.TempDir(), "log")
+		if err := os.WriteFile(path, []byte(log.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var have []Logged
+		var err error
+		allocated := testing.AllocsPerRun(1, func() { have, err = Recent(path) })
+		if err != nil || len(have) == 0 || have[0].Kind != EnvoyStarts || have[0].Epoch != 2 {
+			t.Errorf("%s: %v, the first is %+v, want the start", name, err, have[:min(1, len(have))])
+		}
+		if want := recentLines + 1; name != "nothing" && len(have) != want {
+			t.Errorf("%s: %d events, want %d", name, len(have), want)
+		}
+		if allocated > 50*recentLines {
+			t.Errorf("%s: %.0f allocations for %d lines", name, allocated, recentLines)
 		}
 	}
 }

@@ -86,11 +86,11 @@ type Node struct {
 	Metadata          map[string]string // strings, numbers and booleans of the first level
 }
 
-// SameProcess says whether i and an earlier answer may come from the same process. A wall clock
-// that was set between them makes it false.
+// SameProcess says whether i and an earlier answer may come from the same process.
 func (i ServerInfo) SameProcess(earlier ServerInfo) bool {
 	const slack = 2 * time.Second // uptimes are whole seconds, and asking takes time
-	passed := i.Asked.Sub(earlier.Asked)
+	// By the wall clock, as the uptimes.
+	passed := i.Asked.Round(0).Sub(earlier.Asked.Round(0))
 	off := i.Uptime - earlier.Uptime - passed
 	return i.Epoch == earlier.Epoch && i.Text == earlier.Text && i.Node.ID == earlier.Node.ID &&
 		off.Abs() <= slack
