@@ -33,6 +33,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -73,6 +74,7 @@ const MaxValue = 1024
 const (
 	burst          = 3
 	refill         = 20 * time.Second // for one token
+	unkeptEvery    = 30 * time.Second // a query, while the budget's file cannot be written; see take
 	queryLimit     = 5 * time.Second  // a query that takes longer has failed
 	heartbeatEvery = time.Minute
 	minorEvery     = 5 * time.Minute // for a change of a tail alone; see SetWithTail
@@ -103,7 +105,8 @@ type Options struct {
 	Log  *zap.Logger // is told when the channel goes off, fails, recovers; nil: nobody is
 	// Budget is a file, best below /run, whose modification time carries the budget over to the next
 	// start and to other programs that write: else an agent that crashes every two seconds would spend
-	// three tokens at each start. Empty: each New starts with a full bucket.
+	// three tokens at each start. While it cannot be written a query is made each half a minute, and
+	// none in the first half. Empty: each New starts with a full bucket.
 	Budget string
 
 	// Dial is a network of a test's own; nil: the VM's.
@@ -151,9 +154,14 @@ type Writer struct {
 	tokens *rate.Limiter
 	wake   chan struct{} // one slot
 	budget string        // Options.Budget
+	made   time.Time     // when New returned it
 	full   time.Time     // when the bucket will be full again; used by Run alone
 
-	mu      sync.Mutex
+	mu sync.Mutex
+	// unkept: the budget's file could not be written when last tried. It and spent, when the last
+	// token was taken or Run began, are changed by Run alone.
+	unkept  bool
+	spent   time.Time
 	values  map[string]*value
 	state   State
 	settled chan struct{} // closed and replaced when a query ended
@@ -242,6 +250,7 @@ func New(o Options) *Writer {
 		tokens:  rate.NewLimiter(rate.Every(refill), burst),
 		wake:    make(chan struct{}, 1),
 		budget:  o.Budget,
+		made:    time.Now(),
 		values:  make(map[string]*value),
 		state:   State{Enabled: true},
 		settled: make(chan struct{}),
@@ -350,6 +359,9 @@ func (w *Writer) Flush(ctx context.Context) error {
 func (w *Writer) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	w.mu.Lock()
+	w.spent = time.Now() // what the program before this one spent last may not be in the file
+	w.mu.Unlock()
 	for ctx.Err() == nil {
 		now := time.Now()
 		w.loadBudget(now)
@@ -383,10 +395,14 @@ func (w *Writer) Run(ctx context.Context) error {
 	return nil
 }
 
-// token is when the bucket will hold so many tokens.
+// token is when so many tokens may be taken.
 func (w *Writer) token(now time.Time, tokens int) time.Time {
 	missing := float64(tokens) - w.tokens.TokensAt(now)
-	return now.Add(time.Duration(max(missing, 0) * float64(refill)))
+	at := now.Add(time.Duration(max(missing, 0) * float64(refill)))
+	if w.unkept {
+		at = latest(at, w.spent.Add(unkeptEvery))
+	}
+	return at
 }
 
 // loadBudget takes out of the bucket what others have taken, by the file. One from the future,
@@ -402,7 +418,9 @@ func (w *Writer) loadBudget(now time.Time) {
 	full := fi.ModTime()
 	if empty := now.Add(burst * refill); full.After(empty) {
 		full = empty
-		w.keepBudget(setTime(w.budget, full)) // once: it would look as empty at each look
+		if setTime(w.budget, full) != nil {
+			return // it would look as empty at each look; take finds it unkept
+		}
 	}
 	known := now
 	if w.full.After(now) {
@@ -414,7 +432,12 @@ func (w *Writer) loadBudget(now time.Time) {
 	}
 }
 
-// take takes a token, of which no other program with this file takes the same.
+// take takes a token, of which no other program with this file takes the same. The file says so
+// before it is spent, so that a kill in between loses a token and gains none.
+//
+// What cannot be in the file is lost to the next start, which takes up to five in a minute by what
+// the file says. Hence the pause then, from this start and from each query: with it there is one
+// more in any minute, of whatever programs in a row.
 func (w *Writer) take(now time.Time) bool {
 	if w.budget == "" {
 		return w.tokens.AllowN(now, 1)
@@ -430,26 +453,33 @@ func (w *Writer) take(now time.Time) bool {
 			w.loadBudget(now)
 		}
 	}
-	if !w.tokens.AllowN(now, 1) {
+	if w.tokens.TokensAt(now) < 1 {
 		return false
 	}
-	if w.full.Before(now) {
-		w.full = now
-	}
-	w.full = w.full.Add(refill)
+	full := latest(w.full, now).Add(refill)
 	if err == nil {
-		err = setTime(w.budget, w.full)
+		err = setTime(w.budget, full)
 	}
-	w.keepBudget(err)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.keptBudget(err)
+	if w.unkept && now.Before(w.spent.Add(unkeptEvery)) || !w.tokens.AllowN(now, 1) {
+		return false
+	}
+	w.full, w.spent = full, now
 	return true
 }
 
-// keepBudget gives the file up after an error.
-func (w *Writer) keepBudget(err error) {
-	if err != nil {
-		w.log.Warn("guest attribute budget is not kept for the next start", zap.Error(err))
-		w.budget = ""
+// keptBudget books whether the file could be written; w.mu is held.
+func (w *Writer) keptBudget(err error) {
+	switch {
+	case err != nil && !w.unkept:
+		w.log.Warn("guest attribute budget is not kept for the next start, writing less",
+			zap.Duration("every", unkeptEvery), zap.Error(err))
+	case err == nil && w.unkept:
+		w.log.Info("guest attribute budget is kept again")
 	}
+	w.unkept = err != nil
 }
 
 // openBudget opens the file, and makes it where it is missing: for the folder's owner, who
@@ -528,20 +558,23 @@ func (w *Writer) next(now time.Time) (key string, read bool, at time.Time) {
 
 // compare is less than 0 when key a is to be written before b.
 func (w *Writer) compare(now time.Time, a, b string) int {
-	at := func(k string) (by time.Time, rank int) {
+	at := func(k string) (in time.Duration, rank int) {
 		v := w.values[k]
 		if k == AgentLastFailure && now.Sub(v.since) >= failureLate {
-			return by, 0
+			return math.MinInt64, 0
 		}
-		_, by = v.window(k)
+		_, by := v.window(k)
 		if rank = slices.Index(first, k); rank < 0 {
 			rank = len(first) + 1 + slices.Index(last, k)
 		}
-		return by.Truncate(time.Second), rank // what is set together shall be there together
+		// What is set together shall be there together, hence whole seconds. Not of the time itself:
+		// Truncate takes the monotonic clock from it, and a wall clock that has been set back by six
+		// hours would leave the heartbeat behind all others for so long.
+		return by.Sub(w.made).Truncate(time.Second), rank
 	}
-	byA, rankA := at(a)
-	byB, rankB := at(b)
-	return cmp.Or(byA.Compare(byB), cmp.Compare(rankA, rankB), cmp.Compare(a, b))
+	inA, rankA := at(a)
+	inB, rankB := at(b)
+	return cmp.Or(cmp.Compare(inA, inB), cmp.Compare(rankA, rankB), cmp.Compare(a, b))
 }
 
 func (w *Writer) pending(now time.Time) int {
@@ -713,13 +746,14 @@ func (w *Writer) do(ctx context.Context, method, key, body string) (string, erro
 	return answer.String(), nil
 }
 
-// OneLine makes s fit for one line of at most limit bytes (at least 3): line breaks, other control
-// characters and runs of space become one space, invalid UTF-8 the replacement character; what is
-// too long is cut between characters and ends in "…".
+// OneLine makes s fit for one line of at most limit bytes (at least 3): line breaks, what else a
+// terminal obeys or does not show (control characters, marks that turn the direction of writing)
+// and runs of space become one space, invalid UTF-8 the replacement character; what is too long is
+// cut between characters and ends in "…".
 func OneLine(s string, limit int) string {
 	s = strings.ToValidUTF8(s, "\uFFFD")
 	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool {
-		return unicode.IsSpace(r) || unicode.IsControl(r)
+		return unicode.IsSpace(r) || !unicode.IsPrint(r)
 	}), " ")
 	if len(s) <= limit {
 		return s

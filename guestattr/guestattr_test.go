@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -22,6 +25,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/test/clock"
 )
 
 // server is a metadata server on connections in memory, which synctest can see through.
@@ -783,6 +788,27 @@ func TestLongValue(t *testing.T) {
 	})
 }
 
+// TestClockSetBack: a heartbeat that was due before the clock was set back by six hours is not kept
+// behind what changes all the time for so long.
+func TestClockSetBack(t *testing.T) {
+	w := New(Options{})
+	before := time.Now()
+	after := func(d time.Duration) time.Time { return clock.Set(before.Add(d), -6*time.Hour) }
+	w.values[AgentHeartbeat] = &value{want: "new", head: 3, written: "old", sure: true, since: before,
+		last: before}
+	w.values[AgentLastFailure] = &value{want: "new", head: 3, written: "old", sure: true,
+		since: after(3 * time.Minute), last: after(2 * time.Minute)}
+	for _, in := range []time.Duration{3 * time.Minute, 4 * time.Minute} {
+		want := AgentHeartbeat
+		if in == 4*time.Minute {
+			want = AgentLastFailure // which is late by then, and goes first however late the other is
+		}
+		if key, _, at := w.next(after(in)); key != want || at.After(after(in)) {
+			t.Errorf("after %v: %s at %v, want %s now", in, key, at, want)
+		}
+	}
+}
+
 // TestHeartbeatAlone: a heartbeat that came too early is written when its minute is over, though
 // nobody says another word.
 func TestHeartbeatAlone(t *testing.T) {
@@ -1013,18 +1039,22 @@ func TestBudgetFile(t *testing.T) {
 				w := New(Options{Host: "metadata", Budget: path, Log: zap.New(core), Dial: s.dial})
 				w.Set(BootstrapStatus, "FINISHED")
 				w.Set(ProxyVersion, "1.40.0")
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*unkeptEvery+time.Second)
 				defer cancel()
 				w.Run(ctx)
 				if s.get(BootstrapStatus) != "FINISHED" || s.get(ProxyVersion) != "1.40.0" {
 					t.Error("not written within a minute")
 				}
-				if first := s.queries[0].Sub(s.start); name == "future" && first < refill {
+				first, least := s.queries[0].Sub(s.start), unkeptEvery
+				if name == "future" {
+					least = refill
+				}
+				if first < least {
 					t.Errorf("first query after %v; want the bucket to be taken for empty", first)
 				}
 				if want := map[string]int{"future": 0, "no folder": 1, "link": 1, "dangling": 1,
 					"fifo": 1}[name]; logs.Len() != want ||
-					want == 1 && logs.All()[0].Message != "guest attribute budget is not kept for the next start" {
+					want == 1 && logs.All()[0].Message != "guest attribute budget is not kept for the next start, writing less" {
 					t.Errorf("logged %v; want %d lines", logs.All(), want)
 				}
 			})
@@ -1035,6 +1065,136 @@ func TestBudgetFile(t *testing.T) {
 	}
 	if _, err := os.Lstat(filepath.Join(dir, "nowhere")); err == nil {
 		t.Error("the dangling link was followed")
+	}
+}
+
+// TestBudgetUnkept: while the budget's file can be written by nobody, here because its folder is
+// away, what is spent is not known to the next start. So these spend so little that the next one
+// may take what the file leaves it. When the folder is back, a running one keeps the file again.
+func TestBudgetUnkept(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		away, back time.Duration // the folder
+		killed     time.Duration // the first Writer, which the second one follows at once
+		says       int           // lines of the first one: it is not kept, it is again
+	}{
+		{"at the kill", time.Second, 41 * time.Second, 41 * time.Second, 1},
+		{"back before the kill", 10 * time.Second, 25 * time.Second, 45 * time.Second, 2},
+		{"between queries", 61 * time.Second, 62 * time.Second, 120 * time.Second, 0},
+		{"from the start", 0, 90 * time.Second, 90 * time.Second, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := unkept{folder: filepath.Join(t.TempDir(), "run")}
+			synctest.Test(t, func(t *testing.T) {
+				w.begin(t)
+				w.start(t)
+				logs := w.logs
+				at := make(map[time.Duration][]func(*testing.T))
+				at[c.away] = append(at[c.away], w.away)
+				at[c.back] = append(at[c.back], w.back)
+				at[c.killed] = append(at[c.killed], w.kill, w.start)
+				for s := time.Duration(0); s < 4*time.Minute; s += time.Second {
+					for _, do := range at[s] {
+						do(t)
+					}
+					sleep(time.Second)
+				}
+				w.kill(t)
+				w.s.checkBudget(t)
+				if n := len(w.s.seen()); n < 10 {
+					t.Errorf("%d queries in four minutes", n)
+				}
+				if logs.Len() != c.says {
+					t.Errorf("it said %v, want %d lines", logs.All(), c.says)
+				}
+			})
+		})
+	}
+}
+
+// TestBudgetShuffled: the folder comes and goes, programs are killed and started, and the budget is
+// kept whatever the order.
+func TestBudgetShuffled(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("SEED"); s != "" {
+		var err error
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range uint64(10) {
+		w := unkept{folder: filepath.Join(t.TempDir(), "run")}
+		random := rand.New(rand.NewPCG(seed, i))
+		synctest.Test(t, func(t *testing.T) {
+			w.begin(t)
+			w.start(t)
+			for range 60 {
+				switch random.IntN(3) {
+				case 0:
+					w.away(t)
+				case 1:
+					w.back(t)
+				default:
+					w.kill(t)
+					w.start(t)
+				}
+				sleep(time.Duration(random.Int64N(int64(40 * time.Second))))
+			}
+			w.kill(t)
+			w.s.checkBudget(t)
+			// At least half of what a run without a file may spend.
+			if n, least := len(w.s.seen()), int(time.Since(w.s.start)/(2*unkeptEvery)); n < least {
+				t.Errorf("%d queries in %v, want %d", n, time.Since(w.s.start), least)
+			}
+		})
+		if t.Failed() {
+			t.Fatalf("SEED=%d, game %d", seed, i)
+		}
+	}
+}
+
+// unkept is a Writer that has something new to say all the time, and its budget's folder.
+type unkept struct {
+	folder string
+	s      *server
+	logs   *observer.ObservedLogs
+	end    func()
+}
+
+func (u *unkept) begin(t *testing.T) {
+	u.s = newServer(t)
+	if err := os.Mkdir(u.folder, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (u *unkept) start(t *testing.T) {
+	core, logs := observer.New(zap.InfoLevel)
+	w := New(Options{Host: "metadata", Budget: filepath.Join(u.folder, "budget"), Log: zap.New(core),
+		Dial: u.s.dial})
+	u.logs = logs
+	ctx, stop := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	all.Go(func() { w.Run(ctx) })
+	all.Go(func() {
+		for i := 0; ctx.Err() == nil; i++ {
+			for _, key := range first {
+				w.Set(key, fmt.Sprint(i))
+			}
+			time.Sleep(time.Second)
+		}
+	})
+	u.end = func() { stop(); all.Wait() }
+}
+
+func (u *unkept) kill(*testing.T) { u.end() }
+
+func (u *unkept) away(t *testing.T) { u.move(t, u.folder, u.folder+"-away") }
+func (u *unkept) back(t *testing.T) { u.move(t, u.folder+"-away", u.folder) }
+
+func (u *unkept) move(t *testing.T, from, to string) {
+	if err := os.Rename(from, to); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
 	}
 }
 
@@ -1136,6 +1296,7 @@ func TestOneLine(t *testing.T) {
 		{"äääää", 8, "ää…"},
 		{"日本語日本語", 10, "日本…"},
 		{"bad \xff utf8", 20, "bad \uFFFD utf8"},
+		{"a\u202Eb\u2066c\u200bd\ufeffe\ue000f", 20, "a b c d e f"},
 		{"日本語", 4, "…"},
 		{"ab", 3, "ab"},
 		{"abcd", 3, "…"},
