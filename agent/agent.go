@@ -134,10 +134,16 @@ func New(ctx context.Context, s Settings, log *zap.Logger) (*Agent, error) {
 		// Bootstrap installs it; until then somebody must publish how that goes.
 		log.Info("iptables is not installed yet, waiting for bootstrap")
 		a.withoutTools = true
+	case errors.Is(err, iptables.ErrNoTable):
+		// The kernel's modules are away, which may last. The loop tries each minute, and until then
+		// somebody must tell of it.
+		log.Warn("interception is not possible for now", zap.Error(err))
 	case err != nil:
+		// Nothing else that is known lasts, and systemd starts it again within two seconds: one without
+		// a file descriptor left, for example, has not read what an earlier run kept either.
 		return nil, nextStep(err)
 	}
-	a.around = newSurroundings(askKernel(a.kernel), log)
+	a.around = newSurroundings(askKernel(a.kernel, iptables.ErrNoIPTables), log)
 	a.guest = guestattr.New(guestattr.Options{
 		Log: log, Budget: filepath.Join(server.Dir(), "guest-attributes.budget"),
 	})
@@ -186,8 +192,6 @@ func nextStep(err error) error {
 		return fmt.Errorf("%w; install the package iptables", err)
 	case errors.Is(err, iptables.ErrNotRoot):
 		return fmt.Errorf("%w; run as root, or with CAP_NET_ADMIN and CAP_NET_RAW", err)
-	case errors.Is(err, iptables.ErrNoTable):
-		return fmt.Errorf("%w; `modprobe iptable_nat`", err)
 	}
 	return err
 }
@@ -363,6 +367,7 @@ func (a *Agent) startedText() string {
 // thisVM asks the VM, and the daemon's tasks for what they know of it.
 func (a *Agent) thisVM() vm {
 	v := thisVM(a.settings.StateDir)
+	v.userIDs = remembering(v.userIDs)
 	v.self = func(now time.Time) Self {
 		is := a.self.known(now)
 		of := &a.kept.whose

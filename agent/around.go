@@ -62,8 +62,9 @@ type questions struct {
 	exists func(name string) bool      // of interfaces; nil: all do
 }
 
-// askKernel asks this machine's. k may be nil, where there is no iptables.
-func askKernel(k *iptables.Kernel) questions {
+// askKernel asks this machine's. k may be nil, and none says why: there is no iptables, or what
+// there is was not found in time.
+func askKernel(k *iptables.Kernel, none error) questions {
 	q := questions{
 		listeners: sockdiag.Listeners, connections: sockdiag.Connections,
 		load: conntrack.ReadLoad, find: conntrack.Find, routes: route.Missing,
@@ -72,7 +73,7 @@ func askKernel(k *iptables.Kernel) questions {
 			return err == nil
 		},
 		filter: func(context.Context, iptables.Family) (iptables.Filter, error) {
-			return iptables.Filter{}, iptables.ErrNoIPTables
+			return iptables.Filter{}, none
 		},
 	}
 	if k != nil {

@@ -86,7 +86,7 @@ func lookAroundThisMachine(t *testing.T, backend string) {
 	a.local = []netip.Addr{netip.MustParseAddr("10.0.0.9"), netip.MustParseAddr("fd00::9")}
 	look := func() symptom.Surroundings {
 		t.Helper()
-		got, failed := lookAround(t.Context(), askKernel(k), a)
+		got, failed := lookAround(t.Context(), askKernel(k, nil), a)
 		if len(failed) > 0 {
 			t.Fatalf("could not look: %v", failed)
 		}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -352,4 +353,16 @@ func TestLookAroundEndsInTime(t *testing.T) {
 			t.Errorf("after %v: %+v, %v", took, got, failed)
 		}
 	})
+}
+
+// An iptables that was not found in time is not one that is missing.
+func TestNotFoundInTimeIsNotMissing(t *testing.T) {
+	if err := (kernelSeen{}).none(); errors.Is(err, iptables.ErrNoIPTables) ||
+		!errors.Is(err, iptables.ErrCouldNotLook) {
+		t.Errorf("not found in time: %v", err)
+	}
+	missing := fmt.Errorf("find %q: %w", "iptables", iptables.ErrNoIPTables)
+	if err := (kernelSeen{noTools: missing}).none(); !errors.Is(err, iptables.ErrNoIPTables) {
+		t.Errorf("missing: %v", err)
+	}
 }

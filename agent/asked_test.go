@@ -60,7 +60,8 @@ func TestAsked(t *testing.T) {
 				func(p *passed) { p.outcomes[1].Status.Equal = true }},
 			yes: []func(*passed){equal, func(p *passed) { p.paused = true },
 				func(p *passed) { p.outcomes[0].Status.Usable = false }}},
-		{ids: []symptom.ID{symptom.Fight}, key: "IPv4", no: []func(*passed){equal}, within: time.Minute},
+		{ids: []symptom.ID{symptom.Fight}, key: "IPv4", no: []func(*passed){equal}, within: fightShows - 1},
+		{ids: []symptom.ID{symptom.Fight}, key: "IPv4", yes: []func(*passed){equal}, within: fightShows},
 		{ids: []symptom.ID{symptom.AttributeBad, symptom.MetadataServer},
 			no: []func(*passed){func(*passed) {}, answers, func(p *passed) {
 				p.seen.Attribute = attributeInForce{Known: true, Good: &goodAttribute{Kept: true}}
@@ -72,6 +73,9 @@ func TestAsked(t *testing.T) {
 			}},
 		{ids: []symptom.ID{symptom.AttributeBad},
 			no: []func(*passed){func(p *passed) { p.seen.Attribute.Source = errors.New("x") }}},
+		{ids: []symptom.ID{symptom.ClockWrong}, within: showLate - 1, no: []func(*passed){answers},
+			yes: []func(*passed){func(p *passed) { p.seen.ClockTold = true }}},
+		{ids: []symptom.ID{symptom.ClockWrong}, within: showLate, yes: []func(*passed){answers}},
 		{ids: []symptom.ID{symptom.MetadataServer},
 			yes: []func(*passed){func(p *passed) { p.seen.Attribute.Source = errors.New("x") }}},
 	} {

@@ -385,6 +385,7 @@ type guard struct {
 	local   []netip.Addr
 	own     []uint16
 	refused []symptom.Refusal
+	noted   map[symptom.Refusal]bool // a listener may have 100,000 of them
 }
 
 // Shortest prefixes a listener may ask for: anything wider is a mistake that takes
@@ -455,7 +456,11 @@ func (g *guard) note(listener, entry, reason string) bool {
 		return true
 	}
 	r := symptom.Refusal{Listener: listener, Entry: entry, Reason: reason}
-	if !slices.Contains(g.refused, r) {
+	if !g.noted[r] {
+		if g.noted == nil {
+			g.noted = make(map[symptom.Refusal]bool)
+		}
+		g.noted[r] = true
 		g.refused = append(g.refused, r)
 	}
 	return false

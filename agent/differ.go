@@ -183,6 +183,8 @@ func (l Looked) whyUnknown() error {
 	case l.Seen.Envoy.Generation == 0:
 		return fmt.Errorf("Envoy: %w",
 			unseen(symptom.FromEnvoy, "it has not told its listeners"))
+	case l.Seen.Local == nil:
+		return fmt.Errorf("the VM's addresses: %w", unseen(symptom.FromUsers, "they were not read"))
 	}
 	return cmp.Or(l.Seen.Attribute.Err, l.Seen.Attribute.Source,
 		fmt.Errorf("the attribute: %w", unseen(symptom.FromMetadata, "it was not read")))

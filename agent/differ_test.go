@@ -29,7 +29,7 @@ func interceptingLook(t *testing.T) Looked {
 	t.Helper()
 	l := Looked{Backend: iptables.NFT, Daemon: &status.Status{Mode: "intercepting"},
 		Shapes: [2]status.Shape{reconcile.Whole(), reconcile.Whole()}}
-	l.Seen = Observation{User: proxyUser{UID: 107, GID: 107},
+	l.Seen = Observation{User: proxyUser{UID: 107, GID: 107}, Local: []netip.Addr{},
 		Attribute: attributeInForce{Known: true, Config: attribute.Default(), Serial: 1},
 		Envoy: envoywatch.View{Generation: 1, Snapshot: envoyadmin.Snapshot{
 			Listeners: []envoyadmin.Listener{outboundOf(envoyadmin.FilterChain{

@@ -155,8 +155,12 @@ func (f Failures) String() string {
 func (f Failure) String() string { return f.string("since", 0) }
 
 // showLate is how long some failures may take to show: Envoy logs what its control plane says at
-// each attempt, and these are up to 75 s apart; who undoes our rules must do it some times.
+// each attempt, and these are up to 75 s apart.
 const showLate = 90 * time.Second
+
+// fightShows is how long somebody who undoes our rules again and again may stay hidden to a new
+// run: what comes more rarely than each few seconds is no fight.
+const fightShows = 25 * time.Second
 
 // asked says whether the pass would have found a failure of an earlier run if it were still there:
 // what it is found by has been asked in this run, which has lasted for so long. Of one that was not
@@ -189,9 +193,11 @@ func (p passed) asked(f Failure, running time.Duration) bool {
 		return p.paused || slices.ContainsFunc(p.outcomes, func(o reconcile.Outcome) bool {
 			s := o.Status
 			return s.Family == f.Key && (!s.Usable || s.Equal) &&
-				(f.ID != symptom.Fight || running >= showLate)
+				(f.ID != symptom.Fight || running >= fightShows)
 		})
-	case symptom.ClockWrong, symptom.ConntrackFull, symptom.EnvoyIdentity, symptom.EnvoyNotOurs,
+	case symptom.ClockWrong:
+		return p.seen.ClockTold || running >= showLate
+	case symptom.ConntrackFull, symptom.EnvoyIdentity, symptom.EnvoyNotOurs,
 		symptom.ToolsMissing, symptom.ClosedAgentHere, symptom.InputDropped,
 		symptom.ApplicationSilent, symptom.NoRoute, symptom.EndpointsPanic:
 		// What they are found by is asked beside the loop, now and then.

@@ -51,12 +51,8 @@ func LookAtRules(ctx context.Context, s Settings) Looked { return lookAt(ctx, s,
 func lookAt(ctx context.Context, s Settings, brief bool) Looked {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	l := &looking{
-		Looked: Looked{Seen: Observation{Now: time.Now(), Settings: s}},
-		vm:     thisVM(s.StateDir), unseen: map[symptom.Source]string{}, brief: brief,
-	}
-	l.Seen.Attribute.Config = attribute.Default()
-	l.HaveErr = [2]error{errNoAnswer, errNoAnswer}
+	l := newLooking(s)
+	l.brief = brief
 	l.again = func(ctx context.Context) {
 		l.askAll(ctx, l.askKernel(), l.askDaemon())
 		l.Seen.Now = time.Now()
@@ -88,6 +84,18 @@ type looking struct {
 	again func(context.Context)
 }
 
+// newLooking is a look in which nothing has answered yet.
+func newLooking(s Settings) *looking {
+	l := &looking{
+		Looked: Looked{Seen: Observation{Now: time.Now(), Settings: s}},
+		vm:     thisVM(s.StateDir), unseen: map[symptom.Source]string{},
+	}
+	l.Seen.Attribute.Config = attribute.Default()
+	l.Seen.User.Err = errNoAnswer // else it were root
+	l.HaveErr = [2]error{errNoAnswer, errNoAnswer}
+	return l
+}
+
 // conclude makes the facts of what the sources told.
 func (l *looking) conclude(ctx context.Context) {
 	l.takeAttribute()
@@ -102,9 +110,12 @@ func (l *looking) conclude(ctx context.Context) {
 	if !l.brief {
 		l.lookAround(ctx)
 	}
-	differ := l.differ(ctx)
+	differ, undecided := l.differ(ctx)
 	f := l.Seen.Facts(l.Want, l.outcomes)
 	f.Differ = differ
+	if undecided != "" {
+		f.Undecided = map[symptom.ID]string{symptom.RulesDiffer: undecided}
+	}
 	f.NoTools, f.Envoy.LogErr = l.kernel.noTools, l.logErr
 	f.Agent = l.agent(f.Agent)
 	if l.Daemon != nil && f.Envoy.Err != nil && !l.Daemon.Envoy.Down.IsZero() {
@@ -180,7 +191,13 @@ func (l *looking) leaveAlone() {
 		l.unseen[symptom.FromMetadata] = whyNot(a.Source)
 	}
 	a.Source, a.Err = nil, nil
-	l.Seen.User.Err = nil
+	switch _, unseen := l.unseen[symptom.FromUsers]; {
+	case l.Seen.User.Err == nil || unseen:
+	case a.Known: // whose the ports and the rules should be is not known then
+		l.unseen[symptom.FromUsers] = whyNot(l.Seen.User.Err)
+	default:
+		l.Seen.User.Err = nil // nobody asks: there need not be one
+	}
 	if l.kernel.noTools != nil {
 		l.unseen[symptom.FromKernel] = whyNot(l.kernel.noTools)
 	}
@@ -267,7 +284,8 @@ func (l *looking) lookAround(ctx context.Context) {
 	for i := range l.Have {
 		jumps[i] = l.HaveErr[i] == nil && l.Have[i].Ours().Intercepting()
 	}
-	around, failed := lookAround(ctx, askKernel(l.kernel.of), aboutOf(l.Want, 1, l.Seen, jumps))
+	around, failed := lookAround(
+		ctx, askKernel(l.kernel.of, l.kernel.none()), aboutOf(l.Want, 1, l.Seen, jumps))
 	l.Seen.Around = around
 	for source, err := range failed {
 		l.unseen[source] = whyNot(err)
@@ -310,6 +328,13 @@ func (l *looking) follows() bool {
 	return l.Daemon != nil && l.Seen.Now.Sub(l.Daemon.Heartbeat) < stuck
 }
 
+// starts says whether a daemon runs that has not made its first pass, which may wait for a lock or
+// a busy machine: it is as little stuck as one whose last pass was just now.
+func (l *looking) starts() bool {
+	return l.Daemon != nil && l.Daemon.Heartbeat.IsZero() &&
+		l.Seen.Now.Sub(l.Daemon.Started) < stuck
+}
+
 const (
 	// lookAgain is how soon the kernel is read again where it differs: an agent that restarts may be
 	// about to put it right.
@@ -318,27 +343,34 @@ const (
 )
 
 // differ is what the kernel lacks, or has too much, where no agent runs to put it right: one that
-// runs says itself what keeps it from that.
-func (l *looking) differ(ctx context.Context) (drift []iptables.Drift) {
+// runs says itself what keeps it from that. undecided is why nobody can tell whether that is so.
+func (l *looking) differ(ctx context.Context) (drift []iptables.Drift, undecided string) {
 	if !l.Known || !l.ours() || l.Seen.Envoy.Err != nil {
-		return nil
+		return nil, ""
 	}
 	for n := range 3 {
-		if l.follows() || !l.kernel.read || n > 0 && !sleep(ctx, lookAgain) {
-			return nil
-		}
 		if n > 0 {
+			if !sleep(ctx, lookAgain) {
+				return nil, "they were not as wanted, and there was no time to look again"
+			}
 			l.again(ctx)
+		}
+		_, unseen := l.unseen[symptom.FromKernel]
+		if l.follows() || !l.kernel.read || unseen { // what was read before is old by now
+			return nil, ""
 		}
 		drift = nil
 		for i := range families {
 			drift = append(drift, l.drift(i)...)
 		}
 		if len(drift) == 0 {
-			return nil
+			return nil, ""
 		}
 	}
-	return drift[:min(len(drift), mostDrift)]
+	if l.starts() {
+		return nil, "they are not as wanted, and the agent, which puts them right, is only just starting"
+	}
+	return drift[:min(len(drift), mostDrift)], ""
 }
 
 // drift is how one family differs. Shadowed jumps have a finding of their own.

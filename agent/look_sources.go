@@ -47,6 +47,9 @@ func (l *looking) askUsers() question {
 		func(context.Context) (func(*looking), error) {
 			user := proxyIDs(s.ProxyUser, l.vm.userIDs)
 			addrs, err := l.vm.addrs()
+			if err == nil {
+				addrs = readAddrs(addrs)
+			}
 			return func(l *looking) { l.Seen.User, l.Seen.Local = user, addrs }, err
 		}}
 }
@@ -57,6 +60,14 @@ type kernelSeen struct {
 	unusable [2]error         // why not
 	noTools  error            // there is no iptables
 	of       *iptables.Kernel // nil: not known
+}
+
+// none is why there is nothing to ask for more.
+func (k kernelSeen) none() error {
+	if k.noTools != nil {
+		return k.noTools
+	}
+	return fmt.Errorf("find iptables: %w in time", iptables.ErrCouldNotLook)
 }
 
 // askKernel reads table nat of both families, and who else has nat chains.

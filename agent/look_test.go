@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/rulediff"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -96,6 +99,7 @@ func aLooking(t *testing.T) *looking {
 		vm: vm{tcp: proxy, udp: proxy, userName: func(uint32) string { return "" }}}
 	l.Seen = Observation{
 		Now: testStart, Settings: Settings{ProxyUser: "envoy"}, User: proxyUser{UID: 107, GID: 107},
+		Local:     []netip.Addr{},
 		Attribute: attributeInForce{Known: true, Config: config, Serial: 1, Good: &goodAttribute{}},
 		Envoy: envoywatch.View{State: "LIVE", Configured: true, Generation: 1,
 			Snapshot: envoyadmin.Snapshot{Listeners: oneService()}},
@@ -152,6 +156,15 @@ func TestConclude(t *testing.T) {
 		l.kernel = kernelSeen{}
 	}
 	flushed := func(l *looking) { l.Have[0] = tableOf(t, iptables.Ruleset{}) }
+	unnamed := func(l *looking) {
+		l.Daemon, l.Seen.User = nil, newLooking(l.Seen.Settings).Seen.User
+		l.unseen[symptom.FromUsers] = errNoAnswer.Error()
+	}
+	byHand := func(l *looking) { // --config none with no user of that name
+		l.Seen.Settings.Config, l.Seen.Attribute.Err = noConfig, nil
+		l.Seen.Attribute.Known, l.Seen.Attribute.Serial = true, 1
+		l.Seen.User = proxyUser{Err: errors.New("no user")}
+	}
 	old := func(l *looking) { l.Daemon.Heartbeat = testStart.Add(-time.Hour) }
 	for _, tt := range []struct {
 		name    string
@@ -163,6 +176,12 @@ func TestConclude(t *testing.T) {
 		{"and no user envoy, no iptables, no metadata server", []func(*looking){nobody, func(l *looking) {
 			l.Seen.User.Err, l.kernel.noTools = errors.New("no user"), iptables.ErrNoIPTables
 			l.Seen.Attribute.Err, l.Seen.Attribute.Source = nil, &metadata.Error{Err: errors.New("away")}
+		}}, nil},
+		{"and --config none without the user", []func(*looking){nobody, byHand}, nil},
+		{"and nobody tells who the user is", []func(*looking){nobody, byHand, unnamed}, nil},
+		{"nor who holds the admin port", []func(*looking){nobody, unnamed, func(l *looking) {
+			l.Seen.Envoy = envoywatch.View{Outage: envoywatch.Outage{Err: &sockdiag.ForeignError{
+				Addr: netip.MustParseAddrPort("127.0.0.1:15000"), UID: 107}}}
 		}}, nil},
 		{"and another's Envoy", []func(*looking){nobody, func(l *looking) { l.Seen.User.UID = 5 }}, nil},
 		{"the agent's, and no attribute", []func(*looking){func(l *looking) {
@@ -180,6 +199,7 @@ func TestConclude(t *testing.T) {
 			[]symptom.ID{symptom.AdminUnreadable, symptom.MetadataServer, symptom.AgentStuck}},
 		{"another user's port", []func(*looking){func(l *looking) { l.Seen.User.UID = 5 }},
 			[]symptom.ID{symptom.ForeignOwner}},
+		{"nobody tells who the proxy's user is", []func(*looking){flushed, unnamed}, nil},
 		{"flushed, and the daemon is about it", []func(*looking){flushed}, nil},
 		{"flushed, and the daemon is stuck", []func(*looking){flushed, old},
 			[]symptom.ID{symptom.AgentStuck, symptom.RulesDiffer}},
@@ -202,6 +222,10 @@ func TestConclude(t *testing.T) {
 				{ID: symptom.Fight, Severity: symptom.Error, Cause: "c"},
 				{ID: symptom.EnvoyDown, Severity: symptom.Error, Cause: "c"}} // it has come back since
 		}}, []symptom.ID{symptom.Fight}},
+		{"a table that the daemon could not make", []func(*looking){func(l *looking) {
+			l.Daemon.Findings = []symptom.Finding{
+				{ID: symptom.FamilyUnusable, Severity: symptom.Error, Cause: "c"}}
+		}}, []symptom.ID{symptom.FamilyUnusable}},
 		{"what the daemon saw when it was not stuck", []func(*looking){old, func(l *looking) {
 			l.Daemon.Findings = []symptom.Finding{{ID: symptom.Fight, Severity: symptom.Error, Cause: "c"}}
 		}}, []symptom.ID{symptom.AgentStuck}},
@@ -218,6 +242,120 @@ func TestConclude(t *testing.T) {
 				t.Errorf("(-want +have):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestDiffer: a difference is an error where nobody is about to put it right. Where that cannot be
+// told yet it is not known whether there is one.
+func TestDiffer(t *testing.T) {
+	starting := func(ago time.Duration) func(*looking, func()) {
+		return func(l *looking, _ func()) {
+			l.Daemon = &status.Status{Mode: "starting", Started: testStart.Add(-ago)}
+		}
+	}
+	for _, tt := range []struct {
+		name    string
+		flushed bool
+		change  func(l *looking, end func())
+		want    symptom.State
+		why     string
+	}{
+		{"a daemon before its first pass", true, starting(time.Minute), symptom.Unknown, "starting"},
+		{"and nothing is missing", false, starting(time.Minute), symptom.OK, ""},
+		{"a daemon that never made one", true, starting(time.Hour), symptom.Found, ""},
+		{"no time for another look", true, func(l *looking, end func()) {
+			l.Daemon, l.again = nil, func(context.Context) { end() }
+		}, symptom.Unknown, "no time"},
+		{"another look that was not answered", true, func(l *looking, _ func()) {
+			l.Daemon, l.again = nil, func(context.Context) {
+				l.unseen[symptom.FromKernel] = errNoAnswer.Error()
+			}
+		}, symptom.Unknown, errNoAnswer.Error()},
+		{"a daemon that comes at the last look", true, func(l *looking, _ func()) {
+			n, daemon := 0, l.Daemon
+			l.Daemon, l.again = nil, func(context.Context) {
+				if n++; n == 2 {
+					l.Daemon = daemon
+				}
+			}
+		}, symptom.OK, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l := aLooking(t)
+			if tt.flushed {
+				l.Have[0] = tableOf(t, iptables.Ruleset{})
+			}
+			ctx, end := context.WithCancel(t.Context())
+			defer end()
+			tt.change(l, end)
+			l.conclude(ctx)
+			if r := result(l.Facts, symptom.RulesDiffer); r.State != tt.want ||
+				!strings.Contains(r.Why, tt.why) || (r.Why == "") != (tt.why == "") {
+				t.Errorf("%s %q, want %s, %q", r.State, r.Why, tt.want, tt.why)
+			}
+		})
+	}
+}
+
+// result is what came of one check.
+func result(f symptom.Facts, id symptom.ID) symptom.Result {
+	results := symptom.Examine(f)
+	return results[slices.IndexFunc(results, func(r symptom.Result) bool { return r.ID == id })]
+}
+
+// TestLookWithoutAddresses: what the rules should be depends on the VM's own addresses, which are
+// never intercepted.
+func TestLookWithoutAddresses(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		addrs []netip.Addr
+		err   error
+		want  symptom.State
+		exit  int
+	}{
+		{"there are some", []netip.Addr{netip.MustParseAddr("10.0.0.9")}, nil, symptom.OK, rulediff.Same},
+		{"there are none", nil, nil, symptom.OK, rulediff.Same},
+		{"nobody tells them", nil, errors.New("too many open files"), symptom.Unknown, rulediff.NotKnown},
+	} {
+		l := aLooking(t)
+		l.Daemon, l.Seen.Local = nil, nil
+		l.vm.userIDs = func(string) (uint32, uint32, error) { return 107, 107, nil }
+		l.vm.addrs = func() ([]netip.Addr, error) { return tt.addrs, tt.err }
+		l.askAll(t.Context(), l.askUsers())
+		l.conclude(t.Context())
+		d := l.differs(nil, nil)
+		if r := result(l.Facts, symptom.RulesDiffer); r.State != tt.want || d.Exit != tt.exit {
+			t.Errorf("%s: %s, diff %d, want %s, %d", tt.name, r.State, d.Exit, tt.want, tt.exit)
+		}
+		if why := l.whyUnknown(); tt.err != nil && (why == nil ||
+			why.Error() != "the VM's addresses: too many open files") {
+			t.Errorf("%s: %v", tt.name, why)
+		}
+	}
+}
+
+// TestProxyUserOfNoAgent: where nothing of the agent's is, the proxy's user is no trouble, and yet
+// not known where it is asked what its rules should be.
+func TestProxyUserOfNoAgent(t *testing.T) {
+	for _, config := range []string{"", noConfig} {
+		l := aLooking(t)
+		l.installed, l.Daemon, l.Have, l.Seen.Settings.Config = false, nil, [2]iptables.Table{}, config
+		l.Seen.Attribute = attributeInForce{Known: config != "", Config: attribute.Default(), Serial: 1}
+		l.Seen.User = proxyUser{Err: errors.New("no user")}
+		l.conclude(t.Context())
+		want := symptom.OK
+		if config == noConfig {
+			want = symptom.Unknown
+		}
+		for _, id := range []symptom.ID{symptom.ProxyUser, symptom.ForeignOwner} {
+			if r := result(l.Facts, id); r.State != want || l.Known {
+				t.Errorf("--config %q: %s %v, want %v", config, id, r.State, want)
+			}
+		}
+		if d := l.differs(nil, nil); d.Exit != rulediff.NotKnown {
+			t.Errorf("--config %q: diff %d", config, d.Exit)
+		}
 	}
 }
 

@@ -75,7 +75,7 @@ func (b beside) tell(a about) {
 // local are the VM's addresses, asked for anew when they may have changed: to list them costs as
 // much as the rest of what an idle pass observes.
 type local struct {
-	addrs []netip.Addr // of every interface but loopback
+	addrs []netip.Addr // of every interface but loopback; nil: they never could be read
 	read  bool         // they could be read
 	moved func() bool  // since it was last called they may have; nil: nobody can tell
 }
@@ -85,11 +85,14 @@ func (l *local) look(list func() ([]netip.Addr, error)) []netip.Addr {
 	if moved := l.moved == nil || l.moved(); moved || !l.read {
 		addrs, err := list()
 		if l.read = err == nil; l.read {
-			l.addrs = addrs
+			l.addrs = readAddrs(addrs)
 		}
 	}
 	return l.addrs
 }
+
+// readAddrs are addresses that were read: where there are none, that is known.
+func readAddrs(addrs []netip.Addr) []netip.Addr { return append([]netip.Addr{}, addrs...) }
 
 // inbox is where the loop's news come from. Of each kind only the newest counts, but for events.
 type inbox struct {
@@ -243,10 +246,11 @@ type wanted struct {
 	}
 }
 
-// desired is what the kernel shall have. known is false until Envoy has told its listeners once:
-// what stands in the kernel is then left alone.
+// desired is what the kernel shall have. known is false until Envoy has told its listeners once and
+// the VM its addresses, which no rule may redirect: what stands in the kernel is then left alone.
 func (w *wanted) desired(s Settings, seen Observation) (want Want, known bool) {
-	if seen.Envoy.Generation == 0 || seen.User.Err != nil || !seen.Attribute.Known {
+	if seen.Envoy.Generation == 0 || seen.User.Err != nil || !seen.Attribute.Known ||
+		seen.Local == nil {
 		return Want{}, false
 	}
 	of := &w.of

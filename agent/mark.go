@@ -28,7 +28,9 @@ const markName = "intercepting"
 type mark struct {
 	dir string
 	set bool // an agent of this boot put jumps in
-	log *zap.Logger
+	// written: the file says so. A folder may be full for a while.
+	written, failed bool
+	log             *zap.Logger
 }
 
 // readMark looks for the mark of this boot. Where there is none, but an agent was ready in this
@@ -39,18 +41,22 @@ func readMark(dir string, log *zap.Logger) *mark {
 		_, err := os.Lstat(filepath.Join(dir, systemd.ReadyFile))
 		return &mark{dir: dir, set: err == nil, log: log}
 	}
-	return &mark{dir: dir, set: err == nil && identity.Boot(string(id)) == bootID(), log: log}
+	set := err == nil && identity.Boot(string(id)) == bootID()
+	return &mark{dir: dir, set: set, written: set, log: log}
 }
 
 // put says that the jumps are about to go in.
 func (m *mark) put() {
-	if m.set {
+	m.set = true
+	if m.written {
 		return
 	}
-	m.set = true // the folder is a tmpfs: what fails once fails again
-	if err := writeMark(m.dir, bootID()); err != nil {
+	err := writeMark(m.dir, bootID())
+	m.written = err == nil
+	if err != nil && !m.failed {
 		m.log.Warn("a restart while Envoy is away will take the jumps out", zap.Error(err))
 	}
+	m.failed = err != nil
 }
 
 // bootID is the kernel's random id of this boot (random(4)), "" where /proc does not tell.

@@ -59,6 +59,15 @@ func TestMark(t *testing.T) {
 	if m.put(); !marked(dir) {
 		t.Error("not marked anew")
 	}
+	// The folder is not there for a while.
+	m = &mark{dir: filepath.Join(dir, "later"), log: zap.NewNop()}
+	m.put()
+	if err := os.Mkdir(m.dir, 0o755); err != nil || marked(m.dir) {
+		t.Errorf("marked where nothing can be: %v", err)
+	}
+	if m.put(); !marked(m.dir) {
+		t.Error("not marked when it could be")
+	}
 	if err := os.WriteFile(filepath.Join(dir, markName), []byte("another-boot\n"),
 		0o600); err != nil || marked(dir) {
 		t.Errorf("marked by another boot: %v", err)

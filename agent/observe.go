@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -60,7 +62,7 @@ type Observation struct {
 	Now       time.Time
 	Settings  Settings
 	User      proxyUser
-	Local     []netip.Addr // of every interface but loopback, sorted
+	Local     []netip.Addr // of every interface but loopback, sorted; nil: not known
 	Attribute attributeInForce
 	Envoy     envoywatch.View
 	Bootstrap progress.State
@@ -125,6 +127,9 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 	}
 	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
 	f.ClosedAgent = o.ClosedAgent
+	if s := o.Envoy.Stream; s != nil && !o.Envoy.Probed {
+		f.Envoy.Trying = o.Now.Sub(s.When).Abs() < triesFor
+	}
 	o.compareEnvoy(&f)
 	if want.interceptsDNS() {
 		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs
@@ -175,11 +180,15 @@ func (o Observation) otherEnvoys(ports []symptom.Port) (uids []uint32) {
 		return nil
 	}
 	holds := func(p symptom.Port) bool { return p.Listening && p.Owner == runs }
-	if runs != o.User.UID && slices.ContainsFunc(ports, holds) {
+	if o.User.Err == nil && runs != o.User.UID && slices.ContainsFunc(ports, holds) {
 		uids = append(uids, runs)
 	}
 	return uids
 }
+
+// triesFor is for how long after the end of Envoy's stream our own way to the control plane may be
+// being tried: its limit, and what a busy machine adds.
+const triesFor = 5 * time.Second
 
 // envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration
 // waits. A healthy Envoy has it within a second.
@@ -247,14 +256,16 @@ func (v vm) look(family iptables.Family, ports reconcile.Ports, seen Observation
 		Inbound:  v.lookAt(family, inboundPort, ports.Inbound, v.tcp, seen),
 		DNS:      v.lookAt(family, dnsListener, ports.DNS, v.udp, seen),
 	}
-	if looks.DNS.Err != nil { // a kernel without udp_diag: what Envoy says must do
-		looks.DNS = symptom.Port{
-			Family: family, Addr: looks.DNS.Addr, Listening: true, Owner: seen.User.UID,
-		}
+	// The module udp_diag is missing, so that nobody will ever tell: what Envoy says must do. An
+	// answer that did not come once is not that.
+	if errors.Is(looks.DNS.Err, unix.ENOENT) {
+		looks.DNS.Listening, looks.DNS.Owner, looks.DNS.Err = true, seen.User.UID, nil
 	}
 	if ports.DNSOverTCP {
 		tcp := v.lookAt(family, dnsListener, ports.DNS, v.tcp, seen)
-		if tcp.Listening && tcp.Owner != seen.User.UID {
+		foreign := tcp.Listening && tcp.Owner != seen.User.UID
+		own := looks.DNS.Listening && looks.DNS.Owner == seen.User.UID
+		if foreign || own && tcp.Err != nil { // what is known of UDP alone does not open it
 			looks.DNS = tcp
 		}
 	}

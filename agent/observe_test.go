@@ -4,10 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
@@ -165,20 +168,56 @@ func TestLooksShared(t *testing.T) {
 	})
 }
 
-// TestLookFails: what could not be looked at is no news, but for DNS, where Envoy's word must do.
+// TestLookFails: what could not be looked at is no news. For DNS Envoy's word must do where the
+// kernel can never tell who has a UDP port, and only there. Of DNS over both protocols, half an
+// answer counts where it is that the port is somebody else's, or nobody's.
 func TestLookFails(t *testing.T) {
-	none := errors.New("no sock_diag")
-	v := vm{
-		tcp: func(uint16) ([]sockdiag.Listener, error) { return nil, none },
-		udp: func(uint16) ([]sockdiag.Listener, error) { return nil, none },
+	const proxy, foreign = 107, 4711
+	type answer struct {
+		uids []uint32
+		err  error
 	}
-	ports := reconcile.Ports{Outbound: 15001, Inbound: 15006, DNS: 15053}
-	looks := v.look(iptables.IPv4, ports, Observation{User: proxyUser{UID: 107}})
-	if looks.Outbound.Err != none || looks.Inbound.Err != none {
-		t.Errorf("%+v", looks)
-	}
-	if d := looks.DNS; d.Err != nil || !d.Listening || d.Owner != 107 || d.Addr.Port() != 15053 {
-		t.Errorf("DNS: %+v", d)
+	late := answer{err: fmt.Errorf("list: %w", os.ErrDeadlineExceeded)}
+	missing := answer{err: fmt.Errorf("list: %w", unix.ENOENT)}
+	own, other, nobody := answer{uids: []uint32{proxy}}, answer{uids: []uint32{foreign}}, answer{}
+	for _, tt := range []struct {
+		name     string
+		tcp, udp answer
+		both     bool   // DNS over TCP, too
+		err      error  // of DNS
+		owner    uint32 // 0: nobody listens there
+	}{
+		{"a kernel without udp_diag", own, missing, false, nil, proxy},
+		{"no answer in time", own, late, false, os.ErrDeadlineExceeded, 0},
+		{"no answer over UDP, ours over TCP", own, late, true, os.ErrDeadlineExceeded, 0},
+		{"no answer over UDP, another's over TCP", other, late, true, nil, foreign},
+		{"no answer over TCP", late, own, false, nil, proxy},
+		{"ours over UDP, no answer over TCP", late, own, true, os.ErrDeadlineExceeded, 0},
+		{"another's over UDP, no answer over TCP", late, other, true, nil, foreign},
+		{"nobody's over UDP, no answer over TCP", late, nobody, true, nil, 0},
+		{"without udp_diag, another's over TCP", other, missing, true, nil, foreign},
+		{"without udp_diag, no answer over TCP", late, missing, true, os.ErrDeadlineExceeded, 0},
+		{"nothing is known of sock_diag", missing, missing, true, unix.ENOENT, 0},
+	} {
+		list := func(a answer) func(port uint16) ([]sockdiag.Listener, error) {
+			return func(port uint16) (all []sockdiag.Listener, err error) {
+				for _, uid := range a.uids {
+					addr := netip.AddrPortFrom(netip.IPv6Unspecified(), port)
+					all = append(all, sockdiag.Listener{Addr: addr, UID: uid})
+				}
+				return all, a.err
+			}
+		}
+		v := vm{tcp: list(tt.tcp), udp: list(tt.udp), userName: func(uint32) string { return "" }}
+		ports := reconcile.Ports{Outbound: 15001, Inbound: 15006, DNS: 15053, DNSOverTCP: tt.both}
+		looks := v.look(iptables.IPv4, ports, Observation{User: proxyUser{UID: proxy}})
+		if looks.Outbound.Err != tt.tcp.err || looks.Inbound.Err != tt.tcp.err {
+			t.Errorf("%s: %+v", tt.name, looks)
+		}
+		if d := looks.DNS; !errors.Is(d.Err, tt.err) || d.Owner != tt.owner ||
+			d.Listening != (tt.owner != 0) || d.Addr.Port() != 15053 {
+			t.Errorf("%s: DNS: %+v", tt.name, d)
+		}
 	}
 }
 
@@ -324,6 +363,40 @@ func TestObserve(t *testing.T) {
 	l.settings.ResolverUsers = []string{"nobody-there"}
 	if seen := l.observe(testStart); len(seen.Resolvers.Missing) != 1 {
 		t.Errorf("resolvers: %+v", seen.Resolvers)
+	}
+}
+
+// TestWantedWithoutAddresses: what is never intercepted is not known before the VM's addresses were
+// read once, be it that there are none.
+func TestWantedWithoutAddresses(t *testing.T) {
+	var addrs []netip.Addr
+	broken := errors.New("too many open files")
+	v := thisVM(t.TempDir())
+	v.userIDs = func(string) (uint32, uint32, error) { return 107, 108, nil }
+	v.addrs = func() ([]netip.Addr, error) { return addrs, broken }
+	l := &loop{vm: v, attribute: attributeInForce{Known: true, Config: attribute.Default()}}
+	l.envoy = envoywatch.View{Generation: 1, Snapshot: envoyadmin.Snapshot{Listeners: oneService()}}
+	at := func(addr string) func() {
+		return func() { addrs, broken = []netip.Addr{netip.MustParseAddr(addr)}, nil }
+	}
+	for _, step := range []struct {
+		name     string
+		do       func()
+		known    bool
+		services int
+	}{
+		{"they cannot be read", func() {}, false, 0},
+		{"there are none", func() { broken = nil }, true, 1},
+		{"the service's is the VM's", at("10.0.0.1"), true, 0},
+		{"they cannot be read again", func() { broken = errors.New("too many open files") }, true, 0},
+		{"they can", at("10.0.0.2"), true, 1},
+	} {
+		step.do()
+		want, known := l.wanted.desired(l.settings, l.observe(testStart))
+		if known != step.known || len(want.Families[0].Services) != step.services {
+			t.Errorf("%s: known %v, %d services, want %v, %d", step.name, known,
+				len(want.Families[0].Services), step.known, step.services)
+		}
 	}
 }
 

@@ -66,6 +66,8 @@ type told struct {
 		// whenDownBy is status.Interception's
 		whenDownBy string
 		ready      bool
+		systemd    bool            // has been told that it is ready
+		deaf       bool            // the last try to do so failed
 		resolvers  map[string]bool // users of --resolver-users that are not there
 	}
 }
@@ -313,6 +315,8 @@ func (p passed) notReady() string {
 		return "the gce-service-proxy attribute was not read yet"
 	case p.seen.Brake.Awaited:
 		return "the metadata server has not told yet whether interception is off"
+	case !p.known && p.seen.Local == nil:
+		return "the VM's addresses were not read yet"
 	case !p.known:
 		return "Envoy's listeners were not read yet"
 	}
@@ -478,6 +482,7 @@ func (t *told) tellWhenDown(i status.Interception) {
 }
 
 func (t *told) tellReady(s status.Status) {
+	defer t.tellSystemd(s.Ready)
 	if s.Ready == t.said.ready {
 		return
 	}
@@ -492,9 +497,21 @@ func (t *told) tellReady(s status.Status) {
 		text = "ready: interception is off, and connections go past Envoy"
 	}
 	t.tell(status.OfReady, report.Event{Severity: report.Info, Message: text})
-	if err := t.reporters.ready(); err != nil {
+}
+
+// tellSystemd tells it that the mesh was ready once in this run. The folder may be full for a
+// while, and who waits for the target would wait for good: it is tried with each pass until it
+// works.
+func (t *told) tellSystemd(ready bool) {
+	if !ready || t.said.systemd {
+		return
+	}
+	err := t.reporters.ready()
+	t.said.systemd = err == nil
+	if err != nil && !t.said.deaf {
 		t.log.Warn("cannot tell systemd of the readiness", zap.Error(err))
 	}
+	t.said.deaf = err != nil
 }
 
 // happened is what /metrics counts of the pass.

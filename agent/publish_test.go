@@ -30,7 +30,7 @@ var testStart = time.Date(2026, 11, 28, 18, 0, 0, 0, time.UTC)
 func intercepting() passed {
 	return passed{
 		seen: Observation{
-			Now: testStart,
+			Now: testStart, Local: []netip.Addr{},
 			Settings: Settings{Version: "1.2.3", EnvoyAdmin: "127.0.0.1:15000",
 				WhenEnvoyDown: reconcile.Keep},
 			Attribute: attributeInForce{Known: true, Config: attribute.Default()},
@@ -65,6 +65,8 @@ func TestNotReady(t *testing.T) {
 		{"it has nothing", func(p *passed) { p.seen.Envoy.Configured = false }, "Envoy has not received its listeners"},
 		{"no attribute", func(p *passed) { p.seen.Attribute.Known = false; p.known = false }, "the gce-service-proxy attribute was not read yet"},
 		{"no listeners", func(p *passed) { p.known = false }, "Envoy's listeners were not read yet"},
+		{"no addresses", func(p *passed) { p.seen.Local = nil; p.known = false },
+			"the VM's addresses were not read yet"},
 		{"IPv4", func(p *passed) { p.outcomes[0].NotReady = "four" }, "four"},
 		{"IPv6", func(p *passed) { p.outcomes[1].NotReady = "six" }, "six"},
 		{"both", func(p *passed) { p.outcomes[0].NotReady, p.outcomes[1].NotReady = "four", "six" }, "four"},
@@ -172,7 +174,7 @@ func TestStatus(t *testing.T) {
 // heard is a told whose words can be read.
 func heard() (t *told, take func() string) {
 	var lines []string
-	dumps := 0
+	dumps, tries := 0, 0
 	add := func(line string) { lines = append(lines, line) }
 	t = &told{log: zap.NewNop(), started: testStart}
 	t.reporters = reporters{
@@ -185,7 +187,14 @@ func heard() (t *told, take func() string) {
 		intercepted: func(intercepted) {},
 		history:     func(f Failures) { add(fmt.Sprint("history ", len(f.Lasting))) },
 		transitions: func([]status.Transition) {},
-		ready:       func() error { add("systemd"); return errors.New("no folder") },
+		ready: func() error { // the second time it works
+			add("systemd")
+			tries++
+			if tries == 1 {
+				return errors.New("no folder")
+			}
+			return nil
+		},
 	}
 	return t, func() string {
 		all := strings.Join(lines, "\n")
@@ -214,7 +223,7 @@ func TestTold(t *testing.T) {
 		{"the first pass", func(p *passed) {}, nil,
 			"history 0\ninfo envoy version: 1.40.0\ninfo interception: intercepting\ninfo 0 services are intercepted\n" +
 				"info ready: Envoy 1.40.0 is live and the rules are in place\nsystemd\ndumps 3\npass 1 "},
-		{"the same again", func(p *passed) {}, nil, "dumps 0\npass 2 "},
+		{"the same again", func(p *passed) {}, nil, "systemd\ndumps 0\npass 2 "},
 		{"a failure, with what it explains", func(p *passed) {
 			p.seen.Envoy.Err = errors.New("refused")
 			p.seen.Envoy.Dumps = 4
@@ -227,7 +236,7 @@ func TestTold(t *testing.T) {
 		}, []symptom.Finding{failure, explained, warning, advice},
 			"dumps 0\npass 4 Envoy is not running (since 2026-11-28T18:00:00Z, 1 time)"},
 		{"it is over", func(p *passed) { p.seen.Envoy.Dumps = 4 }, nil,
-			"info over: Envoy is not running\nhistory 0\ninfo ready: Envoy 1.40.0 is live and the rules are in place\nsystemd\ndumps 0\n" +
+			"info over: Envoy is not running\nhistory 0\ninfo ready: Envoy 1.40.0 is live and the rules are in place\ndumps 0\n" +
 				"pass 5 Envoy is not running (over; 2026-11-28T18:00:00Z to 2026-11-28T18:00:00Z, 1 time)"},
 		{"jumps out", func(p *passed) {
 			p.seen.Envoy.Dumps = 4

@@ -3,6 +3,8 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -70,8 +72,9 @@ func (r *recorded) looked() Looked {
 		Settings: Settings{Version: symptom.Printable(r.Version, 64),
 			Commit: symptom.Printable(r.Commit, 64), ProxyUser: r.Facts.ProxyUser,
 			EnvoyAdmin: r.Facts.Envoy.Admin},
-		User: proxyUser{UID: r.User.UID, GID: r.User.GID, Err: r.Facts.UserErr},
-		Self: Self{VM: r.Facts.VM},
+		Local: []netip.Addr{}, // what is wanted of them is in the recording
+		User:  proxyUser{UID: r.User.UID, GID: r.User.GID, Err: r.Facts.UserErr},
+		Self:  Self{VM: r.Facts.VM},
 	}
 	l.Seen.Envoy = envoywatch.View{Outage: envoywatch.Outage{Err: r.Envoy.Err},
 		Configured: r.Envoy.Configured}
@@ -83,6 +86,9 @@ func (r *recorded) looked() Looked {
 	}
 	if r.Daemon != nil {
 		l.Daemon = &status.Status{Mode: r.Daemon.Mode, NotReady: r.Daemon.NotReady}
+	}
+	if !slices.Contains(r.Fields, fieldProbed) { // it was said as if it always were
+		l.Facts.Envoy.Probed = true
 	}
 	l.Facts.Unseen = map[symptom.Source]string{}
 	for source, why := range r.Facts.Unseen {
@@ -98,6 +104,10 @@ func (r *recorded) looked() Looked {
 var addedFields = map[string][]symptom.ID{
 	"EnvoyLog":       nil, // of next steps and commands alone
 	"Envoy.Handover": nil, // there was no hot restart before it
+	fieldProbed:      nil, // of words alone
+	"Envoy.Trying":   nil, // of what is not said yet
+
+	"Families.Left.NoModules": nil, // of a next step and commands alone
 
 	"Dropped.Interface": {symptom.InputDropped},
 
@@ -113,6 +123,9 @@ var addedFields = map[string][]symptom.ID{
 	"Brake.Bad":           keyKinds, "Brake.BadBy": keyKinds,
 }
 
+// fieldProbed is whether our own way to the control plane was tried.
+const fieldProbed = "Envoy.Probed"
+
 var (
 	closedAgentKinds = []symptom.ID{symptom.ClosedAgentHere}
 	discardedKinds   = []symptom.ID{symptom.OtherVMsState}
@@ -120,9 +133,11 @@ var (
 	keyKinds         = []symptom.ID{symptom.InterceptionKey}
 )
 
-// undecided are the kinds that an older agent did not know, or not by the fields of today.
+// undecided are the kinds that the look did not decide, and those that an older agent did not know,
+// or not by the fields of today.
 func (r *recorded) undecided(fields []string) map[symptom.ID]string {
 	undecided := map[symptom.ID]string{}
+	maps.Copy(undecided, r.Facts.Undecided)
 	why := fmt.Sprintf("the recording is of an agent (version %s) that is older than this check",
 		symptom.Printable(r.Version, 64))
 	for _, kind := range symptom.Kinds() {

@@ -163,7 +163,11 @@ func TestReplayedCaller(t *testing.T) {
 }
 
 func TestReplayedLook(t *testing.T) {
-	l := replayed(t, recordedLook(t, nil))
+	undecided := map[symptom.ID]string{symptom.RulesDiffer: "no time"}
+	l := replayed(t, recordedLook(t, func(r *recorded) { r.Facts.Undecided = undecided }))
+	if r := result(l.Facts, symptom.RulesDiffer); r.State != symptom.Unknown || r.Why != "no time" {
+		t.Errorf("what it did not decide is %s: %q", r.State, r.Why)
+	}
 	was := interceptingLook(t)
 	if l.Seen.Now.Format(time.RFC3339) != "2026-01-02T03:04:05Z" || l.Seen.Settings.Version != "1.2.3" {
 		t.Errorf("it was at %v by %q", l.Seen.Now, l.Seen.Settings.Version)

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"cmp"
+	"errors"
+	"os/user"
 	"slices"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -53,6 +55,29 @@ func (v vm) resolvers(users []string) (r resolvers) {
 		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Owner, b.Owner))
 	})
 	return r
+}
+
+// remembering is the look-up with what it told last, where it cannot look: that is not a word on
+// whether there is such a user, and to let him out no longer would lead a resolver's own questions
+// back to it.
+func remembering(
+	look func(name string) (uid, gid uint32, err error),
+) func(name string) (uid, gid uint32, err error) {
+	type ids struct{ uid, gid uint32 }
+	last := map[string]ids{}
+	return func(name string) (uid, gid uint32, err error) {
+		uid, gid, err = look(name)
+		if err == nil {
+			last[name] = ids{uid, gid}
+			return uid, gid, nil
+		}
+		if _, absent := errors.AsType[user.UnknownUserError](err); absent {
+			delete(last, name)
+		} else if told, ok := last[name]; ok {
+			return told.uid, told.gid, nil
+		}
+		return uid, gid, err
+	}
 }
 
 // dnsPortNumber is where resolvers listen.

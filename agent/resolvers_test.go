@@ -2,10 +2,13 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"os/user"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -44,12 +47,17 @@ func TestResolvers(t *testing.T) {
 	}
 	uids := map[string]uint32{"a": 4711}
 	l := &loop{vm: thisVM(t.TempDir()), settings: Settings{ResolverUsers: []string{"a", "b"}}}
-	l.vm.userIDs = func(name string) (uint32, uint32, error) {
-		if uid, ok := uids[name]; ok {
-			return uid, uid, nil
+	var broken error
+	l.vm.userIDs = remembering(func(name string) (uint32, uint32, error) {
+		uid, ok := uids[name]
+		switch {
+		case broken != nil:
+			return 0, 0, broken
+		case !ok:
+			return 0, 0, fmt.Errorf("look up: %w", user.UnknownUserError(name))
 		}
-		return 0, 0, errors.New("not there")
-	}
+		return uid, uid, nil
+	})
 	l.vm.udp = func(uint16) ([]sockdiag.Listener, error) {
 		return []sockdiag.Listener{at("127.0.0.53:53", 4711), at("127.0.0.1:53", 0),
 			at("127.0.0.53:53", 4710)}, nil
@@ -78,11 +86,17 @@ func TestResolvers(t *testing.T) {
 	}
 	for _, step := range []struct {
 		name   string
+		do     func()
 		serial uint64
-	}{{"first", 1}, {"nothing new", 1}, {"a user came", 2}, {"nothing new", 2}} {
-		if step.name == "a user came" {
-			uids["b"] = 4712
-		}
+	}{
+		{"first", func() {}, 1}, {"nothing new", func() {}, 1},
+		{"a user came", func() { uids["b"] = 4712 }, 2}, {"nothing new", func() {}, 2},
+		{"users cannot be looked up", func() { broken = syscall.EMFILE }, 2},
+		{"they can", func() { broken = nil }, 2},
+		{"a user went", func() { delete(uids, "b") }, 3},
+		{"they cannot be looked up then", func() { broken = syscall.EIO }, 3},
+	} {
+		step.do()
 		if l.wanted.desired(l.settings, l.observe(now)); l.wanted.serial != step.serial {
 			t.Errorf("%s: want %d is made, want %d", step.name, l.wanted.serial, step.serial)
 		}

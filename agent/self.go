@@ -22,7 +22,9 @@ type Self struct {
 	Account *metadata.Account // nil: not known yet
 	VM      symptom.VM
 	Clock   time.Duration // this VM's is ahead of the metadata server's; 0: right, or not known
-	Killed  time.Time     // when systemd's watchdog ended a run that hung; zero: not lately
+	// ClockTold: the metadata server has told this run the time.
+	ClockTold bool
+	Killed    time.Time // when systemd's watchdog ended a run that hung; zero: not lately
 	// AdminOfRoot: root holds the admin interface, whose answers count.
 	AdminOfRoot bool
 	// Owner is this VM, by whom what is kept is marked; Discarded what was found of another,
@@ -40,6 +42,7 @@ type self struct {
 	account atomic.Pointer[metadata.Account]
 	vm      atomic.Pointer[metadata.VM]
 	ahead   atomic.Int64 // nanoseconds
+	told    atomic.Bool  // ahead is of an answer, not of none so far
 	killed  time.Time
 	closed  atomic.Pointer[symptom.ClosedAgent]
 	// of the last connection
@@ -47,7 +50,8 @@ type self struct {
 }
 
 func (s *self) known(now time.Time) Self {
-	is := Self{Account: s.account.Load(), Clock: time.Duration(s.ahead.Load()),
+	told := s.told.Load() // first: the answer is there then
+	is := Self{Account: s.account.Load(), Clock: time.Duration(s.ahead.Load()), ClockTold: told,
 		AdminOfRoot: s.adminOfRoot.Load(), ClosedAgent: s.closed.Load()}
 	if vm := s.vm.Load(); vm != nil {
 		is.VM = symptom.VM(*vm)
@@ -101,6 +105,9 @@ func (a *Agent) watchClock(ctx context.Context) error {
 	for {
 		ahead, err := metadata.Clock(ctx)
 		a.self.ahead.Store(int64(clock.told(ahead, err == nil)))
+		if err == nil {
+			a.self.told.Store(true)
+		}
 		if !sleep(ctx, clockEvery) {
 			return nil
 		}

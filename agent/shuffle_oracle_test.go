@@ -50,6 +50,7 @@ type expectation struct {
 	seen       tables // as the agent has read it last
 	unseen     bool   // others wrote since
 	told       bool   // and the pass before this one could know
+	kept       tables // an earlier run's that go on until it is known what is wanted; nil: none
 	had        bool   // this run has put jumps in or taken them out, or found those that it wants
 	first      bool   // the next jump to go in is a first install
 	settling   time.Time
@@ -244,7 +245,10 @@ func (o *oracle) before() {
 			o.wrote[i], o.read[i] = o.w.nat.writes(f), o.w.nat.reads(f)
 			o.looked[i], o.failed[i] = o.w.nat.looks(f), o.w.nat.failed(f)
 		}
-		intercepted := e.adopted && !e.blind && jumps(e.seen)
+		if o.known() || o.w.noUser {
+			e.kept = nil
+		}
+		intercepted := e.kept != nil || e.adopted && !e.blind && jumps(e.seen)
 		var looked [sides]uint16
 		switch {
 		case o.known():
@@ -253,6 +257,8 @@ func (o *oracle) before() {
 					looked[side] = portOf[side]
 				}
 			}
+		case e.kept != nil:
+			looked = leads(e.kept)
 		case intercepted:
 			looked = leads(e.seen)
 		}
@@ -273,6 +279,11 @@ func (o *oracle) before() {
 			if at != 0 || usual && strange {
 				denied := strange || o.state == "DRAINING"
 				e.ports[side] = e.ports[side].seen(o.w.nat.now(), anybody, denied, o.w.policy)
+			}
+		}
+		for side, there := range leads(e.kept) {
+			if there != 0 && !e.ports[side].ready {
+				e.kept = nil
 			}
 		}
 	}
@@ -417,9 +428,12 @@ func (o *oracle) adopt(i int, t tables) {
 		for side, there := range leads(t) {
 			e.ports[side].ready = e.ports[side].ready || there != 0 && !e.ports[side].denied
 		}
+		if inOrder(t) {
+			e.kept = mine
+		}
 	}
 	e.seen, e.unseen = t, false
-	e.first, e.settling = len(mine) == 0, time.Time{}
+	e.first, e.settling = !translates(mine), time.Time{}
 	for _, rules := range mine {
 		if slices.Contains(rules, settlingRow) {
 			e.settling = o.w.nat.now().Add(firstInstall)
@@ -427,10 +441,41 @@ func (o *oracle) adopt(i int, t tables) {
 	}
 }
 
+// translates says whether a rule of a table has a NAT target.
+func translates(t tables) bool {
+	for _, rules := range t {
+		for _, rule := range rules {
+			if strings.Contains(rule, "-j REDIRECT") {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// inOrder says whether our jumps stand before all others' rules, each once.
+func inOrder(t tables) bool {
+	for name, rules := range t {
+		if !builtin(name) {
+			continue
+		}
+		behind := false
+		for i, rule := range rules {
+			if behind = behind || !jump(rule); jump(rule) && (behind || slices.Contains(rules[:i], rule)) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
 // expect is what a table must hold after a pass, and whether that is a first install.
 func (o *oracle) expect(i int, f iptables.Family, was, is tables) (expected tables, first bool) {
 	e := &o.families[i]
 	if !o.known() {
+		if e.kept != nil {
+			return withOthers(e.kept, e.foreign), false
+		}
 		// What is there stays, and intercepts only where it leads to ports that were seen ready.
 		for side, there := range leads(was) {
 			if there != 0 && !e.ports[side].ready {
@@ -441,7 +486,7 @@ func (o *oracle) expect(i int, f iptables.Family, was, is tables) (expected tabl
 	}
 	sides, ready, now := o.wanted(f), e.judged.ready, o.w.nat.now()
 	expected = o.rules(f, sides, ready, now.Before(e.settling))
-	if first = e.first && jumps(expected) && len(oursOf(was)) == 0; first {
+	if first = e.first && jumps(expected) && !translates(oursOf(was)); first {
 		e.settling = now.Add(firstInstall)
 		expected = o.rules(f, sides, ready, true)
 	}

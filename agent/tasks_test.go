@@ -46,7 +46,7 @@ func anAgent(t *testing.T) *Agent {
 		others: mailbox.New[[]iptables.OtherChain](), reports: mailbox.New[status.Status](),
 		kept: newKept(), pause: make(chan chan struct{}),
 	}
-	a.around = newSurroundings(askKernel(k), a.log)
+	a.around = newSurroundings(askKernel(k, nil), a.log)
 	a.metrics = report.NewMetrics(report.Sources{})
 	return a
 }

@@ -168,9 +168,11 @@ func TestTabAddresses(t *testing.T) {
 // TestTabHung: a daemon that takes the connection and says nothing.
 func TestTabHung(t *testing.T) {
 	t.Setenv("RUNTIME_DIRECTORY", t.TempDir())
-	if _, err := server.Socket(server.Dir()); err != nil { // nobody accepts
+	hung, err := server.Socket(server.Dir()) // nobody accepts
+	if err != nil {
 		t.Fatal(err)
 	}
+	defer hung.Close() // the garbage collector would close one that nobody holds
 	began := time.Now()
 	if have, files := tab(t, "explain", ""); len(have) != 0 || files {
 		t.Errorf("%q, files %v", have, files)

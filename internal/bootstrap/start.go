@@ -54,11 +54,12 @@ func (b *bootstrapper) startEnvoy(ctx context.Context) error {
 	if err != nil {
 		return failed(StepStart, err, ofUnit)
 	}
-	if err := b.waitForAdmin(ctx, 20*time.Second); err != nil {
-		return &Failure{Err: err, Advice: "see " + logs.Dir + "/envoy.err.log"}
-	}
+	// Before it answers: an Envoy that takes longer to is not replaced by the next run for that.
 	if err := b.forgetRestart(started); err != nil {
 		return failed(StepStart, err, ofDisk)
+	}
+	if err := b.waitForAdmin(ctx, 20*time.Second); err != nil {
+		return &Failure{Err: err, Advice: "see " + logs.Dir + "/envoy.err.log"}
 	}
 	return nil
 }
@@ -79,11 +80,21 @@ func (b *bootstrapper) wouldBeConfigured(ctx context.Context) error {
 		return err
 	}
 	defer client.Close()
+	return loses(ctx, client, unreachable)
+}
+
+// loses is why the Envoy that runs is not to be replaced, with the control plane unreachable.
+func loses(ctx context.Context, client *envoyadmin.Client, unreachable error) error {
 	connected := 0
 	for range connectedSamples {
 		is, err := client.ControlPlane(ctx)
-		if err != nil || !is.Streams {
-			return nil // one that does not tell has nothing to lose
+		switch {
+		case errors.Is(err, envoyadmin.ErrRefused), errors.Is(err, envoyadmin.ErrEmpty),
+			err == nil && !is.Streams:
+			return nil // nobody is there, or one that has no such stream
+		case err != nil:
+			return fmt.Errorf("Envoy goes on as it was started, since it does not say what it would lose "+
+				"(%w): the control plane cannot be reached: %w", err, unreachable)
 		}
 		if is.Connected {
 			connected++

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -103,6 +106,51 @@ func TestRenewEnvoy(t *testing.T) {
 				if _, err := os.Lstat(b.path(name)); (err == nil) != want {
 					t.Errorf("%s is there: %v", name, err == nil)
 				}
+			}
+		})
+	}
+}
+
+// TestLoses: an Envoy that does not answer may have all its services; one that is not there, or
+// never tells of its stream, is not waited for.
+func TestLoses(t *testing.T) {
+	stats := func(connected string) string {
+		return "control_plane.connected_state: " + connected + "\nlistener_manager.lds.version: 7\n"
+	}
+	for _, tt := range []struct {
+		name   string
+		status int
+		body   string
+		want   string // of the error; "": none
+	}{
+		{"connected", 200, stats("1"), ""},
+		{"apart", 200, stats("0"), "the next one would get no services"},
+		{"no stream of its own", 200, "listener_manager.lds.version: 7\n", ""},
+		{"nothing of it", 200, "\n", ""},
+		{"an error", 503, "busy", "does not say"},
+		{"forbidden", 403, "", "does not say"},
+		{"not of Envoy", 200, "<html>", "does not say"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(tt.status)
+				fmt.Fprint(w, tt.body)
+			}))
+			defer server.Close()
+			client, err := envoyadmin.New(server.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			unreachable := errors.New("no route")
+			err = loses(t.Context(), client, unreachable)
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil ||
+				!strings.Contains(err.Error(), tt.want) || !errors.Is(err, unreachable)) {
+				t.Errorf("error %v, want %q", err, tt.want)
+			}
+			server.Close()
+			if err := loses(t.Context(), client, unreachable); err != nil {
+				t.Errorf("without an Envoy: %v", err)
 			}
 		})
 	}

@@ -55,7 +55,7 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 
 	var jumpsOut time.Time
 	ask := func() error {
-		if job, err := systemd.Job(ctx, systemd.EnvoyUnit); err != nil || job != "restart" {
+		if !restarts(ctx, asking/4) {
 			agent, err := systemd.UnitState(ctx, systemd.AgentUnit)
 			if err != nil || agent.Active == "active" { // at shutdown it has stopped before
 				jumpsOut = time.Now().Add(handover)
@@ -89,6 +89,24 @@ func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error 
 		}
 		if err == nil && n == 0 && time.Now().After(jumpsOut) || !sleep(ctx, wait) {
 			return nil
+		}
+	}
+}
+
+// restarts says whether Envoy is stopped to be started again. A systemd that does not answer, on a
+// busy machine, say, is asked up to three times, the last one begun within limit. One that never
+// does (there is none, it may be) stands for a stop: connections past Envoy do less harm than to an
+// Envoy that has gone.
+func restarts(ctx context.Context, limit time.Duration) bool {
+	const pause = 200 * time.Millisecond
+	began := time.Now()
+	for n := 1; ; n++ {
+		job, err := systemd.Job(ctx, systemd.EnvoyUnit)
+		if err == nil {
+			return job == "restart"
+		}
+		if n == 3 || time.Since(began)+pause > limit || !sleep(ctx, pause) {
+			return false
 		}
 	}
 }

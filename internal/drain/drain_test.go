@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -42,6 +44,7 @@ func (f *fakeAdmin) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestRun(t *testing.T) {
+	t.Setenv("PATH", t.TempDir()) // to ask the systemd of this machine may take long
 	admin := &fakeAdmin{active: 2}
 	srv := httptest.NewServer(admin)
 	defer srv.Close()
@@ -73,6 +76,41 @@ func TestRun(t *testing.T) {
 	srv.Close()
 	if err := Run(context.Background(), addr, "17", time.Second); err == nil {
 		t.Error("an admin port that is closed is no error")
+	}
+}
+
+// TestRunOfARestart: a systemd that does not answer at once, on a busy machine, is asked again. One
+// that never does stands for a stop.
+func TestRunOfARestart(t *testing.T) {
+	for _, tt := range []struct {
+		name, systemctl, want string
+	}{
+		{"a restart", "echo '17 service-proxy-envoy.service restart running'",
+			"[/drain_listeners?graceful&skip_exit]"},
+		{"told at the third try", "echo >>$0.n; [ $(wc -l <$0.n) -ge 3 ] || exit 1\n" +
+			"echo '17 service-proxy-envoy.service restart running'",
+			"[/drain_listeners?graceful&skip_exit]"},
+		{"never told", "exit 1", "[/healthcheck/fail /drain_listeners?graceful&skip_exit]"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			err := os.WriteFile(filepath.Join(dir, "systemctl"), []byte("#!/bin/sh\n"+
+				"[ \"$1\" = list-jobs ] || exit 1\n"+tt.systemctl+"\n"), 0o700)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			admin := &fakeAdmin{}
+			srv := httptest.NewServer(admin)
+			defer srv.Close()
+			addr := strings.TrimPrefix(srv.URL, "http://")
+			if err := Run(t.Context(), addr, "17", 30*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			if have := fmt.Sprint(admin.posted); have != tt.want {
+				t.Errorf("posted %v, want %v", have, tt.want)
+			}
+		})
 	}
 }
 

@@ -28,6 +28,7 @@ type envoy struct {
 	state    string
 	sets     int // how often its listeners changed
 	dynamic  bool
+	udp      bool // its dynamic listener is one for UDP
 	static   bool
 	warming  bool
 	rejected string
@@ -111,7 +112,8 @@ func (e *envoy) Listeners(context.Context) (envoyadmin.Snapshot, error) {
 		Bytes: int64(99 + len(e.news)), // which dump this is, from 100
 	}
 	if e.dynamic {
-		s.Listeners = append(s.Listeners, envoyadmin.Listener{Name: fmt.Sprint("dynamic", e.sets)})
+		s.Listeners = append(s.Listeners, envoyadmin.Listener{
+			Name: fmt.Sprint("dynamic", e.sets), UDP: e.udp})
 	}
 	if e.static {
 		s.Listeners = append(s.Listeners, envoyadmin.Listener{Name: "static", Static: true})

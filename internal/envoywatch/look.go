@@ -143,7 +143,7 @@ func (w *Watch) judge(ctx context.Context, probe func(context.Context, envoyadmi
 		limited, cancel := context.WithTimeout(ctx, probeTime)
 		came := w.probeControlPlane(limited, probed{process: p.id, started: p.aside.Started})
 		cancel()
-		p.probe, p.aside.Started = came.err, came.started
+		p.probe, p.probed, p.aside.Started = came.err, came.tried, came.started
 	}
 	if !first.Streams {
 		return

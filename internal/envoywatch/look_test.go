@@ -89,6 +89,9 @@ func TestLook(t *testing.T) {
 				if err != nil || have != tt.want || v.Err != nil {
 					t.Errorf("have %+v, %v, %v; want %+v", have, v.Err, err, tt.want)
 				}
+				if v.Probed && !probed || probed && !v.Probed && (v.Stream != nil || v.Apart) {
+					t.Errorf("our own way was tried: %v, says %v", probed, v.Probed)
+				}
 				if tt.probe != nil && !errors.Is(v.Probe, tt.probe) {
 					t.Errorf("our own way: %v", v.Probe)
 				}

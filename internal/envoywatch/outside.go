@@ -22,6 +22,7 @@ import (
 type probed struct {
 	process uint64 // whose control planes these are
 	started *envoyadmin.Bootstrap
+	tried   bool // one of them
 	err     error
 
 	began, ended time.Time // of the question to Envoy, if there was one
@@ -40,7 +41,7 @@ func (w *Watch) broken() bool {
 // answer is a value.
 func (w *Watch) probe(ctx context.Context) {
 	if !w.broken() {
-		w.process.probe = nil
+		w.process.probe, w.process.probed = nil, false
 		return
 	}
 	now := w.o.Now()
@@ -71,6 +72,7 @@ func (w *Watch) probeControlPlane(ctx context.Context, p probed) probed {
 		p.started = b
 	}
 	for _, t := range p.started.Targets {
+		p.tried = true
 		if p.err = w.o.Probe(ctx, t); p.err != nil {
 			break
 		}
@@ -88,7 +90,7 @@ func (w *Watch) takeProbe(p probed) {
 		w.probeAt = time.Time{}
 		return
 	}
-	w.process.probe = p.err
+	w.process.probe, w.process.probed = p.err, p.tried
 	w.process.aside.Started = cmp.Or(p.started, w.process.aside.Started)
 	w.put()
 }

@@ -151,8 +151,8 @@ func TestProbeWithoutBootstrap(t *testing.T) {
 		w.fails["bootstrap"] = envoyadmin.ErrTimeout
 		w.step()
 		synctest.Wait()
-		if v, _ := w.step(); v.Probe != nil || v.Err != nil {
-			t.Errorf("it says %v, %v", v.Probe, v.Err)
+		if v, _ := w.step(); v.Probe != nil || v.Probed || v.Err != nil {
+			t.Errorf("it says %v, tried %v, %v", v.Probe, v.Probed, v.Err)
 		}
 		if tried := p.tries(); tried != "" {
 			t.Errorf("tried %q", tried)
@@ -162,6 +162,13 @@ func TestProbeWithoutBootstrap(t *testing.T) {
 		synctest.Wait()
 		if tried := p.tries(); tried != "a:443 b:443" {
 			t.Errorf("tried %q", tried)
+		}
+		if v, _ := w.step(); v.Probe != nil || !v.Probed {
+			t.Errorf("it says %v, tried %v", v.Probe, v.Probed)
+		}
+		w.w.Note(envoyadmin.LogEvent{Kind: envoyadmin.ListenerChanged, Count: 1})
+		if v := w.after(time.Second); v.Probed {
+			t.Error("it says that our way was tried while Envoy's stands")
 		}
 	})
 }
@@ -183,8 +190,8 @@ func TestProbeOfBefore(t *testing.T) {
 		if tried := p.tries(); tried != "a:443" {
 			t.Errorf("tried %q", tried)
 		}
-		if v := w.after(time.Second); v.Probe != nil {
-			t.Errorf("it says %v", v.Probe)
+		if v := w.after(time.Second); v.Probe != nil || v.Probed {
+			t.Errorf("it says %v, tried %v", v.Probe, v.Probed)
 		}
 		synctest.Wait()
 		if tried := p.tries(); tried != "c:443" {

@@ -29,6 +29,7 @@ type process struct {
 	stream  stream
 	stats   envoyadmin.Pace // of questions that go through all statistics
 	probe   error           // what our own way to its control planes came to
+	probed  bool            // it was tried
 	aside   aside
 }
 
@@ -136,6 +137,7 @@ func (w *Watch) take(ctx context.Context, s envoyadmin.Snapshot) {
 		w.change.nothing()
 		return
 	}
+	s.Listeners = withRefused(s, w.set.snapshot.Listeners)
 	w.set.snapshot = s
 	w.set.generation++
 	w.change.news()
@@ -209,9 +211,36 @@ func initializes(state string) bool {
 	return state == "PRE_INITIALIZING" || state == "INITIALIZING"
 }
 
-// hasDynamic says whether the set holds an active listener of the control plane's.
+// hasDynamic says whether the set holds an active listener of the control plane's. Beside ones that
+// were refused, one for UDP does not count: an update that was taken for DNS alone is none of
+// services.
 func hasDynamic(s envoyadmin.Snapshot) bool {
-	return slices.ContainsFunc(s.Listeners, func(l envoyadmin.Listener) bool { return !l.Static })
+	return slices.ContainsFunc(s.Listeners, func(l envoyadmin.Listener) bool {
+		return !l.Static && (!l.UDP || len(s.Rejected) == 0)
+	})
+}
+
+// withRefused are the listeners of a set, and those of the one before that Envoy refused and does
+// not have: it lost them by a restart. A control plane that sends a listener has not said that the
+// services behind it are gone.
+func withRefused(s envoyadmin.Snapshot, before []envoyadmin.Listener) []envoyadmin.Listener {
+	all := slices.Clip(s.Listeners)
+	if len(s.Rejected) == 0 {
+		return all
+	}
+	refused := make(map[string]bool, len(s.Rejected)) // there may be thousands
+	for _, r := range s.Rejected {
+		refused[r.Name] = true
+	}
+	for _, l := range s.Listeners {
+		delete(refused, l.Name)
+	}
+	for _, l := range before {
+		if refused[l.Name] && !l.Static {
+			all = append(all, l)
+		}
+	}
+	return all
 }
 
 // askControlPlane asks for statistics, within their pace.

@@ -320,6 +320,57 @@ func TestHalfWarm(t *testing.T) {
 	}
 }
 
+// TestRestartRefuses: the next Envoy refuses a listener that the one before had. Its control plane
+// did not say that the services behind it are gone, so that their rules stay, until it says so or
+// Envoy has the listener. What else Envoy has is taken.
+func TestRestartRefuses(t *testing.T) {
+	w := watch(t, running())
+	w.step()
+	w.restart()
+	w.rejected = "dynamic1"
+	w.after(time.Second)
+	w.serve() // of another one
+	if v := w.after(time.Second); !v.Configured || names(v) != "dynamic3 dynamic1" {
+		t.Errorf("refused: configured %v, %s", v.Configured, names(v))
+	}
+	w.sets++
+	if v := w.after(time.Second); names(v) != "dynamic4 dynamic1" {
+		t.Errorf("refused again: %s", names(v))
+	}
+	w.rejected = ""
+	if v := w.after(time.Second); names(v) != "dynamic4" {
+		t.Errorf("gone: %s", names(v))
+	}
+	w.rejected = "dynamic1"
+	if v := w.after(time.Second); names(v) != "dynamic4" {
+		t.Errorf("refused when it comes back: %s", names(v))
+	}
+}
+
+// TestRestartRefusesAll: an Envoy that has just started refused listeners, and has none for TCP.
+// That it took one for DNS says nothing about services, for an agent that has just started
+// neither.
+func TestRestartRefusesAll(t *testing.T) {
+	for _, met := range []bool{true, false} {
+		w := watch(t, running())
+		if met {
+			w.step()
+		}
+		w.restart()
+		w.state, w.dynamic, w.udp, w.rejected = "LIVE", true, true, "bad"
+		for range 20 {
+			if v := w.after(time.Second); v.Configured || met && names(v) != "dynamic1" {
+				t.Fatalf("met before %v: configured %v, %s", met, v.Configured, names(v))
+			}
+		}
+		w.udp, w.rejected = false, ""
+		w.serve()
+		if v := w.after(time.Second); !v.Configured || names(v) != "dynamic3" {
+			t.Errorf("met before %v: configured %v, %s", met, v.Configured, names(v))
+		}
+	}
+}
+
 // TestRestartOfBusyEnvoy: where looks take so long that the next is due in 20 s, an Envoy that
 // initializes again is looked at within a second.
 func TestRestartOfBusyEnvoy(t *testing.T) {

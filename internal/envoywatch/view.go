@@ -28,10 +28,16 @@ type View struct {
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
-	Probe      error           // our own way to the control plane, while Envoy's is broken
 	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
+	Way
 	Past
 	Aside
+}
+
+// Way is our own way to the control plane, while Envoy's is broken.
+type Way struct {
+	Probed bool // it was tried
+	Probe  error
 }
 
 // Past is what has happened since the start.
@@ -81,7 +87,8 @@ func (v View) Facts(admin string) symptom.Envoy {
 		Admin: admin, Err: v.Err, Since: v.Since, Unit: v.Unit, LastError: v.LastError,
 		State: v.State, Version: v.Info.Version, Node: v.Info.Node.ID, Configured: v.Configured,
 		Rejected: v.Rejected, Skipped: v.Snapshot.Skipped,
-		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, LogErr: v.LogErr, Handover: v.Handover,
+		Stream: v.Stream, Apart: v.Apart, Probe: v.Probe, Probed: v.Probed,
+		LogErr: v.LogErr, Handover: v.Handover,
 	}
 }
 
@@ -125,7 +132,7 @@ func (w *Watch) view() View {
 		v.Aside = Aside{} // nobody is there whose endpoints these are
 	}
 	if w.broken() {
-		v.Probe = p.probe
+		v.Probe, v.Probed = p.probe, p.probed
 	}
 	return v
 }

@@ -251,7 +251,7 @@ func (w *Watch) dump(ctx context.Context, began time.Time) {
 // idle asks for all but the listeners. It says whether the detector has something to do again.
 func (w *Watch) idle(ctx context.Context) (again bool) {
 	if w.o.Now().Sub(w.stateAt) >= stateEvery || w.process.state != live {
-		away := errors.Is(w.failed[stateQuestion], envoyadmin.ErrTimeout)
+		away := gone(w.failed[stateQuestion])
 		served := w.process.state == live
 		w.answered(stateQuestion, w.askState(ctx))
 		// One that initializes after it served is another: on a busy machine, where questions take
@@ -271,6 +271,18 @@ func (w *Watch) idle(ctx context.Context) (again bool) {
 	w.askForeign(ctx)
 	if !w.heard {
 		w.askAside(ctx)
+	}
+	return false
+}
+
+// gone says whether an error is of an Envoy that was not there to answer, or did not: the one that
+// answers next may be another, however long that question had waited.
+func gone(err error) bool {
+	for _, kind := range []error{envoyadmin.ErrTimeout, envoyadmin.ErrConnection,
+		envoyadmin.ErrTruncated, envoyadmin.ErrRefused, envoyadmin.ErrUntrusted} {
+		if errors.Is(err, kind) {
+			return true
+		}
 	}
 	return false
 }

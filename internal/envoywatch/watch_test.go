@@ -385,14 +385,15 @@ func TestAskedOfWhatCounts(t *testing.T) {
 	}
 }
 
-// TestBack: an Envoy that did not answer in time is left alone for a while, but one that answers
-// for its state again is looked at again at once.
+// TestBack: an Envoy that did not answer in time is left alone for a while, as is an address that
+// somebody else holds, but one that answers for its state again is looked at again at once.
 func TestBack(t *testing.T) {
 	for _, tt := range []struct {
 		err  error
 		want string // asked as soon as it answers for its state again
 	}{
 		{envoyadmin.ErrTimeout, "look ready; look ready"},
+		{envoyadmin.ErrUntrusted, "ready; look ready"},
 		{envoyadmin.ErrNotJSON, "ready; "},
 	} {
 		w := watch(t, running())
@@ -486,13 +487,14 @@ func TestFacts(t *testing.T) {
 		},
 		Snapshot: envoyadmin.Snapshot{Skipped: []envoyadmin.Skipped{{Listener: "s"}}},
 		Rejected: []envoyadmin.Rejected{{Name: "r"}}, Configured: true,
-		Stream: &symptom.Stream{Code: 7}, Apart: true, Probe: errors.New("p"), LogErr: "log",
+		Stream: &symptom.Stream{Code: 7}, Apart: true, Way: Way{Probed: true, Probe: errors.New("p")},
+		LogErr: "log",
 	}
 	want := symptom.Envoy{
 		Admin: "127.0.0.1:15000", Err: v.Err, Since: v.Since, Unit: "failed", LastError: "last",
 		State: "LIVE", Version: v.Info.Version, Configured: true, Rejected: v.Rejected,
 		Skipped: v.Snapshot.Skipped, Stream: v.Stream, Apart: true, LogErr: "log", Probe: v.Probe,
-		Node: "node",
+		Probed: true, Node: "node",
 	}
 	got := v.Facts("127.0.0.1:15000")
 	same := cmp.Comparer(func(a, b error) bool { return errors.Is(a, b) })

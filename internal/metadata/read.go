@@ -69,10 +69,20 @@ func ReadAccount(ctx context.Context) (Account, error) {
 	}, nil
 }
 
-// ReadInstance asks for the VM's id, which no other VM has or will have. Errors: [*Error].
+// ReadInstance asks for the VM's id, which no other VM has or will have; "": the server has none.
+// It is a number: by another one the VM's state is thrown away, by a page of somebody's in between
+// it is not. Errors: [*Error].
 func ReadInstance(ctx context.Context) (string, error) {
-	id, err := Read(ctx, "instance/id")
-	return strings.TrimSpace(string(id)), err
+	const path = "instance/id"
+	text, err := Read(ctx, path)
+	if err != nil {
+		return "", err
+	}
+	id := strings.TrimSpace(string(text))
+	if _, err := strconv.ParseUint(id, 10, 64); err != nil && id != "" {
+		return "", &Error{Path: path, Err: fmt.Errorf("%.40q is no instance's id", id)}
+	}
+	return id, nil
 }
 
 // direct never goes through a proxy: HTTPS_PROXY is for downloads, and the metadata server refuses

@@ -123,3 +123,27 @@ func TestClock(t *testing.T) {
 		t.Errorf("without a Date it is %v ahead, %v", ahead, err)
 	}
 }
+
+// TestInstanceIsANumber: an answer that is no id is none, and tells nobody that the state is
+// another VM's. (What a server has not is left to the caller.)
+func TestInstanceIsANumber(t *testing.T) {
+	text := ""
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write([]byte(text))
+	}))
+	defer srv.Close()
+	t.Setenv(HostEnv, strings.TrimPrefix(srv.URL, "http://"))
+	for _, text = range []string{"4520031799277581759", "18446744073709551615\n", ""} {
+		if id, err := ReadInstance(t.Context()); err != nil || id != strings.TrimSpace(text) {
+			t.Errorf("%q: %q, %v", text, id, err)
+		}
+	}
+	for _, text = range []string{"<html>captive portal</html>", "null", "-1", "18446744073709551616",
+		"1 2", "\x00", "0x10", strings.Repeat("[", 1000)} {
+		id, err := ReadInstance(t.Context())
+		var told *Error
+		if !errors.As(err, &told) || id != "" || len(err.Error()) > 200 {
+			t.Errorf("%.20q: it is %.20q, %v", text, id, err)
+		}
+	}
+}

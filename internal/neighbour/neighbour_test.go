@@ -200,6 +200,34 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
+// A process that ends while it is read is none: what of it could no longer be read says nothing.
+func TestReadProcess(t *testing.T) {
+	for _, missing := range []string{"", "cmdline", "cgroup"} {
+		proc := t.TempDir()
+		if err := os.Mkdir(filepath.Join(proc, "7"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink("/usr/local/bin/envoy", filepath.Join(proc, "7/exe")); err != nil {
+			t.Fatal(err)
+		}
+		for name, text := range map[string]string{
+			"stat":    "7 (x) S" + strings.Repeat(" 1", 50),
+			"cmdline": "/usr/local/bin/envoy\x00-c\x00",
+			"cgroup":  "0::/system.slice/" + systemd.EnvoyUnit + "\n",
+		} {
+			if name == missing {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(proc, "7", name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if p, ok := readProcess(proc, 7, nil); ok != (missing == "") || ok && !p.Ours() {
+			t.Errorf("without %q: %v %+v", missing, ok, p)
+		}
+	}
+}
+
 func TestOurs(t *testing.T) {
 	for _, tt := range []struct {
 		p    Process
@@ -258,5 +286,17 @@ func TestSort(t *testing.T) {
 	f = Sort(shell, []Unit{{Path: "/etc/x", Program: "/usr/bin/bash"}})
 	if !slices.Equal(pids(f.Agents), []int{9}) {
 		t.Errorf("a shell: %+v", f)
+	}
+	// One that is just being started, or has all but ended, has no command line for a moment: it may
+	// be ours as well. Theirs that has another name can still be told.
+	starts := []Process{
+		{PID: 11, Unit: systemd.AgentUnit, Program: "/usr/local/bin/service-proxy-agent"},
+		{PID: 12, Program: "/usr/local/bin/service-proxy-agent"},
+		{PID: 13, Unit: systemd.AgentUnit, Program: "/opt/google/agent"},
+		at(14, systemd.AgentUnit, "/usr/lib/systemd/systemd"),
+		at(15, systemd.AgentUnit, "/usr/lib/systemd/systemd-executor", "--deserialize", "9")}
+	f = Sort(starts, nil)
+	if !slices.Equal(pids(f.Agents), []int{13}) || len(f.Envoys) > 0 {
+		t.Errorf("without a command line: %+v", f)
 	}
 }

@@ -99,6 +99,12 @@ func Sort(all []Process, units []Unit) (f Found) {
 		inUnit := p.Unit == systemd.AgentUnit && !f.Ours // else they are our daemon's children
 		switch {
 		case p.Ours():
+		case Named(p.Program) && len(p.Args) == 0:
+			// Whose it is only its command line tells, which the kernel does not have while it starts a
+			// program and once it has taken its memory back.
+		case inUnit && slices.Contains([]string{"systemd", "systemd-executor"},
+			filepath.Base(p.Program)):
+			// It is about to start a unit's program, in the unit already: ours as well as theirs.
 		case p.Envoy() && (p.Listens || inUnit):
 			f.Envoys = append(f.Envoys, p)
 		case inUnit, p.Unit != systemd.AgentUnit && (Named(p.Program) ||
@@ -149,11 +155,17 @@ func readProcess(proc string, pid int, inodes map[string]bool) (p Process, ok bo
 		return p, false
 	}
 	p.Started = fields[19]
-	cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline")) // it may end in between
+	cmdline, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+	if err != nil {
+		return p, false
+	}
 	if text := strings.TrimSuffix(string(cmdline), "\x00"); text != "" {
 		p.Args = strings.Split(text, "\x00")
 	}
-	cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
+	cgroup, err := os.ReadFile(filepath.Join(dir, "cgroup"))
+	if err != nil {
+		return p, false
+	}
 	p.Unit = unitOf(string(cgroup))
 	if len(inodes) == 0 {
 		return p, true

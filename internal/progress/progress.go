@@ -219,10 +219,11 @@ func Request(dir, reason string) error {
 	return atomicfile.Write(filepath.Join(dir, RequestFile), []byte(OneLine(reason)+"\n"), 0o600)
 }
 
-// OneLine makes text fit a guest attribute or a serial line: no control characters, at most 1 KB.
+// OneLine makes text fit a guest attribute or a serial line: nothing that a terminal obeys or does
+// not show, at most 1 KB.
 func OneLine(text string) string {
 	text = strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r

@@ -88,6 +88,7 @@ func TestTell(t *testing.T) {
 func TestOneLine(t *testing.T) {
 	for _, tt := range []struct{ text, want string }{
 		{" a\tb\u2029c\xff ", "a b c?"},
+		{"a\u202Eb\u200bc", "a b c"},
 		{strings.Repeat("x", 1000), strings.Repeat("x", 1000)},
 		{strings.Repeat("x", 1001), strings.Repeat("x", 1000) + "…"},
 		{strings.Repeat("x", 999) + "éé", strings.Repeat("x", 999) + "…"},

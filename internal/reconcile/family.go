@@ -122,8 +122,8 @@ func New(f iptables.Family, k Kernel, flows Flows, log *zap.Logger) *Family {
 }
 
 // Ports are the ports whose listeners matter now: where the wanted rules lead, or while nothing
-// is wanted yet where the rules lead that are in, or else the usual ones. Without the proxy's
-// user there is nobody whom they could belong to.
+// is wanted yet where the rules lead that are kept or in, or else the usual ones. Without the
+// proxy's user there is nobody whom they could belong to.
 func (f *Family) Ports(want iptables.Interception, known, userKnown bool, usual Ports) Ports {
 	switch {
 	case !userKnown:
@@ -133,11 +133,23 @@ func (f *Family) Ports(want iptables.Interception, known, userKnown bool, usual 
 			Outbound: want.OutboundPort, Inbound: want.InboundPort, DNS: want.DNSPort,
 			DNSOverTCP: want.DNSOverTCP,
 		}
-	case f.sight.intercepted():
-		outbound, inbound, dns := f.sight.have.Ours().Ports()
+	}
+	if led := f.led(); led.Intercepting() {
+		outbound, inbound, dns := led.Ports()
 		return Ports{Outbound: outbound, Inbound: inbound, DNS: dns}
 	}
 	return usual
+}
+
+// led are the rules whose ports matter while it is not known what is wanted.
+func (f *Family) led() iptables.Ruleset {
+	switch {
+	case f.goal.kept.Intercepting():
+		return f.goal.kept
+	case f.sight.known:
+		return f.sight.have.Ours()
+	}
+	return iptables.Ruleset{}
 }
 
 // Note takes in what the kernel told of the table: somebody else may have changed it.
@@ -177,7 +189,8 @@ func (f *Family) Pass(ctx context.Context, now time.Time, o Order) Outcome {
 		poll: pollInterval(f.watched(o.Notified)),
 		out:  Outcome{Work: Work{Applies: map[string]int{}, Drift: map[string]int{}}},
 	}
-	p.out.Ports = f.gates.move(now, o, !o.Known && o.UserKnown && f.sight.intercepted())
+	p.out.Ports = f.gates.move(now, o, !o.Known && o.UserKnown && f.led().Intercepting())
+	f.goal.giveUp(o, &f.gates)
 	held := f.backOff.on()
 	p.out.Wake = f.reconcile(ctx, p)
 	if f.backOff.on() && !held {
@@ -248,6 +261,9 @@ const (
 	watch
 	// wanted: another ruleset is wanted than before.
 	wanted
+	// keep: something tells that it has changed, and as long as it is not known what is wanted that
+	// is what an earlier run left.
+	keep
 	// leave: it is not known yet what is wanted, and what is there leads to a closed port.
 	leave
 )
@@ -257,7 +273,10 @@ func (f *Family) reason(p *pass) reason {
 	o := p.order
 	if !o.Known {
 		f.goal.unknown()
-		if f.mustLeave() {
+		switch {
+		case f.goal.kept.Intercepting():
+			return keep
+		case f.mustLeave():
 			return leave
 		}
 		return watch
@@ -324,7 +343,8 @@ func (f *Family) usable(ctx context.Context, now time.Time) bool {
 }
 
 // adopt reads what an earlier run, somebody else or nobody left. The ports that rules of this
-// agent's lead to were seen ready, if it was in this boot. Rules that something else restored at
+// agent's lead to were seen ready, if it was in this boot, and they are kept, if nobody has put
+// them out of order. Rules that something else restored at
 // boot wait for their ports (Hold). Rules that let older connections through (a first install) go
 // on doing it for the whole time.
 func (f *Family) adopt(ctx context.Context, p *pass) error {
@@ -336,6 +356,9 @@ func (f *Family) adopt(ctx context.Context, p *pass) error {
 	f.standing.jumps = ours.Intercepting()
 	if f.standing.jumps && p.order.Marked {
 		f.gates.adopt(ours)
+		if len(iptables.Diff(ours, f.sight.have)) == 0 {
+			f.goal.kept = ours
+		}
 		if _, _, dns := ours.Ports(); dns != 0 {
 			f.paths.adopted(p.now)
 		}
@@ -365,10 +388,12 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 		f.drift.over(p.now)
 		f.retry = retry{}
 		return nil
+	case why == keep:
+		return f.keep(ctx, p, told, start)
 	case why == leave:
 		f.goal.leave(ours)
 	}
-	if ours.Empty() && f.goal.target.Intercepting() && !f.standing.written {
+	if !ours.Redirects() && f.goal.target.Intercepting() && !f.standing.written {
 		f.goal.settle(p.now) // a first install, be it that all services had gone
 		f.goal.compile(p.order.Want, p.order.Serial, &f.gates, p.now)
 	}
@@ -403,6 +428,23 @@ func (f *Family) pursue(ctx context.Context, p *pass, why reason) error {
 	return nil
 }
 
+// keep puts back what somebody undid of an earlier run's rules. They go on for as long as it is not
+// known what is wanted: Envoy may be away, and nothing is to go past it.
+func (f *Family) keep(ctx context.Context, p *pass, told, start time.Time) error {
+	f.goal.target = f.goal.kept
+	drift := iptables.Diff(f.goal.target, f.sight.have)
+	by := f.sight.by
+	f.sight.by = ""
+	if len(drift) == 0 {
+		f.drift.over(p.now)
+		f.standing.equal, f.standing.jumps, f.retry = true, true, retry{}
+		return nil
+	}
+	f.standing.jumps = f.sight.have.Ours().Intercepting()
+	f.drift.shown(told)
+	return f.repair(ctx, p, drift, by, start)
+}
+
 // repair puts right what somebody undid, unless that is put off.
 func (f *Family) repair(
 	ctx context.Context, p *pass, drift []iptables.Drift, by string, start time.Time,
@@ -412,6 +454,7 @@ func (f *Family) repair(
 		f.standing.equal, f.sight.dirty = false, true
 		return nil
 	}
+	f.paths.undone(drift)
 	if err := f.apply(ctx, p); err != nil {
 		return err
 	}

@@ -136,7 +136,7 @@ func TestPorts(t *testing.T) {
 	earlier.OutboundPort, earlier.DNSPort, earlier.Jumps = 4, 5, true
 	r.install(earlier)
 	check("before the first look", false, true, iptables.Interception{}, usual)
-	r.order.Known = false
+	r.order.Known, r.order.Marked = false, false
 	r.pass(0)
 	check("an earlier run's", false, true, iptables.Interception{}, Ports{Outbound: 4, DNS: 5})
 	earlier.Jumps = false
@@ -238,6 +238,131 @@ func TestAdoptedIsConfirmed(t *testing.T) {
 	if out = r.pass(time.Second); !out.Confirmed || out.Undone != 1 || len(out.Drift) != 1 {
 		t.Errorf("repaired: %+v", out)
 	}
+}
+
+// TestAdoptedAreKept: what an earlier run of this boot left is put back when somebody takes it out
+// before it is known what is wanted: Envoy may be away then for long, and nothing is to go past it.
+func TestAdoptedAreKept(t *testing.T) {
+	left := anInterception()
+	left.Jumps, left.DNSPort = true, 15053
+	const jumpDNS = "-p udp -m udp --dport 53 -j SERVICE_PROXY_DNS"
+	flush := func(r *rig) {
+		t.Helper()
+		lines := []string{"-D OUTPUT " + jump, "-D OUTPUT " + jumpDNS}
+		if !r.ours().Intercepting() {
+			lines = nil
+		}
+		for _, chain := range r.ours().Chains() {
+			lines = append(lines, ":"+chain+" - [0:0]")
+		}
+		r.others(iptables.Event{PID: 42, Program: "nft"}, lines...)
+	}
+	begin := func(t *testing.T) *rig {
+		r := newRig(t)
+		r.order.Known = false
+		r.order.Want = iptables.Interception{}
+		r.install(left)
+		return r
+	}
+	t.Run("whether Envoy accepts or not", func(t *testing.T) {
+		for _, owner := range []uint32{0, proxyUID} {
+			r := begin(t)
+			r.settle()
+			for n := range uint64(2) {
+				r.listens(owner)
+				flush(r)
+				out := r.pass(time.Second)
+				if !r.ours().Equal(left.Ruleset()) || !out.Status.Jumps || out.Undone != n+1 ||
+					out.Facts.By == "" {
+					t.Fatalf("user %d listens: %+v\n%s", owner, out, r.ours())
+				}
+			}
+			r.called()
+			if out := r.pass(time.Second); r.called() != "" || out.Wake < time.Second {
+				t.Errorf("nothing has changed: %+v", out)
+			}
+			r.others(byIptables, "-A OUTPUT -p udp -m udp --dport 9 -j ACCEPT")
+			if out := r.pass(time.Second); r.called() != "read OUTPUT" || !out.Status.Equal {
+				t.Errorf("nothing of ours has changed: %+v", out)
+			}
+			// What is wanted takes their place, and they were no first install.
+			r.order.Known = true
+			r.want(anInterception())
+			out := r.settle()
+			if !out.Status.Equal || out.Undone != 2 || r.ours().Settling() ||
+				r.has("OUTPUT", jumpDNS) {
+				t.Errorf("known: %+v\n%s", out, r.ours())
+			}
+		}
+	})
+	t.Run("with back-off", func(t *testing.T) {
+		r := begin(t)
+		r.settle()
+		r.listens(0)
+		for range backOffBurst + 1 {
+			flush(r)
+			r.pass(100 * time.Millisecond)
+		}
+		if out := r.pass(0); r.ours().Intercepting() || out.Undone != backOffBurst ||
+			out.Wake <= 0 || out.Wake > backOffFirst {
+			t.Fatalf("put off: %+v\n%s", out, r.ours())
+		}
+		r.listens(0)
+		if out := r.pass(backOffFirst); !r.ours().Equal(left.Ruleset()) || !out.Status.Jumps {
+			t.Errorf("in the end: %+v\n%s", out, r.ours())
+		}
+	})
+	for _, test := range []struct {
+		name   string
+		early  bool // before the first look
+		change func(r *rig)
+	}{
+		{"not those of another boot", true, func(r *rig) { r.order.Marked = false }},
+		{"not for another user", false, func(r *rig) { r.listens(foreignUID) }},
+		{"not while Envoy drains", false, func(r *rig) { r.order.Draining = true }},
+		{"not under the brake", false, func(r *rig) { r.order.Off = true }},
+		{"not without the proxy's user", false, func(r *rig) { r.order.UserKnown = false }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			r := begin(t)
+			if test.early {
+				test.change(r)
+			}
+			r.settle()
+			r.listens(proxyUID)
+			test.change(r)
+			flush(r)
+			for range 3 {
+				r.pass(time.Second)
+			}
+			if r.ours().Intercepting() {
+				t.Errorf("there is\n%s", r.ours())
+			}
+		})
+	}
+	t.Run("not what somebody had put out of order", func(t *testing.T) {
+		r := begin(t)
+		r.others(byIptables, "-A OUTPUT "+jump)
+		r.settle()
+		r.others(byIptables, "-D OUTPUT "+jump)
+		if out := r.pass(time.Second); out.Undone != 0 || !r.has("OUTPUT", jump) {
+			t.Errorf("%+v\n%s", out, r.ours())
+		}
+	})
+	t.Run("not what bypass took out", func(t *testing.T) {
+		r := begin(t)
+		r.order.WhenDown = Bypass
+		r.settle()
+		r.listens(0)
+		for range 2 * bypassAfter {
+			r.pass(bypassTime)
+		}
+		r.listens(proxyUID)
+		flush(r)
+		if out := r.pass(time.Second); r.ours().Intercepting() || out.Undone != 0 {
+			t.Errorf("%+v\n%s", out, r.ours())
+		}
+	})
 }
 
 // TestUnknown: until Envoy has told its listeners, nothing is written but what must leave, and
@@ -394,7 +519,8 @@ func TestDrift(t *testing.T) {
 	}
 	wantLine := "rules repaired map[by:iptables (pid 42) differences:1 " +
 		"drift:[jump removed: -A OUTPUT " + jump + "] family:IPv4 took:70ms]"
-	if lines := r.lines(); !slices.Equal(lines, []string{wantLine}) {
+	if lines := r.lines(); len(lines) != 2 || lines[0] != wantLine || // and what went by meanwhile
+		!strings.HasPrefix(lines[1], "half-open connections begin anew through Envoy ") {
 		t.Errorf("logged %q, want %q", lines, wantLine)
 	}
 	at := r.now
@@ -978,6 +1104,14 @@ func TestSettling(t *testing.T) {
 	if r.pass(1); r.has("SERVICE_PROXY_OUTPUT", row) {
 		t.Error("adopted, and not taken out")
 	}
+	// Chains that somebody flushed before this run are none that kept conntrack on.
+	r = newRig(t)
+	r.install(left)
+	r.others(iptables.Event{}, "-D OUTPUT "+jump, ":SERVICE_PROXY_OUTPUT - [0:0]",
+		":SERVICE_PROXY_REDIRECT - [0:0]", ":SERVICE_PROXY_SERVICE_CIDRS - [0:0]")
+	if r.settle(); !r.has("SERVICE_PROXY_OUTPUT", row) {
+		t.Errorf("flushed before, and older connections are not let through:\n%s", r.ours())
+	}
 	// Rules without it are not given it.
 	left.Settling = false
 	r = newRig(t)
@@ -1037,6 +1171,22 @@ func TestFlows(t *testing.T) {
 	step("DNS is wanted, and nobody listens", 0, "half-open [10.0.0.9/32 10.1.0.2/32 10.1.0.3/32]")
 	r.listens(proxyUID)
 	step("somebody does", 0, "UDP 53")
+
+	// While rules of ours were gone, what they take over went its old way. What is undone elsewhere
+	// costs no question its answer.
+	r.pass(answersLate)
+	r.pass(answersLate)
+	r.deleted()
+	r.others(iptables.Event{}, "-D OUTPUT -p udp -m udp --dport 53 -j SERVICE_PROXY_DNS")
+	step("the jump for DNS is repaired", 0,
+		"UDP 53, half-open [10.0.0.9/32 10.1.0.2/32 10.1.0.3/32]")
+	r.pass(answersLate)
+	r.pass(answersLate)
+	r.deleted()
+	r.others(iptables.Event{}, ":SERVICE_PROXY_SERVICE_CIDRS - [0:0]")
+	step("services are repaired", 0, "half-open [10.0.0.9/32 10.1.0.2/32 10.1.0.3/32]")
+	r.others(iptables.Event{}, "-A OUTPUT -p tcp -j SERVICE_PROXY_OUTPUT")
+	step("a second jump is taken out", 0, "")
 
 	// Who adopts rules for DNS looks after late answers, and no more.
 	i.Jumps = true

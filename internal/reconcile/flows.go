@@ -104,6 +104,20 @@ func (p *paths) changed(ctx context.Context, now time.Time, is redirected) {
 	p.forgetHalfOpen(ctx)
 }
 
+// undone notes what rules that were not as wanted let go its old way: the repair takes that over,
+// as if it had just come.
+func (p *paths) undone(drift []iptables.Drift) {
+	for _, d := range drift {
+		if !d.LetsBy() {
+			continue
+		}
+		p.now.services = nil
+		if d.OfDNS() {
+			p.now.dns = 0
+		}
+	}
+}
+
 // forgetHalfOpen begins a walk for the prefixes that came since the last one did. It goes on beside
 // the passes: it takes the kernel 15 ms also where its table is empty, a second where that is full,
 // and the other family's rules and the next change would wait for it. The connections can wait:

@@ -16,6 +16,8 @@ type goal struct {
 	// target is want, or what the kernel takes of it, or an earlier run's rules without their
 	// jumps.
 	target iptables.Ruleset
+	// kept are an earlier run's rules of this boot, until it is known what is wanted; empty: none.
+	kept iptables.Ruleset
 
 	services []netip.Prefix // of want
 	ports    int            // address-less services of want
@@ -55,6 +57,14 @@ func (g *goal) unknown() { g.compiled = false }
 
 // leave makes the target the rules that an earlier run left, without their jumps.
 func (g *goal) leave(ours iptables.Ruleset) { g.target = ours.WithoutJumps() }
+
+// giveUp keeps an earlier run's rules no longer: it is known what is wanted, or they must not
+// intercept, or nobody can tell whether they may.
+func (g *goal) giveUp(o Order, gates *gates) {
+	if o.Known || !o.UserKnown || mustLeave(g.kept, gates) {
+		g.kept = iptables.Ruleset{}
+	}
+}
 
 // settle begins the time in which older connections are let through.
 func (g *goal) settle(now time.Time) { g.settling = now.Add(settle) }

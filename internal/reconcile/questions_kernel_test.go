@@ -47,7 +47,7 @@ func TestQuestionsForgottenLater(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer client.Close()
+	defer func() { client.Close() }()
 	asks := func(c net.PacketConn) error {
 		if _, err := client.Write([]byte("q")); err != nil {
 			return err
@@ -87,6 +87,24 @@ func TestQuestionsForgottenLater(t *testing.T) {
 	}
 	if f.paths.questions || len(f.paths.late) > 0 {
 		t.Errorf("done, and to be done again: %v, %v", f.paths.questions, f.paths.late)
+	}
+
+	// Somebody takes the jump out, and a question comes meanwhile.
+	const dnsJump = " OUTPUT -p udp --dport 53 -j REDIRECT --to-ports 15053"
+	run("iptables -t nat -D" + dnsJump)
+	client.Close()
+	if client, err = net.Dial("udp4", "127.0.0.53:53"); err != nil {
+		t.Fatal(err)
+	}
+	first := asks(resolver)
+	run("iptables -t nat -I" + dnsJump)
+	if err := asks(resolver); first != nil || err != nil {
+		t.Fatal("the old path did not last, so the test shows nothing: ", first, err)
+	}
+	f.paths.undone([]iptables.Drift{{Kind: iptables.TableFlushed, Chain: "nat"}})
+	f.paths.changed(t.Context(), now, redirected{dns: 15053})
+	if err := asks(envoy); err != nil {
+		t.Error("after a repair the question still goes the old way: ", err)
 	}
 }
 

@@ -52,9 +52,6 @@ func (s *sight) due(now time.Time, poll time.Duration) time.Duration {
 	return s.at.Add(poll).Sub(now)
 }
 
-// intercepted says whether rules of ours, be they an earlier run's, are known to intercept.
-func (s *sight) intercepted() bool { return s.known && s.have.Ours().Intercepting() }
-
 // read makes have what the kernel has. Where the kernel notifies of every change, only what was
 // touched is read again, until it is time to read everything.
 func (s *sight) read(ctx context.Context, k Kernel, f iptables.Family, p *pass) (err error) {

@@ -38,6 +38,7 @@ var sentinels = map[string]error{
 	"iptables.ErrCouldNotLook":    iptables.ErrCouldNotLook,
 	"iptables.ErrIncompatible":    iptables.ErrIncompatible,
 	"iptables.ErrLocked":          iptables.ErrLocked,
+	"iptables.ErrNoModules":       iptables.ErrNoModules,
 	"iptables.ErrNotRoot":         iptables.ErrNotRoot,
 }
 

@@ -59,8 +59,8 @@ const (
 	// DefaultStart is longer than Envoy waits for its control plane when that does not answer.
 	DefaultStart = 60 * time.Second
 	stopLimit    = 5 * time.Second
-	askLimit     = 5 * time.Second  // of a question to Envoy's program
-	checkLimit   = 20 * time.Second // of --mode validate
+	askLimit     = 15 * time.Second // of a question to Envoy's program
+	checkLimit   = 45 * time.Second // of all of them and --mode validate
 	// maxBase has ten times itself fit into 31 bits: past that the names of Envoy's sockets are others
 	// than that of its shared memory.
 	maxBase = 1<<31/10 - 2
@@ -376,7 +376,7 @@ func (s *supervisor) check(serving *child) *Answer {
 	if err != nil {
 		return &Answer{NotDone, "the next Envoy does not run: " + err.Error()}
 	}
-	if is = strings.TrimSpace(is); is != runs {
+	if is = versionIn(is); is != runs {
 		return &Answer{NotPossible, fmt.Sprintf("the next Envoy cannot take over from the one that "+
 			"runs: its hot restart version is %s, and that of the one that runs %s", is, runs)}
 	}
@@ -388,6 +388,20 @@ func (s *supervisor) check(serving *child) *Answer {
 		return &Answer{NotDone, "the next Envoy does not take its configuration: " + reason(out, err)}
 	}
 	return nil
+}
+
+var dotted = regexp.MustCompile(`^\d+\.\d+$`)
+
+// versionIn is the version in what `envoy --hot-restart-version` prints, else all of that. It comes
+// on stderr, behind warnings: Envoy 1.40 in the unit of a VM with Debian 12 said first that a file
+// of its control group was not accessible.
+func versionIn(out string) string {
+	for line := range strings.Lines(out) {
+		if line = strings.TrimSpace(line); dotted.MatchString(line) {
+			return line
+		}
+	}
+	return strings.TrimSpace(out)
 }
 
 // room says whether the folder takes the next epoch's address, and the configuration of the one

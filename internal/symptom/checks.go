@@ -58,6 +58,9 @@ func foreignOwner(f Facts) (out []Finding) {
 // known. Of a socket of root's nobody can tell who asks by it: dnsmasq and unbound make theirs
 // before they become another user.
 func resolverLoop(f Facts) (out []Finding) {
+	if f.UserErr != nil {
+		return nil
+	}
 	reported := map[uint32]bool{f.ProxyUID: true}
 	for _, p := range f.Resolvers {
 		if reported[p.Owner] || slices.Contains(f.ResolverUIDs, p.Owner) ||
@@ -97,7 +100,8 @@ func (p Port) socket() string {
 }
 
 func proxyUser(f Facts) []Finding {
-	if f.UserErr == nil {
+	// Where nobody answered, that is no trouble of the user's.
+	if f.UserErr == nil || f.UserErr.Error() == f.Unseen[FromUsers] {
 		return nil
 	}
 	user := word(f.ProxyUser, "USER")
@@ -200,10 +204,15 @@ func controlPlane(f Facts) []Finding {
 		if f.Envoy.Apart {
 			return []Finding{finding(ControlPlaneConnect, 4, Error,
 				"see the warnings in "+f.envoyLog(),
-				"%s: Envoy has no stream to it and its log gives no reason, though our own connection works",
-				safe(cannotReach)).
+				"%s: Envoy has no stream to it and its log gives no reason%s",
+				safe(cannotReach), f.Envoy.though()).
 				seen(FromEnvoy, time.Time{}, "control_plane.connected_state: 0").try(f.tailLog())}
 		}
+		return nil
+	}
+	// Envoy's own words of a connection tell no cause, and our own way is about to. Said at once, one
+	// outage would be told twice, and agent-last-failure has one line a minute.
+	if f.Envoy.Trying && s.ofConnection() {
 		return nil
 	}
 	return []Finding{f.refused(s).seen(FromEnvoyLog, s.When, s.line())}
@@ -260,8 +269,8 @@ func (f Facts) refused(s *Stream) Finding {
 	case s.Message == "":
 		return finding(ControlPlaneConnect, 4, Error,
 			"a firewall may block TCP 443; see the warnings in "+f.envoyLog(),
-			"%s: Envoy's stream%s ended with gRPC code %d and no reason, though our own connection works",
-			safe(cannotReach), safe(target(s)), s.Code).try(f.tailLog(),
+			"%s: Envoy's stream%s ended with gRPC code %d and no reason%s",
+			safe(cannotReach), safe(target(s)), s.Code, f.Envoy.though()).try(f.tailLog(),
 			"gcloud compute firewall-rules list --project="+f.project()+" --filter=direction=EGRESS")
 	}
 	return finding(ControlPlaneRefused, 0, Error, "see "+f.envoyLog(), "%s: %s",
@@ -295,11 +304,27 @@ func (f Facts) denied(s *Stream) Finding {
 			" --role=roles/trafficdirector.client")
 }
 
+// though tells of our own way to the control plane where Envoy's is broken and ours is not known to
+// be: whether it works only a try tells, which comes a moment later.
+func (e Envoy) though() safe {
+	if !e.Probed || e.Probe != nil {
+		return ""
+	}
+	return ", though our own connection works"
+}
+
 func target(s *Stream) string {
 	if s.Target == "" {
 		return ""
 	}
 	return " to " + name(s.Target)
+}
+
+// ofConnection says whether it ended by words of Envoy's own (its local replies), or by none.
+func (s *Stream) ofConnection() bool {
+	return s.Code != 5 && s.Code != 7 && (s.Message == "" ||
+		strings.HasPrefix(s.Message, "upstream connect error") ||
+		strings.HasPrefix(s.Message, "upstream_reset_"))
 }
 
 // words are the control plane's, and their code.
@@ -365,17 +390,28 @@ func families(f Facts) (out []Finding) {
 
 func (fam Family) findings() (out []Finding) {
 	save := "sudo " + tables(fam.Family) + "-save -t nat"
+	module := tableModule(fam)
 	switch err := fam.Err; {
+	case errors.Is(fam.Unusable, iptables.ErrNoModules):
+		severity, rest := Error, ""
+		if fam.Family == iptables.IPv6 {
+			severity, rest = Warning, "IPv4 goes on; "
+		}
+		out = append(out, finding(FamilyUnusable, 16, severity,
+			rest+"only a reboot brings it back: `modprobe` cannot",
+			"%v interception is off: %v", fam.Family, fam.Unusable).
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).
+			try(rebootForModules...))
 	case fam.Unusable != nil && fam.Family == iptables.IPv6:
 		out = append(out, finding(FamilyUnusable, 16, Warning,
-			"IPv4 goes on; `modprobe ip6table_nat` or a reboot brings it back",
+			"IPv4 goes on; `modprobe "+module+"` or a reboot brings it back",
 			"IPv6 interception is off: %v", fam.Unusable).
-			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe ip6table_nat"))
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe "+module))
 	case fam.Unusable != nil:
 		out = append(out, finding(FamilyUnusable, 16, Error,
-			"`modprobe iptable_nat` or a reboot brings it back",
+			"`modprobe "+module+"` or a reboot brings it back",
 			"%v interception is off: %v", fam.Family, fam.Unusable).
-			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe iptable_nat"))
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try("sudo modprobe "+module))
 	case errors.Is(err, iptables.ErrCouldNotLook):
 		out = append(out, finding(CouldNotLook, 17, Error,
 			"it is tried again; look for a program that changes rules all the time",
@@ -395,6 +431,15 @@ func (fam Family) findings() (out []Finding) {
 		severity := Error
 		if left.Rule == iptables.CommentMatch {
 			severity = Warning // nothing is missing but words
+		}
+		if left.NoModules != "" {
+			out = append(out, finding(RuleRefused, 17, severity,
+				"only a reboot loads the match or target it names; everything else is in place",
+				"The kernel refuses the %v rule %q: %s; %s", fam.Family, name(left.Rule), left.Stderr,
+				left.NoModules).
+				seen(FromKernel, time.Time{}, left.Stderr).
+				try(rebootForModules...))
+			continue
 		}
 		out = append(out, finding(RuleRefused, 17, severity,
 			"`modprobe` the match or target it names; everything else is in place, and it is tried again",
@@ -461,13 +506,38 @@ func nextForRules(family iptables.Family, err error) (next string, commands []st
 		return "run as root or with CAP_NET_ADMIN and CAP_NET_RAW",
 			[]string{"systemctl show -p User,AmbientCapabilities service-proxy-agent"}
 	}
+	if errors.Is(err, iptables.ErrNoModules) {
+		return "only a reboot loads the match or table it names", rebootForModules
+	}
 	return "it is tried again; `modprobe` the match or table it names", loadExtension(err.Error())
 }
 
 var unwritableRE = regexp.MustCompile(`unable to open file '([^']*)': (.*)`)
 
+// maxAlike is how many findings of a kind are told one by one, of those that a control plane brings
+// about as many of as it sends entries. 100,000 of them would be a Status of 60 MB, each second.
+const maxAlike = 32
+
+// firstAlike are the first of all, and how many more there are.
+func firstAlike[T any](all []T) (some []T, more int) {
+	n := min(len(all), maxAlike)
+	return all[:n], len(all) - n
+}
+
+// moreAlike is the finding that stands for those that are not told one by one, like the last that
+// is.
+func moreAlike(out []Finding, n int, cause string) []Finding {
+	if n == 0 {
+		return out
+	}
+	last := out[len(out)-1]
+	return append(out, finding(last.ID, last.Row, last.Severity, last.Next, cause, n).
+		under("more").try(last.Commands...))
+}
+
 func rejected(f Facts) (out []Finding) {
-	for _, r := range f.Envoy.Rejected {
+	some, others := firstAlike(f.Envoy.Rejected)
+	for _, r := range some {
 		m := unwritableRE.FindStringSubmatch(r.Details)
 		if m == nil {
 			out = append(out, finding(ListenerRejected, 10, Error,
@@ -489,7 +559,7 @@ func rejected(f Facts) (out []Finding) {
 			try("sudo ls -ld -- "+file, "sudo ls -ld -- \"$(dirname -- "+file+")\"",
 				"id "+word(f.ProxyUser, "USER")))
 	}
-	return out
+	return moreAlike(out, others, "Envoy rejected %d more listeners")
 }
 
 func attributeBad(f Facts) []Finding {
@@ -580,7 +650,8 @@ func servingPorts(f Facts) (out []Finding) {
 }
 
 func entries(f Facts) (out []Finding) {
-	for _, r := range f.Refused {
+	some, others := firstAlike(f.Refused)
+	for _, r := range some {
 		out = append(out, finding(EntryRefused, 0, Warning,
 			"give the service another address at the control plane",
 			"Listener %s asks for %s, which is never intercepted: %s", name(r.Listener), name(r.Entry),
@@ -589,17 +660,18 @@ func entries(f Facts) (out []Finding) {
 			seen(FromEnvoy, time.Time{}, name(r.Listener)+": "+r.Entry).
 			try(f.ask("/config_dump?resource=dynamic_listeners")))
 	}
-	return out
+	return moreAlike(out, others, "Listeners ask for %d more entries that are never intercepted")
 }
 
 func skipped(f Facts) (out []Finding) {
-	for _, s := range f.Envoy.Skipped {
+	some, others := firstAlike(f.Envoy.Skipped)
+	for _, s := range some {
 		out = append(out, finding(ListenerSkipped, 0, Warning, "",
 			"Listener %s is not intercepted: %s", name(s.Listener), s.Reason).
 			under(s.Listener).seen(FromEnvoy, time.Time{}, name(s.Listener)+": "+s.Reason).
 			try(f.ask("/listeners?format=json")))
 	}
-	return out
+	return moreAlike(out, others, "%d more listeners are not intercepted")
 }
 
 func serverFirst(f Facts) (out []Finding) {

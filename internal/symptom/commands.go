@@ -6,10 +6,13 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 // The commands are for somebody who pastes them as they are. So what others have named comes into
@@ -151,12 +154,47 @@ func showListener(err error) []string {
 	return []string{editDefaults}
 }
 
-// loadExtension loads the kernel's module for what iptables or the kernel does not know.
+// rebootForModules looks why no module can be loaded, and ends that.
+var rebootForModules = []string{"sysctl kernel.modules_disabled", "ls -d /lib/modules/$(uname -r)",
+	"sudo reboot"}
+
+// loadExtension loads the kernel's modules for what iptables or the kernel does not know. Where
+// iptables-nft has no nft_compat it says of each extension, or of the first, that it is missing: so
+// that one is loaded, too.
 func loadExtension(stderr string) []string {
-	if m := extension.FindStringSubmatch(stderr); m != nil {
-		return []string{"sudo modprobe xt_" + cmp.Or(m[1], m[2])}
+	var modules []string
+	for _, m := range extension.FindAllStringSubmatch(stderr, -1) {
+		if module := "xt_" + cmp.Or(m[1], m[2]); !slices.Contains(modules, module) {
+			modules = append(modules, module)
+		}
 	}
-	return nil
+	switch {
+	case len(modules) > 0:
+	case strings.Contains(stderr, `unknown option "--to-ports"`): // the target's, which is not there
+		modules = []string{"xt_REDIRECT"}
+	case strings.Contains(stderr, "CHAIN_ADD failed (No such file or directory)"):
+		return []string{"sudo modprobe nft_chain_nat"} // the kernel has no such type of chain
+	default:
+		return nil
+	}
+	if !strings.Contains(stderr, "(legacy)") {
+		modules = append([]string{"nft_compat"}, modules...)
+	}
+	return []string{"sudo modprobe -a " + strings.Join(modules, " ")}
+}
+
+// withoutNFTables is what iptables-nft says where the kernel has no nf_tables.
+var withoutNFTables = regexp.MustCompile("initialize nft|rule set generation id")
+
+// tableModule is the kernel's module without which a family has no table nat.
+func tableModule(fam Family) string {
+	switch {
+	case fam.Unusable != nil && withoutNFTables.MatchString(fam.Unusable.Error()):
+		return "nf_tables" // which loads the rest by itself
+	case fam.Family == iptables.IPv6:
+		return "ip6table_nat"
+	}
+	return "iptable_nat"
 }
 
 // routeTo asks the kernel for its way to an address.

@@ -1,6 +1,7 @@
 package symptom
 
 import (
+	"errors"
 	"net/netip"
 	"os/exec"
 	"regexp"
@@ -75,11 +76,23 @@ func TestCommands(t *testing.T) {
 		{family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable,
 			"sudo modprobe ip6table_nat"},
 		{family(func(f *Family) {
-			f.Left = []iptables.RefusedError{{Stderr: "Couldn't load match `addrtype':No such file or directory"}}
-		}), RuleRefused, "sudo modprobe xt_addrtype"},
+			f.Left = []iptables.RefusedError{{Stderr: "ip6tables-restore v1.8.9 (legacy): Couldn't load match `addrtype':No such file or directory"}}
+		}), RuleRefused, "sudo modprobe -a xt_addrtype"},
 		{family(func(f *Family) {
 			f.Left = []iptables.RefusedError{{Stderr: "Warning: Extension owner revision 0 not supported, missing kernel module?"}}
-		}), RuleRefused, "sudo modprobe xt_owner"},
+		}), RuleRefused, "sudo modprobe -a nft_compat xt_owner"},
+		{family(func(f *Family) { // Debian 11's, without xt_REDIRECT
+			f.Err = errors.New(`iptables-restore v1.8.7 (nf_tables): unknown option "--to-ports"; Error occurred at line: 11`)
+		}), RuleRefused, "sudo modprobe -a nft_compat xt_REDIRECT"},
+		{family(func(f *Family) { // Debian 12's iptables-nft, on a kernel without nft_compat
+			f.Err = errors.New("IPv4 rule refused: line 8 \"-A X -p tcp -j RETURN\": Warning: Extension tcp revision 0 not " +
+				"supported, missing kernel module?; Warning: Extension comment revision 0 not supported, missing kernel " +
+				"module?; Warning: Extension comment revision 0 not supported, missing kernel module?")
+		}), RuleRefused, "sudo modprobe -a nft_compat xt_tcp xt_comment"},
+		{family(func(f *Family) { // and without nft_chain_nat
+			f.Err = errors.New("IPv4 rule refused: line 22 \"-I PREROUTING 1 -p tcp -j X\": iptables-restore v1.8.9 " +
+				"(nf_tables):; line 22: CHAIN_ADD failed (No such file or directory): chain PREROUTING")
+		}), RuleRefused, "sudo modprobe nft_chain_nat"},
 		{family(func(f *Family) { f.Fighting, f.By = true, "firewalld (pid 4711)" }), Fight, "ps -fp 4711"},
 		{family(func(f *Family) {
 			f.Family, f.Shadow = iptables.IPv6, []iptables.Drift{{Chain: "PREROUTING", Rule: "-j X"}}

@@ -206,8 +206,11 @@ type Envoy struct {
 	// address over: what is not told there is no failure.
 	Handover bool
 	// our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
-	Probe error
-	Node  string // node id as Envoy presents it
+	Probe  error
+	Probed bool // it was tried
+	// Trying: the stream has just ended, and what our own way comes to is known within seconds.
+	Trying bool
+	Node   string // node id as Envoy presents it
 }
 
 // Facts is what one pass of the agent found. The zero value of a field means
@@ -255,8 +258,8 @@ type Facts struct {
 	// Unseen are the sources that could not be observed, and why. Of a source that is not in it the
 	// fields are what it told, also when that is nothing.
 	Unseen map[Source]string
-	// Undecided are kinds of findings that these facts cannot decide, and why: they are of an agent
-	// that did not know them.
+	// Undecided are kinds of findings that these facts cannot decide, and why: the look was too short
+	// for them, or its agent did not know them.
 	Undecided map[ID]string
 	Surroundings
 }

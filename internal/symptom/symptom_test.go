@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -102,8 +103,8 @@ var examples = []example{
 		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect,
 			Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
 	}), ControlPlaneConnect},
-	{"the stream ends without a reason, our own way works", stream(13, ""), ControlPlaneConnect},
-	{"Envoy has no stream and does not say why, our own way works", live(func(f *Facts) { f.Envoy.Apart = true }), ControlPlaneConnect},
+	{"the stream ends without a reason, our own way works", with(stream(13, ""), func(f *Facts) { f.Envoy.Probed = true }), ControlPlaneConnect},
+	{"Envoy has no stream and does not say why, our own way works", live(func(f *Facts) { f.Envoy.Apart, f.Envoy.Probed = true, true }), ControlPlaneConnect},
 	{"the API is not enabled", stream(7, "Traffic Director API has not been used in project 123456789012 before or it is disabled. Enable it by visiting …"), APINotEnabled},
 	{"the service account lacks the role", stream(7, "Permission denied on resource project 123456789012."), PermissionDenied},
 	{"the VM lacks the scope", func() Facts {
@@ -403,6 +404,44 @@ func TestOrder(t *testing.T) {
 	for i := 1; i < len(first); i++ {
 		if first[i].Severity > first[i-1].Severity {
 			t.Errorf("%v after %v", first[i], first[i-1])
+		}
+	}
+}
+
+// TestManyAlike: of what a control plane sends any number of, some are told, and how many more.
+func TestManyAlike(t *testing.T) {
+	const n = 100_000
+	for _, c := range []struct {
+		id   ID
+		make func(*Facts)
+		says string
+	}{
+		{EntryRefused, func(f *Facts) {
+			for i := range n {
+				f.Refused = append(f.Refused, Refusal{"l", strconv.Itoa(i), "it is loopback"})
+			}
+		}, "Listeners ask for 99968 more entries that are never intercepted"},
+		{ListenerSkipped, func(f *Facts) {
+			for i := range n {
+				f.Envoy.Skipped = append(f.Envoy.Skipped,
+					envoyadmin.Skipped{Listener: strconv.Itoa(i), Reason: "its address is a pipe"})
+			}
+		}, "99968 more listeners are not intercepted"},
+		{ListenerRejected, func(f *Facts) {
+			for i := range n {
+				f.Envoy.Rejected = append(f.Envoy.Rejected,
+					envoyadmin.Rejected{Name: strconv.Itoa(i), Details: "no"})
+			}
+		}, "Envoy rejected 99968 more listeners"},
+	} {
+		var found []Finding
+		for _, f := range Check(live(c.make)) {
+			if f.ID == c.id {
+				found = append(found, f)
+			}
+		}
+		if len(found) != 33 || found[32].Cause != c.says || found[32].Key != "more" {
+			t.Errorf("%s: %d findings, the last %+v", c.id, len(found), found[len(found)-1])
 		}
 	}
 }

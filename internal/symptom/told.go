@@ -46,6 +46,10 @@ func (f Facts) leftToAgent(id ID) bool {
 		return false
 	case LogUnreadable: // it is another user than who looks
 		return true
+	case FamilyUnusable:
+		// Whether legacy's kernel can have a table shows who makes it, as the daemon does each minute.
+		// Who only looks takes one that is not there for empty.
+		return true
 	}
 	at := slices.IndexFunc(kinds, func(k Kind) bool { return k.ID == id })
 	return at >= 0 && slices.ContainsFunc(kinds[at].Needs, func(s Source) bool {

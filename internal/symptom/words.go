@@ -3,6 +3,7 @@ package symptom
 import (
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -85,7 +86,8 @@ func tidy(f *Finding) {
 		sum.Write([]byte(f.Key))
 		f.Key = fmt.Sprintf("%s#%016x", Printable(f.Key, maxKey-17), sum.Sum64())
 	}
-	f.Evidence = f.Evidence[:min(len(f.Evidence), maxPieces)]
+	// A copy: what facts hold is read by others at the same time.
+	f.Evidence = slices.Clone(f.Evidence[:min(len(f.Evidence), maxPieces)])
 	for i := range f.Evidence {
 		e := &f.Evidence[i]
 		e.Text, e.Time = Printable(e.Text, maxEvidence), e.Time.UTC()

@@ -3,6 +3,7 @@ package symptom
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -29,6 +30,18 @@ func says(text, pattern string) bool {
 		text = text[at+len(part):]
 	}
 	return text == ""
+}
+
+// TestTidyShares: the evidence that facts hold stays as it is, since a bundle has two look at it at
+// the same time.
+func TestTidyShares(t *testing.T) {
+	shared := []Evidence{{Text: "a\tb", Time: time.Now()}}
+	was := slices.Clone(shared)
+	f := Finding{Evidence: shared}
+	tidy(&f)
+	if f.Evidence[0].Text != "a b" || !slices.Equal(shared, was) {
+		t.Errorf("have %q, and the shared is %q now", f.Evidence[0].Text, shared[0].Text)
+	}
 }
 
 // TestWords: what a person must be able to read of each failure, written by hand from the list of
@@ -123,6 +136,28 @@ func TestWords(t *testing.T) {
 			"family-unusable", 16, Warning, "IPv6 interception is off: …no nat table", "IPv4 goes on; `modprobe ip6table_nat` or a reboot…"},
 		{"iptables' modules are missing", family(func(f *Family) { f.Unusable = iptables.ErrNoTable }),
 			"family-unusable", 16, Error, "IPv4 interception is off: …no nat table", "`modprobe iptable_nat` or a reboot…"},
+		{"and loading is off", family(func(f *Family) {
+			f.Family = iptables.IPv6
+			f.Unusable = fmt.Errorf("%w; %w: kernel.modules_disabled is set", iptables.ErrNoTable, iptables.ErrNoModules)
+		}), "family-unusable", 16, Warning,
+			"IPv6 interception is off: …no nat table; no module can be loaded before a reboot: kernel.modules_disabled is set",
+			"IPv4 goes on; only a reboot brings it back: `modprobe` cannot"},
+		{"an upgrade has taken iptables' modules away", family(func(f *Family) {
+			f.Unusable = fmt.Errorf("%w; %w: /lib/modules/6.1.0-49 is not there", iptables.ErrNoTable, iptables.ErrNoModules)
+		}), "family-unusable", 16, Error,
+			"IPv4 interception is off: …no module can be loaded before a reboot: /lib/modules/6.1.0-49 is not there",
+			"only a reboot brings it back: `modprobe` cannot"},
+		{"a match that cannot be loaded before a reboot", family(func(f *Family) {
+			f.Left = []iptables.RefusedError{{Rule: "-A X -m owner -j RETURN", Stderr: "Couldn't load match `owner'",
+				NoModules: "no module can be loaded before a reboot: kernel.modules_disabled is set"}}
+		}), "rules-not-applied", 17, Error,
+			"The kernel refuses the IPv4 rule …`owner'; no module can be loaded before a reboot: kernel.modules_disabled is set",
+			"only a reboot loads the match or target it names…"},
+		{"none of the rules", family(func(f *Family) {
+			f.Err = fmt.Errorf("%w; %w: kernel.modules_disabled is set", &iptables.RefusedError{Rule: "COMMIT"}, iptables.ErrNoModules)
+		}), "rules-not-applied", 17, Error,
+			"The IPv4 rules could not be applied: …; no module can be loaded before a reboot: kernel.modules_disabled is set",
+			"only a reboot loads the match or table it names"},
 		{"iptables -w", family(func(f *Family) { f.Err = iptables.ErrLocked }),
 			"rules-not-applied", 17, Error, "The IPv4 rules could not be applied: …lock", "…tried again…/run/xtables.lock…"},
 		{"nft wrote the table", family(func(f *Family) { f.Err = iptables.ErrIncompatible }),
