@@ -78,6 +78,7 @@ type Server struct {
 	paused   chan struct{} // closed by Continue; nil: not paused
 	changed  chan struct{} // closed and replaced whenever mode, nodes, accepted or rejections change
 	nodes    []Node
+	streams  []*stream         // that are open, oldest first
 	accepted map[string]string // type URL -> version, as the last ACK had it
 	rejected []Rejection
 	refusals int // of which rejected holds the first
@@ -184,7 +185,7 @@ func (s *Server) ComeBack() error {
 	s.addr = ln.Addr()
 	discoveryv3.RegisterAggregatedDiscoveryServiceServer(s.grpc, ads{s: s})
 	loadstatsv3.RegisterLoadReportingServiceServer(s.grpc, lrs{s: s})
-	go s.grpc.Serve(pausing{ln, s}) // ends by Stop
+	go s.grpc.Serve(&pausing{Listener: ln, s: s}) // ends by Stop
 	return nil
 }
 
@@ -221,18 +222,35 @@ func (s *Server) running(gone <-chan struct{}) {
 	}
 }
 
-// pausing is a listener whose connections stand still while the control plane is paused.
+// pausing is a listener whose connections stand still while the control plane is paused. They end
+// with it: gRPC would wait for the ones that stand still in their handshake.
 type pausing struct {
 	net.Listener
-	s *Server
+	s     *Server
+	mu    sync.Mutex
+	conns []*pausingConn
 }
 
-func (p pausing) Accept() (net.Conn, error) {
+func (p *pausing) Accept() (net.Conn, error) {
 	conn, err := p.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &pausingConn{Conn: conn, s: p.s, gone: make(chan struct{})}, nil
+	c := &pausingConn{Conn: conn, s: p.s, gone: make(chan struct{})}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.conns = append(p.conns, c)
+	return c, nil
+}
+
+func (p *pausing) Close() error {
+	err := p.Listener.Close()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		c.Close()
+	}
+	return err
 }
 
 type pausingConn struct {
@@ -434,6 +452,33 @@ func (s *Server) WaitAccepted(ctx context.Context, p Push) error {
 	})
 }
 
+// Answered says whether the Envoy that connected last, after since, has taken or refused the
+// listeners of a push, or newer ones. One whose stream has ended counts no more.
+func (s *Server) Answered(since time.Time, p Push) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.streams) == 0 {
+		return false
+	}
+	newest := s.streams[len(s.streams)-1]
+	want, err := strconv.ParseUint(p.Listeners, 10, 64)
+	if err != nil {
+		return false
+	}
+	got, err := strconv.ParseUint(newest.answered[resourcev3.ListenerType], 10, 64)
+	return err == nil && got >= want && newest.began.After(since)
+}
+
+// Connected is when the Envoy connected that did so last; zero: none is.
+func (s *Server) Connected() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.streams) == 0 {
+		return time.Time{}
+	}
+	return s.streams[len(s.streams)-1].began
+}
+
 // WaitRejected blocks until n NACKs have been seen in all.
 func (s *Server) WaitRejected(ctx context.Context, n int) error {
 	return s.wait(ctx, fmt.Sprintf("%d rejections", n), func() bool { return len(s.rejected) >= n })
@@ -454,7 +499,15 @@ type ads struct {
 func (a ads) StreamAggregatedResources(
 	grpcStream discoveryv3.AggregatedDiscoveryService_StreamAggregatedResourcesServer) error {
 	st := &stream{AggregatedDiscoveryService_StreamAggregatedResourcesServer: grpcStream, s: a.s,
-		last: make(map[string]answer)}
+		last: make(map[string]answer), answered: make(map[string]string), began: time.Now()}
+	a.s.mu.Lock()
+	a.s.streams = append(a.s.streams, st)
+	a.s.mu.Unlock()
+	defer func() {
+		a.s.mu.Lock()
+		defer a.s.mu.Unlock()
+		a.s.streams = slices.DeleteFunc(a.s.streams, func(x *stream) bool { return x == st })
+	}()
 	ended := make(chan error, 1)
 	// The inner handler ends by itself once this one has returned: gRPC then cancels the
 	// stream, and its Recv fails.
@@ -480,8 +533,11 @@ func (a ads) StreamAggregatedResources(
 type stream struct {
 	discoveryv3.AggregatedDiscoveryService_StreamAggregatedResourcesServer
 	s          *Server
+	began      time.Time
 	introduced bool              // guarded by s.mu
 	last       map[string]answer // by type URL, guarded by s.mu
+	// answered are the versions that were taken or refused, by type URL; guarded by s.mu
+	answered map[string]string
 }
 
 // answer is the last one sent of a type.
@@ -500,6 +556,9 @@ func (st *stream) Recv() (*discoveryv3.DiscoveryRequest, error) {
 		st.s.notify()
 	}
 	last, answered := st.last[req.GetTypeUrl()]
+	if answered && req.GetResponseNonce() == last.nonce {
+		st.answered[req.GetTypeUrl()] = last.version
+	}
 	switch {
 	case !answered || req.GetResponseNonce() != last.nonce:
 		// a first request, or one that crossed an answer

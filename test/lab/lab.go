@@ -82,6 +82,9 @@ type Options struct {
 	// with `-m owner` there, from whoever is not in that one, root included (owner_check in
 	// net/netfilter/xt_owner.c), and takes all others.
 	NoOwnerMatch bool
+	// OwnLock has iptables-legacy of the lab's commands lock LockFile instead of the machine's
+	// /run/xtables.lock, which other labs wait for as well.
+	OwnLock bool
 }
 
 // Lab is one running lab.
@@ -92,6 +95,7 @@ type Lab struct {
 	Backend Backend
 
 	shims  string
+	lock   string // "": the machine's
 	reaper *exec.Cmd
 	leash  io.Closer // the write end of the reaper's stdin: its closing is the order to clean up
 	mu     sync.Mutex
@@ -128,6 +132,9 @@ func New(opts Options) (l *Lab, err error) {
 			l.Close()
 		}
 	}(l)
+	if opts.OwnLock {
+		l.lock = filepath.Join(l.Dir, "xtables.lock")
+	}
 	if err := l.makeShims(); err != nil {
 		return nil, err
 	}
@@ -364,6 +371,9 @@ func (l *Lab) SetBackend(b Backend) error {
 // iptables first on PATH.
 func (l *Lab) Env() []string {
 	env := []string{"PATH=" + l.shims + ":" + os.Getenv("PATH")}
+	if l.lock != "" {
+		env = append(env, "XTABLES_LOCKFILE="+l.lock)
+	}
 	for _, kv := range os.Environ() {
 		if !strings.HasPrefix(kv, "PATH=") {
 			env = append(env, kv)
@@ -371,6 +381,9 @@ func (l *Lab) Env() []string {
 	}
 	return env
 }
+
+// LockFile is what iptables-legacy locks in a lab of OwnLock.
+func (l *Lab) LockFile() string { return l.lock }
 
 // Shims is the folder with the backend's iptables under their plain names, for a program that
 // is started another way.

@@ -51,6 +51,8 @@ type Options struct {
 	Project *platform.Project
 	// NoOwnerMatch: the kernel refuses every rule with -m owner (lab.Options).
 	NoOwnerMatch bool
+	// OwnLock: the lab has an xtables lock of its own (lab.Options).
+	OwnLock bool
 	// Envoy has no RTDS layer, for which it would wait 15 s more without a control plane
 	NoRuntime bool
 }
@@ -71,7 +73,8 @@ type Mesh struct {
 func New(ctx context.Context, opts Options) (m *Mesh, err error) {
 	m = &Mesh{CPAddr: netip.AddrPortFrom(lab.ControlPlaneAddr, 443)}
 	if m.Lab, err = lab.New(
-		lab.Options{Backend: opts.Backend, NoOwnerMatch: opts.NoOwnerMatch}); err != nil {
+		lab.Options{Backend: opts.Backend, NoOwnerMatch: opts.NoOwnerMatch,
+			OwnLock: opts.OwnLock}); err != nil {
 		return nil, err
 	}
 	defer func(m *Mesh) { // as it is now: a return of nil sets the result
@@ -163,6 +166,8 @@ type Agent struct {
 	// Under is a command that starts the agent, and root's other commands, by exec(2): in a mount
 	// namespace for one.
 	Under []string
+	// Binary is the program of the next start and of commands; "": the package's Binary.
+	Binary string
 
 	mu   sync.Mutex
 	cmd  *exec.Cmd
@@ -194,6 +199,13 @@ func Binary() (string, error) {
 	}
 }
 
+func (a *Agent) binary() (string, error) {
+	if a.Binary != "" {
+		return a.Binary, nil
+	}
+	return Binary()
+}
+
 // NewAgent prepares an agent with flags beside those that the lab needs. Start it.
 func (m *Mesh) NewAgent(args ...string) *Agent {
 	a := &Agent{mesh: m, dir: filepath.Join(m.Dir, "agent")}
@@ -219,7 +231,7 @@ func (a *Agent) Environ() []string { return slices.Clone(a.env) }
 
 // Start starts the process; it does not wait for it to do anything.
 func (a *Agent) Start() error {
-	binary, err := Binary()
+	binary, err := a.binary()
 	if err != nil {
 		return err
 	}
@@ -240,7 +252,13 @@ func (a *Agent) Start() error {
 	done := make(chan struct{})
 	a.done = done
 	cmd := a.cmd
-	go func() { a.err = cmd.Wait(); close(done) }()
+	go func() {
+		err := cmd.Wait()
+		a.mu.Lock()
+		a.err = err
+		a.mu.Unlock()
+		close(done)
+	}()
 	a.mesh.ends = append(a.mesh.ends, a.Kill)
 	return nil
 }
@@ -275,6 +293,20 @@ func (a *Agent) RunDir() string { return filepath.Join(a.dir, "run") }
 
 // Ended waits for the end of the process.
 func (a *Agent) Ended() { <-a.done }
+
+// Done is closed at the end of the process that was started last; Err says then how it ended.
+func (a *Agent) Done() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.done
+}
+
+// Err is how the process ended that was the last to end.
+func (a *Agent) Err() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.err
+}
 
 // PID of the process.
 func (a *Agent) PID() int { return a.cmd.Process.Pid }
@@ -327,7 +359,7 @@ func (a *Agent) SetArgs(args ...string) {
 // environment.
 func (a *Agent) RunAs(ctx context.Context, uid uint32, env []string,
 	args ...string) (stdout, stderr string, code int, err error) {
-	binary, err := Binary()
+	binary, err := a.binary()
 	if err != nil {
 		return "", "", 0, err
 	}
