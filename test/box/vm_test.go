@@ -13,7 +13,6 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -32,6 +31,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
+	"github.com/service-proxy-agent/service-proxy-agent/test/machine"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform/authority"
 )
@@ -45,17 +45,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Addresses of Google's names, all in the lab's "service".
 const (
-	controlPlaneAddr  = "10.131.0.1"
-	storageAddr       = "10.131.0.2" // and logging
-	controlPlaneAddr6 = "fd31::1"
-	storageAddr6      = "fd31::2"
-)
-
-const (
-	bucket  = "the-bucket"
-	archive = "service-proxy-agent.tgz"
+	bucket  = machine.Bucket
+	archive = machine.Archive
 )
 
 // The one service of the mesh, and the VM's own application.
@@ -104,27 +96,7 @@ type options struct {
 	of        *VM               // whose disk this one's is a copy of, as it is just now
 }
 
-// moduleRoot is the folder of go.mod.
-func moduleRoot(t *testing.T) string {
-	t.Helper()
-	dir, err := filepath.Abs("../..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return dir
-}
-
-// rootfs is the folder with a release's root filesystem, which is made where this machine has none.
-func rootfs(t *testing.T, release string) string {
-	t.Helper()
-	const script = "./rootfs.sh"
-	text, err := os.ReadFile(script)
-	if err != nil {
-		t.Fatal(err)
-	}
-	name := fmt.Sprintf("rootfs-%s-%.8x", release, sha256.Sum256(text))
-	return kept(t, name, script, release)
-}
+func moduleRoot(t *testing.T) string { return machine.ModuleRoot(t) }
 
 // programs is the folder with what these packages add to that root filesystem.
 func programs(t *testing.T, base, packages string) string {
@@ -135,20 +107,7 @@ func programs(t *testing.T, base, packages string) string {
 		t.Fatal(err)
 	}
 	of := sha256.Sum256(append(text, filepath.Base(base)+packages...))
-	return kept(t, fmt.Sprintf("programs-%.8x", of), script, base, packages)
-}
-
-// kept is the path of what the command makes, now or in an earlier run.
-func kept(t *testing.T, name string, command ...string) string {
-	t.Helper()
-	cmd := exec.Command("../kept.sh", append([]string{name}, command...)...)
-	var said strings.Builder
-	cmd.Stderr = &said
-	dir, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("make the root filesystem (debootstrap, and Debian's servers, once): %v\n%s", err, &said)
-	}
-	return strings.TrimSpace(string(dir))
+	return machine.Kept(t, fmt.Sprintf("programs-%.8x", of), script, base, packages)
 }
 
 // newVM makes a VM and does not boot it.
@@ -167,7 +126,7 @@ func newVM(t *testing.T, opts options) *VM {
 	if err := os.MkdirAll(base, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	lower := rootfs(t, opts.release)
+	lower := machine.RootFS(t, opts.release)
 	if opts.programs != "" {
 		lower = programs(t, lower, opts.programs) + ":" + lower
 	}
@@ -184,12 +143,6 @@ func newVM(t *testing.T, opts options) *VM {
 		if out, err := v.lab.VM.Run(context.Background(), "ip", "-4", "addr", "flush", "dev",
 			"eth0"); err != nil {
 			t.Fatalf("%v\n%s", err, out)
-		}
-		for _, addr := range []string{controlPlaneAddr6, storageAddr6} {
-			if out, err := v.lab.Service.Run(context.Background(), "ip", "addr", "add", addr+"/128", "dev",
-				"lo", "nodad"); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
 		}
 	}
 
@@ -251,66 +204,12 @@ func newVM(t *testing.T, opts options) *VM {
 
 // servers starts what stands outside of the VM.
 func (v *VM) servers() {
-	t := v.t
-	if v.ca == nil {
-		ca, err := authority.New()
-		if err != nil {
-			t.Fatal(err)
-		}
-		v.ca = ca
-	}
-	ca, vm := v.ca, v.instance
-	if vm.IP == "" {
-		vm.IP = lab.VMAddr.String()
-	}
-	metadata, controlPlane, storage := lab.MetadataAddr.String(), controlPlaneAddr, storageAddr
+	t, vm := v.t, v.instance
 	if v.ipv6 {
 		vm.IP, vm.IPv6 = "none", lab.VMAddr6.String()
-		metadata, controlPlane, storage = lab.MetadataAddr6.String(), controlPlaneAddr6, storageAddr6
 	}
-	v.platform = platform.New(vm)
-	t.Cleanup(func() {
-		if err := v.platform.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	listen := func(addr string) net.Listener {
-		ln, err := v.lab.Service.Listen("tcp", addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return ln
-	}
-	v.platform.Serve(listen(net.JoinHostPort(metadata, "80")), nil)
-	dns, err := v.lab.Service.ListenPacket("udp", net.JoinHostPort(metadata, "53"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dns.Close() })
-	go serveDNS(dns, map[string]string{
-		"metadata.google.internal": metadata, "trafficdirector.googleapis.com": controlPlane,
-		"storage.googleapis.com": storage, "logging.googleapis.com": storage,
-	})
-	cert, err := ca.Certificate("storage.googleapis.com", "logging.googleapis.com")
-	if err != nil {
-		t.Fatal(err)
-	}
-	v.platform.Serve(listen(net.JoinHostPort(storage, "443")), &cert)
-
-	cert, err = ca.Certificate("trafficdirector.googleapis.com")
-	if err != nil {
-		t.Fatal(err)
-	}
-	v.xds = controlplane.New(controlplane.Options{
-		Listen: func() (net.Listener, error) {
-			return v.lab.Service.Listen("tcp", net.JoinHostPort(controlPlane, "443"))
-		},
-		Certificate: &cert,
-	})
-	if err := v.xds.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(v.xds.Close)
+	around := machine.Surround(t, v.lab, machine.Options{VM: vm, IPv6: v.ipv6, CA: v.ca})
+	v.platform, v.xds, v.ca = around.Platform, around.ControlPlane, around.CA
 	if _, err := v.lab.Echo(v.lab.Service, endpointPort,
 		lab.EchoOptions{Name: "endpoint"}); err != nil {
 		t.Fatal(err)
@@ -321,7 +220,7 @@ func (v *VM) servers() {
 		t.Fatal(err)
 	}
 	// update-ca-certificates takes it in when bootstrap installs ca-certificates.
-	v.write("usr/local/share/ca-certificates/test.crt", string(ca.PEM()), 0o644)
+	v.write("usr/local/share/ca-certificates/test.crt", string(v.ca.PEM()), 0o644)
 }
 
 // vip is the service's address.
@@ -363,34 +262,6 @@ func (v *VM) write(name, text string, mode os.FileMode) {
 		v.t.Fatal(err)
 	}
 }
-
-// gsutil is Google's image's part: `gsutil [-q] cp gs://BUCKET/OBJECT DEST`, with the VM's token.
-// That -q stands before the command, and that a DEST which is a folder gets a file of the object's
-// name, is from `gsutil help` and `gsutil help cp`; that it exits with 1 when it fails, from
-// gslib/__main__.py. The real one asks the JSON API; what it says on the wire is not seen here.
-const gsutil = `#!/bin/sh
-set -eu
-[ "$1" != -q ] || shift
-[ "$1" = cp ] && [ $# = 3 ] || { echo "CommandException: $*" >&2; exit 1; }
-token=$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/service-accounts/default/token | sed 's/.*"access_token": *"\([^"]*\)".*/\1/')
-dest=$3
-[ ! -d "$dest" ] || dest=$dest/$(basename "$2")
-curl -sSf --cacert /usr/local/share/ca-certificates/test.crt -H "Authorization: Bearer $token" -o "$dest" "https://storage.googleapis.com/${2#gs://}" || exit 1
-`
-
-// recipe is the script step of gcloud's software recipe, word for word as gcloud writes it into
-// gce-software-declaration, with what the OS Config agent does around it: a temporary folder that
-// is deleted afterwards, and waiting for stdout to close. (The archive's folder gcloud leaves; here
-// it goes, too, as it does at a boot.)
-const recipe = `#! /bin/bash
-cd "$(mktemp -d)"
-trap 'rm -rf "$SERVICE_PROXY_AGENT_DIRECTORY" "$PWD"' EXIT
-export SERVICE_PROXY_AGENT_DIRECTORY=$(mktemp -d)
-sudo gsutil cp gs://` + bucket + "/" + archive + ` ${SERVICE_PROXY_AGENT_DIRECTORY}
-ARCHIVE_NAME=$(ls ${SERVICE_PROXY_AGENT_DIRECTORY})
-sudo tar -xzf ${SERVICE_PROXY_AGENT_DIRECTORY}/${ARCHIVE_NAME} -C ${SERVICE_PROXY_AGENT_DIRECTORY}
-${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstrap.sh
-`
 
 // startupScripts stands for Google's guest agent: it writes the attribute startup-script to a file
 // of a new folder below run_dir and has a shell run that, at each boot
@@ -439,8 +310,8 @@ func (v *VM) example(name string) string {
 }
 
 func (v *VM) files() {
-	v.write("usr/bin/gsutil", gsutil, 0o755)
-	v.write("usr/bin/osconfig-recipe", recipe, 0o755)
+	v.write("usr/bin/gsutil", machine.Gsutil, 0o755)
+	v.write("usr/bin/osconfig-recipe", machine.Recipe, 0o755)
 	v.write("usr/bin/sudo", "#!/bin/sh\nexec \"$@\"\n", 0o755)
 	v.write("usr/local/bin/application", application, 0o755)
 	v.write("etc/systemd/system/application.service", v.example("application.service"), 0o644)
@@ -749,35 +620,8 @@ func (v *VM) report() {
 	}
 }
 
-var built struct {
-	sync.Mutex
-	archives map[string][]byte
-}
-
-// packageRelease is deploy/package.sh's archive of that version; ENVOY as its environment has it
-// ("none", or "" for the tests').
 func packageRelease(t *testing.T, version, envoy string) []byte {
-	t.Helper()
-	built.Lock()
-	defer built.Unlock()
-	key := version + " " + envoy
-	if built.archives[key] == nil {
-		out := filepath.Join(t.TempDir(), "a.tgz")
-		cmd := exec.Command(filepath.Join(moduleRoot(t), "deploy", "package.sh"))
-		cmd.Env = append(os.Environ(), "VERSION="+version, "ENVOY="+envoy, "OUT="+out)
-		if said, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("package: %v\n%s", err, said)
-		}
-		text, err := os.ReadFile(out)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if built.archives == nil {
-			built.archives = map[string][]byte{}
-		}
-		built.archives[key] = text
-	}
-	return built.archives[key]
+	return machine.Release(t, version, envoy)
 }
 
 func release(t *testing.T) []byte { return packageRelease(t, "1.0.0", envoyBinary(t)) }

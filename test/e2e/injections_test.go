@@ -753,14 +753,18 @@ func noIP6Tables(t *testing.T, p *patient) func() {
 	return func() { restarts(t, p, func() { p.a.Under = nil }) }
 }
 
-// lacking starts a program where files of /usr/sbin are not, in a mount namespace of its own.
-func lacking(patterns string) []string {
+// lacking starts a program where files of /usr/sbin are not.
+func lacking(patterns string) []string { return amid("rm -f " + patterns) }
+
+// amid starts a program where commands of a shell in /usr/sbin have changed what is there, in a
+// mount namespace of its own.
+func amid(commands string) []string {
 	return []string{"unshare", "-m", "sh", "-ec", `
 		mount -t tmpfs none /mnt
 		mkdir /mnt/upper /mnt/work
 		mount -t overlay overlay -o lowerdir=/usr/sbin,upperdir=/mnt/upper,workdir=/mnt/work /usr/sbin
 		cd /usr/sbin
-		rm -f ` + patterns + `
+		` + commands + `
 		cd /
 		exec "$@"`, "sh"}
 }

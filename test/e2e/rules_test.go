@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
@@ -426,6 +427,62 @@ func TestBackendSwitched(t *testing.T) {
 	if !s.Healthy() {
 		t.Errorf("findings: %v", s.Findings)
 	}
+}
+
+// TestNoTableAtStart: a kernel that has no nat table of either family while the agent starts, as
+// one whose modules an upgrade has taken away, has an agent that says so, beats, and puts the rules
+// in when there is one. The words are those of iptables 1.8.9.
+func TestNoTableAtStart(t *testing.T) {
+	t.Parallel()
+	onBoth(t, func(t *testing.T, backend lab.Backend) {
+		m, err := mesh.New(within(t, 30*time.Second), mesh.Options{Backend: backend, Config: services()})
+		must(t, err)
+		t.Cleanup(func() { _ = m.Close() })
+		a := m.NewAgent()
+		loaded := m.Dir + "/modules-are-loaded"
+		says, advice := "iptables: Failed to initialize nft: Protocol not supported", "modprobe nf_tables"
+		if backend == lab.Legacy {
+			says = "iptables v1.8.9 (legacy): can't initialize iptables table 'nat': Table does not exist " +
+				"(do you need to insmod?)"
+			advice = "modprobe iptable_nat"
+		}
+		a.Under = saying("xtables-"+string(backend)+"-multi", loaded, says)
+		must(t, a.Start())
+		s, err := a.Wait(within(t, time.Minute), "both families told of", func(s status.Status) bool {
+			n := 0
+			for _, f := range s.Findings {
+				if f.ID == symptom.FamilyUnusable {
+					n++
+				}
+			}
+			return n == 2 && !s.Ready
+		})
+		must(t, err)
+		last := ""
+		eventually(t, time.Minute, "the guest attributes tell of it", func() (bool, string) {
+			have := m.Platform.GuestAttributes(guestattr.Namespace)
+			last = have[guestattr.AgentLastFailure]
+			return have[guestattr.AgentHeartbeat] != "" && strings.Contains(last, advice), last
+		})
+		t.Logf("%s\n%v", last, s.Findings)
+		must(t, os.WriteFile(loaded, nil, 0o644))
+		must(t, a.WaitReady(within(t, 2*time.Minute))) // an unusable family is tried each minute
+		through(t, m, web4)
+		through(t, m, web6)
+	})
+}
+
+// saying starts a program where one of /usr/sbin says that the kernel lacks what it needs, until
+// there is a file.
+func saying(program, file, says string) []string {
+	return amid(`mv ` + program + ` sound
+		cat >` + program + ` <<END
+#!/bin/bash
+[[ -e ` + file + ` ]] || [[ "` + says + `" != *nft* && \$* == *--version* ]] ||
+	{ echo "` + says + `" >&2; exit 1; }
+exec -a "\$0" /usr/sbin/sound "\$@"
+END
+		chmod +x ` + program)
 }
 
 // TestLockHeldAtStart: a lock that is held while the agent starts, for longer than iptables
