@@ -18,7 +18,7 @@ export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help build release generated tools demo check test lint vulns unit kernel lab box bench soak alerts package clean FORCE
+.PHONY: help build release generated tools demo check test lint vulns unit kernel lab box bench vm soak chaos alerts package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: ## everything, each distinct case once; prints the seconds of each group
 lint: ## format, vet, linters (.golangci.yml has their reasons), dead code; no root
 	@test/lint.sh
 
+chaos: tools build ## random faults together, and whether what is promised still holds (FOR=60m LABS=2 SEED=n)
+	@test/soak.sh chaos
+
 alerts: ## promtool over deploy/prometheus: its rules, their unit tests, its configurations; no root
 	@test/tools.sh $(BUILD) promtool
 	@test/alerts.sh
@@ -69,6 +72,9 @@ unit kernel lab box: ## one group of `make test`; also lint
 
 bench: tools build ## figures beside floors and peers of the same run, what moved since the baseline (DOCS=1: writes docs/scale.md)
 	@test/bench.sh
+
+vm: tools build ## the agent on Debian's own kernels, three of them, in emulated machines; an hour
+	@test/soak.sh vm
 
 soak: tools build ## the full counts of the tests; GROUP=name for one group (each at most 80 minutes)
 	@test/soak.sh $(GROUP)

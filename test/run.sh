@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # make test: everything, each distinct case once, in groups; prints the seconds of each.
+# At the end stands what failed, once more: a group's output is long, and CI may show its end alone.
 # usage: run.sh [GROUP…]
 # Kernel, lab and box tests need root and network namespaces of their own: without them this fails,
 # it does not skip.
@@ -22,8 +23,19 @@ failed=0
 group() { # NAME COMMAND…
   local name=$1 start=$SECONDS status=ok; shift
   printf '\n=== %s\n' "$name"
-  "$@" || { status=FAILED; failed=1; }
-  report+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
+  "$@" 2>&1 | tee "$output" || { status=FAILED; failed=1; excerpt "$name" >>"$excerpts"; }
+  report+=("$(printf '%-11s %4d s  %s' "$name" $((SECONDS - start)) "$status")")
+}
+output=$(mktemp) excerpts=$(mktemp)
+trap 'rm -f "$output" "$excerpts"' EXIT
+# The first lines of each test that failed, or the last of all where that was no test.
+excerpt() { # NAME
+  local found
+  found=$(awk '/^ *--- FAIL|^panic:|^fatal error:|DATA RACE/ { left = 12 }
+    /^(ok|FAIL|PASS)|^ *--- (PASS|SKIP|BENCH)|^=== / { left = 0 }
+    left-- > 0 { print substr($0, 1, 400) }' "$output")
+  printf '\n=== failed: %s\n' "$1"
+  printf '%s\n' "${found:-$(tail -n 20 "$output")}" | head -n 120
 }
 
 # What this machine itself does with packets. Looking changes nothing: iptables-legacy-save makes a
@@ -48,7 +60,7 @@ untouched() {
 setup() {
   make --no-print-directory tools build release
 }
-lint()   { test/lint.sh; }
+lint()   { nice -n 10 test/lint.sh; }
 alerts() { test/alerts.sh; }
 # lint vets all there is, and nobody debugs these binaries: -w links them in two thirds of the time.
 go_test() { go test -vet=off -ldflags=-w "$@"; }
@@ -57,6 +69,8 @@ unit()   { go_test -race -timeout 5m ./... && go_test -run '^TestShuffled$' ./ag
 kernel() { tagged kernel -timeout 10m -p 1; }
 # Labs and boxes wait more than they work.
 lab()    { tagged lab -timeout 12m -p 2 -parallel 8; }
+# Promises with a time in them, so nothing else runs beside.
+chaos()  { go_test -tags lab -count=1 -timeout 12m ./test/chaos; }
 box()    { tagged box -timeout 16m -parallel 6; }
 # The tests in files with this build tag. The others of their packages ran in unit.
 tagged() { # TAG FLAG…
@@ -65,20 +79,24 @@ tagged() { # TAG FLAG…
     { echo "no test with the tag $tag"; return 1; }
   tests=$(sed -nE 's/^func ((Test|Fuzz|Example)[A-Za-z0-9_]*)\(.*/\1/p' $files |
     grep -vx TestMain | paste -sd '|')
-  packages=$(dirname $files | sort -u | sed 's,^,./,')
+  packages=$(dirname $files | sort -u | sed 's,^,./,' | grep -vx ./test/chaos)
   go_test -tags "$tag" -count=1 -run "^($tests)\$" "$@" $packages
 }
 
 bench()  { test/bench.sh once; }
-# Boxes mostly wait: meanwhile the benchmarks can be seen to work (their figures mean little here),
-# and then what needs no root has what is left of the processors.
-box+rest() {
-  local beside ended=0
-  beside=$(mktemp)
-  (bad=0; bench || bad=1; alerts || bad=1; nice -n 10 test/lint.sh || bad=1; exit $bad) >"$beside" 2>&1 &
-  box || ended=1
+# That the benchmarks work is to be seen; their figures mean little here.
+rest()   { local bad=0; bench || bad=1; alerts || bad=1; return $bad; }
+# Kernel tests wait for a lock, one after the other, and boxes for systemd: what needs no root, or no
+# quiet, has what is left of the processors.
+kernel+lint() { beside lint kernel; }
+box+rest()    { beside rest box; }
+beside() { # COMMAND GROUP: what COMMAND says comes when GROUP has ended
+  local said ended=0
+  said=$(mktemp)
+  "$1" >"$said" 2>&1 &
+  "$2" || ended=1
   wait $! || ended=1
-  cat "$beside"; rm -f "$beside"
+  cat "$said"; rm -f "$said"
   return $ended
 }
 
@@ -88,7 +106,7 @@ command -v gcloud >/dev/null ||
     "         TestGcloud made its requests")
 
 if (( ! failed )); then
-  (( $# )) || set -- unit kernel lab box+rest
+  (( $# )) || set -- unit kernel+lint lab chaos box+rest
   before=$(mktemp); host >"$before" 2>&1
   for name; do
     group "$name" "$name"
@@ -97,6 +115,7 @@ if (( ! failed )); then
   rm -f "$before"
 fi
 
+cat "$excerpts"
 printf '\n=== seconds\n'
 printf '%s\n' "${report[@]}"
 exit $failed

@@ -19,9 +19,14 @@ case ${1:-all} in
     go test -count=1 -timeout 80m -run '^TestShuffled$' ./agent -shuffled.count 200000
     test/faults.sh all ;;
   envoy) run lab ./envoyadmin/... ;;
-  agent) run lab ./test/e2e/... ;;
+  agent) run lab -skip '^TestLongRun$' ./test/e2e/... ;;
+  long)  run lab -run '^TestLongRun$' ./test/e2e ;; # 75 minutes; nothing else beside it
   box)   test/tools.sh build; run box -skip '^TestCoexistence$' ./test/box/... ;;
   firewalls) test/tools.sh build; run box -run '^TestCoexistence$' ./test/box ;;
+  chaos) # games of 90 s with new seeds; what fails is played again with fewer events
+    run lab -run '^(TestChaos|TestSequence)$' ./test/chaos -args -chaos.for "${FOR:-60m}" \
+      -chaos.labs "${LABS:-2}" -chaos.seed "${SEED:-0}" ;;
+  chaos-faults) test/chaos/faults.sh ;; # whether the games find faults that are planted
   fuzz)  fuzz ;;
   completion) # in the shells themselves; what a machine has not is installed by apt
     if ! { type zsh fish && [[ -e /usr/share/bash-completion/bash_completion ]]; } >/dev/null 2>&1; then
@@ -34,6 +39,14 @@ case ${1:-all} in
     echo "=== soak grafana"
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
   page)  test/page.sh ;;
-  all)   for g in rules shuffled envoy agent box firewalls fuzz completion grafana page; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\": rules shuffled envoy agent box firewalls fuzz completion grafana page" >&2; exit 2 ;;
+  vm) # Debian's kernels; the emulator and what makes a disk are installed by apt
+    if ! type qemu-system-x86_64 qemu-img mkfs.ext4 >/dev/null 2>&1; then
+      echo "vm: installing qemu-system-x86 qemu-utils e2fsprogs (apt)"
+      apt-get update -qq
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        qemu-system-x86 qemu-utils e2fsprogs >/dev/null
+    fi
+    run vm ./test/vm ;;
+  all)   for g in rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm" >&2; exit 2 ;;
 esac
