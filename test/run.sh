@@ -28,14 +28,15 @@ group() { # NAME COMMAND…
 }
 output=$(mktemp) excerpts=$(mktemp)
 trap 'rm -f "$output" "$excerpts"' EXIT
-# The first lines of each test that failed, or the last of all where that was no test.
+# What each failed test said, three lines of each message, or the last lines where that was no test.
 excerpt() { # NAME
   local found
-  found=$(awk '/^ *--- FAIL|^panic:|^fatal error:|DATA RACE/ { left = 12 }
-    /^(ok|FAIL|PASS)|^ *--- (PASS|SKIP|BENCH)|^=== / { left = 0 }
-    left-- > 0 { print substr($0, 1, 400) }' "$output")
+  found=$(awk '/^ *--- FAIL|^panic:|^fatal error:|DATA RACE/ { failed = 1; left = 12 }
+    /^(ok|FAIL|PASS)|^ *--- (PASS|SKIP|BENCH)|^=== / { failed = left = 0 }
+    failed && /^ *[a-z_0-9]+\.go:[0-9]+: / { left = 3 }
+    left-- > 0 { print substr($0, 1, 300) }' "$output")
   printf '\n=== failed: %s\n' "$1"
-  printf '%s\n' "${found:-$(tail -n 20 "$output")}" | head -n 120
+  printf '%s\n' "${found:-$(tail -n 20 "$output")}" | head -n 150
 }
 
 # What this machine itself does with packets. Looking changes nothing: iptables-legacy-save makes a
