@@ -403,3 +403,34 @@ func TestTakeOverTellsWhyNot(t *testing.T) {
 		t.Errorf("%q, %v", done, err)
 	}
 }
+
+// TestBehind has the one Envoy drained that has the admin interface, which may be ours.
+func TestBehind(t *testing.T) {
+	const theirs, ours = 4242, 996
+	listens := neighbour.Process{PID: 2, UID: theirs, Listens: true}
+	tries := neighbour.Process{PID: 3, UID: theirs}
+	for _, tt := range []struct {
+		name   string
+		envoys []neighbour.Process
+		admin  uint32
+		want   int
+	}{
+		{"theirs serves", []neighbour.Process{listens}, theirs, 2},
+		{"theirs serves, and one more starts", []neighbour.Process{tries, listens}, theirs, 2},
+		{"ours serves, theirs tries to start", []neighbour.Process{tries}, ours, 0},
+		{"ours has the admin interface, theirs another port", []neighbour.Process{listens}, ours, 0},
+		{"nobody", nil, theirs, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p, has := behind(tt.envoys, func(uid uint32) error {
+				if uid != tt.admin {
+					return errors.New("another user has it")
+				}
+				return nil
+			})
+			if has != (tt.want != 0) || p.PID != tt.want {
+				t.Errorf("%v, %v, want pid %d", p, has, tt.want)
+			}
+		})
+	}
+}

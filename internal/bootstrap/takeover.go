@@ -535,9 +535,9 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 	if err != nil {
 		return err
 	}
-	if len(t.Envoys) > 0 {
-		b.Log.Info("draining the other agent's Envoy", zap.Stringer("process", t.Envoys[0]))
-		err := drain.Run(ctx, admin.String(), strconv.Itoa(t.Envoys[0].PID), drain.DefaultLimit)
+	if p, has := behind(t.Envoys, func(uid uint32) error { return sockdiag.OwnedBy(admin, uid) }); has {
+		b.Log.Info("draining the other agent's Envoy", zap.Stringer("process", p))
+		err := drain.Run(ctx, admin.String(), strconv.Itoa(p.PID), drain.DefaultLimit)
 		if err != nil {
 			b.Log.Warn("the other agent's Envoy is not drained", zap.Error(err))
 		}
@@ -571,6 +571,19 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 		return nil
 	}
 	return b.forgetRestart(true)
+}
+
+// behind is the one of their Envoys that has the admin interface. One that came over ours has not,
+// and lives for as long as it tries: what it was to be asked would be asked of ours, which never
+// opens a listener again once it has drained it.
+func behind(envoys []neighbour.Process, owned func(uid uint32) error) (p neighbour.Process, has bool) {
+	i := slices.IndexFunc(envoys, func(p neighbour.Process) bool {
+		return p.Listens && owned(p.UID) == nil
+	})
+	if i < 0 {
+		return p, false
+	}
+	return envoys[i], true
 }
 
 // endEnvoys stops their Envoys, and waits until the ports are free.

@@ -86,7 +86,7 @@ func Processes(ports []uint16, programs ...string) ([]Process, error) {
 
 // Found is what of the processes is whose.
 type Found struct {
-	Agents, Envoys []Process // the closed agent's, and the Envoys that are not ours
+	Agents, Envoys []Process // the closed agent's, and the Envoys that are not ours: first who listens
 	Ours           bool      // our daemon runs in its unit
 }
 
@@ -113,6 +113,15 @@ func Sort(all []Process, units []Unit) (f Found) {
 			f.Agents = append(f.Agents, p)
 		}
 	}
+	slices.SortStableFunc(f.Envoys, func(a, b Process) int {
+		switch {
+		case a.Listens == b.Listens:
+			return 0
+		case a.Listens:
+			return -1
+		}
+		return 1
+	})
 	return f
 }
 

@@ -111,7 +111,11 @@ while :; do
 	sleep 1 & wait $!
 done
 `
-	theirChild = `while :; do
+	// One more, which never comes to listen, is there as long as the agent: the next one of a loop
+	// whose Envoy finds its ports in use is there for moments.
+	theirChild = `cp -u /usr/bin/sleep /usr/lib/google-service-proxy/envoy
+/usr/lib/google-service-proxy/envoy infinity &
+while :; do
 	` + theirEnvoyCommand + `
 	sleep 0.2
 done &`
