@@ -16,6 +16,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/route"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -191,14 +192,14 @@ const maxRoutes = 3
 // Caller is who makes a connection, by a name or number each; "" is an ordinary user, whom no rule
 // knows, and the user's own group.
 func (l Looked) Caller(name, group string) (uid, gid uint32, err error) {
-	users, groups := userIDs, groupID
+	ids, groups := users.IDs, groupID
 	if l.recorded != nil {
-		users, groups = l.recorded.userIDs, l.recorded.groupID
+		ids, groups = l.recorded.userIDs, l.recorded.groupID
 	}
 	if name == "" {
 		uid = l.ordinary()
 		gid = uid
-	} else if uid, gid, err = users(name); err != nil {
+	} else if uid, gid, err = ids(name); err != nil {
 		return 0, 0, fmt.Errorf("%w: --uid: %w", ErrSettings, err)
 	}
 	if group == "" {

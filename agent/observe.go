@@ -17,6 +17,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/reconcile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -39,7 +40,7 @@ type vm struct {
 func thisVM(stateDir string) vm {
 	of := &whose{vm: identity.Here("")}
 	return vm{
-		addrs: localAddrs, userIDs: userIDs, userName: userName,
+		addrs: localAddrs, userIDs: users.IDs, userName: userName,
 		tcp: sockdiag.Listeners, udp: sockdiag.UDPListeners,
 		progress:   func() (progress.State, error) { return of.progress(stateDir) },
 		self:       func(time.Time) Self { return Self{} },

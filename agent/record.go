@@ -16,6 +16,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/recording"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/route"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
@@ -102,7 +103,7 @@ func (l Looked) record() recorded {
 		Listeners: view.Snapshot.Listeners}
 	for _, name := range slices.Concat([]string{"root", l.Seen.Settings.ProxyUser},
 		l.Seen.Settings.ResolverUsers) {
-		if uid, gid, err := userIDs(name); err == nil {
+		if uid, gid, err := users.IDs(name); err == nil {
 			r.Users[name] = userID{uid, gid}
 		}
 		if gid, err := groupID(name); err == nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os/user"
 	"slices"
 	"strconv"
 	"time"
@@ -154,30 +153,6 @@ func proxyIDs(name string, userIDs func(string) (uid, gid uint32, err error)) pr
 			"look up user %q: it is root, whose traffic cannot be told from everybody else's", name)}
 	}
 	return proxyUser{uid, gid, err}
-}
-
-// userIDs resolves a user to numbers: rules with names would look them up in NSS in the middle of a
-// change. A bare uid need not have a passwd entry; its gid is then the same number.
-func userIDs(name string) (uid, gid uint32, err error) {
-	u, err := user.Lookup(name)
-	if err != nil {
-		if n, perr := strconv.ParseUint(name, 10, 32); perr == nil {
-			if u, err = user.LookupId(name); err != nil {
-				return uint32(n), uint32(n), nil
-			}
-		} else {
-			return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
-		}
-	}
-	n, err := strconv.ParseUint(u.Uid, 10, 32)
-	if err != nil {
-		return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
-	}
-	m, err := strconv.ParseUint(u.Gid, 10, 32)
-	if err != nil {
-		return 0, 0, fmt.Errorf("look up user %q: %w", name, err)
-	}
-	return uint32(n), uint32(m), nil
 }
 
 // sleep waits for d or until ctx ends, and says whether it slept.

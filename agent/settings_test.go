@@ -5,6 +5,8 @@ import (
 	"os/user"
 	"strings"
 	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 )
 
 // TestProxyIDs: a name of /etc/passwd, or a uid that needs no entry there. Never root, by whatever
@@ -29,7 +31,7 @@ func TestProxyIDs(t *testing.T) {
 		{"-1", 0, `look up user "-1"`},
 		{"4294967296", 0, `look up user "4294967296"`},
 	} {
-		p := proxyIDs(test.name, userIDs)
+		p := proxyIDs(test.name, users.IDs)
 		switch {
 		case test.err == "" && (p.Err != nil || p.UID != test.uid || p.GID != test.uid):
 			t.Errorf("%q: %+v; want %d", test.name, p, test.uid)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 )
 
 // trust lets the admin interface's answers count only when the proxy's user or root holds its
@@ -20,7 +21,7 @@ import (
 func trust(user string, byRoot *atomic.Bool) func(net.Conn) error {
 	return func(c net.Conn) error {
 		trusted := []uint32{0}
-		if proxy := proxyIDs(user, userIDs); proxy.Err == nil {
+		if proxy := proxyIDs(user, users.IDs); proxy.Err == nil {
 			trusted = append(trusted, proxy.UID)
 		}
 		uid, err := heldBy(c, trusted)

@@ -3,9 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
-	"os/user"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -98,36 +96,6 @@ func TestOwnPorts(t *testing.T) {
 	}
 	if got := portString(15001); got != "15001" {
 		t.Errorf("portString: %q", got)
-	}
-}
-
-// TestUserIDs: a name has the group that /etc/passwd gives it, and so has its number; a number that
-// stands for nobody is its own group.
-func TestUserIDs(t *testing.T) {
-	var apart *user.User // whose group is of another number
-	for n := range 200 {
-		if u, err := user.LookupId(strconv.Itoa(n)); err == nil && u.Uid != u.Gid {
-			apart = u
-			break
-		}
-	}
-	if apart != nil {
-		for _, name := range []string{apart.Username, apart.Uid} {
-			uid, gid, err := userIDs(name)
-			if err != nil || strconv.Itoa(int(uid)) != apart.Uid ||
-				strconv.Itoa(int(gid)) != apart.Gid {
-				t.Errorf("%s: %d, %d, %v, want %s, %s", name, uid, gid, err, apart.Uid, apart.Gid)
-			}
-		}
-	}
-	for _, name := range []string{"2147480000", "4294967295"} {
-		uid, gid, err := userIDs(name)
-		if err != nil || strconv.FormatUint(uint64(uid), 10) != name || gid != uid {
-			t.Errorf("%s: %d, %d, %v", name, uid, gid, err)
-		}
-	}
-	if uid, gid, err := userIDs("no-such-user"); uid != 0 || gid != 0 || err == nil {
-		t.Errorf("nobody: %d, %d, %v", uid, gid, err)
 	}
 }
 

@@ -36,7 +36,8 @@ var may = map[string]string{
 		"internal/footprint internal/identity internal/mailbox internal/metadata " +
 		"internal/neighbour internal/progress internal/reconcile " +
 		"internal/recording internal/report internal/route internal/rulediff internal/server " +
-		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted iptables systemd",
+		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted " +
+		"internal/users iptables systemd",
 	// The two machines of the loop: neither knows the other, nor who runs them.
 	"internal/reconcile": "internal/attribute internal/conntrack internal/status internal/symptom " +
 		"iptables",
@@ -81,7 +82,7 @@ var may = map[string]string{
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
 		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
-		"internal/supervisor internal/symptom internal/system internal/untrusted systemd",
+		"internal/supervisor internal/symptom internal/system internal/untrusted internal/users systemd",
 	"internal/drain":      "envoyadmin systemd",
 	"internal/supervisor": "internal/redaction",
 	"internal/logs":       "internal/untrusted",
@@ -107,6 +108,7 @@ var may = map[string]string{
 	"internal/sockdiag":    "",
 	"internal/terminal":    "",
 	"internal/untrusted":   "",
+	"internal/users":       "",
 	"internal/webconfig":   "",
 	"internal/xtables":     "",
 }

@@ -6,14 +6,13 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -159,11 +158,6 @@ func (b *bootstrapper) makeUsers(ctx context.Context) error {
 }
 
 func lookup(name string) (uid, gid int, err error) {
-	u, err := user.Lookup(name)
-	if err != nil {
-		return 0, 0, err
-	}
-	uid, errU := strconv.Atoi(u.Uid)
-	gid, errG := strconv.Atoi(u.Gid)
-	return uid, gid, errors.Join(errU, errG)
+	u, g, err := users.IDs(name)
+	return int(u), int(g), err
 }
