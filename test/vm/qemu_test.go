@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -126,7 +127,7 @@ addr add fd28::1/64 dev vm nodad
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.Platform.PutObject(machine.Bucket, machine.Archive, machine.Release(t, "1.0.0", envoy))
+	v.Platform.PutObject(machine.Bucket, machine.Archive, machine.Release(t, "1.0.0", runtime.GOARCH, envoy))
 	v.Platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2",
 		"service": {"serving-ports": [%d]}, "proxy-spec": {"network": ""}}`, servingPort))
 
