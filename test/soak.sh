@@ -13,6 +13,11 @@ fuzz() { # every fuzz target for a share of half an hour
     done
   done
 }
+install() { # PACKAGE…
+  echo "soak: installing $* (apt)"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
 case ${1:-all} in
   rules) run kernel ./iptables/... ./internal/... ./agent ;;
   shuffled) # and whether each fault that can be planted is found
@@ -30,9 +35,7 @@ case ${1:-all} in
   fuzz)  fuzz ;;
   completion) # in the shells themselves; what a machine has not is installed by apt
     if ! { type zsh fish && [[ -e /usr/share/bash-completion/bash_completion ]]; } >/dev/null 2>&1; then
-      apt-get update -qq
-      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        bash-completion zsh fish >/dev/null
+      install bash-completion zsh fish
     fi
     run shells ./test/completion ;;
   grafana) # -count=1: the dashboards are outside of the module, so the cache knows nothing of them
@@ -40,13 +43,13 @@ case ${1:-all} in
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
   page)  test/page.sh ;;
   vm) # Debian's kernels; the emulator and what makes a disk are installed by apt
-    if ! type qemu-system-x86_64 qemu-img mkfs.ext4 >/dev/null 2>&1; then
-      echo "vm: installing qemu-system-x86 qemu-utils e2fsprogs (apt)"
-      apt-get update -qq
-      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        qemu-system-x86 qemu-utils e2fsprogs >/dev/null
-    fi
-    run vm ./test/vm ;;
-  all)   for g in rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\": rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm" >&2; exit 2 ;;
+    type qemu-system-x86_64 qemu-img mkfs.ext4 >/dev/null 2>&1 ||
+      install qemu-system-x86 qemu-utils e2fsprogs
+    run vm -skip '^TestArm64$' ./test/vm ;;
+  arm64) # one VM of that architecture; qemu-user-static is for making its disk
+    type qemu-system-aarch64 qemu-aarch64-static qemu-img mkfs.ext4 >/dev/null 2>&1 ||
+      install qemu-system-arm qemu-user-static qemu-utils e2fsprogs
+    run vm -run '^TestArm64$' ./test/vm ;;
+  all)   for g in rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm arm64; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page vm arm64" >&2; exit 2 ;;
 esac

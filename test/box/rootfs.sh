@@ -1,12 +1,19 @@
 #!/bin/sh
-# Makes the root filesystem of a box: rootfs.sh RELEASE DIR. Debian's minimal base with systemd,
+# Makes the root filesystem of a box: rootfs.sh RELEASE ARCH DIR. Debian's minimal base with systemd,
 # *without* iptables and ca-certificates, as a minimal image may be; a file: repository in it holds
 # both, for bootstrap to install, and rsyslog, which Compute Engine's images have. test/kept.sh runs it,
 # and keeps what it made.
 set -eu
-release=$1 new=$2
+release=$1 arch=$2 new=$3
 mkdir "$new"
-debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2,curl,netcat-openbsd "$release" "$new" >"$new.log" 2>&1 ||
+if [ "${container:-}" = lxc ]; then # test/foreign.sh: no device can be made, those of here are lent
+	mkdir "$new/dev"
+	for device in null zero full random urandom tty; do
+		touch "$new/dev/$device"
+		mount --bind "/dev/$device" "$new/dev/$device"
+	done
+fi
+debootstrap --arch="$arch" --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2,curl,netcat-openbsd "$release" "$new" >"$new.log" 2>&1 ||
 	{ tail -5 "$new.log" >&2; exit 1; }
 rm "$new.log"
 

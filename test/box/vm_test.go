@@ -127,7 +127,7 @@ func newVM(t *testing.T, opts options) *VM {
 	if err := os.MkdirAll(base, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	lower := machine.RootFS(t, opts.release)
+	lower := machine.RootFS(t, opts.release, runtime.GOARCH)
 	if opts.programs != "" {
 		lower = programs(t, lower, opts.programs) + ":" + lower
 	}

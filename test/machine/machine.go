@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -141,17 +142,25 @@ func Kept(t testing.TB, name string, command ...string) string {
 	return strings.TrimSpace(string(dir))
 }
 
+// For is the command as it runs where programs of that architecture do (test/foreign.sh).
+func For(arch string, command ...string) []string {
+	if arch == runtime.GOARCH {
+		return command
+	}
+	return append([]string{"../foreign.sh", arch}, command...)
+}
+
 // RootFS is the folder with a Debian release's root filesystem, which is made where this machine
-// has none.
-func RootFS(t testing.TB, release string) string {
+// has none. Go and Debian have the same names for architectures.
+func RootFS(t testing.TB, release, arch string) string {
 	t.Helper()
 	const script = "../box/rootfs.sh"
 	text, err := os.ReadFile(script)
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := fmt.Sprintf("rootfs-%s-%.8x", release, sha256.Sum256(text))
-	return Kept(t, name, script, release)
+	name := fmt.Sprintf("rootfs-%s-%s-%.8x", release, arch, sha256.Sum256(text))
+	return Kept(t, name, For(arch, script, release, arch)...)
 }
 
 // Gsutil is Google's image's part: `gsutil [-q] cp gs://BUCKET/OBJECT DEST`, with the VM's token.
@@ -191,7 +200,8 @@ var built struct {
 }
 
 // Release is deploy/package.sh's archive of that version, with that Envoy for the architecture
-// ("none": without). It has none for the other one, which would take seconds to pack.
+// ("none": without; "": the one that is brought by default). It has none for the other one, which
+// would take seconds to pack.
 func Release(t testing.TB, version, arch, envoy string) []byte {
 	t.Helper()
 	built.Lock()

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes what a VM of a release boots from: image.sh BASE RUNNER DIR. BASE is a root filesystem of
 # test/box/rootfs.sh and stays as it is; RUNNER is the program of test/vm/runner. DIR gets vmlinuz
-# and initrd.img of Debian's linux-image-cloud-amd64, which Compute Engine's images boot, and
+# and initrd.img of Debian's linux-image-cloud-ARCH, which Compute Engine's images boot, and
 # root.ext4. test/kept.sh runs it, and keeps what it made.
 set -eu
 base=$1 runner=$2 new=$3
@@ -9,8 +9,13 @@ mkdir "$new" "$new.upper" "$new.work" "$new.root"
 trap 'rm -rf "$new.upper" "$new.work" "$new.root"' EXIT
 unshare --mount sh -eu -c '
 	base=$1 runner=$2 new=$3 root=$3.root
-	mount -t overlay overlay -o "lowerdir=$base,upperdir=$new.upper,workdir=$new.work" "$root"
+	# userxattr: in a user namespace (test/foreign.sh) it may write no other attributes.
+	mount -t overlay overlay -o \
+		"userxattr,lowerdir=$base,upperdir=$new.upper,workdir=$new.work" "$root"
 	mount -t proc proc "$root/proc"
+	for device in null zero full random urandom tty; do # the base of a foreign one has files for them
+		mount --bind "/dev/$device" "$root/dev/$device"
+	done
 	release=$(. "$root/etc/os-release"; echo "$VERSION_CODENAME")
 	list=$root/etc/apt/sources.list.d/kernel.list
 	echo "deb http://deb.debian.org/debian $release main" >"$list"
@@ -23,7 +28,8 @@ unshare --mount sh -eu -c '
 	# All modules would be ten times as much for an emulated processor to unpack.
 	sed -i "s/^MODULES=.*/MODULES=list/" "$root/etc/initramfs-tools/initramfs.conf"
 	printf "%s\n" virtio_pci virtio_blk ext4 crc32c_generic >>"$root/etc/initramfs-tools/modules"
-	chroot "$root" apt-get -qq -y --no-install-recommends install linux-image-cloud-amd64
+	chroot "$root" apt-get -qq -y --no-install-recommends install \
+		"linux-image-cloud-$(chroot "$root" dpkg --print-architecture)"
 	chroot "$root" apt-get clean
 	rm -rf "$list" "$root"/var/lib/apt/lists/* "$root/etc/resolv.conf"
 
@@ -65,8 +71,8 @@ unshare --mount sh -eu -c '
 	tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id"
 	# Nobody logs in, the clock is for the test to set, and what looks after a machine for years takes
 	# an emulated processor minutes.
-	chroot "$root" systemctl -q mask systemd-timesyncd serial-getty@ttyS1 getty@tty1 \
-		e2scrub_reap e2scrub_all.timer apt-daily.timer apt-daily-upgrade.timer fstrim.timer \
+	chroot "$root" systemctl -q mask systemd-timesyncd serial-getty@ttyS1 serial-getty@ttyAMA0 \
+		getty@tty1 e2scrub_reap e2scrub_all.timer apt-daily.timer apt-daily-upgrade.timer fstrim.timer \
 		dpkg-db-backup.timer systemd-networkd-wait-online 2>/dev/null
 	umount "$root/proc"
 	truncate -s 4G "$new/root.ext4"

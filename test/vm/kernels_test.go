@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -42,8 +43,27 @@ func TestKernels(t *testing.T) {
 	}
 }
 
-func life(t *testing.T, release string, backend lab.Backend) {
-	v := newVM(t, release)
+// TestArm64 is the first hour of a VM of the other architecture, of which a build says little.
+func TestArm64(t *testing.T) {
+	v, have := first(t, "bookworm", "arm64", lab.NFT)
+	if machine := strings.TrimSpace(v.run("uname", "-m")); machine != "aarch64" {
+		t.Errorf("it is %s", machine)
+	}
+	v.step(t, "drift", v.drift)
+	v.step(t, "hot restart", v.hotRestart)
+	v.eventually(slow, "doctor finds nothing, and has had the time to look at all", func() error {
+		if out, code := v.exit("service-proxy-agent", "doctor"); code != 0 {
+			return errors.New(out)
+		}
+		return nil
+	})
+	keep(t, have)
+}
+
+// first makes and boots a VM, installs the release there, and waits until all of the mesh works.
+func first(t *testing.T, release, arch string, backend lab.Backend) (*VM, seen.Kernel) {
+	t.Helper()
+	v := newVM(t, release, arch)
 	v.boot()
 	v.prepare()
 	v.choose(backend)
@@ -51,11 +71,16 @@ func life(t *testing.T, release string, backend lab.Backend) {
 	if !strings.Contains(v.Serial(), "finished: Envoy ") {
 		t.Errorf("serial port 1 does not tell the end of bootstrap:\n%s", v.Serial())
 	}
-	have := seen.Kernel{Release: release, Backend: string(backend),
+	have := seen.Kernel{Release: release, Arch: arch, Backend: string(backend),
 		Kernel:   majority.FindString(v.run("uname", "-r")),
 		IPTables: strings.Fields(v.run("iptables", "--version"))[1],
 		Systemd:  strings.Fields(v.run("systemctl", "--version"))[1]}
 	t.Logf("%+v", have)
+	return v, have
+}
+
+func life(t *testing.T, release string, backend lab.Backend) {
+	v, have := first(t, release, runtime.GOARCH, backend)
 	step := func(name string, do func()) {
 		v.step(t, name, do)
 		if *update {

@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,6 +48,7 @@ type VM struct {
 	lab *lab.Lab
 
 	dir     string
+	arch    string
 	image   string
 	console string // what kernel and systemd say, on serial port 2
 
@@ -77,17 +79,34 @@ type answer struct {
 	Err  string `json:"err"`
 }
 
+// hardware is the machine that is emulated for an architecture.
+type hardware struct {
+	emulator string
+	args     []string // its processor and serial port 1, which both systems call ttyS0
+	console  string   // what the kernel calls serial port 2
+}
+
+var machines = map[string]hardware{
+	// A processor without AVX, which Envoy does not need: with QEMU 7.2's, systemd's calls were seen
+	// to fail with EINVAL.
+	"amd64": {"qemu-system-x86_64", []string{"-cpu", "Westmere,+rdrand", "-serial", "chardev:one"},
+		"ttyS1"},
+	// The processor of Tau T2A. The machine's own serial port is of another make, ttyAMA0.
+	"arm64": {"qemu-system-aarch64", []string{"-machine", "virt", "-cpu", "neoverse-n1",
+		"-device", "pci-serial,chardev=one"}, "ttyAMA0"},
+}
+
 // image is the folder with what a VM of the release boots from.
-func image(t testing.TB, release string) string {
+func image(t testing.TB, release, arch string) string {
 	t.Helper()
 	runner := filepath.Join(t.TempDir(), "runner")
 	build := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w",
 		"-o", runner, "./runner")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+arch)
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the runner: %v\n%s", err, out)
 	}
-	base := machine.RootFS(t, release)
+	base := machine.RootFS(t, release, arch)
 	sum := sha256.New()
 	fmt.Fprint(sum, filepath.Base(base))
 	for _, name := range []string{"image.sh", "runner/main.go"} {
@@ -97,14 +116,14 @@ func image(t testing.TB, release string) string {
 		}
 		sum.Write(text)
 	}
-	return machine.Kept(t, fmt.Sprintf("image-%s-%.8x", release, sum.Sum(nil)), "./image.sh", base,
-		runner)
+	return machine.Kept(t, fmt.Sprintf("image-%s-%s-%.8x", release, arch, sum.Sum(nil)),
+		machine.For(arch, "./image.sh", base, runner)...)
 }
 
 // newVM makes a VM with its network and neighbours, and does not boot it.
-func newVM(t testing.TB, release string) *VM {
+func newVM(t testing.TB, release, arch string) *VM {
 	t.Helper()
-	v := &VM{t: t, image: image(t, release), waiting: map[int]chan answer{}}
+	v := &VM{t: t, arch: arch, image: image(t, release, arch), waiting: map[int]chan answer{}}
 	v.lab = lab.T(t, lab.Options{})
 	// The cable ends at the emulator, not in a namespace.
 	if _, err := v.lab.Service.RunInput(context.Background(), `
@@ -123,11 +142,15 @@ addr add fd28::1/64 dev vm nodad
 		t.Fatal(err)
 	}
 	v.push()
-	envoy, err := lab.FindEnvoy()
-	if err != nil {
-		t.Fatal(err)
+	envoy := "" // the one that the archive brings
+	var err error
+	if arch == runtime.GOARCH {
+		if envoy, err = lab.FindEnvoy(); err != nil {
+			t.Fatal(err)
+		}
 	}
-	v.Platform.PutObject(machine.Bucket, machine.Archive, machine.Release(t, "1.0.0", runtime.GOARCH, envoy))
+	v.Platform.PutObject(machine.Bucket, machine.Archive,
+		machine.Release(t, "1.0.0", arch, envoy))
 	v.Platform.SetAttribute("gce-service-proxy", fmt.Sprintf(`{"api-version": "0.2",
 		"service": {"serving-ports": [%d]}, "proxy-spec": {"network": ""}}`, servingPort))
 
@@ -197,23 +220,23 @@ func (v *VM) boot() {
 	v.Platform.Rebooted()
 	// The path of a socket has 108 bytes, and a clone may lie deep.
 	at := func(name string) string { return filepath.Join(v.lab.Dir, name) }
-	// A processor without AVX, which Envoy does not need: with QEMU 7.2's, systemd's calls were seen
-	// to fail with EINVAL.
-	v.qemu = v.lab.Service.Command(context.Background(), "qemu-system-x86_64",
-		"-accel", "tcg,thread=multi", "-smp", "2", "-cpu", "Westmere,+rdrand", "-m", "1280",
+	hardware := machines[v.arch]
+	args := append(slices.Clone(hardware.args),
+		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "1280",
 		"-nodefaults", "-display", "none",
 		"-kernel", filepath.Join(v.image, "vmlinuz"), "-initrd", filepath.Join(v.image, "initrd.img"),
-		"-append", "root=/dev/vda rw net.ifnames=0 console=ttyS1 panic=-1 "+
+		"-append", "root=/dev/vda rw net.ifnames=0 panic=-1 console="+hardware.console+" "+
 			"mitigations=off systemd.show_status=no",
 		"-drive", "file="+filepath.Join(v.dir, "disk")+",if=virtio,format=qcow2,cache=writeback",
 		"-netdev", "tap,id=n,ifname=vm,script=no,downscript=no",
 		"-device", "virtio-net-pci,netdev=n,romfile=",
 		"-device", "virtio-rng-pci",
-		"-chardev", "stdio,id=one,signal=off", "-serial", "chardev:one",
+		"-chardev", "stdio,id=one,signal=off",
 		"-serial", "file:"+v.console,
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=run,path="+at("run")+",server=on,wait=off",
 		"-device", "virtserialport,chardev=run,name=run",
 		"-qmp", "unix:"+at("qmp")+",server=on,wait=off")
+	v.qemu = v.lab.Service.Command(context.Background(), hardware.emulator, args...)
 	var said strings.Builder
 	v.qemu.Stdout, v.qemu.Stderr = v, &said
 	if err := lab.Start(v.qemu); err != nil {

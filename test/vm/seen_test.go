@@ -26,7 +26,7 @@ var update = flag.Bool("update", false, "write what was seen to testdata")
 // differs from run to run: those are written and not compared.
 func keep(t *testing.T, have seen.Kernel) {
 	t.Helper()
-	path := filepath.Join("testdata", have.Release+"-"+have.Backend+".json")
+	path := filepath.Join("testdata", have.Release+"-"+have.Backend+"-"+have.Arch+".json")
 	var kept seen.Kernel
 	text, err := os.ReadFile(path)
 	switch {
@@ -86,12 +86,12 @@ func essence(k seen.Kernel) (lines []string) {
 	findings("ahead", k.Ahead)
 	findings("behind", k.Behind)
 	findings("conntrack", k.Conntrack)
-	return append(lines, k.Release+" "+k.Backend+" "+k.Kernel)
+	return append(lines, k.Release+" "+k.Backend+" "+k.Arch+" "+k.Kernel)
 }
 
 var (
 	lasting   = regexp.MustCompile(` \((warning; )?since [^()]*\)(; before that: .*)?$`)
-	kernel    = regexp.MustCompile(`\d+\.\d+\.\d+[-+][-+.~\w]*-(cloud-)?amd64`)
+	kernel    = regexp.MustCompile(`\d+\.\d+\.\d+[-+][-+.~\w]*-(cloud-)?(amd64|arm64)`)
 	majority  = regexp.MustCompile(`^\d+\.\d+`)
 	processes = regexp.MustCompile(`pid \d+`)
 )

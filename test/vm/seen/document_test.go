@@ -32,6 +32,9 @@ does on each kernel, with each backend:
   repaired, the budget of guest attributes is kept;
 - the table of connections is full: it is found, told on serial port 1, and over when there is room.
 
+The VM of architecture arm64 (` + "`make soak GROUP=arm64`" + `, an emulated Neoverse N1) has the first three
+of these, on nft, and ` + "`doctor`" + `, with the Envoy for arm64 that the archive brings.
+
 This page is made by ` + "`go test ./test/vm/seen -update`" + ` of what those runs wrote to
 ` + "`test/vm/testdata`" + `; a run with other findings, exit codes or remedies fails. A kernel, a
 backend or a module that has no row here has not been seen yet; as root and within two hours
@@ -75,7 +78,8 @@ func read(t *testing.T) (all []Kernel) {
 		all = append(all, k)
 	}
 	slices.SortFunc(all, func(a, b Kernel) int {
-		return cmp.Or(cmp.Compare(a.Systemd, b.Systemd), cmp.Compare(a.Backend, b.Backend))
+		return cmp.Or(cmp.Compare(a.Systemd, b.Systemd), cmp.Compare(a.Backend, b.Backend),
+			cmp.Compare(a.Arch, b.Arch))
 	})
 	return all
 }
@@ -83,10 +87,11 @@ func read(t *testing.T) (all []Kernel) {
 func document(all []Kernel) string {
 	var doc strings.Builder
 	doc.WriteString(head)
-	doc.WriteString("| Debian | kernel | iptables | systemd | backend |\n|---|---|---|---|---|\n")
+	doc.WriteString("| Debian | kernel | architecture | iptables | systemd | backend |\n" +
+		"|---|---|---|---|---|---|\n")
 	for _, k := range all {
-		fmt.Fprintf(&doc, "| %s | %s | %s | %s | %s |\n", k.Release, k.Kernel, k.IPTables, k.Systemd,
-			k.Backend)
+		fmt.Fprintf(&doc, "| %s | %s | %s | %s | %s | %s |\n", k.Release, k.Kernel, k.Arch, k.IPTables,
+			k.Systemd, k.Backend)
 	}
 	doc.WriteString(`
 ## Without a module

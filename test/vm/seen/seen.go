@@ -2,10 +2,11 @@
 // shows it.
 package seen
 
-// Kernel is one release with one backend.
+// Kernel is one release on one architecture with one backend.
 type Kernel struct {
 	Release  string   `json:"release"` // Debian's
-	Kernel   string   `json:"kernel"`  // 6.1
+	Arch     string   `json:"arch"`
+	Kernel   string   `json:"kernel"` // 6.1
 	IPTables string   `json:"iptables"`
 	Systemd  string   `json:"systemd"`
 	Backend  string   `json:"backend"`
