@@ -21,7 +21,7 @@ func TestWrongUsage(t *testing.T) {
 		"run --metrics-listen x", "run --metrics-listen 127.0.0.1:15020", "run --web-config-file /etc/web-config.yml",
 		"bootstrap --remove --rollback", "bootstrap --rollback --rotate-logs", "bootstrap --rotate-logs --log-level loud", "bootstrap --rotate-logs --log-level fatal",
 		"status -o yaml", "status --watch --html x", "status x", "status --serve 0.0.0.0:0", "status --serve :0", "status --serve=x", "status --serve x y",
-		"status --serve=127.0.0.1:0 x", "status --serve -o json", "status --serve --history", "status --serve -w", "status --serve --html x", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "cleanup x",
+		"status --serve=127.0.0.1:0 x", "status --serve -o json", "status --serve --history", "status --serve -w", "status --serve --html x", "wait --listen x", "wait --timeout soon", "wait --timeout -1s", "drain --limit x", "drain --limit -1s", "help nonsense", "help run x", "version x", "version -o yaml", "cleanup x",
 		"diff x", "diff -o yaml", "diff --config=", "diff --config /no/such/file",
 		"explain", "explain web.test:80", "explain 10.0.0.1", "explain 10.0.0.1:80 -o yaml", "explain 10.0.0.1:0",
 		"explain 10.0.0.1:80 --inbound --uid 0", "explain 10.0.0.1:80 --in-interface eth0", "explain 10.0.0.1:80 x",

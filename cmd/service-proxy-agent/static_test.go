@@ -10,7 +10,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// TestStatic: what `make build` and `make release` made needs nothing of the image it runs on: no
+// TestStatic: what `make build` and `make binaries` made needs nothing of the image it runs on: no
 // loader and no shared library.
 func TestStatic(t *testing.T) {
 	built, err := mesh.Binary()
@@ -24,7 +24,7 @@ func TestStatic(t *testing.T) {
 	} {
 		f, err := elf.Open(filepath.Join(filepath.Dir(built), name))
 		if err != nil {
-			t.Errorf("%v: run `make build release`", err)
+			t.Errorf("%v: run `make build binaries`", err)
 			continue
 		}
 		defer f.Close()
