@@ -1,6 +1,6 @@
 # service-proxy-agent. On a fresh machine two commands do everything: `make demo` and `make test`.
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-COMMIT  := $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+VERSION ?= $(shell deploy/version.sh)
+COMMIT  := $(shell deploy/version.sh --commit)
 ENVOY_VERSION ?= 1.40.0
 # An older one, for the tests of what Envoy says.
 ENVOY_OLD := 1.36.4
@@ -12,13 +12,14 @@ LDFLAGS := -s -w -X main.version=$(VERSION) -X main.commit=$(COMMIT)
 # One static binary: no libc, so that it runs on every image.
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)'
 # What one clone has compiled serves the next: without it the path of the clone is part of all.
-export GOFLAGS := $(shell go env GOFLAGS) -trimpath
+# Version and commit are stamped above, so that a build outside of git is the same.
+export GOFLAGS := $(shell go env GOFLAGS) -trimpath -buildvcs=false
 export ENVOY ?= $(CURDIR)/$(BUILD)/envoy-$(ENVOY_VERSION)
 export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help build release generated tools demo check test lint vulns unit kernel lab box bench vm soak chaos alerts package clean FORCE
+.PHONY: help build binaries generated tools demo check test lint vulns unit kernel lab box bench vm soak chaos alerts package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +30,7 @@ $(BUILD)/service-proxy-agent: FORCE
 	@mkdir -p $(BUILD)
 	$(GOBUILD) -o $@ $(PKG)
 
-release: ## both architectures, in build/
+binaries: ## both architectures, in build/
 	GOARCH=amd64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-amd64 $(PKG)
 	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
 

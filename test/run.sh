@@ -59,7 +59,7 @@ untouched() {
 }
 
 setup() {
-  make --no-print-directory tools build release
+  make --no-print-directory tools build binaries
 }
 lint()   { nice -n 10 test/lint.sh; }
 alerts() { test/alerts.sh; }
