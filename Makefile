@@ -19,7 +19,7 @@ export AGENT := $(CURDIR)/$(BUILD)/service-proxy-agent
 export PROMTOOL ?= $(CURDIR)/$(BUILD)/promtool
 
 .DEFAULT_GOAL := help
-.PHONY: help build binaries generated tools demo check test lint vulns unit kernel lab box bench vm soak chaos alerts package clean FORCE
+.PHONY: help build binaries release packages generated tools demo check test lint vulns unit kernel lab box bench vm soak chaos alerts package clean FORCE
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z -]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,13 @@ soak: tools build ## the full counts of the tests; GROUP=name for one group (eac
 package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scripts (ENVOY=, ENVOY_ARM64=FILE or none)
 	@# The default of ENVOY above is for the tests: the script has its own.
 	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/package.sh
+
+release: ## what a release brings, in dist/: .tgz, .deb, .rpm, SBOM, licences, SHA256SUMS
+	@deploy/changelog.sh '$(VERSION)' >/dev/null
+	@rm -rf dist
+	@# Not the ENVOY above, which is for the tests: it would pass for somebody's wish.
+	@env $(if $(filter file,$(origin ENVOY)),-u ENVOY) $(MAKE) --no-print-directory package packages VERSION='$(VERSION)'
+	@VERSION='$(VERSION)' deploy/release.sh
 
 clean: ## everything that was built; downloads are kept
 	rm -rf $(BUILD)/service-proxy-agent* $(BUILD)/demo dist
