@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -32,6 +33,8 @@ const (
 	LogUnreadable
 	// an Envoy starts: see Epoch
 	EnvoyStarts
+	// the log is not there, see Details: Envoy may never have run; LogUnreadable tells its end
+	LogMissing
 )
 
 // LogEvent is what a line of the log says, or many equal lines. Its texts hold nothing of a
@@ -248,7 +251,7 @@ type follower struct {
 	file       *os.File
 	offset     int64
 	buffer     []byte // the start of a line whose end is not written yet, at most maxLine of it
-	unreadable string // the last LogUnreadable
+	unreadable string // the last LogUnreadable or LogMissing
 
 	queue   []LogEvent
 	told    map[LogEvent]*repeats // by the event with Count and Dropped zero
@@ -348,7 +351,8 @@ func (f *follower) open(atEnd bool) {
 		f.complain(fmt.Errorf("open %q: %w", f.path, err))
 		return
 	}
-	f.file, f.offset, f.buffer, f.unreadable = file, 0, nil, ""
+	f.file, f.offset, f.buffer = file, 0, nil
+	f.complain(nil)
 	if atEnd {
 		f.offset = info.Size()
 	}
@@ -365,17 +369,22 @@ func (f *follower) close() {
 	}
 }
 
-// complain tells once why the log cannot be read. That it is not there yet is no complaint:
-// Envoy may never have run.
+// complain tells once why the log cannot be read, and with nil that it can.
 func (f *follower) complain(err error) {
-	text := err.Error()
+	e := LogEvent{Kind: LogUnreadable, Count: 1}
+	if err != nil {
+		e.Details = err.Error()
+	}
 	if errors.Is(err, os.ErrNotExist) {
-		text = ""
+		e.Kind = LogMissing
 	}
-	if text != f.unreadable {
-		f.push(LogEvent{Kind: LogUnreadable, Details: text, Count: 1}, time.Now())
+	if e.Details == f.unreadable {
+		return
 	}
-	f.unreadable = text
+	f.unreadable = e.Details
+	f.queue = append(slices.DeleteFunc(f.queue, func(e LogEvent) bool {
+		return e.Kind == LogUnreadable || e.Kind == LogMissing // the newest counts
+	}), e)
 }
 
 // reopen takes the file that now has the name, once the old one is read to its end.

@@ -201,9 +201,15 @@ func TestFollowLog(t *testing.T) {
 func TestFollowLogRotation(t *testing.T) {
 	t.Parallel()
 	l := logFile{t, filepath.Join(t.TempDir(), "envoy.err.log")}
-	events := follow(t, l.path) // not there yet
+	events := follow(t, l.path) // not there yet, which is told once
+	if e := next(t, events, time.Second); e.Kind != LogMissing || e.Details == "" {
+		t.Errorf("got %+v", e)
+	}
 	nothing(t, events, 50*time.Millisecond)
 	l.write(changed("first"))
+	if e := next(t, events, 3*time.Second); e.Kind != LogUnreadable || e.Details != "" {
+		t.Errorf("got %+v, want that it can be read", e)
+	}
 	if e := next(t, events, 3*time.Second); e.Listener != "first" {
 		t.Errorf("got %+v", e)
 	}
@@ -268,6 +274,27 @@ func TestFollowLogRefuses(t *testing.T) {
 				t.Error("LastError took it")
 			}
 		})
+	}
+}
+
+// TestFollowLogMended: a log in the place of what was none ends the complaint.
+func TestFollowLogMended(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path, file := filepath.Join(dir, "envoy.err.log"), filepath.Join(dir, "file")
+	if err := os.Symlink(dir, path); err != nil {
+		t.Fatal(err)
+	}
+	events := follow(t, path)
+	if e := next(t, events, time.Second); e.Kind != LogUnreadable || e.Details == "" {
+		t.Errorf("got %+v", e)
+	}
+	logFile{t, file}.write("a line\n")
+	if err := os.Rename(file, path); err != nil {
+		t.Fatal(err)
+	}
+	if e := next(t, events, 3*time.Second); e.Kind != LogUnreadable || e.Details != "" {
+		t.Errorf("got %+v, want that it can be read", e)
 	}
 }
 

@@ -28,7 +28,7 @@ type View struct {
 	Stream     *symptom.Stream // how its xDS stream last ended; nil: it stands, as far as is known
 	Apart      bool            // Envoy has no stream, whether its log says why or not
 	Stands     bool            // it was seen to have one, and nothing was seen against it since
-	LogErr     string          // why its log cannot be read; "": it can, or is not there yet
+	LogErr     string          // why its log cannot be read; "": it can, or Envoy may not have run
 	Way
 	Past
 	Aside
@@ -114,18 +114,28 @@ func (v View) After(was View, now time.Time) View {
 	return v
 }
 
+// unreadable is why Envoy's log cannot be read. missing: there is none, which is no news before
+// Envoy has run.
+type unreadable struct {
+	why     string
+	missing bool
+}
+
 // view is what is known now.
 func (w *Watch) view() View {
 	p := w.process
 	v := View{
 		Outage: w.outage.Outage, State: p.state, Info: p.info, Configured: p.told,
 		Snapshot: w.set.snapshot, Rejected: w.set.rejected, Generation: w.set.generation,
-		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.logErr,
+		Stream: p.stream.end, Apart: p.stream.apart(), LogErr: w.unreadable.why,
 		Stands: p.stream.stands,
 		Past: Past{Bucket: w.detector.Bucket(w.o.Now()),
 			Dumps: w.set.dumps, Rejections: w.set.rejections, Restarts: w.set.restarts,
 			Closed: p.stream.last, Heard: p.stream.heard},
 		Aside: p.aside.Aside,
+	}
+	if w.unreadable.missing && (p.id == 0 || w.outage.Err != nil) {
+		v.LogErr = ""
 	}
 	v.Handover = w.takesOver(w.o.Now())
 	if errors.Is(w.outage.Err, envoyadmin.ErrRefused) {

@@ -69,13 +69,13 @@ type Watch struct {
 	box    *mailbox.Box[View]
 	probes chan probed
 
-	detector envoyadmin.Detector
-	change   change
-	process  process
-	set      listeners
-	outage   outage
-	failed   [2]error // what the last question of each kind came to, by kind
-	logErr   string
+	detector   envoyadmin.Detector
+	change     change
+	process    process
+	set        listeners
+	outage     outage
+	failed     [2]error // what the last question of each kind came to, by kind
+	unreadable unreadable
 
 	stateAt time.Time // when its state was last asked
 	probeAt time.Time // when our own way was last tried
@@ -341,8 +341,8 @@ func (w *Watch) Note(e envoyadmin.LogEvent) {
 	w.heard = true
 	now := w.o.Now()
 	switch e.Kind {
-	case envoyadmin.LogUnreadable:
-		w.logErr = e.Details
+	case envoyadmin.LogUnreadable, envoyadmin.LogMissing:
+		w.unreadable = unreadable{e.Details, e.Kind == envoyadmin.LogMissing}
 	case envoyadmin.StreamClosed:
 		w.process.stream.closed(now, e)
 	case envoyadmin.EnvoyStarts:

@@ -221,6 +221,15 @@ func TestWords(t *testing.T) {
 	if v, put := note(envoyadmin.LogEvent{Kind: envoyadmin.LogUnreadable}); !put || v.LogErr != "" {
 		t.Errorf("put %v; the log can be read again, and it says %q", put, v.LogErr)
 	}
+	missing := envoyadmin.LogEvent{Kind: envoyadmin.LogMissing, Details: "no such file"}
+	if v, _ := note(missing); v.LogErr != "no such file" {
+		t.Errorf("an Envoy that runs has no log, and it says %q", v.LogErr)
+	}
+	w.w.outage.Err = envoyadmin.ErrRefused
+	if v, _ := note(missing); v.LogErr != "" {
+		t.Errorf("Envoy may not have run, and it says %q", v.LogErr)
+	}
+	w.w.outage.Err = nil
 	if _, put := note(envoyadmin.LogEvent{Kind: envoyadmin.Other, Message: "a cluster"}); put {
 		t.Error("a View for what it does not tell")
 	}
