@@ -13,6 +13,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/guestattr"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -131,12 +132,15 @@ func (w *Watch) askForeign(ctx context.Context) {
 }
 
 // Unit is what systemd says of Envoy's unit: "activating, auto-restart, exit code 1, 12 restarts".
-// Without systemd, or its unit, there is nothing to say.
+// symptom.NoUnit: it has none for it. Without systemd there is nothing to say.
 func Unit(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	unit, err := systemd.UnitState(ctx, systemd.EnvoyUnit)
-	if err != nil {
+	switch {
+	case errors.Is(err, systemd.ErrNoUnit):
+		return symptom.NoUnit
+	case err != nil:
 		return ""
 	}
 	return unitWords(unit)

@@ -9,6 +9,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // process is what belongs to one Envoy process. Another one gets a new value. The zero value is
@@ -81,8 +82,8 @@ func (w *Watch) succeeds(now time.Time, epoch int) {
 func (w *Watch) takesOver(now time.Time) bool {
 	return !w.outage.handover.IsZero() && w.process.state != "DRAINING" &&
 		now.Sub(w.outage.handover) < handoverLimit &&
-		(w.outage.Unit == "" || strings.HasPrefix(w.outage.Unit, "active") ||
-			strings.HasPrefix(w.outage.Unit, "reloading"))
+		(w.outage.Unit == "" || w.outage.Unit == symptom.NoUnit ||
+			strings.HasPrefix(w.outage.Unit, "active") || strings.HasPrefix(w.outage.Unit, "reloading"))
 }
 
 // take makes a new listener set the one that counts, if this Envoy had completed a listener update

@@ -8,6 +8,7 @@ package recording
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/netip"
 	"reflect"
@@ -40,6 +41,7 @@ var sentinels = map[string]error{
 	"iptables.ErrLocked":          iptables.ErrLocked,
 	"iptables.ErrNoModules":       iptables.ErrNoModules,
 	"iptables.ErrNotRoot":         iptables.ErrNotRoot,
+	"fs.ErrPermission":            fs.ErrPermission,
 }
 
 // written is an error as it is written: its text, and what errors.Is and errors.As find in it.

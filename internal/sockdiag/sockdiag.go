@@ -51,11 +51,14 @@ func (e *SeveralOwnersError) Error() string {
 
 // ForeignError says that a user who should not does own a socket.
 type ForeignError struct {
-	Addr netip.AddrPort
+	Addr netip.AddrPort // zero: it is a Unix socket
 	UID  uint32
 }
 
 func (e *ForeignError) Error() string {
+	if !e.Addr.IsValid() {
+		return fmt.Sprintf("uid %d listens on the socket", e.UID)
+	}
 	return fmt.Sprintf("a socket of uid %d listens on %v", e.UID, e.Addr)
 }
 

@@ -44,8 +44,9 @@ func otherUser(f Facts) (out []Finding) {
 			}
 		}
 		who, next := "Envoy runs", say("run Envoy as %s: root's traffic cannot be told from everybody "+
-			"else's, so --proxy-user cannot be root", name(f.ProxyUser))
-		commands := []string{"ps -o pid,user,args -C envoy"}
+			"else's, so --proxy-user cannot be root; ports that a container publishes (`-p`) are root's: "+
+			"give it the VM's network", name(f.ProxyUser))
+		commands := []string{showEnvoys}
 		if uid == 0 {
 			commands = append(commands, "systemctl cat service-proxy-envoy", statusEnvoy)
 		} else {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"regexp"
 	"slices"
 	"strconv"
@@ -33,7 +34,7 @@ func foreignOwner(f Facts) (out []Finding) {
 			continue
 		}
 		if !p.Addr.IsValid() {
-			socket := strings.TrimPrefix(f.Envoy.Admin, "unix://")
+			socket := f.Envoy.adminSocket()
 			out = append(out, finding(ForeignOwner, 32, Error, "find it with `ss -lxp` "+orElse,
 				"Envoy's %s socket %s is held by %s, not by the proxy's user %s (uid %d): nothing from "+
 					"there is believed", p.Purpose, f.Envoy.Admin, p.owner(), name(f.ProxyUser), f.ProxyUID).
@@ -42,8 +43,13 @@ func foreignOwner(f Facts) (out []Finding) {
 				try("sudo ss -lxp", "ls -l -- "+word(socket, "SOCKET")))
 			continue
 		}
+		then := orElse
+		if p.Owner == 0 { // who Envoy must not run as; Docker's proxy of a published port does
+			then = "and stop it; a port of Envoy's must not be published by a container (`-p`), which " +
+				"needs the VM's network instead"
+		}
 		out = append(out, finding(ForeignOwner, 32, Error,
-			fmt.Sprintf("find it with `ss -ltunp sport = :%d` ", p.Addr.Port())+orElse,
+			fmt.Sprintf("find it with `ss -ltunp sport = :%d` ", p.Addr.Port())+then,
 			"Port %d (%s) is held by %s, not by the proxy's user %s (uid %d): interception is off and "+
 				"nothing from there is believed",
 			p.Addr.Port(), p.Purpose, p.owner(), name(f.ProxyUser), f.ProxyUID).
@@ -96,6 +102,9 @@ func (p Port) socket() string {
 	if !p.Listening {
 		return fmt.Sprintf("nothing listens on %v", p.Addr)
 	}
+	if !p.Addr.IsValid() { // a Unix socket
+		return fmt.Sprintf("LISTEN %s socket %s", p.Purpose, p.owner())
+	}
 	return fmt.Sprintf("LISTEN %v %s", p.Addr, p.owner())
 }
 
@@ -131,22 +140,33 @@ func envoyDown(f Facts) []Finding {
 		found.Since = f.Envoy.Since
 		return []Finding{found}
 	}
+	next, commands := "see `systemctl status service-proxy-envoy` and "+f.envoyLog(),
+		[]string{statusEnvoy, f.tailLog(), restartEnvoy}
+	if f.Envoy.Unit == NoUnit {
+		next, commands = "see how it is run, and "+f.envoyLog(), []string{showEnvoys, f.tailLog()}
+	}
+	switch {
+	case f.Envoy.adminSocket() != "":
+		next += "; a container must share the folder of that socket"
+		commands = append(commands, f.listSocket())
+	case f.Envoy.Unit == NoUnit:
+		next += "; a container needs the VM's network (--network host)"
+	}
 	cause := say("Envoy is not running: nothing accepts on its admin address %s", f.Envoy.Admin)
 	if !f.Envoy.Since.IsZero() {
 		cause += " since " + f.Envoy.Since.UTC().Format(time.RFC3339)
 	}
-	if f.Envoy.Unit != "" {
+	if f.Envoy.Unit != "" && f.Envoy.Unit != NoUnit {
 		cause += say(" (unit %s)", name(f.Envoy.Unit))
 	}
 	if f.Envoy.LastError != "" {
 		cause += say(", last error in its log: %s", f.Envoy.LastError)
 	}
-	found := finding(EnvoyDown, 1, Error,
-		"see `systemctl status service-proxy-envoy` and "+f.envoyLog(), "%s", safe(cause)).
+	found := finding(EnvoyDown, 1, Error, next, "%s", safe(cause)).
 		seen(FromEnvoy, f.Envoy.Since, f.Envoy.Err.Error()).
 		seen(FromUnit, time.Time{}, f.Envoy.Unit).
 		seen(FromEnvoyLog, time.Time{}, f.Envoy.LastError).
-		try(statusEnvoy, f.tailLog(), restartEnvoy)
+		try(commands...)
 	found.Since = f.Envoy.Since
 	return []Finding{found}
 }
@@ -170,7 +190,12 @@ func adminUnreadable(f Facts) []Finding {
 		return nil
 	}
 	next := "the rules stay as they are; see " + f.envoyLog() + ", and restart Envoy if this lasts"
+	commands := []string{f.ask("/server_info"), statusEnvoy, f.tailLog()}
 	switch {
+	case f.Envoy.adminSocket() != "" && errors.Is(err, fs.ErrPermission):
+		next = "the rules stay as they are; give the agent's user Envoy's group, that group the folder of " +
+			"the socket, and admin.address.pipe in Envoy's bootstrap the mode 0660 (mode: 432)"
+		commands = []string{f.listSocket(), "id service-proxy-agent"}
 	case errors.Is(err, envoyadmin.ErrForbiddenPath):
 		next = "add prefixes /config_dump, /server_info, /ready, /stats and /clusters to " +
 			"admin.allow_paths in Envoy's bootstrap"
@@ -184,7 +209,7 @@ func adminUnreadable(f Facts) []Finding {
 	found := finding(AdminUnreadable, 0, Error, next,
 		"Envoy's admin interface on %s gives no usable answer: %v", f.Envoy.Admin, err).
 		seen(FromEnvoy, f.Envoy.Since, err.Error()).
-		try(f.ask("/server_info"), statusEnvoy, f.tailLog())
+		try(commands...)
 	found.Since = f.Envoy.Since
 	return []Finding{found}
 }
@@ -617,8 +642,11 @@ func portClosed(f Facts) (out []Finding) {
 		}
 		next := "see " + f.envoyLog() + " for a bind error"
 		commands := []string{listens(p.Addr.Port()), f.grepLog("-i ", "bind")}
-		if errors.Is(f.Envoy.Err, envoyadmin.ErrRefused) { // there is no Envoy that could
+		switch {
+		case errors.Is(f.Envoy.Err, envoyadmin.ErrRefused): // there is no Envoy that could
 			next, commands = "it accepts by itself once Envoy runs", nil
+		case f.Envoy.adminSocket() != "" && f.Envoy.Err == nil: // which leads into any network
+			next = "if Envoy runs in a container, give that the VM's network (--network host); else " + next
 		}
 		severity := Error
 		if f.Brake.Off { // nothing is redirected to it, and nothing shall be
@@ -742,7 +770,8 @@ func logUnreadable(f Facts) []Finding {
 		return nil
 	}
 	return []Finding{finding(LogUnreadable, 0, Warning,
-		"make it readable for the agent's user; until then changes are seen up to a second later and "+
+		"have Envoy write it there, readable for the agent's user (from a container, in a folder that it "+
+			"shares), or name another by --envoy-log; until then changes are seen up to a second later and "+
 			"the control plane's words are not known",
 		"Envoy's log cannot be read: %s", f.Envoy.LogErr).
 		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld " +

@@ -59,11 +59,26 @@ func (f Facts) instance(verb string, flags ...string) string {
 
 // ask is a question to Envoy's admin interface.
 func (f Facts) ask(path string) string {
-	if socket, ok := strings.CutPrefix(f.Envoy.Admin, "unix://"); ok {
+	if socket := f.Envoy.adminSocket(); socket != "" {
 		return "sudo curl -sS -m 5 --unix-socket " + word(socket, "SOCKET") + " " +
 			word("http://envoy"+path, "URL")
 	}
 	return "curl -sS -m 5 " + word("http://"+cmp.Or(f.Envoy.Admin, "127.0.0.1:15000")+path, "URL")
+}
+
+// adminSocket is the path of the admin interface, "" where that is a port.
+func (e Envoy) adminSocket() string {
+	path, ok := strings.CutPrefix(e.Admin, "unix:")
+	if !ok {
+		return ""
+	}
+	return strings.TrimPrefix(path, "//")
+}
+
+// listSocket shows whose the admin socket and its folder are.
+func (f Facts) listSocket() string {
+	path := f.Envoy.adminSocket()
+	return "sudo ls -ld -- " + word(filepath.Dir(path), "FOLDER") + " " + word(path, "SOCKET")
 }
 
 // askMetadata is a question to the metadata server.
@@ -76,6 +91,7 @@ const (
 	readAttribute = "instance/attributes/gce-service-proxy"
 	statusEnvoy   = "systemctl status service-proxy-envoy"
 	restartEnvoy  = "sudo systemctl restart service-proxy-envoy"
+	showEnvoys    = "ps -o pid,user,args -C envoy"
 	editDefaults  = `sudo "${EDITOR:-vi}" /etc/default/service-proxy-agent`
 	restartAgent  = "sudo systemctl restart service-proxy-agent"
 )

@@ -184,13 +184,16 @@ type Stream struct {
 	When    time.Time
 }
 
+// NoUnit is an Envoy.Unit: systemd has none, so that somebody runs Envoy another way.
+const NoUnit = "not installed"
+
 // Envoy is what is known of the proxy.
 type Envoy struct {
 	Admin string    // address of the admin interface
 	Err   error     // why the admin interface told nothing; nil: it answered
 	Since time.Time // since when Err
 	// systemd's word on the unit, "" when unknown: "activating, auto-restart,
-	// exit code 1, 12 restarts"
+	// exit code 1, 12 restarts"; or NoUnit
 	Unit      string
 	LastError string // last error line of its log
 	State     string // LIVE, PRE_INITIALIZING, INITIALIZING, DRAINING; "" unknown
@@ -201,7 +204,7 @@ type Envoy struct {
 	Skipped    []envoyadmin.Skipped
 	Stream     *Stream // nil: not known to be closed
 	Apart      bool    // it has no stream, whether its log says why or not
-	LogErr     string  // why its log cannot be read; "": it can, or is not there yet
+	LogErr     string  // why its log cannot be read; "": it can, or Envoy may not have run
 	// Handover: the next Envoy starts beside the one that serves (hot restart), and takes the admin
 	// address over: what is not told there is no failure.
 	Handover bool

@@ -3,6 +3,7 @@ package symptom
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"reflect"
@@ -91,6 +92,10 @@ var examples = []example{
 	{"Envoy does not run", live(func(f *Facts) {
 		f.Envoy.Err, f.Envoy.Since, f.Envoy.LastError = fmt.Errorf("get: %w", envoyadmin.ErrRefused), now,
 			"error initializing configuration"
+	}), EnvoyDown},
+	{"the admin socket is not shared by its container", live(func(f *Facts) {
+		f.Envoy.Admin, f.Envoy.Unit = "unix:///run/envoy/admin.sock", NoUnit
+		f.Envoy.Err, f.Envoy.Since = fmt.Errorf("get: %w", envoyadmin.ErrRefused), now
 	}), EnvoyDown},
 	{"Envoy got no listener and nothing says why", live(func(f *Facts) { f.Envoy.State, f.Envoy.Configured = "PRE_INITIALIZING", false }), EnvoyNotConfigured},
 	{"the control plane's name does not resolve", live(func(f *Facts) {
@@ -217,6 +222,15 @@ var examples = []example{
 		f.Ports = []Port{
 			{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
 	}), InterceptionNotReady},
+	{"Envoy's container has a network of its own", live(func(f *Facts) {
+		f.Envoy.Admin = "unix:///run/envoy/admin.sock"
+		f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception",
+			Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+	}), InterceptionNotReady},
+	{"the agent's user may not connect to the admin socket", live(func(f *Facts) {
+		f.Envoy.Admin = "unix:///run/envoy/admin.sock"
+		f.Envoy.Err = fmt.Errorf("get \"/ready\": %w: connect: %w", envoyadmin.ErrConnection, fs.ErrPermission)
+	}), AdminUnreadable},
 	{"the admin interface answers garbage", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }), AdminUnreadable},
 	{"the admin interface does not answer", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/ready\": %w", envoyadmin.ErrTimeout) }), AdminUnreadable},
 	{"its answer is too large", live(func(f *Facts) { f.Envoy.Err = fmt.Errorf("get \"/config_dump\": %w", envoyadmin.ErrTooLarge) }), AdminUnreadable},
@@ -232,6 +246,9 @@ var examples = []example{
 	{"a listener of a shape that is not intercepted", live(func(f *Facts) {
 		f.Envoy.Skipped = []envoyadmin.Skipped{{Listener: "l", Reason: "its address is a pipe"}}
 	}), ListenerSkipped},
+	{"Envoy runs, and its log is not there", live(func(f *Facts) {
+		f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: no such file or directory"
+	}), LogUnreadable},
 	{"Envoy's log cannot be read", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }), LogUnreadable},
 	{"the attribute asks for something that is advised against", live(func(f *Facts) {
 		f.Advice = []string{

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
@@ -217,7 +218,7 @@ func TestWords(t *testing.T) {
 		{"a user without a name on IPv6's", live(port("inbound interception", "[::1]:15006", 4711, "")),
 			"port-foreign-owner", 32, Error, "Port 15006 (inbound interception) is held by uid 4711, not…", "…sport = :15006…"},
 		{"root on 15001", live(port("outbound interception", "127.0.0.1:15001", 0, "root")),
-			"port-foreign-owner", 32, Error, "Port 15001 …root (uid 0), not…", "…"},
+			"port-foreign-owner", 32, Error, "Port 15001 …root (uid 0), not…", "…sport = :15001…stop it; …published by a container…needs the VM's network instead"},
 		{"root on 15000", live(port("admin", "127.0.0.1:15000", 0, "root")), "", 0, 0, "", ""},
 		{"another user on 15000", live(port("admin", "127.0.0.1:15000", 4711, "")),
 			"port-foreign-owner", 32, Error, "Port 15000 (admin) is held by uid 4711, not…", "…"},
@@ -241,6 +242,23 @@ func TestWords(t *testing.T) {
 		{"the admin port is closed, which envoy-down says", live(func(f *Facts) {
 			f.Ports = []Port{{Purpose: "admin", Addr: netip.MustParseAddrPort("127.0.0.1:15000")}}
 		}), "", 0, 0, "", ""},
+		{"a container on a network of its own", live(func(f *Facts) {
+			f.Envoy.Admin = "unix:///run/envoy/admin.sock"
+			f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001")}}
+		}), "interception-port-closed", 0, Error,
+			"Envoy's outbound interception port 15001 does not accept IPv4 connections (nothing accepts there)",
+			"if Envoy runs in a container, give that the VM's network (--network host); else see /var/log/envoy/envoy.err.log for a bind error"},
+		{"its admin interface in the container alone", live(func(f *Facts) {
+			f.Envoy.Admin, f.Envoy.Err, f.Envoy.Unit = "unix:///run/envoy/admin.sock", envoyadmin.ErrRefused, NoUnit
+		}), "envoy-down", 1, Error, "Envoy is not running: nothing accepts on its admin address unix:///run/envoy/admin.sock",
+			"see how it is run, and …envoy.err.log; a container must share the folder of that socket"},
+		{"a container on a network of its own, where nobody has a unit for it", live(func(f *Facts) { f.Envoy.Err, f.Envoy.Unit = envoyadmin.ErrRefused, NoUnit }),
+			"envoy-down", 1, Error, "Envoy is not running: nothing accepts on its admin address 127.0.0.1:15000",
+			"see how it is run, and …envoy.err.log; a container needs the VM's network (--network host)"},
+		{"its socket is closed to the agent's user", live(func(f *Facts) {
+			f.Envoy.Admin, f.Envoy.Err = "unix:///run/envoy/admin.sock", fmt.Errorf("%w: %w", envoyadmin.ErrConnection, fs.ErrPermission)
+		}), "envoy-admin-unreadable", 0, Error, "Envoy's admin interface on unix:///run/envoy/admin.sock gives no usable answer: …permission denied",
+			"the rules stay as they are; give the agent's user Envoy's group…mode 0660…"},
 		{"half a dump", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrNotJSON }),
 			"envoy-admin-unreadable", 0, Error, "Envoy's admin interface on 127.0.0.1:15000 gives no usable answer: …", "the rules stay as they are…envoy.err.log…"},
 		{"no answer", live(func(f *Facts) { f.Envoy.Err = envoyadmin.ErrTimeout }),
@@ -271,7 +289,7 @@ func TestWords(t *testing.T) {
 			port("outbound interception", "0.0.0.0:15001", 0, "root")(f)
 			f.Processes = []uint32{0}
 		}), "envoy-other-user", 15, Error,
-			"Envoy runs as root (uid 0)…envoy (uid 107)…come back to it…interception is off", "run Envoy as envoy…--proxy-user cannot be root"},
+			"Envoy runs as root (uid 0)…envoy (uid 107)…come back to it…interception is off", "run Envoy as envoy…--proxy-user cannot be root; ports that a container publishes…"},
 		{"by a user without a name", live(func(f *Facts) {
 			port("outbound interception", "0.0.0.0:15001", 4711, "")(f)
 			f.Processes = []uint32{4711, 4711, 107}
@@ -405,7 +423,9 @@ func TestWords(t *testing.T) {
 		{"OFF!", live(func(f *Facts) { f.Brake = Brake{Bad: "OFF!", BadBy: "instance"} }),
 			"interception-key", 41, Warning, `The brake service-proxy-agent-interception="OFF!" of this VM's metadata is neither off nor bypass-when-down`, "write off or bypass-when-down…nothing is changed"},
 		{"chmod", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.err.log: permission denied" }),
-			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.err.log: permission denied", "make it readable…"},
+			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.err.log: permission denied", "have Envoy write it there, readable for the agent's user…"},
+		{"its container does not share it", live(func(f *Facts) { f.Envoy.LogErr = "open /var/log/envoy/envoy.log: no such file or directory" }),
+			"envoy-log-unreadable", 0, Warning, "Envoy's log cannot be read: open /var/log/envoy/envoy.log: no such file or directory", "…from a container, in a folder that it shares…"},
 		{"serving port 22", live(func(f *Facts) { f.Advice = []string{"service.serving-ports: 22 sends SSH through Envoy"} }),
 			"attribute-advice", 0, Warning, "The gce-service-proxy attribute: service.serving-ports: 22 sends SSH through Envoy", "…docs/attribute.md"},
 		{"another program on 15020, and metrics elsewhere", live(func(f *Facts) {
