@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -91,12 +92,15 @@ type EnvoyOptions struct {
 	// Supervisor is the service-proxy-agent that Envoy runs under, as in its unit; empty: none.
 	Supervisor     string
 	SupervisorArgs []string
+	// Container has it run as from an image.
+	Container *Container
 }
 
 // Envoy is an Envoy in "vm". One after the other may run under the same value (Start, Kill, Start).
 type Envoy struct {
-	LogPath string // stderr, appended to from start to start
-	UID     uint32
+	LogPath     string // stderr, appended to from start to start; or its --log-path, of a container
+	AdminSocket string // of a container; "": AdminAddr
+	UID         uint32 // as the VM sees it
 
 	lab    *Lab
 	argv   []string
@@ -106,8 +110,9 @@ type Envoy struct {
 	exited chan struct{}
 	epoch  int
 
-	config string // its path
-	reload []string
+	config    string // its path
+	reload    []string
+	container *Container
 }
 
 // hotRestarts counts the Envoys of this process that may be restarted so.
@@ -126,7 +131,11 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 		opts.UID = EnvoyUID
 	}
 	var err error
-	if opts.Binary, err = l.reachable(opts.Binary, opts.UID); err != nil {
+	uid := opts.UID
+	if opts.Container != nil {
+		uid += opts.Container.FirstUID
+	}
+	if opts.Binary, err = l.reachable(opts.Binary, uid); err != nil {
 		return nil, err
 	}
 	if opts.LogLevel == "" {
@@ -149,6 +158,10 @@ func (l *Lab) StartEnvoy(opts EnvoyOptions) (*Envoy, error) {
 		admin: l.VM.HTTP(), config: config,
 	}
 	switch {
+	case opts.Container != nil:
+		if err := e.contain(opts); err != nil {
+			return nil, err
+		}
 	case opts.Supervisor != "":
 		if err := e.supervise(opts); err != nil {
 			return nil, err
@@ -200,15 +213,13 @@ func (e *Envoy) Start() error {
 	if e.cmd != nil {
 		return errors.New("start Envoy: it runs")
 	}
-	log, err := os.OpenFile(e.LogPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return fmt.Errorf("open Envoy's log: %w", err)
+	start := e.startPlain
+	if e.container != nil {
+		start = e.startContained
 	}
-	defer log.Close()
-	cmd := e.lab.VM.CommandAs(context.Background(), e.UID, e.argv[0], e.argv[1:]...)
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := Start(cmd); err != nil {
-		return fmt.Errorf("start Envoy: %w", err)
+	cmd, err := start()
+	if err != nil {
+		return err
 	}
 	exited := make(chan struct{})
 	e.cmd, e.exited = cmd, exited
@@ -222,6 +233,20 @@ func (e *Envoy) Start() error {
 		close(exited)
 	}()
 	return nil
+}
+
+func (e *Envoy) startPlain() (*exec.Cmd, error) {
+	log, err := os.OpenFile(e.LogPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("open Envoy's log: %w", err)
+	}
+	defer log.Close()
+	cmd := e.lab.VM.CommandAs(context.Background(), e.UID, e.argv[0], e.argv[1:]...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := Start(cmd); err != nil {
+		return nil, fmt.Errorf("start Envoy: %w", err)
+	}
+	return cmd, nil
 }
 
 // HotRestart starts the next Envoy beside the running one, which hands its listeners over and ends
@@ -433,7 +458,7 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 	b := &bootstrapv3.Bootstrap{
 		Node: &corev3.Node{Id: opts.NodeID, Cluster: "cluster", Locality: &corev3.Locality{
 			Zone: "us-central1-a"}, Metadata: metadata},
-		Admin:           &bootstrapv3.Admin{Address: socket(AdminAddr)},
+		Admin:           &bootstrapv3.Admin{Address: admin(opts)},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{Clusters: []*clusterv3.Cluster{cluster}},
 		DynamicResources: &bootstrapv3.Bootstrap_DynamicResources{
 			LdsConfig: ads, CdsConfig: ads,
@@ -457,6 +482,14 @@ func bootstrap(opts EnvoyOptions) ([]byte, error) {
 		return nil, fmt.Errorf("write Envoy's bootstrap: %w", err)
 	}
 	return out, nil
+}
+
+func admin(opts EnvoyOptions) *corev3.Address {
+	if opts.Container == nil {
+		return socket(AdminAddr)
+	}
+	return &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{
+		Path: containerSocket, Mode: cmp.Or(opts.Container.SocketMode, 0o660)}}}
 }
 
 func packed(m proto.Message) (*anypb.Any, error) {
