@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 	"github.com/service-proxy-agent/service-proxy-agent/test/controlplane"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
@@ -35,7 +37,7 @@ const asUnit = `[ "$2" != run ] || set -- setpriv --reuid %[1]d --regid %[1]d --
 exec "$@"`
 
 // contained is a mesh whose Envoy runs in a container, and an agent beside it that is not started.
-func contained(t *testing.T, c lab.Container, args ...string) (*mesh.Mesh, *mesh.Agent) {
+func contained(t *testing.T, c lab.Container) (*mesh.Mesh, *mesh.Agent) {
 	t.Helper()
 	m, err := mesh.New(within(t, 30*time.Second), mesh.Options{
 		Config: services(looping), NoEnvoy: true})
@@ -43,9 +45,10 @@ func contained(t *testing.T, c lab.Container, args ...string) (*mesh.Mesh, *mesh
 	if c.Network != nil {
 		c.Network = m.Client
 	}
-	m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Container: &c})
+	m.Envoy, err = m.StartEnvoy(lab.EnvoyOptions{ControlPlane: m.CPAddr, Container: &c,
+		Args: imageArgs(t)})
 	must(t, err)
-	a := m.NewAgent(append([]string{"--envoy-admin", "unix://" + m.Envoy.AdminSocket}, args...)...)
+	a := m.NewAgent("--envoy-admin", "unix://"+m.Envoy.AdminSocket)
 	a.Under = []string{"sh", "-c",
 		fmt.Sprintf(asUnit, agentUID, lab.EnvoyUID, firstUID+lab.EnvoyUID), "sh"}
 	for _, dir := range []string{a.RunDir(), a.StateDir()} {
@@ -61,6 +64,23 @@ func contained(t *testing.T, c lab.Container, args ...string) (*mesh.Mesh, *mesh
 		must(t, m.Close())
 	})
 	return m, a
+}
+
+// containerExamples are the files that docs/container.md tells of.
+const containerExamples = "../../deploy/examples/container/"
+
+// imageArgs are Envoy's arguments in the example of its unit.
+func imageArgs(t *testing.T) []string {
+	t.Helper()
+	unit, err := os.ReadFile(containerExamples + systemd.EnvoyUnit)
+	must(t, err)
+	_, line, _ := strings.Cut(string(unit), " envoyproxy/envoy:")
+	line, _, found := strings.Cut(line, "'\n")
+	words := strings.Fields(strings.ReplaceAll(line, "\\\n", " "))
+	if !found || len(words) < 2 {
+		t.Fatalf("no arguments in the example:\n%s", unit)
+	}
+	return words[1:] // behind the image's tag
 }
 
 // looping is a service whose address is its endpoint's: Envoy's own connection to it would come back
@@ -182,7 +202,7 @@ func TestContainerApart(t *testing.T) {
 		mend      func(*testing.T, *mesh.Mesh)
 	}{
 		{"log not shared", lab.Container{LogApart: true}, symptom.LogUnreadable,
-			"envoy.err.log: no such file or directory|in a folder that it shares|--envoy-log",
+			"envoy.log: no such file or directory|in a folder that it shares|--envoy-log",
 			func(t *testing.T, m *mesh.Mesh) { // a line that it might have written
 				must(t, os.WriteFile(m.Envoy.LogPath, []byte("[…][info][main] […] starting\n"), 0o644))
 			}},
@@ -256,6 +276,48 @@ func TestContainerUserNamespace(t *testing.T) {
 	must(t, a.WaitReady(within(t, 20*time.Second)))
 	through(t, m, web4)
 	letOut(t, m)
+}
+
+// TestContainerInstall: the example installs what the agent needs but for Envoy's image, twice, and
+// leaves settings that are there.
+func TestContainerInstall(t *testing.T) {
+	t.Parallel()
+	binary, err := mesh.Binary()
+	must(t, err)
+	root := t.TempDir()
+	settings := filepath.Join(root, "etc/default/service-proxy-agent")
+	for range 2 {
+		cmd := exec.CommandContext(t.Context(), containerExamples+"install.sh", binary)
+		cmd.Env = append(os.Environ(), "ROOT="+root)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	if text, err := os.ReadFile(settings); err != nil ||
+		!strings.Contains(string(text), "unix:///run/envoy/admin.sock") {
+		t.Errorf("settings: %q, %v", text, err)
+	}
+	for _, file := range systemd.Files() {
+		_, err := os.Stat(filepath.Join(root, file.Path))
+		unit := filepath.Base(file.Path)
+		want := strings.HasPrefix(file.Path, systemd.UnitDir) && unit != systemd.EnvoyUnit &&
+			!strings.HasPrefix(unit, "service-proxy-bootstrap.")
+		if want && err != nil {
+			t.Error(err)
+		}
+	}
+	for path, mode := range map[string]os.FileMode{
+		"usr/local/bin/service-proxy-agent":       0o755,
+		"etc/systemd/system/" + systemd.EnvoyUnit: 0o644,
+		"var/log/envoy": os.ModeDir | os.ModeSticky | 0o770,
+		"usr/local/lib/systemd/system/" + systemd.EnvoyUnit: 0, // not beside the image's
+	} {
+		info, err := os.Stat(filepath.Join(root, path))
+		if (err == nil) != (mode != 0) || err == nil && info.Mode() != mode {
+			t.Errorf("%s: %v, want mode %v", path, err, mode)
+		}
+	}
 }
 
 // publish does for a port what Docker's proxy does for `-p`: root listens in the VM, and forwards to

@@ -15,8 +15,9 @@ import (
 )
 
 // Container is what an Envoy has of its own when it runs from an image: root, mounts, processes,
-// IPC, and what is named here. Its admin interface is a Unix socket and its log a file, each in a
-// folder that it shares with the VM unless told otherwise.
+// IPC, and what is named here. Its admin interface is /run/envoy/admin.sock, and it shares that folder
+// and /var/log/envoy with the VM, unless told otherwise. EnvoyOptions.Args are all of its arguments:
+// its bootstrap is /etc/envoy/envoy.json, and its log should be /var/log/envoy/envoy.log.
 type Container struct {
 	// Network is that of a bridge; nil: the VM's, as by --network host.
 	Network *Namespace
@@ -33,7 +34,6 @@ const (
 	containerRun    = "/run/envoy"
 	containerSocket = containerRun + "/admin.sock"
 	containerLogs   = "/var/log/envoy"
-	containerLog    = containerLogs + "/envoy.err.log"
 	containerConfig = "/etc/envoy/envoy.json"
 	containerEnvoy  = "/opt/envoy"
 )
@@ -73,7 +73,7 @@ func (e *Envoy) contain(opts EnvoyOptions) error {
 			return fmt.Errorf("make a container: %w", err)
 		}
 	}
-	e.LogPath, e.AdminSocket = filepath.Join(logs, "envoy.err.log"), filepath.Join(run, "admin.sock")
+	e.LogPath, e.AdminSocket = filepath.Join(logs, "envoy.log"), filepath.Join(run, "admin.sock")
 	binds := [][2]string{{"/usr", "/usr"}, {"/dev/null", "/dev/null"}, {"/dev/urandom", "/dev/urandom"},
 		{opts.Binary, containerEnvoy}, {e.config, containerConfig}}
 	if !c.SocketApart {
@@ -87,9 +87,7 @@ func (e *Envoy) contain(opts EnvoyOptions) error {
 		fmt.Fprintln(&lines, b[0], b[1])
 	}
 	e.argv = append([]string{"-ec", enter, "container", root, strings.TrimSpace(lines.String()),
-		strconv.FormatUint(uint64(inside), 10), containerEnvoy, "-c", containerConfig, "--concurrency", "1",
-		"-l", opts.LogLevel, "--disable-hot-restart", "--log-path", containerLog,
-		"--file-flush-interval-msec", "50"}, opts.Args...)
+		strconv.FormatUint(uint64(inside), 10), containerEnvoy, "--concurrency", "1"}, opts.Args...)
 	e.admin = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
