@@ -193,8 +193,8 @@ func adminUnreadable(f Facts) []Finding {
 	commands := []string{f.ask("/server_info"), statusEnvoy, f.tailLog()}
 	switch {
 	case f.Envoy.adminSocket() != "" && errors.Is(err, fs.ErrPermission):
-		next = "the rules stay as they are; give the agent's user Envoy's group, that group the folder of " +
-			"the socket, and admin.address.pipe in Envoy's bootstrap the mode 0660 (mode: 432)"
+		next = "the rules stay as they are; give the agent's user Envoy's group, that group the folder " +
+			"of the socket, and admin.address.pipe in Envoy's bootstrap the mode 0660 (mode: 432)"
 		commands = []string{f.listSocket(), "id service-proxy-agent"}
 	case errors.Is(err, envoyadmin.ErrForbiddenPath):
 		next = "add prefixes /config_dump, /server_info, /ready, /stats and /clusters to " +
@@ -770,8 +770,8 @@ func logUnreadable(f Facts) []Finding {
 		return nil
 	}
 	return []Finding{finding(LogUnreadable, 0, Warning,
-		"have Envoy write it there, readable for the agent's user (from a container, in a folder that it "+
-			"shares), or name another by --envoy-log; until then changes are seen up to a second later and "+
+		"have Envoy write it there, readable for the agent's user (from a container, in a folder that "+
+			"it shares), or name another by --envoy-log; until then changes are seen up to a second later and "+
 			"the control plane's words are not known",
 		"Envoy's log cannot be read: %s", f.Envoy.LogErr).
 		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld " +

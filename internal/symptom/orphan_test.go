@@ -20,7 +20,6 @@ var noInjection = map[ID]string{
 	CouldNotLook:    ofFacts,
 	Shadowed:        "the row of Fight in the lab makes it, and looks at its words",
 	ListenerSkipped: ofFacts,
-	LogUnreadable:   ofFacts,
 }
 
 // ofFacts: a line that a test on real parts makes stale; TestOrphans then asks to take it out.

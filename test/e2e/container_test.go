@@ -83,8 +83,8 @@ func imageArgs(t *testing.T) []string {
 	return words[1:] // behind the image's tag
 }
 
-// looping is a service whose address is its endpoint's: Envoy's own connection to it would come back
-// to Envoy, for ever, if the rules did not let it out.
+// looping is a service whose address is its endpoint's: Envoy's own connection to it would come
+// back to Envoy, for ever, if the rules did not let it out.
 var looping = controlplane.Service{Name: "looping", Port: mesh.EndpointPort, HTTP: true,
 	Prefixes: controlplane.VIPs(lab.EndpointAddr(1).String()), Endpoints: endpoints()}
 
@@ -167,7 +167,8 @@ func TestContainer(t *testing.T) {
 	}
 }
 
-// TestContainerPaused: SIGSTOP, which is what `docker pause` comes to. The rules stay, and it is told.
+// TestContainerPaused: SIGSTOP, which is what `docker pause` comes to. The rules stay, and it is
+// told.
 func TestContainerPaused(t *testing.T) {
 	t.Parallel()
 	m, a := contained(t, lab.Container{})
@@ -256,9 +257,9 @@ func TestContainerApart(t *testing.T) {
 	}
 }
 
-// TestContainerUserNamespace: the rules and the owners of sockets know the VM's uids alone. An Envoy
-// in a user namespace is another user than --proxy-user says if that is what it is inside, and as the
-// VM's number all is well.
+// TestContainerUserNamespace: the rules and the owners of sockets know the VM's uids alone. An
+// Envoy in a user namespace is another user than --proxy-user says if that is what it is inside;
+// with the VM's number all is well.
 func TestContainerUserNamespace(t *testing.T) {
 	t.Parallel()
 	m, a := contained(t, lab.Container{FirstUID: firstUID})
@@ -320,8 +321,8 @@ func TestContainerInstall(t *testing.T) {
 	}
 }
 
-// publish does for a port what Docker's proxy does for `-p`: root listens in the VM, and forwards to
-// the container.
+// publish does for a port what Docker's proxy does for `-p`: root listens in the VM, and forwards
+// to the container.
 func publish(t *testing.T, m *mesh.Mesh, port uint16) {
 	t.Helper()
 	ln, err := m.Listen(m.VM, netip.AddrPortFrom(netip.IPv4Unspecified(), port))

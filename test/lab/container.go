@@ -15,9 +15,9 @@ import (
 )
 
 // Container is what an Envoy has of its own when it runs from an image: root, mounts, processes,
-// IPC, and what is named here. Its admin interface is /run/envoy/admin.sock, and it shares that folder
-// and /var/log/envoy with the VM, unless told otherwise. EnvoyOptions.Args are all of its arguments:
-// its bootstrap is /etc/envoy/envoy.json, and its log should be /var/log/envoy/envoy.log.
+// IPC, and what is named here. Its admin interface is /run/envoy/admin.sock, and it shares that
+// folder and /var/log/envoy with the VM, unless told otherwise. EnvoyOptions.Args are all of its
+// arguments: its bootstrap is /etc/envoy/envoy.json, its log should be /var/log/envoy/envoy.log.
 type Container struct {
 	// Network is that of a bridge; nil: the VM's, as by --network host.
 	Network *Namespace
@@ -74,8 +74,8 @@ func (e *Envoy) contain(opts EnvoyOptions) error {
 		}
 	}
 	e.LogPath, e.AdminSocket = filepath.Join(logs, "envoy.log"), filepath.Join(run, "admin.sock")
-	binds := [][2]string{{"/usr", "/usr"}, {"/dev/null", "/dev/null"}, {"/dev/urandom", "/dev/urandom"},
-		{opts.Binary, containerEnvoy}, {e.config, containerConfig}}
+	binds := [][2]string{{"/usr", "/usr"}, {"/dev/null", "/dev/null"},
+		{"/dev/urandom", "/dev/urandom"}, {opts.Binary, containerEnvoy}, {e.config, containerConfig}}
 	if !c.SocketApart {
 		binds = append(binds, [2]string{run, containerRun})
 	}

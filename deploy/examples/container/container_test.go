@@ -1,4 +1,5 @@
-// Package container holds the examples of docs/container.md, and tests that they and the page agree.
+// Package container holds the examples of docs/container.md, and tests that they and the page
+// agree.
 package container
 
 import (

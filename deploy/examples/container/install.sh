@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the agent without bootstrap, for an Envoy that runs from an image: program, units, users and
-# folders. It enables and starts nothing.
+# Installs the agent without bootstrap, for an Envoy that runs from an image: program, units, users
+# and folders. It enables and starts nothing.
 #
 #   install.sh PROGRAM    the service-proxy-agent to install, from an archive or from build/
 #   ROOT                  the folder that stands for /; default: /
