@@ -771,8 +771,8 @@ func logUnreadable(f Facts) []Finding {
 	}
 	return []Finding{finding(LogUnreadable, 0, Warning,
 		"have Envoy write it there, readable for the agent's user (from a container, in a folder that "+
-			"it shares), or name another by --envoy-log; until then changes are seen up to a second later and "+
-			"the control plane's words are not known",
+			"it shares), or name another by --envoy-log; until then changes are seen up to a second later "+
+			"and the control plane's words are not known",
 		"Envoy's log cannot be read: %s", f.Envoy.LogErr).
 		seen(FromEnvoyLog, time.Time{}, f.Envoy.LogErr).try("sudo ls -ld " +
 		f.logFolder() + " " + f.logFile())}
