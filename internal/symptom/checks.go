@@ -130,13 +130,20 @@ func envoyDown(f Facts) []Finding {
 		return nil
 	}
 	if f.serves() {
-		found := finding(AdminUnreadable, 0, Error, "it is tried again by itself; see `systemctl status "+
-			"service-proxy-envoy` for why, and restart Envoy, which drains it, if this lasts",
-			"Envoy serves, but nothing accepts on its admin address %s: the next Envoy did not take over "+
-				"from it; the rules stay as they are", f.Envoy.Admin).
+		why, next := safe(": the next Envoy did not take over from it"), "it is tried again by itself; see "+
+			"`systemctl status service-proxy-envoy` for why, and restart Envoy, which drains it, if this lasts"
+		commands := []string{statusEnvoy, f.tailLog(), restartEnvoy}
+		if f.Envoy.adminSocket() != "" { // our own unit's Envoy has a port
+			why, next = "", "a container must share the folder of that socket; see "+f.envoyLog()+
+				" for where Envoy has its own"
+			commands = []string{f.listSocket(), statusEnvoy, f.tailLog()}
+		}
+		found := finding(AdminUnreadable, 0, Error, next,
+			"Envoy serves, but nothing accepts on its admin address %s%s; the rules stay as they are",
+			f.Envoy.Admin, why).
 			seen(FromEnvoy, f.Envoy.Since, f.Envoy.Err.Error()).
 			seen(FromUnit, time.Time{}, f.Envoy.Unit).
-			try(statusEnvoy, f.tailLog(), restartEnvoy)
+			try(commands...)
 		found.Since = f.Envoy.Since
 		return []Finding{found}
 	}

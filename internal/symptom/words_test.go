@@ -255,6 +255,11 @@ func TestWords(t *testing.T) {
 		{"a container on a network of its own, where nobody has a unit for it", live(func(f *Facts) { f.Envoy.Err, f.Envoy.Unit = envoyadmin.ErrRefused, NoUnit }),
 			"envoy-down", 1, Error, "Envoy is not running: nothing accepts on its admin address 127.0.0.1:15000",
 			"see how it is run, and …envoy.err.log; a container needs the VM's network (--network host)"},
+		{"the same, and its unit runs", live(func(f *Facts) {
+			f.Envoy.Admin, f.Envoy.Err, f.Envoy.Unit = "unix:///run/envoy/admin.sock", envoyadmin.ErrRefused, "active, running"
+			f.Ports = []Port{{Family: iptables.IPv4, Purpose: "outbound interception", Addr: netip.MustParseAddrPort("127.0.0.1:15001"), Owner: f.ProxyUID, Listening: true}}
+		}), "envoy-admin-unreadable", 0, Error, "Envoy serves, but nothing accepts on its admin address unix:///run/envoy/admin.sock; the rules stay as they are",
+			"a container must share the folder of that socket; see …envoy.err.log for where Envoy has its own"},
 		{"its socket is closed to the agent's user", live(func(f *Facts) {
 			f.Envoy.Admin, f.Envoy.Err = "unix:///run/envoy/admin.sock", fmt.Errorf("%w: %w", envoyadmin.ErrConnection, fs.ErrPermission)
 		}), "envoy-admin-unreadable", 0, Error, "Envoy's admin interface on unix:///run/envoy/admin.sock gives no usable answer: …permission denied",
