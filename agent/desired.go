@@ -23,6 +23,7 @@ type Inputs struct {
 	ProxyGID  uint32
 	// Local holds the addresses of the VM's own interfaces, every NIC. Not the kernel's `local`
 	// routes: an internal load balancer's address is one, and may be a service.
+	// See docs/design/facts.md#gce-load-balancer-is-local.
 	Local        []netip.Addr
 	Interfaces   []string // --intercept-interfaces
 	ResolverUIDs []uint32 // users whose DNS questions must leave the VM: the local resolver
@@ -164,6 +165,7 @@ func isInbound(l envoyadmin.Listener) bool {
 // this family. On OUTPUT REDIRECT rewrites the destination to 127.0.0.1 or ::1, on PREROUTING to
 // the address of the interface the packet came in by (iptables-extensions(8)), so a listener on one
 // other address never sees the connection. The expected port wins when there are several.
+// See docs/design/facts.md#redirect-leads-to.
 func redirectPort(listeners []envoyadmin.Listener, family iptables.Family, expected uint16,
 	inbound bool) uint16 {
 	var first uint16
@@ -207,7 +209,7 @@ func reachable(l envoyadmin.Listener, a netip.Addr, family iptables.Family, inbo
 // outbound collects the service prefixes and address-less ports of one family, and whose they are:
 // from the filter chains of the interception listener that REDIRECT leads to (Traffic Director;
 // Envoy closes what has no chain there) and from the addresses of the unbound listeners behind one
-// (Istio).
+// (Istio). See docs/design/facts.md#gce-what-traffic-director-sends.
 func outbound(all []envoyadmin.Listener, family iptables.Family, port uint16,
 	g *guard) (prefixes []netip.Prefix, ports []uint16, services []Served) {
 	add := func(l envoyadmin.Listener, s Served) {

@@ -60,6 +60,7 @@ func (a *Agent) moving() (s *status.Status, why string) {
 // changed or malformed attribute, for the whole fleet at once) is nothing that a new VM would
 // mend, as long as Envoy answers. With the brake on it need not: an operator who has connections go
 // past Envoys that fail does not want the fleet recreated for that.
+// See docs/design/facts.md#gce-healthy-ends-the-delay.
 func (a *Agent) healthz() (ok bool, why string) {
 	s, why := a.moving()
 	if s == nil {

@@ -276,6 +276,7 @@ func (v vm) look(family iptables.Family, ports reconcile.Ports, seen Observation
 // lookAt asks who would get what REDIRECT sends to this port. On OUTPUT it leads to loopback, on
 // PREROUTING (inbound, and outbound of containers) to an address of the interface that a packet
 // came in by. A foreign owner on any of these counts, one on another address does not.
+// See docs/design/facts.md#redirect-leads-to and docs/design/facts.md#anybody-may-listen.
 func (v vm) lookAt(
 	family iptables.Family, purpose string, port uint16,
 	list func(uint16) ([]sockdiag.Listener, error), seen Observation,

@@ -79,9 +79,9 @@ func addresses(texts ...string) (a []netip.Addr) {
 	return a
 }
 
-// expect is design section 4 in a straight line: what shall become of a packet, from the
-// listeners and the attribute. It knows of no chain, no rule and none of Desired's functions. The
-// third result says why.
+// expect is docs/design/chains.md#what-is-intercepted in a straight line: what shall become of a
+// packet, from the listeners and the attribute. It knows of no chain, no rule and none of Desired's
+// functions. The third result says why.
 func (s scene) expect(family iptables.Family, p iptables.Packet) (iptables.Action, uint16, string) {
 	dst, port := p.Dst.Addr(), p.Dst.Port()
 	if s.settling && p.Proto == iptables.TCP && !p.Syn {
@@ -242,7 +242,7 @@ func takes(l envoyadmin.Listener, a netip.AddrPort, family iptables.Family) bool
 	return a.Addr().Is6()
 }
 
-// allowed says whether a listener may ask for a prefix (docs/design, "What is intercepted").
+// allowed says whether a listener may ask for a prefix (docs/design/chains.md#what-is-intercepted).
 func allowed(p netip.Prefix) bool {
 	for _, never := range prefixes("127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "0.0.0.0/32",
 		"::1/128", "fe80::/10", "ff00::/8", "fd20:ce::254/128", "::/128") {

@@ -11,6 +11,7 @@ import (
 // 640 ms, 19.4 MB of HTTP chains in 0.3 to 1.1 s, /ready in 1 ms and /server_info in 2 to 3 ms at
 // any size, a masked dump in 30 to 50 ms at 10,000 services, what walks all clusters or statistics
 // in 0.5 s there. A core of a small VM is taken for half as fast.
+// See docs/design/facts.md#envoy-answers-on-one-thread.
 const (
 	dumpMost      = 50 * time.Millisecond  // beside its bytes: Envoy puts the clusters together first
 	dumpMostPerMB = 250 * time.Millisecond // of 10^6 bytes

@@ -44,6 +44,7 @@ const maxValues = 3
 // the exact address, else the wildcard at that port). That one's filter chains are looked through
 // one condition after the other (FilterChainManagerImpl::findFilterChain): at each only the most
 // specific match goes on, and there is no way back from it.
+// See docs/design/facts.md#envoy-chooses-a-chain.
 func Choose(listeners []Listener, c Connection) Choice {
 	entry := atSocket(listeners, c.At)
 	if entry == nil {

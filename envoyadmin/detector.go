@@ -10,6 +10,7 @@ import (
 // a masked dump 1 ms at 10 services and 30 to 50 ms at 10,000, a full dump 2 ms and 300 ms (TCP
 // chains) to 1.1 s (HTTP). The pace goes by what they can have cost (charge.go); but after a masked
 // dump of a large configuration Envoy spends as much again, or more, on tidying up.
+// See docs/design/facts.md#envoy-answers-on-one-thread.
 const (
 	lookFloor   = 1 * time.Second  // between looks that nothing asked for
 	lookCeiling = 30 * time.Second // the fallback stays a fallback, even where a look takes long

@@ -10,12 +10,13 @@ import (
 )
 
 // FailHealthCheck has Envoy tell everyone that it is about to end: its state becomes DRAINING.
+// See docs/design/facts.md#envoy-drains-listener.
 func (c *Client) FailHealthCheck(ctx context.Context) error {
 	return c.post(ctx, "/healthcheck/fail")
 }
 
 // DrainListeners has Envoy send its clients away: HTTP/1 by Connection: close, HTTP/2 by GOAWAY.
-// New connections are still accepted (skip_exit).
+// New connections are still accepted (skip_exit). See docs/design/facts.md#envoy-drains-listener.
 func (c *Client) DrainListeners(ctx context.Context) error {
 	return c.post(ctx, "/drain_listeners?graceful&skip_exit")
 }

@@ -43,6 +43,7 @@ type Skipped struct{ Listener, Reason string }
 // Fingerprint tells whether anything moved in the listeners: two that are equal (==) are of the
 // same state. It holds the names, the times of the last updates, which are warming, and the texts
 // of rejections, but not how often something was rejected.
+// See docs/design/facts.md#envoy-version-goes-stale.
 type Fingerprint struct {
 	Process                      uint64 // counts the Envoys that this Client has seen
 	Listeners, Warming, Rejected int
@@ -50,6 +51,7 @@ type Fingerprint struct {
 }
 
 // The masks reach into no repeated field: such crashed Envoy (see maskSince).
+// See docs/design/facts.md#envoy-masked-dump.
 const (
 	dynamicPath = "/config_dump?resource=dynamic_listeners"
 	staticPath  = "/config_dump?resource=static_listeners"
@@ -277,6 +279,7 @@ func (d *dump) fingerprint(process uint64) Fingerprint {
 
 // distinctRejected names each rejection once: Envoy tells it under the listener's name, and again
 // without name or time, and after several attempts perhaps more often.
+// See docs/design/facts.md#envoy-keeps-what-it-had.
 func (d *dump) distinctRejected() []Rejected {
 	type told struct{ name, details string }
 	var distinct []Rejected

@@ -154,7 +154,8 @@ func (r *reader) health() (Health, error) {
 // ControlPlane is what Envoy's stats say of its configuration.
 type ControlPlane struct {
 	Streams bool // Envoy takes configuration by a stream at all
-	// one is open, or just being opened: it flaps to true at each attempt
+	// one is open, or just being opened: it flaps to true at each attempt:
+	// docs/design/facts.md#envoy-connected-flaps
 	Connected                               bool
 	Attempts, Successes, Failures, Rejected uint64 // of listener updates
 	// listeners that were accepted and could not be bound, say
@@ -167,6 +168,7 @@ type ControlPlane struct {
 
 // ControlPlane asks for stats. A Version means that an LDS update was completed: before, an Envoy
 // without listeners just has not heard of any.
+// See docs/design/facts.md#envoy-live-without-listeners.
 func (c *Client) ControlPlane(ctx context.Context) (ControlPlane, error) {
 	var p ControlPlane
 	seen := 0

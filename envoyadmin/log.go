@@ -55,7 +55,7 @@ type LogEvent struct {
 
 // Limits of the log reader. In a storm (a control plane that answers each rejection at once: 1,300
 // a second were seen, each with two lines) the file is read in pieces instead of line by line, and
-// equal events become one.
+// equal events become one. See docs/design/facts.md#envoy-rejection-storm.
 const (
 	// bytes of a line that are looked at; rejections of large listeners are long
 	maxLine = 8 << 10
@@ -226,6 +226,7 @@ func parseRejected(line []byte) (e LogEvent, ok bool) {
 // holds a file that was renamed until the new one appears, begins a truncated one (logrotate's
 // copytruncate) at its start, and waits for one that is missing. What nobody takes from the channel
 // is kept, equal events as one.
+// See docs/design/facts.md#envoy-log-names-listeners and docs/design/facts.md#envoy-keeps-its-log.
 //
 // The events are hints: a line can be missed while the log is rotated, so the masked dump decides,
 // asked for by polling too.

@@ -44,7 +44,7 @@ func unprintable(r rune) bool { return !unicode.IsPrint(r) }
 
 // expression is a regular expression of RE2 that matches these names from begin to end, "" if they
 // are not Nameable. It may match others that begin alike: they are answered for too, and known by
-// their names.
+// their names. See docs/design/facts.md#envoy-dump-by-name.
 //
 // What all names begin with is behind a ^: RE2 compares it by itself, and no instruction of the
 // program goes to it (RE2::Init, RequiredPrefix).
@@ -135,6 +135,7 @@ func namedPath(names []string) string {
 
 // Fingerprint asks what Listeners would see by the cheapest question that tells: from Envoy 1.19 on
 // a masked dump (1 ms of Envoy's main thread at 10 services, 30 ms at 10,000).
+// See docs/design/facts.md#envoy-masked-dump.
 //
 // With the names of the last Snapshot, where they are Nameable, it asks of these listeners alone:
 // about half of that at 10,000 clusters, since Envoy puts together each cluster whose name matches

@@ -18,7 +18,7 @@ import (
 // that destinations do not part (a server name, a source) is followed with both ends open. A
 // branch whose destinations cannot be told as prefixes and a port (a regular expression on an
 // address, "not") is reported, and its chains are not listed there: better not intercepted than
-// intercepted without need.
+// intercepted without need. See docs/design/facts.md#envoy-chooses-a-chain.
 
 // maxWays limits how often the chains of one listener are listed.
 const maxWays = 100_000

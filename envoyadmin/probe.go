@@ -76,7 +76,7 @@ type ProbeOptions struct {
 // Probe finds out whether a control plane can be reached at "host:port", step by step: look up the
 // name, connect, shake hands in TLS. Envoy's log tells none of these apart (closed: 13 without a
 // text; or nothing). It sends nothing after the handshake, takes up to 19 s, and asks nothing of
-// Envoy. The error is a *ProbeError.
+// Envoy. The error is a *ProbeError. See docs/design/facts.md#envoy-does-not-say-why.
 func Probe(ctx context.Context, target string, o ProbeOptions) error {
 	if path, ok := strings.CutPrefix(target, "unix:"); ok {
 		conn, err := (&net.Dialer{Timeout: connectEach}).DialContext(

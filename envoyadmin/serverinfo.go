@@ -26,6 +26,7 @@ var (
 	Advised = Version{1, 24, 9}
 
 	// resource= came with 1.13. Masks crashed Envoy up to 1.18.3 (envoyproxy/envoy#17257).
+	// See docs/design/facts.md#envoy-masked-dump.
 	resourceSince = Version{1, 13, 0}
 	maskSince     = Version{1, 19, 0}
 )

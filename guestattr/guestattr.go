@@ -8,7 +8,7 @@
 // every query here, write or read, takes a token from a bucket that refills three a minute and
 // holds three; only changes are written; of values that come faster the newest wins; the heartbeat
 // is written once a minute. Three tokens are enough for a first start to say bootstrap-status,
-// proxy-version and agent-heartbeat at once.
+// proxy-version and agent-heartbeat at once. See docs/design/facts.md#gce-guest-attribute-budget.
 //
 // Where there is more to say than tokens, the value goes first that shall be there soonest: each
 // has a time within which it is to be written, from when it became another one. The times are such
@@ -645,6 +645,7 @@ func (w *Writer) failed(now time.Time, err error, forbidden bool) {
 	w.state.Failures++
 	wasEnabled, wasFine := w.state.Enabled, w.state.LastError == ""
 	// Once refused, off until a query succeeds: a time-out in between is no news.
+	// See docs/design/facts.md#gce-guest-attributes-off.
 	w.state.Enabled = wasEnabled && !forbidden
 	w.state.LastError = err.Error()
 	if wasEnabled != w.state.Enabled || wasFine {

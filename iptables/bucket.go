@@ -21,6 +21,7 @@ import (
 // packet (EMLINK), of which buckets share theirs with SERVICE_PROXY_OUTPUT,
 // SERVICE_PROXY_SERVICE_CIDRS and SERVICE_PROXY_REDIRECT. 10,000 random addresses need 3 levels;
 // only IPv6 sets made for it come near. The node at that depth keeps all its rows.
+// See docs/design/facts.md#sixteen-chains and docs/design/facts.md#rule-costs-nanoseconds.
 const (
 	nodeRows  = 256
 	nodeBits  = 3
@@ -127,7 +128,7 @@ func bit(a []byte, i int) byte { return a[i/8] >> (7 - i%8) & 1 }
 // bucketName names the chain of a bucket within iptables' 28 characters: an IPv4 prefix
 // in hexadecimal, an IPv6 prefix by a hash of 55 bits (its digits do not fit). Two
 // prefixes of one hash would share a chain, which redirects exactly the same addresses:
-// every row in it names its own.
+// every row in it names its own. See docs/design/facts.md#chain-name-length.
 func bucketName(p netip.Prefix) string {
 	if p.Addr().Is4() {
 		a := p.Addr().As4()

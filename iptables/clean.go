@@ -155,7 +155,7 @@ func (k *Kernel) otherBackend(ctx context.Context, f Family) (tool, bool, error)
 // asking the kernel for it by name, as iptables-legacy-save and every one of its socket options do,
 // makes it wherever its module is loaded. /proc names the tables, in a file that is root's (0440,
 // also for the group root); the agent, an ordinary user with capabilities, has to go by the
-// modules.
+// modules. See docs/design/facts.md#legacy-look-makes-the-table.
 func hasLegacyTable(
 	f Family, table string, readFile func(string) ([]byte, error),
 ) (bool, error) {

@@ -16,6 +16,7 @@ import (
 // A rule that protects others is not left out alone. Without the RETURN for the proxy's user, its
 // own connections would be redirected to itself; without `! --dst-type LOCAL`, routed traffic would
 // be taken for inbound. The jump to the chain goes with it: no interception rather than a loop.
+// See docs/design/facts.md#routed-is-not-inbound.
 //
 // If each rule by itself is taken, the error of the whole is returned: then somebody else wrote at
 // the same moment, and trying again is the remedy.
@@ -202,7 +203,7 @@ func (k *Kernel) probeRule(ctx context.Context, t tool, spec string) (verdict, e
 // addAlone appends a rule to the probe's chain by `iptables -A`. That tells what a restore on
 // legacy does not, which names COMMIT whatever was wrong: whether the kernel refused the rule, or
 // another program wrote at the same moment (EAGAIN, which is ErrLocked: iptables-standalone.c). No
-// rule is left out for the second.
+// rule is left out for the second. See docs/design/facts.md#legacy-names-commit.
 func (k *Kernel) addAlone(ctx context.Context, t tool, spec string) (err error) {
 	words, _ := splitWords(spec)
 	run := func(args ...string) error {

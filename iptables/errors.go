@@ -21,9 +21,10 @@ var (
 	// than we wait. Try again.
 	ErrLocked = errors.New("another program holds the iptables lock")
 	// ErrIncompatible: PREROUTING or OUTPUT hold rules made by nft that iptables cannot read.
+	// See docs/design/facts.md#iptables-cannot-read.
 	ErrIncompatible = errors.New("table nat is incompatible")
 	// ErrNotRoot: CAP_NET_ADMIN (legacy: CAP_NET_RAW and a writable
-	// /run/xtables.lock as well) is missing.
+	// /run/xtables.lock as well) is missing. See docs/design/facts.md#what-iptables-may.
 	ErrNotRoot = errors.New("not permitted to change iptables")
 	// ErrCouldNotLook: a read did not end in its time, was killed, or could not be started on a
 	// machine out of memory. What the kernel has is unknown, which is not the same as fine.

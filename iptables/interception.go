@@ -75,6 +75,7 @@ type Interception struct {
 	// a VM starts conntrack, to which the connections that are already there look new: without this
 	// row they would be redirected in the middle, which resets them. It must go after some minutes,
 	// since it breaks redirected connections when somebody empties conntrack's table.
+	// See docs/design/facts.md#conntrack-starts-with-nat.
 	Settling bool
 }
 
@@ -157,6 +158,8 @@ var (
 
 // Ruleset compiles the interception into chains and rules, word for word as iptables-save prints
 // them back. With nothing to intercept it is empty: nothing of ours in the kernel.
+// See docs/design/facts.md#rules-come-back-as-written and
+// docs/design/facts.md#owner-is-the-creator.
 func (i Interception) Ruleset() Ruleset {
 	outbound, dns := i.OutboundPort != 0, i.DNSPort != 0
 	serving := i.servingRows()

@@ -33,7 +33,7 @@ const (
 	readLimit  = 10 * time.Second
 	// saveLimit is how long a whole save may take on nft before the chains are listed one by one:
 	// iptables-nft starts over whenever anybody changes any nft table, and a save of 10,000 rules (40
-	// ms) never ends under 30 changes a second.
+	// ms) never ends under 30 changes a second. See docs/design/facts.md#nft-save-starts-over.
 	saveLimit = time.Second
 	// waitDelay is how long a killed command's pipes may stay open: a child of a wrapper script
 	// inherits them. It comes on top of a caller's deadline, for each family.
@@ -448,7 +448,7 @@ func (k *Kernel) ReadChains(ctx context.Context, have Table, chains []string) (T
 // listChains lists chains one by one, and then those of others by which a packet may be taken
 // before it comes to a jump of ours: what they hold tells whether that is shadowed. existing are
 // the names of the chains that the kernel has: iptables-nft has the same message for a chain that
-// is missing and for one that it cannot read.
+// is missing and for one that it cannot read. See docs/design/facts.md#iptables-cannot-read.
 func (k *Kernel) listChains(ctx context.Context, t tool, have Table, chains,
 	existing []string) (Table, error) {
 	chains = slices.Clone(chains) // it grows below
@@ -519,7 +519,7 @@ type Result struct {
 // the plan. libiptc finds a chain by an index that it makes only of the chains that were there when
 // it started, and one by one among the others: with 270 new chains and 10,000 rules that is 45 of
 // 60 ms. Empty chains that nothing leads to change nothing for any packet, and the plan itself
-// stays one transaction.
+// stays one transaction. See docs/design/facts.md#legacy-new-chains-are-slow.
 const manyChains = 40
 
 // attempts is how often Apply makes its plan anew when the table changed between plan and restore.
@@ -529,6 +529,7 @@ const attempts = 3
 // overtaken (a rule to be deleted is gone, a place to insert at is not there) is made anew from a
 // fresh read. Of one that is refused for a rule's own sake as much is installed as the kernel
 // takes, again in one transaction (see degrade): the Result says what, and what was left out.
+// See docs/design/facts.md#restore-test-is-no-proof.
 //
 // No packet's way was changed if it returns an error, but for ErrCouldNotLook, which says that a
 // write was begun and could not be verified: read, and see. Errors: *RefusedError, ErrLocked,

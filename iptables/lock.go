@@ -29,7 +29,7 @@ const lockLook = 5 * time.Millisecond
 // waiting runs a command of legacy, and says for how much of it another program held the lock.
 // iptables does not tell (it blocks in flock(2) from 1.8.8 on, and tries again each second before),
 // and to take the lock to see whether it is free would fail the iptables of others that do not
-// wait. The kernel's list of locks is free to read.
+// wait. The kernel's list of locks is free to read. See docs/design/facts.md#legacy-lock.
 func waiting(holder func() int, own *ownPIDs, run func() error) (waited time.Duration, err error) {
 	began := time.Now()
 	ended, told := make(chan struct{}), make(chan time.Duration)

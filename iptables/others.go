@@ -32,6 +32,7 @@ func (o OtherChain) String() string {
 
 // ourPriority is that of iptables' nat chains at both hooks (NF_IP_PRI_NAT_DST). Whoever has a
 // lower one is asked first; of two equal ones that which registered last is.
+// See docs/design/facts.md#who-is-asked-first.
 const ourPriority = -100
 
 // Others lists the nat chains of others that may shadow ours: base chains of type nat at our hooks

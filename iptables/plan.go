@@ -10,6 +10,7 @@ import (
 // Plan is the text that leads one family's table from what it is to what is wanted, in one
 // transaction: all of it is applied, or nothing is. It names chains of ours and, by -I and -D of
 // our jumps, PREROUTING and OUTPUT; nothing else.
+// See docs/design/facts.md#restore-is-one-transaction.
 type Plan struct {
 	family  Family
 	want    Ruleset
@@ -98,6 +99,7 @@ func NewPlan(want Ruleset, have Table) Plan {
 		p.jumps(builtin, want.jumpsFrom(builtin), have.chains[builtin])
 	}
 	// Left-over chains lead to one another, so all are emptied before the first is deleted.
+	// See docs/design/facts.md#chain-in-use.
 	if left := leftOver(want, have); len(left) > 0 {
 		held := have.heldByOthers()
 		for _, name := range left {

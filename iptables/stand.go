@@ -16,6 +16,7 @@ import (
 // many rules there are and how large, and in 5 ms of 10,000 rules a hash of all (package xtables).
 // Each read notes the hash of what it read; what differs from it later was not read yet, whoever
 // wrote it. So our own writes need not be known by their pids, nor another program by its lock.
+// See docs/design/facts.md#legacy-tells-nothing.
 const (
 	// infoEvery is how often the number and size of the rules are asked for: a drift that shows in
 	// them waits this long.

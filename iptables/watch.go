@@ -38,6 +38,7 @@ type Event struct {
 // is asked (stand.go): an Event says that a family's table is not as it was last read, at once
 // after a program let go of /run/xtables.lock, and from one that uses another lock within 0.1 s,
 // or 5 s where the table is as large as before. What this Kernel wrote and read back is no event.
+// See docs/design/facts.md#nft-tells-of-changes.
 //
 // Where the kernel may not be asked (Watched), an Event of legacy only means that a program opened
 // and closed the lock, be it for looking: keep polling.

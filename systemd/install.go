@@ -31,6 +31,7 @@ const (
 
 // Folders for locally installed files, which systemd reads between the administrator's and the
 // distribution's. Units in /etc/systemd/system could not be masked.
+// See docs/design/facts.md#systemd-masks-by-a-link.
 const (
 	UnitDir     = "/usr/local/lib/systemd/system"
 	TmpfilesDir = "/usr/local/lib/tmpfiles.d"
@@ -134,7 +135,7 @@ func AccessLogDropIn(unit string) string {
 
 // SetWritable gives a unit the right to write in dir, for an access log outside /var/log/envoy, by
 // a drop-in beneath root; "" takes the drop-in away. It says whether anything changed. The path
-// must be absolute and clean.
+// must be absolute and clean. See docs/design/facts.md#systemd-reads-few-escapes.
 func SetWritable(root, unit, dir string) (changed bool, err error) {
 	path := filepath.Join(root, AccessLogDropIn(unit))
 	if dir == "" {

@@ -32,6 +32,7 @@ const (
 	// way). Compute Engine's images have rsyslog write the facilities daemon, which is systemd's
 	// default for a service, and kern to the console (/etc/rsyslog.d/90-google.conf: `daemon,kern.*
 	// /dev/console`), where the agent writes its own lines.
+	// See docs/design/facts.md#gce-console-gets-daemon.
 	syslogFacility = 1
 
 	// maxValue is the most bytes of a value: journalctl fills in no larger one than PATH_MAX, name

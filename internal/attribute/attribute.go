@@ -2,7 +2,7 @@
 // validates what gcloud writes (compute instance-templates create --service-proxy …) and does
 // nothing else. It reads no metadata server and decides nothing: internal/metadata fetches and
 // watches the text, agent.Desired and the Envoy configuration that internal/bootstrap writes are
-// what a Config turns into.
+// what a Config turns into. See docs/design/facts.md#gce-attribute.
 //
 // The text is written by people, by way of gcloud, Terraform or an editor. A value of the wrong
 // type or out of range is a *KeyError that names the key by its path; a key that this version does

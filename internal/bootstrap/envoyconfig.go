@@ -126,6 +126,7 @@ func envoyConfig(cfg attribute.Config, vm VM, caFile string) ([]byte, error) {
 }
 
 // envoyNode is who Envoy says that it is, which decides what the control plane sends it.
+// See docs/design/facts.md#gce-node.
 func envoyNode(cfg attribute.Config, vm VM) (*corev3.Node, error) {
 	project, network := vm.ProjectNumber, vm.Network
 	if cfg.ProjectNumber != "" {

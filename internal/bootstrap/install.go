@@ -23,6 +23,7 @@ import (
 // close, so every retry is somebody else's: Run's, once the unit stands; until then a transient
 // unit's, which Install starts on a copy of the archive. As an upgrade it replaces the agent and
 // leaves Envoy, its configuration and the kernel's rules alone.
+// See docs/design/facts.md#gce-recipe-runs-once.
 func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
 	b.readState()

@@ -20,6 +20,7 @@
 // A retry writes nothing twice: an entry keeps its insertId and timestamp, by which Cloud Logging
 // shows it once
 // (https://cloud.google.com/logging/docs/reference/v2/rest/v2/LogEntry#FIELDS.insert_id).
+// See docs/design/facts.md#gce-log-entries-once.
 //
 // A refusal (403) turns the channel off with a line in the log; every ten minutes one request finds
 // out whether it still stands. What cannot ever be taken (400) is dropped.

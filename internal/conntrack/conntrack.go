@@ -4,7 +4,7 @@
 // NAT is decided at the first packet of a connection and kept in its conntrack entry. A connection
 // attempt that was on its way when a service's rules came stays on the old path until its entry
 // goes, then the next retransmit takes the new one; and a resolver that always asks from one UDP
-// port keeps its entry, and so its path, for ever.
+// port keeps its entry, and so its path, for ever. See docs/design/facts.md#first-packet-decides.
 //
 // It talks to the kernel by ctnetlink, so that the conntrack program need not be installed. It
 // needs CAP_NET_ADMIN. It never touches an established connection. Package agent calls it after
@@ -60,13 +60,14 @@ type entry struct {
 
 // DeleteHalfOpen deletes the entries of TCP connections to one of the prefixes that have not been
 // answered yet, and returns how many. The clients notice nothing: their next SYN makes a new
-// entry by the new rules.
+// entry by the new rules. See docs/design/facts.md#half-open-keeps-its-path.
 func DeleteHalfOpen(ctx context.Context, to []netip.Prefix) (int, error) {
 	return deleteEntries(ctx, familiesOf(to), halfOpen(to))
 }
 
 // familiesOf are the families of which there is a prefix. The kernel goes through all of its hash
 // table for each, which takes 15 ms where that has its usual 262,144 buckets, empty ones too.
+// See docs/design/facts.md#conntrack-walk-takes-time.
 func familiesOf(prefixes []netip.Prefix) (families []byte) {
 	for _, family := range bothFamilies {
 		if slices.ContainsFunc(prefixes, func(p netip.Prefix) bool {
@@ -104,7 +105,7 @@ func exchange(port uint16) func(entry) bool {
 // DeleteLateUDP is to be called when no answer can be on its way any longer since DeleteUDP. An
 // answer that came after its entry had gone made a new one, from the port, in which the next
 // question is the reply and so keeps the old path. It leaves the entries of newer questions alone,
-// whose answers would find no way back.
+// whose answers would find no way back. See docs/design/facts.md#udp-keeps-its-path.
 func DeleteLateUDP(ctx context.Context, port uint16) (int, error) {
 	return deleteEntries(ctx, bothFamilies, lateAnswer(port))
 }

@@ -45,7 +45,7 @@ const holdLimit = 5 * time.Second
 // them. The kernel turns both off with the last rule that wants them: `nft flush ruleset`, which is
 // the first line of most nftables.conf, or `iptables -t nat -F`. A redirected stream that speaks
 // before the rules are back is reset then, since its packets go out with their addresses as
-// they are.
+// they are. See docs/design/facts.md#last-rule-turns-nat-off and docs/design/facts.md#owned-table.
 //
 // It is a table of the nft flag owner: only the process that made it can change it or take it away,
 // flush ruleset leaves it, and the kernel deletes it when the process ends. It has a nat chain

@@ -70,6 +70,7 @@ func readLoad(readFile func(string) ([]byte, error)) (l Load, err error) {
 // table ("Too stressed to deal" in nf_conntrack_in) and for a race that its entry lost
 // (nf_ct_resolve_clash), which two DNS questions from one socket are enough for. Only the second
 // counts as a failed insertion, too: the difference is of the first.
+// See docs/design/facts.md#conntrack-counts-drops.
 func readFull(conn *netlink.Conn) (uint64, error) {
 	answers, err := conn.Execute(request(msgGetStatsCPU, unix.AF_UNSPEC,
 		netlink.Request|netlink.Dump, nil))

@@ -31,10 +31,11 @@ const handover = 2500 * time.Millisecond
 // When Envoy is to be stopped, its state becomes DRAINING, by which the agent takes the jumps out:
 // without Envoy the VM reaches its services directly. When it is only restarted the state stays
 // LIVE and the jumps stay in, so that the gap for new connections is Envoy's own start, however
-// long an old connection is waited for.
+// long an old connection is waited for. See docs/design/facts.md#envoy-drains-listener.
 //
 // mainPID is systemd's $MAINPID; empty says that Envoy has ended by itself, and there is nothing to
 // do. admin is the address of the admin interface, HOST:PORT or unix://PATH.
+// See docs/design/facts.md#systemd-runs-execstop-late.
 func Run(ctx context.Context, admin, mainPID string, limit time.Duration) error {
 	if mainPID == "" {
 		return nil

@@ -39,7 +39,7 @@ func (w *Watch) broken() bool {
 
 // probe tries our own way to the control plane while Envoy's is broken: Envoy gives the same empty
 // reason, or none, for a failed look-up, a closed and a filtered port. It runs beside, and its
-// answer is a value.
+// answer is a value. See docs/design/facts.md#envoy-does-not-say-why.
 func (w *Watch) probe(ctx context.Context) {
 	if !w.broken() {
 		w.process.probe, w.process.probed = nil, false

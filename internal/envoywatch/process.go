@@ -172,6 +172,7 @@ func (w *Watch) becomesConfigured(ctx context.Context, s envoyadmin.Snapshot) bo
 // after a hot restart they begin with the other process's. Where statistics are filtered out,
 // nothing does, and an empty set never counts. The questions go through all statistics and all of
 // the configuration, but an Envoy without listeners and routes has few.
+// See docs/design/facts.md#envoy-live-without-listeners.
 func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, error) {
 	if err := w.askState(ctx); err != nil {
 		return false, err
@@ -181,7 +182,7 @@ func (w *Watch) isConfigured(ctx context.Context, s envoyadmin.Snapshot) (bool, 
 	}
 	// The first listeners of an Envoy come together, but one waits for its routes under
 	// warming_state while others are active: without it the set is no news either, unless it never
-	// gets ready.
+	// gets ready. See docs/design/facts.md#envoy-warms-listeners.
 	if w.warms(s) {
 		return false, nil
 	}
@@ -223,7 +224,7 @@ func hasDynamic(s envoyadmin.Snapshot) bool {
 
 // withRefused are the listeners of a set, and those of the one before that Envoy refused and does
 // not have: it lost them by a restart. A control plane that sends a listener has not said that the
-// services behind it are gone.
+// services behind it are gone. See docs/design/facts.md#envoy-keeps-what-it-had.
 func withRefused(s envoyadmin.Snapshot, before []envoyadmin.Listener) []envoyadmin.Listener {
 	all := slices.Clip(s.Listeners)
 	if len(s.Rejected) == 0 {

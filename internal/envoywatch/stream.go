@@ -67,6 +67,7 @@ func (s stream) due(now time.Time) bool {
 // answered takes Envoy's answer to the question of this time; blocked is whether our own way to the
 // control plane fails. connected_state flaps to 1 at each attempt, so one answer that the stream
 // stands means nothing while our own way is blocked, and two that it does not are needed.
+// See docs/design/facts.md#envoy-connected-flaps.
 func (s *stream) answered(asked time.Time, connected, blocked bool) {
 	switch {
 	case !connected && asked.Before(s.heard): // it has spoken since
@@ -92,6 +93,7 @@ func (s stream) silent(now time.Time) bool {
 // once; but those of codes that it hopes will pass only once they have lasted for 30 s
 // (source/extensions/config_subscription/grpc/grpc_stream.h). Log events that repeat are told each
 // 5 s.
+// See docs/design/facts.md#envoy-does-not-say-why and docs/design/facts.md#envoy-connected-flaps.
 func silence(code, n int) time.Duration {
 	const longest = 75 * time.Second
 	switch codes.Code(code) {

@@ -123,6 +123,7 @@ const (
 	probeNew = 2 * time.Second
 	// handoverLimit is how long the next Envoy may take before what it does not tell counts: its
 	// first runtime, clusters and listeners are waited for 15 s each (initial_fetch_timeout).
+	// See docs/design/facts.md#envoy-live-without-listeners.
 	handoverLimit = time.Minute
 	// unitEvery is how often systemd is asked for Envoy's unit while nothing answers on the admin
 	// address, and that address itself while another user holds it.

@@ -21,6 +21,7 @@ const maxSize = 64 << 20
 // Rotate copies each log of Dir, and the access log wherever it is, that is larger than 64 MiB to
 // NAME.1 and truncates it in place. Where there is no room for the copy it only truncates: a full
 // disk is worse than a lost log. Both are beneath root; accessLog may be "".
+// See docs/design/facts.md#envoy-keeps-its-log.
 func Rotate(root, accessLog string) error {
 	return errors.Join(rotateFolder(filepath.Join(root, Dir), maxSize),
 		rotateAccessLog(root, accessLog, maxSize))

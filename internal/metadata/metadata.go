@@ -62,7 +62,7 @@ func (t Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // noRoute is what connect(2) says on a machine that has no IPv4 address (seen: ENETUNREACH,
-// Linux 6).
+// Linux 6). See docs/design/facts.md#gce-metadata-by-ipv6.
 func noRoute(err error) bool {
 	return errors.Is(err, syscall.ENETUNREACH) || errors.Is(err, syscall.EHOSTUNREACH) ||
 		errors.Is(err, syscall.EAFNOSUPPORT)

@@ -81,6 +81,7 @@ type pace struct {
 	patience time.Duration
 	// absent is how often a key is asked for that the server cannot wait for: one that is missing
 	// answers at once, even with wait_for_change. The server is on the host: an ask costs nothing.
+	// See docs/design/facts.md#gce-metadata-waits.
 	absent time.Duration
 	// away is the longest pause while the server gives no usable answer.
 	away time.Duration

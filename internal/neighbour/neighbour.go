@@ -7,7 +7,7 @@
 // on port 15000, the chains and the guest attributes. What is not known: where its unit and its
 // program lie, as which user its Envoy runs, and whether that has a unit of its own. So it is
 // found by several marks, each of which may be missing, and nothing is taken for granted but
-// the unit's name.
+// the unit's name. See docs/design/facts.md#gce-closed-agent.
 //
 // It changes nothing. Package agent tells of what is found here, and internal/bootstrap takes over.
 package neighbour

@@ -27,7 +27,7 @@ const conntrackLimit = time.Second
 
 // answersLate is how long a question that was asked before its path changed may still be answered,
 // and bring the old path back with that (conntrack.DeleteLateUDP): a resolver's customary time-out
-// is 5 s (resolv.conf(5)).
+// is 5 s (resolv.conf(5)). See docs/design/facts.md#udp-keeps-its-path.
 const answersLate = 6 * time.Second
 
 // dnsQuestions is the port that DNS questions go to.
@@ -122,6 +122,7 @@ func (p *paths) undone(drift []iptables.Drift) {
 // the passes: it takes the kernel 15 ms also where its table is empty, a second where that is full,
 // and the other family's rules and the next change would wait for it. The connections can wait:
 // their programs send the next SYN after a second.
+// See docs/design/facts.md#conntrack-walk-takes-time.
 func (p *paths) forgetHalfOpen(ctx context.Context) {
 	if p.takeWalk(); p.walk != nil || len(p.added) == 0 {
 		return

@@ -174,7 +174,7 @@ func (u usability) due(now time.Time) bool {
 const (
 	// settle is how long connections that are older than the first NAT rule are let through
 	// unchanged: conntrack starts with the first NAT rule and takes them for new. Idle ones past it
-	// are reset when they speak again.
+	// are reset when they speak again. See docs/design/facts.md#conntrack-starts-with-nat.
 	settle = 5 * time.Minute
 	// retryLeft is how often a rule that the kernel refused is offered again.
 	retryLeft = 5 * time.Minute
@@ -209,6 +209,7 @@ func (s shape) ruleset(want iptables.Interception) iptables.Ruleset {
 	// Inbound waits for its own port. With the outbound jump out as well (bypass, a planned stop)
 	// the rows stay: only jumps are taken, so that ours do not stop being the NAT rules that keep
 	// conntrack on. Without any NAT rule it would see no reply of a redirected stream.
+	// See docs/design/facts.md#last-rule-turns-nat-off.
 	if !s.inbound && s.jumps {
 		want.InboundPort = 0
 	}

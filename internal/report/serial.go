@@ -43,6 +43,7 @@ const (
 // in UTC, with a message of one line. A port nobody drains blocks, so writes wait in Run alone; a
 // line more than 64 waiting drops the oldest, and the port is told how many were dropped once it
 // takes lines again. A missing device is looked for again, at most each 30 s.
+// See docs/design/facts.md#gce-serial-port-blocks.
 type Serial struct {
 	path string
 	open func(path string) (device, error)

@@ -4,7 +4,7 @@
 // connect(2) looks a route up before any rule of iptables sees a packet: without one it fails, also
 // where REDIRECT would have led the connection to this machine itself. The services' addresses of
 // Traffic Director are often in no subnet, so that IPv6 ones have no route wherever the VM has no
-// default route of IPv6.
+// default route of IPv6. See docs/design/facts.md#no-route-no-rule.
 //
 // The answer is that for a program which has bound no address, device or mark; rules of policy
 // routing by user are not followed. It changes nothing and needs no capability.

@@ -4,12 +4,12 @@
 // Two decisions rest on it: rules may send traffic to an interception port only while the socket
 // that would accept it belongs to the proxy's user, and an answer of Envoy's admin port counts only
 // when that user (or root) gave it. Any local user can bind a port above 1023 while Envoy is down,
-// so a port number alone proves nothing.
+// so a port number alone proves nothing. See docs/design/facts.md#anybody-may-listen.
 //
 // The kernel is asked, not /proc: /proc/net/tcp costs a read of every socket, and the links in
 // /proc/PID/fd of other users are hidden under ProtectProc=invisible. No capability is needed.
 // Every call opens a netlink socket of its own in the network namespace of the calling thread and
-// ends within a second.
+// ends within a second. See docs/design/facts.md#systemd-hides-processes.
 //
 // It does not say which process holds a socket, and does not look at other namespaces or at ports
 // handed over by systemd socket activation (those belong to root, who made them). A uid from a user
@@ -164,6 +164,7 @@ func list(c *netlink.Conn, protocol, state uint8, port uint16) ([]Listener, erro
 // then the owner of the listener it waits in answers, provided that it still waits there
 // afterwards. Once closed the end belongs to nobody, and to be believed would need only a quick
 // close: the error is [ErrNoPeer]. So ask while the answer is still to come, not after its end.
+// See docs/design/facts.md#not-accepted-is-nobodys.
 //
 // c must be TCP; for a Unix socket ask PeerOfUnix.
 func PeerOwner(c net.Conn) (uint32, error) {

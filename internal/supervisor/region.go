@@ -16,7 +16,7 @@ import (
 // Flag 1 is "an epoch initializes". Each epoch sets it at its start and takes it back when it is
 // live and the one before has been told to drain. One that ends before that leaves it, and then no
 // other one starts: "previous envoy process is still initializing", for ever. So whoever looks
-// after the processes must take it back.
+// after the processes must take it back. See docs/design/facts.md#envoy-hot-restart-mark.
 type region string
 
 const (

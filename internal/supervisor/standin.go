@@ -29,7 +29,7 @@ var didntRecognize = append(binary.BigEndian.AppendUint64(nil, 2), 3<<3, 1)
 // standIn takes what is sent to an epoch that is dead, until limit has passed. While Envoy cannot
 // send to another one, its main thread stands, and after ten seconds it aborts (1.40.0). So a
 // drained epoch that crashes would take the one that serves along, and a new one that dies the
-// one before.
+// one before. See docs/design/facts.md#envoy-hot-restart-stands.
 //
 // As a parent it answers its child, until that has told it to end. As a child it says nothing.
 func standIn(prefix string, base uint32, a StandIn, limit time.Duration) error {

@@ -11,7 +11,8 @@
 //   - An epoch that ends in its initialization leaves a mark in shared memory by which no other one
 //     starts. It is taken back ([Clear]).
 //   - It may have had the epoch that serves close its admin interface, for good. That one's program
-//     and configuration, which are kept, are started as the next epoch then.
+//     and configuration, which are kept, are started as the next epoch then. See
+//     docs/design/facts.md#envoy-hot-restart-takes-admin.
 //   - An epoch that does not get live in time, stopped or without a control plane, is killed.
 //   - An epoch that serves aborts when the one that drains has crashed. Somebody answers in its
 //     place ([StandIn]).
@@ -485,6 +486,7 @@ func (s *supervisor) sweep() {
 // patience are the arguments by which an epoch waits for its clusters and listeners as long as its
 // control plane does not send them. By itself it takes over after 15 seconds without any, from an
 // Envoy that has them. What does not come in time is ended by the Machine.
+// See docs/design/facts.md#envoy-live-without-listeners.
 func patience(argv []string, config []byte) []string {
 	type source struct {
 		Timeout string `json:"initial_fetch_timeout"`

@@ -8,6 +8,7 @@
 //
 // To ask makes the table. Like all of the table's socket options, both make it, and load its
 // module, where it is not there yet: ask only for one that is.
+// See docs/design/facts.md#legacy-look-makes-the-table.
 package xtables
 
 import (

@@ -31,7 +31,7 @@ type kernel struct {
 	saved   map[Family]nat
 }
 
-// Bounds of a repair (docs/design/README.md, "Drift", "Back-off").
+// Bounds of a repair (docs/design/policies.md#drift, docs/design/policies.md#back-off).
 const (
 	// On nft the kernel tells of a change at once; the rest is what a busy machine takes.
 	repairNFT = time.Second

@@ -19,7 +19,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
 
-// reserved is never redirected by a row of a service (docs/design, Desired).
+// reserved is never redirected by a row of a service (docs/design/chains.md#what-is-intercepted).
 var reserved = []netip.Prefix{
 	netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128"),
 	netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10"),
