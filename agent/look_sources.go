@@ -19,6 +19,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envoywatch"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
@@ -205,8 +206,8 @@ func (l *looking) askEnvoy(past <-chan []envoyadmin.Logged) question {
 // traces says whether something of the agent's is, or was, on this VM.
 func traces(stateDir string) bool {
 	for _, path := range []string{stateDir, server.Dir(),
-		filepath.Join(systemd.UnitDir, systemd.AgentUnit),
-		filepath.Join("/usr/lib/systemd/system", systemd.AgentUnit)} {
+		filepath.Join(layout.Archive.UnitDir, systemd.AgentUnit),
+		filepath.Join(layout.Packages.UnitDir, systemd.AgentUnit)} {
 		if _, err := os.Lstat(path); err == nil && path != "" {
 			return true
 		}

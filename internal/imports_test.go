@@ -35,7 +35,7 @@ var may = map[string]string{
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +
 		"internal/cloudlog internal/conntrack internal/envoywatch internal/explain " +
-		"internal/footprint internal/identity internal/mailbox internal/metadata " +
+		"internal/footprint internal/identity internal/layout internal/mailbox internal/metadata " +
 		"internal/neighbour internal/progress internal/reconcile " +
 		"internal/recording internal/report internal/route internal/rulediff internal/server " +
 		"internal/sockdiag internal/status internal/symptom internal/try internal/untrusted " +
@@ -46,12 +46,12 @@ var may = map[string]string{
 	"internal/envoywatch": "envoyadmin guestattr internal/attribute internal/mailbox " +
 		"internal/symptom systemd",
 	// Causes and next steps, of facts that others have found.
-	"internal/symptom": "envoyadmin internal/attribute internal/sockdiag iptables",
+	"internal/symptom": "envoyadmin internal/attribute internal/layout internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
 	"internal/doctor": "internal/symptom internal/terminal",
 	// What support gets of all that.
 	"internal/bundle": "internal/envfile internal/redaction",
-	"internal/gather": "envoyadmin internal/attribute internal/bundle internal/metadata " +
+	"internal/gather": "envoyadmin internal/attribute internal/bundle internal/layout internal/metadata " +
 		"internal/progress internal/symptom internal/untrusted systemd",
 	// What becomes of one connection, of what others have seen.
 	"internal/explain": "envoyadmin internal/symptom internal/terminal iptables",
@@ -75,14 +75,14 @@ var may = map[string]string{
 	"envoyadmin": "internal/attribute internal/redaction",
 	"guestattr":  "internal/metadata",
 	"iptables":   "internal/xtables",
-	"systemd":    "internal/atomicfile",
+	"systemd":    "internal/atomicfile internal/layout",
 	// For tests.
 	"iptables/iptablestest":          "iptables",
 	"internal/terminal/terminaltest": "internal/terminal",
 
 	// The installer, and what it shares with the daemon.
 	"internal/bootstrap": "envoyadmin guestattr internal/atomicfile internal/attribute " +
-		"internal/authorities internal/drain internal/identity internal/logs internal/metadata " +
+		"internal/authorities internal/drain internal/identity internal/layout internal/logs internal/metadata " +
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
 		"internal/supervisor internal/symptom internal/system internal/untrusted internal/users systemd",
 	"internal/drain":      "envoyadmin systemd",
@@ -91,7 +91,7 @@ var may = map[string]string{
 	"internal/system":     "internal/authorities internal/terminal",
 	"internal/metadata":   "internal/attribute",
 	// Google's closed agent beside us: the daemon tells of it, the installer takes over.
-	"internal/neighbour": "systemd",
+	"internal/neighbour": "internal/layout systemd",
 	// One real connection beside what the rules say of it.
 	"internal/try":      "internal/conntrack iptables",
 	"internal/progress": "internal/atomicfile internal/identity internal/untrusted",
@@ -102,6 +102,7 @@ var may = map[string]string{
 	"internal/attribute":   "",
 	"internal/authorities": "",
 	"internal/conntrack":   "",
+	"internal/layout":      "",
 	"internal/envfile":     "",
 	"internal/footprint":   "",
 	"internal/mailbox":     "",

@@ -13,9 +13,10 @@ import (
 	"unicode"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 )
 
-// The units, by name. All are in UnitDir once installed.
+// The units, by name.
 const (
 	AgentUnit        = "service-proxy-agent.service"
 	InterceptionUnit = "service-proxy-interception.service"
@@ -29,23 +30,17 @@ const (
 	RotateUnit       = "service-proxy-rotate.service"
 )
 
-// Folders for locally installed files, which systemd reads between the administrator's and the
-// distribution's. Units in /etc/systemd/system could not be masked.
-// See docs/design/facts.md#systemd-masks-by-a-link.
-const (
-	UnitDir     = "/usr/local/lib/systemd/system"
-	TmpfilesDir = "/usr/local/lib/tmpfiles.d"
-	SysusersDir = "/usr/local/lib/sysusers.d"
-	CatalogDir  = "/usr/local/lib/systemd/catalog"
-	ConfDir     = "/etc/systemd/system" // drop-ins that depend on the VM
-)
+// ConfDir is for drop-ins that depend on the VM. Units there could not be masked: ours are in a folder
+// that systemd reads between the administrator's and the distribution's, or in the distribution's own
+// (internal/layout). See docs/design/facts.md#systemd-masks-by-a-link.
+const ConfDir = "/etc/systemd/system"
 
-// CatalogFile is the journal's catalog of the agent's messages. `journalctl --update-catalog` puts
-// it into CatalogDatabase, together with all others, and only then do readers find it.
-const (
-	CatalogFile     = CatalogDir + "/service-proxy-agent.catalog"
-	CatalogDatabase = "/var/lib/systemd/catalog/database"
-)
+// CatalogDatabase is made of all the journal's catalogs by `journalctl --update-catalog`, and only
+// then do readers find ours.
+const CatalogDatabase = "/var/lib/systemd/catalog/database"
+
+// CatalogFile is the journal's catalog of the agent's messages.
+func CatalogFile() string { return layout.Here.CatalogDir + "/service-proxy-agent.catalog" }
 
 // ReadyFile is what the agent writes into its runtime folder when it is ready:
 // service-proxy-ready.path starts the target then.
@@ -58,8 +53,11 @@ const HungFile = "hung"
 //go:embed units tmpfiles.d sysusers.d catalog
 var embedded embed.FS
 
-var folders = map[string]string{"units": UnitDir, "tmpfiles.d": TmpfilesDir,
-	"sysusers.d": SysusersDir, "catalog": CatalogDir}
+// text is an embedded file as it is in this program's layout.
+func text(name string) ([]byte, error) {
+	text, err := embedded.ReadFile(name)
+	return []byte(layout.Here.Text(string(text))), err
+}
 
 // File is one file of the units' set.
 type File struct {
@@ -70,13 +68,16 @@ type File struct {
 // Files are the units and what goes with them, sorted by path.
 func Files() []File {
 	var files []File
-	for folder, dir := range folders {
+	for folder, dir := range map[string]string{
+		"units": layout.Here.UnitDir, "tmpfiles.d": layout.Here.TmpfilesDir,
+		"sysusers.d": layout.Here.SysusersDir, "catalog": layout.Here.CatalogDir,
+	} {
 		entries, err := embedded.ReadDir(folder)
 		if err != nil {
 			panic(err) // embedded at build time
 		}
 		for _, entry := range entries {
-			text, err := embedded.ReadFile(folder + "/" + entry.Name())
+			text, err := text(folder + "/" + entry.Name())
 			if err != nil {
 				panic(err)
 			}

@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 )
 
 // The exposures that systemd-analyze computes from the units alone. They are
@@ -60,7 +62,7 @@ func TestVerify(t *testing.T) {
 		}
 	}
 	for _, file := range Files() {
-		if !strings.HasPrefix(file.Path, UnitDir) {
+		if !strings.HasPrefix(file.Path, layout.Here.UnitDir) {
 			continue
 		}
 		out, _ := exec.Command("systemd-analyze", "verify", "--root="+root, "--man=no",
@@ -93,7 +95,7 @@ func TestInstallRemove(t *testing.T) {
 	if changed, err := Install(root); err != nil || len(changed) != 0 {
 		t.Errorf("second: %v, %v", changed, err)
 	}
-	unit := filepath.Join(root, UnitDir, AgentUnit)
+	unit := filepath.Join(root, layout.Here.UnitDir, AgentUnit)
 	if err := os.WriteFile(unit, []byte("old"), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -53,7 +53,7 @@ var live = []string{"ExecReload", "ExecStop", "ExecStopPost", "TimeoutStartSec",
 // NeedsStart says whether this text of one of our units differs from the one that Install writes in
 // what only a start of the unit brings: its command, its sandbox, its user.
 func NeedsStart(have, unit string) bool {
-	text, err := embedded.ReadFile("units/" + unit)
+	text, err := text("units/" + unit)
 	if err != nil {
 		panic(err) // embedded at build time
 	}

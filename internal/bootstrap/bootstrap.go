@@ -14,6 +14,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -21,19 +22,16 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
-// What is installed, and where.
+// What is installed, and where, beside what internal/layout says.
 const (
-	AgentBinary = "/usr/local/bin/service-proxy-agent"
-	EnvoyBinary = "/usr/local/bin/envoy"
+	EnvoyBinary = layout.Envoy
 	EnvoyConfig = "/etc/service-proxy-agent/envoy.json" // 0640 root:envoy
 	EnvoyUser   = "envoy"
 	AgentUser   = "service-proxy-agent"
 
-	libDir         = "/usr/local/lib/service-proxy-agent"
-	archiveDir     = libDir + "/archive"
-	archivedEnvoy  = archiveDir + "/envoy"        // the Envoy that came with the agent, if one did
-	previousDir    = libDir + "/previous"         // what the last upgrade has replaced, for Rollback
-	rolledBackFile = libDir + "/rolled-back.json" // what Rollback has taken out
+	archiveDir     = layout.KeptDir + "/archive"
+	previousDir    = layout.KeptDir + "/previous"         // what the last upgrade has replaced, for Rollback
+	rolledBackFile = layout.KeptDir + "/rolled-back.json" // what Rollback has taken out
 
 	lockFile    = "/run/service-proxy-bootstrap.lock"
 	installLock = "/run/service-proxy-install.lock"

@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -29,8 +30,8 @@ func (b *bootstrapper) lookAt(ctx context.Context, envoys ...string) system.Syst
 			}
 			return out, err
 		},
-		Envoys:   append(envoys, EnvoyBinary, archivedEnvoy),
-		Programs: []string{AgentBinary, EnvoyBinary, filepath.Join(systemd.UnitDir, systemd.AgentUnit)},
+		Envoys:   append(envoys, EnvoyBinary, layout.Here.ArchivedEnvoy),
+		Programs: []string{layout.Here.Agent, EnvoyBinary, filepath.Join(layout.Here.UnitDir, systemd.AgentUnit)},
 	})
 }
 

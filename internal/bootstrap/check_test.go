@@ -11,6 +11,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
@@ -167,7 +168,7 @@ func TestInstallRefuses(t *testing.T) {
 				strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "not tried again") {
 				t.Errorf("have %v", err)
 			}
-			if _, err := os.Stat(filepath.Join(v.root, AgentBinary)); err == nil {
+			if _, err := os.Stat(filepath.Join(v.root, layout.Here.Agent)); err == nil {
 				t.Error("it was installed")
 			}
 			again := slices.ContainsFunc(v.ran, func(ran string) bool {
@@ -259,7 +260,7 @@ func TestLabels(t *testing.T) {
 		}
 		v.install("1", "1.30.1")
 		have := slices.ContainsFunc(v.ran, func(ran string) bool {
-			return strings.HasPrefix(ran, "restorecon -R "+v.root+AgentBinary+" ")
+			return strings.HasPrefix(ran, "restorecon -R "+v.root+layout.Here.Agent+" ")
 		})
 		if have != tt.want {
 			t.Errorf("mode %q, %q: ran %q", tt.mode, tt.program, v.ran)

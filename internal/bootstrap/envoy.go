@@ -14,6 +14,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
@@ -177,7 +178,7 @@ func (b *bootstrapper) sources(cfg attribute.Config) []envoySource {
 	return []envoySource{
 		primary(cfg),
 		urlSource(secondarySource, cfg.SecondarySource),
-		{archiveSource, b.path(archivedEnvoy), archiveSource, progress.Sum(archiveSource)},
+		{archiveSource, b.path(layout.Here.ArchivedEnvoy), archiveSource, progress.Sum(archiveSource)},
 	}
 }
 
@@ -260,7 +261,7 @@ func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source envoySource)
 	version string, err error,
 ) {
 	defer b.removeTemps()
-	for _, dir := range []string{filepath.Dir(EnvoyBinary), libDir} {
+	for _, dir := range []string{filepath.Dir(EnvoyBinary), layout.KeptDir} {
 		if err := os.MkdirAll(b.path(dir), 0o755); err != nil {
 			return "", err
 		}

@@ -11,14 +11,15 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // Temporary files, all of them under these names, so that what a power cut leaves is found again.
 const (
-	newEnvoyBinary = "/usr/local/bin/.envoy.new"
-	newArchive     = libDir + "/.archive.new"
+	newEnvoyBinary = "/usr/local/bin/.envoy.new" // beside layout.Envoy
+	newArchive     = layout.KeptDir + "/.archive.new"
 	// Until Envoy has accepted it. Envoy tells the format by the name's end.
 	newConfig = "/etc/service-proxy-agent/.envoy.new.json"
 )

@@ -12,6 +12,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -115,7 +116,7 @@ func (r *removal) restore(ctx context.Context, h *handover) error {
 			r.run(ctx, time.Minute, "disable", unit)
 		}
 	}
-	err := os.Remove(r.path(filepath.Join(systemd.UnitDir, systemd.AgentUnit)))
+	err := os.Remove(r.path(filepath.Join(layout.Here.UnitDir, systemd.AgentUnit)))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -128,7 +129,7 @@ func (r *removal) restore(ctx context.Context, h *handover) error {
 		}
 	}
 	for _, file := range h.Kept {
-		if file.Path == AgentBinary {
+		if file.Path == layout.Here.Agent {
 			continue // ours is still needed, to drain Envoy
 		}
 		if err := r.bring(file); err != nil {
@@ -153,11 +154,11 @@ func (r *removal) startTheirs(ctx context.Context, h *handover) error {
 		r.done = append(r.done, "systemctl stop "+systemd.EnvoyUnit)
 	}
 	began := time.Now()
-	if h.kept(AgentBinary) {
-		if err := r.bring(keptFile{Path: AgentBinary, Replaced: true}); err != nil {
+	if h.kept(layout.Here.Agent) {
+		if err := r.bring(keptFile{Path: layout.Here.Agent, Replaced: true}); err != nil {
 			return fmt.Errorf("bring back: %w", err)
 		}
-		r.done = append(r.done, "brought back "+AgentBinary)
+		r.done = append(r.done, "brought back "+layout.Here.Agent)
 	}
 	var start []string
 	for _, unit := range h.Units {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -19,7 +20,7 @@ import (
 // Where it is kept what stood here before ours took over: what was there is written down first, so
 // that whatever is cut short is finished by the next try, and Remove can give it back.
 const (
-	handoverDir  = libDir + "/take-over"
+	handoverDir  = layout.KeptDir + "/take-over"
 	handoverFile = handoverDir + "/record.json"
 	keptDir      = handoverDir + "/files" // files under the paths that they had
 )
@@ -190,7 +191,7 @@ func (b *bootstrapper) shadows(units []neighbour.Unit) (files []keptFile, err er
 	var paths []string
 	for _, unit := range units {
 		if dir := filepath.Dir(unit.Path); dir == systemd.ConfDir || dir == runUnits ||
-			dir == systemd.UnitDir {
+			dir == layout.Here.UnitDir {
 			paths = append(paths, unit.Path)
 		}
 	}
@@ -212,7 +213,7 @@ func (b *bootstrapper) shadows(units []neighbour.Unit) (files []keptFile, err er
 		}
 		for _, path := range links {
 			to, err := os.Readlink(path)
-			if err != nil || filepath.Dir(to) == systemd.UnitDir || to == os.DevNull ||
+			if err != nil || filepath.Dir(to) == layout.Here.UnitDir || to == os.DevNull ||
 				filepath.Base(path) != systemd.AgentUnit && filepath.Base(to) != systemd.AgentUnit {
 				continue // no link, ours, or a mask
 			}
@@ -248,7 +249,7 @@ func (b *bootstrapper) unmoved(h *handover, files []keptFile) []keptFile {
 			continue
 		}
 		to, _ := os.Readlink(b.path(file.Path))
-		if to != file.Link || filepath.Dir(to) == systemd.UnitDir {
+		if to != file.Link || filepath.Dir(to) == layout.Here.UnitDir {
 			continue // ours by now
 		}
 		files = append(files, file)

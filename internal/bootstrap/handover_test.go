@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -44,7 +45,7 @@ func withClosed(t *testing.T) (v *fakeVM, opts Options) {
 			}
 		case strings.HasPrefix(args, "enable ") && strings.Contains(args, systemd.AgentUnit):
 			// as the real one, which follows no link of another's
-			if err := os.Symlink(filepath.Join(systemd.UnitDir, systemd.AgentUnit), link); err != nil {
+			if err := os.Symlink(filepath.Join(layout.Here.UnitDir, systemd.AgentUnit), link); err != nil {
 				return err
 			}
 		case args == "disable "+systemd.AgentUnit:
@@ -81,7 +82,7 @@ func TestInstallOverWhatDoesNotRun(t *testing.T) {
 	if there := v.closedThere(); len(there) > 0 {
 		t.Errorf("in the way: %q", there)
 	}
-	if to, _ := os.Readlink(filepath.Join(v.root, closedLink)); filepath.Dir(to) != systemd.UnitDir {
+	if to, _ := os.Readlink(filepath.Join(v.root, closedLink)); filepath.Dir(to) != layout.Here.UnitDir {
 		t.Errorf("ours is not enabled: %q", to)
 	}
 	if !slices.Contains(v.ran, "systemctl daemon-reload") {
@@ -167,7 +168,7 @@ func TestRemoveBesideAnother(t *testing.T) {
 	if there := v.closedThere(); len(there) != 3 {
 		t.Errorf("there is %q", there)
 	}
-	if newBootstrapper(opts).exists(AgentBinary) {
+	if newBootstrapper(opts).exists(layout.Here.Agent) {
 		t.Error("ours is left")
 	}
 }
@@ -238,7 +239,7 @@ func TestGuard(t *testing.T) {
 	if err != nil || !strings.Contains(string(text), "KillMode=process") {
 		t.Errorf("%q, %v", text, err)
 	}
-	if _, err := os.Stat(filepath.Join(v.root, systemd.UnitDir, systemd.AgentUnit)); err != nil {
+	if _, err := os.Stat(filepath.Join(v.root, layout.Here.UnitDir, systemd.AgentUnit)); err != nil {
 		t.Error(err)
 	}
 }
@@ -252,7 +253,7 @@ func TestYield(t *testing.T) {
 		!strings.Contains(err.Error(), "bootstrap --take-over") {
 		t.Errorf("%v", err)
 	}
-	if _, err := os.Stat(filepath.Join(v.root, systemd.UnitDir)); err == nil {
+	if _, err := os.Stat(filepath.Join(v.root, layout.Here.UnitDir)); err == nil {
 		t.Error("units were installed all the same")
 	}
 	b := newBootstrapper(opts)
@@ -274,12 +275,12 @@ func TestYield(t *testing.T) {
 // and --remove puts it where it was.
 func TestTheirProgramInOurPlace(t *testing.T) {
 	v, opts := withClosed(t)
-	v.put(closedUnit, "[Service]\nExecStart="+AgentBinary+" --v=2\n")
-	v.put(AgentBinary, "theirs")
+	v.put(closedUnit, "[Service]\nExecStart="+layout.Here.Agent+" --v=2\n")
+	v.put(layout.Here.Agent, "theirs")
 	if err := Install(t.Context(), opts, v.archive("1.0.0", "")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(newBootstrapper(opts).previous(AgentBinary)); err == nil {
+	if _, err := os.Stat(newBootstrapper(opts).previous(layout.Here.Agent)); err == nil {
 		t.Error("a rollback would bring theirs back")
 	}
 	v.want("installed", "1.0.0", "none")
@@ -288,7 +289,7 @@ func TestTheirProgramInOurPlace(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
-	if text, err := os.ReadFile(filepath.Join(v.root, AgentBinary)); string(text) != "theirs" {
+	if text, err := os.ReadFile(filepath.Join(v.root, layout.Here.Agent)); string(text) != "theirs" {
 		t.Errorf("%q, %v", text, err)
 	}
 }
@@ -373,7 +374,7 @@ func TestTakeOverTellsWhyNot(t *testing.T) {
 		!strings.Contains(err.Error(), "ours is not installed") {
 		t.Errorf("%v", err)
 	}
-	v.put(AgentBinary, fakeBinary(t, "1.0.0"))
+	v.put(layout.Here.Agent, fakeBinary(t, "1.0.0"))
 	run := opts.command
 	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
 		if strings.Join(cmd.Args[1:], " ") == "restart --no-block "+systemd.BootstrapUnit {
@@ -392,7 +393,7 @@ func TestTakeOverTellsWhyNot(t *testing.T) {
 		t.Errorf("there is %q", there)
 	}
 	v, opts = withClosed(t)
-	v.put(AgentBinary, fakeBinary(t, "1.0.0"))
+	v.put(layout.Here.Agent, fakeBinary(t, "1.0.0"))
 	for _, path := range []string{closedUnit, closedDropIn, closedLink} {
 		if err := os.Remove(filepath.Join(v.root, path)); err != nil {
 			t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -60,7 +61,7 @@ func PrepareImage(
 
 // mayBecomeImage says why the disk must stay as it is.
 func (b *bootstrapper) mayBecomeImage(ctx context.Context) error {
-	if _, err := os.Stat(b.path(AgentBinary)); err != nil {
+	if _, err := os.Stat(b.path(layout.Here.Agent)); err != nil {
 		return fmt.Errorf("the agent is not installed: %w; "+
 			"run service-proxy-agent-bootstrap.sh of the release archive first", err)
 	}

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -171,7 +172,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(b.path(AgentBinary)); err == nil && back.Agent == hex.EncodeToString(sum[:]) {
+	if _, err := os.Stat(b.path(layout.Here.Agent)); err == nil && back.Agent == hex.EncodeToString(sum[:]) {
 		b.Log.Warn("this archive's agent was rolled back on this VM, so nothing is installed; " +
 			"a newer archive will be, or run bootstrap --rollback again")
 		return nil
@@ -182,7 +183,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 		return err
 	}
 	// Units before the binary they run would start what is not there; the binary alone does nothing.
-	newAgent, err := b.place(agent, AgentBinary)
+	newAgent, err := b.place(agent, layout.Here.Agent)
 	if err != nil {
 		return err
 	}
@@ -193,11 +194,11 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 		}
 	}
 	if _, err := os.Stat(envoy); err == nil {
-		if _, err := b.place(envoy, archivedEnvoy); err != nil {
+		if _, err := b.place(envoy, layout.Here.ArchivedEnvoy); err != nil {
 			return err
 		}
 	}
-	agentUnit := b.path(filepath.Join(systemd.UnitDir, systemd.AgentUnit))
+	agentUnit := b.path(filepath.Join(layout.Here.UnitDir, systemd.AgentUnit))
 	before, _ := os.ReadFile(agentUnit) // absent is other than what comes
 	if failure := failed(StepUnits, b.installUnits(ctx), ofDisk); failure != nil {
 		return failure
@@ -207,7 +208,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 		return err
 	}
 	b.placeShared(dir)
-	b.label(ctx, AgentBinary, systemd.UnitDir)
+	b.label(ctx, layout.Here.Agent, layout.Here.UnitDir)
 	return b.startUnits(ctx, newAgent || !bytes.Equal(before, after))
 }
 
@@ -262,7 +263,7 @@ func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
 	if err := copyFile(from, temp, 0o755); err != nil {
 		return false, err
 	}
-	if installed == archivedEnvoy { // a source, not something installed: nothing to go back to
+	if installed == layout.Here.ArchivedEnvoy { // a source, not something installed: nothing to go back to
 		return true, os.Rename(temp, target)
 	}
 	return true, b.upgrade(temp, installed)

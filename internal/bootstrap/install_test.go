@@ -14,6 +14,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
@@ -118,7 +119,7 @@ func TestInstallIsTriedAgainWhereItCanRun(t *testing.T) {
 func TestRemoveLeavesAllWhereRulesStay(t *testing.T) {
 	root := t.TempDir()
 	mkdir(t, filepath.Join(root, "run"), 0o755)
-	paths := []string{EnvoyConfig, AgentBinary}
+	paths := []string{EnvoyConfig, layout.Here.Agent}
 	for _, path := range paths {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755); err != nil {
 			t.Fatal(err)
@@ -182,7 +183,7 @@ func TestRemoveAgain(t *testing.T) {
 		return Remove(t.Context(), opts, func(context.Context) ([]string, error) { return nil, nil })
 	}
 	if done, err := remove(); err == nil || !slices.Contains(done,
-		"left "+progress.StateDir+" and "+AgentBinary+", to try again with") {
+		"left "+progress.StateDir+" and "+layout.Here.Agent+", to try again with") {
 		t.Errorf("done %q, %v", done, err)
 	}
 	v.put(EnvoyBinary, "it could not be removed either")
@@ -191,7 +192,7 @@ func TestRemoveAgain(t *testing.T) {
 	if err != nil || len(there) > 0 {
 		t.Errorf("done %q, %v; users %v", done, err, there)
 	}
-	for _, path := range []string{EnvoyBinary, AgentBinary, progress.StateDir} {
+	for _, path := range []string{EnvoyBinary, layout.Here.Agent, progress.StateDir} {
 		if _, err := os.Lstat(filepath.Join(v.root, path)); err == nil {
 			t.Errorf("%s is left: %q", path, done)
 		}

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -92,13 +93,13 @@ func Remove(
 	r.removeFiles(state, h)
 	r.removeUsers(ctx, state)
 	if len(r.errs) == failed {
-		r.remove(libDir) // with it what was kept for a next try
+		r.remove(layout.KeptDir) // with it what was kept for a next try
 		r.remove(progress.StateDir)
-		if !h.kept(AgentBinary) {
-			r.remove(AgentBinary)
+		if !h.kept(layout.Here.Agent) {
+			r.remove(layout.Here.Agent)
 		}
 	} else { // without the state the next try would take our Envoy for yours
-		r.done = append(r.done, "left "+progress.StateDir+" and "+AgentBinary+", to try again with")
+		r.done = append(r.done, "left "+progress.StateDir+" and "+layout.Here.Agent+", to try again with")
 	}
 	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
 		r.done = append(r.done, "left /etc/default/service-proxy-agent, which is yours")
@@ -119,7 +120,7 @@ type removal struct {
 // one.
 func (b *bootstrapper) present(units []string) (there []string) {
 	for _, unit := range units {
-		if _, err := os.Stat(b.path(filepath.Join(systemd.UnitDir, unit))); err == nil {
+		if _, err := os.Stat(b.path(filepath.Join(layout.Here.UnitDir, unit))); err == nil {
 			there = append(there, unit)
 		}
 	}
@@ -153,7 +154,7 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 		r.done = append(r.done, "removed "+path)
 	}
 	r.errs = append(r.errs, err)
-	if slices.Contains(removed, systemd.CatalogFile) {
+	if slices.Contains(removed, systemd.CatalogFile()) {
 		if out, err := r.exec(ctx, time.Minute, "journalctl", "--update-catalog"); err != nil {
 			r.done = append(r.done, "left the words of our messages in "+systemd.CatalogDatabase+": "+
 				said(err, out).Error())

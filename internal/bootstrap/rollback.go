@@ -16,6 +16,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -36,7 +37,7 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	}
 	defer unlock()
 	var swap []string
-	for _, installed := range []string{AgentBinary, EnvoyBinary} {
+	for _, installed := range []string{layout.Here.Agent, EnvoyBinary} {
 		if _, err := os.Stat(b.previous(installed)); err == nil {
 			swap = append(swap, installed)
 		}
@@ -90,7 +91,7 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 
 // bringBack swaps the binary with the one that the last upgrade has replaced, and books that.
 func (b *bootstrapper) bringBack(installed string, back *rolledBack, state *progress.State) error {
-	if installed == AgentBinary {
+	if installed == layout.Here.Agent {
 		sum, err := fileSum(b.path(installed))
 		if err != nil {
 			return err
@@ -154,7 +155,7 @@ func (b *bootstrapper) restart(ctx context.Context, installed string) (lines []s
 		}
 		return lines, b.forgetRestart(started)
 	}
-	out, err := b.exec(ctx, time.Minute, b.path(AgentBinary), "bootstrap", "--install-units")
+	out, err := b.exec(ctx, time.Minute, b.path(layout.Here.Agent), "bootstrap", "--install-units")
 	if err != nil {
 		return nil, fmt.Errorf("install the previous units: %w", said(err, out))
 	}

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
 )
 
@@ -19,9 +20,9 @@ import (
 // completes a command line in bash, zsh and fish. They are where those look that no package owns.
 // fish does not look beneath /usr/local (3.6, without XDG_DATA_DIRS).
 var shared = []string{
-	"/usr/local/share/man/man8/service-proxy-agent*.8",
-	"/usr/local/share/bash-completion/completions/service-proxy-agent",
-	"/usr/local/share/zsh/site-functions/_service-proxy-agent",
+	layout.Archive.ShareDir + "/man/man8/service-proxy-agent*.8",
+	layout.Archive.ShareDir + "/bash-completion/completions/service-proxy-agent",
+	layout.Archive.ShareDir + "/zsh/site-functions/_service-proxy-agent",
 	"/etc/fish/completions/service-proxy-agent.fish",
 }
 
@@ -65,7 +66,7 @@ func (b *bootstrapper) placeShared(archive string) {
 	var errs []error
 	for _, name := range wanted {
 		if _, err := os.Stat(b.path(filepath.Dir(name))); err != nil &&
-			!strings.HasPrefix(name, "/usr/local/") {
+			!strings.HasPrefix(name, layout.Archive.ShareDir) {
 			continue // that shell is not here
 		}
 		errs = append(errs, placeText(filepath.Join(from, name), b.path(name)))

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -159,7 +160,7 @@ func TestLoses(t *testing.T) {
 // TestUnitChanged: an installation over one whose Envoy ran without a supervisor, or in another
 // sandbox, remembers that before it writes the unit; one that changes nothing of that does not.
 func TestUnitChanged(t *testing.T) {
-	unit := filepath.Join(systemd.UnitDir, systemd.EnvoyUnit)
+	unit := filepath.Join(layout.Here.UnitDir, systemd.EnvoyUnit)
 	for _, tt := range []struct {
 		name, old, new string
 		want           bool

@@ -20,6 +20,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/drain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/neighbour"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
@@ -127,7 +128,7 @@ func (b *bootstrapper) yield(ctx context.Context) (held bool, err error) {
 // keepReplaced keeps a unit of theirs that lies where ours is about to be written.
 func (b *bootstrapper) keepReplaced(h *handover, units []neighbour.Unit) error {
 	for _, unit := range units {
-		if filepath.Dir(unit.Path) != systemd.UnitDir {
+		if filepath.Dir(unit.Path) != layout.Here.UnitDir {
 			continue
 		}
 		file := keptFile{Path: unit.Path, Replaced: true}
@@ -163,9 +164,9 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 		h.Phase, h.By, h.Failure, h.Active = handoverWanted, by, "", false
 	}
 	h.Active = h.Active || len(t.Agents) > 0
-	if slices.ContainsFunc(t.units, func(u neighbour.Unit) bool { return u.Program == AgentBinary }) &&
-		b.exists(AgentBinary) && !isOurBinary(b.path(AgentBinary)) {
-		file := keptFile{Path: AgentBinary, Replaced: true}
+	if slices.ContainsFunc(t.units, func(u neighbour.Unit) bool { return u.Program == layout.Here.Agent }) &&
+		b.exists(layout.Here.Agent) && !isOurBinary(b.path(layout.Here.Agent)) {
+		file := keptFile{Path: layout.Here.Agent, Replaced: true}
 		h.note(file)
 		if err := errors.Join(b.writeHandover(h), b.keep(file)); err != nil {
 			return false, err
@@ -188,7 +189,7 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 		return false, err
 	}
 	files = slices.DeleteFunc(files, func(f keptFile) bool {
-		return filepath.Dir(f.Path) == systemd.UnitDir
+		return filepath.Dir(f.Path) == layout.Here.UnitDir
 	})
 	moved, err := b.moveAside(h, b.unmoved(h, files))
 	if err != nil {
@@ -218,7 +219,7 @@ func seen(t them) string {
 // setGuard protects running processes of theirs from our unit, where that is taken for theirs.
 func (b *bootstrapper) setGuard(ctx context.Context, t them) error {
 	first := slices.ContainsFunc(t.units, func(u neighbour.Unit) bool {
-		return u.First && filepath.Dir(u.Path) != systemd.UnitDir
+		return u.First && filepath.Dir(u.Path) != layout.Here.UnitDir
 	})
 	if first || len(t.Agents)+len(t.Envoys) == 0 || t.Ours {
 		return nil
@@ -254,9 +255,9 @@ func TakeOver(ctx context.Context, opts Options) (done []string, err error) {
 	if noState == nil {
 		b.state = state
 	}
-	if !b.exists(AgentBinary) {
+	if !b.exists(layout.Here.Agent) {
 		return nil, fmt.Errorf("take over: ours is not installed: there is no %q; install a release "+
-			"archive, which takes over by itself", AgentBinary)
+			"archive, which takes over by itself", layout.Here.Agent)
 	}
 	is, err := b.beginTakeOver(ctx)
 	if err != nil {
@@ -343,7 +344,7 @@ func (b *bootstrapper) takeOver(ctx context.Context, h *handover) error {
 	out, runErr := b.exec(ctx, time.Minute, "systemd-run", "--quiet", "--no-block", "--collect",
 		"--unit="+takeOverUnit, "--property=Restart=on-failure", "--property=RestartSec=100ms",
 		"--property=StartLimitIntervalSec=0", "--property=SyslogFacility=user",
-		AgentBinary, "bootstrap", "--take-over-now")
+		layout.Here.Agent, "bootstrap", "--take-over-now")
 	deadline := time.Now().Add(takeOverLimit)
 	for {
 		now, err := b.readHandover()

@@ -12,6 +12,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -50,7 +51,7 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 		b.say("INFO", "made users "+strings.Join(missing, ", "))
 		b.save()
 	}
-	folders := b.path(systemd.TmpfilesDir + "/service-proxy-agent.conf")
+	folders := b.path(layout.Here.TmpfilesDir + "/service-proxy-agent.conf")
 	if out, err := b.exec(ctx, time.Minute, "systemd-tmpfiles", "--create", folders); err != nil {
 		return said(err, out)
 	}
@@ -74,7 +75,7 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 // noteUnit remembers that Envoy's unit is about to be another than the one that it was started as,
 // where that needs a start: an Envoy that takes over from the one that runs does so in its unit.
 func (b *bootstrapper) noteUnit() error {
-	have, err := os.ReadFile(b.path(filepath.Join(systemd.UnitDir, systemd.EnvoyUnit)))
+	have, err := os.ReadFile(b.path(filepath.Join(layout.Here.UnitDir, systemd.EnvoyUnit)))
 	if err != nil || !systemd.NeedsStart(string(have), systemd.EnvoyUnit) {
 		return nil
 	}
@@ -85,7 +86,7 @@ func (b *bootstrapper) noteUnit() error {
 // is made of all catalogs, so it is older than ours where it does not have it yet. Without it the
 // log is as good: a failure is told, and the next run tries again.
 func (b *bootstrapper) updateCatalog(ctx context.Context) {
-	ours, err := os.Stat(b.path(systemd.CatalogFile))
+	ours, err := os.Stat(b.path(systemd.CatalogFile()))
 	if err != nil {
 		return
 	}
@@ -136,7 +137,7 @@ func (b *bootstrapper) missingUsers() []string {
 
 // makeUsers makes the users that are missing, by systemd-sysusers where it is there.
 func (b *bootstrapper) makeUsers(ctx context.Context) error {
-	users := b.path(systemd.SysusersDir + "/service-proxy-agent.conf")
+	users := b.path(layout.Here.SysusersDir + "/service-proxy-agent.conf")
 	out, err := b.exec(ctx, time.Minute, "systemd-sysusers", users)
 	if err == nil {
 		return nil

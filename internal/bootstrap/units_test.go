@@ -67,7 +67,7 @@ func TestCatalogIsUpdated(t *testing.T) {
 		!strings.Contains(fmt.Sprint(all[0].ContextMap()), "exit status 1: Failed to open the database") {
 		t.Errorf("logged %v", all)
 	}
-	v.put(systemd.CatalogFile, "of another version")
+	v.put(systemd.CatalogFile(), "of another version")
 	if fails = false; !install() {
 		t.Error("not after an upgrade")
 	}
@@ -90,7 +90,7 @@ func TestCatalogIsUpdated(t *testing.T) {
 		return strings.Join(done, "\n")
 	}
 	fails = true
-	if done := remove(); !strings.Contains(done, "removed "+systemd.CatalogFile) ||
+	if done := remove(); !strings.Contains(done, "removed "+systemd.CatalogFile()) ||
 		!strings.Contains(done, "left the words of our messages in "+systemd.CatalogDatabase) {
 		t.Errorf("did\n%s", done)
 	}

@@ -11,6 +11,8 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 )
 
 // installWait is how long an installation waits for another one, which takes seconds.
@@ -66,7 +68,7 @@ func (b *bootstrapper) upgrade(fresh, installed string) error {
 	if err != nil { // the first one
 		return nil
 	}
-	for _, other := range []string{AgentBinary, EnvoyBinary} {
+	for _, other := range []string{layout.Here.Agent, EnvoyBinary} {
 		if other == installed {
 			continue
 		}
@@ -90,7 +92,7 @@ func (b *bootstrapper) replace(fresh, installed string) error {
 		return err
 	}
 	// Theirs is nothing that a rollback should bring back.
-	theirs := installed == AgentBinary && h.kept(AgentBinary) && !isOurBinary(target)
+	theirs := installed == layout.Here.Agent && h.kept(layout.Here.Agent) && !isOurBinary(target)
 	if _, err := os.Lstat(target); err == nil && !theirs {
 		previous := b.previous(installed)
 		if err := os.MkdirAll(filepath.Dir(previous), 0o755); err != nil {

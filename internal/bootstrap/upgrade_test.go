@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -58,7 +59,7 @@ func (v *fakeVM) rollback() (done []string) {
 // want checks the versions of what is installed.
 func (v *fakeVM) want(when, agent, envoy string) {
 	v.Helper()
-	if have := version(v.T, filepath.Join(v.root, AgentBinary)); have != agent {
+	if have := version(v.T, filepath.Join(v.root, layout.Here.Agent)); have != agent {
 		v.Errorf("%s: agent %s, want %s", when, have, agent)
 	}
 	if have := version(v.T, filepath.Join(v.root, EnvoyBinary)); have != envoy {
@@ -118,7 +119,7 @@ func TestRollbackStays(t *testing.T) {
 	if strings.Contains(strings.Join(v.ran, " "), systemd.EnvoyUnit) {
 		t.Errorf("it touched Envoy: %q", v.ran)
 	}
-	units := filepath.Join(v.root, systemd.UnitDir, systemd.AgentUnit)
+	units := filepath.Join(v.root, layout.Here.UnitDir, systemd.AgentUnit)
 	if err := os.WriteFile(units, []byte("version 1's"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +266,7 @@ func TestOlderRetryCannotTakeTheLock(t *testing.T) {
 	if err := Install(t.Context(), opts, v.archive("2.0.0", "")); err != nil {
 		t.Fatal(err)
 	}
-	if have := version(t, v.root+AgentBinary); have != "2.0.0" || !stopped {
+	if have := version(t, v.root+layout.Here.Agent); have != "2.0.0" || !stopped {
 		t.Errorf("after the newer archive's installation: agent %s; stopped: %v", have, stopped)
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/identity"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -81,7 +82,7 @@ func (v *fakeVM) node() {
 	v.Helper()
 	b := newBootstrapper(v.options())
 	b.vm.Instance = "1"
-	v.put(filepath.Join(systemd.UnitDir, systemd.EnvoyUnit), "[Service]\n")
+	v.put(filepath.Join(layout.Here.UnitDir, systemd.EnvoyUnit), "[Service]\n")
 	v.put(EnvoyConfig, `{"node":{"id":"vm-1"}}`)
 	v.put(filepath.Join(previousDir, "envoy"), "x")
 	v.put("/var/log/envoy/envoy.err.log", "of vm-1\n")

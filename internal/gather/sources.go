@@ -18,6 +18,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/untrusted"
@@ -101,7 +102,7 @@ func (s Settings) commands(p programs) []Source {
 		several("processes.txt", mega, p,
 			"ps -e -o pid,ppid,user:20,lstart,etime,time,rss,nlwp,stat,comm --sort=-rss"),
 		several("versions.txt", 64*kilo, p, "uname -a", "iptables --version", "ip6tables --version",
-			"nft --version", "systemctl --version", "/usr/local/bin/envoy --version"),
+			"nft --version", "systemctl --version", layout.Envoy+" --version"),
 	}
 	return sources
 }

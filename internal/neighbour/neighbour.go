@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -35,8 +36,8 @@ type Unit struct {
 
 // unitDirs are where systemd looks for unit files, the first one first (systemd.unit(5)). What
 // generators make is not among them: it is made of files that lie elsewhere.
-var unitDirs = []string{systemd.ConfDir, "/run/systemd/system", systemd.UnitDir,
-	"/lib/systemd/system", "/usr/lib/systemd/system"}
+var unitDirs = []string{systemd.ConfDir, "/run/systemd/system", layout.Archive.UnitDir,
+	"/lib/systemd/system", layout.Packages.UnitDir}
 
 // maxUnit is far above what a unit file has.
 const maxUnit = 256 << 10
@@ -48,11 +49,11 @@ func Units(root string) (units []Unit, err error) {
 	first := true
 	for _, dir := range unitDirs {
 		path := filepath.Join(dir, systemd.AgentUnit)
-		if dir == "/lib/systemd/system" && sameDir(root, dir, "/usr/lib/systemd/system") {
+		if dir == "/lib/systemd/system" && sameDir(root, dir, layout.Packages.UnitDir) {
 			continue // Debian's /lib is a link
 		}
 		text, err := readUnit(filepath.Join(root, path))
-		ours := dir == systemd.UnitDir
+		ours := dir == layout.Here.UnitDir
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			first = first && !ours // ours is to come there

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
@@ -31,7 +32,7 @@ func ownUnit(t *testing.T) string {
 func TestUnits(t *testing.T) {
 	own := ownUnit(t)
 	const etc, run, usr = "/etc/systemd/system/", "/run/systemd/system/", "/usr/lib/systemd/system/"
-	ours := systemd.UnitDir + "/"
+	ours := layout.Here.UnitDir + "/"
 	for _, tt := range []struct {
 		name  string
 		files map[string]string // by folder

@@ -13,6 +13,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/sockdiag"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
@@ -408,7 +409,7 @@ func tooOld(f Facts) []Finding {
 		return nil
 	}
 	return []Finding{found.seen(FromEnvoy, time.Time{}, "version "+v.String()).
-		try("/usr/local/bin/envoy --version", "sudo systemctl restart service-proxy-bootstrap")}
+		try(layout.Envoy+" --version", "sudo systemctl restart service-proxy-bootstrap")}
 }
 
 func families(f Facts) (out []Finding) {

@@ -103,8 +103,8 @@ type Options struct {
 
 // The folders that are looked at: what bootstrap writes into, and where programs are run from.
 const (
-	binDir = "/usr/local/bin"
-	libDir = "/usr/local/lib"
+	binDir = "/usr/local/bin" // of layout.Envoy
+	libDir = "/usr/local/lib" // of layout.KeptDir
 	tmpDir = "/tmp"
 )
 
