@@ -53,12 +53,6 @@ const HungFile = "hung"
 //go:embed units tmpfiles.d sysusers.d catalog
 var embedded embed.FS
 
-// text is an embedded file as it is in this program's layout.
-func text(name string) ([]byte, error) {
-	text, err := embedded.ReadFile(name)
-	return []byte(layout.Here.Text(string(text))), err
-}
-
 // File is one file of the units' set.
 type File struct {
 	Path string // absolute
@@ -66,22 +60,25 @@ type File struct {
 }
 
 // Files are the units and what goes with them, sorted by path.
-func Files() []File {
+func Files() []File { return FilesIn(layout.Here) }
+
+// FilesIn are those of a layout.
+func FilesIn(l layout.Layout) []File {
 	var files []File
 	for folder, dir := range map[string]string{
-		"units": layout.Here.UnitDir, "tmpfiles.d": layout.Here.TmpfilesDir,
-		"sysusers.d": layout.Here.SysusersDir, "catalog": layout.Here.CatalogDir,
+		"units": l.UnitDir, "tmpfiles.d": l.TmpfilesDir,
+		"sysusers.d": l.SysusersDir, "catalog": l.CatalogDir,
 	} {
 		entries, err := embedded.ReadDir(folder)
 		if err != nil {
 			panic(err) // embedded at build time
 		}
 		for _, entry := range entries {
-			text, err := text(folder + "/" + entry.Name())
+			text, err := embedded.ReadFile(folder + "/" + entry.Name())
 			if err != nil {
 				panic(err)
 			}
-			files = append(files, File{filepath.Join(dir, entry.Name()), text})
+			files = append(files, File{filepath.Join(dir, entry.Name()), []byte(l.Text(string(text)))})
 		}
 	}
 	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
@@ -107,10 +104,15 @@ func Install(root string) (changed []string, err error) {
 	return changed, nil
 }
 
-// Remove deletes what Install wrote and the drop-ins, and returns the paths.
+// Remove deletes what Install wrote, which is nothing where a package has it, and the drop-ins, and
+// returns the paths.
 func Remove(root string) (removed []string, err error) {
 	var errs []error
-	for _, file := range Files() {
+	var files []File
+	if !layout.Here.Packaged {
+		files = Files()
+	}
+	for _, file := range files {
 		switch err := os.Remove(filepath.Join(root, file.Path)); {
 		case err == nil:
 			removed = append(removed, file.Path)

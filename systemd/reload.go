@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 )
 
 // Reload is what systemd knows of a unit's reloads.
@@ -53,11 +55,11 @@ var live = []string{"ExecReload", "ExecStop", "ExecStopPost", "TimeoutStartSec",
 // NeedsStart says whether this text of one of our units differs from the one that Install writes in
 // what only a start of the unit brings: its command, its sandbox, its user.
 func NeedsStart(have, unit string) bool {
-	text, err := text("units/" + unit)
+	text, err := embedded.ReadFile("units/" + unit)
 	if err != nil {
 		panic(err) // embedded at build time
 	}
-	return !maps.EqualFunc(service(have), service(string(text)), slices.Equal)
+	return !maps.EqualFunc(service(have), service(layout.Here.Text(string(text))), slices.Equal)
 }
 
 // service are the settings of a unit's section [Service] that are not live, each with its values in

@@ -22,7 +22,7 @@ import (
 type bootstrapCall struct {
 	opts bootstrap.Options
 
-	check, rollback, remove, takeOver, takeOverNow, prepare, units, rotate bool
+	check, rollback, remove, takeOver, takeOverNow, prepare, units, adopt, rotate bool
 
 	archive, level, output, own string
 }
@@ -76,18 +76,23 @@ func bootstrapCommand() *cobra.Command {
 		"take everything of ours off this VM and say what was removed")
 	flags.BoolVar(&b.takeOver, "take-over", false,
 		"have ours take the place of Google's closed agent on this VM; --remove gives it back")
-	// For the archive's script, for --rollback, and for the units of Envoy and of its logs.
+	// For the archive's script, the packages' scripts, --rollback, and the units of Envoy and of its
+	// logs.
+	flags.BoolVar(&b.adopt, "adopt", false, "take away what an archive has installed, for a package")
+	flags.BoolVar(&b.opts.KeepState, "keep-state", false,
+		"with --remove: leave what a package manager leaves until its purge")
 	flags.StringVar(&b.archive, "archive", "", "lay down the unpacked release archive in `DIR`")
 	flags.BoolVar(&b.units, "install-units", false, "install this binary's units")
 	flags.StringVar(&b.own, "own", "",
 		"say whether Envoy's configuration is this VM's, in this `BOOT`")
 	flags.BoolVar(&b.rotate, "rotate-logs", false, "rotate Envoy's logs that have grown too big")
 	flags.BoolVar(&b.takeOverNow, "take-over-now", false, "what a take-over runs in a unit of its own")
-	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own"} {
+	for _, name := range []string{"archive", "install-units", "rotate-logs", "take-over-now", "own",
+		"adopt", "keep-state"} {
 		_ = flags.MarkHidden(name) // fails for a flag that does not exist only
 	}
 	cmd.MarkFlagsMutuallyExclusive("check", "rollback", "remove", "take-over", "take-over-now",
-		"prepare-image", "archive", "install-units", "rotate-logs", "own")
+		"prepare-image", "archive", "install-units", "rotate-logs", "own", "adopt")
 	return cmd
 }
 
@@ -113,6 +118,9 @@ func (b *bootstrapCall) run(cmd *cobra.Command) error {
 		}
 		return removed, err
 	}
+	if b.opts.KeepState && !b.remove {
+		return usage(errors.New("--keep-state goes with --remove"))
+	}
 	if b.output != "text" && b.output != "json" {
 		return usage(fmt.Errorf("--output is %q; use text or json", b.output))
 	}
@@ -131,6 +139,8 @@ func (b *bootstrapCall) run(cmd *cobra.Command) error {
 		return bootstrap.Own(ctx, b.opts, b.own)
 	case b.rollback:
 		return say(bootstrap.Rollback(ctx, b.opts))
+	case b.adopt:
+		return say(bootstrap.Adopt(b.opts))
 	case b.units:
 		return bootstrap.InstallUnits(ctx, b.opts)
 	case b.rotate:

@@ -54,6 +54,10 @@ type Options struct {
 	// Root is what all paths are beneath; "" for /.
 	Root string
 
+	// KeepState has Remove leave what a package manager's remove leaves, for its purge: state,
+	// configuration, logs and users, and which units are enabled.
+	KeepState bool
+
 	// LetOut has the rules that are in let a user's traffic out, and Adopt has the next daemon take
 	// them for its own: what a take-over needs of those who know the rules. nil: nothing.
 	LetOut func(ctx context.Context, uid uint32) (changed []string, err error)

@@ -18,8 +18,14 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
 
-var envoyAdvice = fmt.Sprintf("give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, "+
-	"or install Envoy %v or later as %s", envoyadmin.Advised, EnvoyBinary)
+func envoyAdvice() string {
+	advice := fmt.Sprintf("give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, "+
+		"or install Envoy %v or later as %s", envoyadmin.Advised, EnvoyBinary)
+	if layout.Here.Packaged {
+		advice = "install the package " + envoyPackage + ", " + advice
+	}
+	return advice
+}
 
 // installEnvoy sees to a good binary at EnvoyBinary. A working one stays, unless it is ours and
 // from another source than primary-source: then it gives way to that, and to nothing else. Where
@@ -48,8 +54,11 @@ func (b *bootstrapper) installEnvoy(ctx context.Context, cfg attribute.Config) e
 // to be had: as at a first boot. Theirs is kept, and stays where there is none, or none works.
 func (b *bootstrapper) replaceTheirs(ctx context.Context, cfg attribute.Config) error {
 	h, err := b.readHandover()
-	if err != nil || !h.under(handoverWanted, handoverTaking) || b.state.PrimarySum != "" ||
-		!slices.ContainsFunc(b.sources(cfg), envoySource.exists) {
+	if err != nil || !h.under(handoverWanted, handoverTaking) || b.state.PrimarySum != "" {
+		return err
+	}
+	sources, err := b.sources(cfg)
+	if err != nil || !slices.ContainsFunc(sources, envoySource.exists) {
 		return err
 	}
 	file := keptFile{Path: EnvoyBinary, Replaced: true}
@@ -62,7 +71,7 @@ func (b *bootstrapper) replaceTheirs(ctx context.Context, cfg attribute.Config) 
 			return err
 		}
 	}
-	got, refused, err := b.trySources(ctx, b.sources(cfg)...)
+	got, refused, err := b.trySources(ctx, sources...)
 	if err != nil {
 		return err
 	}
@@ -75,21 +84,24 @@ func (b *bootstrapper) replaceTheirs(ctx context.Context, cfg attribute.Config) 
 	return nil
 }
 
-// changeEnvoy replaces a working Envoy of ours by that of another primary-source. The VM goes on
-// with what it has where that cannot be had.
+// changeEnvoy replaces a working Envoy of ours by that of another primary-source, or of a package
+// that was upgraded. The VM goes on with what it has where that cannot be had.
 func (b *bootstrapper) changeEnvoy(ctx context.Context, cfg attribute.Config) error {
-	stays, err := b.wasRolledBack(ctx, cfg.PrimarySource)
+	wanted, err := b.wantedEnvoy(cfg)
 	if err != nil {
 		return err
 	}
-	if stays || cfg.PrimarySource == "" || b.state.PrimarySum == "" ||
-		installedFrom(b.state, cfg.PrimarySource) {
+	stays, err := b.wasRolledBack(ctx, wanted)
+	if err != nil {
+		return err
+	}
+	if stays || !wanted.exists() || b.state.PrimarySum == "" || wanted.isOf(b.state) {
 		return nil
 	}
 	if b.state.Attempt == 1 {
-		b.say("INFO", "installing Envoy from primary-source; the one here is from "+b.state.EnvoySource)
+		b.say("INFO", "installing Envoy from "+wanted.name+"; the one here is from "+b.state.EnvoySource)
 	}
-	got, refused, err := b.trySources(ctx, primary(cfg))
+	got, refused, err := b.trySources(ctx, wanted)
 	switch {
 	case err != nil && ctx.Err() == nil:
 		failure := failed(StepEnvoy, err, ofDisk)
@@ -101,7 +113,7 @@ func (b *bootstrapper) changeEnvoy(ctx context.Context, cfg attribute.Config) er
 		b.state.PreviousSource, b.state.PreviousSum = b.state.EnvoySource, b.state.PrimarySum
 		b.noteInstalled(got, "")
 		return nil
-	case installedFrom(b.state, cfg.SecondarySource), b.state.EnvoySource == archiveSource:
+	case wanted.name == primarySource && (secondary(cfg).isOf(b.state) || cameAlong(b.state)):
 		b.noteFallback(refused.String()) // as at the first boot
 		return nil
 	}
@@ -113,7 +125,11 @@ func (b *bootstrapper) changeEnvoy(ctx context.Context, cfg attribute.Config) er
 // firstEnvoy installs Envoy where none works. broken says why the one that is there does not; ""
 // without one.
 func (b *bootstrapper) firstEnvoy(ctx context.Context, cfg attribute.Config, broken string) error {
-	got, refused, err := b.trySources(ctx, b.sources(cfg)...)
+	sources, err := b.sources(cfg)
+	if err != nil {
+		return err
+	}
+	got, refused, err := b.trySources(ctx, sources...)
 	if err != nil {
 		return err
 	}
@@ -131,16 +147,16 @@ func (b *bootstrapper) firstEnvoy(ctx context.Context, cfg attribute.Config, bro
 	}
 	if len(refused.texts) == 0 {
 		return &Failure{Err: errors.New("there is no Envoy: none on this VM, no primary-source, " +
-			"and none came with the agent"), Advice: envoyAdvice, Permanent: true}
+			"and none came with the agent"), Advice: envoyAdvice(), Permanent: true}
 	}
 	failure := &Failure{Err: errors.New(refused.String()), Permanent: refused.forGood}
 	switch {
 	case refused.last == nil:
-		failure.Advice = envoyAdvice
+		failure.Advice = envoyAdvice()
 	case errors.Is(refused.last, syscall.ENOSPC):
 		failure.Advice = "make room on that disk"
 	default:
-		failure.Advice = "mend that source, or " + envoyAdvice
+		failure.Advice = "mend that source, or " + envoyAdvice()
 	}
 	return failure
 }
@@ -163,7 +179,15 @@ const (
 	primarySource   = "primary-source"
 	secondarySource = "secondary-source"
 	archiveSource   = "the agent's archive" // the Envoy that came with the agent
+	// the same, with a package of its own
+	packageSource = "the package " + envoyPackage
+	envoyPackage  = "service-proxy-agent-envoy"
 )
+
+// cameAlong says that the installed Envoy is one that came with the agent.
+func cameAlong(s progress.State) bool {
+	return s.EnvoySource == archiveSource || s.EnvoySource == packageSource
+}
 
 func urlSource(name, url string) envoySource {
 	return envoySource{name, url, redact(url), progress.Sum(url)}
@@ -173,23 +197,56 @@ func primary(cfg attribute.Config) envoySource {
 	return urlSource(primarySource, cfg.PrimarySource)
 }
 
-// sources are all, in the order in which they are tried.
-func (b *bootstrapper) sources(cfg attribute.Config) []envoySource {
-	return []envoySource{
-		primary(cfg),
-		urlSource(secondarySource, cfg.SecondarySource),
-		{archiveSource, b.path(layout.Here.ArchivedEnvoy), archiveSource, progress.Sum(archiveSource)},
+func secondary(cfg attribute.Config) envoySource {
+	return urlSource(secondarySource, cfg.SecondarySource)
+}
+
+// along is the Envoy that came with the agent. A package's is upgraded by itself, so that its content
+// tells one from the next; an archive's is only for where there is none yet.
+func (b *bootstrapper) along() (envoySource, error) {
+	s := envoySource{archiveSource, b.path(layout.Here.ArchivedEnvoy), archiveSource,
+		progress.Sum(archiveSource)}
+	if !layout.Here.Packaged {
+		return s, nil
 	}
+	s.name, s.shown = packageSource, packageSource
+	if !s.exists() {
+		return s, nil
+	}
+	content, err := fileSum(s.place)
+	s.sum = progress.Sum(fmt.Sprintf("%s %x", packageSource, content))
+	return s, err
+}
+
+// wantedEnvoy is whose Envoy a working one gives way to; one that does not exist: nobody's.
+func (b *bootstrapper) wantedEnvoy(cfg attribute.Config) (envoySource, error) {
+	if cfg.PrimarySource == "" && layout.Here.Packaged && cameAlong(b.state) {
+		return b.along()
+	}
+	return primary(cfg), nil
+}
+
+// sources are all, in the order in which they are tried.
+func (b *bootstrapper) sources(cfg attribute.Config) ([]envoySource, error) {
+	along, err := b.along()
+	return []envoySource{primary(cfg), secondary(cfg), along}, err
 }
 
 // exists is false for a source that the attribute does not give, and for what did not come with the
 // agent.
 func (s envoySource) exists() bool {
-	if s.name != archiveSource {
+	if !s.along() {
 		return s.place != ""
 	}
 	_, err := os.Lstat(s.place)
 	return err == nil
+}
+
+func (s envoySource) along() bool { return s.name == archiveSource || s.name == packageSource }
+
+// isOf says that the installed Envoy is from this source.
+func (s envoySource) isOf(state progress.State) bool {
+	return s.place != "" && state.PrimarySum == s.sum && state.EnvoySource == s.shown
 }
 
 // refusals are why sources gave no Envoy.
@@ -251,11 +308,6 @@ func (b *bootstrapper) noteFallback(why string) {
 	b.state.FailureTime = time.Now()
 }
 
-// installedFrom says that the installed Envoy is from this source, a URL.
-func installedFrom(s progress.State, source string) bool {
-	return source != "" && s.PrimarySum == progress.Sum(source) && s.EnvoySource == redact(source)
-}
-
 // installEnvoyFrom puts one source's Envoy into place, the old one kept, or changes nothing.
 func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source envoySource) (
 	version string, err error,
@@ -266,7 +318,7 @@ func (b *bootstrapper) installEnvoyFrom(ctx context.Context, source envoySource)
 			return "", err
 		}
 	}
-	if source.name == archiveSource {
+	if source.along() {
 		err = linkOrCopy(source.place, b.path(newEnvoyBinary))
 	} else {
 		b.say("INFO", "downloading Envoy from "+source.shown)

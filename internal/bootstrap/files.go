@@ -35,10 +35,12 @@ func (b *bootstrapper) removeTemps() {
 func (b *bootstrapper) removeLeftovers() {
 	names := []string{filepath.Join(progress.StateDir, progress.StateFile), EnvoyConfig,
 		progress.OwnerFile}
-	for _, file := range systemd.Files() {
-		names = append(names, file.Path)
+	if !layout.Here.Packaged {
+		for _, file := range systemd.Files() {
+			names = append(names, file.Path)
+		}
+		names = append(names, shared...)
 	}
-	names = append(names, shared...)
 	for _, name := range names {
 		dir, base := filepath.Split(name)
 		left, err := filepath.Glob(b.path(dir + "." + base + ".*"))

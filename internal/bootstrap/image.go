@@ -63,7 +63,7 @@ func PrepareImage(
 func (b *bootstrapper) mayBecomeImage(ctx context.Context) error {
 	if _, err := os.Stat(b.path(layout.Here.Agent)); err != nil {
 		return fmt.Errorf("the agent is not installed: %w; "+
-			"run service-proxy-agent-bootstrap.sh of the release archive first", err)
+			"run service-proxy-agent-bootstrap.sh of the release archive first, or install the package", err)
 	}
 	t, err := b.neighbours()
 	if err != nil {

@@ -27,6 +27,10 @@ import (
 // See docs/design/facts.md#gce-recipe-runs-once.
 func Install(ctx context.Context, opts Options, dir string) error {
 	b := newBootstrapper(opts)
+	// Not a failure of this VM's, which is a node by its package: nothing is published.
+	if err := b.refuseBesidePackage(); err != nil {
+		return err
+	}
 	b.readState()
 	b.state.Attempt = 1
 	if opts.look == nil {

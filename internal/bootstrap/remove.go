@@ -88,14 +88,23 @@ func Remove(
 		r.stop(ctx, under)
 	}
 	r.removeUnits(ctx, len(over)+len(under) > 0)
-	r.removeShared()
+	if !layout.Here.Packaged {
+		r.removeShared()
+	}
 	failed := len(r.errs)
 	r.removeFiles(state, h)
-	r.removeUsers(ctx, state)
+	if !layout.Here.Packaged {
+		r.removeUsers(ctx, state)
+	}
+	if b.KeepState {
+		r.leaveForPurge(state, h)
+	}
 	if len(r.errs) == failed {
 		r.remove(layout.KeptDir) // with it what was kept for a next try
-		r.remove(progress.StateDir)
-		if !h.kept(layout.Here.Agent) {
+		if !b.KeepState {
+			r.remove(progress.StateDir)
+		}
+		if !h.kept(layout.Here.Agent) && !layout.Here.Packaged {
 			r.remove(layout.Here.Agent)
 		}
 	} else { // without the state the next try would take our Envoy for yours
@@ -103,6 +112,10 @@ func Remove(
 	}
 	if _, err := os.Stat(b.path("/etc/default/service-proxy-agent")); err == nil {
 		r.done = append(r.done, "left /etc/default/service-proxy-agent, which is yours")
+	}
+	if layout.Here.Packaged && !b.KeepState {
+		r.done = append(r.done, "left the program, its units and its users, which are those of the "+
+			"package "+PackageName+": remove that with the package manager")
 	}
 	return r.done, errors.Join(r.errs...)
 }
@@ -143,7 +156,11 @@ func (r *removal) stop(ctx context.Context, units []string) {
 }
 
 func (r *removal) removeUnits(ctx context.Context, some bool) {
-	for _, unit := range r.present(enabledUnits) {
+	enabled := enabledUnits
+	if r.KeepState { // the package manager keeps that in mind until its purge
+		enabled = nil
+	}
+	for _, unit := range r.present(enabled) {
 		if unit == systemd.AgentUnit && r.unitOfOthers {
 			continue // by its name, which is all that systemctl goes by
 		}
@@ -168,13 +185,17 @@ func (r *removal) removeUnits(ctx context.Context, some bool) {
 // removeFiles removes what bootstrap writes. An Envoy that was here before stays, and so does the
 // folder of its logs.
 func (r *removal) removeFiles(state progress.State, h *handover) {
-	paths := []string{EnvoyConfig, progress.OwnerFile, filepath.Dir(EnvoyConfig), archiveDir,
-		previousDir, rolledBackFile,
-		progress.RuntimeDir, restartFile, unitChangedFile, lockFile}
-	if h == nil || !h.LogDir {
-		paths = append(paths, logs.Dir)
-	} else {
+	paths := []string{archiveDir, previousDir, rolledBackFile,
+		progress.RuntimeDir, restartFile, unitChangedFile, seenUnitFile, lockFile}
+	switch {
+	case r.KeepState:
+	case h != nil && h.LogDir:
 		r.done = append(r.done, "left "+logs.Dir+", which was here before")
+	default:
+		paths = append(paths, logs.Dir)
+	}
+	if !r.KeepState {
+		paths = append(paths, EnvoyConfig, progress.OwnerFile, filepath.Dir(EnvoyConfig))
 	}
 	switch {
 	case h.kept(EnvoyBinary): // and was brought back
@@ -184,6 +205,24 @@ func (r *removal) removeFiles(state progress.State, h *handover) {
 		r.done = append(r.done, "left "+EnvoyBinary+", which was here before")
 	}
 	r.remove(paths...)
+}
+
+// leaveForPurge notes what the package's purge is to remove: what bootstrap has made, maybe as an
+// archive's, and Envoy's logs where they were not here before.
+func (r *removal) leaveForPurge(state progress.State, h *handover) {
+	var made []string
+	for _, name := range []string{AgentUser, EnvoyUser} {
+		if slices.Contains(state.MadeUsers, name) {
+			made = append(made, name)
+		}
+	}
+	if h == nil || !h.LogDir {
+		made = append(made, logs.Dir)
+	}
+	if err := r.noteMade(made...); err != nil {
+		r.errs = append(r.errs, err)
+	}
+	r.done = append(r.done, "left state, configuration and logs, which a purge removes")
 }
 
 func (r *removal) remove(paths ...string) {

@@ -37,12 +37,16 @@ func Rollback(ctx context.Context, opts Options) (done []string, err error) {
 	}
 	defer unlock()
 	var swap []string
-	for _, installed := range []string{layout.Here.Agent, EnvoyBinary} {
+	for _, installed := range b.upgraded() {
 		if _, err := os.Stat(b.previous(installed)); err == nil {
 			swap = append(swap, installed)
 		}
 	}
 	if len(swap) == 0 {
+		if layout.Here.Packaged {
+			return nil, fmt.Errorf("roll back: no Envoy was upgraded here: %q is empty; the agent is the "+
+				"package manager's to go back with", previousDir)
+		}
 		return nil, fmt.Errorf("roll back: nothing was upgraded here: %q is empty", previousDir)
 	}
 	if err := b.provePrevious(ctx, swap); err != nil {
@@ -202,11 +206,10 @@ func (b *bootstrapper) writeRolledBack(back rolledBack) error {
 
 // wasRolledBack says that the Envoy of this source was taken out by Rollback. Once another source
 // is wanted that is forgotten: to want this one again is a new wish.
-func (b *bootstrapper) wasRolledBack(ctx context.Context, source string) (bool, error) {
+func (b *bootstrapper) wasRolledBack(ctx context.Context, source envoySource) (bool, error) {
 	back, err := b.readRolledBack()
-	if err != nil || source == "" || back.EnvoySource == "" ||
-		back.EnvoySource == progress.Sum(source) {
-		return source != "" && back.EnvoySource == progress.Sum(source), err
+	if err != nil || source.place == "" || back.EnvoySource == "" || back.EnvoySource == source.sum {
+		return source.place != "" && back.EnvoySource == source.sum, err
 	}
 	unlock, err := b.lockInstall(ctx)
 	if err != nil {

@@ -35,9 +35,11 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	changed, err := systemd.Install(b.Root + "/")
-	if err != nil {
-		return err
+	var changed []string
+	if !layout.Here.Packaged {
+		if changed, err = systemd.Install(b.Root + "/"); err != nil {
+			return err
+		}
 	}
 	if len(changed) > 0 {
 		b.say("INFO", fmt.Sprintf("installed %d units and their files", len(changed)))
@@ -75,6 +77,9 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 // noteUnit remembers that Envoy's unit is about to be another than the one that it was started as,
 // where that needs a start: an Envoy that takes over from the one that runs does so in its unit.
 func (b *bootstrapper) noteUnit() error {
+	if layout.Here.Packaged {
+		return b.noteSeenUnit()
+	}
 	have, err := os.ReadFile(b.path(filepath.Join(layout.Here.UnitDir, systemd.EnvoyUnit)))
 	if err != nil || !systemd.NeedsStart(string(have), systemd.EnvoyUnit) {
 		return nil

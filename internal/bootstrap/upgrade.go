@@ -68,7 +68,7 @@ func (b *bootstrapper) upgrade(fresh, installed string) error {
 	if err != nil { // the first one
 		return nil
 	}
-	for _, other := range []string{layout.Here.Agent, EnvoyBinary} {
+	for _, other := range b.upgraded() {
 		if other == installed {
 			continue
 		}
@@ -79,9 +79,21 @@ func (b *bootstrapper) upgrade(fresh, installed string) error {
 	return nil
 }
 
+// upgraded are the binaries that bootstrap upgrades.
+func (b *bootstrapper) upgraded() []string {
+	if layout.Here.Packaged {
+		return []string{EnvoyBinary}
+	}
+	return []string{layout.Here.Agent, EnvoyBinary}
+}
+
 // previous is where the binary is kept that the last upgrade has replaced.
 func (b *bootstrapper) previous(installed string) string {
-	return b.path(filepath.Join(previousDir, filepath.Base(installed)))
+	return b.path(b.previousOf(installed))
+}
+
+func (b *bootstrapper) previousOf(installed string) string {
+	return filepath.Join(previousDir, filepath.Base(installed))
 }
 
 // replace moves the new file to the installed path, and what was there to previousDir.

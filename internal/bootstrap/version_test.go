@@ -36,7 +36,7 @@ func TestOldestEnvoy(t *testing.T) {
 	}
 	const advice = "give primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, " +
 		"or install Envoy 1.24.9 or later as /usr/local/bin/envoy"
-	if envoyAdvice != advice {
-		t.Errorf("the advice is %q", envoyAdvice)
+	if envoyAdvice() != advice {
+		t.Errorf("the advice is %q", envoyAdvice())
 	}
 }
