@@ -84,6 +84,9 @@ package: ## service-proxy-agent-VERSION.tgz for gcloud's recipe and startup scri
 	@# The default of ENVOY above is for the tests: the script has its own.
 	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/package.sh
 
+packages: ## .deb and .rpm of the agent and of Envoy, amd64 and arm64, in dist/ (ENVOY=, ENVOY_ARM64=FILE or none)
+	VERSION=$(VERSION) ENVOY_VERSION=$(ENVOY_VERSION) ENVOY='$(if $(filter file,$(origin ENVOY)),,$(ENVOY))' deploy/packages/build.sh
+
 release: ## what a release brings, in dist/: .tgz, .deb, .rpm, SBOM, licences, SHA256SUMS
 	@deploy/changelog.sh '$(VERSION)' >/dev/null
 	@rm -rf dist

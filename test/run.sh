@@ -85,8 +85,10 @@ tagged() { # TAG FLAG…
 }
 
 bench()  { test/bench.sh once; }
+# What .deb and .rpm hold. How they behave on a VM is in box.
+packages() { test/packages.sh; }
 # That the benchmarks work is to be seen; their figures mean little here.
-rest()   { local bad=0; bench || bad=1; alerts || bad=1; return $bad; }
+rest()   { local bad=0; bench || bad=1; alerts || bad=1; packages || bad=1; return $bad; }
 # Kernel tests wait for a lock, one after the other, and boxes for systemd: what needs no root, or no
 # quiet, has what is left of the processors.
 kernel+lint() { beside lint kernel; }

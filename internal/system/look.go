@@ -377,12 +377,16 @@ func lookLibc(at func(string) string, o Options) (l Libc) {
 	}
 	for _, name := range o.Envoys {
 		if _, err := os.Stat(at(name)); err == nil {
-			l.Envoy, l.Needed = name, glibc(at(name), true, false)
+			l.Envoy, l.Needed = name, NeededLibc(at(name))
 			break
 		}
 	}
 	return l
 }
+
+// NeededLibc is the newest version of glibc's symbols that an ELF file needs, whatever machine it is
+// for; "" where it needs none, or is no such file.
+func NeededLibc(name string) string { return glibc(name, true, false) }
 
 // glibc is the newest version of glibc's symbols that an ELF file needs, or else defines. own: it
 // must be of this machine's kind.
