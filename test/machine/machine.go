@@ -226,3 +226,20 @@ func Release(t testing.TB, version, arch, envoy string) []byte {
 	}
 	return built.archives[key]
 }
+
+// Packages is a folder with the .deb and .rpm of that version for this machine's architecture, and of
+// Envoy where it is given ("none": without).
+func Packages(t testing.TB, version, envoy string) string {
+	t.Helper()
+	built.Lock()
+	defer built.Unlock()
+	dir := t.TempDir()
+	cmd := exec.Command(filepath.Join(ModuleRoot(t), "deploy", "packages", "build.sh"))
+	setting := map[string]string{"amd64": "ENVOY", "arm64": "ENVOY_ARM64"}[runtime.GOARCH]
+	cmd.Env = append(os.Environ(), "VERSION="+version, "ARCHES="+runtime.GOARCH, setting+"="+envoy,
+		"OUT="+dir)
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("packages: %v\n%s", err, said)
+	}
+	return dir
+}
