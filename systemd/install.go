@@ -30,9 +30,9 @@ const (
 	RotateUnit       = "service-proxy-rotate.service"
 )
 
-// ConfDir is for drop-ins that depend on the VM. Units there could not be masked: ours are in a folder
-// that systemd reads between the administrator's and the distribution's, or in the distribution's own
-// (internal/layout). See docs/design/facts.md#systemd-masks-by-a-link.
+// ConfDir is for drop-ins that depend on the VM. Units there could not be masked: ours are in a
+// folder that systemd reads between the administrator's and the distribution's, or in the
+// distribution's own (internal/layout). See docs/design/facts.md#systemd-masks-by-a-link.
 const ConfDir = "/etc/systemd/system"
 
 // CatalogDatabase is made of all the journal's catalogs by `journalctl --update-catalog`, and only

@@ -29,9 +29,10 @@ const (
 	EnvoyUser   = "envoy"
 	AgentUser   = "service-proxy-agent"
 
-	archiveDir     = layout.KeptDir + "/archive"
-	previousDir    = layout.KeptDir + "/previous"         // what the last upgrade has replaced, for Rollback
-	rolledBackFile = layout.KeptDir + "/rolled-back.json" // what Rollback has taken out
+	archiveDir = layout.KeptDir + "/archive"
+	// What the last upgrade has replaced, for Rollback, and what that has taken out.
+	previousDir    = layout.KeptDir + "/previous"
+	rolledBackFile = layout.KeptDir + "/rolled-back.json"
 
 	lockFile    = "/run/service-proxy-bootstrap.lock"
 	installLock = "/run/service-proxy-install.lock"

@@ -30,8 +30,9 @@ func (b *bootstrapper) lookAt(ctx context.Context, envoys ...string) system.Syst
 			}
 			return out, err
 		},
-		Envoys:   append(envoys, EnvoyBinary, layout.Here.ArchivedEnvoy),
-		Programs: []string{layout.Here.Agent, EnvoyBinary, filepath.Join(layout.Here.UnitDir, systemd.AgentUnit)},
+		Envoys: append(envoys, EnvoyBinary, layout.Here.ArchivedEnvoy),
+		Programs: []string{layout.Here.Agent, EnvoyBinary,
+			filepath.Join(layout.Here.UnitDir, systemd.AgentUnit)},
 	})
 }
 

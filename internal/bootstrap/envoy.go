@@ -201,8 +201,8 @@ func secondary(cfg attribute.Config) envoySource {
 	return urlSource(secondarySource, cfg.SecondarySource)
 }
 
-// along is the Envoy that came with the agent. A package's is upgraded by itself, so that its content
-// tells one from the next; an archive's is only for where there is none yet.
+// along is the Envoy that came with the agent. A package's is upgraded by itself, so that its
+// content tells one from the next; an archive's is only for where there is none yet.
 func (b *bootstrapper) along() (envoySource, error) {
 	s := envoySource{archiveSource, b.path(layout.Here.ArchivedEnvoy), archiveSource,
 		progress.Sum(archiveSource)}

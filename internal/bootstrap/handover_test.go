@@ -82,7 +82,8 @@ func TestInstallOverWhatDoesNotRun(t *testing.T) {
 	if there := v.closedThere(); len(there) > 0 {
 		t.Errorf("in the way: %q", there)
 	}
-	if to, _ := os.Readlink(filepath.Join(v.root, closedLink)); filepath.Dir(to) != layout.Here.UnitDir {
+	to, _ := os.Readlink(filepath.Join(v.root, closedLink))
+	if filepath.Dir(to) != layout.Here.UnitDir {
 		t.Errorf("ours is not enabled: %q", to)
 	}
 	if !slices.Contains(v.ran, "systemctl daemon-reload") {

@@ -176,7 +176,7 @@ func (b *bootstrapper) layDown(ctx context.Context, dir string, retry bool) (err
 	if err != nil {
 		return err
 	}
-	if _, err := os.Stat(b.path(layout.Here.Agent)); err == nil && back.Agent == hex.EncodeToString(sum[:]) {
+	if b.exists(layout.Here.Agent) && back.Agent == hex.EncodeToString(sum[:]) {
 		b.Log.Warn("this archive's agent was rolled back on this VM, so nothing is installed; " +
 			"a newer archive will be, or run bootstrap --rollback again")
 		return nil
@@ -267,7 +267,7 @@ func (b *bootstrapper) place(from, installed string) (changed bool, err error) {
 	if err := copyFile(from, temp, 0o755); err != nil {
 		return false, err
 	}
-	if installed == layout.Here.ArchivedEnvoy { // a source, not something installed: nothing to go back to
+	if installed == layout.Here.ArchivedEnvoy { // a source, nothing to go back to
 		return true, os.Rename(temp, target)
 	}
 	return true, b.upgrade(temp, installed)

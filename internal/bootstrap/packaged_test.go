@@ -21,13 +21,13 @@ func asPackage(t *testing.T) {
 	t.Cleanup(func() { layout.Here = layout.Archive })
 }
 
-// newPackagedVM has what the two packages bring, with an Envoy of that version.
-func newPackagedVM(t *testing.T, envoy string) *fakeVM {
+// newPackagedVM has what the two packages bring, with an Envoy 1.30.1.
+func newPackagedVM(t *testing.T) *fakeVM {
 	t.Helper()
 	asPackage(t)
 	v := newFakeVM(t)
 	v.unpack()
-	v.put(layout.Here.ArchivedEnvoy, fakeBinary(t, envoy))
+	v.put(layout.Here.ArchivedEnvoy, fakeBinary(t, "1.30.1"))
 	for _, name := range []string{"iptables", "iptables-restore"} {
 		v.put("/usr/sbin/"+name, "x")
 	}
@@ -54,7 +54,7 @@ func (v *fakeVM) unpack() {
 
 // An archive is not laid down over a package, nothing of the VM changes, and nothing is published.
 func TestArchiveOverPackage(t *testing.T) {
-	v := newPackagedVM(t, "1.30.1")
+	v := newPackagedVM(t)
 	layout.Here = layout.Archive
 	dir := v.archive("2.0.0", "1.30.9")
 	before := tree(t, v.root)
@@ -158,7 +158,7 @@ func TestPackageOverArchive(t *testing.T) {
 // Bootstrap of a package writes none of the package's files, and remove leaves them: with the state
 // for the package manager's own remove, and without it for a person's.
 func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
-	v := newPackagedVM(t, "1.30.1")
+	v := newPackagedVM(t)
 	before := tree(t, v.root)
 	if err := InstallUnits(t.Context(), v.options()); err != nil {
 		t.Fatal(err)
@@ -221,7 +221,7 @@ func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
 // An Envoy of the package gives way to the one of its upgrade, once, and not to one that was rolled
 // back. An Envoy that is not of a package stays.
 func TestPackagedEnvoyIsUpgraded(t *testing.T) {
-	v := newPackagedVM(t, "1.30.1")
+	v := newPackagedVM(t)
 	run := func(want string) {
 		t.Helper()
 		if f := v.bootstrap(attribute.Default()); f != nil {
@@ -257,7 +257,7 @@ func TestPackagedEnvoyIsUpgraded(t *testing.T) {
 // An upgrade that changes Envoy's unit in what only a start brings is noticed by what the last look
 // of this boot has seen.
 func TestPackagedUnitChanges(t *testing.T) {
-	v := newPackagedVM(t, "1.30.1")
+	v := newPackagedVM(t)
 	look := func() (changed bool) {
 		t.Helper()
 		if err := InstallUnits(t.Context(), v.options()); err != nil {
@@ -266,8 +266,10 @@ func TestPackagedUnitChanges(t *testing.T) {
 		_, err := os.Stat(filepath.Join(v.root, unitChangedFile))
 		return err == nil
 	}
-	if look() || look() {
-		t.Error("nothing has changed")
+	for range 2 {
+		if look() {
+			t.Error("nothing has changed")
+		}
 	}
 	unit, err := os.ReadFile(filepath.Join(v.root, seenUnitFile))
 	if err != nil {
@@ -285,7 +287,7 @@ func TestPackagedUnitChanges(t *testing.T) {
 
 // Without an Envoy the package that has one is named first.
 func TestPackagedAdvice(t *testing.T) {
-	v := newPackagedVM(t, "1.30.1")
+	v := newPackagedVM(t)
 	if err := os.Remove(filepath.Join(v.root, layout.Here.ArchivedEnvoy)); err != nil {
 		t.Fatal(err)
 	}

@@ -164,8 +164,9 @@ func (b *bootstrapper) want(ctx context.Context, by string) (is bool, err error)
 		h.Phase, h.By, h.Failure, h.Active = handoverWanted, by, "", false
 	}
 	h.Active = h.Active || len(t.Agents) > 0
-	if slices.ContainsFunc(t.units, func(u neighbour.Unit) bool { return u.Program == layout.Here.Agent }) &&
-		b.exists(layout.Here.Agent) && !isOurBinary(b.path(layout.Here.Agent)) {
+	inPlace := func(u neighbour.Unit) bool { return u.Program == layout.Here.Agent }
+	if slices.ContainsFunc(t.units, inPlace) && b.exists(layout.Here.Agent) &&
+		!isOurBinary(b.path(layout.Here.Agent)) {
 		file := keptFile{Path: layout.Here.Agent, Replaced: true}
 		h.note(file)
 		if err := errors.Join(b.writeHandover(h), b.keep(file)); err != nil {

@@ -2,7 +2,7 @@
 // puts them, or beneath /usr, where the packages of a distribution do. Which of the two holds for a
 // program is decided when it is linked, by one word:
 //
-//	go build -ldflags '-X github.com/service-proxy-agent/service-proxy-agent/internal/layout.of=packages'
+//	go build -ldflags '-X …/service-proxy-agent/internal/layout.of=packages'
 //
 // What bootstrap writes on a VM by itself is in the same places either way: Envoy, what it keeps of
 // upgrades, configuration, state and logs. A package owns none of that.
@@ -72,8 +72,8 @@ func choose(of string) Layout {
 	panic(fmt.Sprintf("this program was linked for a layout %q, which there is not", of))
 }
 
-// Text is a text that names files of the archive (a unit, a page of the manual, in which hyphens are
-// escaped) as it is in this layout.
+// Text is a text that names files of the archive (a unit, a page of the manual, in which hyphens
+// are escaped) as it is in this layout.
 func (l Layout) Text(text string) string {
 	if l == Archive {
 		return text

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// TestOne: the two layouts have no file in common, so that neither way of installing overwrites what
-// the other has brought, and what bootstrap writes belongs to no package.
+// TestOne: the two layouts have no file in common, so that neither way of installing overwrites
+// what the other has brought, and what bootstrap writes belongs to no package.
 func TestOne(t *testing.T) {
 	if Here != Archive {
 		t.Errorf("a plain build is for %+v", Here)

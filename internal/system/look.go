@@ -384,8 +384,8 @@ func lookLibc(at func(string) string, o Options) (l Libc) {
 	return l
 }
 
-// NeededLibc is the newest version of glibc's symbols that an ELF file needs, whatever machine it is
-// for; "" where it needs none, or is no such file.
+// NeededLibc is the newest version of glibc's symbols that an ELF file needs, whatever machine it
+// is for; "" where it needs none, or is no such file.
 func NeededLibc(name string) string { return glibc(name, true, false) }
 
 // glibc is the newest version of glibc's symbols that an ELF file needs, or else defines. own: it

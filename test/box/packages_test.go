@@ -42,8 +42,8 @@ func debs(t *testing.T, root, version, envoy string) {
 
 const aptInstall = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Dpkg::Use-Pty=0 install "
 
-// disk is all that is on the VM's disk, with content, mode and owner, but for logs, for what dpkg and
-// apt keep for themselves, and for the backups that programs make of passwd and the like.
+// disk is all that is on the VM's disk, with content, mode and owner, but for logs, for what dpkg
+// and apt keep for themselves, and for the backups that programs make of passwd and the like.
 func (v *VM) disk() map[string]string {
 	v.t.Helper()
 	skip := regexp.MustCompile(`^/(proc|sys|dev|run|tmp|root|var/(log|tmp|cache|backups)|` +
@@ -382,8 +382,8 @@ var ofPackages = regexp.MustCompile(`^(- file \S+ root:root /usr/local/lib/servi
 	`/usr/share/fish/vendor_completions\.d/service-proxy-agent\.fish`,
 }, "|") + `))$`)
 
-// TestArchiveToPackage: the package takes the place of an archive's installation on a VM that serves,
-// under load, without a lost connection or another Envoy; and no unit is left twice.
+// TestArchiveToPackage: the package takes the place of an archive's installation on a VM that
+// serves, under load, without a lost connection or another Envoy; and no unit is left twice.
 func TestArchiveToPackage(t *testing.T) {
 	t.Parallel()
 	v := ready(t, options{})

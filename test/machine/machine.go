@@ -227,8 +227,8 @@ func Release(t testing.TB, version, arch, envoy string) []byte {
 	return built.archives[key]
 }
 
-// Packages is a folder with the .deb and .rpm of that version for this machine's architecture, and of
-// Envoy where it is given ("none": without).
+// Packages is a folder with the .deb and .rpm of that version for this machine's architecture, and
+// of Envoy where it is given ("none": without).
 func Packages(t testing.TB, version, envoy string) string {
 	t.Helper()
 	built.Lock()

@@ -1,8 +1,8 @@
 //go:build packages
 
-// Package packages builds the .deb and .rpm as `make packages` does, with a small program in place of
-// Envoy, and looks into them. test/packages.sh runs it, and brings the tools of both kinds. How they
-// behave on a VM is test/box's TestPackages.
+// Package packages builds the .deb and .rpm as `make packages` does, with a small program in place
+// of Envoy, and looks into them. test/packages.sh runs it, and brings the tools of both kinds. How
+// they behave on a VM is test/box's TestPackages.
 package packages
 
 import (
@@ -38,8 +38,8 @@ func files(arch string, envoy bool) (deb, rpm []string) {
 	return deb, rpm
 }
 
-// build makes all packages; that of Envoy for this machine's architecture alone, as the program that
-// stands for it is.
+// build makes all packages; that of Envoy for this machine's architecture alone, as the program
+// that stands for it is.
 func build(t *testing.T) string {
 	t.Helper()
 	out := t.TempDir()

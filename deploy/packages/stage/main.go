@@ -1,7 +1,7 @@
 // Command stage is what deploy/packages/build.sh needs Go for. It lays down, beneath a folder, the
-// files of a package that the program itself has: the units and what goes with them, as they are in a
-// package, and the manual. It must be linked as the program of a package is (internal/layout). And it
-// prints which glibc an Envoy needs.
+// files of a package that the program itself has: the units and what goes with them, as they are in
+// a package, and the manual. It must be linked as the program of a package is (internal/layout).
+// And it prints which glibc an Envoy needs.
 //
 //	go run -ldflags '-X …/internal/layout.of=packages' ./deploy/packages/stage DIR
 //	go run ./deploy/packages/stage --libc FILE
@@ -28,7 +28,7 @@ func main() {
 		if libc == "" {
 			err = fmt.Errorf("%q is no program that needs glibc", os.Args[2])
 		}
-		fmt.Println(libc)
+		fmt.Fprintln(os.Stdout, libc)
 	default:
 		fmt.Fprintln(os.Stderr, "usage: stage DIR | stage --libc FILE")
 		os.Exit(64)
