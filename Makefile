@@ -34,8 +34,8 @@ binaries: ## both architectures, in build/
 	GOARCH=amd64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-amd64 $(PKG)
 	GOARCH=arm64 $(GOBUILD) -o $(BUILD)/service-proxy-agent-arm64 $(PKG)
 
-generated: ## docs/man and deploy/completion, of what the commands say about themselves
-	go test ./cmd/service-proxy-agent -count=1 -run '^TestGenerated$$' -update
+generated: ## what is made of the code: docs/man, deploy/completion, and pages of docs
+	go test ./cmd/service-proxy-agent -count=1 -run '^Test(Generated|Reference)$$' -update
 
 tools: ## what tests and demo need beside Go: by apt (promtool too) and pip (Envoy), into build/
 	@test/tools.sh $(BUILD) promtool $(ENVOY_VERSION) $(ENVOY_BEFORE) $(ENVOY_OLD)

@@ -25,8 +25,8 @@ var may = map[string]string{
 	// Flags, then construct, then run: the only place that knows both the daemon and the installer.
 	"cmd/service-proxy-agent": "agent envoyadmin internal/atomicfile internal/attribute " +
 		"internal/bootstrap internal/bundle internal/cloudlog internal/conntrack " +
-		"internal/doctor internal/drain internal/envfile internal/explain internal/gather " +
-		"internal/metadata internal/page internal/pageserver internal/progress " +
+		"internal/doctor internal/drain internal/envfile internal/exitcode internal/explain " +
+		"internal/gather internal/metadata internal/page internal/pageserver internal/progress " +
 		"internal/reconcile internal/rulediff internal/server internal/status internal/supervisor " +
 		"internal/symptom internal/system internal/terminal internal/try iptables systemd",
 	// What a release asks the go command.
@@ -48,7 +48,7 @@ var may = map[string]string{
 	// Causes and next steps, of facts that others have found.
 	"internal/symptom": "envoyadmin internal/attribute internal/layout internal/sockdiag iptables",
 	// What `doctor` says of what these came to.
-	"internal/doctor": "internal/symptom internal/terminal",
+	"internal/doctor": "internal/exitcode internal/symptom internal/terminal",
 	// What support gets of all that.
 	"internal/bundle": "internal/envfile internal/redaction",
 	"internal/gather": "envoyadmin internal/attribute internal/bundle internal/layout internal/metadata " +
@@ -60,7 +60,7 @@ var may = map[string]string{
 	// That page, live.
 	"internal/pageserver": "internal/page internal/server internal/symptom",
 	// What `diff` says of rules.
-	"internal/rulediff": "internal/terminal iptables",
+	"internal/rulediff": "internal/exitcode internal/terminal iptables",
 	// What a look found, in JSON and back.
 	"internal/recording": "envoyadmin internal/attribute internal/sockdiag iptables",
 	// What the loop tells, and who passes it on.
@@ -86,9 +86,9 @@ var may = map[string]string{
 		"internal/neighbour internal/progress internal/redaction internal/sockdiag " +
 		"internal/supervisor internal/symptom internal/system internal/untrusted internal/users systemd",
 	"internal/drain":      "envoyadmin systemd",
-	"internal/supervisor": "internal/redaction",
+	"internal/supervisor": "internal/exitcode internal/redaction",
 	"internal/logs":       "internal/untrusted",
-	"internal/system":     "internal/authorities internal/terminal",
+	"internal/system":     "internal/authorities internal/exitcode internal/terminal",
 	"internal/metadata":   "internal/attribute",
 	// Google's closed agent beside us: the daemon tells of it, the installer takes over.
 	"internal/neighbour": "internal/layout systemd",
@@ -104,6 +104,7 @@ var may = map[string]string{
 	"internal/conntrack":   "",
 	"internal/layout":      "",
 	"internal/envfile":     "",
+	"internal/exitcode":    "",
 	"internal/footprint":   "",
 	"internal/mailbox":     "",
 	"internal/redaction":   "",

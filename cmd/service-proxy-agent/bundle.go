@@ -20,6 +20,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/gather"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
@@ -63,7 +64,7 @@ func bundleCommand() *cobra.Command {
 			return err
 		}
 		if err := writeBundle(cmd.Context(), s, file, overwrite, out); err != nil {
-			return &exitError{code: exitNoAnswer, err: fmt.Errorf("no bundle: %w", err)}
+			return &exitError{code: exitcode.NotKnown, err: fmt.Errorf("no bundle: %w", err)}
 		}
 		return nil
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
@@ -72,7 +73,7 @@ func TestBundleUnwritable(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{there, dir, dir + "/no/such/b.tgz", there + "/b.tgz", "/proc/b.tgz"} {
-		if code := execute(t.Context(), []string{"bundle", "-f", path}); code != exitNoAnswer {
+		if code := execute(t.Context(), []string{"bundle", "-f", path}); code != exitcode.NotKnown {
 			t.Errorf("%s: exit code %d", path, code)
 		}
 	}

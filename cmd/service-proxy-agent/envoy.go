@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/supervisor"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -68,7 +69,7 @@ func reloadEnvoy(ctx context.Context, dir string, limit time.Duration, cmd *cobr
 	answer, err := supervisor.Reload(ctx, dir)
 	switch {
 	case errors.Is(err, supervisor.ErrNoSupervisor):
-		return &exitError{code: exitNoAnswer, err: err}
+		return &exitError{code: exitcode.NotKnown, err: err}
 	case err != nil:
 		return err
 	case answer.Code != supervisor.Done:

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
@@ -116,9 +117,9 @@ func fitTogether(q explain.Question, hasUser bool) error {
 func explainCode(a explain.Answer) int {
 	switch {
 	case !a.Complete():
-		return exitNoAnswer
+		return exitcode.NotKnown
 	case a.Verdict == explain.Intercepted:
 		return 0
 	}
-	return exitNo
+	return exitcode.No
 }

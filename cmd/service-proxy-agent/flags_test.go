@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/spf13/pflag"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 )
 
 // TestEnvironmentTwins: each flag of each command is also taken from the environment, where a flag
@@ -92,7 +94,7 @@ func TestEnvoyShare(t *testing.T) {
 				args = args[:1]
 			}
 			code, said := executed(t, args...)
-			if code != exitUsage || !strings.Contains(said, want) ||
+			if code != exitcode.Usage || !strings.Contains(said, want) ||
 				!strings.Contains(strings.ToLower(strings.ReplaceAll(said, "_", "-")), "envoy-share") {
 				t.Errorf("%q, by its twin %v: exit code %d, %q; want %q", value, twin, code, said, want)
 			}
@@ -146,7 +148,7 @@ func TestWait(t *testing.T) {
 			t.Context(), []string{"wait", "--listen", server.Listener.Addr().String(), "--timeout", "400ms"})
 	}
 	for answer, want := range map[int32]int{
-		http.StatusOK: 0, http.StatusServiceUnavailable: exitNo, http.StatusNotFound: exitNo,
+		http.StatusOK: 0, http.StatusServiceUnavailable: exitcode.No, http.StatusNotFound: exitcode.No,
 		http.StatusAccepted: 0,
 	} {
 		code.Store(answer)
@@ -155,7 +157,7 @@ func TestWait(t *testing.T) {
 		}
 	}
 	server.Close()
-	if got := wait(); got != exitNo {
-		t.Errorf("with nobody there: exit code %d, want %d", got, exitNo)
+	if got := wait(); got != exitcode.No {
+		t.Errorf("with nobody there: exit code %d, want %d", got, exitcode.No)
 	}
 }

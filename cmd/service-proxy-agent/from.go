@@ -14,6 +14,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 )
 
 // from is the name of the flag by which a command answers by what was seen elsewhere.
@@ -29,7 +30,7 @@ func fromFlag(c *cobra.Command, look func(context.Context, agent.Settings) agent
 		if *file != "" {
 			l, err := replay(*file)
 			if err != nil {
-				err = &exitError{code: exitNoAnswer, err: fmt.Errorf("--from: %w", err)}
+				err = &exitError{code: exitcode.NotKnown, err: fmt.Errorf("--from: %w", err)}
 			}
 			return l, err
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bundle"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/doctor"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/test/schema"
 )
@@ -120,17 +121,17 @@ func TestFromUsage(t *testing.T) {
 		code int
 		says string
 	}{
-		{"doctor --from", exitUsage, ""},
-		{"doctor --from=", exitUsage, "--from is empty"},
-		{"doctor --envoy-admin 127.0.0.1:1 --config none --from " + none, exitUsage,
+		{"doctor --from", exitcode.Usage, ""},
+		{"doctor --from=", exitcode.Usage, "--from is empty"},
+		{"doctor --envoy-admin 127.0.0.1:1 --config none --from " + none, exitcode.Usage,
 			"leave out --config, --envoy-admin"},
-		{"doctor --from " + none, exitNoAnswer, "no such file"},
-		{"doctor --from " + folder, exitNoAnswer, "folder"},
-		{"doctor --from " + text, exitNoAnswer, agent.ErrRecording.Error()},
-		{"explain 10.0.0.1:80 --from " + none, exitNoAnswer, "no such file"},
-		{"explain 10.0.0.1:80 --try --from " + none, exitUsage, "--try makes a connection on this machine"},
-		{"explain 10.0.0.1:80 --proxy-user envoy --from " + none, exitUsage, "leave out --proxy-user"},
-		{"diff --from " + none, exitUsage, "unknown flag"},
+		{"doctor --from " + none, exitcode.NotKnown, "no such file"},
+		{"doctor --from " + folder, exitcode.NotKnown, "folder"},
+		{"doctor --from " + text, exitcode.NotKnown, agent.ErrRecording.Error()},
+		{"explain 10.0.0.1:80 --from " + none, exitcode.NotKnown, "no such file"},
+		{"explain 10.0.0.1:80 --try --from " + none, exitcode.Usage, "--try makes a connection on this machine"},
+		{"explain 10.0.0.1:80 --proxy-user envoy --from " + none, exitcode.Usage, "leave out --proxy-user"},
+		{"diff --from " + none, exitcode.Usage, "unknown flag"},
 	} {
 		root := rootCommand()
 		root.SetArgs(strings.Fields(tt.args))

@@ -12,6 +12,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/envoyadmin"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/envfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/progress"
 )
@@ -103,5 +104,5 @@ func unwritten(err error) error {
 	if err == nil {
 		return nil
 	}
-	return &exitError{code: exitNoAnswer, err: fmt.Errorf("write the answer: %w", err)}
+	return &exitError{code: exitcode.NotKnown, err: fmt.Errorf("write the answer: %w", err)}
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
 )
 
@@ -71,7 +72,7 @@ func TestDaemonsFile(t *testing.T) {
 func TestDoctorUsage(t *testing.T) {
 	for _, args := range [][]string{{"-o", "yaml"}, {"--fail-on", "loud"}, {"--ignore", "envoy-dwon"},
 		{"x"}, {"--nonsense"}} {
-		if code := execute(t.Context(), append([]string{"doctor"}, args...)); code != exitUsage {
+		if code := execute(t.Context(), append([]string{"doctor"}, args...)); code != exitcode.Usage {
 			t.Errorf("%q: exit code %d", args, code)
 		}
 	}

@@ -16,13 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
-)
-
-// Exit codes, beside 0. 64 is EX_USAGE of sysexits.h.
-const (
-	exitNo       = 1
-	exitNoAnswer = 2
-	exitUsage    = 64
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 )
 
 // exitError carries the exit code of a command; a nil err means that all was said on stdout.
@@ -61,9 +55,9 @@ func execute(ctx context.Context, args []string) int {
 	case errors.As(err, &exit):
 		return exit.code
 	case errors.Is(err, agent.ErrSettings):
-		return exitUsage
+		return exitcode.Usage
 	}
-	return exitNo
+	return exitcode.No
 }
 
 func rootCommand() *cobra.Command {
@@ -77,8 +71,7 @@ func rootCommand() *cobra.Command {
 			"traffic they are for, the VM's metadata attribute gce-service-proxy says. The daemon is " +
 			"`service-proxy-agent run`, and runs as the unit service-proxy-agent.service, which " +
 			"`service-proxy-agent bootstrap` installs.\n\n" +
-			"Exit code, of every command: 0 yes, or done; 1 no, or an error; 2 could not look, or no " +
-			"answer; 64 wrong usage.",
+			"Exit code, of every command: " + exitCodes() + ".",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent doctor\n" +
 			"  sudo service-proxy-agent help explain",
@@ -94,7 +87,7 @@ func rootCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cmd.SetOut(os.Stderr)
 			_ = cmd.Help()
-			return &exitError{code: exitUsage}
+			return &exitError{code: exitcode.Usage}
 		},
 	}
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -114,6 +107,15 @@ func rootCommand() *cobra.Command {
 	withHelp(root)
 	withCompletion(root)
 	return root
+}
+
+// exitCodes are those of all commands, as [says] reads them.
+func exitCodes() string {
+	var all []string
+	for _, e := range exitcode.Meanings {
+		all = append(all, fmt.Sprintf("%d %s", e.Code, e.Meaning))
+	}
+	return strings.Join(all, "; ")
 }
 
 func noArguments(cmd *cobra.Command, args []string) error {
@@ -152,7 +154,7 @@ func helpCommand(root *cobra.Command) *cobra.Command {
 	}
 }
 
-func usage(err error) error { return &exitError{code: exitUsage, err: err} }
+func usage(err error) error { return &exitError{code: exitcode.Usage, err: err} }
 
 // envName is the environment twin of a flag: --envoy-admin and SERVICE_PROXY_AGENT_ENVOY_ADMIN.
 func envName(flag string) string {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 )
@@ -28,20 +29,20 @@ func TestWrongUsage(t *testing.T) {
 		"bundle x", "bundle --file=", "bundle --envoy-admin x",
 		"doctor --envoy-admin x", "explain 10.0.0.1:80 --envoy-admin x", "diff --envoy-admin 127.0.0.1:0",
 	} {
-		if have := execute(t.Context(), strings.Fields(args)); have != exitUsage {
-			t.Errorf("%q: exit code %d, want %d", args, have, exitUsage)
+		if have := execute(t.Context(), strings.Fields(args)); have != exitcode.Usage {
+			t.Errorf("%q: exit code %d, want %d", args, have, exitcode.Usage)
 		}
 	}
 	bad := filepath.Join(t.TempDir(), "bad.json")
 	if err := os.WriteFile(bad, []byte(`{"service":{"serving-ports":[0]}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if have := execute(t.Context(), []string{"diff", "--config", bad}); have != exitUsage {
-		t.Errorf("diff with a malformed attribute: exit code %d, want %d", have, exitUsage)
+	if have := execute(t.Context(), []string{"diff", "--config", bad}); have != exitcode.Usage {
+		t.Errorf("diff with a malformed attribute: exit code %d, want %d", have, exitcode.Usage)
 	}
 	t.Setenv("SERVICE_PROXY_AGENT_TIMEOUT", "soon")
-	if have := execute(t.Context(), []string{"wait"}); have != exitUsage {
-		t.Errorf("a bad environment twin: exit code %d, want %d", have, exitUsage)
+	if have := execute(t.Context(), []string{"wait"}); have != exitcode.Usage {
+		t.Errorf("a bad environment twin: exit code %d, want %d", have, exitcode.Usage)
 	}
 }
 
@@ -52,8 +53,8 @@ func TestWaitWithoutListener(t *testing.T) {
 	wait := func(limit time.Duration) int {
 		return execute(t.Context(), []string{"wait", "--timeout", limit.String()})
 	}
-	if have := wait(10 * time.Millisecond); have != exitNo {
-		t.Errorf("without an agent: exit code %d, want %d", have, exitNo)
+	if have := wait(10 * time.Millisecond); have != exitcode.No {
+		t.Errorf("without an agent: exit code %d, want %d", have, exitcode.No)
 	}
 	socket, err := server.Socket(server.Dir())
 	if err != nil {
@@ -72,8 +73,8 @@ func TestWaitWithoutListener(t *testing.T) {
 		want   int
 	}{
 		"ready":     {status.Status{Ready: true, Heartbeat: time.Now()}, 0},
-		"not ready": {status.Status{NotReady: "no pass yet"}, exitNo},
-		"stuck":     {status.Status{Ready: true, Heartbeat: time.Now().Add(-6 * time.Minute)}, exitNo},
+		"not ready": {status.Status{NotReady: "no pass yet"}, exitcode.No},
+		"stuck":     {status.Status{Ready: true, Heartbeat: time.Now().Add(-6 * time.Minute)}, exitcode.No},
 	} {
 		newest.Store(tt.status)
 		if have := wait(300 * time.Millisecond); have != tt.want {

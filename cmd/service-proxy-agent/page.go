@@ -12,6 +12,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/atomicfile"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -50,10 +51,10 @@ func writePage(ctx context.Context, out io.Writer, file string,
 func pageVerdict(c page.Content) error {
 	switch {
 	case c.Status == nil:
-		return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %s; the page has what "+
-			"was seen without it", c.NoStatus)}
+		return &exitError{exitcode.NotKnown, fmt.Errorf("no answer from the agent: %s; the page has "+
+			"what was seen without it", c.NoStatus)}
 	case !c.Healthy():
-		return &exitError{code: exitNo}
+		return &exitError{code: exitcode.No}
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
@@ -18,7 +19,7 @@ import (
 func TestHTMLUsage(t *testing.T) {
 	for _, args := range [][]string{{"--html", ""}, {"--html", "page.html", "-o", "json"},
 		{"--html", "page.html", "--watch"}, {"--html", "page.html", "--envoy-admin", "x"}} {
-		if code := execute(t.Context(), append([]string{"status"}, args...)); code != exitUsage {
+		if code := execute(t.Context(), append([]string{"status"}, args...)); code != exitcode.Usage {
 			t.Errorf("%q: exit code %d", args, code)
 		}
 	}
@@ -67,9 +68,9 @@ func TestPageVerdict(t *testing.T) {
 		want   int
 	}{
 		{"both well", &well, symptom.Facts{}, 0},
-		{"the daemon knows an error", &ill, symptom.Facts{}, exitNo},
-		{"the look sees one", &well, symptom.Facts{UserErr: errors.New("no such user")}, exitNo},
-		{"no daemon", nil, symptom.Facts{UserErr: errors.New("no such user")}, exitNoAnswer},
+		{"the daemon knows an error", &ill, symptom.Facts{}, exitcode.No},
+		{"the look sees one", &well, symptom.Facts{UserErr: errors.New("no such user")}, exitcode.No},
+		{"no daemon", nil, symptom.Facts{UserErr: errors.New("no such user")}, exitcode.NotKnown},
 	} {
 		looked := agent.Looked{Daemon: tt.daemon, Facts: tt.looks}
 		looked.Seen.Now = now

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/page"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/pageserver"
@@ -59,7 +60,7 @@ func serve(ctx context.Context, out io.Writer, address string,
 		},
 	})
 	if err != nil {
-		return &exitError{code: exitNoAnswer, err: err}
+		return &exitError{code: exitcode.NotKnown, err: err}
 	}
 	if os.Geteuid() != 0 {
 		fmt.Fprintln(os.Stderr, "service-proxy-agent: only root sees the rules, their counters and what "+

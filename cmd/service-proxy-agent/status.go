@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
@@ -41,10 +42,11 @@ func statusCommand() *cobra.Command {
 			"for nothing.\n\n" +
 			"--serve shows that page live in a browser, until Ctrl-C. The link that it prints works once, " +
 			"on this machine.\n\n" +
-			"With --watch the exit code is that of the last look. Whether the mesh is ready is another " +
-			"question, which `wait` asks.\n\n" +
+			"With --watch the exit code is that of the last look; with --html an error that it sees by " +
+			"itself counts, too; with --serve it is 0 once that is ended, and 2 where it could not listen. " +
+			"Whether the mesh is ready is another question, which `wait` asks.\n\n" +
 			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +
-			"stuck; 2 no answer; 64 wrong usage.\nAn error that --html sees by itself counts, too.\n\n" +
+			"stuck; 2 no answer; 64 wrong usage.\n\n" +
 			"docs/status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent status -o json\n" +
@@ -112,11 +114,11 @@ func verdict(s status.Status) error {
 	if s.Healthy() && !s.Stuck(time.Now()) {
 		return nil
 	}
-	return &exitError{code: exitNo}
+	return &exitError{code: exitcode.No}
 }
 
 func noAnswer(err error) error {
-	return &exitError{exitNoAnswer, fmt.Errorf("no answer from the agent: %w; "+
+	return &exitError{exitcode.NotKnown, fmt.Errorf("no answer from the agent: %w; "+
 		"`systemctl status service-proxy-agent` tells whether it runs", err)}
 }
 
@@ -196,7 +198,7 @@ func waitCommand() *cobra.Command {
 				}
 				select {
 				case <-ctx.Done():
-					return &exitError{exitNo, fmt.Errorf("not ready in time: %s", why)}
+					return &exitError{exitcode.No, fmt.Errorf("not ready in time: %s", why)}
 				case <-time.After(250 * time.Millisecond):
 				}
 			}

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
@@ -64,7 +65,7 @@ type look struct {
 // code is the exit code of a look.
 func (l look) code() error {
 	if l.err != nil {
-		return &exitError{code: exitNoAnswer}
+		return &exitError{code: exitcode.NotKnown}
 	}
 	return verdict(l.s)
 }
@@ -97,7 +98,7 @@ func (w watcher) run(ctx context.Context) error {
 			known = now.s
 		}
 		if terminal.Gone(w.tell.out) { // as `| head -1` goes, and nothing changes for a day
-			return &exitError{code: exitNoAnswer} // nobody is left to be told
+			return &exitError{code: exitcode.NotKnown} // nobody is left to be told
 		}
 		var err error
 		switch {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
@@ -104,7 +105,7 @@ func TestWatchText(t *testing.T) {
 			t.Errorf("asked %d times, told %q, want %q", w.asked, heads, want)
 		}
 		for limit, want := range map[time.Duration]int{
-			30 * time.Second: exitNo, 45 * time.Second: exitNoAnswer} {
+			30 * time.Second: exitcode.No, 45 * time.Second: exitcode.NotKnown} {
 			if code := newWatched(aMinute).runs(t, limit); code != want {
 				t.Errorf("Ctrl-C after %v: exit code %d, want %d", limit, code, want)
 			}
@@ -290,7 +291,7 @@ func TestWatchedByNobody(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		var exit *exitError
-		if err := w.run(ctx); !errors.As(err, &exit) || exit.code != exitNoAnswer || w.asked != 6 {
+		if err := w.run(ctx); !errors.As(err, &exit) || exit.code != exitcode.NotKnown || w.asked != 6 {
 			t.Errorf("asked %d times, %v", w.asked, err)
 		}
 	})

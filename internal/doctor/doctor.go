@@ -13,14 +13,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // Exit codes, the same in every form of output.
 const (
-	Fine     = 0 // nothing of the severity to fail on, and all of its checks could look
-	Sick     = 1 // something was found
-	NotKnown = 2 // nothing was found, but a check of that severity could not look
+	Fine     = exitcode.Yes      // nothing of the severity to fail on, and all its checks could look
+	Sick     = exitcode.No       // something was found
+	NotKnown = exitcode.NotKnown // nothing was found, but a check of that severity could not look
 )
 
 // Schema names the form of a Report in JSON, docs/doctor.schema.json. Fields may be added to it.

@@ -11,14 +11,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
 )
 
 // Exit codes, the same in every form of output.
 const (
-	Same     = 0 // nothing of ours is absent, and nothing there is unwanted
-	Differs  = 1 // something is
-	NotKnown = 2 // nothing is known to be, but it could not be looked everywhere
+	Same     = exitcode.Yes      // nothing of ours is absent, and nothing there is unwanted
+	Differs  = exitcode.No       // something is
+	NotKnown = exitcode.NotKnown // nothing is known to be, but it could not be looked everywhere
 )
 
 // Results, in a word.

@@ -6,13 +6,15 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 )
 
 // What the exit code of `envoy --reload` says.
 const (
-	Done        = 0 // the next epoch serves
-	NotDone     = 1 // it does not, and the one before goes on
-	NotPossible = 2 // a hot restart cannot do it: Envoy is to be drained and restarted
+	Done        = exitcode.Yes      // the next epoch serves
+	NotDone     = exitcode.No       // it does not, and the one before goes on
+	NotPossible = exitcode.NotKnown // a hot restart cannot do it: Envoy is to be drained and restarted
 )
 
 // Answer to an order of a reload.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
@@ -32,7 +33,7 @@ func New(s System) Report {
 		}
 	}
 	if r.Verdict == Refused {
-		r.Exit = 1
+		r.Exit = exitcode.No
 	}
 	return r
 }
