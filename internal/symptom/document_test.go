@@ -27,7 +27,9 @@ var sections = []struct {
 		[]ID{EnvoyDown, EnvoyNotConfigured, AdminUnreadable, InterceptionNotReady, ForeignOwner,
 			EnvoyOtherUser, EnvoyNotOurs, EnvoyTooOld, LogUnreadable}},
 	{"The control plane", "Connections go on as they are. What changes does not arrive, and an " +
-		"Envoy that starts now gets nothing.",
+		"Envoy that starts now gets\nnothing. All but the last two are told as `Cannot reach the " +
+		"Traffic Director API server: …`, also where\nthe control plane is called Cloud Service Mesh: " +
+		"the words behind the colon tell them apart.",
 		[]ID{ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
 			ConfigNotFound, ControlPlaneRefused, EnvoyIdentity, ClockWrong}},
 	{"Listeners", "What the control plane sent, and Envoy or the agent does not take. It is mended " +
@@ -46,6 +48,49 @@ var sections = []struct {
 			ClosedAgentHere, OtherVMsState}},
 	{"The agent itself", "Interception goes on.",
 		[]ID{AgentStuck, GuestAttributesOff, ListenAddress, Starting}},
+}
+
+// alsoTold are the words under which others tell what a kind finds, and users search for it: Envoy's
+// log, the kernel, iptables, curl, and the guides for Traffic Director. … stands for anything.
+var alsoTold = map[ID][]string{
+	EnvoyDown:          {"Failed to connect to … port …: Connection refused"},
+	EnvoyNotConfigured: {"PRE_INITIALIZING", "The Envoy proxies don't receive configuration"},
+	ControlPlaneLookUp: {"StreamAggregatedResources gRPC config stream closed: 13,",
+		"DNS resolution failed"},
+	ControlPlaneConnect: {"The Envoy proxies don't connect", "Unable to establish new stream",
+		"StreamAggregatedResources gRPC config stream closed: 14, upstream connect error or " +
+			"disconnect/reset before headers"},
+	APINotEnabled: {"gRPC config stream closed: 7, Traffic Director API has not been used in project … " +
+		"before or it is disabled."},
+	PermissionDenied: {"gRPC config stream closed: 7, Permission denied on resource project …", "PERMISSION_DENIED"},
+	ScopeMissing:     {"gRPC config stream closed: 7, Request had insufficient authentication scopes."},
+	ConfigNotFound: {
+		`gRPC config stream closed: 5, Traffic Director configuration was not found for network "…" in ` +
+			`project "…".`,
+		`gRPC config stream closed: 5, Cloud Service Mesh configuration was not found for network "…" in ` +
+			`project "…".`,
+		"gRPC config stream closed: 5, Requested entity was not found.", "NOT_FOUND"},
+	ControlPlaneRefused: {"gRPC config stream closed: 8, …", "RESOURCE_EXHAUSTED"},
+	ClockWrong:          {"certificate has expired or is not yet valid", "CERTIFICATE_VERIFY_FAILED"},
+	ListenerRejected: {
+		"gRPC config for type.googleapis.com/envoy.config.listener.v3.Listener rejected: Error " +
+			"adding/updating listener(s) …",
+		"gRPC config for type.googleapis.com/envoy.api.v2.Listener rejected: Error adding/updating " +
+			"listener …", "config rejected", "Proto constraint validation failed"},
+	AccessLogUnwritable: {"unable to open file '…': Permission denied"},
+	ServerFirst:         {"Connections to MySQL, SMTP or FTP servers hang"},
+	EndpointsPanic:      {"lb_healthy_panic"},
+	ApplicationSilent: {"upstream connect error or disconnect/reset before headers. reset reason: " +
+		"connection failure"},
+	NoRoute:       {"Network is unreachable"},
+	ConntrackFull: {"nf_conntrack: table full, dropping packet"},
+	ToolsMissing:  {"iptables: command not found"},
+	FamilyUnusable: {"can't initialize ip6tables table `nat': Table does not exist (do you need to " +
+		"insmod?)"},
+	RuleRefused: {"Another app is currently holding the xtables lock",
+		"chain `OUTPUT' in table `nat' is incompatible, use 'nft' tool.", "No chain/target/match by that name."},
+	GuestAttributesOff: {"Guest attributes endpoint access is disabled."},
+	ListenAddress:      {"bind: address already in use"},
 }
 
 // TestDocument: docs/symptoms.md says what the program says. `-update` writes it anew.
@@ -129,6 +174,16 @@ for names and addresses. The row is the one that reports and issues name.
 // entry is one finding's part. Its heading is its anchor.
 func entry(t *testing.T, doc *strings.Builder, k Kind) {
 	fmt.Fprintf(doc, "\n### `%s`\n\n%s. (%s)\n", k.ID, k.Title, severities(k))
+	for i, words := range alsoTold[k.ID] {
+		if i == 0 {
+			doc.WriteString("\nAlso told as:\n\n")
+		}
+		mark := "`"
+		if strings.Contains(words, mark) {
+			mark = "``"
+		}
+		fmt.Fprintf(doc, "- %s%s%[1]s\n", mark, words)
+	}
 	if k.ID == Starting { // no check finds it, and so it has no example
 		doc.WriteString("\n`status` answers so before the first pass has ended: ask again in a second.\n")
 		return

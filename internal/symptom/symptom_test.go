@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -108,6 +109,11 @@ var examples = []example{
 		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect,
 			Target: "trafficdirector.googleapis.com:443", Err: os.ErrDeadlineExceeded}
 	}), ControlPlaneConnect},
+	{"port 443 refuses", live(func(f *Facts) {
+		f.Envoy.Configured = false
+		f.Envoy.Probe = &envoyadmin.ProbeError{Step: envoyadmin.ErrConnect,
+			Target: "trafficdirector.googleapis.com:443", Err: syscall.ECONNREFUSED}
+	}), ControlPlaneConnect},
 	{"the stream ends without a reason, our own way works", with(stream(13, ""), func(f *Facts) { f.Envoy.Probed = true }), ControlPlaneConnect},
 	{"Envoy has no stream and does not say why, our own way works", live(func(f *Facts) { f.Envoy.Apart, f.Envoy.Probed = true, true }), ControlPlaneConnect},
 	{"the API is not enabled", stream(7, "Traffic Director API has not been used in project 123456789012 before or it is disabled. Enable it by visiting …"), APINotEnabled},
@@ -120,7 +126,7 @@ var examples = []example{
 	{"no configuration for the network", stream(5, `Traffic Director configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
 	{"the same under the new name", stream(5, `Cloud Service Mesh configuration was not found for network "default" in project "123456789012".`), ConfigNotFound},
 	{"an unknown mesh or scope", stream(5, "Requested entity was not found."), ConfigNotFound},
-	{"any other end of the stream", stream(8, "quota exceeded"), ControlPlaneRefused},
+	{"any other end of the stream", stream(8, "Quota exceeded"), ControlPlaneRefused},
 	{"a listener is rejected", live(func(f *Facts) {
 		f.Envoy.Rejected = []envoyadmin.Rejected{{Name: "l", Details: "duplicate address 0.0.0.0:15001"}}
 	}), ListenerRejected},
@@ -134,6 +140,10 @@ var examples = []example{
 	}), DriftRepaired},
 	{"the proxy's user does not exist", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }), ProxyUser},
 	{"no ip6tables", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable},
+	{"ip6tables is not installed", family(func(f *Family) {
+		f.Family = iptables.IPv6
+		f.Unusable = fmt.Errorf("find %q: %w", "ip6tables", iptables.ErrNoIPTables)
+	}), FamilyUnusable},
 	{"no iptables table nat", family(func(f *Family) { f.Unusable = iptables.ErrNoTable }), FamilyUnusable},
 	{"the lock is held", family(func(f *Family) { f.Err = iptables.ErrLocked }), RuleRefused},
 	{"the table is incompatible", family(func(f *Family) { f.Err = iptables.ErrIncompatible }), RuleRefused},
@@ -266,7 +276,7 @@ var examples = []example{
 		f.ClosedAgent = &ClosedAgent{Unit: "/etc/systemd/system/service-proxy-agent.service, disabled"}
 	}), ClosedAgentHere},
 	{"the VM's disk was made from another VM's", live(func(f *Facts) {
-		f.Discarded = &Discarded{Instance: "4711", This: "4712", What: []string{"the last good attribute", "the history"}, At: now}
+		f.Discarded = &Discarded{Instance: "4711", This: "4712", What: []string{"the attribute that was kept", "the last failures", "the history", "whether the brake was on"}, At: now}
 	}), OtherVMsState},
 	{"the instance's metadata turns interception off", live(func(f *Facts) {
 		f.Brake = Brake{Off: true, Since: now, By: ByInstance}
@@ -274,7 +284,10 @@ var examples = []example{
 	{"the project's metadata turns interception off", live(func(f *Facts) {
 		f.Brake = Brake{Off: true, Since: now, By: ByProject}
 	}), InterceptionOff},
-	{"the key has another value", live(func(f *Facts) {
+	{"the instance's key has another value", live(func(f *Facts) {
+		f.Brake = Brake{Bad: "stop", BadBy: ByInstance}
+	}), InterceptionKey},
+	{"the project's key has another value", live(func(f *Facts) {
 		f.Brake = Brake{Bad: "aus", BadBy: ByProject}
 	}), InterceptionKey},
 	{":15020 is taken", live(func(f *Facts) { f.ListenErr = errors.New("listen tcp :15020: address already in use") }), ListenAddress},
