@@ -192,6 +192,15 @@ that bootstrap has made.
 | TCP 15001, 15006 (` + "`proxy-port`" + ` changes the first) | Envoy | what the rules redirect |
 | TCP 15080 on 127.0.0.1 | ` + "`status --serve`" + `, while it runs | who has its link |
 
+## In the kernel
+
+Chains of table nat, IPv4 and IPv6, that begin with ` + "`SERVICE_PROXY_`" + ` and the jumps to them
+([the chain graph](design/README.md)). ` + "`SERVICE_PROXY_PROBE`" + ` is one of them for a moment, while the
+kernel is asked whether it takes a rule. ` + "`inet service-proxy-agent-…`" + ` is a table of nft for some
+seconds after somebody else has changed the chains
+([coexistence.md](coexistence.md#streams-while-all-rules-are-flushed)). They go with the unit
+` + "`service-proxy-interception.service`" + `, by ` + "`cleanup`" + `, or with a reboot.
+
 This page is made by ` + "`go test ./internal/bootstrap -run TestFilesPage -update`" + `.
 `)
 	if *update {
