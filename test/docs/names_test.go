@@ -307,7 +307,7 @@ func TestVariables(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	n := newNames(t)
 	metrics := map[string]bool{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (?:gauge|counter|histogram) \\|").
+	for _, m := range regexp.MustCompile("(?m)^\\| `service_proxy_agent_([a-z_]+)` \\| (?:gauge|counter|histogram) \\|").
 		FindAllStringSubmatch(reference(t, "metrics.md"), -1) {
 		metrics[m[1]] = true
 	}
