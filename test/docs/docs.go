@@ -271,3 +271,49 @@ func Words(command string) (words []string) {
 }
 
 var redirection = regexp.MustCompile(`^\d?>>?&?[^ ]*$`)
+
+// Row is one of commands.txt: what becomes of command lines.
+type Row struct {
+	How  string // a test's name, or cloud, vm, here
+	Line string // … stands for anything
+	re   *regexp.Regexp
+}
+
+// Rows are those of commands.txt.
+func Rows(t *testing.T, root string) (rows []Row) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "test/docs/commands.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		how, pattern, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if how == "" || strings.HasPrefix(how, "#") {
+			continue
+		}
+		pattern = strings.TrimSpace(pattern)
+		re := strings.ReplaceAll(regexp.QuoteMeta(pattern), "…", ".*")
+		rows = append(rows, Row{how, pattern, regexp.MustCompile("^" + re + "$")})
+	}
+	return rows
+}
+
+// Of says whether the row is that of a command line.
+func (r Row) Of(command string) bool { return r.re.MatchString(command) }
+
+// InLab are the command lines of documents that no row is of, without sudo: TestHelpExamples of
+// test/e2e runs them, each once.
+func InLab(t *testing.T, root string) (lines []string) {
+	t.Helper()
+	rows := Rows(t, root)
+	for _, p := range Pages(t, root) {
+		for _, c := range p.Commands() {
+			line := strings.TrimPrefix(c.Text, "sudo ")
+			if !slices.ContainsFunc(rows, func(r Row) bool { return r.Of(c.Text) }) &&
+				!slices.Contains(lines, line) {
+				lines = append(lines, line)
+			}
+		}
+	}
+	return lines
+}

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/service-proxy-agent/service-proxy-agent/test/docs"
 	"github.com/service-proxy-agent/service-proxy-agent/test/lab"
 	"github.com/service-proxy-agent/service-proxy-agent/test/mesh"
 )
@@ -29,7 +30,8 @@ var notHere = map[string]string{
 // silent are the words of lines that say nothing where all is well.
 var silent = []string{"wait", "drain", "--html"}
 
-// TestHelpExamples does what --help of each command says one may type.
+// TestHelpExamples does what --help of each command says one may type, and the documents where
+// test/docs/commands.txt says nothing else.
 func TestHelpExamples(t *testing.T) {
 	t.Parallel()
 	m, a := start(t, mesh.Options{Config: services()})
@@ -40,6 +42,12 @@ func TestHelpExamples(t *testing.T) {
 	if len(examples) < 10 {
 		t.Fatalf("examples of %q alone", slices.Sorted(maps.Keys(examples)))
 	}
+	for _, line := range docs.InLab(t, "../..") {
+		line = strings.ReplaceAll(line, "ADDRESS:PORT", "10.10.0.1:80")
+		if words := docs.Words(line); !slices.Contains(examples[words[1]], line) {
+			examples[words[1]] = append(examples[words[1]], line)
+		}
+	}
 	names := slices.Sorted(maps.Keys(examples))
 	// What makes a file before what reads one, and what takes the rules out at last.
 	rank := map[string]int{"bundle": -1, "cleanup": 1}
@@ -49,7 +57,7 @@ func TestHelpExamples(t *testing.T) {
 			continue
 		}
 		for _, line := range examples[name] {
-			words := strings.Fields(line)
+			words := docs.Words(line)
 			out, code := example(t, m, a, dir, words)
 			quiet := slices.ContainsFunc(words, func(w string) bool { return slices.Contains(silent, w) })
 			if code < 0 || code >= 64 || out == "" && !quiet ||
