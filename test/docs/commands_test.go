@@ -21,7 +21,7 @@ func TestCommands(t *testing.T) {
 	for _, p := range n.pages {
 		for _, c := range p.Commands() {
 			count++
-			at := slices.IndexFunc(rows, func(r Row) bool { return r.Of(c.Text) })
+			at := slices.IndexFunc(rows, func(r Row) bool { return r.Of(c) })
 			if at < 0 {
 				words := Words(strings.TrimPrefix(c.Text, "sudo "))
 				if words[0] != "service-proxy-agent" || len(words) < 2 || slices.Contains(notInLab, words[1]) ||
@@ -38,7 +38,7 @@ func TestCommands(t *testing.T) {
 			case !n.tests[how]:
 				t.Errorf("commands.txt: %s: there is no such test", how)
 			default:
-				n.isRunBy(how, c)
+				n.isRunBy(how, c, strings.HasPrefix(rows[at].Line, p.Name+": "))
 			}
 		}
 	}
@@ -54,8 +54,31 @@ func TestCommands(t *testing.T) {
 
 func isPart(word string) bool { return strings.Trim(word, "|&;") == "" }
 
-// isRunBy: the test's package has the words of the line in its constants, or takes it from the page.
-func (n *names) isRunBy(test string, c Said) {
+// isRunBy: the test's package has the words of the line in its constants, or takes it from the README.
+// ofPage: it is to take all lines of the page, so it has the page's name.
+func (n *names) isRunBy(test string, c Said, ofPage bool) {
+	n.Helper()
+	text := n.packageOf(test)
+	if ofPage && strings.Contains(text, filepath.Base(c.Page)) {
+		return
+	}
+	for _, m := range taken.FindAllStringSubmatch(text, -1) {
+		if re, err := regexp.Compile("^" + m[1]); err == nil && re.MatchString(c.Text) {
+			return
+		}
+	}
+	for _, word := range Words(c.Text) {
+		if word == "sudo" || isPart(word) || strings.Contains(text, word) ||
+			strings.Contains(word, "VERSION") || strings.ToUpper(word) == word {
+			continue
+		}
+		n.Errorf("%s:%d: `%s` is to be run by %s, whose package does not have %q", c.Page, c.Line, c.Text,
+			test, word)
+	}
+}
+
+// packageOf is the text of the tests of the packages that have this one.
+func (n *names) packageOf(test string) string {
 	n.Helper()
 	var text strings.Builder
 	for _, file := range n.files {
@@ -67,7 +90,7 @@ func (n *names) isRunBy(test string, c Said) {
 			n.Fatal(err)
 		}
 		if strings.Contains(string(one), "\nfunc "+test+"(") {
-			all, err := filepath.Glob(filepath.Join(root, filepath.Dir(file), "*_test.go"))
+			all, err := filepath.Glob(filepath.Join(root, filepath.Dir(file), "*.go"))
 			if err != nil {
 				n.Fatal(err)
 			}
@@ -80,19 +103,7 @@ func (n *names) isRunBy(test string, c Said) {
 			}
 		}
 	}
-	for _, m := range taken.FindAllStringSubmatch(text.String(), -1) {
-		if re, err := regexp.Compile("^" + m[1]); err == nil && re.MatchString(c.Text) {
-			return
-		}
-	}
-	for _, word := range Words(c.Text) {
-		if word == "sudo" || isPart(word) || strings.Contains(text.String(), word) ||
-			strings.Contains(word, "VERSION") || strings.ToUpper(word) == word {
-			continue
-		}
-		n.Errorf("%s:%d: `%s` is to be run by %s, whose package does not have %q", c.Page, c.Line, c.Text,
-			test, word)
-	}
+	return text.String()
 }
 
 // taken is a pattern by which TestNewUser of test/box takes a line from the README.

@@ -197,20 +197,19 @@ var programs = []string{"apt", "apt-get", "cd", "cp", "curl", "dmesg", "dnf", "d
 	"terraform", "zypper"}
 
 // Commands are the command lines of its blocks, joined where they go on behind a \, and without what
-// explains them behind two blanks. In a block with a prompt ($) these are the lines behind one, in one
-// of kind sh, bash or shell all, and else those that begin with one of programs, or with one of our
-// scripts.
+// explains them behind two blanks. In a block with a prompt ($, or # in one of kind console) these are
+// the lines behind one; in one of kind sh, bash or shell all; else those that begin with one of
+// programs, or with one of our scripts.
 func (p Page) Commands() (all []Said) {
 	prompts := map[int]bool{}
 	for _, l := range p.lines {
-		if l.block > 0 && strings.HasPrefix(strings.TrimSpace(l.text), "$ ") {
+		if _, prompted := l.prompted(); l.block > 0 && prompted {
 			prompts[l.block] = true
 		}
 	}
 	for i := 0; i < len(p.lines); i++ {
 		l := p.lines[i]
-		text := strings.TrimSpace(l.text)
-		bare, prompted := strings.CutPrefix(text, "$ ")
+		bare, prompted := l.prompted()
 		shell := slices.Contains([]string{"sh", "bash", "shell"}, l.kind)
 		first, _, _ := strings.Cut(bare, " ")
 		switch {
@@ -232,6 +231,17 @@ func (p Page) Commands() (all []Said) {
 		all = append(all, Said{p.Name, at + 1, bare})
 	}
 	return all
+}
+
+// prompted is a line without its prompt, if it has one.
+func (l line) prompted() (bare string, prompted bool) {
+	bare = strings.TrimSpace(l.text)
+	for _, prompt := range []string{"$ ", "# "} {
+		if rest, found := strings.CutPrefix(bare, prompt); found && (prompt == "$ " || l.kind == "console") {
+			return rest, true
+		}
+	}
+	return bare, false
 }
 
 // Words are a command line's as a shell splits it; what parts commands (&& | ;) is a word of its own,
@@ -275,7 +285,7 @@ var redirection = regexp.MustCompile(`^\d?>>?&?[^ ]*$`)
 // Row is one of commands.txt: what becomes of command lines.
 type Row struct {
 	How  string // a test's name, or cloud, vm, here
-	Line string // … stands for anything
+	Line string // … stands for anything; perhaps behind the name of a page, and ": "
 	re   *regexp.Regexp
 }
 
@@ -299,7 +309,9 @@ func Rows(t *testing.T, root string) (rows []Row) {
 }
 
 // Of says whether the row is that of a command line.
-func (r Row) Of(command string) bool { return r.re.MatchString(command) }
+func (r Row) Of(c Said) bool {
+	return r.re.MatchString(c.Text) || r.re.MatchString(c.Page+": "+c.Text)
+}
 
 // InLab are the command lines of documents that no row is of, without sudo: TestHelpExamples of
 // test/e2e runs them, each once.
@@ -309,7 +321,7 @@ func InLab(t *testing.T, root string) (lines []string) {
 	for _, p := range Pages(t, root) {
 		for _, c := range p.Commands() {
 			line := strings.TrimPrefix(c.Text, "sudo ")
-			if !slices.ContainsFunc(rows, func(r Row) bool { return r.Of(c.Text) }) &&
+			if !slices.ContainsFunc(rows, func(r Row) bool { return r.Of(c) }) &&
 				!slices.Contains(lines, line) {
 				lines = append(lines, line)
 			}

@@ -13,7 +13,7 @@ const root = "../.."
 const sample = "# A `page`: it's *one*\n\nWords `in one`, `over\ntwo lines`.\n\n" +
 	"    $ sudo make x  what it does\n    said\n\n    $ gcloud a \\\n      --b=c\n\n" +
 	"## Again\n\n- a list\n\n      of words\n\n## Again\n\n```sh\nanything --x # y\n```\n\n" +
-	"    make y && test/z.sh >out\n    no command\n"
+	"    make y && test/z.sh >out\n    no command\n\n```console\n# ls x\nmake no\n```\n"
 
 func TestRead(t *testing.T) {
 	p := Read("p.md", sample)
@@ -31,7 +31,7 @@ func TestRead(t *testing.T) {
 	if got, want := texts(p.Spans()), []string{"page", "in one", "over two lines"}; !slices.Equal(got, want) {
 		t.Errorf("spans %q, want %q", got, want)
 	}
-	want := []string{"sudo make x", "gcloud a --b=c", "anything --x # y", "make y && test/z.sh >out"}
+	want := []string{"sudo make x", "gcloud a --b=c", "anything --x # y", "make y && test/z.sh >out", "ls x"}
 	if got := texts(p.Commands()); !slices.Equal(got, want) {
 		t.Errorf("commands %q, want %q", got, want)
 	}
