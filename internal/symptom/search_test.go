@@ -23,7 +23,7 @@ var indexRow = regexp.MustCompile("^\\| \\[`[a-z-]+`\\]\\(#([a-z-]+)\\)")
 func sought(pages []docs.Page, words string) (hits []hit, others []string) {
 	for _, p := range pages {
 		anchor := ""
-		for line := range strings.Lines(p.Text()) {
+		for line := range strings.Lines(p.Text) {
 			if id, isHeading := strings.CutPrefix(line, "#"); isHeading {
 				anchor = strings.Trim(id, "#`\n ")
 			}
@@ -94,7 +94,7 @@ func lastFailures(t *testing.T, page docs.Page) map[ID][]string {
 	t.Helper()
 	all := map[ID][]string{}
 	row := regexp.MustCompile(`^\| \S+ \| \[([a-z-]+)\]\(#[a-z-]+\) \| .* \| [0-9.]+ \| (.*) \|$`)
-	_, measured, _ := strings.Cut(page.Text(), "\n## What was measured\n")
+	_, measured, _ := strings.Cut(page.Text, "\n## What was measured\n")
 	for line := range strings.Lines(measured) {
 		if m := row.FindStringSubmatch(strings.TrimSpace(line)); m != nil {
 			all[ID(m[1])] = append(all[ID(m[1])], strings.NewReplacer(`\|`, "|", "&lt;", "<").Replace(m[2]))
@@ -123,7 +123,7 @@ func TestSearch(t *testing.T) {
 		if k.ID == Starting {
 			continue // status alone says so
 		}
-		if strings.Count(pages[at].Text(), "\n### `"+string(k.ID)+"`\n") != 1 {
+		if strings.Count(pages[at].Text, "\n### `"+string(k.ID)+"`\n") != 1 {
 			t.Errorf("%s has not one section", k.ID)
 		}
 		if len(lines[k.ID]) == 0 {

@@ -1,7 +1,6 @@
 package docs
 
 import (
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -35,7 +34,7 @@ func TestCommands(t *testing.T) {
 			case how == "here":
 				n.isHere(c)
 			case how == "cloud" || how == "vm":
-			case !n.tests[how]:
+			case n.tests[how] == "":
 				t.Errorf("commands.txt: %s: there is no such test", how)
 			default:
 				n.isRunBy(how, c, strings.HasPrefix(rows[at].Line, p.Name+": "))
@@ -58,7 +57,7 @@ func isPart(word string) bool { return strings.Trim(word, "|&;") == "" }
 // ofPage: it is to take all lines of the page, so it has the page's name.
 func (n *names) isRunBy(test string, c Said, ofPage bool) {
 	n.Helper()
-	text := n.packageOf(test)
+	text := n.source[n.tests[test]]
 	if ofPage && strings.Contains(text, filepath.Base(c.Page)) {
 		return
 	}
@@ -75,35 +74,6 @@ func (n *names) isRunBy(test string, c Said, ofPage bool) {
 		n.Errorf("%s:%d: `%s` is to be run by %s, whose package does not have %q", c.Page, c.Line, c.Text,
 			test, word)
 	}
-}
-
-// packageOf is the text of the tests of the packages that have this one.
-func (n *names) packageOf(test string) string {
-	n.Helper()
-	var text strings.Builder
-	for _, file := range n.files {
-		if !strings.HasSuffix(file, "_test.go") {
-			continue
-		}
-		one, err := os.ReadFile(filepath.Join(root, file))
-		if err != nil {
-			n.Fatal(err)
-		}
-		if strings.Contains(string(one), "\nfunc "+test+"(") {
-			all, err := filepath.Glob(filepath.Join(root, filepath.Dir(file), "*.go"))
-			if err != nil {
-				n.Fatal(err)
-			}
-			for _, name := range all {
-				one, err := os.ReadFile(name)
-				if err != nil {
-					n.Fatal(err)
-				}
-				text.Write(one)
-			}
-		}
-	}
-	return text.String()
 }
 
 // taken is a pattern by which TestNewUser of test/box takes a line from the README.
@@ -131,7 +101,7 @@ func (n *names) isHere(c Said) {
 			}
 		case testFlag.MatchString(word):
 			name := testFlag.FindStringSubmatch(word)[1]
-			if !n.hasTestFlag(name) {
+			if !n.flags[name] {
 				n.Errorf("%s:%d: `%s`: no test has the flag -%s", c.Page, c.Line, c.Text, name)
 			}
 		}
@@ -140,11 +110,3 @@ func (n *names) isHere(c Said) {
 
 // testFlag is one of a test's own: those of `go test` have no dot, and update and record are ours.
 var testFlag = regexp.MustCompile(`^-([a-z]+\.[a-z]+|update|record)\b`)
-
-func (n *names) hasTestFlag(name string) bool {
-	return slices.ContainsFunc(n.files, func(file string) bool {
-		text, err := os.ReadFile(filepath.Join(root, file))
-		return strings.HasSuffix(file, "_test.go") && err == nil &&
-			regexp.MustCompile(`flag\.\w+\("`+regexp.QuoteMeta(name)+`"`).Match(text)
-	})
-}

@@ -18,6 +18,7 @@ import (
 // Page is a document.
 type Page struct {
 	Name  string // its path in the repository
+	Text  string
 	lines []line
 }
 
@@ -56,7 +57,7 @@ var listItem = regexp.MustCompile(`^ *([-*+]|\d+\.) `)
 // Read takes a page apart. A block is between fences, or indented by four columns after an empty
 // line, and not part of a list.
 func Read(name, text string) Page {
-	p := Page{Name: name}
+	p := Page{Name: name, Text: text}
 	blocks, fence, kind := 0, "", ""
 	indented, inList, empty := false, false, true
 	for row := range strings.SplitSeq(text, "\n") {
@@ -90,15 +91,6 @@ func Read(name, text string) Page {
 		p.lines = append(p.lines, l)
 	}
 	return p
-}
-
-// Text is the page as it stands in its file.
-func (p Page) Text() string {
-	var all []string
-	for _, l := range p.lines {
-		all = append(all, l.text)
-	}
-	return strings.Join(all, "\n")
 }
 
 var (

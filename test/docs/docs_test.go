@@ -38,9 +38,6 @@ func TestRead(t *testing.T) {
 	if got := p.Commands()[1].Line; got != 9 {
 		t.Errorf("the second command is in line %d", got)
 	}
-	if p.Text() != sample {
-		t.Error("another text")
-	}
 	line := `gcloud compute ssh VM --command 'sudo x "y" -f -' 2>&1 >b.tgz|grep a&&c; d`
 	words := []string{"gcloud", "compute", "ssh", "VM", "--command", `sudo x "y" -f -`, "|", "grep", "a",
 		"&&", "c", ";", "d"}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -19,17 +20,20 @@ import (
 
 // repository is what the code has that documents may name.
 type repository struct {
-	literals map[string]bool // string constants of the program, whole
-	words    map[string]bool // and the words in them, and in struct tags
-	env      map[string]bool // variables of the environment that it reads
-	tests    map[string]bool // functions TestX, FuzzX and BenchmarkX
+	literals map[string]bool   // string constants of the program, whole
+	words    map[string]bool   // and the words in them, and in struct tags
+	env      map[string]bool   // variables of the environment that it reads
+	tests    map[string]string // functions TestX, FuzzX and BenchmarkX, and the folder of each
+	flags    map[string]bool   // of tests
+	source   map[string]string // text of the folders with tests, by folder
 	files    []string
 }
 
 var program = []string{"agent", "cmd", "envoyadmin", "guestattr", "internal", "iptables", "systemd"}
 
 var theRepository = sync.OnceValues(func() (*repository, error) {
-	r := &repository{map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]bool{}, nil}
+	r := &repository{map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]string{},
+		map[string]bool{}, map[string]string{}, nil}
 	err := fs.WalkDir(os.DirFS(root), ".", func(name string, d fs.DirEntry, err error) error {
 		top, _, _ := strings.Cut(name, "/")
 		switch {
@@ -40,14 +44,20 @@ var theRepository = sync.OnceValues(func() (*repository, error) {
 		}
 		r.files = append(r.files, name)
 		isTest := strings.HasSuffix(name, "_test.go")
-		if filepath.Ext(name) != ".go" || !isTest && !slices.Contains(program, top) {
+		if filepath.Ext(name) != ".go" || !isTest && !slices.Contains(program, top) && top != "test" {
 			return nil
 		}
 		text, err := os.ReadFile(filepath.Join(root, name))
 		if isTest {
 			for _, m := range testRE.FindAllSubmatch(text, -1) {
-				r.tests[string(m[1])] = true
+				r.tests[string(m[1])] = path.Dir(name)
 			}
+			for _, m := range flagRE.FindAllSubmatch(text, -1) {
+				r.flags[string(m[1])] = true
+			}
+		}
+		if isTest || top == "test" {
+			r.source[path.Dir(name)] += string(text)
 			return err
 		}
 		for _, m := range getenvRE.FindAllSubmatch(text, -1) {
@@ -62,6 +72,7 @@ var theRepository = sync.OnceValues(func() (*repository, error) {
 var (
 	testRE   = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz|Benchmark)[A-Za-z0-9_]*)\(`)
 	getenvRE = regexp.MustCompile(`os\.(?:Getenv|LookupEnv)\("([A-Z_]+)"\)`)
+	flagRE   = regexp.MustCompile(`\bflag\.\w+\("([a-z.]+)"`)
 	wordRE   = regexp.MustCompile(`[A-Za-z0-9_]+(?:[-.][A-Za-z0-9_]+)*`)
 )
 
@@ -153,8 +164,23 @@ func (n *names) each(f func(at Said)) {
 
 // named says whether a document has the name as a word of its own.
 func named(pages []Page, name string) bool {
-	whole := regexp.MustCompile(`(^|[^A-Za-z0-9_])` + regexp.QuoteMeta(name) + `($|[^A-Za-z0-9_])`)
-	return slices.ContainsFunc(pages, func(p Page) bool { return whole.MatchString(p.Text()) })
+	return slices.ContainsFunc(pages, func(p Page) bool {
+		for text := p.Text; ; {
+			at := strings.Index(text, name)
+			if at < 0 {
+				return false
+			}
+			end := at + len(name)
+			if (at == 0 || !isWord(text[at-1])) && (end == len(text) || !isWord(text[end])) {
+				return true
+			}
+			text = text[end:]
+		}
+	})
+}
+
+func isWord(c byte) bool {
+	return c == '_' || '0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
 }
 
 // reference are the pages that are made of the code, and so the list of what there is of a sort.
@@ -377,7 +403,7 @@ func TestWords(t *testing.T) {
 			case kebab.MatchString(s.Text):
 				n.is(n.words[s.Text], s, "word of the program", s.Text)
 			case test.MatchString(s.Text):
-				n.is(n.tests[test.FindString(s.Text)] || strings.HasSuffix(s.Text, "X"), s, "test", s.Text)
+				n.is(n.tests[test.FindString(s.Text)] != "" || strings.HasSuffix(s.Text, "X"), s, "test", s.Text)
 			}
 		}
 	}
@@ -415,7 +441,7 @@ func TestExitCodes(t *testing.T) {
 	}
 	code := regexp.MustCompile(`(?i)\bexit codes? (\d+)`)
 	for _, p := range n.pages {
-		for _, m := range code.FindAllStringSubmatch(p.Text(), -1) {
+		for _, m := range code.FindAllStringSubmatch(p.Text, -1) {
 			n.is(codes[m[1]], Said{p.Name, 0, m[0]}, "exit code", m[1])
 		}
 	}
