@@ -12,8 +12,8 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/test/docs"
 )
 
-// parses says what is wrong with a command line of this program, the words behind its name. arguments:
-// they are looked at as well as flags.
+// parses says what is wrong with a command line of this program, the words behind its name.
+// arguments: they are looked at as well as flags.
 func parses(words []string, arguments bool) error {
 	root := rootCommand()
 	root.InitDefaultHelpCmd()
@@ -38,8 +38,8 @@ func parses(words []string, arguments bool) error {
 // placeholders are what a reader puts something in for.
 var placeholders = strings.NewReplacer("ADDRESS:PORT", "10.0.0.1:80", "COMMAND", "status")
 
-// ours are the command lines of this program within one of a shell: after sudo, behind &&, and in one
-// that gcloud has another machine run.
+// ours are the command lines of this program within one of a shell: after sudo, behind &&, and in
+// one that gcloud has another machine run.
 func ours(line string) (all [][]string) {
 	words := docs.Words(placeholders.Replace(line))
 	for len(words) > 0 {
@@ -62,8 +62,8 @@ func ours(line string) (all [][]string) {
 	return all
 }
 
-// TestDocuments: each command line of ours that a document shows is one that the program takes, and so
-// is each that stands in its text, like `doctor --fail-on advice`.
+// TestDocuments: each command line of ours that a document shows is one that the program takes,
+// and so is each that stands in its text, like `doctor --fail-on advice`.
 func TestDocuments(t *testing.T) {
 	lines, spans := 0, 0
 	for _, p := range docs.Pages(t, "../..") {
@@ -108,7 +108,8 @@ func TestDocuments(t *testing.T) {
 			t.Errorf("%s: %q", line, have)
 		}
 	}
-	for _, line := range []string{"status --no-such-flag", "nonsense", "explain", "bootstrap --remove --rollback"} {
+	for _, line := range []string{"status --no-such-flag", "nonsense", "explain",
+		"bootstrap --remove --rollback"} {
 		if parses(strings.Fields(line), true) == nil {
 			t.Errorf("%s is taken for right", line)
 		}
@@ -116,5 +117,6 @@ func TestDocuments(t *testing.T) {
 }
 
 func isCommand(name string) bool {
-	return slices.ContainsFunc(visible(rootCommand()), func(c *cobra.Command) bool { return c.Name() == name })
+	return slices.ContainsFunc(visible(rootCommand()),
+		func(c *cobra.Command) bool { return c.Name() == name })
 }

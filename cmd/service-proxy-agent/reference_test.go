@@ -94,13 +94,14 @@ func exitCodePage(t *testing.T, root *cobra.Command) string {
 		b.WriteString("| " + strings.Join(row, " | ") + " |\n")
 	}
 	b.WriteString(`
-- ` + "`status --watch`" + ` ends with the code of its last look. With ` + "`--html`" + ` an error that the page sees
-  by itself counts, too. With ` + "`--serve`" + ` it is 0 once that is ended, and 2 where it could not listen.
-- ` + "`doctor --fail-on warning`" + ` (or ` + "`advice`" + `) ends with 1 for less than an error, too.
-- ` + "`envoy`" + ` without ` + "`--reload`" + ` is Envoy's supervisor, and ends as Envoy did: with its code, or with
-  128 and the number of the signal that ended it.
-- ` + "`service-proxy-agent-bootstrap.sh`" + `, the archive's script, ends with 1 where the program cannot run
-  here, and else as ` + "`bootstrap`" + ` does.
+- ` + "`status --watch`" + ` ends with the code of its last look. With ` + "`--html`" + `
+  an error that the page sees by itself counts, too. With ` + "`--serve`" + ` it is 0 once that is
+  ended, and 2 where it could not listen.
+- ` + "`doctor --fail-on warning`" + ` (or ` + "`advice`" + `) ends with 1 for less than an error.
+- ` + "`envoy`" + ` without ` + "`--reload`" + ` is Envoy's supervisor, and ends as Envoy did: with
+  its code, or with 128 and the number of the signal that ended it.
+- ` + "`service-proxy-agent-bootstrap.sh`" + `, the archive's script, ends with 1 where the program
+  cannot run here, and else as ` + "`bootstrap`" + ` does.
 
 This page is made by ` + "`make generated`" + `.
 `)

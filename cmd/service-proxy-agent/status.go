@@ -43,8 +43,8 @@ func statusCommand() *cobra.Command {
 			"--serve shows that page live in a browser, until Ctrl-C. The link that it prints works once, " +
 			"on this machine.\n\n" +
 			"With --watch the exit code is that of the last look; with --html an error that it sees by " +
-			"itself counts, too; with --serve it is 0 once that is ended, and 2 where it could not listen. " +
-			"Whether the mesh is ready is another question, which `wait` asks.\n\n" +
+			"itself counts, too; with --serve it is 0 once that is ended, and 2 where it could not " +
+			"listen. Whether the mesh is ready is another question, which `wait` asks.\n\n" +
 			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +
 			"stuck; 2 no answer; 64 wrong usage.\n\n" +
 			"docs/status.schema.json is the form of -o json.",

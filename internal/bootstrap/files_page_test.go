@@ -50,7 +50,8 @@ var places = []group{
 		{EnvoyBinary, roots, "0755", byBootstrap, "Envoy; one that was here before is left"},
 		{libDir + "/", roots, "0755", byBootstrap, "what belongs to no other folder"},
 		{archivedEnvoy, roots, "0755", byBootstrap, "the Envoy that came with the archive"},
-		{previousDir + "/", roots, "0755", byBootstrap, "what the last upgrade replaced, for `--rollback`"},
+		{previousDir + "/", roots, "0755", byBootstrap,
+			"what the last upgrade replaced, for `--rollback`"},
 		{rolledBackFile, roots, "0644", byBootstrap,
 			"what `--rollback` took out, so that it is not installed again"},
 		{handoverDir + "/", roots, "0755", byBootstrap,
@@ -91,7 +92,7 @@ var places = []group{
 		{progress.RuntimeDir + "/", ours, "0755", bySystemd, "what the daemon has while the VM is up"},
 		{progress.RuntimeDir + "/agent.sock", ours, "0600", byDaemon,
 			"its socket: `status` asks there, and it answers root and its own user"},
-		{progress.RuntimeDir + "/agent.lock", ours, "0600", byDaemon, "held by the one daemon that may run"},
+		{progress.RuntimeDir + "/agent.lock", ours, "0600", byDaemon, "held by the one that may run"},
 		{progress.RuntimeDir + "/" + systemd.ReadyFile, ours, "0644", byDaemon,
 			"the VM is ready: " + systemd.ReadyPath + " waits for it"},
 		{progress.RuntimeDir + "/intercepting", ours, "0644", byDaemon, "the rules are of this boot"},
@@ -106,7 +107,7 @@ var places = []group{
 		{supervisor.DefaultDir + "/control.sock", envoys, "0600", bySupervisor,
 			"its socket: `envoy --reload` asks there"},
 		{supervisor.DefaultDir + "/{hot_*,admin-*,kept.json,kept/}", envoys, "0600", bySupervisor,
-			"sockets of a hot restart, where each Envoy's admin interface is, what the next one starts with"},
+			"sockets of a hot restart, where each Envoy's admin interface is, what the next starts with"},
 		{lockFile, roots, "0600", byBootstrap, "one run at a time"},
 		{installLock, roots, "0600", byBootstrap, "one installation at a time"},
 		{restartFile, roots, "0600", byBootstrap, "Envoy is to be restarted"},
@@ -155,9 +156,9 @@ func TestFilesPage(t *testing.T) {
 	var b bytes.Buffer
 	b.WriteString(`# Files, users and sockets
 
-All that is on a VM because of the agent, as the archive installs it: whose it is, who writes it, and
-why. ` + "`bootstrap --remove`" + ` takes it away again, but for what is yours. A folder ends in /, and all
-beneath it is of the same sort.
+All that is on a VM because of the agent, as the archive installs it: whose it is, who writes it,
+and why. ` + "`bootstrap --remove`" + ` takes it away again, but for what is yours. A folder ends
+in /, and all beneath it is of the same sort.
 
 `)
 	for _, g := range places {
@@ -175,18 +176,20 @@ beneath it is of the same sort.
 
 | user | why |
 |---|---|
-| ` + "`" + AgentUser + "`" + ` | the daemon, with CAP_NET_ADMIN and CAP_NET_RAW and no other right; member of tty and dialout for the serial port, and of ` + EnvoyUser + ` for its log |
+| ` + "`" + AgentUser + "`" + ` | the daemon, with CAP_NET_ADMIN and ` +
+		`CAP_NET_RAW and no other right; member of tty and dialout for the serial port, and of ` +
+		EnvoyUser + ` for its log |
 | ` + "`" + EnvoyUser + "`" + ` | Envoy: the rules let out what this user sends |
 
-Both are system users without a home or a shell, made by systemd-sysusers. ` + "`--remove`" + ` removes those
-that bootstrap has made.
+Both are system users without a home or a shell, made by systemd-sysusers. ` + "`--remove`" + `
+removes those that bootstrap has made.
 
 ## Sockets that listen
 
 | address | who | for whom |
 |---|---|---|
 | ` + "`" + progress.RuntimeDir + "/agent.sock`" + ` | the daemon | root and the daemon's user |
-| ` + "`" + supervisor.DefaultDir + "/control.sock`" + ` | Envoy's supervisor | root and Envoy's user |
+| ` + "`" + supervisor.DefaultDir + "/control.sock`" + ` | Envoy's supervisor | root, Envoy's user |
 | TCP 15020 on all addresses (` + "`--listen`" + `) | the daemon | health checks and scrapes |
 | TCP 15000 on 127.0.0.1 | Envoy | its admin interface: every user of the VM |
 | TCP 15001, 15006 (` + "`proxy-port`" + ` changes the first) | Envoy | what the rules redirect |
@@ -195,9 +198,9 @@ that bootstrap has made.
 ## In the kernel
 
 Chains of table nat, IPv4 and IPv6, that begin with ` + "`SERVICE_PROXY_`" + ` and the jumps to them
-([the chain graph](design/README.md)). ` + "`SERVICE_PROXY_PROBE`" + ` is one of them for a moment, while the
-kernel is asked whether it takes a rule. ` + "`inet service-proxy-agent-…`" + ` is a table of nft for some
-seconds after somebody else has changed the chains
+([the chain graph](design/README.md)). ` + "`SERVICE_PROXY_PROBE`" + ` is one of them for a
+moment, while the kernel is asked whether it takes a rule. ` + "`inet service-proxy-agent-…`" + `
+is a table of nft for some seconds after somebody else has changed the chains
 ([coexistence.md](coexistence.md#streams-while-all-rules-are-flushed)). They go with the unit
 ` + "`service-proxy-interception.service`" + `, by ` + "`cleanup`" + `, or with a reboot.
 
@@ -260,9 +263,7 @@ func checkPlaces(t *testing.T, root string, written []string) {
 	t.Helper()
 	var all []place
 	for _, g := range places {
-		for _, p := range g.places {
-			all = append(all, p)
-		}
+		all = append(all, g.places...)
 	}
 	for _, path := range written {
 		if !slices.ContainsFunc(all, func(p place) bool { return p.covers(path) }) {

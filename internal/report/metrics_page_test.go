@@ -82,7 +82,8 @@ This page is made by ` + "`go test ./internal/report -update`" + `.
 			}
 		}
 		name := strings.TrimPrefix(f.GetName(), Prefix)
-		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s |\n", f.GetName(), strings.ToLower(f.GetType().String()),
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s |\n", f.GetName(),
+			strings.ToLower(f.GetType().String()),
 			unit(name, f.GetType()), quotedAll(slices.Sorted(maps.Keys(values))),
 			strings.ReplaceAll(f.GetHelp(), "|", `\|`))
 		for label, has := range values {
@@ -93,7 +94,8 @@ This page is made by ` + "`go test ./internal/report -update`" + `.
 			ofLabel[label][all] = append(ofLabel[label][all], name)
 		}
 	}
-	b.WriteString("\n## Labels\n\nMetrics without `" + Prefix + "`, which each begins with.\n\n| label | of | values |\n|---|---|---|\n")
+	b.WriteString("\n## Labels\n\nMetrics without `" + Prefix + "`, which each begins with.\n\n" +
+		"| label | of | values |\n|---|---|---|\n")
 	for _, label := range slices.Sorted(maps.Keys(ofLabel)) {
 		for _, values := range slices.Sorted(maps.Keys(ofLabel[label])) {
 			fmt.Fprintf(&b, "| `%s` | %s | %s |\n", label, quotedAll(ofLabel[label][values]), values)

@@ -50,8 +50,8 @@ var sections = []struct {
 		[]ID{AgentStuck, GuestAttributesOff, ListenAddress, Starting}},
 }
 
-// alsoTold are the words under which others tell what a kind finds, and users search for it: Envoy's
-// log, the kernel, iptables, curl, and the guides for Traffic Director. … stands for anything.
+// alsoTold are the words under which others tell what a kind finds, and users search for it:
+// Envoy's log, the kernel, iptables, curl, and the guides for Traffic Director. … stands for anything.
 var alsoTold = map[ID][]string{
 	EnvoyDown:          {"Failed to connect to … port …: Connection refused"},
 	EnvoyNotConfigured: {"PRE_INITIALIZING", "The Envoy proxies don't receive configuration"},
@@ -60,15 +60,17 @@ var alsoTold = map[ID][]string{
 	ControlPlaneConnect: {"The Envoy proxies don't connect", "Unable to establish new stream",
 		"StreamAggregatedResources gRPC config stream closed: 14, upstream connect error or " +
 			"disconnect/reset before headers"},
-	APINotEnabled: {"gRPC config stream closed: 7, Traffic Director API has not been used in project … " +
-		"before or it is disabled."},
-	PermissionDenied: {"gRPC config stream closed: 7, Permission denied on resource project …", "PERMISSION_DENIED"},
-	ScopeMissing:     {"gRPC config stream closed: 7, Request had insufficient authentication scopes."},
+	APINotEnabled: {"gRPC config stream closed: 7, Traffic Director API has not been used in " +
+		"project … before or it is disabled."},
+	PermissionDenied: {"gRPC config stream closed: 7, Permission denied on resource project …",
+		"PERMISSION_DENIED"},
+	ScopeMissing: {"gRPC config stream closed: 7, Request had insufficient authentication " +
+		"scopes."},
 	ConfigNotFound: {
 		`gRPC config stream closed: 5, Traffic Director configuration was not found for network "…" in ` +
 			`project "…".`,
-		`gRPC config stream closed: 5, Cloud Service Mesh configuration was not found for network "…" in ` +
-			`project "…".`,
+		`gRPC config stream closed: 5, Cloud Service Mesh configuration was not found for network ` +
+			`"…" in project "…".`,
 		"gRPC config stream closed: 5, Requested entity was not found.", "NOT_FOUND"},
 	ControlPlaneRefused: {"gRPC config stream closed: 8, …", "RESOURCE_EXHAUSTED"},
 	ClockWrong:          {"certificate has expired or is not yet valid", "CERTIFICATE_VERIFY_FAILED"},
@@ -88,7 +90,8 @@ var alsoTold = map[ID][]string{
 	FamilyUnusable: {"can't initialize ip6tables table `nat': Table does not exist (do you need to " +
 		"insmod?)"},
 	RuleRefused: {"Another app is currently holding the xtables lock",
-		"chain `OUTPUT' in table `nat' is incompatible, use 'nft' tool.", "No chain/target/match by that name."},
+		"chain `OUTPUT' in table `nat' is incompatible, use 'nft' tool.",
+		"No chain/target/match by that name."},
 	GuestAttributesOff: {"Guest attributes endpoint access is disabled."},
 	ListenAddress:      {"bind: address already in use"},
 }

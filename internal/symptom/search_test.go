@@ -41,19 +41,20 @@ func sought(pages []docs.Page, words string) (hits []hit, others []string) {
 	return hits, others
 }
 
-// anyName is a word that is not the same on every VM: it has a digit, or looks like an address, a path,
-// a name, a chain of iptables, or a rule.
+// anyName is a word that is not the same on every VM: it has a digit, or looks like an address, a
+// path, a name, a chain of iptables, or a rule.
 var anyName = regexp.MustCompile(`[0-9@="/\[\]…]|^-|\.[a-z]|_|^[A-Z]{4,}$|^gce-service-proxy$`)
 
 // shared begins what is told of the control plane, whatever is wrong.
 const shared = "Cannot reach the Traffic Director API server: "
 
 // behind is what agent-last-failure puts behind the words of a finding.
-var behind = regexp.MustCompile(` \((warning; |over; )?since .*| \((over; )?\d{4}-.*|; and \d+ more, see .*`)
+var behind = regexp.MustCompile(
+	` \((warning; |over; )?since .*| \((over; )?\d{4}-.*|; and \d+ more, see .*`)
 
-// fixed are the words that a person who reads a line of agent-last-failure searches for: the longest
-// run of words without a name of this VM, within one part of a sentence, of the cause, which stands
-// first; behind what all failures of the control plane begin with.
+// fixed are the words that a person who reads a line of agent-last-failure searches for: the
+// longest run of words without a name of this VM, within one part of a sentence, of the cause,
+// which stands first; behind what all failures of the control plane begin with.
 func fixed(line string) string {
 	line = behind.ReplaceAllString(strings.TrimPrefix(line, shared), "")
 	line = details.ReplaceAllString(line, " ( ")
@@ -73,12 +74,14 @@ var beforeName = []string{"listener", "Listener", "cluster", "uid", "pid", "port
 func longestRun(line string) (longest string) {
 	run, last := "", ""
 	for word := range strings.FieldsSeq(line) {
-		if word == "(" || anyName.MatchString(strings.Trim(word, ",;:`'")) || slices.Contains(beforeName, last) {
+		if word == "(" || anyName.MatchString(strings.Trim(word, ",;:`'")) ||
+			slices.Contains(beforeName, last) {
 			run, last = "", word
 			continue
 		}
 		run, last = strings.TrimSpace(run+" "+word), word
-		if bare := strings.TrimRight(run, ",;:."); len(bare) > len(longest) && !slices.Contains(beforeName, word) {
+		if bare := strings.TrimRight(run, ",;:."); len(bare) > len(longest) &&
+			!slices.Contains(beforeName, word) {
 			longest = bare
 		}
 		if strings.ContainsAny(word[len(word)-1:], ";:.") {
@@ -88,8 +91,9 @@ func longestRun(line string) (longest string) {
 	return longest
 }
 
-// lastFailures are lines as agent-last-failure has them, by kind: what TestSymptoms of test/e2e has read from
-// outside of real VMs, and has written into the page; and the words of the examples, with other names.
+// lastFailures are lines as agent-last-failure has them, by kind: what TestSymptoms of test/e2e
+// has read from outside of real VMs, and has written into the page; and the words of the examples,
+// with other names.
 func lastFailures(t *testing.T, page docs.Page) map[ID][]string {
 	t.Helper()
 	all := map[ID][]string{}

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// notInLab are the commands that TestHelpExamples cannot run, so that each line of theirs has a row.
+// notInLab are the commands that TestHelpExamples cannot run, so that each line of theirs has a
+// row.
 var notInLab = []string{"run", "bootstrap", "envoy"}
 
 // TestCommands: each command line of a document has a row in commands.txt, or is run in the lab.
@@ -53,8 +54,8 @@ func TestCommands(t *testing.T) {
 
 func isPart(word string) bool { return strings.Trim(word, "|&;") == "" }
 
-// isRunBy: the test's package has the words of the line in its constants, or takes it from the README.
-// ofPage: it is to take all lines of the page, so it has the page's name.
+// isRunBy: the test's package has the words of the line in its constants, or takes it from the
+// README. ofPage: it is to take all lines of the page, so it has the page's name.
 func (n *names) isRunBy(test string, c Said, ofPage bool) {
 	n.Helper()
 	text := n.source[n.tests[test]]

@@ -182,16 +182,16 @@ func (p Page) Blocks() (all []Said) {
 }
 
 // programs begin a line that somebody is to type, in a block that has no other mark of it.
-var programs = []string{"apt", "apt-get", "cd", "cp", "curl", "dmesg", "dnf", "docker", "dpkg", "envoy",
-	"export", "gcloud", "git", "go", "gsutil", "ip", "iptables", "iptables-save", "ip6tables",
+var programs = []string{"apt", "apt-get", "cd", "cp", "curl", "dmesg", "dnf", "docker", "dpkg",
+	"envoy", "export", "gcloud", "git", "go", "gsutil", "ip", "iptables", "iptables-save", "ip6tables",
 	"journalctl", "kubectl", "lsof", "make", "mandoc", "nft", "podman", "promtool", "python3", "pip",
 	"rpm", "service-proxy-agent", "shutdown", "ss", "sudo", "systemctl", "systemd-run", "tar",
 	"terraform", "zypper"}
 
-// Commands are the command lines of its blocks, joined where they go on behind a \, and without what
-// explains them behind two blanks. In a block with a prompt ($, or # in one of kind console) these are
-// the lines behind one; in one of kind sh, bash or shell all; else those that begin with one of
-// programs, or with one of our scripts.
+// Commands are the command lines of its blocks, joined where they go on behind a \, and without
+// what explains them behind two blanks. In a block with a prompt ($, or # in one of kind console)
+// these are the lines behind one; in one of kind sh, bash or shell all; else those that begin with
+// one of programs, or with one of our scripts.
 func (p Page) Commands() (all []Said) {
 	prompts := map[int]bool{}
 	for _, l := range p.lines {
@@ -217,7 +217,8 @@ func (p Page) Commands() (all []Said) {
 		at := i
 		for strings.HasSuffix(bare, `\`) && i+1 < len(p.lines) {
 			i++
-			bare = strings.TrimSpace(strings.TrimSuffix(bare, `\`)) + " " + strings.TrimSpace(p.lines[i].text)
+			bare = strings.TrimSpace(strings.TrimSuffix(bare, `\`)) + " " +
+				strings.TrimSpace(p.lines[i].text)
 		}
 		bare, _, _ = strings.Cut(bare, "  ")
 		all = append(all, Said{p.Name, at + 1, bare})
@@ -229,15 +230,16 @@ func (p Page) Commands() (all []Said) {
 func (l line) prompted() (bare string, prompted bool) {
 	bare = strings.TrimSpace(l.text)
 	for _, prompt := range []string{"$ ", "# "} {
-		if rest, found := strings.CutPrefix(bare, prompt); found && (prompt == "$ " || l.kind == "console") {
+		rest, found := strings.CutPrefix(bare, prompt)
+		if found && (prompt == "$ " || l.kind == "console") {
 			return rest, true
 		}
 	}
 	return bare, false
 }
 
-// Words are a command line's as a shell splits it; what parts commands (&& | ;) is a word of its own,
-// and where output goes is left out.
+// Words are a command line's as a shell splits it; what parts commands (&& | ;) is a word of its
+// own, and where output goes is left out.
 func Words(command string) (words []string) {
 	var word strings.Builder
 	in, some, parts := rune(0), false, false

@@ -28,10 +28,12 @@ func TestRead(t *testing.T) {
 		}
 		return texts
 	}
-	if got, want := texts(p.Spans()), []string{"page", "in one", "over two lines"}; !slices.Equal(got, want) {
+	want := []string{"page", "in one", "over two lines"}
+	if got := texts(p.Spans()); !slices.Equal(got, want) {
 		t.Errorf("spans %q, want %q", got, want)
 	}
-	want := []string{"sudo make x", "gcloud a --b=c", "anything --x # y", "make y && test/z.sh >out", "ls x"}
+	want = []string{"sudo make x", "gcloud a --b=c", "anything --x # y", "make y && test/z.sh >out",
+		"ls x"}
 	if got := texts(p.Commands()); !slices.Equal(got, want) {
 		t.Errorf("commands %q, want %q", got, want)
 	}
@@ -39,8 +41,8 @@ func TestRead(t *testing.T) {
 		t.Errorf("the second command is in line %d", got)
 	}
 	line := `gcloud compute ssh VM --command 'sudo x "y" -f -' 2>&1 >b.tgz|grep a&&c; d`
-	words := []string{"gcloud", "compute", "ssh", "VM", "--command", `sudo x "y" -f -`, "|", "grep", "a",
-		"&&", "c", ";", "d"}
+	words := []string{"gcloud", "compute", "ssh", "VM", "--command", `sudo x "y" -f -`, "|", "grep",
+		"a", "&&", "c", ";", "d"}
 	if got := Words(line); !slices.Equal(got, words) {
 		t.Errorf("words %q, want %q", got, words)
 	}

@@ -39,7 +39,8 @@ var theRepository = sync.OnceValues(func() (*repository, error) {
 		switch {
 		case err != nil:
 			return err
-		case d.IsDir() && (top == "build" || top == "dist" || len(name) > 1 && top[0] == '.' && top != ".ci"):
+		case d.IsDir() && (top == "build" || top == "dist" ||
+			len(name) > 1 && top[0] == '.' && top != ".ci"):
 			return fs.SkipDir
 		}
 		r.files = append(r.files, name)
@@ -102,7 +103,8 @@ func code(t *testing.T) *repository {
 	t.Helper()
 	r, err := theRepository()
 	if err != nil || len(r.literals) < 1000 || len(r.tests) < 300 || len(r.env) < 8 {
-		t.Fatalf("%d constants, %d tests, %d variables: %v", len(r.literals), len(r.tests), len(r.env), err)
+		t.Fatalf("%d constants, %d tests, %d variables: %v", len(r.literals), len(r.tests), len(r.env),
+			err)
 	}
 	return r
 }
@@ -138,8 +140,8 @@ func (n *names) is(there bool, at Said, what, name string) {
 	n.Helper()
 	n.found++
 	if !there && !n.foreign[name] {
-		n.Errorf("%s:%d: `%s`: there is no %s %s; if it is another program's, test/docs/foreign.txt says so",
-			at.Page, at.Line, at.Text, what, name)
+		n.Errorf("%s:%d: `%s`: there is no %s %s; if it is another program's, say so in "+
+			"test/docs/foreign.txt", at.Page, at.Line, at.Text, what, name)
 	}
 }
 
@@ -206,7 +208,7 @@ func TestUnits(t *testing.T) {
 			t.Errorf("no document names %s", e.Name())
 		}
 	}
-	unit := regexp.MustCompile(`service-proxy-[a-z-]+\.(?:service|path|timer|target|socket|mount|slice)\b`)
+	unit := regexp.MustCompile(`service-proxy-[a-z-]+\.(?:service|path|timer|target|socket)\b`)
 	n.each(func(at Said) {
 		for _, name := range unit.FindAllString(at.Text, -1) {
 			n.is(units[name] || n.literals[name], at, "unit", name)
@@ -292,8 +294,8 @@ func TestVariables(t *testing.T) {
 	n := newNames(t)
 	flags := map[string]bool{}
 	for _, page := range []string{"settings.md", "commands.md"} {
-		for _, m := range regexp.MustCompile("(?m)^\\| `(?:-[a-z], )?--([a-z-]+)[ `]").FindAllStringSubmatch(
-			reference(t, page), -1) {
+		for _, m := range regexp.MustCompile("(?m)^\\| `(?:-[a-z], )?--([a-z-]+)[ `]").
+			FindAllStringSubmatch(reference(t, page), -1) {
 			flags[strings.ToUpper(strings.ReplaceAll(m[1], "-", "_"))] = true
 		}
 	}
@@ -330,8 +332,8 @@ func TestVariables(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	n := newNames(t)
 	metrics := map[string]bool{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `service_proxy_agent_([a-z_]+)` \\| (?:gauge|counter|histogram) \\|").
-		FindAllStringSubmatch(reference(t, "metrics.md"), -1) {
+	row := regexp.MustCompile("(?m)^\\| `service_proxy_agent_([a-z_]+)` \\| (?:gauge|counter|hist)")
+	for _, m := range row.FindAllStringSubmatch(reference(t, "metrics.md"), -1) {
 		metrics[m[1]] = true
 	}
 	recorded := map[string]bool{}
@@ -388,7 +390,8 @@ func TestFindings(t *testing.T) {
 	n.end(15)
 }
 
-// TestWords: a span that is one name, like `intercept-dns`, a flag or a test, is one of the program's.
+// TestWords: a span that is one name, like `intercept-dns`, a flag or a test, is one of the
+// program's.
 func TestWords(t *testing.T) {
 	n := newNames(t)
 	flag := regexp.MustCompile(`^--([a-z][a-z-]+)(?:[= ].*)?$`)
@@ -403,7 +406,8 @@ func TestWords(t *testing.T) {
 			case kebab.MatchString(s.Text):
 				n.is(n.words[s.Text], s, "word of the program", s.Text)
 			case test.MatchString(s.Text):
-				n.is(n.tests[test.FindString(s.Text)] != "" || strings.HasSuffix(s.Text, "X"), s, "test", s.Text)
+				n.is(n.tests[test.FindString(s.Text)] != "" || strings.HasSuffix(s.Text, "X"), s, "test",
+					s.Text)
 			}
 		}
 	}
@@ -413,8 +417,8 @@ func TestWords(t *testing.T) {
 // TestFiles: files of this repository that documents name.
 func TestFiles(t *testing.T) {
 	n := newNames(t)
-	path := regexp.MustCompile(`^(?:\.ci|agent|cmd|deploy|docs|envoyadmin|guestattr|internal|iptables|systemd|` +
-		`test)/[A-Za-z0-9_.*/-]+$`)
+	path := regexp.MustCompile(`^(?:\.ci|agent|cmd|deploy|docs|envoyadmin|guestattr|internal|` +
+		`iptables|systemd|test)/[A-Za-z0-9_.*/-]+$`)
 	goName := regexp.MustCompile(`\.[A-Z]\w*$`) // internal/reconcile.Family
 	for _, p := range n.pages {
 		for _, s := range p.Spans() {
@@ -456,7 +460,8 @@ func TestTargets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range regexp.MustCompile(`(?m)^([a-z -]+):.*## `).FindAllStringSubmatch(string(makefile), -1) {
+	rule := regexp.MustCompile(`(?m)^([a-z -]+):.*## `)
+	for _, m := range rule.FindAllStringSubmatch(string(makefile), -1) {
 		for target := range strings.FieldsSeq(m[1]) {
 			targets[target] = true
 			if target != "help" && !named(n.pages, "make "+target) && !named(n.pages, target) {
@@ -479,12 +484,11 @@ func TestTargets(t *testing.T) {
 	if len(targets) < 15 || len(groups) < 10 {
 		t.Fatalf("%d targets, %d groups", len(targets), len(groups))
 	}
-	target := regexp.MustCompile(`(?:^|[ (])make ([a-z]+)`)
+	target := regexp.MustCompile(`^ *(?:\$ )?(?:sudo )?make ([a-z]+)`)
 	group := regexp.MustCompile(`GROUP=([a-z|-]+)`)
 	n.each(func(at Said) {
-		if strings.HasPrefix(strings.TrimSpace(strings.TrimPrefix(at.Text, "sudo ")), "make ") ||
-			strings.HasPrefix(strings.TrimSpace(at.Text), "sudo make ") {
-			n.is(targets[target.FindStringSubmatch(at.Text)[1]], at, "target", target.FindStringSubmatch(at.Text)[1])
+		if m := target.FindStringSubmatch(at.Text); m != nil {
+			n.is(targets[m[1]], at, "target", m[1])
 		}
 		for _, m := range group.FindAllStringSubmatch(at.Text, -1) {
 			for one := range strings.SplitSeq(strings.Trim(m[1], "|"), "|") {
