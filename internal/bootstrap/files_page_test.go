@@ -40,16 +40,19 @@ type group struct {
 	places       []place
 }
 
+// keptFolder is bootstrap's own.
+var keptFolder = filepath.Dir(previousDir)
+
 const ours, envoys, roots = AgentUser + ":" + AgentUser, EnvoyUser + ":" + EnvoyUser, "root:root"
 
 // places are all that is written on a VM. TestWritesOnlyWhatIsListed holds those of bootstrap, with
 // their modes, against what it writes.
 var places = []group{
 	{"Programs and their pages", "", []place{
-		{AgentBinary, roots, "0755", byBootstrap, "the program"},
+		{"/usr/local/bin/service-proxy-agent", roots, "0755", byBootstrap, "the program"},
 		{EnvoyBinary, roots, "0755", byBootstrap, "Envoy; one that was here before is left"},
-		{libDir + "/", roots, "0755", byBootstrap, "what belongs to no other folder"},
-		{archivedEnvoy, roots, "0755", byBootstrap, "the Envoy that came with the archive"},
+		{keptFolder + "/", roots, "0755", byBootstrap, "what belongs to no other folder"},
+		{keptFolder + "/archive/envoy", roots, "0755", byBootstrap, "the Envoy that came with the archive"},
 		{previousDir + "/", roots, "0755", byBootstrap,
 			"what the last upgrade replaced, for `--rollback`"},
 		{rolledBackFile, roots, "0644", byBootstrap,
@@ -130,9 +133,9 @@ func unitPlaces() (all []place) {
 	description := regexp.MustCompile(`(?m)^Description=(.*)$`)
 	for _, f := range systemd.Files() {
 		why := map[string]string{
-			systemd.SysusersDir: "the users", systemd.TmpfilesDir: "the folders of state and logs",
-			systemd.CatalogDir: "what `journalctl -x` says of our messages",
-		}[filepath.Dir(f.Path)]
+			"sysusers.d": "the users", "tmpfiles.d": "the folders of state and logs",
+			"catalog": "what `journalctl -x` says of our messages",
+		}[filepath.Base(filepath.Dir(f.Path))]
 		if m := description.FindSubmatch(f.Text); m != nil {
 			why = string(m[1])
 		}
@@ -234,7 +237,7 @@ func TestPlacesOfUnits(t *testing.T) {
 	}
 	folder := regexp.MustCompile(`(?m)^(Runtime|State)Directory=(.*)$`)
 	for _, f := range systemd.Files() {
-		if filepath.Dir(f.Path) == systemd.TmpfilesDir {
+		if filepath.Base(filepath.Dir(f.Path)) == "tmpfiles.d" {
 			for line := range strings.Lines(string(f.Text)) {
 				if w := strings.Fields(line); len(w) > 4 && w[0] != "#" {
 					holds(w[1], w[3]+":"+w[4], w[2])

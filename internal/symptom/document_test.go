@@ -51,7 +51,8 @@ var sections = []struct {
 }
 
 // alsoTold are the words under which others tell what a kind finds, and users search for it:
-// Envoy's log, the kernel, iptables, curl, and the guides for Traffic Director. … stands for anything.
+// Envoy's log, the kernel, iptables, curl, and the guides for Traffic Director. … stands for
+// anything.
 var alsoTold = map[ID][]string{
 	EnvoyDown:          {"Failed to connect to … port …: Connection refused"},
 	EnvoyNotConfigured: {"PRE_INITIALIZING", "The Envoy proxies don't receive configuration"},

@@ -228,7 +228,7 @@ func TestPaths(t *testing.T) {
 	if len(known) < 50 {
 		t.Fatalf("docs/files.md has %d paths", len(known))
 	}
-	path := regexp.MustCompile(`(?:^|[\s=:'"(])(/(?:etc|run|usr|var)/(?:\{\S*\}|[^\s'",;()|<>])*)`)
+	path := regexp.MustCompile(`(?:^|[\s=:'"(])(/(?:etc|run|usr|var)/(?:\{\S*\}|[^\s:'",;()|<>])*)`)
 	n.each(func(at Said) {
 		for _, m := range path.FindAllStringSubmatch(at.Text, -1) {
 			name := strings.TrimRight(m[1], ".:…/")
@@ -485,7 +485,7 @@ func TestTargets(t *testing.T) {
 		t.Fatalf("%d targets, %d groups", len(targets), len(groups))
 	}
 	target := regexp.MustCompile(`^ *(?:\$ )?(?:sudo )?make ([a-z]+)`)
-	group := regexp.MustCompile(`GROUP=([a-z|-]+)`)
+	group := regexp.MustCompile(`GROUP=([a-z0-9|-]+)`)
 	n.each(func(at Said) {
 		if m := target.FindStringSubmatch(at.Text); m != nil {
 			n.is(targets[m[1]], at, "target", m[1])
