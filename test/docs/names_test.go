@@ -229,19 +229,23 @@ func TestPaths(t *testing.T) {
 		t.Fatalf("docs/files.md has %d paths", len(known))
 	}
 	path := regexp.MustCompile(`(?:^|[\s=:'"(])(/(?:etc|run|usr|var)/(?:\{\S*\}|[^\s:'",;()|<>])*)`)
+	// What the archive has beneath /usr/local, a distribution's package has beneath /usr.
+	ofPackage := regexp.MustCompile(`^/usr/(bin|lib|share)/`)
 	n.each(func(at Said) {
 		for _, m := range path.FindAllStringSubmatch(at.Text, -1) {
 			name := strings.TrimRight(m[1], ".:…/")
 			if !strings.Contains(name, "service-proxy") && !strings.HasPrefix(name, "/var/log/envoy") &&
-				!strings.HasPrefix(name, "/usr/local/bin/envoy") {
+				!strings.HasPrefix(name, "/usr/local/bin/envoy") ||
+				strings.HasPrefix(name, "/var/tmp/") {
 				continue
 			}
 			for _, one := range alternatives(name) {
+				local := ofPackage.ReplaceAllString(one, "/usr/local/$1/")
 				n.is(n.literals[one] || slices.ContainsFunc(known, func(k string) bool {
-					in, _ := filepath.Match(strings.TrimSuffix(k, "/"), one)
-					of, _ := filepath.Match(one, strings.TrimSuffix(k, "/"))
-					return in || of || strings.HasPrefix(k, one+"/") ||
-						strings.HasSuffix(k, "/") && strings.HasPrefix(one, k)
+					in, _ := filepath.Match(strings.TrimSuffix(k, "/"), local)
+					of, _ := filepath.Match(local, strings.TrimSuffix(k, "/"))
+					return in || of || strings.HasPrefix(k, local+"/") ||
+						strings.HasSuffix(k, "/") && strings.HasPrefix(local, k)
 				}), at, "path", one)
 			}
 		}
