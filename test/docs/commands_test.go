@@ -35,7 +35,7 @@ func TestCommands(t *testing.T) {
 			case how == "here":
 				n.isHere(c)
 			case how == "cloud" || how == "vm":
-			case n.tests[how] == "":
+			case n.tests[how] == nil:
 				t.Errorf("commands.txt: %s: there is no such test", how)
 			default:
 				n.isRunBy(how, c, strings.HasPrefix(rows[at].Line, p.Name+": "))
@@ -58,7 +58,10 @@ func isPart(word string) bool { return strings.Trim(word, "|&;") == "" }
 // README. ofPage: it is to take all lines of the page, so it has the page's name.
 func (n *names) isRunBy(test string, c Said, ofPage bool) {
 	n.Helper()
-	text := n.source[n.tests[test]]
+	text := ""
+	for _, folder := range n.tests[test] {
+		text += n.source[folder]
+	}
 	if ofPage && strings.Contains(text, filepath.Base(c.Page)) {
 		return
 	}

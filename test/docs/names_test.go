@@ -20,19 +20,19 @@ import (
 
 // repository is what the code has that documents may name.
 type repository struct {
-	literals map[string]bool   // string constants of the program, whole
-	words    map[string]bool   // and the words in them, and in struct tags
-	env      map[string]bool   // variables of the environment that it reads
-	tests    map[string]string // functions TestX, FuzzX and BenchmarkX, and the folder of each
-	flags    map[string]bool   // of tests
-	source   map[string]string // text of the folders with tests, by folder
+	literals map[string]bool     // string constants of the program, whole
+	words    map[string]bool     // and the words in them, and in struct tags
+	env      map[string]bool     // variables of the environment that it reads
+	tests    map[string][]string // functions TestX, FuzzX and BenchmarkX, and the folders of each
+	flags    map[string]bool     // of tests
+	source   map[string]string   // text of the folders with tests, by folder
 	files    []string
 }
 
 var program = []string{"agent", "cmd", "envoyadmin", "guestattr", "internal", "iptables", "systemd"}
 
 var theRepository = sync.OnceValues(func() (*repository, error) {
-	r := &repository{map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string]string{},
+	r := &repository{map[string]bool{}, map[string]bool{}, map[string]bool{}, map[string][]string{},
 		map[string]bool{}, map[string]string{}, nil}
 	err := fs.WalkDir(os.DirFS(root), ".", func(name string, d fs.DirEntry, err error) error {
 		top, _, _ := strings.Cut(name, "/")
@@ -51,7 +51,7 @@ var theRepository = sync.OnceValues(func() (*repository, error) {
 		text, err := os.ReadFile(filepath.Join(root, name))
 		if isTest {
 			for _, m := range testRE.FindAllSubmatch(text, -1) {
-				r.tests[string(m[1])] = path.Dir(name)
+				r.tests[string(m[1])] = append(r.tests[string(m[1])], path.Dir(name))
 			}
 			for _, m := range flagRE.FindAllSubmatch(text, -1) {
 				r.flags[string(m[1])] = true
@@ -410,7 +410,7 @@ func TestWords(t *testing.T) {
 			case kebab.MatchString(s.Text):
 				n.is(n.words[s.Text], s, "word of the program", s.Text)
 			case test.MatchString(s.Text):
-				n.is(n.tests[test.FindString(s.Text)] != "" || strings.HasSuffix(s.Text, "X"), s, "test",
+				n.is(n.tests[test.FindString(s.Text)] != nil || strings.HasSuffix(s.Text, "X"), s, "test",
 					s.Text)
 			}
 		}
