@@ -274,9 +274,9 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-// TestReadme: what the README shows is what is printed.
-func TestReadme(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
+// TestFirstLook: what docs/first-look.md shows is what is printed.
+func TestFirstLook(t *testing.T) {
+	page, err := os.ReadFile("../../docs/first-look.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,8 +285,8 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(text.String()) {
-		if !bytes.Contains(readme, []byte("\n    "+line)) && line != "\n" {
-			t.Errorf("README.md does not show %q", line)
+		if !bytes.Contains(page, []byte("\n    "+line)) && line != "\n" {
+			t.Errorf("docs/first-look.md does not show %q", line)
 		}
 	}
 }

@@ -167,8 +167,8 @@ func (v *VM) checkWritten(t *testing.T, before map[string]string) {
 	}
 }
 
-// checkUnits: the processes have the user and the capabilities that the README tells, systemd knows
-// every line of the units, and each unit's exposure is what it was when it was written.
+// checkUnits: the processes have the user and the capabilities that docs/units.md tells, systemd
+// knows every line of the units, and each unit's exposure is what docs/security.md says.
 func (v *VM) checkUnits(t *testing.T) {
 	t.Helper()
 	const netAdminNetRaw = "0000000000003000"

@@ -392,7 +392,8 @@ func pushFaults() []Fault {
 		Shortest: 100 * time.Millisecond, Longest: 8 * time.Second,
 		Begin: func(w *World, _ *rand.Rand) (func() error, error) {
 			// An Envoy that starts just then, by a reload as well, has nothing to keep: it refuses both, is
-			// live without a listener, and the epoch before it drains (README.md, "Without a gap").
+			// live without a listener, and the epoch before it drains (docs/units.md, "Reload without a
+			// gap").
 			none := []Excuse{{Kind: Refused, Away: true, After: time.Second}}
 			if w.Setting.Bypass {
 				none = append(none, Excuse{Kind: Escaped, Away: true, After: 5 * time.Second})
