@@ -6,6 +6,7 @@
 #   ENVOY         an Envoy binary for amd64, or none; default: the one that the tests use
 #   ENVOY_ARM64   the same for arm64
 #   ARCHES        default: amd64 arm64
+#   KINDS         default: deb rpm
 #   SOURCE_DATE_EPOCH  the time of all files, in seconds; default: the commit's
 #   LDFLAGS       for go build; version, commit and layout are stamped in besides
 #   OUT           the folder; default: dist
@@ -82,7 +83,7 @@ rpm_only() { # FOLDER CONFIGURATION PACKAGE: what nfpm takes by its name alone
 }
 pack() { # FOLDER CONFIGURATION ARCH
 	find "$1" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
-	(cd "$1" && for kind in deb rpm; do
+	(cd "$1" && for kind in ${KINDS:-deb rpm}; do
 		ARCH=$3 "$nfpm" package --config "$2" --packager $kind --target "$out/" >"$work/said" 2>&1 ||
 			{ cat "$work/said" >&2; exit 1; }
 	done)

@@ -197,6 +197,7 @@ ${SERVICE_PROXY_AGENT_DIRECTORY}/service-proxy-agent/service-proxy-agent-bootstr
 var built struct {
 	sync.Mutex
 	archives map[string][]byte
+	packages map[string]map[string][]byte
 }
 
 // Release is deploy/package.sh's archive of that version, with that Envoy for the architecture
@@ -227,19 +228,37 @@ func Release(t testing.TB, version, arch, envoy string) []byte {
 	return built.archives[key]
 }
 
-// Packages is a folder with the .deb and .rpm of that version for this machine's architecture, and
-// of Envoy where it is given ("none": without).
-func Packages(t testing.TB, version, envoy string) string {
+// Packages are the .deb of that version for this machine's architecture, by name, and that of Envoy
+// where it is given ("none": without).
+func Packages(t testing.TB, version, envoy string) map[string][]byte {
 	t.Helper()
 	built.Lock()
 	defer built.Unlock()
+	key := version + " " + envoy
+	if built.packages[key] != nil {
+		return built.packages[key]
+	}
 	dir := t.TempDir()
 	cmd := exec.Command(filepath.Join(ModuleRoot(t), "deploy", "packages", "build.sh"))
 	setting := map[string]string{"amd64": "ENVOY", "arm64": "ENVOY_ARM64"}[runtime.GOARCH]
-	cmd.Env = append(os.Environ(), "VERSION="+version, "ARCHES="+runtime.GOARCH, setting+"="+envoy,
-		"OUT="+dir)
+	cmd.Env = append(os.Environ(), "VERSION="+version, "KINDS=deb", "ARCHES="+runtime.GOARCH,
+		setting+"="+envoy, "OUT="+dir)
 	if said, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("packages: %v\n%s", err, said)
 	}
-	return dir
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) == 0 {
+		t.Fatal("no packages", err)
+	}
+	all := map[string][]byte{}
+	for _, entry := range entries {
+		if all[entry.Name()], err = os.ReadFile(filepath.Join(dir, entry.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if built.packages == nil {
+		built.packages = map[string]map[string][]byte{}
+	}
+	built.packages[key] = all
+	return all
 }
