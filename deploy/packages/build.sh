@@ -2,7 +2,7 @@
 # Makes the .deb and .rpm of the agent and of Envoy, for amd64 and arm64, in dist/: `make packages`.
 # The same commit makes the same packages, byte for byte.
 #
-#   VERSION       of the agent; default: git describe
+#   VERSION       of the agent; default: deploy/version.sh
 #   ENVOY         an Envoy binary for amd64, or none; default: the one that the tests use
 #   ENVOY_ARM64   the same for arm64
 #   ARCHES        default: amd64 arm64
@@ -21,17 +21,8 @@ fi
 pins=$(cat deploy/packages/tools/go.sum; go version)
 nfpm=$(test/kept.sh "nfpm-$(echo "$pins" | sha256sum | cut -c 1-16)" deploy/packages/build.sh build)
 
-version=${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}
-commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
-# As .deb and .rpm write it: a version begins with a digit, and a ~ sorts before what follows.
-package_version=$(echo "${version#v}" | sed -E 's/^([^0-9])/0+\1/; s/-dirty$/+dirty/
-	s/-([0-9]+)-g([0-9a-f]+)/+\1.g\2/; s/-/~/; s/-/./g')
-# Where that is decided for all that is released, it is decided there.
-if [ -x deploy/version.sh ]; then
-	version=$(deploy/version.sh) commit=$(deploy/version.sh --commit)
-	package_version=$(deploy/version.sh --package) SOURCE_DATE_EPOCH=$(deploy/version.sh --time)
-fi
+version=$(deploy/version.sh) commit=$(deploy/version.sh --commit)
+package_version=$(deploy/version.sh --package) SOURCE_DATE_EPOCH=$(deploy/version.sh --time)
 export SOURCE_DATE_EPOCH
 envoy_version=${ENVOY_VERSION:-1.40.0}
 out=${OUT:-dist}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
@@ -302,7 +303,7 @@ func TestContainerInstall(t *testing.T) {
 	for _, file := range systemd.Files() {
 		_, err := os.Stat(filepath.Join(root, file.Path))
 		unit := filepath.Base(file.Path)
-		want := strings.HasPrefix(file.Path, systemd.UnitDir) && unit != systemd.EnvoyUnit &&
+		want := strings.HasPrefix(file.Path, layout.Archive.UnitDir) && unit != systemd.EnvoyUnit &&
 			!strings.HasPrefix(unit, "service-proxy-bootstrap.")
 		if want && err != nil {
 			t.Error(err)
