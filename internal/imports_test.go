@@ -30,7 +30,8 @@ var may = map[string]string{
 		"internal/reconcile internal/rulediff internal/server internal/status internal/supervisor " +
 		"internal/symptom internal/system internal/terminal internal/try iptables systemd",
 	// What a release asks the go command.
-	"deploy/licenses": "",
+	"deploy/licenses":       "",
+	"deploy/packages/stage": "internal/layout internal/system systemd",
 
 	// The daemon: everything but the installer.
 	"agent": "envoyadmin guestattr internal/atomicfile internal/attribute internal/bundle " +

@@ -131,8 +131,9 @@ func envoyDown(f Facts) []Finding {
 		return nil
 	}
 	if f.serves() {
-		why, next := safe(": the next Envoy did not take over from it"), "it is tried again by itself; see "+
-			"`systemctl status service-proxy-envoy` for why, and restart Envoy, which drains it, if this lasts"
+		why := safe(": the next Envoy did not take over from it")
+		next := "it is tried again by itself; see `systemctl status service-proxy-envoy` for why, and " +
+			"restart Envoy, which drains it, if this lasts"
 		commands := []string{statusEnvoy, f.tailLog(), restartEnvoy}
 		if f.Envoy.adminSocket() != "" { // our own unit's Envoy has a port
 			why, next = "", "a container must share the folder of that socket; see "+f.envoyLog()+
