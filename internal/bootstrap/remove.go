@@ -213,7 +213,7 @@ func (r *removal) leaveForPurge(state progress.State, h *handover) {
 	var made []string
 	for _, name := range []string{AgentUser, EnvoyUser} {
 		if slices.Contains(state.MadeUsers, name) {
-			made = append(made, name)
+			made = append(made, "user "+name)
 		}
 	}
 	if h == nil || !h.LogDir {
