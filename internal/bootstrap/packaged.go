@@ -24,7 +24,8 @@ import (
 const PackageName = "service-proxy-agent"
 
 // madeFile says what the package has made that was not there before, a user, a group or a folder a
-// line: what its purge removes. The package's scripts write and read it, and Remove adds what bootstrap has made.
+// line: what its purge removes. The package's scripts write and read it, and Remove adds what
+// bootstrap has made.
 const madeFile = "/var/lib/service-proxy-agent.made"
 
 // seenUnitFile is Envoy's unit as it was at the last look of this boot, by which an upgrade of the

@@ -112,6 +112,22 @@ func TestPackages(t *testing.T) {
 	})
 	t.Run("deb", func(t *testing.T) { checkDeb(t, dir) })
 	t.Run("rpm", func(t *testing.T) { checkRPM(t, dir) })
+	t.Run("page", func(t *testing.T) {
+		var all []string
+		deb, rpm := files(runtime.GOARCH, true)
+		for _, name := range deb {
+			for line := range strings.Lines(run(t, "dpkg-deb", "-c", filepath.Join(dir, name))) {
+				if path := strings.TrimPrefix(strings.Fields(line)[5], "."); !strings.HasSuffix(path, "/") {
+					all = append(all, path)
+				}
+			}
+		}
+		for _, name := range rpm {
+			all = append(all, strings.Fields(run(t, "rpm", "-qp", "--nosignature", "--list",
+				filepath.Join(dir, name)))...)
+		}
+		checkPage(t, all)
+	})
 	deb, rpm := files(runtime.GOARCH, true)
 	// The files of the other architecture are the same but for the program.
 	t.Run("lintian", func(t *testing.T) {
@@ -247,6 +263,36 @@ func modeOf(path string) string {
 		return "-rwxr-xr-x"
 	}
 	return "-rw-r--r--"
+}
+
+// checkPage: docs/packages.md lists where the packages' files are, all of them and no other place.
+func checkPage(t *testing.T, files []string) {
+	text, err := os.ReadFile("../../docs/packages.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(text), "## What is written")
+	table, _, _ = strings.Cut(table, "Their scripts:")
+	var listed []string
+	for _, m := range regexp.MustCompile("`(/[^`]+)`").FindAllStringSubmatch(table, -1) {
+		listed = append(listed, m[1])
+	}
+	covers := func(place, file string) bool {
+		return file == place || strings.HasPrefix(file, place+"/")
+	}
+	for _, file := range files {
+		if !slices.ContainsFunc(listed, func(place string) bool { return covers(place, file) }) &&
+			!strings.HasPrefix(file, "/usr/share/doc/") && !strings.HasPrefix(file, "/usr/share/licenses/") &&
+			!strings.HasPrefix(file, "/usr/share/lintian/") {
+			t.Errorf("docs/packages.md does not list %s", file)
+		}
+	}
+	for _, place := range listed {
+		if place != "/usr" && place != "/etc" &&
+			!slices.ContainsFunc(files, func(file string) bool { return covers(place, file) }) {
+			t.Errorf("docs/packages.md lists %s, where the packages have nothing", place)
+		}
+	}
 }
 
 // checkTexts: nothing of the archive's places is named but what bootstrap itself puts there.
