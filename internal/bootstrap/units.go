@@ -89,8 +89,12 @@ func (b *bootstrapper) noteUnit() error {
 
 // updateCatalog has the journal know the catalog of this version, for `journalctl -x`. The database
 // is made of all catalogs, so it is older than ours where it does not have it yet. Without it the
-// log is as good: a failure is told, and the next run tries again.
+// log is as good: a failure is told, and the next run tries again. Of a package its scripts have it
+// done, or systemd's.
 func (b *bootstrapper) updateCatalog(ctx context.Context) {
+	if layout.Here.Packaged {
+		return
+	}
 	ours, err := os.Stat(b.path(systemd.CatalogFile()))
 	if err != nil {
 		return

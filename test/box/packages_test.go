@@ -142,6 +142,9 @@ func (v *VM) livesWithPackages(t *testing.T) {
 	v.waitStatus(60*time.Second, progress.Finished)
 	v.checkQuiet(t)
 	v.checkUnits(t)
+	if list := v.run("journalctl", "--list-catalog"); !strings.Contains(list, "service-proxy-agent") {
+		t.Errorf("the journal does not know the catalog:\n%s", list)
+	}
 	if have := v.run("systemctl", "show", "--value", "-p", "FragmentPath", systemd.AgentUnit); have !=
 		layout.Packages.UnitDir+"/"+systemd.AgentUnit+"\n" && have != "/lib/systemd/system/"+systemd.AgentUnit+"\n" {
 		t.Errorf("systemd has %s", have)
@@ -176,6 +179,10 @@ func (v *VM) livesWithPackages(t *testing.T) {
 		t.Errorf("version %q", have)
 	}
 	v.waitFinished(60 * time.Second)
+
+	if os.Getenv("SOAK") != "" {
+		v.upgradesEnvoy(t)
+	}
 
 	// Somebody stops it: an upgrade, here to the version before, leaves it stopped.
 	v.run("systemctl", "stop", systemd.InterceptionUnit)
@@ -231,6 +238,43 @@ func (v *VM) livesWithPackages(t *testing.T) {
 		t.Errorf("rules on a VM without the attribute:\n%s", have)
 	}
 	v.run("test", "!", "-e", layout.Envoy)
+}
+
+// upgradesEnvoy upgrades Envoy's package: bootstrap takes the new one into service by a hot restart.
+// It is the same Envoy, which can take over from itself, in another file.
+func (v *VM) upgradesEnvoy(t *testing.T) {
+	t.Helper()
+	program, err := os.ReadFile(envoyBinary(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	program = append(program, '\n')
+	other := filepath.Join(t.TempDir(), "envoy")
+	if err := os.WriteFile(other, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	debs(t, v.root, "3.0.0", other)
+	before := v.epochs()
+	load := v.startLoad(200)
+	time.Sleep(time.Second)
+	v.run("sh", "-c", aptInstall+"/root/3.0.0/service-proxy-agent-envoy_*.deb")
+	v.eventually(90*time.Second, "the new Envoy serves", func() error {
+		info, err := os.Stat(filepath.Join(v.root, layout.Envoy))
+		if err != nil || info.Size() != int64(len(program)) {
+			return fmt.Errorf("it is not installed: %v", err)
+		}
+		if all := v.epochs(); len(all) == 0 || len(before) == 0 ||
+			all[len(all)-1].pid == before[len(before)-1].pid {
+			return fmt.Errorf("its processes are %v, and were %v", all, before)
+		}
+		if have := v.property(systemd.BootstrapUnit, "ActiveState"); have != "inactive" {
+			return fmt.Errorf("bootstrap is %s", have)
+		}
+		return nil
+	})
+	time.Sleep(time.Second)
+	load.refusedNone(t, "an upgrade of Envoy's package")
+	v.waitFinished(30 * time.Second)
 }
 
 func withoutComments(rules string) string {
