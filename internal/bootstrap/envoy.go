@@ -98,6 +98,16 @@ func (b *bootstrapper) changeEnvoy(ctx context.Context, cfg attribute.Config) er
 	if stays || !wanted.exists() || b.state.PrimarySum == "" || wanted.isOf(b.state) {
 		return nil
 	}
+	if wanted.along() { // an archive's may be the same one
+		same, err := sameFile(wanted.place, b.path(EnvoyBinary))
+		if err != nil {
+			return err
+		}
+		if same {
+			b.state.EnvoySource, b.state.PrimarySum = wanted.shown, wanted.sum
+			return nil
+		}
+	}
 	if b.state.Attempt == 1 {
 		b.say("INFO", "installing Envoy from "+wanted.name+"; the one here is from "+b.state.EnvoySource)
 	}

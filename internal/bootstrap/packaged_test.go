@@ -254,6 +254,41 @@ func TestPackagedEnvoyIsUpgraded(t *testing.T) {
 	run("1.30.9") // the administrator's
 }
 
+// An archive's Envoy that is the package's, too, is not replaced by itself, and then the package's.
+func TestPackagedEnvoyIsTheArchives(t *testing.T) {
+	v := newPackagedVM(t)
+	v.put(EnvoyBinary, fakeBinary(t, "1.30.1"))
+	state := progress.State{EnvoyVersion: "1.30.1", EnvoySource: archiveSource,
+		PrimarySum: progress.Sum(archiveSource)}
+	if err := progress.Write(filepath.Join(v.root, progress.StateDir), state); err != nil {
+		t.Fatal(err)
+	}
+	if f := v.bootstrap(attribute.Default()); f != nil {
+		t.Fatal(f)
+	}
+	if _, err := os.Stat(filepath.Join(v.root, restartFile)); err == nil {
+		t.Error("Envoy would be restarted for it")
+	}
+	if have := v.state().EnvoySource; have != packageSource {
+		t.Errorf("it is from %q", have)
+	}
+}
+
+// After --remove a run of bootstrap starts again what an installation has started, but for what is
+// masked.
+func TestPackagedStartsItsUnits(t *testing.T) {
+	v := newPackagedVM(t)
+	b := newBootstrapper(v.options())
+	b.masked = []string{systemd.RotateTimer}
+	if err := (&attempt{bootstrapper: b}).installWantedUnits(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const want = "systemctl start --no-block service-proxy-bootstrap.path service-proxy-ready.path"
+	if !slices.Contains(v.ran, want) {
+		t.Errorf("ran %q", v.ran)
+	}
+}
+
 // An upgrade that changes Envoy's unit in what only a start brings is noticed by what the last look
 // of this boot has seen.
 func TestPackagedUnitChanges(t *testing.T) {

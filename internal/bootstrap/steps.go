@@ -4,10 +4,14 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"syscall"
+	"time"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/attribute"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
 
 // The steps, as State.Step and the failure lines name them.
@@ -35,7 +39,7 @@ var steps = []step{
 	{StepSystem, (*attempt).checkSystem, ofOthers},         // the agent cannot be on it
 	{StepAttribute, (*attempt).takeAttribute, ofAttribute}, // none, malformed, or Anthos'
 	{StepVM, (*attempt).askVM, ofOthers},                   // –
-	{StepUnits, (*attempt).installUnits, ofDisk},           // –
+	{StepUnits, (*attempt).installWantedUnits, ofDisk},     // –
 	{StepPackages, (*attempt).installPackages, ofOthers},   // –
 	{StepEnvoy, (*attempt).installWantedEnvoy, ofDisk},     // no source, or all of them refused
 	{StepLogs, (*attempt).makeWantedLogs, ofDisk},          // –
@@ -89,6 +93,27 @@ func (a *attempt) askVM(ctx context.Context) (err error) {
 	}
 	a.node, err = readVM(ctx) // the metadata server may not answer yet
 	return err
+}
+
+// installWantedUnits has those of a package run, too, that an archive's installation starts: after
+// `bootstrap --remove` nobody else does.
+func (a *attempt) installWantedUnits(ctx context.Context) error {
+	if err := a.installUnits(ctx); err != nil || !layout.Here.Packaged {
+		return err
+	}
+	args := []string{"start", "--no-block"}
+	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer} {
+		if !slices.Contains(a.masked, unit) {
+			args = append(args, unit)
+		}
+	}
+	if len(args) == 2 {
+		return nil
+	}
+	if err := a.systemctl(ctx, time.Minute, args...); err != nil {
+		return &Failure{Err: err} // no file's of ours
+	}
+	return nil
 }
 
 func (a *attempt) installWantedEnvoy(ctx context.Context) error {

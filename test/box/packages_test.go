@@ -184,6 +184,20 @@ func (v *VM) livesWithPackages(t *testing.T) {
 		v.upgradesEnvoy(t)
 	}
 
+	// A person's --remove leaves the package's files, and bootstrap makes the VM a node again.
+	t.Log(v.run("service-proxy-agent", "bootstrap", "--remove"))
+	v.run("dpkg", "--verify", "service-proxy-agent")
+	v.run("test", "!", "-e", layout.Envoy)
+	v.platform.ResetBudget()
+	v.run("systemctl", "start", systemd.BootstrapUnit)
+	v.waitFinished(60 * time.Second)
+	v.eventually(30*time.Second, "the VM is ready once more", func() error {
+		if _, err := v.try("systemctl", "is-active", systemd.ReadyTarget); err != nil {
+			return err
+		}
+		return v.checkVIP()
+	})
+
 	// Somebody stops it: an upgrade, here to the version before, leaves it stopped.
 	v.run("systemctl", "stop", systemd.InterceptionUnit)
 	v.run("sh", "-c", aptInstall+"--allow-downgrades /root/1.0.0/service-proxy-agent_*.deb")
