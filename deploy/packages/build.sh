@@ -77,8 +77,8 @@ pack() { # FOLDER CONFIGURATION ARCH
 	(cd "$1" && for kind in ${KINDS:-deb rpm}; do
 		ARCH=$3 "$nfpm" package --config "$2" --packager $kind --target "$out/" >"$work/said" 2>&1 ||
 			{ cat "$work/said" >&2; exit 1; }
+		sed -n "s|^created package: $out/|packages: |p" "$work/said" >&2
 	done)
-	sed -n "s|^created package: $out/|packages: |p" "$work/said" >&2
 }
 
 export PACKAGE_VERSION=$package_version

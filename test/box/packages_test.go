@@ -254,8 +254,8 @@ func (v *VM) livesWithPackages(t *testing.T) {
 	v.run("test", "!", "-e", layout.Envoy)
 }
 
-// upgradesEnvoy upgrades Envoy's package: bootstrap takes the new one into service by a hot restart.
-// It is the same Envoy, which can take over from itself, in another file.
+// upgradesEnvoy upgrades Envoy's package: bootstrap takes the new one into service by a hot
+// restart. It is the same Envoy, which can take over from itself, in another file.
 func (v *VM) upgradesEnvoy(t *testing.T) {
 	t.Helper()
 	program, err := os.ReadFile(envoyBinary(t))
