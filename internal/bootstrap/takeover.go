@@ -537,7 +537,8 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 	if err != nil {
 		return err
 	}
-	if p, has := behind(t.Envoys, func(uid uint32) error { return sockdiag.OwnedBy(admin, uid) }); has {
+	owned := func(uid uint32) error { return sockdiag.OwnedBy(admin, uid) }
+	if p, has := behind(t.Envoys, owned); has {
 		b.Log.Info("draining the other agent's Envoy", zap.Stringer("process", p))
 		err := drain.Run(ctx, admin.String(), strconv.Itoa(p.PID), drain.DefaultLimit)
 		if err != nil {
@@ -578,7 +579,9 @@ func (b *bootstrapper) replaceEnvoy(ctx context.Context, h *handover) error {
 // behind is the one of their Envoys that has the admin interface. One that came over ours has not,
 // and lives for as long as it tries: what it was to be asked would be asked of ours, which never
 // opens a listener again once it has drained it.
-func behind(envoys []neighbour.Process, owned func(uid uint32) error) (p neighbour.Process, has bool) {
+func behind(
+	envoys []neighbour.Process, owned func(uid uint32) error,
+) (p neighbour.Process, has bool) {
 	i := slices.IndexFunc(envoys, func(p neighbour.Process) bool {
 		return p.Listens && owned(p.UID) == nil
 	})

@@ -23,7 +23,11 @@ func TestNews(t *testing.T) {
 		"ip rule add to 10.3.0.0/16 prohibit", "ip -6 rule add to fd03::/64 prohibit",
 		"ip nexthop add id 1 via 10.0.0.2 dev v0", "ip route add 10.4.0.0/16 nhid 1",
 		"ip nexthop del id 1", "ip address add 10.5.0.1/24 dev v0", "ip address del 10.5.0.1/24 dev v0",
-		"ip -6 address add fd05::1/64 dev v0 nodad", "ip link set v1 down", "ip link set v0 down",
+		"ip -6 address add fd05::1/64 dev v0 nodad",
+		// the other end is told a moment later, by the kernel's own worker
+		"ip link set v1 down; until ip link show v0 | grep -q LOWERLAYERDOWN; do sleep 0.05; done; " +
+			"sleep 0.5",
+		"ip link set v0 down",
 		// more than the socket holds
 		"for n in $(seq 3000); do echo route add 10.6.$((n / 250)).$((n % 250)) dev lo; done | " +
 			"ip -batch -",
