@@ -128,9 +128,7 @@ func (o Observation) Facts(want Want, outcomes []reconcile.Outcome) symptom.Fact
 	}
 	f.Clock, f.Agent.Killed, f.Clusters = o.Clock, o.Killed, o.Envoy.Clusters
 	f.ClosedAgent = o.ClosedAgent
-	if s := o.Envoy.Stream; s != nil && !o.Envoy.Probed {
-		f.Envoy.Trying = o.Now.Sub(s.When).Abs() < triesFor
-	}
+	f.Envoy.Trying = whyComes(o.Envoy, o.Now)
 	o.compareEnvoy(&f)
 	if want.interceptsDNS() {
 		f.Resolvers, f.ResolverUIDs = o.Resolvers.Sockets, o.Resolvers.UIDs
@@ -187,9 +185,26 @@ func (o Observation) otherEnvoys(ports []symptom.Port) (uids []uint32) {
 	return uids
 }
 
-// triesFor is for how long after the end of Envoy's stream our own way to the control plane may be
-// being tried: its limit, and what a busy machine adds.
-const triesFor = 5 * time.Second
+const (
+	// triesFor is for how long after the end of Envoy's stream our own way to the control plane may be
+	// being tried: its limit, and what a busy machine adds.
+	triesFor = 5 * time.Second
+	// logsWithin is for how long after Envoy was seen to be without a stream its log may be about to
+	// say why: codes that it hopes will pass it logs at its first try after they have lasted for 30 s,
+	// and the next try is up to 30 s away. It was seen by two answers, 15 s apart.
+	logsWithin = 45 * time.Second
+)
+
+// whyComes says whether the cause of a lost control plane is about to be known better than now.
+func whyComes(v envoywatch.View, now time.Time) bool {
+	switch {
+	case v.Stream != nil:
+		return !v.Probed && now.Sub(v.Stream.When).Abs() < triesFor
+	case v.Apart:
+		return v.Probe == nil && !v.Seen.IsZero() && now.Sub(v.Seen).Abs() < logsWithin
+	}
+	return false
+}
 
 // envoyWarm is how long after bootstrap has started Envoy a word on its missing configuration
 // waits. A healthy Envoy has it within a second.

@@ -435,3 +435,37 @@ func TestLocal(t *testing.T) {
 		t.Error("where nobody tells of changes it is asked each time")
 	}
 }
+
+// TestWhyComes: what tells no cause waits for what is about to, and no longer.
+func TestWhyComes(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	ended := func(ago time.Duration) *symptom.Stream { return &symptom.Stream{When: now.Add(-ago)} }
+	apart := func(since time.Time) (v envoywatch.View) {
+		v.Apart, v.Seen = true, since
+		return v
+	}
+	tried := func(v envoywatch.View, err error) envoywatch.View {
+		v.Probed, v.Probe = true, err
+		return v
+	}
+	for _, tt := range []struct {
+		name string
+		v    envoywatch.View
+		want bool
+	}{
+		{"all is well", envoywatch.View{}, false},
+		{"just ended, our own way is not tried yet", envoywatch.View{Stream: ended(time.Second)}, true},
+		{"ended, and our own way takes too long", envoywatch.View{Stream: ended(6 * time.Second)}, false},
+		{"ended, our own way works", tried(envoywatch.View{Stream: ended(time.Second)}, nil), false},
+		{"no stream, the log may still tell", tried(apart(now.Add(-44*time.Second)), nil), true},
+		{"no stream, and the log had its time", tried(apart(now.Add(-46*time.Second)), nil), false},
+		{"no stream, and our own way says why",
+			tried(apart(now.Add(-time.Second)), errors.New("refused")), false},
+		{"no stream in a look of a moment", apart(time.Time{}), false},
+		{"the clock was set back by an hour", apart(now.Add(time.Hour)), false},
+	} {
+		if have := whyComes(tt.v, now); have != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, have, tt.want)
+		}
+	}
+}

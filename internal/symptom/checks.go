@@ -233,9 +233,11 @@ func controlPlane(f Facts) []Finding {
 	if err := f.Envoy.Probe; err != nil {
 		return []Finding{f.unreachable(err)}
 	}
+	// What tells no cause waits for what is about to (Trying). Said at once, one outage would be told
+	// twice, and agent-last-failure has one line a minute.
 	s := f.Envoy.Stream
 	if s == nil {
-		if f.Envoy.Apart {
+		if f.Envoy.Apart && !f.Envoy.Trying {
 			return []Finding{finding(ControlPlaneConnect, 4, Error,
 				"see the warnings in "+f.envoyLog(),
 				"%s: Envoy has no stream to it and its log gives no reason%s",
@@ -244,8 +246,6 @@ func controlPlane(f Facts) []Finding {
 		}
 		return nil
 	}
-	// Envoy's own words of a connection tell no cause, and our own way is about to. Said at once, one
-	// outage would be told twice, and agent-last-failure has one line a minute.
 	if f.Envoy.Trying && s.ofConnection() {
 		return nil
 	}

@@ -61,6 +61,7 @@ func TestEnvoysWords(t *testing.T) {
 		{trying(stream(13, "")), "", ""},
 		{trying(stream(14, "upstream connect error or disconnect/reset before headers. reset reason: connection timeout")), "", ""},
 		{trying(stream(13, "upstream_reset_after_response_started")), "", ""},
+		{trying(Envoy{State: "LIVE", Configured: true, Apart: true}), "", ""},
 		{Envoy{State: "LIVE", Configured: true, Apart: true}, ControlPlaneConnect,
 			"Cannot reach the Traffic Director API server: Envoy has no stream to it and its log gives no reason; see the warnings in /var/log/envoy/envoy.err.log"},
 		{probed(stream(13, "")), ControlPlaneConnect,

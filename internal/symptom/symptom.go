@@ -211,7 +211,8 @@ type Envoy struct {
 	// our own look-up, connect and TLS handshake to the control plane; nil: fine or not tried
 	Probe  error
 	Probed bool // it was tried
-	// Trying: the stream has just ended, and what our own way comes to is known within seconds.
+	// Trying: the stream has just ended, and why is about to be known better: by our own way within
+	// seconds, or, where that works, by Envoy's log within a minute.
 	Trying bool
 	Node   string // node id as Envoy presents it
 }
