@@ -42,6 +42,7 @@ case ${1:-all} in
     echo "=== soak grafana"
     go -C test/grafana vet . && go -C test/grafana test -count=1 -v -timeout 10m . ;;
   page)  test/page.sh ;;
+  packages) test/packages.sh ;; # what they hold, and what lintian and rpmlint say
   release) test/release.sh ;; # two of them, byte for byte
   vm) # Debian's kernels; the emulator and what makes a disk are installed by apt
     type qemu-system-x86_64 qemu-img mkfs.ext4 >/dev/null 2>&1 ||
@@ -51,6 +52,6 @@ case ${1:-all} in
     type qemu-system-aarch64 qemu-aarch64-static qemu-img mkfs.ext4 >/dev/null 2>&1 ||
       install qemu-system-arm qemu-user-static qemu-utils e2fsprogs
     run vm -run '^TestArm64$' ./test/vm ;;
-  all)   for g in rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page release vm arm64; do "$0" "$g"; done ;;
-  *)     echo "soak: no group \"$1\": rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page release vm arm64" >&2; exit 2 ;;
+  all)   for g in rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page packages release vm arm64; do "$0" "$g"; done ;;
+  *)     echo "soak: no group \"$1\": rules shuffled envoy agent long box firewalls chaos chaos-faults fuzz completion grafana page packages release vm arm64" >&2; exit 2 ;;
 esac
