@@ -141,7 +141,7 @@ func namedPath(names []string) string {
 // about half of that at 10,000 clusters, since Envoy puts together each cluster whose name matches
 // even for a dump of listeners (BenchmarkLook10000). The answer is that of nil all the same, but
 // for one thing: a listener of another name is seen when it is active or rejected, not while it is
-// warming. Envoy's log tells of it then, or a look at all.
+// warming or draining. Envoy's log tells of it then, or a look at all.
 //
 // nil asks of all listeners. So do names that are not Nameable, an Envoy that cannot be asked by
 // names, and one that answered the last look at all within 5 ms.

@@ -150,6 +150,23 @@ func (e *envoy) looks(names []string) (named, whole Fingerprint, questions uint6
 	return named, whole, questions
 }
 
+// drainsOther says whether a listener of another name has gone, and still drains: a look by names
+// does not see it, as it does not see one that warms.
+func (e *envoy) drainsOther(names []string) bool {
+	e.t.Helper()
+	d := &dump{}
+	if err := e.client.readDump(e.t.Context(), maskedPath, 5*time.Second, maxShort, d,
+		d.dynamicListener); err != nil {
+		e.t.Fatal(err)
+	}
+	rejected := func(name string) bool {
+		return slices.ContainsFunc(d.rejected, func(r Rejected) bool { return r.Name == name })
+	}
+	return slices.ContainsFunc(d.idle, func(name string) bool {
+		return name != "" && !slices.Contains(names, name) && !rejected(name)
+	})
+}
+
 // TestNamed: a look by names tells what a look at all does, whatever the names are, in all that may
 // happen to a listener; and it does so without a look at all while nothing moves.
 func TestNamed(t *testing.T) {
@@ -262,7 +279,7 @@ func TestNamedRandomly(t *testing.T) {
 					named, after, _ := e.looks(s.Names)
 					if before == after {
 						compared++
-						if named != after {
+						if named != after && !e.drainsOther(s.Names) {
 							t.Fatalf("seed %d, names %q: by them %+v, of all %+v", seed, s.Names, named, after)
 						}
 					}
