@@ -95,7 +95,7 @@ func runCommand() *cobra.Command {
 		"`INTERFACES` of containers whose outbound connections are intercepted too, such as docker0")
 	f.StringSliceVar(&resolvers, "resolver-users", agent.DefaultResolverUsers,
 		"`USERS` that the VM's own DNS resolvers run as, by name or uid: with intercept-dns their "+
-			"questions are not redirected, or they would loop")
+			"questions are not redirected, or they would loop; takes the place of the default")
 	f.StringVar(&level, "log-level", "info",
 		"least `LEVEL` that is logged: debug, info, warn or error")
 	return c

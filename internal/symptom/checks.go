@@ -80,7 +80,7 @@ func resolverLoop(f Facts) (out []Finding) {
 			who = "the user it runs as"
 		}
 		out = append(out, finding(ResolverLoop, 42, Warning,
-			"then add "+who+" to --resolver-users",
+			"if so, name "+who+" in --resolver-users, together with those that are there now",
 			"Questions of the resolver on %v of %s go to Envoy's DNS listener, too (intercept-dns); "+
 				"if it asks other resolvers, and Envoy asks it, they go in a circle", p.Addr, p.owner()).
 			under(strconv.FormatUint(uint64(p.Owner), 10)).

@@ -276,7 +276,7 @@ func TestWords(t *testing.T) {
 			f.Resolvers = []Port{
 				{Addr: netip.MustParseAddrPort("127.0.0.1:53"), Owner: 110, OwnerName: "bind", Listening: true}}
 		}), "resolver-loop", 42, Warning,
-			"…127.0.0.1:53 of bind (uid 110) go to Envoy's DNS listener…if …in a circle", "then add bind to --resolver-users"},
+			"…127.0.0.1:53 of bind (uid 110) go to Envoy's DNS listener…if …in a circle", "if so, name bind in --resolver-users, together with…"},
 		{"an nft chain before ours", live(func(f *Facts) {
 			f.Others = []iptables.OtherChain{
 				{Backend: "nft", Family: "inet", Table: "mine", Chain: "out", Hook: iptables.Output, Priority: -110}}

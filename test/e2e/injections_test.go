@@ -219,7 +219,7 @@ var situations = []situation{
 		{row: 42, id: symptom.ResolverLoop, how: "a resolver of uid 4712 that is not let out",
 			inject: resolverAppears,
 			says: `^Questions of the resolver on 127\.0\.0\.1:53 of uid 4712 go to Envoy's DNS listener, too ` +
-				`\(intercept-dns\).*; then add 4712 to --resolver-users`},
+				`\(intercept-dns\).*; if so, name 4712 in --resolver-users, together`},
 	}},
 	{"ports closed", vmBehindFake, []injection{
 		{row: 0, id: symptom.InterceptionNotReady, how: "POST /drain_listeners", inject: drained,
