@@ -39,6 +39,7 @@ var sentinels = map[string]error{
 	"iptables.ErrCouldNotLook":    iptables.ErrCouldNotLook,
 	"iptables.ErrIncompatible":    iptables.ErrIncompatible,
 	"iptables.ErrLocked":          iptables.ErrLocked,
+	"iptables.ErrNoIPTables":      iptables.ErrNoIPTables,
 	"iptables.ErrNoModules":       iptables.ErrNoModules,
 	"iptables.ErrNotRoot":         iptables.ErrNotRoot,
 	"fs.ErrPermission":            fs.ErrPermission,

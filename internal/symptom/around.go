@@ -492,13 +492,18 @@ func toolsMissing(f Facts) []Finding {
 		return nil
 	}
 	return []Finding{finding(ToolsMissing, 38, Error,
-		"install the package iptables (`apt-get install iptables`, `dnf install iptables-nft`); nothing "+
-			"is intercepted until then",
+		"install the package iptables ("+howToInstall+"); nothing is intercepted until then",
 		"There is no iptables on this VM: %v", f.NoTools).
 		seen(FromKernel, time.Time{}, f.NoTools.Error()).
-		try("sudo sh -c 'apt-get update && apt-get install -y iptables || dnf install -y iptables-nft'",
-			"sudo systemctl restart service-proxy-bootstrap")}
+		try(installIPTables, "sudo systemctl restart service-proxy-bootstrap")}
 }
+
+// The package that has iptables and ip6tables: in words, and to paste.
+const (
+	howToInstall    = "`apt-get install iptables`, `dnf install iptables-nft`"
+	installIPTables = "sudo sh -c 'apt-get update && apt-get install -y iptables || " +
+		"dnf install -y iptables-nft'"
+)
 
 // failsTLS says that the control plane answers and its certificate is not believed, as with a wrong
 // clock.

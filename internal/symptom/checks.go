@@ -436,6 +436,11 @@ func (fam Family) findings() (out []Finding) {
 			"%v interception is off: %v", fam.Family, fam.Unusable).
 			seen(FromKernel, time.Time{}, fam.Unusable.Error()).
 			try(rebootForModules...))
+	case errors.Is(fam.Unusable, iptables.ErrNoIPTables) && fam.Family == iptables.IPv6:
+		out = append(out, finding(FamilyUnusable, 16, Warning,
+			"IPv4 goes on; install the package that has ip6tables ("+howToInstall+")",
+			"IPv6 interception is off: %v", fam.Unusable).
+			seen(FromKernel, time.Time{}, fam.Unusable.Error()).try(installIPTables))
 	case fam.Unusable != nil && fam.Family == iptables.IPv6:
 		out = append(out, finding(FamilyUnusable, 16, Warning,
 			"IPv4 goes on; `modprobe "+module+"` or a reboot brings it back",

@@ -75,6 +75,8 @@ func TestCommands(t *testing.T) {
 		{live(func(f *Facts) { port(f); f.Processes = []uint32{4711} }), EnvoyOtherUser, "ps -fu 4711"},
 		{family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable,
 			"sudo modprobe ip6table_nat"},
+		{family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoIPTables }), FamilyUnusable,
+			"sudo sh -c 'apt-get update && apt-get install -y iptables …"},
 		{family(func(f *Family) {
 			f.Left = []iptables.RefusedError{{Stderr: "ip6tables-restore v1.8.9 (legacy): Couldn't load match `addrtype':No such file or directory"}}
 		}), RuleRefused, "sudo modprobe -a xt_addrtype"},

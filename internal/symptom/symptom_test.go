@@ -139,7 +139,7 @@ var examples = []example{
 			{Kind: iptables.JumpRemoved, Chain: "OUTPUT", Rule: "-p tcp -j SERVICE_PROXY_OUTPUT"}}, "iptables (pid 4711)"
 	}), DriftRepaired},
 	{"the proxy's user does not exist", live(func(f *Facts) { f.UserErr = errors.New(`look up user "envoy": unknown user envoy`) }), ProxyUser},
-	{"no ip6tables", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable},
+	{"the kernel has no table nat for IPv6", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }), FamilyUnusable},
 	{"ip6tables is not installed", family(func(f *Family) {
 		f.Family = iptables.IPv6
 		f.Unusable = fmt.Errorf("find %q: %w", "ip6tables", iptables.ErrNoIPTables)

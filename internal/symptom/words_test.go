@@ -135,6 +135,10 @@ func TestWords(t *testing.T) {
 			"proxy-user", 15, Error, "No rules without the proxy's user…loop: …unknown user envoy", "create the user…--proxy-user"},
 		{"ip6tables' modules are missing", family(func(f *Family) { f.Family, f.Unusable = iptables.IPv6, iptables.ErrNoTable }),
 			"family-unusable", 16, Warning, "IPv6 interception is off: …no nat table", "IPv4 goes on; `modprobe ip6table_nat` or a reboot…"},
+		{"ip6tables is not installed", family(func(f *Family) {
+			f.Family, f.Unusable = iptables.IPv6, fmt.Errorf("find %q: %w", "ip6tables", iptables.ErrNoIPTables)
+		}), "family-unusable", 16, Warning, "IPv6 interception is off: …iptables is not installed",
+			"IPv4 goes on; install the package that has ip6tables (`apt-get install iptables`, `dnf install iptables-nft`)"},
 		{"iptables' modules are missing", family(func(f *Family) { f.Unusable = iptables.ErrNoTable }),
 			"family-unusable", 16, Error, "IPv4 interception is off: …no nat table", "`modprobe iptable_nat` or a reboot…"},
 		{"and loading is off", family(func(f *Family) {

@@ -188,7 +188,7 @@ var situations = []situation{
 			says: `^No rules without the proxy's user, or its own traffic would loop: .*nobody-at-all.*` +
 				`; create the user Envoy runs as, or name it with --proxy-user`, disturbs: true},
 		{row: 16, id: symptom.FamilyUnusable, how: "no ip6tables", inject: noIP6Tables,
-			says:     `^IPv6 interception is off: .*; IPv4 goes on; .modprobe ip6table_nat. or a reboot`,
+			says:     `^IPv6 interception is off: .*; IPv4 goes on; install the package that has ip6tables`,
 			disturbs: true},
 	}},
 	{"metadata", healthyVM, []injection{
