@@ -26,8 +26,9 @@ func closedAgent(f Facts) []Finding {
 			what = "its process is " + name(c.Process)
 		}
 		found = finding(ClosedAgentHere, 39, Error,
-			"`"+takeOver+"` stops it and takes its rules over without a gap; `service-proxy-agent "+
-				"bootstrap --remove` gives them back",
+			"`"+takeOver+"` stops it and takes its rules over: new connections to services are refused "+
+				"for a moment, none goes past Envoy; `sudo service-proxy-agent bootstrap --remove` gives "+
+				"them back",
 			"Google's own agent is on this VM, too, and writes the same rules and guest attributes: %s",
 			safe(what))
 	}
