@@ -86,14 +86,21 @@ func (l *looking) answered(of []symptom.Source, take func(*looking), err error) 
 	}
 }
 
+// errNeedsRoot is what is said of all that another user may not see.
+var errNeedsRoot = errors.New("needs root")
+
+// needsRoot says whether root would have been answered.
+func needsRoot(err error) bool {
+	return os.Geteuid() != 0 && (errors.Is(err, errNeedsRoot) || errors.Is(err, fs.ErrPermission) ||
+		errors.Is(err, iptables.ErrNotRoot) || errors.Is(err, unix.EPERM))
+}
+
 // whyNot is why a source told nothing, in few words. What another user may not see has the same
 // words for every source.
 func whyNot(err error) string {
-	denied := errors.Is(err, fs.ErrPermission) || errors.Is(err, iptables.ErrNotRoot) ||
-		errors.Is(err, unix.EPERM)
 	switch {
-	case denied && os.Geteuid() != 0:
-		return "needs root"
+	case needsRoot(err):
+		return errNeedsRoot.Error()
 	case errors.Is(err, context.DeadlineExceeded):
 		return errNoAnswer.Error()
 	}

@@ -61,6 +61,7 @@ func steady(
 // differs compares what the kernel should have with what it has.
 func (l Looked) differs(elsewhere []iptables.Elsewhere, elsewhereErr error) rulediff.Difference {
 	var parts []rulediff.Family
+	o := l.options("what Envoy and the attribute ask for")
 	notes := l.daemonNotes()
 	paused := l.Daemon != nil && l.Daemon.Paused
 	for i, f := range families {
@@ -74,6 +75,7 @@ func (l Looked) differs(elsewhere []iptables.Elsewhere, elsewhereErr error) rule
 		}
 		if err != nil {
 			parts = append(parts, rulediff.NotSeen(f, err))
+			o.NeedsRoot = o.NeedsRoot || needsRoot(err)
 			continue
 		}
 		left, note := l.left(i)
@@ -88,7 +90,6 @@ func (l Looked) differs(elsewhere []iptables.Elsewhere, elsewhereErr error) rule
 	if elsewhereErr != nil {
 		notes = append(notes, fmt.Sprintf("the other backend: %v", elsewhereErr))
 	}
-	o := l.options("what Envoy and the attribute ask for")
 	o.Notes = notes
 	return rulediff.New(parts, others(l.Seen.Others, elsewhere), o)
 }
@@ -144,6 +145,7 @@ func (l Looked) changes(file string, other attribute.Config) rulediff.Difference
 		}
 		if err != nil {
 			parts = append(parts, rulediff.NotSeen(f, err))
+			o.NeedsRoot = o.NeedsRoot || needsRoot(err)
 			continue
 		}
 		parts = append(parts,
@@ -173,7 +175,10 @@ func (l Looked) options(against string) rulediff.Options {
 // whyUnknown is why it is not known what is wanted.
 func (l Looked) whyUnknown() error {
 	unseen := func(s symptom.Source, otherwise string) error {
-		return errors.New(cmp.Or(l.Facts.Unseen[s], otherwise))
+		if why := l.Facts.Unseen[s]; why != errNeedsRoot.Error() {
+			return errors.New(cmp.Or(why, otherwise))
+		}
+		return errNeedsRoot
 	}
 	switch {
 	case l.Seen.User.Err != nil:

@@ -55,6 +55,8 @@ type Difference struct {
 	Families []Family `json:"families"`
 	// Others are rules and chains elsewhere, that matter or are left over.
 	Others []Line `json:"others"`
+
+	needsRoot bool // to look at the rest
 }
 
 // Counts are how many lines there are of each mark but context.
@@ -90,6 +92,8 @@ type Options struct {
 	Backend  string
 	Services int
 	Notes    []string
+	// NeedsRoot: what could not be looked at root could have.
+	NeedsRoot bool
 }
 
 // Left is a rule that the kernel does not take.
@@ -183,7 +187,7 @@ func New(families []Family, others []iptables.Line, o Options) Difference {
 		Schema: Schema, Version: o.Version, Time: o.Time.UTC().Truncate(time.Second), Config: o.Config,
 		Against: o.Against, Backend: o.Backend, Services: o.Services,
 		Notes: append([]string{}, o.Notes...), Families: families, Others: Lines(others),
-		Exit: Same, Result: IsSame,
+		Exit: Same, Result: IsSame, needsRoot: o.NeedsRoot,
 	}
 	d.Counts = count(d.Others)
 	if !slices.ContainsFunc(families, func(f Family) bool { return f.Result != Off }) {

@@ -84,7 +84,7 @@ func differences(t *testing.T) map[string]Difference {
 			o.Notes = []string{"IPv4: the jumps are held back: Envoy does not accept on 15001"}
 		})),
 		"unseen": New([]Family{same4, NotSeen(iptables.IPv6, errors.New("not permitted\nto look"))},
-			nil, o),
+			nil, with(func(o *Options) { o.NeedsRoot = true })),
 		"off":  New([]Family{same4, NotUsable(iptables.IPv6, iptables.ErrNoTable)}, nil, o),
 		"offs": New([]Family{NotUsable(iptables.IPv4, iptables.ErrNoTable)}, nil, o),
 		"nothing": New([]Family{NotSeen(iptables.IPv4, errors.New("x")),

@@ -58,11 +58,13 @@ func (d Difference) Text(out io.Writer, style terminal.Style, width int) error {
 	}
 	fmt.Fprintln(b, style.Bold(terminal.Wrap(safe(d.verdict()), width, 4)))
 	switch {
+	case d.Result == Unknown && d.needsRoot:
+		say("%s run it as root", style.Dim("next:"))
 	case d.Result == Unknown:
-		say("%s run it as root, or look why with `service-proxy-agent doctor`", style.Dim("next:"))
+		say("%s look why with `sudo service-proxy-agent doctor`", style.Dim("next:"))
 	case d.Config == "" && len(d.of(IsOther)) > 0:
 		say("%s a running agent repairs that by itself; if it does not, see "+
-			"`service-proxy-agent doctor`", style.Dim("next:"))
+			"`sudo service-proxy-agent doctor`", style.Dim("next:"))
 	}
 	return b.Flush()
 }
