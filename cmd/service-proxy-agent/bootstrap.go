@@ -13,6 +13,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/bootstrap"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/drain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/system"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/iptables"
@@ -49,7 +50,8 @@ func bootstrapCommand() *cobra.Command {
 			"own attribute at its first boot, and needs no network for the agent then. A disk that is " +
 			"copied without it does, too: what is another VM's is discarded.\n\n" +
 			"Its first step looks whether the agent can be on this system at all, as --check does, and " +
-			"refuses in one line where it cannot. docs/systems.md has what was tried.\n\n" +
+			"refuses in one line where it cannot.\n" +
+			symptom.DocsURL + "systems.md has what was tried.\n\n" +
 			"Exit code: 0 done, or with --check: works here; 1 not done, or does not work here, with the " +
 			"reason; 64 wrong usage.",
 		Example: "  sudo service-proxy-agent bootstrap\n" +

@@ -41,8 +41,8 @@ func bundleCommand() *cobra.Command {
 			"manifest.json and at the end. Envoy is asked for its whole configuration once: with many " +
 			"thousands of services that takes its main thread some seconds in all (6 with 10,000).\n\n" +
 			"Exit code: 0 the archive is written, with gaps or without; 2 it is not; 64 wrong usage.\n\n" +
-			"Have `doctor --from` and `explain --from` look at it elsewhere. docs/bundle.schema.json is " +
-			"the form of manifest.json.",
+			"Have `doctor --from` and `explain --from` look at it elsewhere.\n" +
+			symptom.DocsURL + "bundle.schema.json is the form of manifest.json.",
 		Example: "  sudo service-proxy-agent bundle\n" +
 			"  sudo service-proxy-agent bundle -f bundle.tgz\n" +
 			"  # From afar: -f - through ssh, and >bundle.tgz there",

@@ -8,6 +8,7 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/rulediff"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
@@ -25,7 +26,7 @@ func diffCommand() *cobra.Command {
 			"come.\n\n" +
 			"Exit code, the same in every form of output: 0 same; 1 differs; 2 could not look (as another " +
 			"user than\nroot, say); 64 wrong usage, or a malformed file.\n\n" +
-			"docs/diff.schema.json is the form of -o json.",
+			symptom.DocsURL + "diff.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent diff\n" +
 			"  service-proxy-agent diff --config new.json",
 	}

@@ -24,7 +24,8 @@ func doctorCommand() *cobra.Command {
 			"something; 2\nnothing, but a check of that severity could not look (as another user than " +
 			"root, say); 64 wrong\nusage.\n\n" +
 			"With --from it says, on any machine, what it said on the VM when the bundle was made.\n\n" +
-			"docs/symptoms.md has every check. docs/doctor.schema.json is the form of -o json.",
+			symptom.DocsURL + "symptoms.md has every check.\n" +
+			symptom.DocsURL + "doctor.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent doctor\n" +
 			"  sudo service-proxy-agent doctor --fail-on warning --ignore application-silent -o json\n" +
 			"  service-proxy-agent doctor --from bundle.tgz",

@@ -10,6 +10,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/agent"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/explain"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/try"
 )
@@ -28,7 +29,7 @@ func explainCommand() *cobra.Command {
 			"another user\nthan root, say), or rules and kernel differ (--try); 64 wrong usage.\n\n" +
 			"With --from it answers, on any machine, by what a bundle has of the VM. That knows the users " +
 			"by name whom\nrules are about; give any other by number.\n\n" +
-			"docs/explain.schema.json is the form of -o json.",
+			symptom.DocsURL + "explain.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent explain 10.0.0.1:80\n" +
 			"  service-proxy-agent explain 10.0.0.1:80 --from bundle.tgz\n" +
 			"  sudo service-proxy-agent explain [fd00::1]:80 --uid www-data --try\n" +

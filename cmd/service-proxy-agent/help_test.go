@@ -2,12 +2,16 @@ package main
 
 import (
 	"io"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal/terminaltest"
 )
@@ -100,5 +104,22 @@ func TestExamples(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestPagesAreReadElsewhere: a VM has no docs/, so what help says names pages by their address.
+func TestPagesAreReadElsewhere(t *testing.T) {
+	page, seen := regexp.MustCompile(`\S*\bdocs/\S*\w`), 0
+	for _, c := range everyCommand(t) {
+		for _, named := range page.FindAllString(helpText(c, false, 1000), -1) {
+			seen++
+			name, found := strings.CutPrefix(named, symptom.DocsURL)
+			if _, err := os.Stat(filepath.Join("../../docs", name)); !found || err != nil {
+				t.Errorf("%s: %s is no page (%v)", c.Name(), named, err)
+			}
+		}
+	}
+	if seen < 8 {
+		t.Errorf("only %d pages are named", seen)
 	}
 }

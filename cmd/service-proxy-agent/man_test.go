@@ -7,6 +7,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // The pages of the manual are made of what the commands say about themselves, here and not in the
@@ -14,7 +16,7 @@ import (
 
 // manDate is the day on which what the pages say last changed, moved by hand: the same commands
 // make the same pages. mandoc -T lint wants one.
-const manDate = "2026-11-29"
+const manDate = "2026-11-30"
 
 // manFiles are what the page of the whole lists.
 var manFiles = []struct{ path, what string }{
@@ -120,7 +122,7 @@ var (
 	code = regexp.MustCompile("`[^`]+`")
 	// literal is a flag or a file, reference another page.
 	literal = regexp.MustCompile(
-		`(^|[ (])(--?[a-z][a-z-]*\b|(?:docs|/etc|/usr|/var|/run|/dev)/[\w./-]*\w)`)
+		`(^|[ (])(--?[a-z][a-z-]*\b|(?:https:/|/etc|/usr|/var|/run|/dev)/[\w./-]*\w)`)
 	reference = regexp.MustCompile(`([a-z][a-z-]*)\((\d)\)`)
 )
 
@@ -289,4 +291,8 @@ func (p *manual) seeAlso(root, c *cobra.Command) {
 		}
 	}
 	p.line(strings.Join(pages, ",\n"))
+	p.macro("PP")
+	p.macro("UR", symptom.DocsURL+"README.md")
+	p.line("All pages")
+	p.macro("UE")
 }

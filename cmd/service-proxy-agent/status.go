@@ -22,6 +22,7 @@ import (
 	"github.com/service-proxy-agent/service-proxy-agent/internal/exitcode"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/server"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/status"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/terminal"
 )
 
@@ -47,7 +48,7 @@ func statusCommand() *cobra.Command {
 			"listen. Whether the mesh is ready is another question, which `wait` asks.\n\n" +
 			"Exit code, the same in every form of output: 0 no error stands; 1 one does, or the daemon is " +
 			"stuck; 2 no answer; 64 wrong usage.\n\n" +
-			"docs/status.schema.json is the form of -o json.",
+			symptom.DocsURL + "status.schema.json is the form of -o json.",
 		Example: "  sudo service-proxy-agent status\n" +
 			"  sudo service-proxy-agent status -o json\n" +
 			"  sudo service-proxy-agent status --watch\n" +

@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/symptom"
 )
 
 // version and commit are stamped by the Makefile (-ldflags -X); deploy/version.sh makes them.
@@ -40,7 +42,7 @@ func versionCommand() *cobra.Command {
 		Long: "Prints the version, commit, platform and Go release, in one line. -o json has the " +
 			"modules that are linked in as well, each with its version and the sum that go.sum has.\n\n" +
 			"Exit code: 0 printed; 64 wrong usage.\n\n" +
-			"docs/version.schema.json is the form of -o json.",
+			symptom.DocsURL + "version.schema.json is the form of -o json.",
 		Example: "  service-proxy-agent version\n" +
 			"  service-proxy-agent version -o json",
 	}

@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	page = "https://github.com/service-proxy-agent/service-proxy-agent/blob/main/docs/symptoms.md#"
+	page = symptom.DocsURL + "symptoms.md#"
 	// who is where the summary of an alert begins.
 	who = "{{ $labels.instance }}: "
 )

@@ -142,8 +142,8 @@ func catalog() string {
 		"`journalctl -x` shows these words.\n")
 	entry := func(id ID, anchor, title, about string) {
 		fmt.Fprintf(&out, "\n-- %s\nSubject: %s\nDefined-By: service-proxy-agent\n"+
-			"Support: %s/issues\nDocumentation: %s/blob/main/docs/symptoms.md%s\n\n%s\n",
-			id.MessageID(), title, home, home, anchor, about)
+			"Support: %s/issues\nDocumentation: %ssymptoms.md%s\n\n%s\n",
+			id.MessageID(), title, home, DocsURL, anchor, about)
 	}
 	for _, k := range Kinds() {
 		entry(k.ID, "#"+string(k.ID), k.Title, wrap(meanings[k.ID])+

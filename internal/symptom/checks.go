@@ -607,7 +607,7 @@ func attributeBad(f Facts) []Finding {
 	}
 	next := "correct it"
 	if errors.Is(f.Attribute, attribute.ErrMissing) {
-		next = "or give this VM one (docs/attribute.md)"
+		next = "or give this VM one (" + DocsURL + "attribute.md)"
 	}
 	return []Finding{finding(AttributeBad, 26, Error, next+"; until then "+inForce(f),
 		"The gce-service-proxy attribute cannot be used: %v", f.Attribute).
@@ -794,7 +794,7 @@ func logUnreadable(f Facts) []Finding {
 
 func attributeAdvice(f Facts) (out []Finding) {
 	for _, text := range f.Advice {
-		out = append(out, finding(AttributeAdvice, 0, Warning, "see docs/attribute.md",
+		out = append(out, finding(AttributeAdvice, 0, Warning, "see "+DocsURL+"attribute.md",
 			"The gce-service-proxy attribute: %s", text).
 			under(text).seen(FromMetadata, time.Time{}, text).try(f.setAttribute()...))
 	}

@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -231,4 +232,23 @@ func severities(k Kind) string {
 		all = append(all, s.String())
 	}
 	return strings.Join(all, ", ")
+}
+
+// TestPagesAreReadElsewhere: a VM has no docs/, so findings name pages by their address.
+func TestPagesAreReadElsewhere(t *testing.T) {
+	page, seen := regexp.MustCompile(`[^\s(]*\bdocs/[\w./-]*\w`), 0
+	for _, e := range examples {
+		for _, f := range Check(e.facts) {
+			for _, named := range page.FindAllString(f.Cause+" "+f.Next, -1) {
+				seen++
+				name, found := strings.CutPrefix(named, DocsURL)
+				if _, err := os.Stat("../../docs/" + name); !found || err != nil {
+					t.Errorf("%s: %s is no page (%v)", e.when, named, err)
+				}
+			}
+		}
+	}
+	if seen < 2 {
+		t.Errorf("only %d pages are named", seen)
+	}
 }

@@ -42,6 +42,10 @@ func (s *Severity) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// DocsURL is where the pages of docs/ are read: what is told on a VM names them by it, since a VM has
+// none of them.
+const DocsURL = "https://github.com/service-proxy-agent/service-proxy-agent/blob/main/docs/"
+
 // ID names a symptom for machines: the label of the findings metric. The set is fixed; it does
 // not grow with services.
 type ID string
