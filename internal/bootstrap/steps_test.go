@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -114,5 +115,26 @@ func TestMeanings(t *testing.T) {
 	own := &Failure{Step: StepUnits, Err: disk(syscall.EPERM), Advice: "mine"}
 	if f := failed(StepInstall, own, ofDisk); f.Step != StepUnits || f.Advice != "mine" {
 		t.Errorf("have %+v", f)
+	}
+}
+
+// TestStepsAreExplained: docs/symptoms.md has what to do about each step, and about each of the words
+// that say more of one.
+func TestStepsAreExplained(t *testing.T) {
+	page, err := os.ReadFile("../../docs/symptoms.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), "\n### `bootstrap-failed`\n")
+	section, _, _ = strings.Cut(section, "\n### ")
+	words := []string{errChecksum.Error(), errNoAccount.Error(), errArchive.Error(),
+		(&statusError{code: http.StatusForbidden}).Error(), (&statusError{code: http.StatusNotFound}).Error()}
+	for _, s := range steps {
+		words = append(words, s.name+":")
+	}
+	for _, w := range words {
+		if !strings.Contains(section, "`"+w+"`") && !strings.Contains(section, "\n| **"+w+"**") {
+			t.Errorf("it does not explain %q", w)
+		}
 	}
 }

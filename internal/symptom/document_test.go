@@ -94,8 +94,37 @@ var alsoTold = map[ID][]string{
 	RuleRefused: {"Another app is currently holding the xtables lock",
 		"chain `OUTPUT' in table `nat' is incompatible, use 'nft' tool.",
 		"No chain/target/match by that name."},
+	Bootstrap:          {"bootstrap-last-failure", "install Envoy: …"},
 	GuestAttributesOff: {"Guest attributes endpoint access is disabled."},
 	ListenAddress:      {"bind: address already in use"},
+}
+
+// besides is what a section has behind its table.
+var besides = map[ID]string{
+	Bootstrap: `
+The guest attribute ` + "`bootstrap-last-failure`" + ` has these words, too, and at once. They begin with
+the step. Bootstrap tries again by itself: what may pass within a minute, the rest when the attribute
+changes, and every five minutes.
+
+| step, and words behind it | next step |
+|---|---|
+| **look at the system:** | the words behind the last ; are the way out; [systems.md](systems.md) has all that a system needs |
+| **read the attribute:** | as for [attribute-malformed](#attribute-malformed), or where the metadata server does not answer [metadata-server](#metadata-server) |
+| **read the VM's metadata:** | as for [metadata-server](#metadata-server) |
+| **install units and users:** | make room on the disk, or the folder writable |
+| **install packages:** … ` + "`missing on this image`" + ` | give the VM a way to its distribution's repositories (Cloud NAT: Private Google Access leads to Google alone), or take an image that has iptables and ca-certificates |
+| **install Envoy:** … ` + "`status 403 Forbidden`" + `, of gs:// | grant roles/storage.objectViewer on the bucket to the VM's service account; the VM needs the scope cloud-platform or devstorage.read_only, too. An object that is not there is told so as well |
+| … ` + "`status 404 Not Found`" + ` | correct primary-source in the attribute, or upload the archive |
+| … ` + "`the VM has no service account to read Cloud Storage with`" + ` | stop the VM and give it one, with the scope cloud-platform |
+| … ` + "`wrong checksum`" + ` | upload the archive anew with its .sha256, or correct #sha256= behind the URL |
+| … ` + "`bad archive`" + ` | upload a whole .tgz that holds usr/local/bin/envoy |
+| … ` + "`i/o timeout`, `no route to host`" + ` | the VM has no way out to TCP 443: Private Google Access (for gs://), Cloud NAT, the firewall |
+| … ` + "`there is no Envoy: none on this VM`" + ` | install an archive or a package that brings Envoy, or give primary-source |
+| **make the log files:** | give access-log a path in a folder that exists |
+| **configure Envoy:** … ` + "`refuses its configuration`" + ` | take another Envoy by primary-source; else this is a fault of bootstrap's: please open an issue |
+| **start Envoy:** | see /var/log/envoy/envoy.err.log and ` + "`journalctl -u service-proxy-envoy`" + ` |
+| anything with ` + "`no space left on device`" + ` | make room on that disk |
+`,
 }
 
 // TestDocument: docs/symptoms.md says what the program says. `-update` writes it anew.
@@ -216,6 +245,7 @@ func entry(t *testing.T, doc *strings.Builder, k Kind) {
 		fmt.Fprintf(doc, "| %s | %s | %v | %s | %s |\n", e.when, row, f.Severity, cell(f.Cause),
 			cell(f.Next))
 	}
+	doc.WriteString(besides[k.ID])
 }
 
 func kindOf(t *testing.T, id ID) Kind {

@@ -160,7 +160,12 @@ var examples = []example{
 	{"a server-first protocol behind an inspecting listener", live(func(f *Facts) { f.ServerFirst = []uint16{3306} }), ServerFirst},
 	{"Envoy is too old", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 8} }), EnvoyTooOld},
 	{"Envoy is old", live(func(f *Facts) { f.Envoy.Version = envoyadmin.Version{Major: 1, Minor: 20} }), EnvoyTooOld},
-	{"bootstrap failed", live(func(f *Facts) { f.Bootstrap = "install Envoy: gs://b/envoy.tgz: status 403; tried again in 30 s" }), Bootstrap},
+	{"bootstrap failed", live(func(f *Facts) {
+		f.Bootstrap = "install Envoy: primary-source: download gs://b/envoy.tgz: status 403 Forbidden: grant the " +
+			"VM's service account roles/storage.objectViewer on the bucket; mend that source, or give " +
+			"primary-source=gs://BUCKET/OBJECT.tgz in --service-proxy, or install Envoy 1.24.9 or later as " +
+			"/usr/local/bin/envoy; it is tried again when the attribute changes, and at least every 5 minutes"
+	}), Bootstrap},
 	{"the attribute is malformed", live(func(f *Facts) { f.Attribute = malformed }), AttributeBad},
 	{"the attribute is missing", live(func(f *Facts) {
 		f.Attribute = fmt.Errorf("%w; create its template with --service-proxy enabled",
