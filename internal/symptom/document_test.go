@@ -23,7 +23,7 @@ var sections = []struct {
 	title, intro string
 	ids          []ID
 }{
-	{"Envoy", "While Envoy does not accept, what is redirected to it fails. With " +
+	{"Envoy", "While Envoy does not accept, what is redirected to it fails. With\n" +
 		"`--when-envoy-down=bypass` it goes out as it is.",
 		[]ID{EnvoyDown, EnvoyNotConfigured, AdminUnreadable, InterceptionNotReady, ForeignOwner,
 			EnvoyOtherUser, EnvoyNotOurs, EnvoyTooOld, LogUnreadable}},
@@ -33,7 +33,7 @@ var sections = []struct {
 		"the words behind the colon tell them apart.",
 		[]ID{ControlPlaneLookUp, ControlPlaneConnect, APINotEnabled, PermissionDenied, ScopeMissing,
 			ConfigNotFound, ControlPlaneRefused, EnvoyIdentity, ClockWrong}},
-	{"Listeners", "What the control plane sent, and Envoy or the agent does not take. It is mended " +
+	{"Listeners", "What the control plane sent, and Envoy or the agent does not take. It is mended\n" +
 		"there, for all VMs at once.",
 		[]ID{ListenerRejected, AccessLogUnwritable, ServingPortNoChain, ServerFirst, EntryRefused,
 			ListenerSkipped}},
@@ -154,12 +154,15 @@ func findings(t *testing.T) string {
 	var doc strings.Builder
 	doc.WriteString(`# What the agent says, and what to do
 
-An error is told in the guest attribute ` + "`agent-last-failure`" + `, on serial port 1, in Cloud Logging and in
-the log. So is a warning, but in the guest attribute only while no error lasts (and ` +
-		"`guest-attributes-off`" + ` not there), and
-advice in ` + "`status` and `doctor`" + ` alone. All have a series, which is 0 while the
-finding does not stand: ` +
-		"`service_proxy_agent_finding{id=…,severity=…}`" + `.
+| severity | told in |
+|---|---|
+| error | the guest attribute ` + "`agent-last-failure`" + `, serial port 1, Cloud Logging, the log |
+| warning | the same, the guest attribute only while no error lasts (and ` +
+		"`guest-attributes-off`" + ` not there) |
+| advice | ` + "`status` and `doctor`" + ` alone |
+
+All have a series, ` + "`service_proxy_agent_finding{id=…,severity=…}`" + `, which is 0 while the finding does
+not stand.
 
     gcloud compute instances get-guest-attributes VM --query-path=gce-service-proxy/
     sudo service-proxy-agent status     on the VM: all of it, and what follows from what
@@ -171,8 +174,10 @@ What follows from another finding is listed under it in ` + "`status` and `docto
 nowhere else: mend the first one. Alerts that are not a finding's are in
 [the last part](#what-only-a-scrape-shows).
 
-This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with examples
-for names and addresses. The row is the one that reports and issues name.
+This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with
+examples for names and addresses. The number of a row is a name for the situation, the same in
+[What was measured](#what-was-measured); you need it for nothing else. What ` + "`agent-status`" + ` says is in
+[its part](#state-of-agent-status).
 
 | id | severity | what is wrong |
 |---|---|---|
