@@ -201,7 +201,7 @@ removes those that bootstrap has made.
 ## In the kernel
 
 Chains of table nat, IPv4 and IPv6, that begin with ` + "`SERVICE_PROXY_`" + ` and the jumps to them
-([the chain graph](design/README.md)). ` + "`SERVICE_PROXY_PROBE`" + ` is one of them for a
+([the chain graph](design/chains.md)). ` + "`SERVICE_PROXY_PROBE`" + ` is one of them for a
 moment, while the kernel is asked whether it takes a rule. ` + "`inet service-proxy-agent-…`" + `
 is a table of nft for some seconds after somebody else has changed the chains
 ([coexistence.md](coexistence.md#streams-while-all-rules-are-flushed)). They go with the unit

@@ -15,10 +15,11 @@ import (
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/metadata"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 	"github.com/service-proxy-agent/service-proxy-agent/test/platform"
 )
 
-// listed are the paths that the README, under "What it writes", says bootstrap writes.
+// listed are the paths that docs/files.md says bootstrap writes.
 var listed = []string{
 	"/var/lib/service-proxy-agent", "/run/service-proxy-*", "/usr/local/bin/service-proxy-agent", "/usr/local/bin/envoy", "/usr/local/lib/service-proxy-agent",
 	"/usr/local/lib/systemd/system", "/usr/local/lib/systemd/catalog", "/usr/local/lib/tmpfiles.d", "/usr/local/lib/sysusers.d", "/etc/service-proxy-agent", "/var/log/envoy",
@@ -88,7 +89,7 @@ func changed(before, after map[string]string) []string {
 	return paths
 }
 
-// Bootstrap writes what the README lists and nothing else, and --remove leaves the VM as it was but
+// Bootstrap writes what docs/files.md lists and nothing else, and --remove leaves the VM as it was but
 // for settings. What the commands it runs would write (systemctl enable, systemd-sysusers,
 // systemd-tmpfiles, the package manager) is played here and not written.
 func TestWritesOnlyWhatIsListed(t *testing.T) {
@@ -98,13 +99,19 @@ func TestWritesOnlyWhatIsListed(t *testing.T) {
 	}
 	_, section, _ := strings.Cut(string(readme), "- **Files**:")
 	section, _, _ = strings.Cut(section, "- **Lines**")
-	for _, words := range []string{"`/var/lib/service-proxy-agent`", "`/run/service-proxy-*`",
-		"`/usr/local/bin/{service-proxy-agent,envoy}`",
-		"`/usr/local/lib/{service-proxy-agent,systemd/{system,catalog},tmpfiles.d,sysusers.d}`", "`/etc/service-proxy-agent`", "`/var/log/envoy`", "drop-ins in `/etc/systemd/system`",
-		"`/var/lib/systemd/catalog/database`",
-		"`/usr/local/share/{man/man8,bash-completion/completions,zsh/site-functions}`", "`/etc/fish/completions`"} {
+	for _, words := range []string{"`/usr/local`", "`/etc`", "`/var/lib/service-proxy-agent`", "`/run`",
+		"`/var/log/envoy`", "](docs/files.md)"} {
 		if !strings.Contains(section, words) {
 			t.Errorf("the README does not list %s", words)
+		}
+	}
+	page, err := os.ReadFile(filesPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range append(slices.Clone(listed), systemd.CatalogDatabase) {
+		if !strings.Contains(string(page), "\n| `"+strings.TrimSuffix(pattern, "*")) {
+			t.Errorf("docs/files.md does not list %s", pattern)
 		}
 	}
 
