@@ -30,8 +30,8 @@ func ago(d time.Duration) time.Time { return noon.Add(-d) }
 
 // well is the status of a healthy VM.
 func well() Status {
-	family := func(name string) Family {
-		return Family{Family: name, Usable: true, Equal: true, Jumps: true, Services: 3, Rules: 24,
+	family := func(name string, prefixes int) Family {
+		return Family{Family: name, Usable: true, Equal: true, Jumps: true, Services: prefixes, Rules: 24,
 			OutboundPort: 15001, InboundPort: 15006, Applied: ago(10 * time.Minute),
 			Shape: &Shape{Jumps: true, Inbound: true}}
 	}
@@ -46,7 +46,7 @@ func well() Status {
 			Target: "trafficdirector.googleapis.com:443", Heard: ago(10 * time.Minute),
 			Closed: &Close{Time: ago(4 * time.Hour), Code: 14, Message: "upstream connect error",
 				Target: "trafficdirector.googleapis.com:443"}},
-		Backend: "nft", Families: []Family{family("IPv4"), family("IPv6")},
+		Backend: "nft", Families: []Family{family("IPv4", 2), family("IPv6", 1)},
 		Services: []Service{{"cart", []string{"10.10.0.1:80", "[fd10::1]:80"}},
 			{"checkout", []string{"10.10.0.7:80"}}, {"mail", []string{"*:2525"}}},
 		ServingPorts: []uint16{80, 8443},
