@@ -16,14 +16,14 @@ import (
 )
 
 // typed runs the one command in the README's indented blocks that matches, in root's folder, with
-// what a user puts in for its placeholders.
+// what a user puts in for its placeholders. What explains it stands behind two blanks.
 func (v *VM) typed(pattern string, put ...string) (out string, code int) {
 	v.t.Helper()
 	text, err := os.ReadFile(filepath.Join(moduleRoot(v.t), "README.md"))
 	if err != nil {
 		v.t.Fatal(err)
 	}
-	lines := regexp.MustCompile(`(?m)^    (?:\$ )?(`+pattern+`.*)$`).FindAllSubmatch(text, -1)
+	lines := regexp.MustCompile(`(?m)^    (?:\$ )?(`+pattern+`.*?)(?:  .*)?$`).FindAllSubmatch(text, -1)
 	if len(lines) != 1 {
 		v.t.Fatalf("README.md has %d commands %q, want one", len(lines), pattern)
 	}
@@ -99,9 +99,9 @@ func (v *VM) walk(t *testing.T) {
 
 // The README's commands.
 const (
-	doctorCommand  = `sudo service-proxy-agent doctor$`
+	doctorCommand  = `sudo service-proxy-agent doctor\b`
 	explainCommand = `sudo service-proxy-agent explain 10\.10\.0\.1:80`
-	diffCommand    = `sudo service-proxy-agent diff$`
+	diffCommand    = `sudo service-proxy-agent diff\b`
 )
 
 // says checks what the README's command answers.
