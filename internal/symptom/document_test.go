@@ -103,8 +103,8 @@ var alsoTold = map[ID][]string{
 var besides = map[ID]string{
 	Bootstrap: `
 The guest attribute ` + "`bootstrap-last-failure`" + ` has these words, too, and at once. They begin with
-the step. Bootstrap tries again by itself: what may pass within a minute, the rest when the attribute
-changes, and every five minutes.
+the step. Bootstrap tries again by itself: what may pass within a minute, the rest when the
+attribute changes, and every five minutes.
 
 | step, and words behind it | next step |
 |---|---|
@@ -176,8 +176,8 @@ nowhere else: mend the first one. Alerts that are not a finding's are in
 
 This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with
 examples for names and addresses. The number of a row is a name for the situation, the same in
-[What was measured](#what-was-measured); you need it for nothing else. What ` + "`agent-status`" + ` says is in
-[its part](#state-of-agent-status).
+[What was measured](#what-was-measured); you need it for nothing else. What ` + "`agent-status`" + ` says is
+in [its part](#state-of-agent-status).
 
 | id | severity | what is wrong |
 |---|---|---|
