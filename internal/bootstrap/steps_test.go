@@ -118,8 +118,8 @@ func TestMeanings(t *testing.T) {
 	}
 }
 
-// TestStepsAreExplained: docs/symptoms.md has what to do about each step, and about each of the words
-// that say more of one.
+// TestStepsAreExplained: docs/symptoms.md has what to do about each step, and about each of the
+// words that say more of one.
 func TestStepsAreExplained(t *testing.T) {
 	page, err := os.ReadFile("../../docs/symptoms.md")
 	if err != nil {
@@ -128,7 +128,8 @@ func TestStepsAreExplained(t *testing.T) {
 	_, section, _ := strings.Cut(string(page), "\n### `bootstrap-failed`\n")
 	section, _, _ = strings.Cut(section, "\n### ")
 	words := []string{errChecksum.Error(), errNoAccount.Error(), errArchive.Error(),
-		(&statusError{code: http.StatusForbidden}).Error(), (&statusError{code: http.StatusNotFound}).Error()}
+		(&statusError{code: http.StatusForbidden}).Error(),
+		(&statusError{code: http.StatusNotFound}).Error()}
 	for _, s := range steps {
 		words = append(words, s.name+":")
 	}

@@ -89,8 +89,8 @@ func changed(before, after map[string]string) []string {
 	return paths
 }
 
-// Bootstrap writes what docs/files.md lists and nothing else, and --remove leaves the VM as it was but
-// for settings. What the commands it runs would write (systemctl enable, systemd-sysusers,
+// Bootstrap writes what docs/files.md lists and nothing else, and --remove leaves the VM as it was
+// but for settings. What the commands it runs would write (systemctl enable, systemd-sysusers,
 // systemd-tmpfiles, the package manager) is played here and not written.
 func TestWritesOnlyWhatIsListed(t *testing.T) {
 	readme, err := os.ReadFile("../../README.md")

@@ -108,8 +108,10 @@ attribute changes, and every five minutes.
 
 | step, and words behind it | next step |
 |---|---|
-| **look at the system:** | the words behind the last ; are the way out; [systems.md](systems.md) has all that a system needs |
-| **read the attribute:** | as for [attribute-malformed](#attribute-malformed), or where the metadata server does not answer [metadata-server](#metadata-server) |
+| **look at the system:** | the words behind the last ; are the way out; ` +
+		"[systems.md](systems.md) has all that a system needs" + ` |
+| **read the attribute:** | as for [attribute-malformed](#attribute-malformed), ` +
+		"or where the metadata server does not answer [metadata-server](#metadata-server)" + ` |
 | **read the VM's metadata:** | as for [metadata-server](#metadata-server) |
 | **install units and users:** | make room on the disk, or the folder writable |
 | **install packages:** … ` + "`missing on this image`" + ` | give the VM a way to its distribution's repositories (Cloud NAT: Private Google Access leads to Google alone), or take an image that has iptables and ca-certificates |
@@ -176,7 +178,8 @@ nowhere else: mend the first one. Alerts that are not a finding's are in
 
 This page is made by ` + "`go test ./internal/symptom -update`" + ` from the program's own words, with
 examples for names and addresses. The number of a row is a name for the situation, the same in
-[What was measured](#what-was-measured); you need it for nothing else. What ` + "`agent-status`" + ` says is
+[What was measured](#what-was-measured); you need it for nothing else. What ` +
+		"`agent-status`" + ` says is
 in [its part](#state-of-agent-status).
 
 | id | severity | what is wrong |

@@ -42,8 +42,8 @@ func (s *Severity) UnmarshalText(b []byte) error {
 	return nil
 }
 
-// DocsURL is where the pages of docs/ are read: what is told on a VM names them by it, since a VM has
-// none of them.
+// DocsURL is where the pages of docs/ are read: what is told on a VM names them by it, since a VM
+// has none of them.
 const DocsURL = "https://github.com/service-proxy-agent/service-proxy-agent/blob/main/docs/"
 
 // ID names a symptom for machines: the label of the findings metric. The set is fixed; it does
