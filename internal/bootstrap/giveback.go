@@ -116,12 +116,14 @@ func (r *removal) restore(ctx context.Context, h *handover) error {
 			r.run(ctx, time.Minute, "disable", unit)
 		}
 	}
-	err := os.Remove(r.path(filepath.Join(layout.Here.UnitDir, systemd.AgentUnit)))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	ours := []string{guardFile}
+	if !layout.Here.Packaged { // a package's is the last that systemd reads: it shadows nothing
+		ours = append(ours, filepath.Join(layout.Here.UnitDir, systemd.AgentUnit))
 	}
-	if err := os.Remove(r.path(guardFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, name := range ours {
+		if err := os.Remove(r.path(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	for _, unit := range h.Units {
 		if err := r.systemctl(ctx, time.Minute, "unmask", unit.Name); err != nil {

@@ -218,6 +218,28 @@ func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
 	}
 }
 
+// Giving back to the agent that was here before takes its own files, and none of the package's.
+func TestPackagedGivesBack(t *testing.T) {
+	v := newPackagedVM(t)
+	theirs := filepath.Join(systemd.ConfDir, systemd.AgentUnit)
+	v.put(filepath.Join(keptDir, theirs), "[Service]\n")
+	before := tree(t, v.root)
+	r := &removal{bootstrapper: newBootstrapper(v.options())}
+	h := &handover{Phase: handoverGiving, Kept: []keptFile{{Path: theirs}}}
+	if err := r.restore(t.Context(), h); err != nil {
+		t.Fatal(err)
+	}
+	after := tree(t, v.root)
+	if after[theirs] == "" {
+		t.Errorf("%s is not back", theirs)
+	}
+	for path := range before {
+		if strings.HasPrefix(path, "/usr/lib/") && after[path] != before[path] {
+			t.Errorf("changed: %s", path)
+		}
+	}
+}
+
 // An Envoy of the package gives way to the one of its upgrade, once, and not to one that was rolled
 // back. An Envoy that is not of a package stays.
 func TestPackagedEnvoyIsUpgraded(t *testing.T) {
