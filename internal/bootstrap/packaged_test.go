@@ -190,7 +190,7 @@ func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
 		t.Fatal(done, err)
 	}
 	after := tree(t, v.root)
-	for _, path := range []string{progress.StateDir, EnvoyConfig, logs.Dir, madeFile} {
+	for _, path := range []string{progress.StateDir, EnvoyConfig, logs.Dir} {
 		if after[path] == "" {
 			t.Errorf("remove took %s, which is the purge's", path)
 		}
@@ -203,7 +203,7 @@ func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
 	if slices.ContainsFunc(v.ran, func(ran string) bool { return strings.Contains(ran, "disable") }) {
 		t.Errorf("ran %q", v.ran)
 	}
-	if made, _ := os.ReadFile(filepath.Join(v.root, madeFile)); string(made) != logs.Dir+"\n" {
+	if made, err := os.ReadFile(filepath.Join(v.root, madeFile)); err == nil {
 		t.Errorf("a purge would remove %q", made)
 	}
 	done, err = Remove(t.Context(), v.options(), clean)
@@ -215,6 +215,38 @@ func TestPackagedWritesNoFileOfThePackage(t *testing.T) {
 		if strings.HasPrefix(path, "/usr/") && after[path] != before[path] {
 			t.Errorf("remove changed %s", path)
 		}
+	}
+}
+
+// A purge removes what an archive's bootstrap has made, once, and of logs and users that were here
+// before nothing.
+func TestLeaveForPurge(t *testing.T) {
+	users := []string{EnvoyUser}
+	for name, c := range map[string]struct {
+		state progress.State
+		made  string // noted by the package's postinst
+		want  string
+	}{
+		"a package's":            {made: "user envoy\n", want: "user envoy\n"},
+		"a package's, with logs": {made: logs.Dir + "\n", want: logs.Dir + "\n"},
+		"an archive's": {state: progress.State{MadeUsers: users, MadeLogs: true},
+			want: "user envoy\n" + logs.Dir + "\n"},
+		"an archive's, over logs": {state: progress.State{MadeUsers: users}, want: "user envoy\n"},
+		"both":                    {progress.State{MadeLogs: true}, logs.Dir + "\n", logs.Dir + "\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			v := newPackagedVM(t)
+			mkdir(t, filepath.Join(v.root, logs.Dir), 0o755)
+			if c.made != "" {
+				v.put(madeFile, c.made)
+			}
+			r := &removal{bootstrapper: newBootstrapper(v.options())}
+			r.leaveForPurge(c.state)
+			have, _ := os.ReadFile(filepath.Join(v.root, madeFile)) // absent is nothing
+			if string(have) != c.want || len(r.errs) > 0 {
+				t.Errorf("a purge would remove %q, want %q (%v)", have, c.want, r.errs)
+			}
+		})
 	}
 }
 

@@ -97,7 +97,7 @@ func Remove(
 		r.removeUsers(ctx, state)
 	}
 	if b.KeepState {
-		r.leaveForPurge(state, h)
+		r.leaveForPurge(state)
 	}
 	if len(r.errs) == failed {
 		r.remove(layout.KeptDir) // with it what was kept for a next try
@@ -207,16 +207,16 @@ func (r *removal) removeFiles(state progress.State, h *handover) {
 	r.remove(paths...)
 }
 
-// leaveForPurge notes what the package's purge is to remove: what bootstrap has made, maybe as an
-// archive's, and Envoy's logs where they were not here before.
-func (r *removal) leaveForPurge(state progress.State, h *handover) {
+// leaveForPurge notes what the package's purge is to remove of what bootstrap has made as an
+// archive's. What was here when the package came, its postinst has looked at.
+func (r *removal) leaveForPurge(state progress.State) {
 	var made []string
 	for _, name := range []string{AgentUser, EnvoyUser} {
 		if slices.Contains(state.MadeUsers, name) {
 			made = append(made, "user "+name)
 		}
 	}
-	if h == nil || !h.LogDir {
+	if state.MadeLogs {
 		made = append(made, logs.Dir)
 	}
 	if err := r.noteMade(made...); err != nil {

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
+	"github.com/service-proxy-agent/service-proxy-agent/internal/logs"
 	"github.com/service-proxy-agent/service-proxy-agent/internal/users"
 	"github.com/service-proxy-agent/service-proxy-agent/systemd"
 )
@@ -49,7 +50,7 @@ func (b *bootstrapper) installUnits(ctx context.Context) error {
 		return err
 	}
 	if len(missing) > 0 {
-		b.state.MadeUsers = missing
+		b.state.MadeUsers, b.state.MadeLogs = missing, !b.exists(logs.Dir)
 		b.say("INFO", "made users "+strings.Join(missing, ", "))
 		b.save()
 	}

@@ -73,7 +73,8 @@ func (v *fakeVM) own(boot string) error {
 var finished = progress.State{
 	Status: progress.Finished, EnvoyVersion: "1.30.1", EnvoySource: "gs://b/1.tgz", PrimarySum: "s1",
 	PreviousSource: "gs://b/0.tgz", PreviousSum: "s0", AttributeSum: "a", MadeUsers: []string{EnvoyUser},
-	Failure: "of long ago", Envoy: &progress.EnvoyConfig{File: EnvoyConfig, Node: "vm-1"},
+	MadeLogs: true,
+	Failure:  "of long ago", Envoy: &progress.EnvoyConfig{File: EnvoyConfig, Node: "vm-1"},
 	Story: []progress.Line{{Seq: 7, Severity: "INFO", Text: "finished"}},
 }
 

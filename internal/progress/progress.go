@@ -88,6 +88,7 @@ type State struct {
 	Envoy *EnvoyConfig `json:"envoy,omitempty"`
 
 	MadeUsers []string `json:"made_users,omitempty"` // users that were not there before us
+	MadeLogs  bool     `json:"made_logs,omitempty"`  // nor was the folder of Envoy's logs
 
 	// Story is what was done, oldest first, at most maxStory lines: for the serial port. Seq goes on
 	// counting over restarts.
@@ -101,12 +102,12 @@ type State struct {
 }
 
 // OfDisk is what of it is true of the disk, whichever VM has it: which Envoy is installed, and from
-// where, and the users that bootstrap has made. Without it an Envoy of ours would be taken for
-// somebody else's.
+// where, and which users and logs bootstrap has made. Without it an Envoy of ours would be taken
+// for somebody else's.
 func (s State) OfDisk() State {
 	return State{
 		EnvoyVersion: s.EnvoyVersion, EnvoySource: s.EnvoySource, PrimarySum: s.PrimarySum,
-		MadeUsers: s.MadeUsers,
+		MadeUsers: s.MadeUsers, MadeLogs: s.MadeLogs,
 	}
 }
 
