@@ -82,6 +82,8 @@ type bootstrapper struct {
 	again bool
 	// masked are units that enable found masked: they are not started either.
 	masked []string
+	// disabled are those of a package that enable found disabled, and left so.
+	disabled []string
 }
 
 func newBootstrapper(opts Options) *bootstrapper {

@@ -2,7 +2,10 @@ package bootstrap
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -328,18 +331,35 @@ func TestPackagedEnvoyIsTheArchives(t *testing.T) {
 	}
 }
 
-// After --remove a run of bootstrap starts again what an installation has started, but for what is
-// masked.
-func TestPackagedStartsItsUnits(t *testing.T) {
+// A run of bootstrap starts what an installation has started, which `bootstrap --remove` has stopped,
+// and enables nothing: what is masked or disabled the administrator has, and it stays as it is.
+func TestPackagedLeavesDisabledUnits(t *testing.T) {
 	v := newPackagedVM(t)
-	b := newBootstrapper(v.options())
-	b.masked = []string{systemd.RotateTimer}
+	opts := v.options()
+	run := opts.command
+	opts.command = func(ctx context.Context, cmd *exec.Cmd) error {
+		word := map[string]string{systemd.RotateTimer: "masked", systemd.ReadyPath: "disabled",
+			systemd.AgentUnit: "disabled", systemd.EnvoyUnit: "disabled"}[cmd.Args[len(cmd.Args)-1]]
+		if len(cmd.Args) == 3 && cmd.Args[1] == "is-enabled" && word != "" {
+			fmt.Fprintln(cmd.Stdout, word)
+			return errors.New("exit status 1")
+		}
+		return run(ctx, cmd)
+	}
+	b := newBootstrapper(opts)
 	if err := (&attempt{bootstrapper: b}).installWantedUnits(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	const want = "systemctl start --no-block service-proxy-bootstrap.path service-proxy-ready.path"
-	if !slices.Contains(v.ran, want) {
+	if err := b.enable(t.Context(), systemd.EnvoyUnit); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Contains(v.ran, "systemctl start --no-block service-proxy-bootstrap.path") {
 		t.Errorf("ran %q", v.ran)
+	}
+	if i := slices.IndexFunc(v.ran, func(ran string) bool {
+		return strings.HasPrefix(ran, "systemctl enable")
+	}); i >= 0 {
+		t.Errorf("ran %q", v.ran[i])
 	}
 }
 

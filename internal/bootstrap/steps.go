@@ -103,7 +103,7 @@ func (a *attempt) installWantedUnits(ctx context.Context) error {
 	}
 	args := []string{"start", "--no-block"}
 	for _, unit := range []string{systemd.BootstrapPath, systemd.ReadyPath, systemd.RotateTimer} {
-		if !slices.Contains(a.masked, unit) {
+		if !slices.Contains(a.masked, unit) && !slices.Contains(a.disabled, unit) {
 			args = append(args, unit)
 		}
 	}

@@ -656,7 +656,8 @@ func (b *bootstrapper) startAgent(ctx context.Context) error {
 		return err
 	}
 	_, _ = b.exec(ctx, time.Minute, "systemctl", "reset-failed", systemd.AgentUnit) // if it is that
-	if err := b.enable(ctx, systemd.AgentUnit); err != nil {
+	// With their unit of its name the link that enables ours was moved aside, too.
+	if err := b.enableBut(ctx, false, systemd.AgentUnit); err != nil {
 		return err
 	}
 	if slices.Contains(b.masked, systemd.AgentUnit) {

@@ -109,19 +109,29 @@ func (b *bootstrapper) updateCatalog(ctx context.Context) {
 	}
 }
 
-// enable enables the units that are not, but for those that the administrator has masked: in one
-// call, as each has systemd read all its units again.
+// enable enables the units that are not, but for those that the administrator has masked. A
+// package's scripts have enabled its units: one that is disabled is so by the administrator, or by
+// Remove, and stays that.
 func (b *bootstrapper) enable(ctx context.Context, units ...string) error {
+	return b.enableBut(ctx, layout.Here.Packaged, units...)
+}
+
+// enableBut is enable, which leaves the disabled ones where it is told to. It is one call, as each
+// has systemd read all its units again.
+func (b *bootstrapper) enableBut(ctx context.Context, disabled bool, units ...string) error {
 	args := []string{"enable"}
 	for _, unit := range units {
 		// Its exit code says no more than its word.
 		out, err := b.exec(ctx, time.Minute, "systemctl", "is-enabled", unit)
-		switch strings.TrimSpace(out) {
-		case "enabled":
-		case "masked", "masked-runtime":
+		switch word := strings.TrimSpace(out); {
+		case word == "enabled":
+		case word == "masked", word == "masked-runtime":
 			b.masked = append(b.masked, unit)
 			b.Log.Warn("leaving a masked unit alone", zap.String("unit", unit))
-		case "":
+		case word == "disabled" && disabled:
+			b.disabled = append(b.disabled, unit)
+			b.Log.Info("leaving a disabled unit alone", zap.String("unit", unit))
+		case word == "":
 			return fmt.Errorf("ask whether %s is enabled: %w", unit, err)
 		default:
 			args = append(args, unit)

@@ -184,12 +184,16 @@ func (v *VM) livesWithPackages(t *testing.T) {
 		v.upgradesEnvoy(t)
 	}
 
-	// A person's --remove leaves the package's files, and bootstrap makes the VM a node again.
+	// A person's --remove leaves the package's files. With its units enabled again, and bootstrap
+	// started, the VM is a node again.
 	t.Log(v.run("service-proxy-agent", "bootstrap", "--remove"))
 	v.run("dpkg", "--verify", "service-proxy-agent")
 	v.run("test", "!", "-e", layout.Envoy)
 	v.platform.ResetBudget()
-	v.run("systemctl", "start", systemd.BootstrapUnit)
+	v.run("systemctl", "enable", "service-proxy-agent.service", "service-proxy-bootstrap.service",
+		"service-proxy-bootstrap.path", "service-proxy-ready.path", "service-proxy-rotate.timer",
+		"service-proxy-envoy.service")
+	v.run("systemctl", "start", "service-proxy-bootstrap")
 	v.waitFinished(60 * time.Second)
 	v.eventually(30*time.Second, "the VM is ready once more", func() error {
 		if _, err := v.try("systemctl", "is-active", systemd.ReadyTarget); err != nil {
