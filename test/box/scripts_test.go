@@ -1,0 +1,249 @@
+//go:build box
+
+package box
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/service-proxy-agent/service-proxy-agent/internal/layout"
+	"github.com/service-proxy-agent/service-proxy-agent/systemd"
+	"github.com/service-proxy-agent/service-proxy-agent/test/machine"
+)
+
+// image is Debian's root filesystem in a chroot, where dpkg is real and systemd does not run.
+// systemctl changes links as the real one does, is told whether the agent runs (a file agent-active)
+// and which unit has its name (fragment), and writes down the rest (systemctl.log).
+type image struct {
+	*testing.T
+	root string
+}
+
+const fakeSystemctl = `#!/bin/sh
+case "$*" in
+*is-active*service-proxy-agent.service) [ -e /agent-active ] ;;
+*is-active*) false ;;
+*FragmentPath*) cat /fragment ;;
+*is-enabled* | *preset* | *enable* | *disable* | *mask*) exec /usr/bin/systemctl.real --root=/ "$@" ;;
+*) echo "systemctl $*" >>/systemctl.log ;;
+esac
+`
+
+var (
+	ourUnits = []string{systemd.AgentUnit, systemd.BootstrapUnit, systemd.BootstrapPath,
+		systemd.ReadyPath, systemd.RotateTimer, systemd.EnvoyUnit}
+	settings = "/etc/default/service-proxy-agent"
+)
+
+func newImage(t *testing.T) *image {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Fatal("the box needs root")
+	}
+	work := t.TempDir()
+	v := &image{t, filepath.Join(work, "root")}
+	for _, dir := range []string{"upper", "work", "root"} {
+		if err := os.Mkdir(filepath.Join(work, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work",
+		machine.RootFS(t, "bookworm", runtime.GOARCH), work, work)
+	if err := unix.Mount("overlay", v.root, "overlay", 0, data); err != nil {
+		t.Fatalf("mount the overlay: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(v.root, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount the overlay: %v", err)
+		}
+	})
+	v.mount("/proc", "proc", unix.MS_RDONLY)
+	if err := os.Rename(v.root+"/usr/bin/systemctl", v.root+"/usr/bin/systemctl.real"); err != nil {
+		t.Fatal(err)
+	}
+	v.put("/usr/bin/systemctl", fakeSystemctl, 0o755)
+	v.put("/fragment", "/lib/systemd/system/"+systemd.AgentUnit+"\n", 0o644)
+	v.put("/run/systemd/system/.keep", "", 0o644) // systemd runs
+	debs(t, v.root, "1.0.0", "none")
+	debs(t, v.root, "2.0.0", "none")
+	return v
+}
+
+func (v *image) mount(dir, what string, flags uintptr) {
+	v.Helper()
+	path := v.root + dir
+	if err := unix.Mount(what, path, what, flags, ""); err != nil {
+		v.Fatal(err)
+	}
+	v.Cleanup(func() {
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			v.Error(err)
+		}
+	})
+}
+
+func (v *image) put(name, text string, mode os.FileMode) {
+	v.Helper()
+	path := filepath.Join(v.root, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		v.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), mode); err != nil {
+		v.Fatal(err)
+	}
+}
+
+func (v *image) read(name string) string {
+	text, _ := os.ReadFile(filepath.Join(v.root, name)) // absent is empty
+	return string(text)
+}
+
+func (v *image) remove(name string) {
+	v.Helper()
+	if err := os.RemoveAll(filepath.Join(v.root, name)); err != nil {
+		v.Fatal(err)
+	}
+}
+
+func (v *image) has(name string) bool {
+	_, err := os.Lstat(filepath.Join(v.root, name))
+	return err == nil
+}
+
+// try runs a command of the image, with a root shell's PATH, no input, and no network.
+func (v *image) try(name string, args ...string) (string, error) {
+	cmd := exec.Command(name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: v.root, Cloneflags: syscall.CLONE_NEWNET}
+	cmd.Path, cmd.Err = "/usr/bin/"+name, nil
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C",
+		"HOME=/root", "DEBIAN_FRONTEND=noninteractive"}
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+func (v *image) run(name string, args ...string) string {
+	v.Helper()
+	out, err := v.try(name, args...)
+	if err != nil {
+		v.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// dpkg installs or removes the agent's package; what it depends on is not of interest.
+func (v *image) dpkg(args ...string) string {
+	v.Helper()
+	return v.run("dpkg", append([]string{"--force-depends"}, args...)...)
+}
+
+func (v *image) deb(version string) string {
+	v.Helper()
+	names, err := filepath.Glob(v.root + "/root/" + version + "/service-proxy-agent_*.deb")
+	if err != nil || len(names) != 1 {
+		v.Fatal(names, err)
+	}
+	return strings.TrimPrefix(names[0], v.root)
+}
+
+// removed removes the package and leaves what a purge takes. Without systemd there are no rules.
+func (v *image) removed() {
+	v.Helper()
+	v.remove("/run/systemd")
+	v.dpkg("-r", "service-proxy-agent")
+	v.put("/run/systemd/system/.keep", "", 0o644)
+}
+
+// ran are the calls of systemctl since the last call, but for what only looks.
+func (v *image) ran() string {
+	v.Helper()
+	log := v.read("/systemctl.log")
+	v.remove("/systemctl.log")
+	return log
+}
+
+func (v *image) enabled(unit string) string {
+	out, _ := v.try("systemctl", "is-enabled", unit) // its exit code says no more than its word
+	return strings.TrimSpace(out)
+}
+
+// archive lays down what an archive's installation is made of, of which the timer is disabled.
+func (v *image) archive() {
+	v.Helper()
+	for _, file := range systemd.FilesIn(layout.Archive) {
+		v.put(file.Path, string(file.Text), 0o644)
+	}
+	v.put("/var/lib/service-proxy-agent/bootstrap.json", "{}", 0o600)
+	v.put("/etc/service-proxy-agent/envoy.json", "{}", 0o644)
+	v.put("/var/log/envoy/envoy.err.log", "x\n", 0o644)
+	cmd := exec.Command("go", "build", "-o", v.root+layout.Archive.Agent, "./cmd/service-proxy-agent")
+	cmd.Dir = moduleRoot(v.T)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		v.Fatalf("%v\n%s", err, out)
+	}
+	v.run("systemctl", append([]string{"enable"}, ourUnits...)...)
+	v.run("systemctl", "disable", systemd.RotateTimer)
+}
+
+func restarts(log string) bool {
+	return strings.Contains(log, "restart "+systemd.AgentUnit)
+}
+
+func starts(log string) bool {
+	return slices.ContainsFunc(strings.Split(log, "\n"), func(line string) bool {
+		return strings.Contains(line, " start ") && strings.Contains(line, systemd.AgentUnit)
+	})
+}
+
+// TestDebOverArchive: dpkg by itself, in a root shell whose PATH finds the archive's program first,
+// has the package take the archive's place. What was disabled stays so, also where the script that
+// does it is killed in between.
+func TestDebOverArchive(t *testing.T) {
+	for name, killed := range map[string]bool{"at once": false, "killed in between": true} {
+		t.Run(name, func(t *testing.T) {
+			v := newImage(t)
+			v.archive()
+			v.put("/agent-active", "", 0o644)
+			if killed {
+				v.run("mv", "/usr/bin/deb-systemd-helper", "/usr/bin/helper.real")
+				v.put("/usr/bin/deb-systemd-helper", "#!/bin/sh\nkill -9 $PPID\n", 0o755)
+				if out, err := v.try("dpkg", "--force-depends", "-i", v.deb("1.0.0")); err == nil ||
+					v.has(layout.Archive.Agent) {
+					t.Fatalf("the script was not killed after the archive's program had gone:\n%s", out)
+				}
+				v.run("mv", "/usr/bin/helper.real", "/usr/bin/deb-systemd-helper")
+				v.dpkg("--configure", "-a")
+			} else {
+				v.dpkg("-i", v.deb("1.0.0"))
+			}
+			if log := v.ran(); !restarts(log) || starts(log) {
+				t.Errorf("the agent that ran is not restarted:\n%s", log)
+			}
+			for range 2 {
+				for _, unit := range ourUnits {
+					want := "enabled"
+					if unit == systemd.RotateTimer {
+						want = "disabled"
+					}
+					if have := v.enabled(unit); have != want {
+						t.Errorf("%s is %s, want %s", unit, have, want)
+					}
+				}
+				v.dpkg("-i", v.deb("2.0.0"))
+			}
+			if have := v.run("find", "/usr/local", "/run", "-name", "service-proxy-*", "-not",
+				"-name", "service-proxy-envoy-unit"); have != "" {
+				t.Errorf("left:\n%s", have)
+			}
+		})
+	}
+}
