@@ -247,3 +247,50 @@ func TestDebOverArchive(t *testing.T) {
 		})
 	}
 }
+
+// TestDebPurgedUnderArchive: a package that was removed is purged when the archive has taken its
+// place. What the two share is the archive's.
+func TestDebPurgedUnderArchive(t *testing.T) {
+	v := newImage(t)
+	v.dpkg("-i", v.deb("1.0.0"))
+	v.removed()
+	v.archive()
+	v.dpkg("-P", "service-proxy-agent")
+	for _, unit := range ourUnits {
+		if have := v.enabled(unit); have != "enabled" && unit != systemd.RotateTimer {
+			t.Errorf("%s is %s", unit, have)
+		}
+	}
+	for _, name := range []string{"/var/lib/service-proxy-agent/bootstrap.json",
+		"/etc/service-proxy-agent/envoy.json", "/var/log/envoy/envoy.err.log", layout.Archive.Agent} {
+		if !v.has(name) {
+			t.Errorf("%s is gone", name)
+		}
+	}
+	v.run("getent", "passwd", "envoy", "service-proxy-agent")
+	if have := v.run("find", "/var/lib/systemd", "-name", "service-proxy-*"); have != "" ||
+		v.has("/var/lib/service-proxy-agent.made") {
+		t.Errorf("left:\n%s", have)
+	}
+}
+
+// TestDebPurgeOfMount: where a disk is mounted for Envoy's logs, a purge empties it and goes on.
+func TestDebPurgeOfMount(t *testing.T) {
+	v := newImage(t)
+	v.dpkg("-i", v.deb("1.0.0"))
+	v.removed()
+	for _, dir := range []string{"/var/log/envoy", "/var/lib/service-proxy-agent"} {
+		v.mount(dir, "tmpfs", 0)
+		v.put(dir+"/x", "x", 0o644)
+	}
+	v.dpkg("-P", "service-proxy-agent")
+	for _, name := range []string{"/var/log/envoy/x", "/var/lib/service-proxy-agent/x",
+		"/var/lib/service-proxy-agent.made"} {
+		if v.has(name) {
+			t.Errorf("%s is left", name)
+		}
+	}
+	if out, err := v.try("getent", "passwd", "envoy"); err == nil {
+		t.Errorf("left: %s", out)
+	}
+}
