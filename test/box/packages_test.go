@@ -241,10 +241,16 @@ func (v *VM) livesWithPackages(t *testing.T) {
 		t.Errorf("left behind in the journal's catalog:\n%s", list)
 	}
 
-	// A VM that is to be no node.
+	// A VM that is to be no node, which somebody has settings for. Nobody is asked about them.
 	v.platform.ResetBudget()
 	v.platform.DeleteAttribute("gce-service-proxy")
-	v.run("sh", "-c", aptInstall+"/root/1.0.0/*.deb")
+	const own = "SERVICE_PROXY_AGENT_LOG_LEVEL=debug\n"
+	v.write("etc/default/service-proxy-agent", own, 0o644)
+	v.run("sh", "-c", aptInstall+"/root/1.0.0/*.deb </dev/null")
+	if have, err := os.ReadFile(filepath.Join(v.root, "etc/default/service-proxy-agent")); err != nil ||
+		string(have) != own {
+		t.Errorf("the settings are %q: %v", have, err)
+	}
 	v.eventually(30*time.Second, "bootstrap says that there is no attribute", func() error {
 		state := v.state()
 		if state.Status != progress.Failed {

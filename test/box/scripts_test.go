@@ -274,6 +274,53 @@ func TestDebPurgedUnderArchive(t *testing.T) {
 	}
 }
 
+// TestDebKeepsSettings: settings that were there before the package are no reason to ask, and stay.
+func TestDebKeepsSettings(t *testing.T) {
+	const own = "SERVICE_PROXY_AGENT_LOG_LEVEL=debug\n"
+	v := newImage(t)
+	check := func(when string) {
+		t.Helper()
+		if have := v.read(settings); have != own {
+			t.Errorf("%s: %q", when, have)
+		}
+		if have := v.run("find", "/etc/default", "-name", "service-proxy-agent?*", "-not",
+			"-name", "*.dpkg-*"); have != "" {
+			t.Errorf("%s: left %s", when, have)
+		}
+	}
+	v.put(settings, own, 0o644)
+	v.dpkg("--unpack", v.deb("1.0.0"))
+	v.remove("/run/systemd")
+	v.dpkg("-r", "service-proxy-agent")
+	check("unpacked and removed again")
+	v.dpkg("-P", "service-proxy-agent")
+	v.put(settings, own, 0o644) // a purge takes it, as each configuration file of a package
+	v.put("/run/systemd/system/.keep", "", 0o644)
+
+	v.dpkg("-i", v.deb("1.0.0"))
+	check("installed")
+	v.dpkg("-i", v.deb("2.0.0"))
+	check("upgraded")
+	v.removed()
+	check("removed")
+	v.dpkg("-i", v.deb("1.0.0"))
+	check("installed again")
+
+	// dpkg cannot unpack it: another has a file.
+	v.removed()
+	v.dpkg("-P", "service-proxy-agent")
+	v.put(settings, own, 0o644)
+	v.put("/root/other/DEBIAN/control", "Package: other\nVersion: 1\nArchitecture: all\n"+
+		"Maintainer: a <a@example.com>\nDescription: x\n", 0o644)
+	v.put("/root/other"+layout.Packages.Agent, "", 0o755)
+	v.run("dpkg-deb", "-b", "/root/other", "/root/other.deb")
+	v.dpkg("-i", "/root/other.deb")
+	if out, err := v.try("dpkg", "--force-depends", "-i", v.deb("1.0.0")); err == nil {
+		t.Errorf("installed over another package:\n%s", out)
+	}
+	check("not unpacked")
+}
+
 // TestDebPurgeOfMount: where a disk is mounted for Envoy's logs, a purge empties it and goes on.
 func TestDebPurgeOfMount(t *testing.T) {
 	v := newImage(t)
