@@ -321,6 +321,46 @@ func TestDebKeepsSettings(t *testing.T) {
 	check("not unpacked")
 }
 
+// TestDebStartsAgent: the first installation starts the agent, also after one that failed. An upgrade
+// restarts the one that runs, and starts none that somebody has stopped; nor does it touch another
+// agent whose unit has the name.
+func TestDebStartsAgent(t *testing.T) {
+	v := newImage(t)
+	v.run("mv", "/usr/bin/systemd-sysusers", "/usr/bin/sysusers.real")
+	v.put("/usr/bin/systemd-sysusers", "#!/bin/sh\nexit 1\n", 0o755)
+	if out, err := v.try("dpkg", "--force-depends", "-i", v.deb("1.0.0")); err == nil {
+		t.Fatalf("the first installation has not failed:\n%s", out)
+	}
+	v.run("mv", "/usr/bin/sysusers.real", "/usr/bin/systemd-sysusers")
+	v.ran()
+	v.dpkg("-i", v.deb("1.0.0"))
+	if log := v.ran(); !starts(log) {
+		t.Errorf("the agent is not started after an installation that had failed:\n%s", log)
+	}
+	v.dpkg("-i", v.deb("2.0.0"))
+	if log := v.ran(); starts(log) || restarts(log) {
+		t.Errorf("an upgrade starts the agent, which somebody has stopped:\n%s", log)
+	}
+	v.put("/agent-active", "", 0o644)
+	v.dpkg("-i", v.deb("1.0.0"))
+	if log := v.ran(); !restarts(log) {
+		t.Errorf("an upgrade does not restart the agent:\n%s", log)
+	}
+	v.put("/fragment", systemd.ConfDir+"/"+systemd.AgentUnit+"\n", 0o644)
+	v.dpkg("-i", v.deb("2.0.0"))
+	if log := v.ran(); starts(log) || restarts(log) {
+		t.Errorf("an upgrade restarts another agent:\n%s", log)
+	}
+	v.removed()
+	v.remove("/agent-active")
+	v.dpkg("-P", "service-proxy-agent")
+	v.ran()
+	v.dpkg("-i", v.deb("2.0.0"))
+	if log := v.ran(); starts(log) || !strings.Contains(log, systemd.BootstrapUnit) {
+		t.Errorf("an installation starts another agent, or not bootstrap:\n%s", log)
+	}
+}
+
 // TestDebPurgeOfMount: where a disk is mounted for Envoy's logs, a purge empties it and goes on.
 func TestDebPurgeOfMount(t *testing.T) {
 	v := newImage(t)
