@@ -91,6 +91,7 @@ put deploy/completion/service-proxy-agent.bash usr/share/bash-completion/complet
 put deploy/completion/service-proxy-agent.fish usr/share/fish/vendor_completions.d/service-proxy-agent.fish
 put deploy/completion/_service-proxy-agent zsh
 put deploy/packages/default default
+put deploy/packages/needrestart.conf needrestart.conf
 put deploy/packages/agent.overrides overrides
 put deploy/packages/preset usr/lib/systemd/system-preset/80-service-proxy-agent.preset
 docs "$root" service-proxy-agent deploy/packages/copyright

@@ -444,6 +444,7 @@ var ofPackages = regexp.MustCompile(`^(- file \S+ root:root /usr/local/lib/servi
 	`/usr/share/doc/service-proxy-agent(-envoy)?(/\S*)?`,
 	`/usr/share/lintian/overrides/service-proxy-agent(-envoy)?`,
 	`/etc/default/service-proxy-agent`,
+	`/etc/needrestart/conf\.d/service-proxy-agent\.conf`,
 	`/var/lib/service-proxy-agent\.made`,
 	`/usr/share/fish/vendor_completions\.d/service-proxy-agent\.fish`,
 }, "|") + `))$`)

@@ -381,3 +381,18 @@ func TestDebPurgeOfMount(t *testing.T) {
 		t.Errorf("left: %s", out)
 	}
 }
+
+// TestNeedrestart: it is told to leave Envoy alone, and nothing else.
+func TestNeedrestart(t *testing.T) {
+	v := newImage(t)
+	v.dpkg("-i", v.deb("1.0.0"))
+	have := v.run("perl", "-e", `our %nrconf = (override_rc => {qr(^dbus) => 0});
+		eval do { local $/; open my $f, "<", "/etc/needrestart/conf.d/service-proxy-agent.conf"; <$f> };
+		die $@ if $@;
+		for my $unit (@ARGV) { for (keys %{$nrconf{override_rc}}) {
+			print "$unit\n" if $unit =~ /$_/ && !$nrconf{override_rc}->{$_} } }`,
+		systemd.EnvoyUnit, systemd.AgentUnit, systemd.BootstrapUnit)
+	if have != systemd.EnvoyUnit+"\n" {
+		t.Errorf("it leaves alone %q", have)
+	}
+}

@@ -233,6 +233,7 @@ func checkDeb(t *testing.T, dir string) {
 				continue
 			}
 			sameFiles(t, name, withoutLicences(have), append(common(),
+				"/etc/needrestart/conf.d/service-proxy-agent.conf",
 				"/usr/share/zsh/vendor-completions/_service-proxy-agent",
 				"/usr/share/doc/service-proxy-agent/copyright",
 				"/usr/share/doc/service-proxy-agent/changelog.gz",
@@ -244,7 +245,7 @@ func checkDeb(t *testing.T, dir string) {
 				t.Errorf("%s recommends %q", name, have)
 			}
 			if have := run(t, "dpkg-deb", "-I", deb, "conffiles"); have !=
-				"/etc/default/service-proxy-agent\n" {
+				"/etc/default/service-proxy-agent\n/etc/needrestart/conf.d/service-proxy-agent.conf\n" {
 				t.Errorf("%s has the configuration %q", name, have)
 			}
 			checkTexts(t, root)
