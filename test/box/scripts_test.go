@@ -396,3 +396,71 @@ func TestNeedrestart(t *testing.T) {
 		t.Errorf("it leaves alone %q", have)
 	}
 }
+
+// TestRPMScripts plays those of the .rpm, for which no registry has a system, on what the .deb has
+// laid down.
+func TestRPMScripts(t *testing.T) {
+	v := newImage(t)
+	preset := "/usr/lib/systemd/system-preset/80-service-proxy-agent.preset"
+	for name, to := range map[string]string{"preset": preset, "scripts/agent.post": "/root/agent.post",
+		"scripts/envoy.post": "/root/envoy.post"} {
+		text, err := os.ReadFile(filepath.Join(moduleRoot(t), "deploy/packages", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.put(to, string(text), 0o644)
+	}
+	v.dpkg("-i", v.deb("1.0.0"))
+	v.run("systemctl", append([]string{"disable"}, ourUnits...)...)
+	v.run("systemctl", "mask", systemd.ReadyPath)
+	v.ran()
+
+	v.run("sh", "/root/agent.post", "1")
+	log := v.ran()
+	for _, unit := range ourUnits {
+		want := "enabled"
+		if unit == systemd.ReadyPath {
+			want = "masked"
+		}
+		if have := v.enabled(unit); have != want {
+			t.Errorf("%s is %s, want %s", unit, have, want)
+		}
+		if started := strings.Contains(log, "start "+unit+"\n"); started !=
+			(unit != systemd.ReadyPath && unit != systemd.EnvoyUnit) {
+			t.Errorf("%s is started: %v", unit, started)
+		}
+	}
+
+	v.put("/agent-active", "", 0o644)
+	for _, enabled := range []bool{true, false} {
+		if !enabled {
+			v.run("systemctl", "disable", systemd.BootstrapUnit)
+		}
+		for _, script := range []string{"agent.post", "envoy.post"} {
+			v.run("sh", "/root/"+script, "2")
+			log := v.ran()
+			if have := strings.Contains(log, "restart "+systemd.BootstrapUnit); have != enabled {
+				t.Errorf("%s starts bootstrap, which is enabled %v: %v\n%s", script, enabled, have, log)
+			}
+			if script == "agent.post" && !restarts(log) {
+				t.Errorf("an upgrade does not restart the agent:\n%s", log)
+			}
+		}
+	}
+	v.put("/fragment", systemd.ConfDir+"/"+systemd.AgentUnit+"\n", 0o644)
+	v.run("sh", "/root/agent.post", "2")
+	if log := v.ran(); restarts(log) {
+		t.Errorf("an upgrade restarts another agent:\n%s", log)
+	}
+	v.put("/fragment", layout.Packages.UnitDir+"/"+systemd.AgentUnit+"\n", 0o644)
+
+	v.run("systemctl", "unmask", systemd.ReadyPath)
+	v.archive()
+	v.run("sh", "/root/agent.post", "1")
+	if have := v.enabled(systemd.RotateTimer); have != "disabled" {
+		t.Errorf("what was disabled of the archive is %s", have)
+	}
+	if have := v.enabled(systemd.AgentUnit); have != "enabled" {
+		t.Errorf("the agent is %s", have)
+	}
+}
