@@ -63,6 +63,8 @@ docs() { # FOLDER PACKAGE COPYRIGHT: what each package says of itself
 	gzip -9n "$1/doc/deb/changelog"
 }
 rpm_only() { # FOLDER CONFIGURATION PACKAGE: what nfpm takes by its name alone
+	# A folder that no package owns would stay behind. dpkg needs no such entry.
+	printf '  - dst: %s\n    type: dir\n    packager: rpm\n' "/usr/share/licenses/$3" >>"$1/$2"
 	(cd "$1" && for file in root/doc/rpm/*; do
 		printf '  - src: %s\n    dst: %s\n    type: license\n    packager: rpm\n' "$file" \
 			"/usr/share/licenses/$3/${file##*/}" >>"$2"

@@ -350,6 +350,8 @@ func checkRPM(t *testing.T, dir string) {
 			scripts := ask("--scripts")
 			if i == 1 {
 				sameFiles(t, name, have, []string{layout.Packages.ArchivedEnvoy,
+					filepath.Dir(layout.Packages.ArchivedEnvoy),
+					"/usr/share/licenses/service-proxy-agent-envoy",
 					"/usr/share/licenses/service-proxy-agent-envoy/LICENSE"})
 				if len(requires) != 1 || !regexp.MustCompile(
 					`^libc\.so\.6\(GLIBC_2\.\d+\)\(64bit\)$`).MatchString(requires[0]) {
@@ -363,7 +365,7 @@ func checkRPM(t *testing.T, dir string) {
 			sameFiles(t, name, withoutLicences(have), append(common(),
 				"/usr/share/zsh/site-functions/_service-proxy-agent",
 				"/usr/lib/systemd/system-preset/80-service-proxy-agent.preset",
-				"/usr/share/licenses/service-proxy-agent/LICENSE"))
+				"/usr/share/licenses/service-proxy-agent", "/usr/share/licenses/service-proxy-agent/LICENSE"))
 			sameFiles(t, name+" requires", requires, []string{"systemd", "iptables", "ca-certificates"})
 			if have := ask("--recommends"); have != "service-proxy-agent-envoy\n" {
 				t.Errorf("%s recommends %q", name, have)
