@@ -72,8 +72,12 @@ kernel() { tagged kernel -timeout 10m -p 1; }
 lab()    { tagged lab -timeout 12m -p 2 -parallel 8; }
 # Promises with a time in them, so nothing else runs beside.
 chaos()  { go_test -tags lab -count=1 -timeout 12m ./test/chaos; }
-# Three boxes that are compared, and one more with packages, are make soak's.
-box()    { tagged box -timeout 16m -parallel 6 -skip '^(TestSameVM|TestArchiveToPackage)$'; }
+# Three boxes that are compared, one more with packages, and these' scripts in a chroot, are make
+# soak's.
+box() {
+  tagged box -timeout 16m -parallel 6 \
+    -skip '^(TestSameVM|TestArchiveToPackage|TestDeb.*|TestNeedrestart|TestRPMScripts)$'
+}
 # The tests in files with this build tag. The others of their packages ran in unit.
 tagged() { # TAG FLAG…
   local tag=$1 files tests packages; shift

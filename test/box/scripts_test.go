@@ -21,8 +21,8 @@ import (
 )
 
 // image is Debian's root filesystem in a chroot, where dpkg is real and systemd does not run.
-// systemctl changes links as the real one does, is told whether the agent runs (a file agent-active)
-// and which unit has its name (fragment), and writes down the rest (systemctl.log).
+// systemctl changes links as the real one does, is told whether the agent runs (a file,
+// agent-active) and which unit has its name (fragment), and writes down the rest (systemctl.log).
 type image struct {
 	*testing.T
 	root string
@@ -33,7 +33,9 @@ case "$*" in
 *is-active*service-proxy-agent.service) [ -e /agent-active ] ;;
 *is-active*) false ;;
 *FragmentPath*) cat /fragment ;;
-*is-enabled* | *preset* | *enable* | *disable* | *mask*) exec /usr/bin/systemctl.real --root=/ "$@" ;;
+*is-enabled* | *preset* | *enable* | *disable* | *mask*)
+	exec /usr/bin/systemctl.real --root=/ "$@"
+	;;
 *) echo "systemctl $*" >>/systemctl.log ;;
 esac
 `
@@ -141,9 +143,9 @@ func (v *image) run(name string, args ...string) string {
 }
 
 // dpkg installs or removes the agent's package; what it depends on is not of interest.
-func (v *image) dpkg(args ...string) string {
+func (v *image) dpkg(args ...string) {
 	v.Helper()
-	return v.run("dpkg", append([]string{"--force-depends"}, args...)...)
+	v.run("dpkg", append([]string{"--force-depends"}, args...)...)
 }
 
 func (v *image) deb(version string) string {
@@ -208,8 +210,10 @@ func starts(log string) bool {
 // has the package take the archive's place. What was disabled stays so, also where the script that
 // does it is killed in between.
 func TestDebOverArchive(t *testing.T) {
+	t.Parallel()
 	for name, killed := range map[string]bool{"at once": false, "killed in between": true} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			v := newImage(t)
 			v.archive()
 			v.put("/agent-active", "", 0o644)
@@ -251,6 +255,7 @@ func TestDebOverArchive(t *testing.T) {
 // TestDebPurgedUnderArchive: a package that was removed is purged when the archive has taken its
 // place. What the two share is the archive's.
 func TestDebPurgedUnderArchive(t *testing.T) {
+	t.Parallel()
 	v := newImage(t)
 	v.dpkg("-i", v.deb("1.0.0"))
 	v.removed()
@@ -276,6 +281,7 @@ func TestDebPurgedUnderArchive(t *testing.T) {
 
 // TestDebKeepsSettings: settings that were there before the package are no reason to ask, and stay.
 func TestDebKeepsSettings(t *testing.T) {
+	t.Parallel()
 	const own = "SERVICE_PROXY_AGENT_LOG_LEVEL=debug\n"
 	v := newImage(t)
 	check := func(when string) {
@@ -321,10 +327,11 @@ func TestDebKeepsSettings(t *testing.T) {
 	check("not unpacked")
 }
 
-// TestDebStartsAgent: the first installation starts the agent, also after one that failed. An upgrade
-// restarts the one that runs, and starts none that somebody has stopped; nor does it touch another
-// agent whose unit has the name.
+// TestDebStartsAgent: the first installation starts the agent, also after one that failed. An
+// upgrade restarts the one that runs, and starts none that somebody has stopped; nor does it touch
+// another agent whose unit has the name.
 func TestDebStartsAgent(t *testing.T) {
+	t.Parallel()
 	v := newImage(t)
 	v.run("mv", "/usr/bin/systemd-sysusers", "/usr/bin/sysusers.real")
 	v.put("/usr/bin/systemd-sysusers", "#!/bin/sh\nexit 1\n", 0o755)
@@ -363,6 +370,7 @@ func TestDebStartsAgent(t *testing.T) {
 
 // TestDebPurgeOfMount: where a disk is mounted for Envoy's logs, a purge empties it and goes on.
 func TestDebPurgeOfMount(t *testing.T) {
+	t.Parallel()
 	v := newImage(t)
 	v.dpkg("-i", v.deb("1.0.0"))
 	v.removed()
@@ -384,6 +392,7 @@ func TestDebPurgeOfMount(t *testing.T) {
 
 // TestNeedrestart: it is told to leave Envoy alone, and nothing else.
 func TestNeedrestart(t *testing.T) {
+	t.Parallel()
 	v := newImage(t)
 	v.dpkg("-i", v.deb("1.0.0"))
 	have := v.run("perl", "-e", `our %nrconf = (override_rc => {qr(^dbus) => 0});
@@ -400,6 +409,7 @@ func TestNeedrestart(t *testing.T) {
 // TestRPMScripts plays those of the .rpm, for which no registry has a system, on what the .deb has
 // laid down.
 func TestRPMScripts(t *testing.T) {
+	t.Parallel()
 	v := newImage(t)
 	preset := "/usr/lib/systemd/system-preset/80-service-proxy-agent.preset"
 	for name, to := range map[string]string{"preset": preset, "scripts/agent.post": "/root/agent.post",
