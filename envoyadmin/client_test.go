@@ -110,8 +110,8 @@ func faulty(t *testing.T, answer func(w *bufio.Writer, conn net.Conn)) *Client {
 }
 
 // watchHeap looks all the time at what the collector found to be held, until end is called, which
-// returns by how much that has grown at most. (How large the heap is says nothing on a busy machine,
-// where the collector lags behind.)
+// returns by how much that has grown at most. (How large the heap is says nothing on a busy
+// machine, where the collector lags behind.)
 func watchHeap() (end func() (grew uint64)) {
 	runtime.GC()
 	live := func() uint64 {
