@@ -97,10 +97,8 @@ put deploy/packages/needrestart.conf needrestart.conf
 put deploy/packages/agent.overrides overrides
 put deploy/packages/preset usr/lib/systemd/system-preset/80-service-proxy-agent.preset
 docs "$root" service-proxy-agent deploy/packages/copyright
-if [ -d deploy/licenses ]; then # of what is linked in
-	go run ./deploy/licenses >"$root/doc/rpm/THIRD_PARTY_LICENSES"
-	gzip -9nc "$root/doc/rpm/THIRD_PARTY_LICENSES" >"$root/doc/deb/THIRD_PARTY_LICENSES.gz"
-fi
+go run ./deploy/licenses >"$root/doc/rpm/THIRD_PARTY_LICENSES" # of what is linked in
+gzip -9nc "$root/doc/rpm/THIRD_PARTY_LICENSES" >"$root/doc/deb/THIRD_PARTY_LICENSES.gz"
 cp -r deploy/packages/scripts deploy/packages/*.yaml "$work/agent/"
 chmod 755 "$work"/agent/scripts/*
 rpm_only "$work/agent" agent.yaml service-proxy-agent
