@@ -7,8 +7,9 @@ import (
 	"strconv"
 )
 
-// IDs are the numbers of a user and of its group. A number as the name is that user's; one that
-// stands for nobody is its own group.
+// IDs are the numbers of a user and of its group: rules with names would look them up in NSS in the
+// middle of a change. A number as the name is that user's; one that stands for nobody is its own
+// group.
 //
 // The group is the one of the same name where there is one, else the primary one. `adduser --system
 // envoy` gives its user the primary group nogroup, which is many others', too; systemd-sysusers(8)
